@@ -1,0 +1,252 @@
+"""Build llama.cpp once for this machine, from the sdist of llama-cpp-python.
+
+One source for everything: the tools and the converter of the cloud side, and the runtime of both sides, are the same
+commit. PyPI has no wheel of it and the converter is in no wheel at all, so it is compiled here and kept:
+
+    ${FERRY_CACHE:-~/.cache/ferry}/llama.cpp/<version>-<key>/
+        bin/         llama-quantize, llama-imatrix, llama-perplexity and their libraries
+        convert/     convert_hf_to_gguf.py with conversion/ and gguf-py/
+        models/      real chat templates and vocabularies, for the tests
+        wheels/      llama_cpp_python (with the same libraries inside) and gguf
+        LICENSE  build.json
+
+The key is what the result depends on, so a folder is never wrong, only unused. FERRY_LLAMA_FLAGS adds CMake flags:
+`-DGGML_CUDA=ON`, or `-DGGML_NATIVE=OFF` for a build that runs on other machines too.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+
+from common import cache_folder, fail, run, writable_folder
+
+RECIPE = 1  # raise it when this file builds something else from the same inputs
+DISK = 700e6  # sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air
+TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
+AGAIN = "make env"
+NETWORK = f"check the network (and pip config list), then {AGAIN}"
+MAC = sys.platform == "darwin"
+
+
+def version() -> str:
+    """The pin of llama-cpp-python in pyproject.toml."""
+    with open(Path(__file__).resolve().parent.parent / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    return next(pin.split("==")[1] for pin in extras["deploy"] if pin.startswith("llama-cpp-python=="))
+
+
+def flags() -> list[str]:
+    """CMake's arguments. Libraries find each other by their own place, so that the folder can be moved and packed."""
+    ours = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
+    ours += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if MAC else "$ORIGIN")]
+    ours += ["LLAMA_OPENSSL=OFF", "GGML_CCACHE=OFF"]
+    ours += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
+    ours += ["GGML_METAL_EMBED_LIBRARY=ON"] if MAC else []
+    return ["-D" + flag for flag in ours] + os.environ.get("FERRY_LLAMA_FLAGS", "").split()
+
+
+def compiler() -> str:
+    """The first line of the C++ compiler's --version."""
+    for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
+        if path := shutil.which(name):
+            said = subprocess.run([path, "--version"], capture_output=True, text=True)
+            if said.returncode == 0:  # a Mac without Xcode's tools has a c++ that only says so
+                return said.stdout.splitlines()[0]
+    fix = "xcode-select --install" if MAC else "sudo apt-get install g++   (or your system's C++ compiler)"
+    fail(
+        "no C++ compiler: llama.cpp must be compiled once, and c++, g++ and clang++ are not on PATH",
+        f"{fix}, then {AGAIN}",
+    )
+
+
+def cpu() -> str:
+    """What a native build depends on: the instructions this processor has."""
+    if MAC:
+        ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    try:
+        found = re.search(r"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return " ".join(sorted(found[2].split())) if found else "unknown"
+
+
+def key() -> str:
+    """Eight hex digits of everything the result depends on."""
+    native = "-DGGML_NATIVE=OFF" not in flags()
+    parts = [version(), flags(), RECIPE, compiler(), sys.platform, platform.machine(), cpu() if native else "portable"]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+
+
+def folder() -> Path:
+    """Where the build for this machine is, or will be."""
+    return Path(cache_folder()) / "llama.cpp" / f"{version()}-{key()}"
+
+
+def complete(path: Path) -> bool:
+    """build.json is written last, and the folder gets its name after that."""
+    return (path / "build.json").is_file()
+
+
+@contextmanager
+def locked(path: Path, say):
+    """One at a time; the system lets go of the lock when its holder and what it started are dead, however they died.
+
+    What it started counts: pip goes on installing for a while after a kill -9 of this process.
+    """
+    with open(path, "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up is running: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def tell(text: str) -> None:
+    """Progress goes to stderr: stdout is for the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def ensure(say=tell) -> Path:
+    """The complete folder, built now if it is not there."""
+    target = folder()
+    if complete(target):
+        return target
+    writable_folder(str(target.parent), f"FERRY_CACHE=/some/other/folder {AGAIN}")
+    with locked(target.parent / "lock", say):
+        if not complete(target):
+            build(target, say)
+    return target
+
+
+def build(target: Path, say) -> None:
+    """Make everything under a temporary name beside the target, and rename it at the end."""
+    for left in target.parent.glob("*.part-*"):  # of a build that was killed; we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
+    if (free := shutil.disk_usage(target.parent).free) < DISK:
+        fail(
+            f"too little disk: {free / 1e9:.1f} GB free in {target.parent}, {DISK / 1e9:.1f} GB needed for llama.cpp",
+            f"FERRY_CACHE=/a/bigger/disk {AGAIN}",
+        )
+    log = target.parent / f"{target.name}.log"
+    log.unlink(missing_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=target.name + ".part-", dir=target.parent))
+    started = time.monotonic()
+    try:
+        out = work / "out"
+        out.mkdir()
+        env = with_tools(work, log)
+        source = download(work, log, env)
+        vendored = source / "vendor" / "llama.cpp"
+        commit = (source / ".git/modules/vendor/llama.cpp/HEAD").read_text().strip()
+        compile_all(vendored, work / "build", log, env, say)
+        shutil.copytree(work / "build" / "bin", out / "bin", symlinks=True)
+        make_wheels(source, out, log, env)
+        (out / "convert").mkdir()
+        for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py"):
+            os.rename(vendored / name, out / "convert" / name)
+        os.rename(vendored / "models", out / "models")
+        shutil.copy(vendored / "LICENSE", out)
+        shutil.copytree(vendored / "licenses", out / "licenses")
+        facts = {"version": version(), "commit": commit, "flags": flags(), "compiler": compiler(), "recipe": RECIPE}
+        facts["seconds"] = round(time.monotonic() - started)
+        (out / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(out, target)
+    except OSError as error:
+        fail(f"llama.cpp could not be built: {error}", f"free some disk, or FERRY_CACHE=/some/other/folder {AGAIN}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def with_tools(work: Path, log: Path) -> dict[str, str]:
+    """An environment with pip, and with cmake and ninja: PyPI has both, so a missing one is no reason to stop."""
+    say_venv = "Python cannot make a virtual environment"
+    run([sys.executable, "-m", "venv", work / "tools"], log, say_venv, f"install Python's venv module, then {AGAIN}")
+    env = os.environ | {"PATH": f"{work / 'tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if missing := [name for name in ("cmake", "ninja") if not shutil.which(name)]:
+        install = [work / "tools/bin/python", "-m", "pip", "install", *missing]
+        run(
+            install,
+            log,
+            f"{' and '.join(missing)} not installable",
+            f"sudo apt-get install cmake ninja-build, then {AGAIN}",
+        )
+    return env
+
+
+def download(work: Path, log: Path, env: dict[str, str]) -> Path:
+    """The unpacked sdist. (pip asks it for its metadata on the way: 7 s.)"""
+    name = f"llama-cpp-python=={version()}"
+    pip = [work / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+    run([*pip, "--dest", work, name], log, f"the source of {name} cannot be downloaded", NETWORK, env)
+    (archive,) = work.glob("llama_cpp_python-*.tar.gz")
+    shutil.unpack_archive(archive, work)
+    archive.unlink()
+    return work / archive.name.removesuffix(".tar.gz")
+
+
+def compile_all(source: Path, build: Path, log: Path, env: dict[str, str], say) -> None:
+    """Configure, and compile only what is used: 145 files, 6 minutes on 2 cores."""
+    what, hint = "llama.cpp could not be compiled", f"read the log; then {AGAIN}"
+    run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *flags()], log, what, hint, env)
+    # Not more than 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
+    jobs = str(min(os.cpu_count() or 1, 16))
+    run(["cmake", "--build", build, "-j", jobs, "--target", "llama", *TOOLS], log, what, hint, env, progress(say))
+
+
+def progress(say):
+    """A reader of ninja's `[12/240]`: one line that changes on a terminal, else a line every half minute."""
+    started, last, terminal = time.monotonic(), [0.0], sys.stderr.isatty()
+
+    def read(line: str) -> None:
+        now = time.monotonic() - started
+        found = re.match(r"\[(\d+)/(\d+)\]", line)
+        if not found:
+            return
+        done, total = int(found[1]), int(found[2])
+        if now - last[0] < (1 if terminal else 30) and done < total:
+            return
+        last[0] = now
+        text = f"      compiled {done} of {total} files, {now:.0f} s, about {now * (total - done) / done:.0f} s to go"
+        if terminal:
+            sys.stderr.write(f"\r{text}\033[K" + ("\n" if done == total else ""))
+        else:
+            say(text)
+
+    return read
+
+
+def make_wheels(source: Path, out: Path, log: Path, env: dict[str, str]) -> None:
+    """llama_cpp_python around the libraries just built (no second compile), and gguf as it is in this commit."""
+    libraries = source / "llama_cpp" / "lib"
+    libraries.mkdir(exist_ok=True)
+    for path in (out / "bin").iterdir():  # libggml.so and libggml.so.0, not libggml.so.0.25.3: a wheel holds no links
+        if re.fullmatch(r"lib(llama|ggml[\w-]*)\.(so(\.\d+)?|(\d+\.)?dylib)", path.name):
+            shutil.copy(path, libraries / path.name)
+    (source / ".gitignore").unlink(missing_ok=True)  # scikit-build-core leaves out what git ignores: these libraries
+    os.rename(source / ".git", source.parent / "git")
+    pip = [source.parent / "tools/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-cache-dir"]
+    command = [*pip, "--wheel-dir", out / "wheels", source, source / "vendor/llama.cpp/gguf-py"]
+    what = "the wheels of llama-cpp-python and gguf could not be made"
+    run(command, log, what, NETWORK, env | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})  # their build tools come from PyPI
+
+
+if __name__ == "__main__":
+    try:
+        print(folder() if "--print" in sys.argv else ensure())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,328 @@
+"""The set-up: what it refuses, what it remembers, and that a half-finished one is never taken for a whole one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).resolve().parent.parent / "setup"
+LOCKS = sorted((SETUP / "locks").glob("*.txt"))
+
+
+@pytest.fixture
+def setup(monkeypatch, tmp_path):
+    """The set-up's modules, with a cache of their own."""
+    monkeypatch.syspath_prepend(str(SETUP))
+    monkeypatch.setenv("FERRY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FERRY_LLAMA_FLAGS", raising=False)
+    import env
+    import llamacpp
+    import lock
+
+    class Modules:
+        pass
+
+    modules = Modules()
+    modules.env, modules.llamacpp, modules.lock = env, llamacpp, lock
+    return modules
+
+
+def script(name, *arguments, **environment):
+    """Run one of the scripts as make does."""
+    command = [sys.executable, SETUP / name, *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refusal(capsys):
+    """The two lines of an error."""
+    error, hint = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ") and hint.startswith("next: ")
+    return error, hint
+
+
+def test_an_old_python_alone_is_refused_in_one_line(setup, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "version_info", (3, 8, 10))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        setup.env.fitting_python()
+    assert stop.value.code == 2
+    error, hint = refusal(capsys)
+    assert "3.8.10" in error and "python3.12" in hint
+
+
+def test_an_old_python_hands_over_to_a_fitting_one(setup, monkeypatch, tmp_path):
+    for name, code in (("python3.13", 1), ("python3.12", 0)):  # the first is a pyenv name that only prints an error
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "version_info", (3, 8, 10))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    called = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: called.append((path, arguments)) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        setup.env.fitting_python()
+    assert called == [(str(tmp_path / "python3.12"), [str(tmp_path / "python3.12"), *sys.argv])]
+
+
+@pytest.mark.parametrize("name", ["env.py", "common.py"])
+def test_what_runs_before_the_version_check_is_old_syntax(name):
+    import ast
+
+    ast.parse((SETUP / name).read_text(), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize("name", ["env.py", "llamacpp.py"])
+def test_no_compiler_is_said_in_one_line(name, tmp_path):
+    arguments = ["--venv", str(tmp_path / "venv")] if name == "env.py" else []
+    done = script(name, *arguments, PATH=str(tmp_path), CXX="", FERRY_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: no C++ compiler") and "install" in hint
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("name", ["env.py", "llamacpp.py"])
+def test_an_unwritable_cache_is_said_in_one_line(name, tmp_path):
+    (tmp_path / "cache").write_text("a file, because root may write to any folder")
+    arguments = ["--venv", str(tmp_path / "venv")] if name == "env.py" else []
+    done = script(name, *arguments, FERRY_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    error, hint = done.stderr.strip().splitlines()
+    assert str(tmp_path / "cache") in error and "FERRY_CACHE=" in hint
+
+
+def test_too_little_disk_is_said_before_anything_is_built(setup, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(setup.llamacpp, "DISK", 1e18)
+    with pytest.raises(SystemExit):
+        setup.llamacpp.ensure()
+    assert "too little disk" in refusal(capsys)[0]
+    monkeypatch.setattr(setup.env, "DISK", 1e18)
+    with pytest.raises(SystemExit):
+        setup.env.check_disk(str(tmp_path), str(tmp_path), setup.llamacpp)
+    assert "too little disk" in refusal(capsys)[0]
+
+
+def test_a_failing_command_shows_its_last_words_and_its_log(setup, capsys, tmp_path):
+    command = [sys.executable, "-c", "print('ERROR: no matching distribution'); raise SystemExit(1)"]
+    with pytest.raises(SystemExit) as stop:
+        setup.env.run(command, tmp_path / "log", "torch could not be installed", "check the network")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert (
+        "no matching distribution" in said
+        and str(tmp_path / "log") in said
+        and said.endswith("next: check the network\n")
+    )
+
+
+def test_the_key_follows_everything_the_build_depends_on(setup, monkeypatch):
+    llamacpp = setup.llamacpp
+    first = llamacpp.key()
+    assert llamacpp.key() == first and re.fullmatch("[0-9a-f]{8}", first)
+    keys = {first}
+    for name, value in (("version", "9.9.9"), ("compiler", "other 1.0"), ("cpu", "sse")):
+        with monkeypatch.context() as patch:
+            patch.setattr(llamacpp, name, lambda value=value: value)
+            keys.add(llamacpp.key())
+    with monkeypatch.context() as patch:
+        patch.setattr(llamacpp, "RECIPE", llamacpp.RECIPE + 1)
+        keys.add(llamacpp.key())
+    monkeypatch.setenv("FERRY_LLAMA_FLAGS", "-DGGML_CUDA=ON")
+    keys.add(llamacpp.key())
+    assert len(keys) == 6
+
+
+def test_a_portable_build_has_the_same_key_on_every_processor(setup, monkeypatch):
+    monkeypatch.setenv("FERRY_LLAMA_FLAGS", "-DGGML_NATIVE=OFF")
+    first = setup.llamacpp.key()
+    monkeypatch.setattr(setup.llamacpp, "cpu", lambda: "another processor")
+    assert setup.llamacpp.key() == first
+
+
+@pytest.fixture
+def fake_build(setup, monkeypatch):
+    """llamacpp with the slow parts replaced; `compiled` counts the compiles."""
+    llamacpp = setup.llamacpp
+    llamacpp.compiled = 0
+
+    def download(work, *_):
+        vendored = work / "source" / "vendor" / "llama.cpp"
+        for folder in ("conversion", "gguf-py", "models", "licenses"):
+            (vendored / folder).mkdir(parents=True)
+        (vendored / "convert_hf_to_gguf.py").touch()
+        (vendored / "LICENSE").touch()
+        head = work / "source" / ".git/modules/vendor/llama.cpp/HEAD"
+        head.parent.mkdir(parents=True)
+        head.write_text("0c1e\n")
+        return work / "source"
+
+    def compile_all(source, build, *_):
+        llamacpp.compiled += 1
+        (build / "bin").mkdir(parents=True)
+
+    monkeypatch.setattr(llamacpp, "with_tools", lambda *_: {})
+    monkeypatch.setattr(llamacpp, "download", download)
+    monkeypatch.setattr(llamacpp, "compile_all", compile_all)
+    monkeypatch.setattr(llamacpp, "make_wheels", lambda source, out, *_: (out / "wheels").mkdir())
+    return llamacpp
+
+
+def test_a_build_is_kept_and_used_again(fake_build):
+    target = fake_build.ensure()
+    assert target == fake_build.ensure() == fake_build.folder() and fake_build.compiled == 1
+    assert {path.name for path in target.iterdir()} == {
+        "bin",
+        "convert",
+        "models",
+        "wheels",
+        "LICENSE",
+        "licenses",
+        "build.json",
+    }
+    assert json.loads((target / "build.json").read_text())["commit"] == "0c1e"
+
+
+def test_an_interrupted_build_leaves_nothing_taken_for_complete(fake_build, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_build, "compile_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fake_build.ensure()
+    target = fake_build.folder()
+    assert not target.exists() and not list(target.parent.glob("*.part-*"))
+    assert fake_build.complete(fake_build.ensure())
+
+
+def test_a_killed_build_is_cleared_away_by_the_next(fake_build):
+    target = fake_build.folder()
+    left = target.parent / (target.name + ".part-abc") / "out"
+    left.mkdir(parents=True)
+    (left / "build.json").write_text("{}")
+    target.mkdir()  # even a folder of the right name counts only with its build.json
+    assert not fake_build.complete(target)
+    fake_build.ensure()
+    assert fake_build.compiled == 1 and fake_build.complete(target) and not left.exists()
+
+
+def test_two_set_ups_build_once(setup, tmp_path):
+    """The second waits for the lock, then finds the first one's work."""
+    code = (
+        "import llamacpp, sys, time, pathlib\n"
+        "def build(target, say):\n"
+        "    time.sleep(0.3); target.mkdir(); (target / 'build.json').touch(); print('built')\n"
+        "llamacpp.build = build\n"
+        "llamacpp.ensure()\n"
+    )
+    start = [sys.executable, "-c", code]
+    both = [subprocess.Popen(start, cwd=SETUP, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate()[0] for process in both) == ["", "built\n"]
+
+
+def test_the_lock_outlives_its_holder_while_what_it_started_runs(setup, tmp_path):
+    """A killed set-up leaves a pip behind that still writes: the next one waits for it."""
+    code = (
+        "import llamacpp, common, os, sys\n"
+        "with llamacpp.locked(sys.argv[1], print):\n"
+        "    child = [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(1)']\n"
+        "    common.run(child, sys.argv[2], '', '', each_line=lambda line: os.kill(os.getpid(), 9))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "lock", tmp_path / "log"], cwd=SETUP)
+    said = []
+    with setup.llamacpp.locked(tmp_path / "lock", said.append):
+        assert said == ["another set-up is running: waiting for it"]
+
+
+def test_the_record_is_gone_while_an_environment_is_changed(setup, monkeypatch, tmp_path):
+    env = setup.env
+    want = env.wanted()
+    venv = tmp_path / "venv"
+    for part in ("bin/python", "llama.cpp/build.json"):
+        (venv / part).parent.mkdir(parents=True)
+        (venv / part).touch()
+    env.write_last(str(venv / "ferry.json"), {**want, "python": "3.12.1"})
+    assert env.ready(str(venv), want)
+    for changed in ({"locks": {}}, {"llama.cpp": {"version": "0", "key": "0"}}):
+        assert not env.ready(str(venv), {**want, **changed})
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env, "make_venv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        env.set_up(str(venv), want, "log")
+    assert not env.ready(str(venv), want)
+
+
+def test_an_environment_in_which_pip_was_killed_is_made_anew(setup, monkeypatch, tmp_path):
+    env = setup.env
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "pyvenv.cfg").touch()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    made = []
+    monkeypatch.setattr(env, "run", lambda command, *_: made.append(command))
+    env.make_venv(str(tmp_path), "log")
+    assert not made
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(env, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            env.pip(str(tmp_path), "log", "what", ["install"])
+    env.make_venv(str(tmp_path), "log")
+    assert "--clear" in made[0]
+
+
+def test_a_folder_that_is_no_environment_is_never_emptied(setup, capsys, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(SystemExit):
+        setup.env.make_venv(str(tmp_path), "log")
+    assert "is no virtual environment" in refusal(capsys)[0] and (tmp_path / "thesis.txt").exists()
+
+
+def test_a_finished_environment_says_so_and_changes_nothing(setup, tmp_path):
+    venv = tmp_path / "venv"
+    for part in ("bin/python", "llama.cpp/build.json"):
+        (venv / part).parent.mkdir(parents=True)
+        (venv / part).touch()
+    setup.env.write_last(str(venv / "ferry.json"), setup.env.wanted())
+    done = script("env.py", "--venv", str(venv))
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "all there" in done.stdout
+
+
+def test_the_locks_pin_every_line(setup):
+    assert [path.stem for path in LOCKS] == sorted(setup.env.LOCKS)
+    for path in LOCKS:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert len(lines) >= 5
+        for line in lines:
+            assert re.fullmatch(r"[a-z0-9.-]+==[\w.+]+( ; .+)?", line), line
+            assert "'never'" not in line and not line.startswith(
+                ("llama-cpp-python", "gguf", "torchvision", "xformers")
+            )
+
+
+def test_the_locks_hold_the_pins_of_pyproject():
+    project = tomllib.loads((SETUP.parent / "pyproject.toml").read_text())["project"]
+    locked = {line for path in LOCKS for line in path.read_text().splitlines()}
+    names = {line.split("==")[0] for line in locked}
+    wishes = [wish for extra in project["optional-dependencies"].values() for wish in extra] + project["dependencies"]
+    for wish in wishes:
+        if not wish.startswith("llama-cpp-python"):
+            assert wish in locked if "==" in wish else wish in names, wish
+
+
+def test_the_lock_reports_what_moved(setup, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup.lock, "LOCKS", tmp_path)
+    assert setup.lock.write("x.txt", ["a==1", "b==1 ; sys_platform == 'linux'"])
+    assert setup.lock.write("x.txt", ["a==1", "b==1 ; sys_platform == 'linux'"]) == []
+    assert setup.lock.write("x.txt", ["a==2"]) == ["a 1 -> 2", "b ; sys_platform == 'linux' 1 -> none"]
