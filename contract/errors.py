@@ -1,0 +1,17 @@
+"""The one error a user is meant to see."""
+
+
+class UserError(Exception):
+    """Something the user can mend. Printed without traceback, exit code 2.
+
+    message: what is wrong and what is there.
+    hint: the next command or edit that mends it.
+    """
+
+    def __init__(self, message: str, hint: str):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"error: {self.message}\n next: {self.hint}"

@@ -1,0 +1,147 @@
+"""Files as both sides need them: written whole or not at all, hashed, looked up."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from contract.errors import UserError
+
+CHUNK = 1 << 20
+BAR_FROM = 50 << 20  # a bar for files that take longer than a blink
+
+
+def cache_dir() -> Path:
+    """Where slow results live outside every checkout: $FERRY_CACHE or ~/.cache/ferry."""
+    return Path(os.environ.get("FERRY_CACHE") or Path.home() / ".cache" / "ferry")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; fsync and rename it on success, remove it on any error.
+
+    So a final name never holds half a file, whatever kills the process.
+    Raises UserError when the folder cannot be written or the disk is full.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)
+        yield part
+        sync(part)
+        if path.is_dir():
+            remove(path)
+        part.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise translated(error, path) from error
+    finally:
+        remove(part)
+
+
+def translated(error: OSError, path: Path) -> Exception:
+    """The OSErrors that a user can mend, as a UserError; every other one unchanged."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(nearest(path)).free / 1e9
+        return UserError(
+            f"no space left while writing {path} ({free:.1f} GB free)",
+            "free some disk, then run the same command again",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(
+            f"cannot write {path}: {error.strerror}", f"make {path.parent} a writable folder, or choose another"
+        )
+    return error
+
+
+def nearest(path: Path) -> Path:
+    """The nearest ancestor of `path` that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder and all that is in it."""
+    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """`value` as JSON under `path`, whole or not at all."""
+    with writing(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError when the file is missing or no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", "run the stage that writes it (`make` lists them)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", f"delete {path} and run the stage again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", f"delete {path} and run the stage again")
+    return value
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line, whole or not at all."""
+    with writing(path) as part, part.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows that write_rows wrote."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, with a progress bar when it is large."""
+    return copy(path, None)
+
+
+def copy(source: Path, target: Path | None) -> str:
+    """Copy `source` to `target` (None: only read it); returns the sha256 of the bytes that went through."""
+    digest = hashlib.sha256()
+    size = source.stat().st_size
+    with (
+        source.open("rb") as src,
+        open(target or os.devnull, "wb") as out,
+        bar(size, source.name, size >= BAR_FROM) as tick,
+    ):
+        while block := src.read(CHUNK):
+            digest.update(block)
+            if target:
+                out.write(block)
+            tick(len(block))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def bar(total: int, label: str, show: bool = True, unit: str = "B") -> Iterator:
+    """A progress bar with rate and ETA on stderr; yields the function that advances it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=not show, leave=False) as progress:
+        yield progress.update
