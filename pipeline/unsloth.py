@@ -1,0 +1,79 @@
+"""Unsloth as both torch stages use it: quiet, offline where it can be, one way to load."""
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract.errors import UserError
+from pipeline.config import Base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# What leaves the machine or floods the terminal by default; set before the first import.
+QUIET = {
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+# Loggers that speak of kernels which a CPU does not have.
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
+
+
+def start():
+    """Import Unsloth (7-9 s) before transformers is; its banner goes to stderr, so that stdout is ours."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):
+        import unsloth
+    return unsloth
+
+
+def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerFast"]:
+    """A model folder or an adapter folder (its base comes along), ready for training or inference."""
+    unsloth = start()
+    import torch
+
+    if base.load_in_4bit and not torch.cuda.is_available():
+        raise UserError(
+            "base.load_in_4bit is QLoRA, which needs an NVIDIA GPU, and torch sees none",
+            'run on a GPU box, or train 16-bit LoRA here: SET="base.load_in_4bit=false" with a new RUN=name',
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        return unsloth.FastLanguageModel.from_pretrained(
+            str(folder),
+            max_seq_length=base.max_seq_length,
+            load_in_4bit=base.load_in_4bit,
+            use_gradient_checkpointing=False,
+        )
+
+
+def device() -> str:
+    """What the work ran on, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process so far: GPU memory where there is one, else resident memory. 1 GB = 1e9 bytes."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
