@@ -1,0 +1,4 @@
+from contract.cli import main
+from deploy.cli import cli
+
+main(cli)

@@ -1,0 +1,62 @@
+"""summary: what was made, how it scored before and after, what it says, and what to do next."""
+
+from pathlib import Path
+
+from contract import files
+from contract.manifest import Manifest
+from deploy.pull import pulled
+
+TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "f16": "f16 GGUF, llama.cpp"}
+
+
+def text(folder: Path) -> str:
+    """The closing page of `make demo` and `make deploy-mac`."""
+    made, path = pulled(folder)
+    smoke = files.read_json(folder / "smoke.json")
+    return "\n".join(
+        ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_next(folder, made, path)]
+    )
+
+
+def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
+    return [
+        f"{path}  {made.default().bytes / 1e6:.1f} MB",
+        f"  sha256 {made.default().sha256}",
+        f"{folder / 'Modelfile'}",
+    ]
+
+
+def _table(made: Manifest) -> list[str]:
+    scores = made.scores["heldout"]
+    first = next(iter(scores.values()))
+    rows = [
+        f"  {TITLES.get(name, name + ' GGUF, llama.cpp'):<26}{s['loss']:>14.3f}{_percent(s):>14}"
+        for name, s in scores.items()
+    ]
+    return [
+        f"{first['rows']} held-out rows, rule: {made.scores['rule']}",
+        f"  {'':<26}{'held-out loss':>14}{'right':>14}",
+        *rows,
+    ]
+
+
+def _percent(scores: dict) -> str:
+    return (
+        f"{round(scores['score'] * scores['rows'])}/{scores['rows']} {scores['score']:.1%}"
+        if "score" in scores
+        else "-"
+    )
+
+
+def _answers(smoke: dict) -> list[str]:
+    head = f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, loaded in {smoke['load_seconds']} s, log-probabilities within {smoke['difference']} of where it was made:"
+    return [head, *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
+
+
+def _next(folder: Path, made: Manifest, path: Path) -> list[str]:
+    return [
+        "next:",
+        f"  ollama create {made.name} -f {folder / 'Modelfile'} && ollama run {made.name}",
+        f"  lms import {path} --copy --user-repo ferry/{made.name} -y",
+        "  make train CONFIG=configs/gemma-2-2b-alpaca.yaml      # your own, on a GPU",
+    ]
