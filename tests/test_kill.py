@@ -1,0 +1,81 @@
+"""kill -9 at any moment, then the same command: it goes on and ends with a valid manifest. Real weights, no network."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from contract import files, manifest
+from deploy import pull
+from tests.conftest import Chain
+
+
+@pytest.fixture(scope="module")
+def offline(source, request) -> list[str]:
+    """What stands before a command to take the network away from it (Linux, if it lets us): set-up is over by now."""
+    from pipeline import base
+
+    base.weights(source)
+    alone = ["unshare", "--map-root-user", "--net"]
+    try:
+        return alone if subprocess.run([*alone, "true"], capture_output=True).returncode == 0 else []
+    except OSError:
+        return []
+
+
+def killed(chain: Chain, ready, kill=signal.SIGKILL, limit: float = 600) -> str:
+    """Start `make train`, kill all of it once `ready()` holds; returns what it printed."""
+    process = chain.start("train")
+    until = time.monotonic() + limit
+    while not ready() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    assert process.poll() is None, f"make ended before it could be killed:\n{process.stdout.read()}"
+    os.killpg(process.pid, kill)
+    printed = process.communicate()[0]
+    assert ready(), printed
+    return printed
+
+
+def exists(folder: Path, pattern: str):
+    return lambda: any(folder.glob(pattern))
+
+
+def test_kill_at_any_moment_then_go_on(tmp_path, offline):
+    chain = Chain(tmp_path, "killed", offline)
+    run = chain.run
+    moments = {
+        "data has frozen the config": exists(run, "config.yaml"),
+        "training has its first checkpoint": exists(run, "finetune/checkpoints/checkpoint-8/ferry-complete"),
+        "a later checkpoint is half written": exists(run, "finetune/checkpoints/checkpoint-16/*"),
+        "the adapter is being written": exists(run, "finetune/.adapter.part"),
+        "evaluation runs": exists(run, "finetune.json"),
+        "the merge is being written": exists(run, "export/.merged.part"),
+        "the f16 GGUF is being written": exists(run, "export/.killed.f16.gguf.part"),
+        "the quantized GGUF is being written": exists(run, "export/.killed.q4_k_m.gguf.part"),
+        "verification runs": exists(run, "export.json"),
+        "the hub has the GGUF, no manifest yet": exists(chain.hub, "*.gguf"),
+    }
+    for moment, ready in moments.items():
+        printed = killed(chain, ready)
+        assert "Traceback" not in printed, f"{moment}: {printed}"
+        finals = [path for path in run.rglob("*.gguf") if not path.name.startswith(".")]
+        assert all(path.stat().st_size > 10**8 for path in finals), moment
+        assert not (chain.hub / manifest.NAME).exists(), f"{moment}: a manifest before the end"
+    done = chain.make("train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert files.read_json(run / "finetune.json")["resumed_from"].startswith("checkpoint-")
+    assert files.read_json(run / "finetune.json")["steps"] == 24
+    made = manifest.read(chain.hub / manifest.NAME)
+    assert pull.stage(str(chain.hub), tmp_path / "model")["sha256"] == made.default().sha256
+    assert not [path for path in run.rglob(".*.part")], "what killed runs left is cleaned up"
+
+
+def test_ctrl_c_leaves_no_half_file(tmp_path):
+    chain = Chain(tmp_path, "stopped")
+    printed = killed(chain, exists(chain.run, "finetune/checkpoints/checkpoint-8/ferry-complete"), signal.SIGINT)
+    assert "Traceback" not in printed and "stopped; the same command goes on from here" in printed
+    assert not (chain.run / "finetune.json").exists()
+    assert not list(chain.run.rglob(".*.part"))

@@ -1,0 +1,138 @@
+"""One test for each promise of the layout."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, make
+
+SIDES = {"pipeline": {"pipeline", "contract"}, "deploy": {"deploy", "contract"}, "contract": {"contract"}}
+HEAVY = {
+    "torch",
+    "transformers",
+    "unsloth",
+    "datasets",
+    "llama_cpp",
+    "huggingface_hub",
+    "numpy",
+    "pydantic",
+    "yaml",
+    "jinja2",
+    "trl",
+    "peft",
+    "gguf",
+    "tokenizers",
+}
+STAGES = ("data", "finetune", "evaluate", "export", "verify", "publish")
+
+
+def modules(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert len(found) > 3, f"no modules found in {package}"
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a module imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", SIDES)
+def test_no_import_arrow_points_the_wrong_way(package):
+    for path in modules(package):
+        ours = {name.split(".")[0] for name in imported(path)} & SIDES.keys()
+        assert ours <= SIDES[package], f"{path} imports {ours - SIDES[package]}"
+
+
+def test_stages_do_not_import_each_other():
+    # `data` is the owner of masking and `verify` of the GGUF checks; what others need of them is a function, not the stage.
+    for stage in STAGES:
+        for name in imported(ROOT / "pipeline" / f"{stage}.py"):
+            assert not name.endswith(".stage") and not any(
+                name == f"pipeline.{other}" for other in STAGES if other != stage
+            ), f"{stage} imports {name}"
+
+
+@pytest.mark.parametrize("package", SIDES)
+def test_package_imports_cost_nothing(package):
+    assert (ROOT / package / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("package", ["pipeline", "deploy"])
+def test_help_loads_no_heavy_module(package):
+    code = f"import sys; sys.argv = ['x', '--help']\ntry: import {package}.__main__\nexcept SystemExit: pass\nprint(*sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Commands:" in done.stdout
+    assert not HEAVY & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("package", ["pipeline", "deploy"])
+def test_every_command_has_help(package):
+    listing = subprocess.run(
+        [sys.executable, "-m", package, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    commands = re.findall(r"^  ([a-z]+)  +(\S.*)$", listing.split("Commands:")[1], re.MULTILINE)
+    assert len(commands) >= 4
+    assert all(text for _, text in commands)
+
+
+def test_stage_is_file_command_record_and_make_target():
+    makefile = (ROOT / "Makefile").read_text()
+    listing = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    for stage in STAGES:
+        assert (ROOT / "pipeline" / f"{stage}.py").is_file()
+        assert re.search(rf"^  {stage} ", listing, re.MULTILINE)
+        assert re.search(rf"^{stage}:", makefile, re.MULTILINE) and f"$(R)/{stage}.json: |" in makefile
+
+
+def test_records_are_order_only_prerequisites():
+    rules = re.findall(r"^\$\(R\)/[a-z]+\.json:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(rules) == len(STAGES)
+    assert all(rule.strip().startswith("|") for rule in rules), "an mtime must never repeat hours of work"
+
+
+def test_make_alone_is_the_manual():
+    manual = make().stdout
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) > 15
+    assert all(f"make {target}" in manual for target in targets)
+
+
+def test_readme_names_only_targets_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for text in [(ROOT / "README.md").read_text(), *(path.read_text() for path in (ROOT / "configs").glob("*.yaml"))]:
+        assert set(re.findall(r"\bmake ([a-z][a-z-]+)(?= |$|`)", text)) - {"of", "it"} <= targets
+
+
+def test_every_shipped_config_loads():
+    from pipeline.config import load
+
+    found = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(found) >= 3
+    for path in found:
+        tree = load(path)
+        assert path.read_text().startswith(("# make train CONFIG=configs/" + path.name, "# make demo")), (
+            "a config opens with its own command"
+        )
+        assert yaml.safe_load(path.read_text())["base"]["model"] == tree.base.model
+
+
+def test_numbers_in_the_readme_come_from_a_benchmark():
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    assert {"device", "versions", "command", "date", "rows"} <= results.keys()
+    assert any(row["system"] == "ferry" for row in results["rows"])
