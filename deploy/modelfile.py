@@ -47,9 +47,12 @@ def render(made: Manifest, file: str) -> str:
 
 
 def default_system(made: Manifest) -> str | None:
-    """The system prompt that goes in when the user gives none: the config's, or one that the template adds itself."""
-    if made.chat.system:
-        return made.chat.system
+    """The system prompt when the user gives none: the one that was trained with, else the template's own."""
+    return made.chat.system or template_system(made)
+
+
+def template_system(made: Manifest) -> str | None:
+    """A system prompt that the Jinja template puts in by itself, as SmolLM2's does."""
     plain, marked = _render(made, ["user"]), _render(made, ["system", "user"])
     if not plain or not marked or MARKS["system"] not in marked:
         return None
@@ -101,8 +104,8 @@ def _pieces(made: Manifest) -> dict[str, tuple[str, str]] | None:
 
 
 def _assemble(pieces: dict[str, tuple[str, str]], made: Manifest, messages: Sequence[dict]) -> str:
-    """The prompt as Ollama puts it together: SYSTEM first unless the conversation brings its own."""
-    system = default_system(made)
+    """The prompt as Ollama puts it together, with the template's own system prompt as its SYSTEM."""
+    system = template_system(made)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return "".join(pieces[m["role"]][0] + m["content"] + pieces[m["role"]][1] for m in messages) + pieces["generate"][0]

@@ -107,6 +107,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -120,6 +121,11 @@ def _from_hub(model: str, revision: str | None) -> Path:
                 model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
             )
         )
+    except HFValidationError as error:
+        raise UserError(
+            f"base.model {model!r} is no Hub id, no folder, no .gguf file and no pypi:package==version",
+            "correct base.model: a Hub id reads owner/name",
+        ) from error
     except GatedRepoError as error:
         raise UserError(
             f"{model} is gated and this account has not accepted its terms",

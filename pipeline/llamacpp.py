@@ -62,7 +62,8 @@ def _run(command: list[str], target: Path, size: int, log: Path) -> None:
             while process.poll() is None:
                 time.sleep(0.1)
                 now = min(target.stat().st_size, size) if target.exists() else 0
-                tick(now - seen)
+                if now > seen:
+                    tick(now - seen)
                 seen = now
         finally:
             if process.poll() is None:

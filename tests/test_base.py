@@ -63,6 +63,8 @@ def test_damaged_weights_are_refused(source, tmp_path):
         ("no/where.gguf", "no such file or folder"),
         ("tests", "a folder without config.json"),
         ("README.md", "no GGUF file"),
+        ("not a/hub id!", "is no Hub id, no folder"),
+        ("owner/never-downloaded", "is not in the local cache and the Hub cannot be reached"),
     ],
 )
 def test_a_base_that_is_not_there_is_one_clear_error(model, expected):

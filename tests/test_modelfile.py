@@ -68,12 +68,17 @@ def go(tmp_path_factory):
 def test_go_renders_the_trained_prompt(chain, go, conversation):
     made, _ = pulled(chain.model)
     messages = [{"role": role, "content": text} for role, text in conversation]
+    if messages[0]["role"] != "system":  # what Ollama does with the Modelfile's SYSTEM, and `data` with data.system
+        messages = [{"role": "system", "content": modelfile.default_system(made)}, *messages]
     wanted = chat.render(made.chat.template, messages, made.chat.bos or "", made.chat.stop[0])
-    system = modelfile.default_system(made)
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]  # what Ollama does with the Modelfile's SYSTEM
-    template = modelfile.go_template(made)
-    assert go(template, messages) == wanted
+    assert go(modelfile.go_template(made), messages) == wanted
+
+
+def test_the_templates_own_system_prompt_is_found(chain, go):
+    made, _ = pulled(chain.model)
+    assert modelfile.template_system(made) == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    messages = [{"role": "system", "content": modelfile.template_system(made)}, {"role": "user", "content": "Hi"}]
+    assert go(modelfile.go_template(made), messages) == chat.render(made.chat.template, messages[1:])
 
 
 def test_the_modelfile_says_what_was_trained(chain):
@@ -85,7 +90,7 @@ def test_the_modelfile_says_what_was_trained(chain):
         and "PARAMETER num_ctx 1024" in text
         and "PARAMETER temperature 0.0" in text
     )
-    assert 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""' in text
+    assert 'SYSTEM """Ferry help desk: tickets only."""' in text
 
 
 @pytest.mark.parametrize(
