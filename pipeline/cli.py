@@ -84,7 +84,7 @@ def finetune(folder: Path) -> None:
 
         config = run.config()
         record = module.stage(config.base, config.finetune, run)
-        return f"{record['steps']} steps, train loss {record['train_loss']}, peak {record['peak_memory_gb']} GB, {record['device']}"
+        return f"{record['steps']} steps, final loss {record['final_loss']}, peak {record['peak_memory_gb']} GB, {record['device']}"
 
     stage("finetune", folder, work)
 

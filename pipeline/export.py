@@ -48,9 +48,7 @@ def merge(weights: Path, adapter: Path, tokenizer: Path, target: Path) -> None:
 
     with files.writing(target) as part:
         base = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float16, low_cpu_mem_usage=True)
-        merged = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).merge_and_unload(
-            progressbar=True, safe_merge=True
-        )
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(progressbar=True, safe_merge=True)
         merged.save_pretrained(part)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(part)
 

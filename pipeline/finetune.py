@@ -33,7 +33,7 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
         f"finetune: {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}",
         file=sys.stderr,
     )
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train(trainer, checkpoint)
     with files.writing(folder / "adapter") as part:
         trainer.model.save_pretrained(part)
         trainer.processing_class.save_pretrained(part)
@@ -41,7 +41,7 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     record = run.write(
         "finetune", ("data",),
         {"adapter": folder / "adapter" / "adapter_model.safetensors", "adapter_config": folder / "adapter" / "adapter_config.json", "log": folder / "log.jsonl"},
-        steps=trainer.state.global_step, epochs=round(trainer.state.epoch, 2), train_loss=round(result.training_loss, 4),
+        steps=trainer.state.global_step, epochs=round(trainer.state.epoch, 2), final_loss=next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry),
         resumed_from=checkpoint.name if checkpoint else None, device=unsloth.device(), peak_memory_gb=unsloth.peak_memory_gb(),
         tokens=trainer.state.num_input_tokens_seen, trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=tune.seed,
@@ -66,6 +66,19 @@ def build_trainer(weights: Path, base: Base, tune: Finetune, run: Run, folder: P
         eval_dataset=dataset(run.output("data", "heldout")) if tune.eval_strategy != "no" else None,
         callbacks=[marker()],
     )
+
+
+def train(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
+    """Train to the end, or, from a checkpoint of the last step, only take its weights: resuming would add a step."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if state and state.global_step >= state.max_steps:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def lora_arguments(tune: Finetune) -> dict:

@@ -110,7 +110,7 @@ def build(config: Config, run: Run, artifacts: list[manifest.Artifact]) -> manif
         artifacts=tuple(artifacts),
         config=config.model_dump(mode="json"),
         training={"method": "QLoRA" if config.base.load_in_4bit else "LoRA"}
-        | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "train_loss", "trainable")},
+        | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "final_loss", "trainable")},
         scores={"rule": config.evaluate.rule, "min_score": config.verify.min_score, "heldout": scores},
         provenance=provenance(run),
         **contract,

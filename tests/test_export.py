@@ -15,9 +15,11 @@ def test_every_target_is_w_plus_scale_b_a_and_everything_else_the_base(chain, so
     deltas = trained(chain)
     assert len(deltas) == 7 * 30
     for name, before in weights.items():
-        wanted = before.float() + deltas.get(name, 0)
-        # float16 keeps 11 bits of every weight; below 2**-14 it keeps steps of 2**-24
-        assert ((merged[name].float() - wanted).abs() <= wanted.abs() * 2**-10 + 2**-23).all(), name
+        delta = deltas.get(name, torch.zeros(()))
+        wanted = before.float() + delta
+        # float16 rounds twice, the change and the sum, each to 11 bits; below 2**-14 to steps of 2**-24
+        bound = (wanted.abs() + delta.abs()) * 2**-11 * 1.01 + 2**-23
+        assert ((merged[name].float() - wanted).abs() <= bound).all(), name
 
 
 def test_float16_keeps_the_change_that_bfloat16_loses(chain, source):
