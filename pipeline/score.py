@@ -14,37 +14,29 @@ Answer = Callable[[Sequence[list[int]]], list[str]]
 # several rows -> for each the sum of losses over its response positions
 Loss = Callable[[Sequence[dict]], list[float]]
 
-BATCH_TOKENS = 4096  # prompts and answers of one batch, padding included: 3 GB for the demo on a CPU
 
+def score(rows: list[dict], rule: Evaluate, answer: Answer, loss: Loss, label: str, batch_tokens: int) -> dict:
+    """{loss, positions, rows[, score, answers]} of one system on held-out rows.
 
-def score(rows: list[dict], rule: Evaluate, answer: Answer, loss: Loss, label: str) -> dict:
-    """{loss, positions, rows[, score, answers]} of one system on held-out rows."""
+    batch_tokens: rows x (longest row and its answer) that go together, padding included; 0: one row at a time.
+    """
     longest = max(len(row["input_ids"]) for row in rows) + rule.max_new_tokens
-    positions = sum(len(response_positions(row)) for row in rows)
-    result = {
-        "loss": round(sum(in_batches(rows, loss, longest, f"{label}: loss")) / positions, 4),
-        "positions": positions,
-        "rows": len(rows),
-    }
-    if rule.rule == "exact":
-        answers = in_batches(
-            rows, lambda batch: answer([prompt_ids(row) for row in batch]), longest, f"{label}: answers"
-        )
-        right = sum(said.strip() == row["answer"] for said, row in zip(answers, rows, strict=True))
-        result |= {"score": round(right / len(rows), 4), "answers": answers}
-    return result
-
-
-def in_batches(rows: list[dict], work: Callable[[list[dict]], list], longest: int, label: str) -> list:
-    """`work` on as many rows at once as BATCH_TOKENS allows; longest: tokens of the longest row and its answer."""
-    size = max(1, BATCH_TOKENS // longest)
-    results: list = []
+    size = max(1, batch_tokens // longest)
+    losses: list[float] = []
+    answers: list[str] = []
     with files.bar(len(rows), label, unit="rows") as tick:
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            results += work(batch)
+            losses += loss(batch)
+            if rule.rule == "exact":
+                answers += answer([prompt_ids(row) for row in batch])
             tick(len(batch))
-    return results
+    positions = sum(len(response_positions(row)) for row in rows)
+    result = {"loss": round(sum(losses) / positions, 4), "positions": positions, "rows": len(rows)}
+    if rule.rule == "exact":
+        right = sum(said.strip() == row["answer"] for said, row in zip(answers, rows, strict=True))
+        result |= {"score": round(right / len(rows), 4), "answers": answers}
+    return result
 
 
 def prompt_ids(row: dict) -> list[int]:

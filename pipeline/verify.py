@@ -126,7 +126,8 @@ def measure(model: "Llama", rule: Evaluate, rows: list[dict], name: str) -> dict
     def loss(batch) -> list[float]:
         return [-sum(runtime.token_log_probs(model, row["input_ids"], response_positions(row))) for row in batch]
 
-    result = score(rows, rule, answer, loss, name)
+    # One row at a time: the answer starts from the prompt that the loss has left in the key-value cache.
+    result = score(rows, rule, answer, loss, name, batch_tokens=0)
     result.pop("answers", None)
     return result
 

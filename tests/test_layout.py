@@ -135,4 +135,17 @@ def test_every_shipped_config_loads():
 def test_numbers_in_the_readme_come_from_a_benchmark():
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert {"device", "versions", "command", "date", "rows"} <= results.keys()
-    assert any(row["system"] == "ferry" for row in results["rows"])
+    rows = {row["case"]: row for row in results["rows"]}
+    assert all(row["system"] in ("ferry", "base model") for row in rows.values())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    fresh = rows["fresh, seed 3407: make demo, all"]
+    right = {case: round(100 * row["score"]) for case, row in rows.items() if case.endswith("held-out rows, q4_k_m")}
+    assert len(right) == 3, "three seeds"
+    assert f"to {right['fresh, seed 3407: held-out rows, q4_k_m']} right answers of 100" in readme
+    assert f"in {fresh['wall_s'] / 60:.0f} minutes" in readme
+    for case, score in right.items():
+        seed = case.split("seed ")[1].split(":")[0]
+        assert f"| {seed} | 0 | {score} |" in readme
+        assert rows[case.replace("q4_k_m", "base")]["score"] == 0
+        total = rows[f"{case.split(':')[0]}: make demo, all"]
+        assert f"{total['wall_s']:.0f} s, {total['peak_memory_gb']} GB" in readme
