@@ -31,7 +31,7 @@ def killed(chain: Chain, ready, kill=signal.SIGKILL, limit: float = 600) -> str:
     process = chain.start("train")
     until = time.monotonic() + limit
     while not ready() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
+        time.sleep(0.005)
     assert process.poll() is None, f"make ended before it could be killed:\n{process.stdout.read()}"
     os.killpg(process.pid, kill)
     printed = process.communicate()[0]
