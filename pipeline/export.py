@@ -13,7 +13,7 @@ from pipeline.record import Run
 
 def stage(export: Export, run: Run) -> dict:
     """Write export/merged/, export/<name>.f16.gguf, one GGUF a quantization, and the record."""
-    folder = run.folder / "export"
+    folder = run.workspace("export", "finetune")
     adapter = run.output("finetune", "adapter").parent
     merged = folder / "merged"
     if not merged.is_dir():

@@ -24,7 +24,7 @@ COMPLETE = "ferry-complete"  # marks a checkpoint that was written to its end
 def stage(base: Base, tune: Finetune, run: Run) -> dict:
     """Train, or go on from the last complete checkpoint; write finetune/adapter/ and the record."""
     data = run.read("data")
-    folder = run.folder / "finetune"
+    folder = run.workspace("finetune", "data")
     weights = bases.weights(Path(data["base"]["path"]))
     trainer = build_trainer(weights, base, tune, run, folder)
     check_first_batch(trainer, files.read_rows(run.output("data", "train")))

@@ -51,6 +51,18 @@ class Run:
             raise UserError(f"{self.path(stage)} is missing", f"run `make {stage}` first")
         return files.read_json(self.path(stage))
 
+    def workspace(self, stage: str, source: str) -> Path:
+        """The stage's folder, emptied when what is in it was begun from another `source` record.
+
+        So an interrupted stage goes on with its own half-done work, never with that of other data or another adapter.
+        """
+        folder = self.folder / stage
+        begun, now = folder / "source.json", {source: files.sha256(self.path(source))}
+        if not begun.is_file() or files.read_json(begun) != now:
+            files.remove(folder)
+            files.write_json(begun, now)
+        return folder
+
     def write(self, stage: str, sources: tuple[str, ...], outputs: dict[str, Path], **facts) -> dict:
         """The stage's last act. sources: stages it was made from; outputs: its files, which must exist by now."""
         value = {

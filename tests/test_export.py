@@ -5,7 +5,9 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from contract import files
 from pipeline import base, export
+from pipeline.record import Run
 
 
 def test_every_target_is_w_plus_scale_b_a_and_everything_else_the_base(chain, source):
@@ -58,3 +60,13 @@ def test_an_interrupted_export_goes_on_where_it_was(tmp_path):
     export.make(made, lambda part: part.write_text("GGUF"))
     export.make(made, lambda part: 1 / 0)  # there already: not made again
     assert made.read_text() == "GGUF"
+
+
+def test_half_done_work_of_another_adapter_is_not_reused(tmp_path):
+    run = Run(tmp_path)
+    files.write_json(run.path("finetune"), {"adapter": 1})
+    left = run.workspace("export", "finetune") / "merged"
+    left.mkdir()
+    assert run.workspace("export", "finetune") and left.is_dir()  # the same adapter: it goes on
+    files.write_json(run.path("finetune"), {"adapter": 2})
+    assert run.workspace("export", "finetune").is_dir() and not left.exists()
