@@ -9,7 +9,8 @@ SET    ?=
 RUNS   ?= runs
 MODELS ?= models
 REPO   ?= hub/$(RUN)
-VENV   ?= .venv
+LIGHT  ?=
+VENV   ?= $(if $(LIGHT),.venv-light,.venv)
 PYTHON ?= python3
 
 R        := $(RUNS)/$(RUN)
@@ -25,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo train check deploy-mac pull smoke modelfile summary env lock test bench config \
-        data finetune evaluate export verify publish
+        preview data finetune evaluate export verify publish
 
 ##@ Everywhere
 
@@ -41,7 +42,9 @@ config: env ## print the resolved config and what its choices cost
 train: check $(R)/publish.json ## all of the following, from where it stands
 	@echo "train: complete, $(R)/publish.json"
 
-data: $(R)/data.json ## rows -> token ids and labels; freezes the config
+preview: env ## three rows as they will be trained, what carries loss in colour; writes nothing
+	@$(PIPELINE) data $(CONFIG) --run $(R) $(SETS) --preview 3
+data: $(R)/data.json ## rows -> token ids and labels; freezes the config (LIGHT=1: no torch needed)
 finetune: check $(R)/finetune.json ## LoRA by Unsloth; continues from its last checkpoint
 evaluate: check $(R)/evaluate.json ## base and adapter on held-out rows, in torch
 export: check $(R)/export.json ## merged 16 bit -> f16 GGUF -> quantized GGUF
@@ -79,7 +82,7 @@ summary: modelfile ## what was made, the scores, real answers, the next commands
 ##@ Ferry itself
 
 env: ## locked Python environment and llama.cpp, built once (cached in ~/.cache/ferry)
-	@$(PYTHON) setup/env.py --venv $(VENV)
+	@$(PYTHON) setup/env.py --venv $(VENV) $(if $(LIGHT),--light)
 lock: env ## refresh the pins and show what changed
 	@$(VENV)/bin/python setup/lock.py
 test: env ## every test, the real chain on real weights included
@@ -92,3 +95,4 @@ help:
 	@echo
 	@echo "Settings: CONFIG=$(CONFIG) RUN=$(RUN) REPO=$(REPO)"
 	@echo '          SET="finetune.max_steps=20 finetune.seed=1" overrides single values of the config'
+	@echo '          LIGHT=1 with data and preview: an environment without torch, for a laptop'

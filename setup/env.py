@@ -1,6 +1,7 @@
 """`make env`: the locked Python environment and the one llama.cpp. Run again, it says in one line that all is there.
 
     python3 setup/env.py --venv .venv
+    python3 setup/env.py --venv .venv-light --light    only what `make data` needs: no torch, no llama.cpp, no compiler
 
 <venv>/ferry.json is written last and says what is in the environment; it is taken away before anything is changed.
 So whatever happens on the way, a second run sees an unfinished environment and repairs it.
@@ -20,11 +21,12 @@ import time
 from common import cache_folder, fail, run, writable_folder
 
 OLDEST, NEWEST = (3, 11), (3, 14)
-LOCKS = ("cpu", "test")
+LOCKS, LIGHT = ("cpu", "test"), ("data",)
 HERE = os.path.dirname(os.path.abspath(__file__))
 AGAIN = "make env"
 NETWORK = f"check the network (and pip config list), then {AGAIN}"
 DISK = 2.2e9  # the environment takes 1.9 GB (torch 0.7, pyarrow 0.15, ...), and pip unpacks beside it
+DISK_LIGHT = 0.8e9
 BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
 # pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
 TORCH_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
@@ -51,12 +53,12 @@ def fits(python, module="sys"):
     return subprocess.call([python, "-c", ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
 
 
-def wanted():
-    """What a finished environment has: the locks' hashes, and the llama.cpp for this machine."""
+def wanted(light=False):
+    """What a finished environment has: the locks' hashes, and (if it is not a light one) the llama.cpp for this machine."""
     import llamacpp
 
-    locks = {name: hashlib.sha256(read_lock(name).encode()).hexdigest() for name in LOCKS}
-    return {"locks": locks, "llama.cpp": {"version": llamacpp.version(), "key": llamacpp.key()}}
+    locks = {name: hashlib.sha256(read_lock(name).encode()).hexdigest() for name in (LIGHT if light else LOCKS)}
+    return {"locks": locks, "llama.cpp": None if light else {"version": llamacpp.version(), "key": llamacpp.key()}}
 
 
 def read_lock(name):
@@ -72,7 +74,7 @@ def ready(venv, want):
             have = json.load(file)
     except (OSError, ValueError):
         return False
-    parts = ("bin/python", "llama.cpp/build.json")
+    parts = ("bin/python",) + (("llama.cpp/build.json",) if want["llama.cpp"] else ())
     return all(have.get(k) == v for k, v in want.items()) and all(os.path.exists(os.path.join(venv, p)) for p in parts)
 
 
@@ -112,9 +114,9 @@ def marker(venv):
     return os.path.join(venv, "pip-is-running")
 
 
-def split_locks():
+def split_locks(names):
     """(the lines of torch, all other pinned lines)"""
-    lines = [line for name in LOCKS for line in read_lock(name).splitlines() if line and not line.startswith("#")]
+    lines = [line for name in names for line in read_lock(name).splitlines() if line and not line.startswith("#")]
     torch = [line for line in lines if line.startswith("torch==")]
     return torch, [line for line in lines if line not in torch]
 
@@ -166,21 +168,20 @@ def write_last(path, content):
 
 
 def set_up(venv, want, log):
-    """All five steps. Each can be repeated."""
-    import llamacpp
-
+    """All five steps, or the two of a light environment. Each can be repeated."""
     record = os.path.join(venv, "ferry.json")
     if os.path.exists(record):
         os.remove(record)
-    steps = Steps(5)
+    steps = Steps(5 if want["llama.cpp"] else 2)
     steps.begin("virtual environment")
     python = make_venv(venv, log)
     steps.done()
 
-    torch, others = split_locks()
-    steps.begin("torch")
-    install(venv, log, "torch", (TORCH_INDEX if any("+cpu" in line for line in torch) else []) + torch)
-    steps.done()
+    torch, others = split_locks(want["locks"])
+    if torch:
+        steps.begin("torch")
+        install(venv, log, "torch", (TORCH_INDEX if any("+cpu" in line for line in torch) else []) + torch)
+        steps.done()
 
     steps.begin(f"python packages ({len(others)})")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -190,7 +191,17 @@ def set_up(venv, want, log):
     remove_others(venv, log, others)
     steps.done()
 
-    name = "llama.cpp " + want["llama.cpp"]["version"]
+    if want["llama.cpp"]:
+        set_up_llama_cpp(venv, want["llama.cpp"]["version"], steps, log)
+    said = subprocess.run([python, "--version"], capture_output=True, text=True).stdout
+    write_last(record, dict(want, python=said.split()[-1]))
+
+
+def set_up_llama_cpp(venv, version, steps, log):
+    """Built once for this machine; its wheels into the environment, its folder beside them."""
+    import llamacpp
+
+    name = "llama.cpp " + version
     there = llamacpp.complete(llamacpp.folder())
     steps.begin(name if there else name + ": compiled once for this machine (6 minutes on 2 cores)", newline=not there)
     built = llamacpp.ensure(say=print)
@@ -200,8 +211,6 @@ def set_up(venv, want, log):
     wheels = [str(next((built / "wheels").glob(name + "-*.whl"))) for name in BUILT]
     install(venv, log, "llama-cpp-python", ["--force-reinstall"] + wheels)
     link(built, os.path.join(venv, "llama.cpp"))
-    said = subprocess.run([python, "--version"], capture_output=True, text=True).stdout
-    write_last(record, dict(want, python=said.split()[-1]))
     steps.done()
 
 
@@ -210,28 +219,32 @@ def main():
     fitting_python()
     parser = argparse.ArgumentParser(description="Make Ferry's Python environment.")
     parser.add_argument("--venv", default=".venv", help="where (default: .venv)")
-    venv, cache = os.path.abspath(parser.parse_args().venv), cache_folder()
+    parser.add_argument("--light", action="store_true", help="only what `make data` needs: no torch, no llama.cpp")
+    given = parser.parse_args()
+    venv, cache = os.path.abspath(given.venv), cache_folder()
     import llamacpp
 
-    want = wanted()
-    place = "environment: {}, llama.cpp {version}-{key}".format(venv, **want["llama.cpp"])
+    want = wanted(given.light)
+    place = "environment: " + venv
+    place += ", llama.cpp {version}-{key}".format(**want["llama.cpp"]) if want["llama.cpp"] else ", light"
     if ready(venv, want):
         return print(place + ": all there")
     writable_folder(cache, "FERRY_CACHE=/some/other/folder " + AGAIN)
     writable_folder(venv, "make env VENV=/some/other/folder")
     with llamacpp.locked(os.path.join(cache, "env.lock"), print):
         if not ready(venv, want):  # now that any other set-up is over
-            check_disk(venv, cache, llamacpp)
+            check_disk(venv, cache, llamacpp, given.light)
             log = os.path.join(cache, "env.log")
             open(log, "w").close()
             set_up(venv, want, log)
     print(place + ": ready")
 
 
-def check_disk(venv, cache, llamacpp):
+def check_disk(venv, cache, llamacpp, light=False):
     """Before the first byte: a full disk in the middle costs ten minutes."""
     new = not os.path.exists(os.path.join(venv, "bin", "python"))
-    needs = [(venv, DISK if new else 0), (cache, 0 if llamacpp.complete(llamacpp.folder()) else llamacpp.DISK)]
+    built = light or llamacpp.complete(llamacpp.folder())
+    needs = [(venv, (DISK_LIGHT if light else DISK) if new else 0), (cache, 0 if built else llamacpp.DISK)]
     for folder, _ in needs:
         need = sum(size for other, size in needs if os.stat(other).st_dev == os.stat(folder).st_dev)
         free = shutil.disk_usage(folder).free

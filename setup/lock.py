@@ -1,7 +1,8 @@
 """`make lock`: resolve pyproject.toml again, write setup/locks/*.txt and print what changed.
 
-cpu.txt  what the cloud side runs on (core + cpu + deploy: `verify` asks the same llama.cpp as the Mac)
-test.txt what the tests add to it
+cpu.txt  what the cloud side runs on (core + data + cpu + deploy: `verify` asks the same llama.cpp as the Mac)
+data.txt what `data` alone needs, on a laptop: the same versions, no torch
+test.txt what the tests add to cpu.txt
 
 uv resolves for every platform at once, which pip cannot; it comes into a throwaway environment, not into the project's.
 """
@@ -84,11 +85,12 @@ def main() -> None:
         if done.returncode:
             fail(f"{UV} cannot be installed\n{done.stderr.rstrip()}", "check the network, then make lock")
         where = uv_arguments()
-        cpu = resolve(uv, where, ["cpu", "deploy"])
+        cpu = resolve(uv, where, ["data", "cpu", "deploy"])
         held = Path(folder) / "cpu.txt"
         held.write_text("\n".join(cpu) + "\n")
-        test = [line for line in resolve(uv, where, ["cpu", "deploy", "test"], held) if line not in cpu]
-    changes = write("cpu.txt", cpu) + write("test.txt", test)
+        test = [line for line in resolve(uv, where, ["data", "cpu", "deploy", "test"], held) if line not in cpu]
+        data = resolve(uv, where, ["data"], held)
+    changes = write("cpu.txt", cpu) + write("data.txt", data) + write("test.txt", test)
     print("\n".join(changes) or "no change")
 
 

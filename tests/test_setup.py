@@ -300,7 +300,7 @@ def test_a_finished_environment_says_so_and_changes_nothing(setup, tmp_path):
 
 
 def test_the_locks_pin_every_line(setup):
-    assert [path.stem for path in LOCKS] == sorted(setup.env.LOCKS)
+    assert [path.stem for path in LOCKS] == sorted(setup.env.LOCKS + setup.env.LIGHT)
     for path in LOCKS:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert len(lines) >= 5
