@@ -1,32 +1,93 @@
 """Rendering a chat template without transformers, as llama.cpp and the Mac side do it."""
 
+import contextlib
+import functools
+import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from contract.errors import UserError
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from llama_cpp import Llama
 
 
-def render(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> str:
-    """The prompt for `messages`, ready for the assistant's answer. Raises UserError when the template fails."""
+def render(
+    template: str, messages: Sequence[dict], bos: str = "", eos: str = "", add_generation_prompt: bool = True
+) -> str:
+    """`messages` as text, by default with the prompt for the assistant's answer. Raises UserError when the template fails."""
     from jinja2 import TemplateError
+
+    try:
+        return compiled(template).render(
+            messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+            bos_token=bos, eos_token=eos,
+        )  # fmt: skip
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"the chat template cannot render {' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: {error}",
+            "use a template that can: data.template names one, a published model is published again",
+        ) from error
+
+
+def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:
+    """Names that the template prints although nobody gives them: they would be empty in every prompt."""
+    from jinja2 import Undefined
+
+    names: list[str] = []
+
+    class Noted(Undefined):
+        def __str__(self) -> str:
+            names.append(self._undefined_name)
+            return ""
+
+    text = compiled(template, Noted)
+    with contextlib.suppress(Exception):  # `render` says what fails
+        text.render(messages=list(messages), tools=None, documents=None, bos_token=bos, eos_token=eos)
+    return sorted(set(names))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(template: str, undefined: type | None = None) -> "Template":
+    """A chat template with the settings, filters and functions of transformers' own renderer (chat_template_utils.py)."""
+    from jinja2 import TemplateError, Undefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # The same settings as transformers' own renderer.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation()],
+        undefined=undefined or Undefined,
+    )  # fmt: skip
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
-        )
+        return environment.from_string(template)
     except TemplateError as error:
         raise UserError(
-            f"the chat template cannot render a prompt: {error}", "publish the model again with a template that can"
+            f"the chat template is no valid Jinja: {error}",
+            "set data.template to another one, such as alpaca or chatml",
         ) from error
+
+
+def _generation() -> type:
+    """{% generation %} marks an assistant's words for transformers; here it only has to be understood."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    return Generation
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str):

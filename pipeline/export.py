@@ -5,7 +5,6 @@ from pathlib import Path
 
 from contract import files
 from contract.errors import UserError
-from pipeline import base as bases
 from pipeline import llamacpp
 from pipeline.config import Export
 from pipeline.record import Run
@@ -17,7 +16,7 @@ def stage(export: Export, run: Run) -> dict:
     adapter = run.output("finetune", "adapter").parent
     merged = folder / "merged"
     if not merged.is_dir():
-        weights = bases.weights(Path(run.read("data")["base"]["path"]))
+        weights = Path(run.read("finetune")["weights"])
         merge(weights, adapter, run.folder / "data" / "tokenizer", merged)
     refuse_full_disk(merged, export)
     gguf = folder / f"{run.folder.name}.f16.gguf"

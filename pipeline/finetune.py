@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
-from pipeline import unsloth
+from pipeline import rows, unsloth
 from pipeline.config import Base, Finetune
 from pipeline.record import Run
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from trl import SFTTrainer
 
@@ -25,9 +26,9 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     """Train, or go on from the last complete checkpoint; write finetune/adapter/ and the record."""
     data = run.read("data")
     folder = run.workspace("finetune", "data")
-    weights = bases.weights(Path(data["base"]["path"]))
+    weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
     trainer = build_trainer(weights, base, tune, run, folder)
-    check_first_batch(trainer, files.read_rows(run.output("data", "train")))
+    check_first_batch(trainer, rows.read(run.output("data", "train")))
     checkpoint = last_complete(folder / "checkpoints")
     print(
         f"finetune: {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}",
@@ -44,7 +45,7 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
         steps=trainer.state.global_step, epochs=round(trainer.state.epoch, 2), final_loss=next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry),
         resumed_from=checkpoint.name if checkpoint else None, device=unsloth.device(), peak_memory_gb=unsloth.peak_memory_gb(),
         tokens=trainer.state.num_input_tokens_seen, trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        seed=tune.seed,
+        seed=tune.seed, weights=str(weights),
     )  # fmt: skip
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only after the record: a kill before it resumes here
     return record
@@ -63,7 +64,7 @@ def build_trainer(weights: Path, base: Base, tune: Finetune, run: Run, folder: P
         processing_class=AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer"),
         args=trainer_arguments(tune, base, folder / "checkpoints"),
         train_dataset=dataset(run.output("data", "train")),
-        eval_dataset=dataset(run.output("data", "heldout")) if tune.eval_strategy != "no" else None,
+        eval_dataset=heldout(run.output("data", "heldout")) if tune.eval_strategy != "no" else None,
         callbacks=[marker()],
     )
 
@@ -121,26 +122,41 @@ def trainer_arguments(tune: Finetune, base: Base, checkpoints: Path):
 
 
 def dataset(path: Path) -> "Dataset":
-    """The rows of `data` as a Dataset of input_ids and labels."""
+    """The training rows as they are: input_ids and labels."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable(rows.read(path)))
+
+
+def heldout(path: Path) -> "Dataset":
+    """The held-out rows, input_ids and labels only."""
     from datasets import Dataset
 
     return Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in files.read_rows(path)])
 
 
-def check_first_batch(trainer: "SFTTrainer", rows: list[dict]) -> None:
+def check_first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
     """What the model is about to see is what `data` wrote: every row of the first batch, ids and labels, unpadded.
 
     Raises RuntimeError otherwise: some library tokenized, masked, cut or dropped again.
     """
-    if not trainer.args.packing and len(trainer.train_dataset) != len(rows):
-        raise RuntimeError(f"the trainer kept {len(trainer.train_dataset)} of {len(rows)} rows")
-    written = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows}
+    if not trainer.args.packing and len(trainer.train_dataset) != len(written):
+        raise RuntimeError(f"the trainer kept {len(trainer.train_dataset)} of {len(written)} rows")
+    known = {
+        _fingerprint(row["input_ids"], row["labels"]) for batch in written.to_batches() for row in batch.to_pylist()
+    }
     batch = next(iter(trainer.get_train_dataloader()))
     for ids, labels in zip(*_unpadded(batch), strict=True):
-        if (tuple(ids), tuple(labels)) not in written:
+        if _fingerprint(ids, labels) not in known:
             raise RuntimeError(
                 f"the trainer's first batch holds a row that data did not write: {ids[:20]}... labels {labels[:20]}..."
             )
+
+
+def _fingerprint(ids: list[int], labels: list[int]) -> int:
+    """Of one row; a million rows are 60 MB of them."""
+    return hash((tuple(ids), tuple(labels)))
 
 
 def _unpadded(batch: dict) -> tuple[list[list[int]], list[list[int]]]:

@@ -15,12 +15,20 @@ from contract.errors import UserError
 BITS = {"f16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.5, "q4_k_m": 4.9, "q4_k_s": 4.6, "q3_k_m": 3.9}
 
 
+def folder() -> Path:
+    """Where `make env` links it into the environment."""
+    return Path(os.environ.get("FERRY_LLAMA_CPP") or Path(sys.prefix) / "llama.cpp")
+
+
+def there() -> bool:
+    return (folder() / "build.json").is_file()
+
+
 def home() -> Path:
-    """The folder that `make env` linked into the environment. Raises UserError when it is not there."""
-    folder = Path(os.environ.get("FERRY_LLAMA_CPP") or Path(sys.prefix) / "llama.cpp")
-    if not (folder / "build.json").is_file():
-        raise UserError(f"llama.cpp is not set up ({folder})", "run `make env`")
-    return folder
+    """Its folder. Raises UserError when it is not there."""
+    if not there():
+        raise UserError(f"llama.cpp is not set up ({folder()})", "run `make env`")
+    return folder()
 
 
 def version() -> str:

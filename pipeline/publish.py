@@ -99,7 +99,7 @@ def build(config: Config, run: Run, artifacts: list[manifest.Artifact]) -> manif
         name=run.folder.name,
         base=manifest.BaseModelInfo(**{key: data["base"][key] for key in manifest.BaseModelInfo.model_fields}),
         dataset=manifest.Dataset(
-            source=config.data.source, revision=config.data.revision, sha256=data["inputs"], rows=data["rows"],
+            source=config.data.source, revision=data["dataset"]["training"].get("revision") or config.data.revision, sha256=data["inputs"], rows=data["rows"],
             split=config.data.validation or f"{config.data.validation_share:g} of the rows, by content hash",
             split_hash=data["outputs"]["heldout"]["sha256"],
         ),

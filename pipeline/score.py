@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from contract import files
 from pipeline.config import Evaluate
-from pipeline.data import IGNORED
+from pipeline.rows import IGNORED
 
 # (prompt ids of several rows) -> answers as text, greedy
 Answer = Callable[[Sequence[list[int]]], list[str]]

@@ -55,8 +55,8 @@ def stage(config: Config, run: Run) -> dict:
     refuse(config, scores, export["default"], adapter["loss"])
     path = run.folder / "verify" / "contract.json"
     files.write_json(
-        path, {"chat": chat_format(tokenizer, golden, config.data.system), "golden": golden, "smoke": smoke}
-    )
+        path, {"chat": chat_format(tokenizer, golden, config.data.system, run.read("data")["chat"]["end"]), "golden": golden, "smoke": smoke}
+    )  # fmt: skip
     return run.write("verify", ("data", "evaluate", "export"), {"contract": path}, scores=scores)
 
 
@@ -80,13 +80,13 @@ def golden_prompts(tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
     return golden
 
 
-def chat_format(tokenizer: "PreTrainedTokenizerFast", golden: list[dict], system: str | None) -> dict:
-    """The manifest's ChatFormat, as trained."""
+def chat_format(tokenizer: "PreTrainedTokenizerFast", golden: list[dict], system: str | None, ends: list[str]) -> dict:
+    """The manifest's ChatFormat, as trained. ends: the tokens that end an answer."""
     bos = tokenizer.bos_token
     return {
         "template": tokenizer.chat_template,
         "sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        "stop": [tokenizer.eos_token],
+        "stop": list(dict.fromkeys([tokenizer.eos_token, *ends])),
         "bos": bos,
         "bos_in_template": bool(bos) and golden[0]["prompt"].startswith(bos),
         "system": system,
@@ -137,7 +137,7 @@ def smoke_prompt(model: "Llama", message: str, system: str | None, generation: G
     before = [{"role": "system", "content": system}] if system else []
     ids = runtime.tokenize(model, chat.prompt(model, [*before, {"role": "user", "content": message}]))
     said, ended = runtime.greedy(model, ids, generation.max_tokens)
-    answer = said + [model.token_eos()] * ended
+    answer = said + ended
     return {
         "message": message,
         "ids": ids,

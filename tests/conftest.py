@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,25 @@ def source() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(source):
-    """The demo's tokenizer, rebuilt and proven."""
+def trained_format(source):
+    """The demo's tokenizer, rebuilt and proven, with the template that is trained, and that template's facts."""
     from pipeline import base
-    from pipeline.config import Data
-    from pipeline.data import load_tokenizer
+    from pipeline.data import template
 
-    return load_tokenizer(base.tokenizer(source), Data(source="unused.jsonl"))
+    tokenizer, chat, _ = template.load(base.tokenizer(source), "tokenizer", date(2024, 7, 26))
+    return tokenizer, chat
+
+
+@pytest.fixture
+def tokenizer(trained_format):
+    return trained_format[0]
+
+
+@pytest.fixture(scope="session")
+def masker(trained_format, tmp_path_factory):
+    """Conversations to labelled rows, with the demo's tokenizer and template."""
+    from pipeline.data.mask import Masker
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained_format[0].save_pretrained(folder)
+    return Masker(folder, trained_format[1])

@@ -11,6 +11,7 @@ from contract import files, manifest
 from contract.errors import UserError
 from deploy import modelfile, pull, smoke
 from pipeline.record import STAGES, Run
+from pipeline.rows import read as rows_of
 from tests.conftest import make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -106,7 +107,8 @@ def test_a_dropped_label_mask_is_noticed(chain):
 
     from pipeline import finetune
 
-    rows = files.read_rows(chain.run / "data" / "train.jsonl")[:2]
+    table = rows_of(chain.run / "data" / "train.parquet").slice(0, 2)
+    rows = table.to_pylist()
 
     def trainer(labels):
         width = max(len(row["input_ids"]) for row in rows)
@@ -123,15 +125,17 @@ def test_a_dropped_label_mask_is_noticed(chain):
             args=SimpleNamespace(packing=False), train_dataset=rows, get_train_dataloader=lambda: [batch]
         )
 
-    finetune.check_first_batch(trainer([row["labels"] for row in rows]), rows)
+    finetune.check_first_batch(trainer([row["labels"] for row in rows]), table)
     with pytest.raises(RuntimeError, match="a row that data did not write"):
-        finetune.check_first_batch(trainer([row["input_ids"] for row in rows]), rows)
+        finetune.check_first_batch(trainer([row["input_ids"] for row in rows]), table)
     with pytest.raises(RuntimeError, match="kept 2 of 4 rows"):
-        finetune.check_first_batch(trainer([row["labels"] for row in rows]), rows * 2)
+        finetune.check_first_batch(
+            trainer([row["labels"] for row in rows]), rows_of(chain.run / "data" / "train.parquet").slice(0, 4)
+        )
 
 
 def test_most_labels_are_masked(chain):
-    rows = files.read_rows(chain.run / "data" / "train.jsonl")
+    rows = rows_of(chain.run / "data" / "train.parquet").to_pylist()
     share = sum(label != -100 for row in rows for label in row["labels"]) / sum(len(row["labels"]) for row in rows)
     assert 0.1 < share < 0.4
     assert all(row["labels"][0] == -100 and 2 in row["labels"] for row in rows)

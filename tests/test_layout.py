@@ -57,13 +57,19 @@ def test_no_import_arrow_points_the_wrong_way(package):
         assert ours <= SIDES[package], f"{path} imports {ours - SIDES[package]}"
 
 
+def stage_files(stage: str) -> list[Path]:
+    """One file, or a folder of the same name when it has outgrown that."""
+    found = sorted((ROOT / "pipeline" / stage).glob("*.py")) or [ROOT / "pipeline" / f"{stage}.py"]
+    assert all(path.is_file() for path in found) and (len(found) == 1 or found[0].with_name("stage.py") in found)
+    return found
+
+
 def test_stages_do_not_import_each_other():
-    # `data` is the owner of masking and `verify` of the GGUF checks; what others need of them is a function, not the stage.
     for stage in STAGES:
-        for name in imported(ROOT / "pipeline" / f"{stage}.py"):
-            assert not name.endswith(".stage") and not any(
-                name == f"pipeline.{other}" for other in STAGES if other != stage
-            ), f"{stage} imports {name}"
+        for path in stage_files(stage):
+            for name in imported(path):
+                owner = next((other for other in STAGES if f"{name}.".startswith(f"pipeline.{other}.")), stage)
+                assert owner == stage, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("package", SIDES)
@@ -95,7 +101,7 @@ def test_stage_is_file_command_record_and_make_target():
         [sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     for stage in STAGES:
-        assert (ROOT / "pipeline" / f"{stage}.py").is_file()
+        assert stage_files(stage)
         assert re.search(rf"^  {stage} ", listing, re.MULTILINE)
         assert re.search(rf"^{stage}:", makefile, re.MULTILINE) and f"$(R)/{stage}.json: |" in makefile
 
@@ -149,3 +155,19 @@ def test_numbers_in_the_readme_come_from_a_benchmark():
         assert rows[case.replace("q4_k_m", "base")]["score"] == 0
         total = rows[f"{case.split(':')[0]}: make demo, all"]
         assert f"{total['wall_s']:.0f} s, {total['peak_memory_gb']} GB" in readme
+
+
+def test_the_data_numbers_in_the_readme_come_from_a_benchmark():
+    results = json.loads((ROOT / "benchmarks" / "results" / "data.json").read_text())
+    wall = {(row["system"], row["case"]): row["wall_s"] for row in results["rows"]}
+    readme, plain = " ".join((ROOT / "README.md").read_text().split()), "52,000 rows, plain"
+    ours = wall["ferry", plain]
+    slower = {name: wall[name, plain] / ours for name in ("LLaMA-Factory", "Axolotl")}
+    assert all(ratio > 1 for ratio in slower.values()), "faster than both, with the same steps"
+    assert f"{slower['LLaMA-Factory']:.2f} times and Axolotl's {slower['Axolotl']:.2f} times as long" in readme
+    all_steps = wall["ferry", "52,000 rows, all steps"] / ours
+    assert all_steps <= 2 and f"it takes {all_steps:.2f} times its own plain run" in readme
+    largest = max(
+        (row for row in results["rows"] if row["case"].startswith("all steps,")), key=lambda row: row["rows_kept"]
+    )
+    assert f"{largest['case'].split()[2]} rows need {largest['peak_memory_gb']} GB" in readme

@@ -1,0 +1,41 @@
+"""Why a row is not trained on: the one list that rejected.jsonl, the table and the limit on rejected rows share."""
+
+
+class Unfit(Exception):
+    """A row that cannot be used. reason: a key of REASONS; detail: what this row holds."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+# Broken rows: something is wrong with the file, the format or the template. Too many of them stop the stage.
+BROKEN = {
+    "wrong_format": "lacks the fields of the detected format",
+    "duplicate_keys": "a JSON object names a key twice",
+    "columns": "a CSV row with more columns than its header",
+    "not_text": "a field is no text (a number, null, bytes, an image, ...)",
+    "broken_encoding": "text that is no valid Unicode, or holds U+FFFD",
+    "unknown_characters": "characters that the tokenizer has no tokens for",
+    "empty": "a turn without words",
+    "unknown_role": "a role that is none of system, user, assistant",
+    "tool_call": "tool calls and their results: not supported",
+    "not_alternating": "user and assistant do not take turns",
+    "no_answer": "the conversation does not end with the assistant",
+    "special_tokens": "the text holds one of the tokenizer's special tokens",
+    "template": "the chat template cannot say this conversation, or not faithfully",
+    "system_ignored": "the chat template drops the system prompt",
+    "too_long": "more tokens than base.max_seq_length",
+    "no_loss": "no token is left that carries loss",
+}
+# Rows that are dropped because the config asks for it.
+UNWANTED = {
+    "too_short": "fewer words than clean.min_words",
+    "too_wordy": "more words than clean.max_words",
+    "secret": "holds a key, token or password",
+    "personal": "holds personal data",
+    "duplicate": "the same text as an earlier row",
+    "near_duplicate": "nearly the text of an earlier row",
+    "leaked": "the question, or nearly the text, of a held-out row",
+}
+REASONS = BROKEN | UNWANTED

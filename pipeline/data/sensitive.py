@@ -1,0 +1,100 @@
+"""Secrets and personal data in text: detect-secrets' patterns, check digits by python-stdnum."""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# What every secret that is looked for here has: a long run of these characters, a URL or a PEM header. Rows without one,
+# nearly all, cost one pass; the patterns behind it take ten times as long. tests/test_sensitive.py holds one of each kind.
+MAYBE = re.compile(r"(?<![\w+/=.-])[\w+/=.-]{20}|://|BEGIN |PuTTY")
+NUMBER = re.compile(r"\d\d[ -]?\d")  # in every number that is looked for
+# Left out: entropy and keyword plugins, which take hex ids and prose for secrets; Artifactory (its AP... matches
+# APPLICATIONS); public IP addresses, seldom a secret; IBM's, SoftLayer's and Cloudant's, whose patterns take cubic time
+# on a run of spaces; and three that take quadratic time on one long word, which NEWER has in other words.
+SKIPPED = (
+    "ArtifactoryDetector", "IPPublicDetector", "KeywordDetector", "IbmCloudIamDetector", "IbmCosHmacDetector",
+    "SoftlayerDetector", "CloudantDetector", "NpmDetector", "JwtTokenDetector", "OpenAIDetector",
+)  # fmt: skip
+# Keys that people who train models have, newer than detect-secrets 1.5; and those of which its patterns match a part only.
+NEWER = {
+    "Private Key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)",  # all of it
+    "JSON Web Token": r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?",  # with its signature
+    "NPM tokens": r"\bnpm_[A-Za-z0-9]{36}|_authToken=\s*[\w-]{36}",
+    "Hugging Face token": r"\bhf_[A-Za-z0-9]{34,}\b",
+    "Anthropic key": r"\bsk-ant-[A-Za-z0-9_-]{24,}",
+    "OpenAI Token": r"(?<![\w-])sk-(?:(?:proj|svcacct|admin)-[\w-]{32,}|[\w-]{20,}?T3BlbkFJ[\w-]{20,})",
+    "Google API key": r"\bAIza[0-9A-Za-z_-]{35}",
+    "Weights & Biases key": r"\bwandb_v1_[A-Za-z0-9_]{40,}",
+}
+EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
+CARD = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-]*\d)")
+IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
+
+
+class Finding(NamedTuple):
+    """kind: what it is; start, end: its characters."""
+
+    kind: str
+    start: int
+    end: int
+
+
+@functools.cache
+def patterns() -> list[tuple[str, re.Pattern]]:
+    """(kind, pattern) of every secret that is looked for."""
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+
+    found = [(kind, re.compile(text, re.DOTALL)) for kind, text in NEWER.items()]
+    for kind, plugin in get_mapping_from_secret_type_to_class().items():
+        if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in SKIPPED:
+            found += [(kind, pattern) for pattern in plugin().denylist]
+    return found
+
+
+def secrets(text: str) -> list[Finding]:
+    """Keys, tokens and passwords in URLs."""
+    if not MAYBE.search(text):
+        return []
+    return _apart(Finding(kind, *match.span()) for kind, pattern in patterns() for match in pattern.finditer(text))
+
+
+def personal(text: str) -> list[Finding]:
+    """E-mail addresses; card numbers, IBANs and US social security numbers whose check digits hold."""
+    return _apart(_personal(text))
+
+
+def _personal(text: str) -> Iterator[Finding]:
+    from stdnum import iban, luhn
+    from stdnum.us import ssn
+
+    if "@" in text:
+        yield from (Finding("e-mail address", *match.span()) for match in EMAIL.finditer(text))
+    if not NUMBER.search(text):
+        return
+    for match in CARD.finditer(text):
+        digits = re.sub(r"[ -]", "", match[0])
+        if luhn.is_valid(digits) and len(set(digits)) > 1 and digits[0] in "3456":  # the networks' first digits
+            yield Finding("card number", *match.span())
+    yield from (Finding("IBAN", *match.span()) for match in IBAN.finditer(text) if iban.is_valid(match[0]))
+    yield from (
+        Finding("social security number", *match.span()) for match in SSN.finditer(text) if ssn.is_valid(match[0])
+    )
+
+
+def _apart(findings) -> list[Finding]:
+    """In order of place, each character in one finding at most."""
+    kept: list[Finding] = []
+    for finding in sorted(findings, key=lambda f: (f.start, -f.end)):
+        if not kept or finding.start >= kept[-1].end:
+            kept.append(finding)
+    return kept
+
+
+def masked(text: str, findings: list[Finding]) -> str:
+    """`text` with each finding replaced by its kind, such as [E-MAIL ADDRESS]."""
+    for finding in reversed(findings):
+        text = f"{text[: finding.start]}[{finding.kind.upper()}]{text[finding.end :]}"
+    return text

@@ -1,0 +1,148 @@
+"""data: rows in; token ids, labels and held-out questions out, every row that is lost accounted for.
+
+    read -> schema -> clean -> mask (in chunks, on all cores) -> spool -> duplicates, leakage -> write -> report
+
+What concerns all rows at once is decided on fingerprints, and the spool is copied without the rows that fall away: so
+memory grows by some 400 bytes a row, whatever the rows' length.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from contract import files
+from contract.errors import UserError
+from pipeline import base as bases
+from pipeline.config import Base, Config, Data, warnings
+from pipeline.data import read, report, schema, spool, template, work
+from pipeline.record import Run
+
+
+def stage(config: Config, run: Run, processes: int | None = None) -> dict:
+    """Freeze the config, write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and the record.
+
+    processes: how many work on the rows (none: one a core); the result does not depend on it. Raises UserError when the
+    source, the template or too many of the rows cannot be used.
+    """
+    run.freeze(config)
+    folder = run.folder / "data"
+    files.remove(folder)
+    base = bases.fetch(config.base.model, config.base.revision, weights=False)
+    sources = Sources(config.data)
+    tokenizer, chat, changed = template.load(
+        bases.tokenizer(base), config.data.template, config.data.date, sources.reasoning()
+    )
+    settings = settings_of(config, chat, folder / "tokenizer", sources)
+    with files.writing(settings.tokenizer) as part:
+        tokenizer.save_pretrained(part)
+    rows = gathered(sources, settings, folder, processes or os.cpu_count() or 1)
+    report.refuse_broken(rows.tally, config.clean, folder / "rejected.jsonl")
+    rows.decide(config.clean, split=settings.validation_share is not None)
+    report.refuse_empty(rows, config)
+    outputs = rows.write(tokenizer)
+    facts = report.facts(rows, config)
+    said = [
+        *changed,
+        *report.cautions(facts, config, chat),
+        *warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
+    ]
+    tokenizer_files = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
+    return run.write(
+        "data", (), outputs | tokenizer_files, inputs=sources.inputs, dataset=sources.facts,
+        formats=sources.formats(), base=describe_base(config.base, base), warnings=said,
+        chat={"end": chat.ends, "scaffold": chat.scaffolds[0], "system": chat.system, "joined": chat.joined}, **facts,
+    )  # fmt: skip
+
+
+def settings_of(config: Config, chat: template.Chat, tokenizer: Path, sources: "Sources") -> work.Settings:
+    """What a worker needs, with the refusal that format and template do not fit each other."""
+    formats = {found.format for _, _, found in sources.parts}
+    if "text" in formats and not chat.raw:
+        raise UserError(
+            f"{config.data.source} holds plain text, and a chat template puts turns around it",
+            "set data.template to completion, or map the columns of questions and answers in data.columns",
+        )
+    return work.Settings(
+        tokenizer=tokenizer, chat=chat, clean=config.clean, every_turn=config.data.labels == "all",
+        system=config.data.system, limit=config.base.max_seq_length,
+        validation_share=None if sources.held else config.data.validation_share,
+    )  # fmt: skip
+
+
+def gathered(sources: "Sources", settings: work.Settings, folder: Path, processes: int) -> spool.Spool:
+    """All rows, cleaned and masked, in the spool."""
+    rows = spool.Spool(folder, [part.name for part, _, _ in sources.parts])
+    with files.bar(0, "clean and mask", unit=" rows") as tick:
+        for done in work.through(sources.chunks(), settings, processes):
+            rows.add(done)
+            tick(done.tally.rows)
+    rows.close()
+    return rows
+
+
+class Sources:
+    """The parts of the data set with their formats. parts: (part, held out as a whole?, schema)."""
+
+    def __init__(self, data: Data):
+        training, held = read.training(data), read.validation(data)
+        self.held = held is not None
+        named = [(part, False) for part in training.parts] + [(part, True) for part in (held.parts if held else ())]
+        self.heads = [heads(part) for part, _ in named]
+        self.parts = [
+            (part, is_held, schema.detect(head, data, part.name))
+            for (part, is_held), head in zip(named, self.heads, strict=True)
+        ]
+        self.inputs = training.inputs | (held.inputs if held else {})
+        if data.template.endswith(".jinja"):
+            template.source(data.template, None)
+            self.inputs |= {data.template: files.sha256(Path(data.template))}
+        self.facts = {"training": training.facts, "validation": held.facts if held else {}}
+
+    def formats(self) -> list[str]:
+        """One sentence a part: which format, and why."""
+        return [f"{part.name}: {found.format} ({found.evidence})" for part, _, found in self.parts]
+
+    def reasoning(self) -> bool:
+        """Do answers hold a thinking block of their own?"""
+        return any("</think>" in json.dumps(row, default=repr, skipkeys=True) for head in self.heads for row in head)
+
+    def chunks(self) -> Iterator[work.Chunk]:
+        for number, (part, held, found) in enumerate(self.parts):
+            items = part.items()
+            while some := list(islice(items, work.CHUNK)):
+                yield work.Chunk(number, part.name, found, held, some)
+
+
+def heads(part: read.Part) -> list[dict]:
+    """The first rows that can be read, for the format. Raises UserError when there is none."""
+    rows, faults = [], []
+    for line, payload in islice(part.items(), schema.HEAD):
+        try:
+            row = work.parsed(payload, part.name, line)
+            faults += [] if isinstance(row, dict) else [f"{part.name}:{line}: {type(row).__name__}, not an object"]
+            rows += [row] if isinstance(row, dict) else []
+        except work.Unfit as unfit:
+            faults.append(f"{part.name}:{line}: {unfit.detail}")
+    if not rows:
+        raise UserError(
+            f"{part.name} holds no row that can be read" + (f"; the first: {faults[0]}" if faults else ""),
+            "put rows into it (JSON objects, or a table with a header), or name another file in data.source",
+        )
+    return rows
+
+
+def describe_base(base: Base, source: Path) -> dict:
+    """What the manifest says of the base model."""
+    if source.is_file():
+        meta = bases.metadata(source)
+        return {
+            "model": base.model, "revision": bases.digest(source), "architecture": meta["general.architecture"],
+            "license": meta.get("general.license") or base.license, "name": meta.get("general.basename") or source.stem,
+        }  # fmt: skip
+    revision = source.name if "snapshots" in source.parts else None
+    return {
+        "model": base.model, "revision": revision or base.revision, "architecture": bases.architecture(source),
+        "license": base.license, "name": base.model.rstrip("/").split("/")[-1],
+    }  # fmt: skip

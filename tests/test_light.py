@@ -1,0 +1,120 @@
+"""The data stage as a laptop runs it: an environment without torch and llama.cpp, base and rows from a Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.hub import COMMIT, serving
+
+ROWS = [{"question": f"What is {i} plus {i}? Case {i * 7}.", "answer": f"It is {2 * i}."} for i in range(3000)]
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory) -> Path:
+    """The environment of `make data LIGHT=1`."""
+    venv = tmp_path_factory.mktemp("light") / "venv"
+    command = ["make", "--no-print-directory", "env", "LIGHT=1", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return venv
+
+
+@pytest.fixture(scope="module")
+def repos(source, tmp_path_factory) -> dict[str, Path]:
+    """A base model of which only the tokenizer may be fetched, and a data set with two subsets."""
+    from pipeline import base
+
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(base.tokenizer(source), folder / "base")
+    (folder / "base" / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    )
+    (folder / "base" / "model.safetensors").write_bytes(b"not to be fetched")
+    for name, rows in (("small", ROWS[:50]), ("large", ROWS)):
+        (folder / "rows" / name).mkdir(parents=True)
+        (folder / "rows" / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = [{"config_name": name, "data_files": f"{name}/train.jsonl"} for name in ("small", "large")]
+    (folder / "rows" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    return {"models/you/base": folder / "base", "datasets/you/rows": folder / "rows"}
+
+
+def data(python: Path | str, url: str, folder: Path, *settings: str) -> subprocess.CompletedProcess:
+    """The stage on the Hub at `url`, in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "base": {"model": "you/base", "max_seq_length": 256},
+        "data": {"source": "you/rows", "subset": "large", "split": "train[:2500]"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [str(python), "-m", "pipeline", "data", str(folder / "config.yaml"), "--run", str(folder / "run")]
+    # An import of Unsloth in another test turns HF_HUB_OFFLINE into three variables of this process.
+    online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    environment = online | {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run(
+        command + [word for setting in settings for word in ("--set", setting)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_torch_and_llama_cpp_are_not_there(light):
+    done = subprocess.run(
+        [light / "bin" / "python", "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True
+    )
+    names = {line.split("==")[0].lower() for line in done.stdout.splitlines()}
+    assert "transformers" in names and not names & {
+        "torch",
+        "unsloth",
+        "llama_cpp_python",
+        "gguf",
+        "trl",
+        "bitsandbytes",
+    }
+
+
+def test_rows_made_on_a_laptop_are_those_made_on_the_gpu_box(light, repos, tmp_path):
+    with serving(repos) as hub:
+        for name, python in (("laptop", light / "bin" / "python"), ("box", sys.executable)):
+            done = data(python, hub.url, tmp_path / name)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert "question-answer (200 of the first 200 rows have question, answer)" in done.stdout
+        assert not any("safetensors" in path for path in hub.asked), "the weights stay on the Hub"
+    made = [json.loads((tmp_path / name / "run" / "data.json").read_text()) for name in ("laptop", "box")]
+    for item in ("rows", "dropped", "tokens", "outputs", "base", "dataset"):
+        assert made[0][item] == made[1][item]
+    assert made[0]["rows"]["read"] == 2500
+    assert made[0]["base"]["revision"] == made[0]["dataset"]["training"]["revision"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("data.source=you/gone", "the data set you/gone cannot be loaded"),
+        ("data.subset=medium", "the data set you/rows cannot be loaded: BuilderConfig 'medium' not found"),
+        ("data.split=nonsense", "the data set you/rows cannot be loaded: Unknown split"),
+        ("data.revision=v9", "the data set you/rows cannot be loaded"),
+        ("base.model=you/gone", "you/gone is not on the Hub"),
+        ("base.revision=v9", "you/base has no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_clear_error(repos, tmp_path, setting, expected):
+    with serving(repos) as hub:
+        done = data(sys.executable, hub.url, tmp_path, setting)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_needs_more_says_so(light, tmp_path):
+    command = [light / "bin" / "python", "-m", "pipeline", "data", "configs/demo.yaml", "--run", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "which this environment does not have" in done.stderr and "LIGHT=1" in done.stderr

@@ -1,0 +1,577 @@
+"""Every chat template that llama.cpp carries, with real vocabularies: what is trained is what will be served."""
+
+import copy
+import functools
+import itertools
+import unicodedata
+from dataclasses import dataclass
+from datetime import date, datetime
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import _cached_compile_jinja_template
+
+from contract import chat
+from contract.errors import UserError
+from pipeline import llamacpp
+from pipeline.data import template
+from pipeline.data.mask import Masker, Row
+from pipeline.data.reasons import Unfit
+from tests import vocabularies
+
+DAY = date(2024, 7, 26)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tokenizer and what the labels of its rows must read."""
+
+    vocabulary: str
+    end: str
+    """What follows an answer, with the token that ends it."""
+    specials: str = ""
+    """Special tokens that the vocabulary lacks, apart by a space; ends are always special."""
+    scaffold: str = ""
+    """What the model writes before its answer."""
+    last: str = ""
+    """What follows the last answer, where that is something else."""
+    bos: str = ""
+    """Put before a text, instead of the vocabulary's own."""
+    eos: str = ""
+    """Where it is not the token that ends the last answer."""
+    words: str = ""
+    """Tokens that are not special."""
+    turns: str = "every"
+    """last: history is written otherwise than it was prompted; joined: the prompt is in no whole conversation."""
+    system: bool = True
+    """Whether the template says a system prompt."""
+
+    @property
+    def stop(self) -> str:
+        return self.eos or self.last or self.end.strip()
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        return tuple(filter(None, [self.end.strip(), self.last, self.eos, self.bos, *self.specials.split()]))
+
+
+THINK, CALL = "<think> </think>", "<tool_call> </tool_call>"
+REASONS = f"{THINK} {CALL}"
+CHATML = "<|im_start|> <|im_end|>"
+MISTRAL = "[INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS]"
+GRANITE = "<|start_of_role|> <|end_of_role|>"
+KIMI = "<|im_system|> <|im_user|> <|im_assistant|> <|im_middle|>"
+DEEPSEEK = "<｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>"
+GLM = "[gMASK] <sop> <|system|> <|assistant|> <|observation|>"
+LAGUNA = "〈|EOS|〉"
+HY = " ".join(
+    f"<｜{name}:opensource｜>" for name in ("hy_begin_of_sentence", "hy_User", "hy_Assistant", "reasoning_mode")
+)
+
+# Its own vocabulary: the model was made with it, or with it and a few special tokens more.
+OWN = {
+    "meta-llama-Llama-3.1-8B-Instruct": Family("llama-bpe", "<|eot_id|>"),
+    "meta-llama-Llama-3.2-3B-Instruct": Family("llama-bpe", "<|eot_id|>"),
+    "meta-llama-Llama-3.3-70B-Instruct": Family("llama-bpe", "<|eot_id|>"),
+    "meetkai-functionary-medium-v3.1": Family("llama-bpe", "<|eot_id|>"),
+    "meetkai-functionary-medium-v3.2": Family("llama-bpe", "<|eot_id|>", scaffold="all\n"),
+    "HuggingFaceTB-SmolLM3-3B": Family("llama-bpe", "<|im_end|>", CHATML, words=THINK),
+    "Qwen-Qwen2.5-7B-Instruct": Family("qwen2", "<|im_end|>", words=REASONS),
+    "Qwen-Qwen3-0.6B": Family("qwen2", "<|im_end|>", words=REASONS, turns="last"),
+    "Qwen-QwQ-32B": Family("qwen2", "<|im_end|>", words=REASONS, turns="joined"),
+    "Qwen3-Coder": Family("qwen2", "<|im_end|>", words=REASONS),
+    "MiMo-VL": Family("qwen2", "<|im_end|>", words=REASONS),
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": Family(
+        "qwen2",
+        "<｜end▁of▁sentence｜>",
+        DEEPSEEK,
+        bos="<｜begin▁of▁sentence｜>",
+        words=THINK,
+        turns="joined",
+    ),
+    "Qwen3.5-4B": Family("qwen35", "<|im_end|>", words=REASONS, turns="last"),
+    "microsoft-Phi-3.5-mini-instruct": Family("phi-3", "<|end|>"),
+    "google-gemma-4-31B-it": Family("gemma-4", "<turn|>", turns="joined"),
+    "google-gemma-4-31B-it-interleaved": Family("gemma-4", "<turn|>", turns="joined"),
+    "ibm-granite-granite-3.3-2B-Instruct": Family("starcoder", "<|end_of_text|>", GRANITE),
+}
+# A real vocabulary stands in for the model's own, which is not here; its special tokens are added.
+STAND_INS = {
+    "Apertus-8B-Instruct": Family(
+        "falcon", "<|assistant_end|>", "<|system_start|> <|system_end|> <|developer_start|> <|developer_end|> "
+        "<|user_start|> <|user_end|> <|assistant_start|>",
+    ),
+    "Apriel-1.6-15b-Thinker-fixed": Family(
+        "deepseek-coder", "\n<|end|>", "<|begin_system|> <|begin_user|> <|begin_assistant|> <|begin_content|>", turns="joined"
+    ),
+    "Bielik-11B-v3.0-Instruct": Family("llama-spm", "<|im_end|>", CHATML, words=REASONS),
+    "ByteDance-Seed-OSS": Family("starcoder", "<seed:eos>", "<seed:bos> <seed:think> </seed:think>"),
+    "GLM-4.6": Family("refact", "<|user|>", GLM, scaffold="\n", eos="<|endoftext|>", words=REASONS),
+    "GLM-4.7-Flash": Family("refact", "<|user|>", GLM, eos="<|endoftext|>", words=REASONS),
+    "GigaChat3-10B-A1.8B": Family("gpt-2", "<|message_sep|>", "<|role_sep|>"),
+    "GigaChat3.1-10B-A1.8B": Family("gpt-2", "<|message_sep|>", "<|role_sep|>"),
+    "Kimi-K2-Instruct": Family("mpt", "<|im_end|>", KIMI),
+    "Kimi-K2-Thinking": Family("mpt", "<|im_end|>", KIMI, scaffold="<think></think>", words=THINK),
+    "Kimi-K3": Family("mpt", "<|close|>", "<|open|> <|sep|>", eos="<|end_of_msg|>"),
+    "LFM2-8B-A1B": Family("deepseek-coder", "<|im_end|>", CHATML),
+    "LFM2.5-8B-A1B": Family("deepseek-coder", "<|im_end|>", CHATML, words=THINK),
+    "LFM2.5-Instruct": Family("deepseek-coder", "<|im_end|>", CHATML, words=THINK),
+    "MiniMax-M1": Family("refact", "<end_of_sentence>", "<begin_of_document> <beginning_of_sentence>"),
+    "MiniMax-M3": Family("refact", "[e~[", "]~b]", scaffold="</mm:think>", words="<mm:think> </mm:think>"),
+    "Mistral-Small-3.2-24B-Instruct-2506": Family("llama-bpe", "</s>", MISTRAL),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": Family("starcoder", "<|im_end|>", CHATML, words=REASONS),
+    "NVIDIA-Nemotron-Nano-v2": Family("starcoder", "\n<SPECIAL_12>", "<SPECIAL_10> <SPECIAL_11>", words=REASONS, turns="last"),
+    "Reka-Edge": Family("gpt-2", "\n\n<sep>", scaffold=" "),
+    "Spark2.5": Family("starcoder", "<｜end▁of▁sentence｜>", "<|System|> <|User|> <|Bot|>", words=REASONS),
+    "deepseek-ai-DeepSeek-V3.1": Family("deepseek-llm", "<｜end▁of▁sentence｜>", DEEPSEEK, words=THINK),
+    "deepseek-ai-DeepSeek-V4": Family("deepseek-coder", "<｜end▁of▁sentence｜>", DEEPSEEK, words=THINK),
+    "deepseek-ai-DeepSeek-V4-Flash-0731": Family("deepseek-coder", "<｜end▁of▁sentence｜>", DEEPSEEK, words=THINK),
+    "google-gemma-2-2b-it": Family("llama-spm", "<end_of_turn>", "<start_of_turn>", system=False),
+    "ibm-granite-granite-4.0": Family("starcoder", "<|end_of_text|>", GRANITE, words=REASONS),
+    "ibm-granite-granite-4.1": Family("starcoder", "<|end_of_text|>", GRANITE, words=REASONS),
+    "inclusionai-ling-3.0-flash": Family("starcoder", "<|role_end|>", words=REASONS),
+    "mistralai-Ministral-3-14B-Reasoning-2512": Family("llama-bpe", "</s>", f"{MISTRAL} [THINK] [/THINK]"),
+    "mistralai-Mistral-Nemo-Instruct-2407": Family("llama-bpe", "</s>", MISTRAL, system=False),
+    "moonshotai-Kimi-K2": Family("mpt", "<|im_end|>", KIMI),
+    "muse-glimmer": Family("falcon", "<|eot|>", "<|start|> <|message|> <|eom|>", scaffold=" to=user<|message|>"),
+    "openai-gpt-oss-120b": Family(
+        "gpt-2", "<|end|>", "<|start|> <|message|> <|channel|>", scaffold="<|channel|>final<|message|>", last="<|return|>"
+    ),
+    "openbmb-MiniCPM5-1B": Family("llama-spm", "<|im_end|>", CHATML, words=REASONS),
+    "poolside-Laguna-S-2.1": Family("starcoder", "</assistant>", LAGUNA, words=REASONS),
+    "poolside-Laguna-XS-2.1": Family("starcoder", "\n</assistant>", LAGUNA, scaffold="\n", words=REASONS),
+    "poolside-Laguna-XS.2": Family("starcoder", "\n</assistant>", LAGUNA, scaffold="\n", words=REASONS),
+    "tencent-Hy3": Family("starcoder", "<｜hy_eos:opensource｜>", HY, words="<think:opensource> </think:opensource>"),
+    "unsloth-Apriel-1.5": Family("deepseek-coder", "\n<|end|>", "<|system|> <|user|> <|assistant|> <|content|>"),
+    "unsloth-mistral-Devstral-Small-2507": Family("llama-bpe", "</s>", MISTRAL),
+    "upstage-Solar-Open-100B": Family("starcoder", "<|end|>", "<|begin|> <|content|> <|think|>", scaffold="<|content|>"),
+}  # fmt: skip
+# What comes with Ferry, in a tokenizer that it fits.
+NAMED = {
+    "alpaca": Family("starcoder", "<|endoftext|>"),
+    "chatml": Family("qwen2", "<|im_end|>", words=REASONS),
+    "completion": Family("deepseek-coder", "<｜end▁of▁sentence｜>"),
+    "gemma": Family("llama-spm", "<end_of_turn>", "<start_of_turn>", system=False),
+    "llama-3": Family("llama-bpe", "<|eot_id|>"),
+    "mistral": Family("llama-spm", "</s>", scaffold=" ", system=False),
+    "phi-3": Family("phi-3", "<|end|>"),
+    "vicuna": Family("llama-spm", "</s>", scaffold=" "),
+    "zephyr": Family("llama-spm", "</s>"),
+}
+# The templates inside the vocabularies' own files.
+EMBEDDED = {
+    "qwen2": Family("qwen2", "<|im_end|>", words=REASONS),
+    "phi-3": Family("phi-3", "<|end|>"),
+    "command-r": Family("command-r", "<|END_OF_TURN_TOKEN|>"),
+}
+# A template that no row could be trained with faithfully, and what the refusal says.
+REFUSED = {
+    "Cohere2MoE": "<|START_THINKING|>', and the conversation it trains on does not go on from there",
+    "CohereForAI-c4ai-command-r-plus-tool_use": "cannot render user: 'NoneType' object is not iterable",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|END_THINKING|>', and the conversation",
+    "MiniMax-M2": r"<think>\n', and the conversation",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "cannot render user: 'NoneType' object is not iterable",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "cannot render user: 'NoneType' object is not iterable",
+    "StepFun3.5-Flash": r"<think>\n', and the conversation",
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": r"<think>\n', and the conversation",
+    "deepseek-ai-DeepSeek-V3.2": "<think></think>', and the conversation",
+    "fireworks-ai-llama-3-firefunction-v2": "cannot render user: 'functions' is undefined",
+    "llama-cpp-deepseek-r1": r"<think>\n', and the conversation",
+    "llama-cpp-rwkv-world": "ends an answer without a special token",
+}
+# Every end token is special in it, so the template alone is at fault.
+WILLING = Family("starcoder", "<|im_end|>", f"{CHATML} {DEEPSEEK} <|eot_id|> <|END_OF_TURN_TOKEN|> [e~[")
+
+SYSTEM = {"role": "system", "content": "Answer the crew of the MS Kräftig."}
+ANSWERS = [
+    "Because.",
+    "Pier 12, 07:45, 1234567.89 EUR (100%).",
+    "🚢 leaves, naïve “quotes”, 日本語, cafe\u0301 👩‍👩‍👧‍👦",
+    'def f(x):\n\treturn {"a": x**2}  # two  spaces\n\n\nprint(f(3))',
+    "First line\n- second, don't\n\n1. third: <b>no token</b> {{ nor a }} template",
+]
+
+
+def conversations() -> list[list[dict]]:
+    """Every answer alone, two in one conversation, and after a system prompt."""
+    single = [[asked("Why 17*23?"), said(answer)] for answer in ANSWERS]
+    double = [one + [asked("And then?\nTell me."), *two[1:]] for one, two in itertools.pairwise(single)]
+    return [*single, *double, [SYSTEM, *single[0]], [SYSTEM, *double[-1]]]
+
+
+def asked(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def folder() -> Path:
+    return llamacpp.home() / "models" / "templates"
+
+
+def stems() -> list[str]:
+    """Every template; without llama.cpp the tests that need them say so."""
+    return sorted(path.stem for path in folder().glob("*.jinja")) if llamacpp.there() else [*OWN, *STAND_INS]
+
+
+def source(stem: str) -> str:
+    return (folder() / f"{stem}.jinja").read_text(encoding="utf-8")
+
+
+@functools.cache
+def tokens(vocabulary: str, bos: str) -> dict:
+    """What all families of a vocabulary need in it: a token that a text does not hold changes nothing."""
+    families = [f for table in (OWN, STAND_INS, NAMED, EMBEDDED) for f in table.values()] + [WILLING]
+    sharing = [family for family in families if (family.vocabulary, family.bos) == (vocabulary, bos)]
+    return {
+        "specials": dict.fromkeys(token for family in sharing for token in family.added),
+        "words": dict.fromkeys(token for family in sharing for token in family.words.split()),
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """prepared(family, template) -> a base model's folder.
+
+    Reading back what was just written takes seconds for each vocabulary, so AutoTokenizer hands out the written tokenizer;
+    folders that a test writes itself are read.
+    """
+    made, wanted, from_pretrained = {}, {}, AutoTokenizer.from_pretrained
+
+    @functools.cache
+    def written(vocabulary: str, bos: str) -> Path:
+        place = tmp_path_factory.mktemp("tokenizer")
+        made[place] = vocabularies.tokenizer(vocabulary, bos=bos, **tokens(vocabulary, bos))
+        made[place].save_pretrained(place)
+        return place
+
+    def prepare(family: Family, text: str) -> Path:
+        place = written(family.vocabulary, family.bos)
+        wanted[place] = family.stop, vocabularies.named(vocabularies.header(family.vocabulary), "padding"), text
+        return place
+
+    def read(place: Path):
+        if place not in made:
+            return from_pretrained(place)
+        made[place].eos_token, made[place].pad_token, made[place].chat_template = wanted[place]
+        return made[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", read)
+        yield prepare
+
+
+class Loaded:
+    """What the data stage works with, and the labels it must find."""
+
+    def __init__(self, family: Family, base: Path, place: Path, name: str = "tokenizer"):
+        self.family = family
+        self.tokenizer, self.chat, self.notes = template.load(base, name, DAY)
+        self.tokenizer.save_pretrained(place)
+        self.masker = Masker(place, self.chat)
+        self.last = copy.copy(self.masker)
+        self.last.every_turn = False
+
+    def prompt(self, messages: list[dict]) -> str:
+        """What transformers serves."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def answer(self, text: str, last: bool) -> str:
+        """What the labelled tokens of one answer must say."""
+        words = self.family.scaffold + text + (self.family.last if last and self.family.last else self.family.end)
+        # SentencePiece writes a word's first space with it and takes it off when it decodes.
+        return words.removeprefix(" ") if self.family.vocabulary == "llama-spm" else words
+
+    def prove(self, messages: list[dict], row: Row, turns: list[int]) -> None:
+        """Each answer of `turns` is labelled to its end, follows the very prompt that is served, and nothing else is."""
+        runs = labelled(row)
+        assert len(runs) == len(turns)
+        for (start, stop), turn in zip(runs, turns, strict=True):
+            wanted = self.answer(messages[turn]["content"], last=turn == len(messages) - 1)
+            assert same(self.tokenizer.decode(row.ids[start:stop]), wanted)
+            assert self.tokenizer.decode(row.ids[stop - 1]) == self.end(turn, messages)
+            assert row.ids[:start].tolist() == self.ids(self.prompt(messages[:turn]))
+        assert row.prompt == self.prompt(messages[:-1])
+        assert row.prompt_tokens == runs[-1][0]
+        assert row.answer == messages[-1]["content"]
+        assert self.begins(row)
+
+    def end(self, turn: int, messages: list[dict]) -> str:
+        last = turn == len(messages) - 1
+        return (last and self.family.last) or self.family.end.strip()
+
+    def begins(self, row: Row) -> bool:
+        """One BOS, at the start, if the tokenizer puts one there; else as the template has it."""
+        bos, ids = self.tokenizer.bos_token_id, row.ids.tolist()
+        if bos not in self.tokenizer("").input_ids:
+            return True
+        return ids[0] == bos and ids.count(bos) == 1
+
+
+def labelled(row: Row) -> list[tuple[int, int]]:
+    """(first, last + 1) of every unbroken run of tokens that carry loss."""
+    edges = [i for i in range(len(row.ids) + 1) if (i < len(row.ids) and row.loss[i]) != (i > 0 and row.loss[i - 1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def same(text: str, wanted: str) -> bool:
+    """Qwen 2 composes what is written as letter and accent."""
+    return unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", wanted)
+
+
+def prove_all(loaded: Loaded) -> None:
+    proven = 0
+    for messages in conversations():
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not loaded.family.system and messages[0] == SYSTEM:
+            assert not loaded.chat.system
+            with pytest.raises(Unfit):
+                loaded.masker(messages)
+            continue
+        if loaded.family.turns == "last" and len(answers) > 1:
+            with pytest.raises(Unfit, match="data.labels: last"):
+                loaded.masker(messages)
+        else:
+            every = loaded.family.turns == "every"
+            loaded.prove(messages, loaded.masker(messages), answers if every else answers[-1:])
+        loaded.prove(messages, loaded.last(messages), answers[-1:])
+        proven += 1
+    assert proven >= 9
+
+
+# Vocabularies
+
+
+@pytest.mark.parametrize("name", vocabularies.NAMES)
+def test_a_rebuilt_vocabulary_gives_the_models_own_ids(name):
+    core, vectors = vocabularies.core(name), vocabularies.vectors(name)
+    assert len(vectors) > 40
+    assert [core.encode(text, add_special_tokens=False).ids for text, _ in vectors] == [ids for _, ids in vectors]
+
+
+def test_every_family_uses_a_proven_vocabulary():
+    families = [*OWN.values(), *STAND_INS.values(), *NAMED.values(), *EMBEDDED.values(), WILLING]
+    assert {family.vocabulary for family in families} <= set(vocabularies.NAMES)
+
+
+# Rendering
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_a_template_renders_as_transformers_renders_it(stem):
+    text, theirs, rendered = source(stem), _cached_compile_jinja_template(source(stem)), 0
+    for messages in [[asked("Why?")], [SYSTEM, asked("Why?")], *conversations()]:
+        for prompted in (True, False):
+            try:
+                wanted = theirs.render(
+                    messages=messages, tools=None, documents=None, add_generation_prompt=prompted, bos_token="<s>", eos_token="</s>"
+                )  # fmt: skip
+            except Exception:  # noqa: BLE001 (whatever theirs says, ours is a UserError)
+                with pytest.raises(UserError, match="cannot render"):
+                    chat.render(text, messages, "<s>", "</s>", prompted)
+            else:
+                assert chat.render(text, messages, "<s>", "</s>", prompted) == wanted
+                rendered += 1
+    assert rendered or stem in REFUSED
+
+
+# Labels
+
+
+def test_every_template_is_proven_or_refused():
+    assert sorted([*OWN, *STAND_INS, *REFUSED]) == stems()
+    assert len(stems()) > 60
+
+
+@pytest.mark.parametrize("stem", [*OWN, *STAND_INS])
+def test_labels_are_the_answers_and_their_ends(stem, prepared, tmp_path):
+    family = OWN.get(stem) or STAND_INS[stem]
+    loaded = Loaded(family, prepared(family, source(stem)), tmp_path)
+    assert loaded.chat.joined == (family.turns == "joined")
+    prove_all(loaded)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_labels_with_the_template_inside_a_vocabularys_file(name, prepared, tmp_path):
+    text = vocabularies.header(name)["tokenizer.chat_template"]
+    prove_all(Loaded(EMBEDDED[name], prepared(EMBEDDED[name], text), tmp_path))
+
+
+@pytest.mark.parametrize("name", template.named())
+def test_labels_with_ferrys_own_templates(name, prepared, tmp_path):
+    prove_all(Loaded(NAMED[name], prepared(NAMED[name], "not looked at"), tmp_path, name))
+
+
+def test_the_default_template_of_hermes_is_chatml(prepared, tmp_path):
+    family = Family("llama-bpe", "<|im_end|>", CHATML)
+    loaded = Loaded(family, prepared(family, "not looked at"), tmp_path, "chatml")
+    assert any("no BOS" in note for note in loaded.notes)
+    prove_all(loaded)
+
+
+def test_rows_that_reason_keep_the_template_thinking(prepared, tmp_path):
+    family = OWN["Qwen-Qwen3-0.6B"]
+    tokenizer, facts, notes = template.load(
+        prepared(family, source("Qwen-Qwen3-0.6B")), "tokenizer", DAY, reasoning=True
+    )
+    assert not any("thinking" in note for note in notes)
+    tokenizer.save_pretrained(tmp_path)
+    answer = "<think>\nFirst 17, then 23.\n</think>\n\n391"
+    row = Masker(tmp_path, facts)([asked("Why?"), said(answer)])
+    assert tokenizer.decode(row.ids[row.loss]) == answer + "<|im_end|>"
+    assert row.prompt.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "stem", ["GLM-4.7-Flash", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen3.5-4B", "Spark2.5", "poolside-Laguna-S-2.1"]
+)
+def test_rows_that_reason_are_refused_where_the_prompt_has_begun_to(stem, prepared):
+    """They would learn to close the block that the prompt opens, and to open another."""
+    base = prepared(OWN.get(stem) or STAND_INS[stem], source(stem))
+    with pytest.raises(UserError, match="and the conversation it trains on does not go on"):
+        template.load(base, "tokenizer", DAY, reasoning=True)
+
+
+def test_of_several_templates_the_default_is_trained(tmp_path):
+    tokenizer = vocabularies.tokenizer("llama-spm", eos="<|im_end|>", specials=CHATML.split())
+    chatml = (template.FOLDER / "chatml.jinja").read_text()
+    tokenizer.chat_template = {"default": chatml, "tool_use": source("NousResearch-Hermes-3-Llama-3.1-8B-tool_use")}
+    tokenizer.save_pretrained(tmp_path)
+    _, facts, _ = template.load(tmp_path, "tokenizer", DAY)
+    assert facts.template == "{{ bos_token }}" + chatml
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("stem", REFUSED)
+def test_a_template_that_cannot_be_trained_faithfully_is_refused(stem, prepared):
+    with pytest.raises(UserError) as error:
+        template.load(prepared(WILLING, source(stem)), "tokenizer", DAY)
+    assert REFUSED[stem] in error.value.message
+    assert error.value.hint
+
+
+SAYS = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+TURN = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{{ bos_token + bos_token }}" + SAYS + TURN, "begins with <s> twice"),
+        ("{{ functions }}" + SAYS + TURN, "needs functions, which no row has"),
+        ("{% for m in messages %}{{ m.content }}", "no valid Jinja"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + SAYS + TURN, "cannot be frozen"),
+        ("{{ strftime_now('%Y' + '-%m') }}" + SAYS + TURN, "cannot be frozen"),
+        (SAYS.replace("eos_token", "'\n'") + TURN, "without a special token"),
+        (SAYS + TURN + "{% if add_generation_prompt %}<think>{% endif %}", "<think>', and the conversation"),
+        ("{{ raise_exception('no rows today') }}", "no rows today"),
+        ("{{ messages[0].content }}" + TURN, "and the conversation"),
+    ],
+)
+def test_a_template_is_refused_with_its_fault(text, words, prepared):
+    with pytest.raises(UserError) as error:
+        template.load(prepared(Family("llama-spm", "</s>"), text), "tokenizer", DAY)
+    assert words in error.value.message
+    assert error.value.hint
+
+
+def test_a_wrapped_template_with_two_bos_is_refused(prepared):
+    text = "{{ bos_token }}" + source("meta-llama-Llama-3.1-8B-Instruct")
+    with pytest.raises(UserError, match="twice"):
+        template.load(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
+
+
+def test_a_tokenizer_without_a_template_names_those_that_fit(tmp_path):
+    vocabularies.tokenizer("llama-spm").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template") as error:
+        template.load(tmp_path, "tokenizer", DAY)
+    assert all(name in error.value.hint for name in template.named())
+
+
+# Date, BOS, pad
+
+
+@pytest.mark.parametrize("stem", [s for s in stems() if "strftime_now" in source(s)] if llamacpp.there() else [])
+def test_the_frozen_date_is_the_same_on_any_day(stem, prepared, monkeypatch):
+    family = OWN.get(stem) or STAND_INS[stem]
+    _, facts, notes = template.load(prepared(family, source(stem)), "tokenizer", DAY)
+    assert any("frozen to 2024-07-26" in note for note in notes)
+    texts = set()
+    for year in (2025, 2031):
+        monkeypatch.setattr(chat, "datetime", clock(year))
+        texts.add(facts.render([asked("Why?"), said("Because.")]))
+    assert len(texts) == 1
+    assert "2024-07-26" in texts.pop().replace("26 Jul 2024", "2024-07-26").replace("July 26, 2024", "2024-07-26")
+
+
+def clock(year: int) -> type:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(year, 1, 2, tzinfo=tz)
+
+    return Clock
+
+
+def test_the_raw_template_shows_another_date_each_day(monkeypatch):
+    texts = set()
+    for year in (2025, 2031):
+        monkeypatch.setattr(chat, "datetime", clock(year))
+        texts.add(chat.render(source("meta-llama-Llama-3.2-3B-Instruct"), [asked("Why?")]))
+    assert len(texts) == 2
+
+
+def test_a_missing_bos_is_put_first_once(prepared, tmp_path):
+    family = STAND_INS["openbmb-MiniCPM5-1B"]
+    base = prepared(family, (template.FOLDER / "chatml.jinja").read_text())
+    loaded = Loaded(family, base, tmp_path / "once")
+    assert any("no BOS" in note for note in loaded.notes)
+    assert loaded.prompt([asked("Why?")]).count("<s>") == 1
+    again = Loaded(family, tmp_path / "once", tmp_path / "again")
+    assert again.chat.template == loaded.chat.template
+    assert not any("BOS" in note for note in again.notes)
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none(prepared):
+    family = OWN["Qwen-Qwen2.5-7B-Instruct"]
+    tokenizer, facts, notes = template.load(prepared(family, source("Qwen-Qwen2.5-7B-Instruct")), "tokenizer", DAY)
+    assert facts.template == source("Qwen-Qwen2.5-7B-Instruct")
+    assert not any("BOS" in note for note in notes)
+    assert tokenizer.bos_token not in facts.render([asked("Why?")])
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos"), [(None, "</s>"), ("</s>", "</s>"), ("<|im_end|>", "</s>"), ("<|im_end|>", "<|im_end|>")]
+)
+def test_padding_never_ends_an_answer(pad, eos, tmp_path):
+    tokenizer = vocabularies.tokenizer("llama-spm", eos=eos, specials=CHATML.split())
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer, facts, notes = template.load(tmp_path, "chatml", DAY)
+    assert tokenizer.pad_token not in {None, eos, *facts.ends}
+    tokenizer.save_pretrained(tmp_path)
+    row = Masker(tmp_path, facts)([asked("Why?"), said("Because.")])
+    assert tokenizer.pad_token_id not in row.ids[row.loss]
+    assert any(f"pads with {pad or 'nothing'}: changed to" in note for note in notes) == (
+        pad in {None, eos, *facts.ends}
+    )
+
+
+def test_a_pad_token_of_its_own_is_kept(prepared):
+    base = prepared(OWN["google-gemma-4-31B-it"], source("google-gemma-4-31B-it"))
+    tokenizer, _, notes = template.load(base, "tokenizer", DAY)
+    assert tokenizer.pad_token == "<pad>"
+    assert not any("pads" in note for note in notes)
+
+
+def test_a_tokenizer_with_its_end_token_alone_cannot_pad(prepared):
+    with pytest.raises(UserError, match="has no spare token"):
+        template.load(prepared(Family("gpt-2", "<|endoftext|>"), "not looked at"), "alpaca", DAY)
