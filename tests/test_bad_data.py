@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import shutil
 import string
 import subprocess
 import sys
@@ -87,17 +86,6 @@ class Made:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-@pytest.fixture(scope="module")
-def base(source, tmp_path_factory) -> Path:
-    """The demo's tokenizer as a Transformers folder."""
-    from pipeline import base
-
-    folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(base.tokenizer(source), folder)
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,17 +36,6 @@ WORDS = [
     "gangway",
     "deck",
 ]
-
-
-@pytest.fixture(scope="module")
-def base(source, tmp_path_factory) -> Path:
-    """The demo's tokenizer as a Transformers folder."""
-    from pipeline import base
-
-    folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(base.tokenizer(source), folder)
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    return folder
 
 
 @pytest.fixture

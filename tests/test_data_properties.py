@@ -18,9 +18,9 @@ from pipeline.data import duplicates, work
 from pipeline.data.clean import Cleaner, normalized
 from pipeline.data.reasons import Unfit
 from tests import fuzz_readers
-from tests.test_bad_data import base, jsonl, lines, made, pair, quick, words
+from tests.test_bad_data import jsonl, lines, made, pair, quick, words
 
-__all__ = ["base", "quick"]  # fixtures
+__all__ = ["quick"]  # a fixture
 END = "<|im_end|>"
 ONCE = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
 WHOLE = ONCE | {"phases": [Phase.generate]}  # a run of the stage each: too slow to be made smaller
