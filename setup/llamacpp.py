@@ -4,7 +4,7 @@ One source for everything: the tools and the converter of the cloud side, and th
 commit. PyPI has no wheel of it and the converter is in no wheel at all, so it is compiled here and kept:
 
     ${FERRY_CACHE:-~/.cache/ferry}/llama.cpp/<version>-<key>/
-        bin/         llama-quantize, llama-imatrix, llama-perplexity and their libraries
+        bin/         llama-quantize, llama-imatrix, llama-perplexity, our llama-render (render.cpp) and their libraries
         convert/     convert_hf_to_gguf.py with conversion/ and gguf-py/
         models/      real chat templates and vocabularies, for the tests
         wheels/      llama_cpp_python (with the same libraries inside) and gguf
@@ -31,8 +31,9 @@ from pathlib import Path
 
 from common import cache_folder, fail, run, writable_folder
 
-RECIPE = 1  # raise it when this file builds something else from the same inputs
+RECIPE = 2  # raise it when this file builds something else from the same inputs
 DISK = 700e6  # sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air
+RENDER = Path(__file__).with_name("render.cpp")
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 AGAIN = "make env"
 NETWORK = f"check the network (and pip config list), then {AGAIN}"
@@ -85,7 +86,17 @@ def cpu() -> str:
 def key() -> str:
     """Eight hex digits of everything the result depends on."""
     native = "-DGGML_NATIVE=OFF" not in flags()
-    parts = [version(), flags(), RECIPE, compiler(), sys.platform, platform.machine(), cpu() if native else "portable"]
+    ours = hashlib.sha256(RENDER.read_bytes()).hexdigest()
+    parts = [
+        version(),
+        flags(),
+        RECIPE,
+        ours,
+        compiler(),
+        sys.platform,
+        platform.machine(),
+        cpu() if native else "portable",
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
@@ -153,6 +164,7 @@ def build(target: Path, say) -> None:
         vendored = source / "vendor" / "llama.cpp"
         commit = (source / ".git/modules/vendor/llama.cpp/HEAD").read_text().strip()
         compile_all(vendored, work / "build", log, env, say)
+        compile_render(vendored, work / "build", log)
         shutil.copytree(work / "build" / "bin", out / "bin", symlinks=True)
         make_wheels(source, out, log, env)
         (out / "convert").mkdir()
@@ -206,6 +218,20 @@ def compile_all(source: Path, build: Path, log: Path, env: dict[str, str], say) 
     # Not more than 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
     jobs = str(min(os.cpu_count() or 1, 16))
     run(["cmake", "--build", build, "-j", jobs, "--target", "llama", *TOOLS], log, what, hint, env, progress(say))
+
+
+def compile_render(source: Path, build: Path, log: Path) -> None:
+    """Our own tool, against the libraries just built and with CMake's compiler: 4 s."""
+    cache = (build / "CMakeCache.txt").read_text()
+    cxx = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
+    # a Mac's clang++, called by its path, needs it
+    sdk = re.search(r"^CMAKE_OSX_SYSROOT:\w+=(/.+)$", cache, re.MULTILINE)
+    headers = ["-isysroot", sdk[1]] if sdk else []
+    headers += [f"-I{source / name}" for name in ("common", "include", "ggml/include", "vendor")]
+    libraries = ["-L" + str(build / "bin"), "-lllama-common", "-lllama", "-lggml", "-lggml-base"]
+    place = "-Wl,-rpath," + ("@loader_path" if MAC else "$ORIGIN")
+    command = [cxx, "-std=c++17", "-O1", RENDER, *headers, *libraries, place, "-o", build / "bin" / "llama-render"]
+    run(command, log, "llama-render could not be compiled", f"read the log; then {AGAIN}")
 
 
 def progress(say):

@@ -121,11 +121,15 @@ def test_a_failing_command_shows_its_last_words_and_its_log(setup, capsys, tmp_p
     )
 
 
-def test_the_key_follows_everything_the_build_depends_on(setup, monkeypatch):
+def test_the_key_follows_everything_the_build_depends_on(setup, monkeypatch, tmp_path):
     llamacpp = setup.llamacpp
     first = llamacpp.key()
     assert llamacpp.key() == first and re.fullmatch("[0-9a-f]{8}", first)
     keys = {first}
+    (tmp_path / "render.cpp").write_text("int main() {}")
+    with monkeypatch.context() as patch:
+        patch.setattr(llamacpp, "RENDER", tmp_path / "render.cpp")
+        keys.add(llamacpp.key())
     for name, value in (("version", "9.9.9"), ("compiler", "other 1.0"), ("cpu", "sse")):
         with monkeypatch.context() as patch:
             patch.setattr(llamacpp, name, lambda value=value: value)
@@ -135,7 +139,7 @@ def test_the_key_follows_everything_the_build_depends_on(setup, monkeypatch):
         keys.add(llamacpp.key())
     monkeypatch.setenv("FERRY_LLAMA_FLAGS", "-DGGML_CUDA=ON")
     keys.add(llamacpp.key())
-    assert len(keys) == 6
+    assert len(keys) == 7
 
 
 def test_a_portable_build_has_the_same_key_on_every_processor(setup, monkeypatch):
@@ -169,6 +173,7 @@ def fake_build(setup, monkeypatch):
     monkeypatch.setattr(llamacpp, "with_tools", lambda *_: {})
     monkeypatch.setattr(llamacpp, "download", download)
     monkeypatch.setattr(llamacpp, "compile_all", compile_all)
+    monkeypatch.setattr(llamacpp, "compile_render", lambda *_: None)
     monkeypatch.setattr(llamacpp, "make_wheels", lambda source, out, *_: (out / "wheels").mkdir())
     return llamacpp
 
