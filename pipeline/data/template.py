@@ -23,6 +23,19 @@ OTHERS = "set data.template to another one (alpaca, zephyr and vicuna fit every 
 # How templates are told not to open a thinking block: rows without reasoning must be served as they were trained.
 NO_THINKING = ("", "{%- set enable_thinking = false %}", "{%- set thinking = false %}")
 
+# Texts that llama.cpp makes control tokens wherever a vocabulary holds them (src/llama-vocab.cpp, load).
+PROMOTED = (
+    "</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "<|code_prefix|>",
+    "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>",
+    "<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>",
+    "<|code_middle|>", "<|middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
+    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+)  # fmt: skip
+DATES = (("date_string", "%d %b %Y"), ("datetime", "%b %d %Y"))  # llama.cpp's variables and their forms
+
 SYSTEM = {"role": "system", "content": "Sigma rules."}
 USER, AGAIN = {"role": "user", "content": "Upsilon asks?"}, {"role": "user", "content": "Omega asks?"}
 ANSWER, SECOND = {"role": "assistant", "content": "Alpha says."}, {"role": "assistant", "content": "Beta says."}
@@ -75,11 +88,12 @@ def load(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    promoted = as_served(tokenizer)
     text, dated = frozen_date(source(name, tokenizer.chat_template), day)
     text, begun = with_bos(text, tokenizer)
     found, unthinking = faithful(text, tokenizer, reasoning)
     tokenizer.chat_template = found.template
-    return tokenizer, found, [*dated, *begun, *unthinking, *own_pad(tokenizer, found)]
+    return tokenizer, found, [*promoted, *dated, *begun, *unthinking, *own_pad(tokenizer, found)]
 
 
 def source(name: str, own: str | dict | None) -> str:
@@ -102,14 +116,41 @@ def source(name: str, own: str | dict | None) -> str:
         ) from error
 
 
+def as_served(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Ordinary words of the vocabulary that llama.cpp reads as control tokens become special here too, by the same id.
+
+    Else text such as Qwen's '</s>' would be one thing in training and another in every runtime built on llama.cpp.
+    """
+    from transformers import AddedToken
+
+    there, added = tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()}
+    words = [word for word in PROMOTED if word in there and word not in added]
+    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
+    return (
+        [f"llama.cpp reads {' and '.join(words)} in a text as control tokens: so does the tokenizer now"]
+        if words
+        else []
+    )
+
+
 def frozen_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
-    """strftime_now("...") becomes that day's text: the same rows every day, and one date in every runtime."""
+    """strftime_now("...") becomes that day's text: the same rows every day, and one date in every runtime.
+
+    So do the variables in which llama.cpp's server hands every template today's date (common/chat.cpp): Llama 3.1 to 3.3
+    take it from there before they ask any clock.
+    """
     text = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", lambda m: "false" if m[1] else "true", template)
     text = re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), text)
+    text = "".join(f"{{%- set {name} = {day.strftime(form)!r} %}}" for name, form in DATES if used(name, text)) + text
     if "strftime_now" in text:
         raise UserError("the chat template computes a date in a way that cannot be frozen", OTHERS)
     changed = [f"the chat template shows a date: frozen to {day.isoformat()} (data.date)"] if text != template else []
     return text, changed
+
+
+def used(name: str, template: str) -> bool:
+    """Is it a variable of the template, in one of its tags?"""
+    return any(re.search(rf"(?<![.'\"\w]){name}\b", tag) for tag in re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
 
 
 def with_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, list[str]]:
