@@ -118,6 +118,6 @@ def special(model: "Llama", role: str) -> str:
     return llama_cpp.llama_vocab_get_text(vocabulary, int(number)).decode()
 
 
-def prompt(model: "Llama", messages: Sequence[dict]) -> str:
+def prompt(model: "Llama", messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
     """`messages` rendered with the template that is in the file."""
-    return render(embedded(model), messages, special(model, "bos"), special(model, "eos"))
+    return render(embedded(model), messages, special(model, "bos"), special(model, "eos"), add_generation_prompt)

@@ -11,8 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from contract import files
 from contract.errors import UserError
+from contract.turns import Turns
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
 MAX_BYTES = 8 << 20  # a manifest is text of some 20 KB; anything far larger is not one
 
@@ -64,7 +65,13 @@ class ChatFormat(Part):
     stop: tuple[str, ...]
     bos: str | None
     bos_in_template: bool
+    adds_bos: bool = False
+    """Whether runtimes put the BOS in front of a prompt by themselves (tokenizer.ggml.add_bos_token)."""
     system: str | None
+    turns: Turns | None = None
+    """What an Ollama TEMPLATE says of the template, proven on the golden prompts; None: no TEMPLATE says the same."""
+    embedded: tuple[str, ...] = ()
+    """Why the template inside the GGUF is the one to use: what a TEMPLATE cannot say of it. Empty: TEMPLATE says it all."""
 
 
 class Generation(Part):
@@ -81,6 +88,8 @@ class Artifact(Part):
     sha256: Sha256
     bytes: Annotated[int, Field(gt=0)]
     tensor_types: dict[str, int] = {}
+    imatrix: Sha256 | None = None
+    """Of the importance matrix that weighed the quantization."""
     default: bool = False
 
 
@@ -88,6 +97,7 @@ class Golden(Part):
     """A synthetic conversation, its exact prompt and the prompt's token ids."""
 
     messages: tuple[dict[str, str], ...]
+    add_generation_prompt: bool = True
     prompt: str
     ids: tuple[int, ...]
 
@@ -107,6 +117,8 @@ class Smoke(Part):
 
 class Manifest(Part):
     schema_version: int = SCHEMA
+    id: Sha256 | None = None
+    """Stands in every GGUF of the run too, as ferry.manifest_id."""
     name: str
     base: BaseModelInfo
     dataset: Dataset

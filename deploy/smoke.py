@@ -25,7 +25,7 @@ def stage(folder: Path) -> dict:
     """
     made, path = pulled(folder)
     started = time.perf_counter()
-    model = runtime.load(path, max(1024, *(len(s.ids) + len(s.answer_ids) + 64 for s in made.smoke)), all_logits=True)
+    model = runtime.load(path, max(1024, *(len(s.ids) + len(s.answer_ids) + 64 for s in made.smoke)))
     load_seconds = time.perf_counter() - started
     same_prompts(model, made, path)
     answers = [compare(model, expected) for expected in made.smoke]
@@ -52,7 +52,7 @@ def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
             f"{path.name} holds another chat template than its manifest", "publish it again: `make publish`"
         )
     for golden in made.golden:
-        text = chat.prompt(model, golden.messages)
+        text = chat.prompt(model, golden.messages, golden.add_generation_prompt)
         if text != golden.prompt or runtime.tokenize(model, text) != list(golden.ids):
             raise UserError(
                 f"{path.name}: the prompt for {golden.messages[-1]['content']!r} is not the trained one: {text!r}",

@@ -6,7 +6,7 @@ from contract import files
 from contract.manifest import Manifest
 from deploy.pull import pulled
 
-TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "f16": "f16 GGUF, llama.cpp"}
+TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merged": "merged weights, torch"}
 
 
 def text(folder: Path) -> str:
@@ -28,16 +28,23 @@ def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
 
 def _table(made: Manifest) -> list[str]:
     scores = made.scores["heldout"]
-    first = next(iter(scores.values()))
-    rows = [
-        f"  {TITLES.get(name, name + ' GGUF, llama.cpp'):<26}{s['loss']:>14.3f}{_percent(s):>14}"
-        for name, s in scores.items()
-    ]
+    rows = [f"  {_title(name):<28}{s['loss']:>14.3f}{_kl(s):>14}{_percent(s):>14}" for name, s in scores.items()]
     return [
-        f"{first['rows']} held-out rows, rule: {made.scores['rule']}",
-        f"  {'':<26}{'held-out loss':>14}{'right':>14}",
+        f"{made.scores['used']}, rule: {made.scores['rule']}",
+        f"  {'':<28}{'held-out loss':>14}{'KL to 16 bit':>14}{'right':>14}",
         *rows,
+        *(f"  note: {note}" for note in made.scores["notes"]),
     ]
+
+
+def _title(name: str) -> str:
+    if name in TITLES:
+        return TITLES[name]
+    return f"{name.removesuffix('-static')} GGUF{', no imatrix' if name.endswith('-static') else ''}"
+
+
+def _kl(scores: dict) -> str:
+    return f"{scores['kl']:.5f}" if "kl" in scores else "-"
 
 
 def _percent(scores: dict) -> str:

@@ -1,34 +1,12 @@
-"""The Modelfile's TEMPLATE, rendered by the engine that Ollama uses (Go's text/template), gives the trained prompt."""
-
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+"""The demo's Modelfile, rendered by the engine that Ollama uses (Go's text/template), gives the trained prompt."""
 
 import pytest
 
 from contract import chat
+from contract.errors import UserError
 from deploy import modelfile
 from deploy.pull import pulled
-
-PROGRAM = """
-package main
-
-import ("encoding/json"; "os"; "text/template")
-
-type message struct { Role, Content string }
-type input struct { Template string; Messages []message }
-
-func main() {
-	var in input
-	if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil { panic(err) }
-	parsed, err := template.New("t").Parse(in.Template)
-	if err != nil { panic(err) }
-	if err := parsed.Execute(os.Stdout, in); err != nil { panic(err) }
-}
-"""
+from tests.test_turns import Go
 
 CONVERSATIONS = [
     [("user", "Hi")],
@@ -40,45 +18,40 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def go(tmp_path_factory):
-    """Renders (template, messages) with Go."""
-    folder = tmp_path_factory.mktemp("go")
-    (folder / "main.go").write_text(PROGRAM)
-    environment = os.environ | {
-        "GOCACHE": str(folder / "cache"),
-        "GOPATH": str(folder),
-        "GOFLAGS": "-mod=mod",
-        "GO111MODULE": "off",
-        "GOTOOLCHAIN": "local",
-    }
-    binary = shutil.which("go", path=str(Path(sys.prefix) / "bin")) or shutil.which("go")
-    subprocess.run(
-        [binary, "build", "-o", "render", "main.go"], cwd=folder, env=environment, check=True, capture_output=True
-    )
+    made = Go(tmp_path_factory.mktemp("go"))
+    yield made
+    made.close()
 
-    def render(template: str, messages: list[dict]) -> str:
-        value = {"Template": template, "Messages": messages}
-        return subprocess.run(
-            [folder / "render"], input=json.dumps(value), capture_output=True, text=True, check=True
-        ).stdout
 
-    return render
+@pytest.fixture
+def made(chain):
+    return pulled(chain.model)[0]
+
+
+def between(text: str, word: str) -> str:
+    """What the Modelfile says after TEMPLATE or SYSTEM."""
+    return text.split(f'{word} """')[1].split('"""')[0]
+
+
+def trained(made, messages: list[dict]) -> str:
+    """The prompt as trained, without the BOS that llama.cpp puts there."""
+    text = chat.render(made.chat.template, messages, made.chat.bos or "", made.chat.stop[0])
+    return text.removeprefix(made.chat.bos) if made.chat.bos and made.chat.adds_bos else text
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_go_renders_the_trained_prompt(chain, go, conversation):
-    made, _ = pulled(chain.model)
-    messages = [{"role": role, "content": text} for role, text in conversation]
-    if messages[0]["role"] != "system":  # what Ollama does with the Modelfile's SYSTEM, and `data` with data.system
-        messages = [{"role": "system", "content": modelfile.default_system(made)}, *messages]
-    wanted = chat.render(made.chat.template, messages, made.chat.bos or "", made.chat.stop[0])
-    assert go(modelfile.go_template(made), messages) == wanted
+def test_go_renders_the_trained_prompt(chain, made, go, conversation):
+    text = (chain.model / "Modelfile").read_text(encoding="utf-8")
+    messages = [{"role": role, "content": words} for role, words in conversation]
+    own = [] if messages[0]["role"] == "system" else [{"role": "system", "content": made.chat.system}]
+    assert go(between(text, "TEMPLATE"), messages, between(text, "SYSTEM")) == trained(made, [*own, *messages])
 
 
-def test_the_templates_own_system_prompt_is_found(chain, go):
-    made, _ = pulled(chain.model)
-    assert modelfile.template_system(made) == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    messages = [{"role": "system", "content": modelfile.template_system(made)}, {"role": "user", "content": "Hi"}]
-    assert go(modelfile.go_template(made), messages) == chat.render(made.chat.template, messages[1:])
+def test_without_a_system_prompt_the_templates_own_is_said(made, go):
+    messages = [{"role": "user", "content": "Hi"}]
+    wanted = trained(made, messages)
+    assert "You are a helpful AI assistant named SmolLM, trained by Hugging Face" in wanted
+    assert go(made.chat.turns.go(), messages) == wanted
 
 
 def test_the_modelfile_says_what_was_trained(chain):
@@ -93,21 +66,14 @@ def test_the_modelfile_says_what_was_trained(chain):
     assert 'SYSTEM """Ferry help desk: tickets only."""' in text
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}assistant:",  # trims what the user wrote
-        "{% for m in messages %}{% if 'Input' in m['content'] %}X{% endif %}{{ m['content'] }}{% endfor %}",  # looks into it
-        "{{ messages[-1]['content'] }}",  # forgets the turns before
-    ],
-)
-def test_a_template_that_go_cannot_say_is_left_to_the_gguf(chain, template):
-    made, path = pulled(chain.model)
-    changed = made.model_copy(
-        update={
-            "chat": made.chat.model_copy(update={"template": template}),
-            "golden": tuple(g.model_copy(update={"prompt": chat.render(template, g.messages)}) for g in made.golden),
-        }
-    )
-    assert modelfile.go_template(changed) is None
-    assert 'TEMPLATE """' not in modelfile.render(changed, path.name)
+def test_turns_that_are_not_the_manifests_golden_prompts_are_refused(made):
+    turns = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
+    changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": turns})})
+    with pytest.raises(UserError, match="does not give the trained prompt"):
+        modelfile.render(changed, "model.gguf")
+
+
+def test_a_template_without_turns_is_left_to_the_gguf(made):
+    changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": None})})
+    text = modelfile.render(changed, "model.gguf")
+    assert 'TEMPLATE """' not in text and "# TEMPLATE: none" in text

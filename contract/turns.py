@@ -1,0 +1,160 @@
+"""A chat template as the texts around each role's words: what an Ollama TEMPLATE can say.
+
+Derived from the trained Jinja and proven on the cloud side (pipeline/verify/derive.py), carried by the manifest, written as a
+Go template on the Mac side. `prompt` says in Python what `go` says in Go: the tests prove the two equal with Go's own
+text/template.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SPACE = " \t\n\r\v\f"
+"""What a trimmed message loses at its ends. Jinja's trim also takes Unicode's white space."""
+
+Pair = tuple[str, str]
+
+
+class Turns(BaseModel):
+    """What stands before and after each role's words; no BOS that a runtime's tokenizer adds by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: str
+    """Before the first message when no system prompt is given: holds the template's own default one."""
+    system: Pair | None
+    """None: the format has no system prompt."""
+    user: Pair
+    assistant: Pair
+    generate: str
+    """After the last message: opens the answer."""
+    place: Literal["own", "first", "last"] = "own"
+    """Where the system prompt stands: in a turn of its own, inside the first or inside the last user turn.
+    Inside a turn, `system` replaces what else opens it: for "first" that is `start`, for "last" `user`."""
+    trimmed: tuple[str, ...] = ()
+    """Roles whose words lose the white space at their ends."""
+    marker: Pair | None = None
+    """(text, what opens a user turn instead when the user's words hold that text), as Alpaca's '### Input:'."""
+
+    def prompt(self, messages: Sequence[dict]) -> str:
+        """The prompt for an answer to `messages`, fed as Ollama feeds its templates."""
+        messages = collated(messages)
+        system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+        users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        text = "" if self.place == "first" or (system and self.place == "own") else self.start
+        for i, message in enumerate(messages):
+            role, words = message["role"], self._trim(message["role"], message["content"])
+            if role == "user":
+                opening = self._opening(message["content"], system, i == users[0], i == len(messages) - 1)
+                text += opening + words + self.user[1]
+            elif role == "assistant":
+                text += self.assistant[0] + words + self.assistant[1]
+            elif role == "system" and self.system and self.place == "own":
+                text += self.system[0] + words + self.system[1]
+        return text + self.generate
+
+    def _opening(self, words: str, system: str, first: bool, last: bool) -> str:
+        """What opens a user turn."""
+        here = {"own": False, "first": first, "last": last}[self.place]
+        if here and system and self.system:
+            return self.system[0] + self._trim("system", system) + self.system[1]
+        if here and self.place == "first":
+            return self.start
+        return self.marker[1] if self.marker and self.marker[0] in words else self.user[0]
+
+    def _trim(self, role: str, words: str) -> str:
+        return words.strip(SPACE) if role in self.trimmed else words
+
+    def go(self) -> str:
+        """The TEMPLATE. Needs Ollama's .System and .Messages, and no function beyond Go's own."""
+        roles = [("user", self._go_opening() + self._go_words("user") + _say(self.user[1]))]
+        roles += [("assistant", _say(self.assistant[0]) + self._go_words("assistant") + _say(self.assistant[1]))]
+        if self.system and self.place == "own":
+            roles.insert(0, ("system", _say(self.system[0]) + self._go_words("system") + _say(self.system[1])))
+        branches = [f'{{{{- {"else " * (i > 0)}if eq .Role "{role}" }}}}{text}' for i, (role, text) in enumerate(roles)]
+        loop = "{{- range $i, $m := .Messages }}" if self.place == "last" else "{{- range .Messages }}"
+        lines = [*self._go_start(), loop, *branches, "{{- end }}", "{{- end }}" + _say(self.generate)]
+        return "\n".join(lines)
+
+    def _go_start(self) -> list[str]:
+        if self.place == "first":
+            return ["{{- $first := true }}"]
+        if not self.start:
+            return []
+        return [
+            f"{{{{- if not .System }}}}{_say(self.start)}{{{{ end }}}}" if self.place == "own" else _say(self.start)
+        ]
+
+    def _go_opening(self) -> str:
+        """What opens a user turn: `$.System` inside it where the format has it there."""
+        usual = _say(self.user[0])
+        if self.marker:
+            usual = _holds(*self.marker, self.user[0])
+        if self.place == "own" or (self.place == "last" and not self.system):
+            return usual
+        before, after = self.system or ("", "")
+        system = f"{_say(before)}{self._go_words('system')}{_say(after)}"
+        if self.place == "last":
+            return f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{system}{{{{ else }}}}{usual}{{{{ end }}}}"
+        start = _say(self.start)
+        first = f"{{{{ if $.System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}" if self.system else start
+        return f"{{{{ if $first }}}}{first}{{{{ $first = false }}}}{{{{ else }}}}{usual}{{{{ end }}}}"
+
+    def _go_words(self, role: str) -> str:
+        words = "$.System" if role == "system" and self.place != "own" else ".Content"
+        return _trimmed(words) if role in self.trimmed else f"{{{{ {words} }}}}"
+
+
+def collated(messages: Sequence[dict]) -> list[dict]:
+    """As Ollama feeds a template: neighbours of one role become one message."""
+    joined: list[dict] = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1] = joined[-1] | {"content": joined[-1]["content"] + "\n\n" + message["content"]}
+        else:
+            joined.append(dict(message))
+    return joined
+
+
+def _say(text: str) -> str:
+    """Literal text as an action, so that no trimming rule touches its line ends."""
+    return f"{{{{ {_quoted(text)} }}}}" if text else ""
+
+
+ESCAPED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _quoted(text: str) -> str:
+    """As a Go string. Ollama's Modelfile parser drops what does not print, so that is escaped."""
+    return '"' + "".join(ESCAPED.get(c) or (c if c.isprintable() else _escaped(c)) for c in text) + '"'
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
+def _trimmed(words: str) -> str:
+    """Go has no trim: `$s` becomes the first byte that is no white space, `$e` where the last run of it begins."""
+    spaces = " ".join(f'"\\x{ord(c):02x}"' for c in SPACE)
+    return (
+        f"{{{{ $t := {words} }}}}{{{{ $s := 0 }}}}{{{{ $e := 0 }}}}{{{{ $words := false }}}}{{{{ $gap := false }}}}"
+        "{{ range $at := len $t }}"
+        f'{{{{ if eq (printf "%.1s" (slice $t $at)) {spaces} }}}}'
+        "{{ if not $gap }}{{ $e = $at }}{{ $gap = true }}{{ end }}"
+        "{{ else }}{{ $gap = false }}{{ if not $words }}{{ $s = $at }}{{ $words = true }}{{ end }}{{ end }}"
+        "{{ end }}"
+        "{{ if not $gap }}{{ $e = len $t }}{{ end }}{{ if $words }}{{ slice $t $s $e }}{{ end }}"
+    )
+
+
+def _holds(text: str, then: str, otherwise: str) -> str:
+    """`then` where the message's words hold `text`, else `otherwise`: Go has no search in a text either."""
+    size = len(text.encode())
+    return (
+        "{{ $t := .Content }}{{ $there := false }}{{ range $at := len $t }}{{ $rest := slice $t $at }}"
+        f"{{{{ if ge (len $rest) {size} }}}}{{{{ if eq (slice $rest 0 {size}) {_quoted(text)} }}}}"
+        "{{ $there = true }}{{ end }}{{ end }}{{ end }}"
+        f"{{{{ if $there }}}}{_say(then)}{{{{ else }}}}{_say(otherwise)}{{{{ end }}}}"
+    )

@@ -1,0 +1,372 @@
+"""Ollama's TEMPLATE gives the trained prompt: Turns derived from real templates, rendered by Go's own text/template."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from contract import chat
+from contract.errors import UserError
+from contract.turns import Turns, collated
+from deploy import modelfile
+from docs import templates as page
+from pipeline.verify import derive, golden
+
+# Feeds a TEMPLATE as Ollama does: its Modelfile parser drops what does not print, neighbours of one role are joined,
+# .System is all system messages, the Modelfile's SYSTEM goes before them unless the first message is one.
+PROGRAM = """
+package main
+
+import ("bufio"; "encoding/json"; "fmt"; "os"; "strconv"; "strings"; "text/template")
+
+type message struct { Role, Content string }
+type input struct { Template, System string; Messages []message }
+
+func parsed(r rune) rune {
+	if strconv.IsPrint(r) || r == '\\n' || r == '\\r' || r == '\\t' { return r }
+	return -1
+}
+
+func values(in input) map[string]any {
+	if in.System != "" && len(in.Messages) > 0 && in.Messages[0].Role != "system" {
+		in.Messages = append([]message{{"system", in.System}}, in.Messages...)
+	}
+	var system []string
+	var joined []*message
+	for i := range in.Messages {
+		m := in.Messages[i]
+		if m.Role == "system" { system = append(system, m.Content) }
+		if last := len(joined) - 1; last >= 0 && joined[last].Role == m.Role {
+			joined[last].Content += "\\n\\n" + m.Content
+		} else {
+			joined = append(joined, &m)
+		}
+	}
+	return map[string]any{"System": strings.Join(system, "\\n\\n"), "Messages": joined}
+}
+
+func render(in input) (string, error) {
+	t, err := template.New("").Option("missingkey=zero").Parse(strings.Map(parsed, in.Template))
+	if err != nil { return "", err }
+	var text strings.Builder
+	err = t.Execute(&text, values(in))
+	return text.String(), err
+}
+
+func main() {
+	lines := bufio.NewReader(os.Stdin)
+	for {
+		line, err := lines.ReadBytes('\\n')
+		if err != nil { return }
+		var in input
+		if err := json.Unmarshal(line, &in); err != nil { panic(err) }
+		text, err := render(in)
+		out := map[string]string{"text": text}
+		if err != nil { out = map[string]string{"error": err.Error()} }
+		answer, _ := json.Marshal(out)
+		fmt.Println(string(answer))
+	}
+}
+"""
+
+
+class Go:
+    """One process that renders whatever it is asked."""
+
+    def __init__(self, folder: Path):
+        (folder / "main.go").write_text(PROGRAM)
+        environment = os.environ | {
+            "GOCACHE": str(folder / "cache"), "GOPATH": str(folder), "GOFLAGS": "-mod=mod", "GO111MODULE": "off",
+            "GOTOOLCHAIN": "local",
+        }  # fmt: skip
+        binary = shutil.which("go", path=str(Path(sys.prefix) / "bin")) or shutil.which("go")
+        build = [binary, "build", "-o", "render", "main.go"]
+        subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
+        self.process = subprocess.Popen([folder / "render"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, template: str, messages: Sequence[dict], system: str = "") -> str:
+        value = {"Template": template, "System": system, "Messages": list(messages)}
+        self.process.stdin.write(json.dumps(value).encode() + b"\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer["text"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def go(tmp_path_factory):
+    made = Go(tmp_path_factory.mktemp("go"))
+    yield made
+    made.close()
+
+
+def case(name: str) -> page.Case:
+    return next(case for case in page.cases() if case.name == name)
+
+
+@pytest.fixture(scope="module")
+def every(trained_format) -> list[page.Case]:
+    """All real templates, and the one inside the demo's base."""
+    return [*page.cases(), page.derived("SmolLM2", *trained_format)]
+
+
+def same_in_go(found: page.Case, go: Go) -> list[str]:
+    """Golden conversations whose prompt is another one in Go."""
+    template = found.turns.go()
+    return [
+        f"{found.name}: {item['messages']}" for item in found.asking if go(template, item["messages"]) != item["prompt"]
+    ]
+
+
+# Real templates
+
+
+def test_what_is_derived_gives_the_trained_prompt_in_go_and_the_rest_has_a_reason(every, go):
+    proven = [found for found in every if found.turns]
+    assert [different for found in proven for different in same_in_go(found, go)] == []
+    assert len(proven) >= 40 and min(len(found.asking) for found in proven) >= 9
+    assert [found.name for found in every if not found.turns and not found.reasons] == []
+
+
+DERIVED = [
+    "google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct", "SmolLM2", "meta-llama-Llama-3.1-8B-Instruct",
+    "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.3-70B-Instruct", "Qwen-Qwen2.5-7B-Instruct",
+    *(f"{name} (Ferry's)" for name in page.test_templates.NAMED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_the_usual_templates_are_derived(name, every):
+    found = next(found for found in every if found.name == name)
+    assert found.turns and set(found.reasons) <= {"it has tools", "it has thinking"}
+
+
+def test_the_bos_is_left_to_llama_cpp(every):
+    adding = [found for found in every if found.turns and found.adds]
+    assert len(adding) > 15
+    for found in adding:
+        bos = found.trained.tokenizer.bos_token
+        assert not found.turns.go().count(bos) and not found.turns.prompt([user("Hi")]).startswith(bos)
+
+
+FIELDS = [
+    ("start",),
+    *((field, at) for field in ("system", "user", "assistant", "marker") for at in (0, 1)),
+    ("generate",),
+]
+
+
+SHAPES = {
+    "own": "alpaca (Ferry's)",
+    "first": "microsoft-Phi-3.5-mini-instruct",
+    "last": "mistralai-Mistral-Nemo-Instruct-2407",
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [(place, field) for place in SHAPES for field in FIELDS if place == "own" or field[0] != "marker"],
+)
+def test_a_newline_more_in_any_field_is_noticed(place, field):
+    found = case(SHAPES[place])
+    value = getattr(found.turns, field[0])
+    longer = value + "\n" if len(field) == 1 else tuple(text + "\n" * (i == field[1]) for i, text in enumerate(value))
+    assert found.turns.place == place and derive.proven(found.turns, found.asking)
+    assert not derive.proven(found.turns.model_copy(update={field[0]: longer}), found.asking)
+
+
+@pytest.mark.parametrize("name", ["google-gemma-2-2b-it", "chatml (Ferry's)"])
+def test_trimming_otherwise_is_noticed(name):
+    found = case(name)
+    for role in ("user", "assistant"):
+        changed = set(found.turns.trimmed) ^ {role}
+        assert not derive.proven(found.turns.model_copy(update={"trimmed": tuple(changed)}), found.asking)
+
+
+def test_the_page_of_templates_is_what_the_script_would_write():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run `python docs/templates.py`"
+
+
+# Templates that no TEMPLATE can say
+
+
+def user(words: str) -> dict:
+    return {"role": "user", "content": words}
+
+
+MACRO = "{% macro plain(text) %}{{ text }}{% endmacro %}"
+
+
+def chatml(words: str) -> str:
+    """ChatML that says `words` for a message `m`."""
+    return (
+        f"{MACRO}{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\n' }}}}{words}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+def derived(template: str) -> tuple[Turns | None, list[str]]:
+    def render(messages: Sequence[dict], prompt: bool) -> str:
+        return chat.render(template, messages, add_generation_prompt=prompt)
+
+    wanted = [{"messages": m, "prompt": render(m, True)} for m in golden.conversations("</s>")]
+    return derive.derive(render, template, wanted)
+
+
+MORE = "what stands around a message depends on more than its role"
+# What is said of a message `m` -> the reason
+CASES = {
+    "{{ m.content if m.role == 'user' else m.content.split('>')[-1] }}": "it uses split in what the assistant said",
+    "{{ '!' if m.content.startswith('/') }}{{ m.content }}": "it uses startswith in what the user said",
+    "{{ '!' if '</think>' in m.content }}{{ m.content }}": "it looks for '</think>' in what the assistant said",
+    "{{ m.content.replace('/no_think', '') }}": "it uses replace in what the system said",
+    "{{ m.content | upper }}": "it uses upper in what the user said",
+    "{{ '!' if 'a' in m.content or 'b' in m.content }}{{ m.content }}": "it looks for 'b' in what the user said",
+    "{{ '!' if '/quiet' in plain(m.content) }}{{ m.content }}": "it looks for '/quiet' in what the user said",
+    "{{ '!' if m.content == 'ping' }}{{ m.content }}": "it looks for 'ping' in what the assistant said",
+    "{{ raise_exception('') if plain(m.content) == 'it' }}{{ m.content }}": "it looks for 'it' in what the system said",
+    "{{ m.content + m.content }}": "it drops or repeats messages",
+    "{{ m.content if loop.last }}": "it drops or repeats messages",
+    "{{ loop.index ~ m.content }}": MORE,
+    "{{ m.content }}{{ '!' if loop.revindex == 3 }}": MORE,
+    "{{ '!' if m.role == 'assistant' and loop.index < 3 }}{{ m.content }}": MORE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "reason"), CASES.items())
+def test_what_depends_on_more_than_roles_is_not_derived_and_the_reason_says_what(words, reason):
+    turns, reasons = derived(chatml(words))
+    assert turns is None and reason in reasons
+
+
+def test_the_same_template_without_that_is_derived():
+    assert derived(chatml("{{ m.content }}")) == (
+        Turns(
+            start="", system=("<|im_start|>system\n", "<|im_end|>\n"), user=("<|im_start|>user\n", "<|im_end|>\n"),
+            assistant=("<|im_start|>assistant\n", "<|im_end|>\n"), generate="<|im_start|>assistant\n",
+        ), [],
+    )  # fmt: skip
+
+
+# Any Turns, any conversation
+
+SPECIAL = [
+    "{{ .Content }}",
+    "{{",
+    "}}",
+    "{% x %}",
+    "{{- end -}}",
+    '"',
+    '"""',
+    "`",
+    "\\",
+    "\\n",
+    "\n\n### Input:\n",
+    "日本",
+    "ß🚢",
+]
+SPACES = [" ", "\n", "\t\v\f\r", "\u00a0", "\u3000", "\u200b", "\ufeff", "\U000e0001", "\x00", "\x7f"]
+TEXT = st.lists(
+    st.sampled_from([*SPECIAL, *SPACES]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=4
+).map("".join)
+PAIR = st.tuples(TEXT, TEXT)
+MARKERS = st.none() | st.tuples(st.sampled_from(["\n\n### Input:\n", "日本", "ß", " ", "🚢x"]), TEXT)
+TURNS = st.builds(
+    Turns, start=TEXT, system=st.none() | PAIR, user=PAIR, assistant=PAIR, generate=TEXT,
+    place=st.sampled_from(["own", "first", "last"]), marker=MARKERS,
+    trimmed=st.sets(st.sampled_from(["system", "user", "assistant"])).map(tuple),
+)  # fmt: skip
+ROLE = st.sampled_from(["system", "user", "assistant"])
+
+
+@st.composite
+def conversations(draw, marker: tuple[str, str] | None) -> list[dict]:
+    words = TEXT | st.builds("{}{}{}".format, TEXT, st.just(marker[0]), TEXT) if marker else TEXT
+    return draw(
+        st.lists(st.builds(lambda role, text: {"role": role, "content": text}, ROLE, words), min_size=1, max_size=6)
+    )
+
+
+@given(st.data())
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_go_says_what_turns_say(go, data):
+    turns = data.draw(TURNS)
+    messages = data.draw(conversations(turns.marker))
+    assert go(turns.go(), messages) == turns.prompt(messages)
+
+
+@given(TURNS, TEXT, st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_modelfiles_system_goes_before_a_conversation_without_one(go, turns, system, data):
+    messages = data.draw(conversations(turns.marker))
+    fed = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
+    assert go(turns.go(), messages, system) == turns.prompt([*fed, *messages])
+
+
+def test_neighbours_of_one_role_are_one_message():
+    said = [user("a"), user(""), {"role": "assistant", "content": "b"}, user("c")]
+    assert [m["content"] for m in collated(said)] == ["a\n\n", "b", "c"] and len(said) == 4
+
+
+# The Modelfile
+
+ODD = "\u00a0\u3000\u200b\u200d\ufeff\u2028\U000e0001\ue000\x00\x7f\v\f\r\t\n 日本🚢"
+
+
+def written(turns: Turns | None, system: str | None = None, items: Sequence = ()) -> str:
+    """The Modelfile of a model with these turns."""
+    return modelfile.render(
+        SimpleNamespace(
+            name="n", base=SimpleNamespace(name="b"), default=lambda: SimpleNamespace(sha256="0"), golden=items,
+            chat=SimpleNamespace(turns=turns, system=system, stop=("</s>",), bos=None, adds_bos=False),
+            generation=SimpleNamespace(num_ctx=1024, temperature=0.0, top_p=1.0),
+        ), "m.gguf",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "odd", [ODD, '"', '"""', 'a "quoted" """text"""', "}}", "{{ .Role }}", '"}}', "\\", "\\u00a0", "$name"]
+)
+@pytest.mark.parametrize("place", ["own", "first", "last"])
+def test_odd_literal_texts_survive_the_modelfile(odd, place, go):
+    texts = [f"{odd}{i}{odd}" for i in range(9)]
+    turns = Turns(
+        start=texts[0], system=(texts[1], texts[2]), user=(texts[3], texts[4]), assistant=(texts[5], texts[6]),
+        generate=texts[7], place=place, marker=(odd, texts[8]),
+    )  # fmt: skip
+    template = written(turns).split('TEMPLATE """')[1].split('"""')[0]
+    said = [
+        user("a"),
+        {"role": "assistant", "content": "b"},
+        user("c"),
+        {"role": "assistant", "content": odd},
+        user(odd),
+    ]
+    for messages in (said, [{"role": "system", "content": "s"}, *said]):
+        assert go(template, messages) == turns.prompt(messages)
+
+
+def test_a_modelfile_that_would_give_another_prompt_is_not_written():
+    found = case("chatml (Ferry's)")
+    items = [SimpleNamespace(add_generation_prompt=True, **item) for item in found.asking]
+    assert 'TEMPLATE """' in written(found.turns, items=items)
+    with pytest.raises(UserError, match="does not give the trained prompt"):
+        written(found.turns.model_copy(update={"generate": "x"}), items=items)
+
+
+def test_without_turns_the_template_inside_the_gguf_is_used():
+    text = written(None)
+    assert 'TEMPLATE """' not in text and "# TEMPLATE: none" in text and "# SYSTEM: none" in text
