@@ -1,105 +1,110 @@
-"""evaluate: the base and the adapter on held-out rows, in torch through Unsloth."""
+"""evaluate: the base and the adapter on held-out rows and on your own prompts, in torch through Unsloth."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract import files
+from contract import chat, files
+from contract.errors import UserError
+from pipeline import rows as training_rows
 from pipeline import unsloth
-from pipeline.config import Base, Evaluate
+from pipeline.config import Config
+from pipeline.judge import judge
 from pipeline.record import Run
-from pipeline.score import response_positions, score
+from pipeline.score import asked, held_out, response_positions
+from pipeline.systems import Torch, measure
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
-BATCH_TOKENS = 4096  # 1 GB for the demo on a CPU; larger batches were no faster there
+# Nats by which held-out rows may be worse than training rows before it is called overfitting: absolute, and as a share.
+OVERFIT, OVERFIT_SHARE = 0.1, 0.25
+TRAINING_ROWS = 64
 
 
-def stage(base: Base, rule: Evaluate, run: Run) -> dict:
-    """Write evaluate/answers.jsonl (question, reference, before, after) and the record with both scores."""
-    rows = files.read_rows(run.output("data", "heldout"))[: rule.max_rows]
-    model, tokenizer = unsloth.load(run.output("finetune", "adapter").parent, base)
+def stage(config: Config, run: Run) -> dict:
+    """Write evaluate/answers.jsonl (prompt, reference, before, after), evaluate/prompts.jsonl and the record.
+
+    Raises UserError when evaluate.prompts or the rule's own file cannot be used: before anything is scored.
+    """
+    rule, heldout = config.evaluate, run.output("data", "heldout")
+    rows, used = held_out(heldout, rule)
+    judge(rule)  # its file is read before the model is
+    model, tokenizer = unsloth.load(run.output("finetune", "adapter").parent, config.base)
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
-    systems = Torch(model, tokenizer, rule.max_new_tokens, run.read("data")["chat"]["end"])
+    side = Torch(model, tokenizer, rule.max_new_tokens, run.read("data")["chat"]["end"])
+    own = own_prompts(rule.prompts, tokenizer, config.data.system)
     with model.disable_adapter():
-        before = score(rows, rule, systems.answer, systems.loss, "base", BATCH_TOKENS)
-    after = score(rows, rule, systems.answer, systems.loss, "adapter", BATCH_TOKENS)
-    outputs = write_answers(run.folder / "evaluate" / "answers.jsonl", rows, before, after)
+        before, said_before = measure(side, rows, rule, "base", own)
+    after, said_after = measure(side, rows, rule, "adapter", own)
+    fit = overfitting(side, run.output("data", "train"), before["loss"], after["loss"])
+    outputs = write_answers(run.folder / "evaluate", [*asked(rows, rule), *own], said_before, said_after, len(own))
     return run.write(
-        "evaluate", ("data", "finetune"), outputs, rule=rule.rule, scores={"base": before, "adapter": after}
+        "evaluate", ("data", "finetune"), outputs,
+        rule=rule.rule, used=used, scores={"base": before, "adapter": after}, training=fit,
+    )  # fmt: skip
+
+
+def own_prompts(path: str | None, tokenizer: "PreTrainedTokenizerFast", system: str | None) -> list[dict]:
+    """The user's own prompts as rows without a reference. Raises UserError for an unusable file."""
+    found = []
+    for text in read_prompts(Path(path)) if path else []:
+        messages = [{"role": "system", "content": system}] if system else []
+        prompt = chat.render(
+            tokenizer.chat_template, [*messages, {"role": "user", "content": text}], tokenizer.bos_token or "", tokenizer.eos_token
+        )  # fmt: skip
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        found.append({"prompt": text, "answer": None, "input_ids": ids, "prompt_tokens": len(ids), "labels": []})
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One a line; in a .jsonl the "prompt" of each object."""
+    try:
+        # not splitlines(): U+2028 and the like may stand inside a prompt
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("it holds no prompts" if not prompts else "a prompt is no text")
+        "".join(prompts).encode()  # half a surrogate pair has no tokens
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or (
+            "a line without a prompt" if isinstance(error, (KeyError, TypeError)) else error
+        )
+        raise UserError(
+            f"evaluate.prompts {path}: {why}",
+            'write one prompt a line (.txt) or {"prompt": "..."} a line (.jsonl), then start a new RUN=name',
+        ) from error
+    return prompts
+
+
+def overfitting(side: Torch, train: Path, base: float, heldout: float) -> dict:
+    """Loss on evenly spaced training rows beside the held-out one, and what that says."""
+    table = training_rows.read(train)
+    rows = table.take(list(range(0, len(table), max(1, len(table) // TRAINING_ROWS)))).to_pylist()[:TRAINING_ROWS]
+    rows = [row | {"prompt_tokens": len(row["input_ids"])} for row in rows]  # not asked
+    loss = sum(reading.loss for reading in side.read(rows, "training rows")) / sum(
+        len(response_positions(row)) for row in rows
     )
+    says = None
+    if heldout >= base:
+        says = f"held-out loss did not fall: {base} before, {heldout} after"
+    elif heldout - loss > max(OVERFIT, OVERFIT_SHARE * loss):
+        says = f"overfitting: loss {loss:.3f} on rows it was trained on, {heldout} on held-out rows; fewer steps or more rows"
+    return {"loss": round(loss, 4), "rows": len(rows), "warning": says}
 
 
-class Torch:
-    """A torch model as the scorer wants it."""
-
-    def __init__(self, model: "PeftModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, ends: list[str]):
-        """ends: the tokens that end an answer, besides EOS (a chat template may end turns with another one)."""
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.ends = sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends)})
-        # generate() hands the last position as a strided view, for which torch copies the head's weights once a row:
-        # measured 9.6 s against 4.8 to 5.9 s, and 2.2 GB more, for 40 rows of the demo on a CPU.
-        model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
-
-    def answer(self, prompts: list[list[int]]) -> list[str]:
-        """Greedy answers to several prompts at once."""
-        import torch
-
-        ids, mask, longest = self._padded(prompts)
-        with torch.inference_mode():
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.ends,
-            )
-        return [self.tokenizer.decode(self._until_end(row[longest:].tolist())) for row in out]
-
-    def loss(self, rows: list[dict]) -> list[float]:
-        """For each row the sum of losses over its response positions."""
-        import torch
-
-        ids, mask, longest = self._padded([row["input_ids"] for row in rows])
-        with torch.inference_mode():
-            # position_ids: padding on the left must not shift a row's positions
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
-            ).logits
-        return [self._row_loss(logits[i, longest - len(row["input_ids"]) :], row) for i, row in enumerate(rows)]
-
-    def _row_loss(self, logits: "torch.Tensor", row: dict) -> float:
-        """logits: shape (tokens of the row, vocabulary)."""
-        import torch
-
-        positions = response_positions(row)
-        wanted = torch.tensor([row["input_ids"][p] for p in positions], device=logits.device)
-        picked = logits[[p - 1 for p in positions]].float().log_softmax(-1)
-        return -picked.gather(1, wanted[:, None]).sum().item()
-
-    def _padded(self, rows: list[list[int]]) -> tuple["torch.Tensor", "torch.Tensor", int]:
-        """ids and attention mask, padded on the left, each of shape (rows, longest); and longest."""
-        import torch
-
-        longest = max(map(len, rows))
-        ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device), longest
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
-
-
-def write_answers(path: Path, rows: list[dict], before: dict, after: dict) -> dict[str, Path]:
-    """The answers move out of the scores into a file of their own."""
-    blank = [None] * len(rows)
-    pairs = zip(rows, before.pop("answers", blank), after.pop("answers", blank), strict=True)
-    files.write_rows(
-        path, [{"prompt": row["prompt"], "reference": row["answer"], "before": b, "after": a} for row, b, a in pairs]
-    )
-    return {"answers": path}
+def write_answers(folder: Path, rows: list[dict], before: list[str], after: list[str], own: int) -> dict[str, Path]:
+    """Side by side: the held-out rows that were asked, and apart from them the user's own prompts (the last `own`)."""
+    pairs = [
+        {"prompt": row["prompt"], "reference": row["answer"], "before": b, "after": a}
+        for row, b, a in zip(rows, before, after, strict=True)
+    ]
+    files.write_rows(folder / "answers.jsonl", pairs[: len(pairs) - own])
+    outputs = {"answers": folder / "answers.jsonl"}
+    if own:
+        outputs["prompts"] = folder / "prompts.jsonl"
+        files.write_rows(outputs["prompts"], [{k: v for k, v in p.items() if k != "reference"} for p in pairs[-own:]])
+    return outputs

@@ -11,12 +11,13 @@ from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import rows, unsloth
-from pipeline.config import Base, Finetune
+from pipeline.config import SEVEN, Base, Finetune
 from pipeline.record import Run
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
     from trl import SFTTrainer
 
 COMPLETE = "ferry-complete"  # marks a checkpoint that was written to its end
@@ -28,7 +29,9 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     folder = run.workspace("finetune", "data")
     weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
     trainer = build_trainer(weights, base, tune, run, folder)
-    check_first_batch(trainer, rows.read(run.output("data", "train")))
+    written = rows.read(run.output("data", "train"))
+    check_first_batch(trainer, written)
+    check_ends(written, ends(trainer.processing_class, data["chat"]["end"]))
     checkpoint = last_complete(folder / "checkpoints")
     print(
         f"finetune: {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}",
@@ -54,6 +57,7 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
 def build_trainer(weights: Path, base: Base, tune: Finetune, run: Run, folder: Path) -> "SFTTrainer":
     """The model with its LoRA matrices, and TRL's trainer around it. torch's and Unsloth's seeds are `tune.seed`."""
     model, _ = unsloth.load(weights, base)
+    refuse_unknown_targets(model, tune.target_modules)
     from transformers import AutoTokenizer
     from trl import SFTTrainer
     from unsloth import FastLanguageModel
@@ -67,6 +71,16 @@ def build_trainer(weights: Path, base: Base, tune: Finetune, run: Run, folder: P
         eval_dataset=heldout(run.output("data", "heldout")) if tune.eval_strategy != "no" else None,
         callbacks=[marker()],
     )
+
+
+def refuse_unknown_targets(model, names: tuple[str, ...]) -> None:
+    """The usual seven fit every model (Unsloth finds fused ones); of others, one that matches nothing is a mistake."""
+    there = {name.split(".")[-1] for name, _ in model.named_modules()}
+    if unknown := sorted(set(names) - there - set(SEVEN)):
+        raise UserError(
+            f"finetune.target_modules: the model has no {', '.join(unknown)}",
+            f"choose among {', '.join(sorted(n for n in there if n.endswith(('proj', 'fc1', 'fc2', 'dense'))))}, with a new RUN=name",
+        )
 
 
 def train(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
@@ -151,6 +165,22 @@ def check_first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
         if _fingerprint(ids, labels) not in known:
             raise RuntimeError(
                 f"the trainer's first batch holds a row that data did not write: {ids[:20]}... labels {labels[:20]}..."
+            )
+
+
+def ends(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> set[int]:
+    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(texts)}
+
+
+def check_ends(written: "pa.Table", wanted: set[int]) -> None:
+    """In every row a token that ends an answer carries loss, or the model never learns to stop.
+
+    Raises RuntimeError otherwise: `data` writes no such row.
+    """
+    for number, labels in enumerate(written["labels"].to_pylist()):
+        if not wanted & set(labels):
+            raise RuntimeError(
+                f"training row {number} teaches no end: none of its labels is one of the tokens {sorted(wanted)}"
             )
 
 

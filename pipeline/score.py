@@ -1,47 +1,61 @@
-"""Scores that mean the same in torch and in llama.cpp: one rule, one definition of held-out loss.
+"""Scores that mean the same in torch and in llama.cpp: the same rows, one rule, one definition of held-out loss.
 
 Held-out loss: mean natural-log loss over every response position (labels that carry loss) of the rows used.
+Perplexity: its exponential.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from pathlib import Path
 
 from contract import files
 from pipeline.config import Evaluate
+from pipeline.judge import judge
 from pipeline.rows import IGNORED
 
-# (prompt ids of several rows) -> answers as text, greedy
-Answer = Callable[[Sequence[list[int]]], list[str]]
-# several rows -> for each the sum of losses over its response positions
-Loss = Callable[[Sequence[dict]], list[float]]
+
+def held_out(path: Path, rule: Evaluate) -> tuple[list[dict], str]:
+    """The rows that are scored, and in words which: the first ones, up to evaluate.max_rows and evaluate.max_tokens."""
+    every = files.read_rows(path)
+    rows, tokens = [], 0
+    for row in every[: rule.max_rows]:
+        if rows and tokens + len(row["input_ids"]) > rule.max_tokens:
+            break
+        rows.append(row)
+        tokens += len(row["input_ids"])
+    caps = f"evaluate.max_rows {rule.max_rows}, evaluate.max_tokens {rule.max_tokens}"
+    return rows, f"{len(rows)} of {len(every)} held-out rows, {tokens} tokens ({caps})"
 
 
-def score(rows: list[dict], rule: Evaluate, answer: Answer, loss: Loss, label: str, batch_tokens: int) -> dict:
-    """{loss, positions, rows[, score, answers]} of one system on held-out rows.
+def asked(rows: list[dict], rule: Evaluate) -> list[dict]:
+    """Those rows that are answered too: all of them where a rule judges, else a few to look at."""
+    return rows if rule.rule != "loss" else rows[: rule.samples]
 
-    batch_tokens: rows x (longest row and its answer) that go together, padding included; 0: one row at a time.
+
+def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Sequence[str]) -> dict:
+    """{loss, perplexity, positions, rows[, score, answered]} of one system.
+
+    losses: of each row, summed over its response positions; answers: greedy, to `asked(rows, rule)`.
     """
-    longest = max(len(row["input_ids"]) for row in rows) + rule.max_new_tokens
-    size = max(1, batch_tokens // longest)
-    losses: list[float] = []
-    answers: list[str] = []
-    with files.bar(len(rows), label, unit="rows") as tick:
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            losses += loss(batch)
-            if rule.rule == "exact":
-                answers += answer([prompt_ids(row) for row in batch])
-            tick(len(batch))
     positions = sum(len(response_positions(row)) for row in rows)
-    result = {"loss": round(sum(losses) / positions, 4), "positions": positions, "rows": len(rows)}
-    if rule.rule == "exact":
-        right = sum(said.strip() == row["answer"] for said, row in zip(answers, rows, strict=True))
-        result |= {"score": round(right / len(rows), 4), "answers": answers}
+    loss = sum(losses) / positions
+    result = {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 4), "positions": positions, "rows": len(rows)}  # fmt: skip
+    if right := judge(rule):
+        points = [right(said, row["answer"]) for said, row in zip(answers, rows, strict=True)]
+        result |= {"score": round(sum(points) / len(points), 4)}
     return result
 
 
 def prompt_ids(row: dict) -> list[int]:
     """The tokens of a row up to its last answer."""
     return row["input_ids"][: row["prompt_tokens"]]
+
+
+def answer_positions(row: dict) -> list[int]:
+    """Indexes of the last answer's tokens, its end token the last of them."""
+    positions = [p for p in response_positions(row) if p >= row["prompt_tokens"]]
+    ends = [i for i, p in enumerate(positions) if i and p != positions[i - 1] + 1]
+    return positions[: ends[0]] if ends else positions
 
 
 def response_positions(row: dict) -> list[int]:

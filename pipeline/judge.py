@@ -1,0 +1,90 @@
+"""How right one answer is: the rules of evaluate.rule, each a number from 0 to 1."""
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from contract.errors import UserError
+from pipeline.config import Evaluate
+
+# (what the model said, the row's reference answer) -> 0 to 1
+Judge = Callable[[str, str], float]
+
+
+def judge(rule: Evaluate) -> Judge | None:
+    """None for `loss`: free text is judged by its held-out loss only. Raises UserError for an unusable rule."""
+    made = {"exact": lambda: exact, "accuracy": lambda: accuracy, "f1": lambda: f1, "loss": lambda: None}
+    made |= {"regex": lambda: regex(rule.pattern), "json_schema": lambda: json_schema(Path(rule.json_schema))}
+    return made[rule.rule]()
+
+
+def exact(said: str, reference: str) -> float:
+    """Equal, white space at the ends apart."""
+    return float(said.strip() == reference.strip())
+
+
+def accuracy(said: str, reference: str) -> float:
+    """The same label: case, punctuation and white space at the ends apart."""
+    return float(_label(said) == _label(reference))
+
+
+def _label(text: str) -> str:
+    return text.casefold().strip(string.punctuation + string.whitespace)
+
+
+def f1(said: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words, as SQuAD counts them (articles and punctuation dropped)."""
+    ours, wanted = _words(said), _words(reference)
+    if not ours or not wanted:
+        return float(ours == wanted)
+    common = sum((Counter(ours) & Counter(wanted)).values())
+    return 2 * common / (len(ours) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    text = text.casefold().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def regex(pattern: str) -> Judge:
+    """The pattern is found in the answer."""
+    compiled = re.compile(pattern, re.DOTALL)
+    return lambda said, reference: float(compiled.search(said) is not None)
+
+
+def json_schema(path: Path) -> Judge:
+    """The answer is JSON and fits the schema in the file."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+
+    def unusable(why: object) -> UserError:
+        return UserError(
+            f"evaluate.json_schema {path}: {why}", "name a file that holds one JSON schema, then start a new RUN=name"
+        )
+
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
+        draft = schema.get("$schema", "") if isinstance(schema, dict) else ""
+        if not isinstance(schema, dict | bool) or not isinstance(draft, str):
+            raise SchemaError("it holds no JSON schema")
+        validator = validator_for(schema)
+        validator.check_schema(schema)
+    except (OSError, ValueError, RecursionError, SchemaError) as error:
+        why = getattr(error, "message", None) or getattr(error, "strerror", None) or error
+        raise unusable(why) from error
+    fits = validator(schema, registry=REGISTRY).is_valid  # its own registry would fetch a $ref from anywhere
+
+    def judged(said: str, reference: str) -> float:
+        try:
+            return float(fits(json.loads(said)))
+        except Unresolvable as error:
+            raise unusable(f"a $ref leads nowhere in it: {error}") from error
+        except (ValueError, ArithmeticError, RecursionError):
+            return 0.0
+
+    return judged
