@@ -43,6 +43,14 @@ def writing(path: Path) -> Iterator[Path]:
         remove(part)
 
 
+def once(target: Path, write) -> Path:
+    """Write `target` whole or not at all; what an interrupted stage left complete is kept."""
+    if not target.exists():
+        with writing(target) as part:
+            write(part)
+    return target
+
+
 def translated(error: OSError, path: Path) -> Exception:
     """The OSErrors that a user can mend, as a UserError; every other one unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

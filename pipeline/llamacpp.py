@@ -1,6 +1,7 @@
 """The pinned llama.cpp that `make env` built: converter, quantizer, and what they know."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,14 @@ from pathlib import Path
 from contract import files
 from contract.errors import UserError
 
-# Bits a weight, measured by llama.cpp on 8B models: good enough for a progress bar and a disk estimate.
-BITS = {"f16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.5, "q4_k_m": 4.9, "q4_k_s": 4.6, "q3_k_m": 3.9}
+# Bits a weight, as llama.cpp's own table has them for 8B models: good enough for a progress bar and a disk estimate.
+BITS = {
+    "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q5_0": 5.6, "q4_k_m": 4.9, "q4_k_s": 4.7,
+    "q4_0": 4.7, "iq4_nl": 4.7, "iq4_xs": 4.5, "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.7, "iq3_xxs": 3.3, "q2_k": 3.2,
+    "iq2_xs": 2.6, "iq2_xxs": 2.4,
+}  # fmt: skip
+STATIC = "-static"  # a quantization without the importance matrix, to be compared; the field's word for it
+CHUNK = 512  # tokens of an imatrix chunk: llama-imatrix's own default
 
 
 def folder() -> Path:
@@ -48,28 +55,82 @@ def architectures() -> frozenset[str]:
     return frozenset(names)
 
 
-def convert(model: Path, target: Path, log: Path) -> None:
-    """A Transformers folder to an f16 GGUF."""
+def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, log: Path) -> None:
+    """A Transformers folder to a GGUF of `kind` (f16 or bf16).
+
+    metadata: general.* values for the converter; keys: further string key-values, both JSON.
+    """
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    script = home() / "convert" / "convert_hf_to_gguf.py"
-    _run([sys.executable, str(script), str(model), "--outtype", "f16", "--outfile", str(target)], target, size, log)
+    script = Path(__file__).parent / "export" / "convert.py"
+    command = [sys.executable, script, home() / "convert", keys, model, "--outtype", kind, "--metadata", metadata]
+    _run([*command, "--outfile", target], target, size, log)
 
 
-def quantize(source: Path, target: Path, kind: str, log: Path) -> None:
-    """An f16 GGUF to `kind`, such as q4_k_m."""
+def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | None = None) -> None:
+    """A 16-bit GGUF to `kind`, such as q4_k_m."""
     size = int(source.stat().st_size * BITS[kind] / BITS["f16"])
-    _run([str(home() / "bin" / "llama-quantize"), str(source), str(target), kind.upper()], target, size, log)
+    # Only its name: llama-quantize writes the path into the file.
+    weighed = ["--imatrix", imatrix.name] if imatrix else []
+    command = [home() / "bin" / "llama-quantize", *weighed, source, target, kind.upper()]
+    _run(command, target, size, log, imatrix.parent if imatrix else None)
 
 
-def _run(command: list[str], target: Path, size: int, log: Path) -> None:
-    """Run a tool with its output in `log`; the bar follows the size of the file it writes."""
-    with log.open("ab") as out, files.bar(size, target.name.strip(".").removesuffix(".part")) as tick:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
+    """<run>.<name>.gguf in `folder`, made from the 16-bit `base` unless it is there. name: such as q4_k_m or q4_k_m-static."""
+    target, kind = folder / f"{base.name.rsplit('.', 2)[0]}.{name}.gguf", name.removesuffix(STATIC)
+    return files.once(target, lambda part: quantize(base, part, kind, folder / "quantize.log", imatrix))
+
+
+def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) -> None:
+    """An importance matrix of `model` over rendered text, its special tokens read as such."""
+    command = [
+        home() / "bin" / "llama-imatrix",
+        "-m",
+        model,
+        "-f",
+        text.name,
+        "-o",
+        target,
+        "--parse-special",
+        "--no-ppl",
+    ]
+    command += ["-c", str(CHUNK), "--chunks", str(tokens // CHUNK), "--output-frequency", "1", "-ngl", "99"]
+    _run(command, target, 0, log, text.parent)
+
+
+def render(model: Path, conversations: list[dict]) -> list[dict]:
+    """{prompt, ids} of each conversation ({messages, add_generation_prompt}), or {error}, as llama.cpp's server makes them.
+
+    With llama.cpp's own Jinja and the template inside the GGUF; ids as the server feeds them, BOS included.
+    """
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in conversations)
+    command = [str(home() / "bin" / "llama-render"), str(model)]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise UserError(f"llama.cpp cannot render with {model}: {done.stderr.strip()[-300:]}", "export it again")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def perplexity(model: Path, text: Path, context: int, log: Path) -> float:
+    """llama-perplexity's own figure for a plain text. Only to hold Ferry's method against it."""
+    command = [home() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
+    _run(command, log, 0, log)
+    return float(re.findall(r"Final estimate: PPL = ([\d.]+)", log.read_text(encoding="utf-8", errors="replace"))[-1])
+
+
+def _run(command: list, target: Path, size: int, log: Path, folder: Path | None = None) -> None:
+    """Run a tool in `folder` with its output in `log`; the bar follows the size of the file it writes (0: no bar).
+
+    Raises UserError, with the tool's last line, when it fails.
+    """
+    command = [str(part) for part in command]
+    with log.open("ab") as out, files.bar(size, target.name.strip(".").removesuffix(".part"), size > 0) as tick:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder)
         seen = 0
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                now = min(target.stat().st_size, size) if target.exists() else 0
+                now = min(target.stat().st_size, size) if size and target.exists() else 0
                 if now > seen:
                     tick(now - seen)
                 seen = now

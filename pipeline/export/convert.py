@@ -1,0 +1,31 @@
+"""llama.cpp's converter, with Ferry's own key-values in the GGUF: run as a program, because the converter is one.
+
+python convert.py <llama.cpp's convert folder> <key-values.json> <the converter's own arguments>
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    folder, values = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    sys.path.insert(0, str(folder))
+    from conversion.base import ModelBase
+
+    plain = ModelBase.prepare_metadata
+
+    def prepare_metadata(self, vocab_only: bool) -> None:
+        plain(self, vocab_only)
+        for key, value in values.items():
+            self.gguf_writer.add_string(key, value)
+
+    ModelBase.prepare_metadata = prepare_metadata
+    script = folder / "convert_hf_to_gguf.py"
+    sys.argv = [str(script), *sys.argv[3:]]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

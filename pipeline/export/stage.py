@@ -1,0 +1,160 @@
+"""export: adapter -> merged 16-bit weights -> 16-bit GGUF -> importance matrix -> quantized GGUFs.
+
+By the pinned llama.cpp only: nothing is downloaded, cloned or installed here.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from contract import files
+from contract.errors import UserError
+from pipeline import base as bases
+from pipeline import llamacpp, rows
+from pipeline.config import Config
+from pipeline.export import merge
+from pipeline.record import Run
+
+KINDS = {"float16": "f16", "bfloat16": "bf16"}
+
+
+def stage(config: Config, run: Run) -> dict:
+    """Write export/merged/, the 16-bit GGUF, imatrix.gguf, one GGUF a quantization (and its static twin), the record.
+
+    Raises UserError when the disk is too small, or when the merged weights are not W + scale * B @ A.
+    """
+    export = config.export
+    kind, folder = KINDS[export.dtype], run.workspace("export", "evaluate")
+    weights, adapter = Path(run.read("finetune")["weights"]), run.output("finetune", "adapter").parent
+    refuse_full_disk(weights, folder, export)
+    merged = merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, export.dtype)
+    base = folder / f"{run.folder.name}.{kind}.gguf"
+    metadata, keys = described(config, run, folder)
+    files.once(base, lambda part: llamacpp.convert(merged, part, kind, metadata, keys, folder / "convert.log"))
+    outputs = {kind: base}
+    matrix = importance_matrix(base, run, folder, export.imatrix_tokens) if export.imatrix else None
+    for name in export.quantizations:
+        outputs[name] = llamacpp.quantized(base, name, matrix, folder)
+        if matrix:
+            outputs[name + llamacpp.STATIC] = llamacpp.quantized(base, name + llamacpp.STATIC, None, folder)
+    return run.write(
+        "export", ("finetune", "evaluate"), outputs | ({"imatrix": matrix} if matrix else {}),
+        llama_cpp=llamacpp.version(), default=export.quantizations[0], sixteen=kind, id=identity(run),
+        imatrix=files.sha256(matrix) if matrix else None,
+    )  # fmt: skip
+
+
+def merged_weights(weights: Path, adapter: Path, tokenizer: Path, folder: Path, dtype: str) -> Path:
+    """The merged folder, its tokenizer with the trained template beside it, past the merge gate."""
+
+    def write(part: Path) -> None:
+        merge.merge(weights, adapter, part, dtype)
+        copy_tokenizer(tokenizer, part)
+        if faults := merge.check(weights, adapter, part, dtype):
+            evidence = folder / "evidence.json"
+            files.write_json(evidence, {"gate": "merge", "faults": faults})
+            raise UserError(
+                f"the merge is wrong in {len(faults)} tensors, the first is {faults[0]['tensor']}: {faults[0]['what']}",
+                f"read {evidence}; the adapter itself is untouched: report it, or run the same command again",
+            )
+
+    return files.once(folder / "merged", write)
+
+
+def copy_tokenizer(tokenizer: Path, target: Path) -> None:
+    """The trained tokenizer, with what the converter reads and transformers 5 no longer writes.
+
+    Without added_tokens_decoder Gemma's <start_of_turn> becomes an ordinary word of the GGUF; without add_bos_token
+    llama.cpp gives Phi 3 a BOS that it was not trained with.
+    """
+    from transformers import AutoTokenizer
+
+    for file in tokenizer.iterdir():
+        files.copy(file, target / file.name)
+    ours = AutoTokenizer.from_pretrained(tokenizer)
+    added = {
+        str(i): {"content": t.content, "special": t.special}
+        | {k: getattr(t, k) for k in ("lstrip", "rstrip", "normalized", "single_word")}
+        for i, t in ours.added_tokens_decoder.items()
+    }
+    ids = ours("").input_ids
+    facts = {"add_bos_token": ours.bos_token_id in ids, "add_eos_token": bool(ids) and ids[-1] == ours.eos_token_id}
+    path = target / "tokenizer_config.json"
+    files.write_json(path, files.read_json(path) | {"added_tokens_decoder": added} | facts)
+
+
+def general_name(run: Run) -> str:
+    """The run's name; llama.cpp reads Phi 3's token rules off general.name, so 'phi-3' stands in its files and no others."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+    stripping = any(t.rstrip and t.special for t in tokenizer.added_tokens_decoder.values())
+    name = re.sub(r"(?i)phi-?3", "phi 3", run.folder.name)
+    return f"{name} (phi-3)" if stripping and "<|endoftext|>" in tokenizer.get_vocab() else name
+
+
+def identity(run: Run) -> str:
+    """One name for manifest and GGUF, known before either is written: the sha256 of what led here."""
+    return files.sha256(run.path("evaluate"))
+
+
+def described(config: Config, run: Run, folder: Path) -> tuple[Path, Path]:
+    """What a GGUF says of itself: general.* in the words of its specification, and Ferry's own keys."""
+    data, base = run.read("data"), config.base.model
+    about = {"name": data["base"]["name"]}
+    if bases.hub_id(base):
+        about["repo_url"] = f"https://huggingface.co/{base}"
+    metadata = {
+        "general.name": general_name(run), "general.base_models": [about], "general.datasets": [{"name": config.data.source}],
+    }  # fmt: skip
+    scores = run.read("evaluate")
+    keys = {  # the converter takes a licence from a model card only
+        "general.license": data["base"]["license"], "ferry.run": run.folder.name, "ferry.manifest_id": identity(run), "ferry.base": base,
+        "ferry.base.revision": data["base"]["revision"] or "", "ferry.data": config.data.source,
+        "ferry.data.heldout_sha256": data["outputs"]["heldout"]["sha256"],
+        "ferry.scores": json.dumps({"rule": scores["rule"], **scores["scores"]}),
+    }  # fmt: skip
+    places = folder / "metadata.json", folder / "keys.json"
+    for place, value in zip(places, (metadata, keys), strict=True):
+        files.write_json(place, {k: v for k, v in value.items() if v is not None})
+    return places
+
+
+def importance_matrix(base: Path, run: Run, folder: Path, tokens: int) -> Path:
+    """From the run's own training rows, rendered as trained; never from held-out ones."""
+    text = folder / "imatrix.txt"
+    text.write_text(training_text(run, tokens), encoding="utf-8")
+    return files.once(
+        folder / "imatrix.gguf", lambda part: llamacpp.importance(base, text, part, tokens, folder / "imatrix.log")
+    )
+
+
+def training_text(run: Run, tokens: int) -> str:
+    """Evenly spaced training rows of at least `tokens` tokens together; few rows are said again until it is enough."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+    table = rows.read(run.output("data", "train"))["input_ids"]
+    mean = sum(map(len, table)) / len(table)
+    step = max(1, int(len(table) * mean / tokens))
+    texts, count, place = [], 0, 0
+    while count < tokens + llamacpp.CHUNK:
+        ids = table[place % len(table)].as_py()
+        texts.append(tokenizer.decode(ids))
+        count, place = count + len(ids), place + step
+    return "".join(texts)
+
+
+def refuse_full_disk(weights: Path, folder: Path, export) -> None:
+    """The peak, beside the base: merged weights, 16-bit GGUF, and every quantization (twice with an imatrix)."""
+    sixteen = merge.sixteen_bits(merge.safetensors_of(weights))
+    quants = sum(llamacpp.BITS[kind] / 16 for kind in export.quantizations) * sixteen * (2 if export.imatrix else 1)
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    need, free = 2 * sixteen + quants - there, shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(
+            f"export needs {need / 1e9:.1f} GB in {folder} (merged weights and 16-bit GGUF {sixteen / 1e9:.1f} GB each, "
+            f"quantized {quants / 1e9:.1f} GB), {free / 1e9:.1f} GB are free",
+            "free some disk, then run the same command again",
+        )
