@@ -129,9 +129,12 @@ def evaluate(folder: Path) -> None:
 
     def work(run):
         from pipeline import evaluate as module
+        from pipeline import ladder
 
         config = run.config()
-        return table(module.stage(config.base, config.evaluate, run)["scores"])
+        record = module.stage(config, run)
+        warn([record["training"]["warning"]] if record["training"]["warning"] else [])
+        return f"{record['used']}\n{ladder.table(record['scores'])}{before_after(run)}"
 
     stage("evaluate", folder, work)
 
@@ -142,9 +145,9 @@ def export(folder: Path) -> None:
     """Merge to 16 bit, convert to GGUF, quantize."""
 
     def work(run):
-        from pipeline import export as module
+        from pipeline.export import stage as module
 
-        made = module.stage(run.config().export, run)["outputs"]
+        made = module.stage(run.config(), run)["outputs"]
         return ", ".join(f"{name} {item['bytes'] / 1e6:.0f} MB" for name, item in made.items())
 
     stage("export", folder, work)
@@ -156,9 +159,12 @@ def verify(folder: Path) -> None:
     """Check and score the GGUF files in llama.cpp; refuse what is not what was trained."""
 
     def work(run):
-        from pipeline import verify as module
+        from pipeline import ladder
+        from pipeline.verify import stage as module
 
-        return table(module.stage(run.config(), run)["scores"])
+        record = module.stage(run.config(), run)
+        warn(record["notes"])
+        return page(record, ladder.table(run.read("evaluate")["scores"] | record["scores"]))
 
     stage("verify", folder, work)
 
@@ -196,10 +202,28 @@ def stage(name: str, folder: Path, work) -> None:
         ) from error
 
 
-def table(scores: dict) -> str:
-    return "; ".join(
-        f"{name} loss {s['loss']}" + (f", score {s['score']:.1%}" if "score" in s else "") for name, s in scores.items()
-    )
+def page(record: dict, ladder: str) -> str:
+    """What verify has shown."""
+    found = record["conversion"]
+    said = [
+        f"{record['used']}; KL and top-1 over {record['compared']} response positions (verify.max_positions)",
+        ladder,
+        (f"conversion: mean KL {found['kl']:.2g} nats over {found['positions']} positions of merged weights in torch and "
+        f"{record['sixteen']} in llama.cpp, same top-1 {found['top1']:.1%}"),
+        "prompts: transformers, llama.cpp's server and every file agree on all golden conversations, text and token ids",
+        "Ollama TEMPLATE: " + ("derived and equal on them" if record["template"] == "derived" else f"embedded one; {'; '.join(record['reasons'])}"),
+        f"default: {record['default']}",
+    ]  # fmt: skip
+    return "\n".join(said)
+
+
+def before_after(run) -> str:
+    """Three answers side by side."""
+    from contract import files
+
+    rows = files.read_rows(run.output("evaluate", "answers"))[:3]
+    lines = [f"\n> {row['prompt'][-200:].strip()}\n  before: {row['before'][:200].strip()}\n  after:  {row['after'][:200].strip()}" for row in rows]  # fmt: skip
+    return "".join(lines)
 
 
 def warn(said: list[str]) -> None:

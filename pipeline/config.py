@@ -14,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from contract.errors import UserError
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-QUANTIZATIONS = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_k_s", "q5_k_s", "q3_k_m")
+# llama.cpp's names, smallest first: a failed quality gate takes the next one of the list.
+QUANTIZATIONS = (
+    "iq2_xxs", "iq2_xs", "q2_k", "iq3_xxs", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s", "q4_k_m",
+    "q5_0", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
+)  # fmt: skip
+NEED_IMATRIX = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses them without one
 
 
 class Section(BaseModel):
@@ -154,9 +159,32 @@ class Evaluate(Section):
 
     max_rows: Annotated[int, Field(ge=1)] = 200
     """Held-out rows used, the first ones; the cap is printed."""
-    rule: Literal["exact", "loss"] = "loss"
-    """exact: the stripped greedy answer equals the reference; loss: free text, judged by held-out loss only."""
+    max_tokens: Annotated[int, Field(ge=1)] = 65536
+    """Tokens of held-out rows used: `verify` of an 8B model stays under 10 minutes on an ordinary card."""
+    rule: Literal["exact", "accuracy", "f1", "regex", "json_schema", "loss"] = "loss"
+    """How a greedy answer is judged. exact: equals the reference; accuracy: the same label (case, punctuation apart);
+    f1: of its words with the reference's; regex, json_schema: fits the pattern or schema below; loss: free text, judged by
+    held-out loss only."""
+    pattern: str | None = None
+    """rule regex: found anywhere in the answer."""
+    json_schema: str | None = None
+    """rule json_schema: a file with the schema that the answer, parsed as JSON, must fit."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    samples: Annotated[int, Field(ge=0)] = 8
+    """rule loss: held-out rows that are answered all the same, before and after side by side."""
+    prompts: str | None = None
+    """A file of your own prompts (.txt: one a line; .jsonl: a "prompt" each), answered before and after."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> "Evaluate":
+        for name, field in (("regex", "pattern"), ("json_schema", "json_schema")):
+            if self.rule == name and not getattr(self, field):
+                raise ValueError(f"rule {name} needs {field}")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error}") from error
+        return self
 
 
 class Export(Section):
@@ -164,11 +192,20 @@ class Export(Section):
 
     quantizations: tuple[Literal[QUANTIZATIONS], ...] = ("q4_k_m",)
     """The first is the default artifact of the manifest."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """Of the merged weights and of the GGUF that is quantized. bfloat16 rounds eight times as coarsely, and most of a short
+    training's changes are lost in it; it is for models whose values do not fit float16."""
+    imatrix: bool = True
+    """Weigh the quantization's errors by what the training rows use (an importance matrix)."""
+    imatrix_tokens: Annotated[int, Field(ge=1024)] = 65536
+    """Tokens of training rows that it is computed from."""
 
     @model_validator(mode="after")
     def _some(self) -> "Export":
         if len(set(self.quantizations)) != len(self.quantizations) or not self.quantizations:
             raise ValueError("quantizations must name at least one, each once")
+        if not self.imatrix and (needy := [q for q in self.quantizations if q in NEED_IMATRIX]):
+            raise ValueError(f"{', '.join(needy)} cannot be made without imatrix")
         return self
 
 
@@ -177,8 +214,14 @@ class Verify(Section):
 
     min_score: Annotated[float, Field(ge=0, le=1)] | None = None
     """Task score (share of held-out rows) that the default artifact must reach."""
-    max_loss_ratio: Annotated[float, Field(gt=1)] = 1.05
-    """Held-out loss in llama.cpp over the adapter's in torch, for f16."""
+    max_conversion_kl: Annotated[float, Field(gt=0)] = 0.01
+    """Mean KL divergence, nats, of the 16-bit GGUF in llama.cpp from the merged weights in Transformers."""
+    max_extra_loss: Annotated[float, Field(ge=0)] = 0.05
+    """Nats per response token by which the default quantization may be worse than the 16-bit GGUF."""
+    max_score_drop: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """And its task score (0.02: 2 points of 100). Beyond either, the next larger quantization becomes the default."""
+    max_positions: Annotated[int, Field(ge=1)] = 4096
+    """Response positions whose whole distributions are compared (KL divergence, top-1 agreement)."""
 
 
 class Publish(Section):
@@ -219,7 +262,7 @@ class Config(Section):
         if self.finetune.loftq_bits and self.base.load_in_4bit:
             faults.append("finetune.loftq_bits quantizes the 16-bit base itself: set base.load_in_4bit to false")
         if self.verify.min_score is not None and self.evaluate.rule == "loss":
-            faults.append("verify.min_score needs a task score: set evaluate.rule to exact")
+            faults.append("verify.min_score needs a task score: set evaluate.rule to one that judges answers")
         if (self.generation.num_ctx or 0) > self.base.max_seq_length * 8:
             faults.append("generation.num_ctx is more than 8 x base.max_seq_length: the model was not trained for that")
         if faults:

@@ -28,12 +28,11 @@ STACK = (
 def stage(config: Config, run: Run) -> dict:
     """Fill the folder hub and write the record."""
     hub = hub_folder(config.publish.repo.replace("{run}", run.folder.name))
-    record = run.read("export")
     files.remove(hub / manifest.NAME)  # an old manifest must not describe new files
-    artifacts = [put_gguf(run, name, hub, record) for name in record["outputs"] if name != "f16"]
+    artifacts = [put_gguf(run, stage, name, hub) for stage, name in published(run)]
     artifacts.append(put_adapter(run, hub, config.base.model))
     made = build(config, run, artifacts)
-    put_card(hub, made)
+    put_card(hub, made, run.output("verify", "ladder").read_text(encoding="utf-8").rstrip())
     files.write_json(hub / manifest.NAME, made.model_dump(mode="json"))
     return run.write(
         "publish",
@@ -57,16 +56,26 @@ def hub_folder(repo: str) -> Path:
     return hub
 
 
-def put_gguf(run: Run, name: str, hub: Path, record: dict) -> manifest.Artifact:
-    source = run.output("export", name)
+def published(run: Run) -> list[tuple[str, str]]:
+    """(stage, output) of every GGUF that goes out: the quantizations, and 16 bit only where nothing smaller will do."""
+    export, verify = run.read("export"), run.read("verify")
+    kept = {export["sixteen"], "imatrix"} - {verify["default"]}
+    ours = [("export", name) for name in export["outputs"] if name not in kept and not name.endswith(llamacpp.STATIC)]
+    return ours + [("verify", name) for name in verify["outputs"] if name in llamacpp.BITS]
+
+
+def put_gguf(run: Run, stage: str, name: str, hub: Path) -> manifest.Artifact:
+    """name: its quantization."""
+    source, export = run.output(stage, name), run.read("export")
     digest = put(source, hub / source.name)
-    if digest != record["outputs"][name]["sha256"]:
+    if digest != run.read(stage)["outputs"][name]["sha256"]:
         raise UserError(
-            f"{source} is not the file that export made", f"delete {run.path('export')} and run the same command again"
+            f"{source} is not the file that {stage} made", f"delete {run.path(stage)} and run the same command again"
         )
     return manifest.Artifact(
         kind="gguf", file=source.name, quantization=name, sha256=digest, bytes=source.stat().st_size,
-        tensor_types=tensor_types(source), default=name == record["default"],
+        tensor_types=tensor_types(source), default=name == run.read("verify")["default"],
+        imatrix=export["imatrix"] if name != export["sixteen"] else None,
     )  # fmt: skip
 
 
@@ -96,6 +105,7 @@ def build(config: Config, run: Run, artifacts: list[manifest.Artifact]) -> manif
     contract = files.read_json(run.output("verify", "contract"))
     scores = run.read("evaluate")["scores"] | run.read("verify")["scores"]
     return manifest.Manifest(
+        id=run.read("export")["id"],
         name=run.folder.name,
         base=manifest.BaseModelInfo(**{key: data["base"][key] for key in manifest.BaseModelInfo.model_fields}),
         dataset=manifest.Dataset(
@@ -111,10 +121,21 @@ def build(config: Config, run: Run, artifacts: list[manifest.Artifact]) -> manif
         config=config.model_dump(mode="json"),
         training={"method": "QLoRA" if config.base.load_in_4bit else "LoRA"}
         | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "final_loss", "trainable")},
-        scores={"rule": config.evaluate.rule, "min_score": config.verify.min_score, "heldout": scores},
+        scores={"rule": config.evaluate.rule, "heldout": scores, "used": run.read("verify")["used"]} | thresholds(run, config),
         provenance=provenance(run),
         **contract,
     )  # fmt: skip
+
+
+def thresholds(run: Run, config: Config) -> dict:
+    """What was asked of the scores, and what came of it."""
+    verify = run.read("verify")
+    return {
+        "thresholds": config.verify.model_dump(mode="json"),
+        "conversion": verify["conversion"],
+        "training": run.read("evaluate")["training"],
+        "notes": verify["notes"],
+    }
 
 
 def tensor_types(gguf: Path) -> dict[str, int]:
@@ -152,8 +173,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def put_card(hub: Path, made: manifest.Manifest) -> None:
-    """A short model card: only what the run knows."""
+def put_card(hub: Path, made: manifest.Manifest, ladder: str) -> None:
+    """A short model card: only what the run knows. ladder: the scores as a Markdown table."""
     default = made.default()
     lines = [
         *(
@@ -168,12 +189,7 @@ def put_card(hub: Path, made: manifest.Manifest) -> None:
         "",
         f"{made.training['method']} fine-tune of {made.base.name} on {made.dataset.source} ({made.dataset.rows['train']} rows).",
         "",
-        "| system | held-out loss | score |",
-        "| --- | --- | --- |",
-        *(
-            f"| {name} | {s['loss']} | {format(s['score'], '.1%') if 'score' in s else '-'} |"
-            for name, s in made.scores["heldout"].items()
-        ),
+        ladder,
         "",
         f"Scoring rule: {made.scores['rule']}. Default file: `{default.file}`, sha256 `{default.sha256}`.",
     ]

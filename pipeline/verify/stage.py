@@ -1,0 +1,243 @@
+"""verify: is every file what was trained? Parity of prompts, conversion, quality ladder; nothing is published before.
+
+    parity       same prompt, same ids, one BOS, the trained end: transformers, llama.cpp's own server, Ollama's TEMPLATE
+    conversion   logits of the 16-bit GGUF in llama.cpp == logits of the merged weights in Transformers, within a bound
+    quant        the default quantization costs at most so much; else the next larger one is made and becomes the default
+
+The first two stop the run, with the evidence in verify/evidence.json.
+"""
+
+import hashlib
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract import chat, files, runtime
+from contract.errors import UserError
+from pipeline import ladder, llamacpp
+from pipeline.config import Config, Generation
+from pipeline.record import Run
+from pipeline.score import held_out, prompt_ids
+from pipeline.systems import Gguf, Reading, Torch, finish
+from pipeline.verify import parity
+from pipeline.verify.golden import golden
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+LARGER = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0")  # what a failed quantization is followed by
+COMPARED_ROWS = 8  # held-out rows whose every position is compared in the conversion gate, beside the golden prompts
+
+
+def stage(config: Config, run: Run) -> dict:
+    """Write verify/contract.json (chat format, golden and smoke prompts), verify/ladder.md and the record.
+
+    Raises UserError when a gate does not hold.
+    """
+    folder = run.workspace("verify", "export")
+    rows, used = held_out(run.output("data", "heldout"), config.evaluate)
+    trained, files_ = as_trained(run, rows), {name: run.output("export", name) for name in ggufs(run)}
+    sixteen = run.read("export")["sixteen"]
+    turns, reasons, adds = prompts(files_, trained, folder)
+    climb = Ladder(config, run, rows, folder)
+    climb.start(files_[sixteen], sixteen, trained)
+    for name, path in files_.items():
+        if name != sixteen:
+            climb.step(name, path)
+    default, extra = choose(config, run, climb, run.read("export")["default"], sixteen)
+    refuse_score(config, climb.scores, default)
+    smoke = smoke_prompts(files_.get(default) or extra[default], config)
+    contract, page = folder / "contract.json", folder / "ladder.md"
+    chat_format = described(config, run, trained, adds) | {"turns": turns and turns.model_dump(), "embedded": reasons}
+    files.write_json(contract, {"chat": chat_format, "golden": list(trained.golden), "smoke": smoke})
+    page.write_text(ladder.table(climb.all_scores()) + "\n", encoding="utf-8")
+    return run.write(
+        "verify", ("data", "evaluate", "export"), {"contract": contract, "ladder": page, **extra},
+        scores=climb.scores, default=default, used=used, conversion=climb.conversion, compared=climb.reference.positions,
+        notes=climb.notes, sixteen=sixteen, template="derived" if turns and not reasons else "embedded", reasons=reasons,
+    )  # fmt: skip
+
+
+def ggufs(run: Run) -> list[str]:
+    return [name for name in run.read("export")["outputs"] if name != "imatrix"]
+
+
+def as_trained(run: Run, rows: list[dict]) -> parity.Trained:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+    # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there, whoever wrote it
+    held = [(row["prompt"], prompt_ids(row)) for row in rows if unicodedata.is_normalized("NFC", row["prompt"])]
+    return parity.Trained(tokenizer, golden(tokenizer), run.read("data")["chat"]["end"], held)
+
+
+def prompts(paths: dict[str, Path], trained: parity.Trained, folder: Path):
+    """The parity gate on every file; then Ollama's TEMPLATE. Returns (turns or None, reasons, whether runtimes add BOS)."""
+    for name, path in paths.items():
+        model = runtime.load(path, vocab_only=True)
+        adds = parity.adds_bos(model)
+        try:
+            parity.gguf(path, model, trained)
+        except parity.Different as error:
+            raise stopped(
+                "parity", f"the {name} GGUF is not what was trained: {error}", folder, error.evidence
+            ) from error
+        finally:
+            model.close()
+    turns, reasons = parity.ollama(trained, adds)
+    try:
+        if turns:
+            parity.template(turns, trained, adds)
+    except parity.Different as error:
+        raise stopped("parity", str(error), folder, error.evidence) from error
+    return turns, reasons, adds
+
+
+def stopped(gate: str, why: str, folder: Path, evidence: dict) -> UserError:
+    """The evidence goes into a file; the error names it."""
+    path = folder / "evidence.json"
+    files.write_json(path, {"gate": gate, **evidence})
+    return UserError(why, f"do not use this file; read {path} and report it with the run's records")
+
+
+class Ladder:
+    """Scores file after file; what they are compared with stays on disk meanwhile."""
+
+    def __init__(self, config: Config, run: Run, rows: list[dict], folder: Path):
+        self.config, self.run, self.rows, self.folder = config, run, rows, folder
+        self.scores: dict[str, dict] = {}
+        self.notes: list[str] = []
+
+    def start(self, path: Path, name: str, trained: parity.Trained) -> None:
+        """The 16-bit GGUF, then the merged weights: the conversion gate, and what all others are compared with."""
+        side = self.open(path)
+        texts = [item["ids"] for item in trained.golden] + [row["input_ids"] for row in self.rows[:COMPARED_ROWS]]
+        converted = ladder.Conversion(self.folder, texts, side)
+        most = self.config.verify.max_positions
+        self.reference = ladder.Reference(self.folder, self.rows, side.model.n_vocab(), most)
+        readings = self.reference.fill(side, name)
+        sixteen = self.measured(name, side, readings, {"kl": 0.0, "top1": 1.0}, path)
+        side.model.close()
+        merged = self.merged(trained)
+        self.conversion = converted.compare(merged)
+        self.refuse_conversion(name)
+        self.scores = {
+            "merged": self.measured("merged", merged, *self.reference.compare(merged, "merged")), name: sixteen
+        }  # fmt: skip
+
+    def refuse_conversion(self, name: str) -> None:
+        found, bound = self.conversion, self.config.verify.max_conversion_kl
+        if not found["kl"] <= bound:
+            raise stopped(
+                "conversion",
+                f"the {name} GGUF does not compute what the merged weights compute: mean KL {found['kl']:.3g} nats, at most {bound:g}",
+                self.folder, {"bound": bound, **found},
+            )  # fmt: skip
+
+    def merged(self, trained: parity.Trained) -> Torch:
+        """The merged weights in Transformers: on a GPU in their own type, what does not fit beside it; on a CPU in float32."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        cuda = torch.cuda.is_available()
+        where = {"dtype": "auto", "device_map": "auto"} if cuda else {"dtype": torch.float32}
+        folder = self.run.folder / "export" / "merged"
+        # eager: torch's fused attention leaves out Gemma 2's soft cap
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **where).eval()
+        return Torch(model, trained.tokenizer, self.config.evaluate.max_new_tokens, list(trained.ends))
+
+    def open(self, path: Path) -> Gguf:
+        """With the context that will be served: some models compute otherwise in a longer one (Phi 3's LongRoPE)."""
+        served = self.config.generation.num_ctx or self.config.base.max_seq_length
+        longest = max(len(row["input_ids"]) for row in self.rows) + 64
+        return Gguf(path, max(served, longest), self.config.evaluate.max_new_tokens)
+
+    def step(self, name: str, path: Path) -> None:
+        side = self.open(path)
+        self.scores[name] = self.measured(name, side, *self.reference.compare(side, name), path)
+        side.model.close()
+
+    def measured(
+        self, name: str, side: Torch | Gguf, readings: list[Reading], near: dict, path: Path | None = None
+    ) -> dict:
+        found, _ = finish(side, self.rows, readings, self.config.evaluate, name)
+        size = {"megabytes": round(path.stat().st_size / 1e6, 1)} if path else {}
+        return found | near | size
+
+    def all_scores(self) -> dict[str, dict]:
+        return self.run.read("evaluate")["scores"] | self.scores
+
+
+def choose(config: Config, run: Run, climb: Ladder, wanted: str, sixteen: str) -> tuple[str, dict[str, Path]]:
+    """The quant gate: the default artifact, and the larger quantizations that had to be made for it."""
+    made: dict[str, Path] = {}
+    name, base = wanted, run.output("export", sixteen)
+    while why := too_coarse(config, climb.scores[name], climb.scores[sixteen]):
+        larger = next((q for q in LARGER if llamacpp.BITS[q] > llamacpp.BITS[name]), sixteen)
+        climb.notes.append(f"{name} {why}: {larger} is the default instead")
+        name = larger
+        if name not in climb.scores:
+            matrix = run.folder / "export" / "imatrix.gguf"
+            made[name] = llamacpp.quantized(base, name, matrix if matrix.is_file() else None, climb.folder)
+            climb.step(name, made[name])
+        if name == sixteen:
+            break
+    return name, made
+
+
+def too_coarse(config: Config, scores: dict, sixteen: dict) -> str | None:
+    """Why a quantization may not be the default."""
+    extra = scores["loss"] - sixteen["loss"]
+    if not extra <= config.verify.max_extra_loss:
+        return f"costs {extra:.3f} nats a token (verify.max_extra_loss {config.verify.max_extra_loss:g})"
+    drop = sixteen.get("score", 0) - scores.get("score", 0)
+    if drop > config.verify.max_score_drop + 1e-9:
+        return f"costs {100 * drop:.1f} points of its score (verify.max_score_drop {config.verify.max_score_drop:g})"
+    return None
+
+
+def refuse_score(config: Config, scores: dict, default: str) -> None:
+    wanted = config.verify.min_score
+    if wanted is not None and scores[default]["score"] < wanted:
+        raise UserError(
+            f"{default} answers {scores[default]['score']:.0%} of the held-out rows, verify.min_score is {wanted:.0%}",
+            "train longer or on more rows (a new RUN=name), or lower verify.min_score",
+        )
+
+
+def described(config: Config, run: Run, trained: parity.Trained, adds: bool) -> dict:
+    """The manifest's ChatFormat, as trained."""
+    tokenizer = trained.tokenizer
+    bos = tokenizer.bos_token
+    return {
+        "template": tokenizer.chat_template,
+        "sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "stop": list(dict.fromkeys([tokenizer.eos_token, *trained.ends])),
+        "bos": bos,
+        "bos_in_template": bool(bos) and trained.golden[0]["prompt"].startswith(bos),
+        "adds_bos": adds,
+        "system": config.data.system,
+    }
+
+
+def smoke_prompts(path: Path, config: Config) -> list[dict]:
+    """What the default file answers to the config's synthetic messages."""
+    model = runtime.load(path, config.base.max_seq_length + config.generation.max_tokens)
+    answers = [smoke_prompt(model, m, config.data.system, config.generation) for m in config.generation.smoke_prompts]
+    model.close()
+    return answers
+
+
+def smoke_prompt(model: "Llama", message: str, system: str | None, generation: Generation) -> dict:
+    """What this file answers to a synthetic message, with the log-probability of each token."""
+    before = [{"role": "system", "content": system}] if system else []
+    ids = runtime.tokenize(model, chat.prompt(model, [*before, {"role": "user", "content": message}]))
+    said, ended = runtime.greedy(model, ids, generation.max_tokens)
+    answer = said + ended
+    return {
+        "message": message,
+        "ids": ids,
+        "answer": runtime.text(model, said),
+        "answer_ids": answer,
+        "log_probs": runtime.answer_log_probs(model, ids, answer),
+    }

@@ -1,0 +1,271 @@
+"""Sabotage: one thing made wrong at a time, in the files of a real run, and the gate that must stop it."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from contract import files, manifest, runtime
+from contract.errors import UserError
+from pipeline import base, finetune, llamacpp, publish
+from pipeline import rows as training_rows
+from pipeline.config import Config
+from pipeline.export import merge
+from pipeline.export import stage as export
+from pipeline.record import Run
+from pipeline.score import held_out
+from pipeline.verify import derive, parity
+from pipeline.verify import stage as verify
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def run(chain, tmp_path) -> Run:
+    """A copy of the trained run, to be damaged; links, so that only what is changed is written again."""
+    copy = tmp_path / "chain"
+    shutil.copytree(chain.run, copy, copy_function=lambda a, b: Path(b).hardlink_to(a))
+    for stage in ("verify", "publish"):
+        (copy / f"{stage}.json").unlink()
+    shutil.rmtree(copy / "verify")
+    return Run(copy)
+
+
+def changed(run: Run, **verify_settings) -> Config:
+    tree = run.config().model_dump()
+    tree["verify"] |= verify_settings
+    return Config.model_validate(tree)
+
+
+def own_copy(path: Path) -> Path:
+    """The file itself instead of a link to the chain's."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+def evidence(run: Run, stage: str = "verify") -> dict:
+    return files.read_json(run.folder / stage / "evidence.json")
+
+
+def set_value(path: Path, key: str, value) -> None:
+    """Overwrite one key-value of a GGUF in place; a text by one of the same length."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(own_copy(path), "r+")
+    field = reader.get_field(key)
+    part = field.parts[field.data[0]]
+    part[:] = np.frombuffer(value.encode(), np.uint8) if isinstance(value, str) else value
+    del reader
+
+
+def parity_of(run: Run):
+    rows, _ = held_out(run.output("data", "heldout"), run.config().evaluate)
+    paths = {"f16": run.output("export", "f16")}
+    return verify.prompts(paths, verify.as_trained(run, rows), run.folder / "verify")
+
+
+def conversion_of(run: Run) -> None:
+    rows, _ = held_out(run.output("data", "heldout"), run.config().evaluate)
+    climb = verify.Ladder(run.config(), run, rows, run.folder / "verify")
+    climb.start(run.output("export", "f16"), "f16", verify.as_trained(run, rows))
+
+
+# --- the merge
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda name, base, lora, dtype, plain: base.to(torch.float16), "not W"),  # the adapter is left out
+        (lambda name, base, lora, dtype, plain: plain(name, base, lora, dtype).T.contiguous() if "layers.3.self_attn.q_proj" in name else plain(name, base, lora, dtype), "not W"),
+        (lambda name, base, lora, dtype, plain: plain(name, base * (1.01 if name.endswith("norm.weight") else 1), lora, dtype), "not the base's"),
+    ],
+    ids=["a dropped delta", "a transposed matrix", "a changed norm"],
+)  # fmt: skip
+def test_a_wrong_merge_stops_the_export(run, wrong, says, monkeypatch):
+    plain = merge._merged
+    monkeypatch.setattr(merge, "_merged", lambda name, base, lora, dtype: wrong(name, base, lora, dtype, plain))
+    folder = run.folder / "again"
+    weights, adapter = Path(run.read("finetune")["weights"]), run.output("finetune", "adapter").parent
+    with pytest.raises(UserError, match="the merge is wrong in") as error:
+        export.merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, "float16")
+    found = files.read_json(folder / "evidence.json")
+    assert found["gate"] == "merge" and says in found["faults"][0]["what"] and "evidence.json" in str(error.value)
+    assert not (folder / "merged").exists(), "nothing is left that a next try could take for merged"
+
+
+# --- prompts
+
+
+def test_what_was_exported_passes(run):
+    turns, reasons, adds = parity_of(run)
+    assert turns is not None and reasons == [] and adds is False
+    assert not (run.folder / "verify" / "evidence.json").exists()
+
+
+def test_a_changed_template_beside_the_merged_weights_stops_the_run(run):
+    """gguf-py reads tokenizer_config.json before chat_template.jinja: the stale one would win."""
+    merged = run.folder / "export" / "merged"
+    settings = own_copy(merged / "tokenizer_config.json")
+    template = (merged / "chat_template.jinja").read_text()
+    files.write_json(settings, files.read_json(settings) | {"chat_template": template.replace("<|im_end|>", "")})
+    target = run.output("export", "f16")
+    target.unlink()
+    folder = run.folder / "export"
+    llamacpp.convert(merged, target, "f16", folder / "metadata.json", folder / "keys.json", folder / "again.log")
+    with pytest.raises(UserError, match="template is not the one that was trained"):
+        parity_of(run)
+    assert evidence(run)["gate"] == "parity" and evidence(run)["expected"] == template
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"tokenizer.ggml.pre": "falcon"}, "tokenizes .* differently"),
+        ({"tokenizer.ggml.eos_token_id": 0}, "its end token is another one"),
+        # a runtime that adds a BOS of its own to prompts that were trained with none
+        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 3}, "BOS tokens that a runtime will feed"),
+    ],
+    ids=["pre-tokenizer", "end token", "BOS"],
+)  # fmt: skip
+def test_a_wrong_vocabulary_stops_the_run(run, values, says):
+    for key, value in values.items():
+        set_value(run.output("export", "f16"), key, value)
+    with pytest.raises(UserError, match=says):
+        parity_of(run)
+    assert evidence(run)["gate"] == "parity"
+
+
+def test_a_doubled_bos_is_seen(run):
+    model = runtime.load(run.output("export", "f16"), vocab_only=True)
+    bos = model.token_bos()
+    parity.one_bos(model, [[bos, 5, 6], [5, bos]])
+    with pytest.raises(parity.Different, match="BOS"):
+        parity.one_bos(model, [[bos, bos, 5, 6]])
+
+
+def test_a_template_with_one_newline_more_stops_the_run(run, monkeypatch):
+    plain = derive.derive
+
+    def wrong(*arguments):
+        turns, reasons = plain(*arguments)
+        return turns.model_copy(update={"generate": turns.generate + "\n"}), reasons
+
+    monkeypatch.setattr(derive, "derive", wrong)
+    with pytest.raises(UserError, match="TEMPLATE gives another prompt"):
+        parity_of(run)
+    assert evidence(run)["found"] == evidence(run)["expected"] + "\n"
+
+
+def test_a_manifest_whose_template_was_changed_makes_no_modelfile(chain):
+    from deploy import modelfile
+
+    made = manifest.read(chain.hub / manifest.NAME)
+    modelfile.render(made, "x.gguf")
+    wrong = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
+    with pytest.raises(UserError, match="does not give the trained prompt"):
+        modelfile.render(made.model_copy(update={"chat": made.chat.model_copy(update={"turns": wrong})}), "x.gguf")
+
+
+def test_an_end_without_loss_stops_the_training(chain):
+    table = training_rows.read(chain.run / "data" / "train.parquet")
+    finetune.check_ends(table, {2})
+    rows = table.to_pylist()
+    rows[7]["labels"] = [-100 if label == 2 else label for label in rows[7]["labels"]]
+    import pyarrow as pa
+
+    with pytest.raises(RuntimeError, match="training row 7 teaches no end"):
+        finetune.check_ends(pa.Table.from_pylist(rows, schema=table.schema), {2})
+
+
+# --- the conversion
+
+
+def test_a_wrong_rope_theta_stops_the_run(run):
+    set_value(run.output("export", "f16"), "llama.rope.freq_base", 10_000.0)
+    with pytest.raises(UserError, match="does not compute what the merged weights compute"):
+        conversion_of(run)
+    assert evidence(run)["gate"] == "conversion" and evidence(run)["kl"] > 10 * evidence(run)["bound"]
+
+
+def test_a_transposed_matrix_in_the_gguf_stops_the_run(run):
+    from gguf import GGUFReader
+
+    reader = GGUFReader(own_copy(run.output("export", "f16")), "r+")
+    (tensor,) = [t for t in reader.tensors if t.name == "blk.3.attn_q.weight"]
+    tensor.data[:] = tensor.data.T.copy()
+    del reader
+    with pytest.raises(UserError, match="does not compute what the merged weights compute"):
+        conversion_of(run)
+
+
+def test_the_gguf_of_another_model_stops_the_run(run, source):
+    """The base itself: its vocabulary is the trained one."""
+    path = run.output("export", "f16")
+    path.unlink()
+    shutil.copyfile(source, path)
+    with pytest.raises(UserError, match="does not compute what the merged weights compute"):
+        conversion_of(run)
+
+
+def test_a_truncated_gguf_stops_the_run(run):
+    path = own_copy(run.output("export", "f16"))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 5_000_000)
+    with pytest.raises(UserError, match="llama.cpp cannot load"):
+        parity_of(run)
+        conversion_of(run)
+
+
+# --- quality
+
+
+def test_a_quantization_that_costs_too_much_is_followed_by_a_larger_one_and_keeps_its_name(run, tmp_path):
+    config = changed(run, max_extra_loss=0.0, max_score_drop=1.0, min_score=None)
+    tree = config.model_dump()
+    tree["publish"]["repo"] = str(tmp_path / "hub")
+    config = Config.model_validate(tree)
+    run.config_file.unlink()
+    run.freeze(config)
+    record = verify.stage(config, run)
+    losses = {name: scores["loss"] for name, scores in record["scores"].items()}
+    assert losses["q4_k_m"] > losses["f16"], "else there is nothing to see here"
+    assert record["default"] != "q4_k_m" and losses[record["default"]] <= losses["f16"]
+    assert record["notes"][0].startswith("q4_k_m costs") and "q5_k_m is the default instead" in record["notes"][0]
+    publish.stage(config, run)
+    made = manifest.read(tmp_path / "hub" / manifest.NAME)
+    assert made.default().quantization == record["default"]
+    assert any(a.quantization == "q4_k_m" and a.file == "chain.q4_k_m.gguf" for a in made.artifacts)
+    assert made.scores["notes"] == record["notes"]
+
+
+def test_the_gate_looks_at_loss_and_at_score(run):
+    config = changed(run)
+    good = {"loss": 0.1, "score": 0.95}
+    assert verify.too_coarse(config, {"loss": 0.149, "score": 0.93}, good) is None
+    assert "0.051 nats" in verify.too_coarse(config, {"loss": 0.151, "score": 0.95}, good)
+    assert "3.0 points" in verify.too_coarse(config, {"loss": 0.1, "score": 0.92}, good)
+    assert "nan nats" in verify.too_coarse(config, {"loss": float("nan"), "score": 0.95}, good)
+
+
+def test_nothing_is_published_below_the_score(run):
+    with pytest.raises(UserError, match="verify.min_score is 90%"):
+        verify.refuse_score(changed(run, min_score=0.9), {"q4_k_m": {"score": 0.89}}, "q4_k_m")
+
+
+def test_the_ladder_has_every_rung_and_says_its_caps(chain):
+    record = files.read_json(chain.run / "verify.json")
+    assert set(record["scores"]) == {"merged", "f16", "q4_k_m", "q4_k_m-static"}
+    for name, scores in record["scores"].items():
+        assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]), abs=2e-3)
+        assert 0 <= scores["kl"] < 0.1 and scores["top1"] > 0.95 and scores["tokens_per_second"] > 0, name
+    assert record["scores"]["merged"]["kl"] < 1e-4 < record["scores"]["q4_k_m"]["kl"]
+    assert record["compared"] > 300 and "24 of 120 held-out rows" in record["used"]
+    page = (chain.run / "verify" / "ladder.md").read_text()
+    assert all(f"| {name} |" in page for name in ("base", "adapter", *record["scores"]))
+    assert not list((chain.run / "verify").glob("*.f32")), "the distributions are gone again"
+    assert base.header(chain.hub / "chain.q4_k_m.gguf")["general.file_type"] == 15
