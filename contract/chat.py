@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 
 def render(
-    template: str, messages: Sequence[dict], bos: str = "", eos: str = "", add_generation_prompt: bool = True
+    template: str,
+    messages: Sequence[dict],
+    bos: str = "",
+    eos: str = "",
+    add_generation_prompt: bool = True,
+    **switches: bool,
 ) -> str:
-    """`messages` as text, by default with the prompt for the assistant's answer. Raises UserError when the template fails."""
+    """`messages` as text, by default with the prompt for the assistant's answer. Raises UserError when the template fails.
+
+    switches: other variables of the template, such as enable_thinking.
+    """
     from jinja2 import TemplateError
 
     try:
         return compiled(template).render(
             messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            bos_token=bos, eos_token=eos,
+            bos_token=bos, eos_token=eos, **switches,
         )  # fmt: skip
     except (TemplateError, TypeError) as error:
         raise UserError(

@@ -18,34 +18,54 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-def load(gguf: Path, context: int = 1024, vocab_only: bool = False) -> "Llama":
+LESS = (0.75, 0.5, 0.25, 0)  # of the layers, where a GPU cannot hold them all
+
+
+def load(gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool = False) -> "Llama":
     """Open a GGUF, every layer on the GPU where there is one.
 
-    context: tokens of the longest text given to log_probs.
+    context: tokens of the longest text given to log_probs. spill: where the GPU's memory is too small, take fewer layers
+    there and compute the others on the CPU.
     Raises UserError when the file is missing or llama.cpp refuses it.
     """
-    from llama_cpp import Llama
+    import llama_cpp
 
     if not gguf.is_file():
         raise UserError(f"{gguf} is missing", "run the stage that writes it again")
+    layers = [-1]
+    if spill and llama_cpp.llama_supports_gpu_offload():
+        layers += [int(share * _blocks(gguf)) for share in LESS]
     said = io.StringIO()  # what llama.cpp prints while it loads matters only when it fails
+    for count in layers:
+        try:
+            with contextlib.redirect_stderr(said):
+                return _open(gguf, context, vocab_only, count)
+        except ValueError as error:
+            refused = error
+    why = said.getvalue().strip().splitlines()[-1:] or [str(refused)]
+    raise UserError(
+        f"llama.cpp cannot load {gguf}: {why[0]}",
+        "the file is damaged or its architecture is not supported: make or pull it again",
+    ) from refused
+
+
+def _open(gguf: Path, context: int, vocab_only: bool, layers: int) -> "Llama":
+    from llama_cpp import Llama
+
+    return Llama(
+        str(gguf), n_ctx=context, n_batch=context, n_gpu_layers=layers, n_threads=os.cpu_count(), vocab_only=vocab_only,
+        verbose=False,
+    )  # fmt: skip
+
+
+def _blocks(gguf: Path) -> int:
+    import llama_cpp
+
+    model = load(gguf, vocab_only=True)
     try:
-        with contextlib.redirect_stderr(said):
-            return Llama(
-                str(gguf),
-                n_ctx=context,
-                n_batch=context,
-                n_gpu_layers=-1,
-                n_threads=os.cpu_count(),
-                vocab_only=vocab_only,
-                verbose=False,
-            )
-    except ValueError as error:
-        why = said.getvalue().strip().splitlines()[-1:] or [str(error)]
-        raise UserError(
-            f"llama.cpp cannot load {gguf}: {why[0]}",
-            "the file is damaged or its architecture is not supported: make or pull it again",
-        ) from error
+        return llama_cpp.llama_model_n_layer(model.model)
+    finally:
+        model.close()
 
 
 def tokenize(model: "Llama", text: str) -> list[int]:
@@ -67,7 +87,7 @@ def log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int] | Non
         for place, token in enumerate(ids):
             _add(batch, token, place, 0, place in wanted)
         _decode(model.ctx, batch, fresh=True)
-        size = _vocabulary_size(model)
+        size = model.n_vocab()
         logits = np.stack([_logits(model.ctx, place, size) for place in positions])
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -97,40 +117,62 @@ def answers(
 
     End tokens are all that llama.cpp stops at (EOS, and turn ends such as <end_of_turn>), as in every runtime built on it.
     """
-    import llama_cpp
-
-    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    size, said = _vocabulary_size(model), [[] for _ in prompts]
-    ended: list[list[int]] = [[] for _ in prompts]
-    waiting, slots = list(enumerate(prompts))[::-1], {}
     longest = max(map(len, prompts))
     with _context(model, parallel, longest + max_tokens) as ctx, _batch(parallel * longest) as batch:
-        while waiting or slots:
-            batch.n_tokens = 0
-            for slot in range(parallel):
-                if slot in slots:
-                    row = slots[slot]
-                    _add(batch, said[row][-1], len(prompts[row]) + len(said[row]) - 1, slot, True)
-                elif waiting:
-                    row, ids = waiting.pop()
-                    slots[slot] = row
-                    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), slot, -1, -1)
-                    for place, token in enumerate(ids):
-                        _add(batch, token, place, slot, place == len(ids) - 1)
+        work = _Answering(model, ctx, batch, prompts, max_tokens)
+        while work.feed(parallel):
             _decode(ctx, batch)
-            for place in range(batch.n_tokens):
-                if not batch.logits[place]:
-                    continue
-                slot, token = batch.seq_id[place][0], int(_logits(ctx, place, size).argmax())
-                row = slots[slot]
-                if llama_cpp.llama_vocab_is_eog(vocabulary, token):
-                    ended[row] = [token]
-                else:
-                    said[row].append(token)
-                if ended[row] or len(said[row]) == max_tokens:
-                    del slots[slot]
+            work.hear(tick)
+    return list(zip(work.said, work.ended, strict=True))
+
+
+class _Answering:
+    """Several greedy answers at a time: one sequence of the context each."""
+
+    def __init__(self, model: "Llama", ctx, batch, prompts: Sequence[Sequence[int]], max_tokens: int):
+        import llama_cpp
+
+        self.ctx, self.batch, self.prompts, self.max_tokens = ctx, batch, prompts, max_tokens
+        self.size, self.vocabulary = model.n_vocab(), llama_cpp.llama_model_get_vocab(model.model)
+        self.said: list[list[int]] = [[] for _ in prompts]
+        self.ended: list[list[int]] = [[] for _ in prompts]
+        self.waiting = list(range(len(prompts)))[::-1]
+        self.open: dict[int, int] = {}  # sequence -> index of its prompt
+
+    def feed(self, parallel: int) -> bool:
+        """Batch the last token of every open answer, and new prompts where there is room; false when all is said."""
+        self.batch.n_tokens = 0
+        for sequence in range(parallel):
+            if sequence in self.open:
+                row = self.open[sequence]
+                place = len(self.prompts[row]) + len(self.said[row]) - 1
+                _add(self.batch, self.said[row][-1], place, sequence, True)
+            elif self.waiting:
+                self._begin(sequence)
+        return self.batch.n_tokens > 0
+
+    def _begin(self, sequence: int) -> None:
+        import llama_cpp
+
+        self.open[sequence] = self.waiting.pop()
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.ctx), sequence, -1, -1)
+        ids = self.prompts[self.open[sequence]]
+        for place, token in enumerate(ids):
+            _add(self.batch, token, place, sequence, place == len(ids) - 1)
+
+    def hear(self, tick) -> None:
+        """Take the likeliest next token of every open answer."""
+        import llama_cpp
+
+        for place in range(self.batch.n_tokens):
+            if self.batch.logits[place]:
+                sequence = self.batch.seq_id[place][0]
+                row, token = self.open[sequence], int(_logits(self.ctx, place, self.size).argmax())
+                end = llama_cpp.llama_vocab_is_eog(self.vocabulary, token)
+                (self.ended if end else self.said)[row].append(token)
+                if end or len(self.said[row]) == self.max_tokens:
+                    del self.open[sequence]
                     tick(1)
-    return list(zip(said, ended, strict=True))
 
 
 def ends(model: "Llama") -> list[int]:
@@ -139,10 +181,6 @@ def ends(model: "Llama") -> list[int]:
 
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     return [token for token in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
-
-
-def _vocabulary_size(model: "Llama") -> int:
-    return model.n_vocab()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Turns(BaseModel):
         users = [i for i, m in enumerate(messages) if m["role"] == "user"]
         text = "" if self.place == "first" or (system and self.place == "own") else self.start
         for i, message in enumerate(messages):
-            role, words = message["role"], self._trim(message["role"], message["content"])
+            role, words = message["role"], self.trim(message["role"], message["content"])
             if role == "user":
                 opening = self._opening(message["content"], system, i == users[0], i == len(messages) - 1)
                 text += opening + words + self.user[1]
@@ -58,12 +58,12 @@ class Turns(BaseModel):
         """What opens a user turn."""
         here = {"own": False, "first": first, "last": last}[self.place]
         if here and system and self.system:
-            return self.system[0] + self._trim("system", system) + self.system[1]
+            return self.system[0] + self.trim("system", system) + self.system[1]
         if here and self.place == "first":
             return self.start
         return self.marker[1] if self.marker and self.marker[0] in words else self.user[0]
 
-    def _trim(self, role: str, words: str) -> str:
+    def trim(self, role: str, words: str) -> str:
         return words.strip(SPACE) if role in self.trimmed else words
 
     def go(self) -> str:
@@ -136,25 +136,24 @@ def _escaped(character: str) -> str:
 
 
 def _trimmed(words: str) -> str:
-    """Go has no trim: `$s` becomes the first byte that is no white space, `$e` where the last run of it begins."""
-    spaces = " ".join(f'"\\x{ord(c):02x}"' for c in SPACE)
+    """Go has no trim: `$s` becomes the first byte that is no white space, `$e` the end of the last one."""
+    spaces = " ".join(str(ord(c)) for c in SPACE)
     return (
-        f"{{{{ $t := {words} }}}}{{{{ $s := 0 }}}}{{{{ $e := 0 }}}}{{{{ $words := false }}}}{{{{ $gap := false }}}}"
-        "{{ range $at := len $t }}"
-        f'{{{{ if eq (printf "%.1s" (slice $t $at)) {spaces} }}}}'
-        "{{ if not $gap }}{{ $e = $at }}{{ $gap = true }}{{ end }}"
-        "{{ else }}{{ $gap = false }}{{ if not $words }}{{ $s = $at }}{{ $words = true }}{{ end }}{{ end }}"
-        "{{ end }}"
-        "{{ if not $gap }}{{ $e = len $t }}{{ end }}{{ if $words }}{{ slice $t $s $e }}{{ end }}"
+        f"{{{{ $t := {words} }}}}{{{{ $s := len $t }}}}{{{{ $e := len $t }}}}"
+        f"{{{{ range $at := len $t }}}}{{{{ if not (eq (index $t $at) {spaces}) }}}}"
+        "{{ $s = $at }}{{ break }}{{ end }}{{ end }}"
+        "{{ range $at := len (slice $t $s) }}{{ if $at }}{{ $cut := len (slice $t $at) }}"  # counts down
+        f"{{{{ if not (eq (index $t $cut) {spaces}) }}}}{{{{ break }}}}{{{{ end }}}}{{{{ $e = $cut }}}}"
+        "{{ end }}{{ end }}{{ slice $t $s $e }}"
     )
 
 
 def _holds(text: str, then: str, otherwise: str) -> str:
     """`then` where the message's words hold `text`, else `otherwise`: Go has no search in a text either."""
-    size = len(text.encode())
     return (
-        "{{ $t := .Content }}{{ $there := false }}{{ range $at := len $t }}{{ $rest := slice $t $at }}"
-        f"{{{{ if ge (len $rest) {size} }}}}{{{{ if eq (slice $rest 0 {size}) {_quoted(text)} }}}}"
-        "{{ $there = true }}{{ end }}{{ end }}{{ end }}"
+        "{{ $t := .Content }}{{ $there := false }}{{ range $at := len $t }}"
+        f"{{{{ if eq (index $t $at) {text.encode()[0]} }}}}"
+        f'{{{{ if eq (printf "%.{len(text)}s" (slice $t $at)) {_quoted(text)} }}}}'
+        "{{ $there = true }}{{ break }}{{ end }}{{ end }}{{ end }}"
         f"{{{{ if $there }}}}{_say(then)}{{{{ else }}}}{_say(otherwise)}{{{{ end }}}}"
     )

@@ -1,11 +1,13 @@
 """modelfile: Ollama's Modelfile from the manifest of what was trained, never from a base model's name."""
 
+import re
 from pathlib import Path
 from string import Template
 
 from contract import files
 from contract.errors import UserError
 from contract.manifest import Manifest
+from contract.turns import Turns
 from deploy.pull import pulled
 
 TEMPLATE = Path(__file__).parent.parent / "Modelfile.template"
@@ -38,10 +40,35 @@ def render(made: Manifest, file: str) -> str:
                 f"the manifest's TEMPLATE does not give the trained prompt for {golden.messages[-1]['content']!r}",
                 "publish it again: `make publish`",
             )
+    turns, system = placed(turns, made.chat.system)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=made.name, file=file, sha256=made.default().sha256, base=made.base.name,
-        template=f'TEMPLATE """{turns.go()}"""' if turns else "# TEMPLATE: none says what was trained; Ollama uses the one inside the GGUF",
-        system=f'SYSTEM """{made.chat.system}"""' if made.chat.system else "# SYSTEM: none",
-        stops="\n".join(f'PARAMETER stop "{stop}"' for stop in made.chat.stop),
+        name=" ".join(made.name.split()), file=file, sha256=made.default().sha256, base=" ".join(made.base.name.split()),
+        template=f'TEMPLATE """{turns.go()}"""' if turns else "# TEMPLATE: none says what was trained; the one inside the GGUF does",
+        system=f"SYSTEM {quoted('the system prompt', system)}" if system else "# SYSTEM: none",
+        stops="\n".join(f"PARAMETER stop {quoted('a stop string', stop)}" for stop in made.chat.stop),
         num_ctx=made.generation.num_ctx, temperature=made.generation.temperature, top_p=made.generation.top_p,
     )  # fmt: skip
+
+
+def placed(turns: Turns | None, system: str | None) -> tuple[Turns | None, str | None]:
+    """Where the system prompt goes: SYSTEM; what the Modelfile cannot hold goes into TEMPLATE, whose strings have escapes."""
+    if not (turns and turns.system and system and unsayable(system)) or turns.place == "last":
+        return turns, system
+    return turns.model_copy(update={"start": turns.system[0] + turns.trim("system", system) + turns.system[1]}), None
+
+
+def quoted(what: str, text: str) -> str:
+    """As Ollama's parser gives it back. Raises UserError for a text that it would change."""
+    if why := unsayable(text):
+        raise UserError(
+            f"Ollama's Modelfile {why}: {what}", "write it otherwise, with a new RUN=name, and publish again"
+        )
+    return f'"""{text}"""'
+
+
+def unsayable(text: str) -> str | None:
+    """Why a Modelfile cannot hold a text. Its parser (Ollama 0.33, parser/parser.go) knows no escapes, drops what does not
+    print, and ends a value with the first line that ends like its closing quotes."""
+    if lost := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
+        return f"drops {', '.join(f'U+{ord(c):04X}' for c in lost)}"
+    return 'cannot hold a line that ends with """' if re.search(r'"""[ \t]*[\r\n]', text) else None

@@ -177,7 +177,7 @@ class Gguf:
 
     def __init__(self, path: Path, context: int, max_new_tokens: int):
         """context: tokens, of the longest row at least."""
-        self.model: Llama = runtime.load(path, context)
+        self.model: Llama = runtime.load(path, context, spill=True)
         self.max_new_tokens = max_new_tokens
 
     def read(self, rows: list[dict], label: str) -> list[Reading]:

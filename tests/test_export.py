@@ -250,7 +250,7 @@ def test_the_disk_is_asked_before_anything_is_written(chain, source, monkeypatch
 
     weights = base.weights(source)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(0.1e9)))
-    with pytest.raises(UserError, match=r"(?s)export needs 0\.\d GB .* 0\.1 GB are free"):
+    with pytest.raises(UserError, match=r"(?s)export needs 1\.\d GB .* 0\.1 GB are free"):
         stage.refuse_full_disk(weights, chain.folder / "empty", Export(quantizations=("q4_k_m", "q8_0")))
     # the estimate, against what the chain really wrote: merged, f16, q4_k_m twice
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))

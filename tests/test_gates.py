@@ -30,6 +30,7 @@ def run(chain, tmp_path) -> Run:
     for stage in ("verify", "publish"):
         (copy / f"{stage}.json").unlink()
     shutil.rmtree(copy / "verify")
+    (copy / "verify").mkdir()
     return Run(copy)
 
 

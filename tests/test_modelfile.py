@@ -59,7 +59,7 @@ def test_the_modelfile_says_what_was_trained(chain):
     text = (chain.model / "Modelfile").read_text()
     assert f"FROM ./{path.name}\n" in text and made.default().sha256 in text
     assert (
-        'PARAMETER stop "<|im_end|>"' in text
+        'PARAMETER stop """<|im_end|>"""' in text
         and "PARAMETER num_ctx 1024" in text
         and "PARAMETER temperature 0.0" in text
     )

@@ -138,7 +138,7 @@ STAND_INS = {
     "openai-gpt-oss-120b": Family(
         "gpt-2", "<|end|>", "<|start|> <|message|> <|channel|>", scaffold="<|channel|>final<|message|>", last="<|return|>"
     ),
-    "openbmb-MiniCPM5-1B": Family("llama-spm", "<|im_end|>", CHATML, words=REASONS),
+    "openbmb-MiniCPM5-1B": Family("llama-spm", "<|im_end|>", CHATML, words=REASONS, turns="joined"),
     "poolside-Laguna-S-2.1": Family("starcoder", "</assistant>", LAGUNA, words=REASONS),
     "poolside-Laguna-XS-2.1": Family("starcoder", "\n</assistant>", LAGUNA, scaffold="\n", words=REASONS),
     "poolside-Laguna-XS.2": Family("starcoder", "\n</assistant>", LAGUNA, scaffold="\n", words=REASONS),

@@ -20,69 +20,12 @@ from deploy import modelfile
 from docs import templates as page
 from pipeline.verify import derive, golden
 
-# Feeds a TEMPLATE as Ollama does: its Modelfile parser drops what does not print, neighbours of one role are joined,
-# .System is all system messages, the Modelfile's SYSTEM goes before them unless the first message is one.
-PROGRAM = """
-package main
-
-import ("bufio"; "encoding/json"; "fmt"; "os"; "strconv"; "strings"; "text/template")
-
-type message struct { Role, Content string }
-type input struct { Template, System string; Messages []message }
-
-func parsed(r rune) rune {
-	if strconv.IsPrint(r) || r == '\\n' || r == '\\r' || r == '\\t' { return r }
-	return -1
-}
-
-func values(in input) map[string]any {
-	if in.System != "" && len(in.Messages) > 0 && in.Messages[0].Role != "system" {
-		in.Messages = append([]message{{"system", in.System}}, in.Messages...)
-	}
-	var system []string
-	var joined []*message
-	for i := range in.Messages {
-		m := in.Messages[i]
-		if m.Role == "system" { system = append(system, m.Content) }
-		if last := len(joined) - 1; last >= 0 && joined[last].Role == m.Role {
-			joined[last].Content += "\\n\\n" + m.Content
-		} else {
-			joined = append(joined, &m)
-		}
-	}
-	return map[string]any{"System": strings.Join(system, "\\n\\n"), "Messages": joined}
-}
-
-func render(in input) (string, error) {
-	t, err := template.New("").Option("missingkey=zero").Parse(strings.Map(parsed, in.Template))
-	if err != nil { return "", err }
-	var text strings.Builder
-	err = t.Execute(&text, values(in))
-	return text.String(), err
-}
-
-func main() {
-	lines := bufio.NewReader(os.Stdin)
-	for {
-		line, err := lines.ReadBytes('\\n')
-		if err != nil { return }
-		var in input
-		if err := json.Unmarshal(line, &in); err != nil { panic(err) }
-		text, err := render(in)
-		out := map[string]string{"text": text}
-		if err != nil { out = map[string]string{"error": err.Error()} }
-		answer, _ := json.Marshal(out)
-		fmt.Println(string(answer))
-	}
-}
-"""
-
 
 class Go:
     """One process that renders whatever it is asked."""
 
     def __init__(self, folder: Path):
-        (folder / "main.go").write_text(PROGRAM)
+        shutil.copy(Path(__file__).with_name("ollama.go"), folder / "main.go")
         environment = os.environ | {
             "GOCACHE": str(folder / "cache"), "GOPATH": str(folder), "GOFLAGS": "-mod=mod", "GO111MODULE": "off",
             "GOTOOLCHAIN": "local",
@@ -93,12 +36,18 @@ class Go:
         self.process = subprocess.Popen([folder / "render"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, template: str, messages: Sequence[dict], system: str = "") -> str:
-        value = {"Template": template, "System": system, "Messages": list(messages)}
-        self.process.stdin.write(json.dumps(value).encode() + b"\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        answer = self._asked({"Template": template, "System": system, "Messages": list(messages)})
         assert "error" not in answer, answer["error"]
         return answer["text"]
+
+    def commands(self, modelfile: str) -> list[tuple[str, str]]:
+        """(command or parameter, value), as Ollama's parser reads them."""
+        return [tuple(pair) for pair in self._asked({"Modelfile": modelfile})]
+
+    def _asked(self, value: dict):
+        self.process.stdin.write(json.dumps(value).encode() + b"\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -194,6 +143,18 @@ def test_trimming_otherwise_is_noticed(name):
     for role in ("user", "assistant"):
         changed = set(found.turns.trimmed) ^ {role}
         assert not derive.proven(found.turns.model_copy(update={"trimmed": tuple(changed)}), found.asking)
+
+
+def test_no_switch_of_a_runtime_makes_a_trained_template_think():
+    """Ollama and llama.cpp's server set these by themselves wherever a template can think."""
+    trained = [found.trained for found in page.cases() if found.trained]
+    assert sum("think" in one.tokenizer.chat_template for one in trained) > 20
+    for one in trained:
+        bos, eos = one.tokenizer.bos_token or "", one.tokenizer.eos_token or ""
+        for item in one.golden:
+            said = item["messages"], bos, eos, item["add_generation_prompt"]
+            text = chat.render(one.tokenizer.chat_template, *said, enable_thinking=True, thinking=True)
+            assert text == item["prompt"]
 
 
 def test_the_page_of_templates_is_what_the_script_would_write():
@@ -326,12 +287,14 @@ def test_neighbours_of_one_role_are_one_message():
 ODD = "\u00a0\u3000\u200b\u200d\ufeff\u2028\U000e0001\ue000\x00\x7f\v\f\r\t\n 日本🚢"
 
 
-def written(turns: Turns | None, system: str | None = None, items: Sequence = ()) -> str:
+def written(
+    turns: Turns | None, system: str | None = None, items: Sequence = (), stop: str = "</s>", name: str = "n"
+) -> str:
     """The Modelfile of a model with these turns."""
     return modelfile.render(
         SimpleNamespace(
-            name="n", base=SimpleNamespace(name="b"), default=lambda: SimpleNamespace(sha256="0"), golden=items,
-            chat=SimpleNamespace(turns=turns, system=system, stop=("</s>",), bos=None, adds_bos=False),
+            name=name, base=SimpleNamespace(name=name), default=lambda: SimpleNamespace(sha256="0"), golden=items,
+            chat=SimpleNamespace(turns=turns, system=system, stop=(stop,), bos=None, adds_bos=False),
             generation=SimpleNamespace(num_ctx=1024, temperature=0.0, top_p=1.0),
         ), "m.gguf",
     )  # fmt: skip
@@ -347,7 +310,7 @@ def test_odd_literal_texts_survive_the_modelfile(odd, place, go):
         start=texts[0], system=(texts[1], texts[2]), user=(texts[3], texts[4]), assistant=(texts[5], texts[6]),
         generate=texts[7], place=place, marker=(odd, texts[8]),
     )  # fmt: skip
-    template = written(turns).split('TEMPLATE """')[1].split('"""')[0]
+    template = dict(go.commands(written(turns)))["TEMPLATE"]
     said = [
         user("a"),
         {"role": "assistant", "content": "b"},
@@ -370,3 +333,46 @@ def test_a_modelfile_that_would_give_another_prompt_is_not_written():
 def test_without_turns_the_template_inside_the_gguf_is_used():
     text = written(None)
     assert 'TEMPLATE """' not in text and "# TEMPLATE: none" in text and "# SYSTEM: none" in text
+
+
+# Ends of values, commands behind them, what the parser drops, and what looks like either
+HOSTILE = [
+    'x"""\ny', '"""', 'x"""', '"""x', '"', '""', 'a "quoted" """text"""', 'x"""\nADAPTER /etc/passwd\nSYSTEM """y', "\nFROM ./other",
+    "{{ .Role }}", "$name $stops", "\\n", "# no comment", "ends with space ", " \n\t x", 'x"""  \ny', 'x"""\ry', ODD, "Réponds\u202f!", "👨\u200d👩",
+]  # fmt: skip
+CHATML = Turns(start="", system=("<s>", "</s>"), user=("<u>", "</u>"), assistant=("<a>", "</a>"), generate="<a>")
+SETTINGS = ["stop", "num_ctx", "temperature", "top_p"]
+SYSTEMS = st.sampled_from(HOSTILE) | st.lists(st.sampled_from(HOSTILE) | TEXT, max_size=3).map("".join)
+
+
+@given(SYSTEMS, st.sampled_from(["own", "first"]))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_system_prompt_breaks_out_of_the_modelfile_or_loses_a_character(go, system, place):
+    turns = CHATML.model_copy(update={"place": place})
+    found = go.commands(written(turns, system))
+    assert [name for name, _ in found if name != "SYSTEM"] == ["FROM", "TEMPLATE", *SETTINGS]
+    values = dict(found)
+    wanted = turns.prompt([{"role": "system", "content": system}, user("Hi")]) if system else turns.prompt([user("Hi")])
+    assert go(values["TEMPLATE"], [user("Hi")], values.get("SYSTEM", "")) == wanted
+
+
+@pytest.mark.parametrize("system", ['x"""\ny', "Réponds\u202f!"])
+@pytest.mark.parametrize("turns", [None, CHATML.model_copy(update={"place": "last"})])
+def test_a_system_prompt_that_nothing_can_say_is_refused(system, turns):
+    with pytest.raises(UserError, match=r"Ollama's Modelfile .*: the system prompt"):
+        written(turns, system)
+
+
+@given(SYSTEMS.filter(bool))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stop_string_is_what_ollama_stops_at_or_is_refused(go, stop):
+    if modelfile.unsayable(stop):
+        with pytest.raises(UserError, match="a stop string"):
+            written(CHATML, stop=stop)
+    else:
+        assert dict(go.commands(written(CHATML, stop=stop)))["stop"] == stop
+
+
+def test_a_name_stays_in_its_comment(go):
+    found = go.commands(written(CHATML, name="n\nADAPTER /etc/passwd\r\nRUN x"))
+    assert [name for name, _ in found] == ["FROM", "TEMPLATE", *SETTINGS]

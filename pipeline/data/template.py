@@ -173,7 +173,10 @@ def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: boo
     faults, found = [], []
     for switch in NO_THINKING[:1] if reasoning else NO_THINKING:
         try:
-            found.append((switch, examine(switch + template, tokenizer)))
+            seen = examine(switch + template, tokenizer)
+            if not reasoning:
+                unasked(seen)
+            found.append((switch, seen))
         except UserError as error:
             faults.append(error)
     if not found:
@@ -183,6 +186,19 @@ def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: boo
     return best, [
         f"rows hold no reasoning: the template's thinking is off ({switch[2:-2].strip('- ')})"
     ] if switch else []
+
+
+def unasked(seen: Chat) -> None:
+    """Raises UserError where the prompt depends on a switch that llama.cpp's server and Ollama set by themselves."""
+    plain, asked = (
+        chat.render(seen.template, [USER], seen.bos, seen.eos, True, **switches)
+        for switches in ({}, {"enable_thinking": True, "thinking": True})
+    )
+    if plain != asked:
+        raise UserError(
+            f"the chat template's prompt ends with {asked[-30:]!r} when a runtime asks it to think, and rows hold no reasoning",
+            OTHERS,
+        )
 
 
 def examine(template: str, tokenizer: "PreTrainedTokenizerFast") -> Chat:

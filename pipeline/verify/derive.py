@@ -17,9 +17,6 @@ Render = Callable[[Sequence[dict], bool], str]
 
 SYSTEM, USERS, ANSWERS = "\x02S\x03", ("\x02U1\x03", "\x02U2\x03", "\x02U3\x03"), ("\x02A1\x03", "\x02A2\x03")
 MARK = re.compile("\x02(?:S|U1|U2|U3|A1|A2)\x03")
-# What a TEMPLATE of ours cannot do. Ollama (0.33, server/images.go) then silently prefers the template inside the GGUF,
-# which for plain conversations gives the same prompt.
-CAN = {"tools": r"tools|tool_call", "thinking": r"<think>.*</think>|</think>.*<think>"}  # Ollama's own signs
 
 
 def derive(render: Render, template: str, golden: Sequence[dict]) -> tuple[Turns | None, list[str]]:
@@ -27,7 +24,7 @@ def derive(render: Render, template: str, golden: Sequence[dict]) -> tuple[Turns
 
     golden: {"messages", "prompt" (as `render` gives it)}. None: no Turns give them all.
     """
-    reasons = [f"it has {name}" for name, pattern in CAN.items() if re.search(pattern, template, re.DOTALL)]
+    reasons = has(template)
     looks, needles = watched(render)
     reasons += looks  # then it is not for a TEMPLATE at all: the golden conversations cannot hold every such text
     try:
@@ -40,6 +37,16 @@ def derive(render: Render, template: str, golden: Sequence[dict]) -> tuple[Turns
     if found is None:
         reasons.append("what stands around a message depends on more than its role")
     return found, reasons
+
+
+def has(template: str) -> list[str]:
+    """What a TEMPLATE of ours cannot do. Ollama (0.33, server/images.go: shouldPreferChatTemplate) then silently prefers the
+    template inside the GGUF, which for plain conversations gives the same prompt. The signs are Ollama's own."""
+    splits = any(f"content.split({q}</think>{q})" in template for q in "'\"")
+    thinks = "<think>" in template and "</think>" in template
+    thinks |= splits and "reasoning_content" not in template and "<SPECIAL_12>" not in template
+    tools = "tools" in template or "tool_call" in template
+    return [f"it has {name}" for name, there in (("tools", tools), ("thinking", thinks)) if there]
 
 
 def proven(turns: Turns, golden: Sequence[dict]) -> bool:
