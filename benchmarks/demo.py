@@ -88,14 +88,9 @@ def total(case: str, rows: list[dict]) -> dict:
 
 
 def scores(case: str, manifest: dict) -> list[dict]:
-    names = {"base": "base model", "adapter": "ferry", "f16": "ferry", "q4_k_m": "ferry"}
     return [
-        {
-            "system": names[name],
-            "case": f"{case}: held-out rows, {name}",
-            **{key: s[key] for key in ("loss", "score", "rows") if key in s},
-        }
-        for name, s in manifest["scores"]["heldout"].items()
+        {"system": "base model" if name == "base" else "ferry", "case": f"{case}: held-out rows, {name}", **found}
+        for name, found in manifest["scores"]["heldout"].items()
     ]
 
 
@@ -111,7 +106,7 @@ def write(case: str, rows: list[dict], manifest: dict) -> None:
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    columns = ["wall_s", "cpu_s", "peak_memory_gb", "loss", "score"]
+    columns = ["wall_s", "cpu_s", "peak_memory_gb", "loss", "kl", "top1", "score", "megabytes", "tokens_per_second"]
     lines = [
         f"{result['device']}, {result['date']}: `{result['command']}`",
         "",

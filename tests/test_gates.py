@@ -179,8 +179,10 @@ def test_an_end_without_loss_stops_the_training(chain):
     rows[7]["labels"] = [-100 if label == 2 else label for label in rows[7]["labels"]]
     import pyarrow as pa
 
+    endless = pa.Table.from_pylist(rows, schema=table.schema)
     with pytest.raises(RuntimeError, match="training row 7 teaches no end"):
-        finetune.check_ends(pa.Table.from_pylist(rows, schema=table.schema), {2})
+        finetune.check_ends(endless, {2})
+    finetune.check_ends(endless, {2}, cut=1)  # of a row that clean.too_long cut, `data` says so
 
 
 # --- the conversion

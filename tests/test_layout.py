@@ -157,6 +157,32 @@ def test_numbers_in_the_readme_come_from_a_benchmark():
         assert f"{total['wall_s']:.0f} s, {total['peak_memory_gb']} GB" in readme
 
 
+def test_the_ladder_in_the_readme_is_the_demos():
+    from pipeline import ladder
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    prefix = "fresh, seed 3407: held-out rows, "
+    rungs = {row["case"].removeprefix(prefix): row for row in results["rows"] if row["case"].startswith(prefix)}
+    assert list(rungs) == ["base", "adapter", "merged", "f16", "q4_k_m", "q4_k_m-static"]
+    assert ladder.table(rungs) in (ROOT / "README.md").read_text()
+
+
+def test_export_is_at_most_1_3_times_the_bare_tools():
+    results = json.loads((ROOT / "benchmarks" / "results" / "export.json").read_text())
+    rows = {(row["system"], row["case"]): row for row in results["rows"]}
+    readme, memory = " ".join((ROOT / "README.md").read_text().split()), []
+    for size in ("135M", "1.1B"):
+        ours, bare = (
+            rows["ferry", f"{size}: merge, gate, f16, q4_k_m, sha256"],
+            rows["llama.cpp", f"{size}: f16, q4_k_m"],
+        )
+        assert ours["wall_s"] / bare["wall_s"] <= 1.3
+        assert f"{ours['wall_s'] / bare['wall_s']:.2f} times the wall time at {size}" in readme
+        memory.append(ours["peak_memory_gb"])
+    assert memory[1] < rows["PEFT", "1.1B: merge"]["peak_memory_gb"] / 2
+    assert f"{memory[0]:.1f} GB at 135M, {memory[1]:.1f} GB at 1.1B" in readme
+
+
 def test_the_data_numbers_in_the_readme_come_from_a_benchmark():
     results = json.loads((ROOT / "benchmarks" / "results" / "data.json").read_text())
     wall = {(row["system"], row["case"]): row["wall_s"] for row in results["rows"]}
