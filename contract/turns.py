@@ -5,6 +5,7 @@ Go template on the Mac side. `prompt` says in Python what `go` says in Go: the t
 text/template.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -157,3 +158,11 @@ def _holds(text: str, then: str, otherwise: str) -> str:
         "{{ $there = true }}{{ break }}{{ end }}{{ end }}{{ end }}"
         f"{{{{ if $there }}}}{_say(then)}{{{{ else }}}}{_say(otherwise)}{{{{ end }}}}"
     )
+
+
+def unsayable(text: str) -> str | None:
+    """Why a Modelfile cannot hold a text. Its parser (Ollama 0.33, parser/parser.go) knows no escapes, drops what does not
+    print, and ends a value with the first line that ends like its closing quotes."""
+    if lost := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
+        return f"drops {', '.join(f'U+{ord(c):04X}' for c in lost)}"
+    return 'cannot hold a line that ends with """' if re.search(r'"""[ \t]*[\r\n]', text) else None

@@ -1,13 +1,12 @@
 """modelfile: Ollama's Modelfile from the manifest of what was trained, never from a base model's name."""
 
-import re
 from pathlib import Path
 from string import Template
 
 from contract import files
 from contract.errors import UserError
 from contract.manifest import Manifest
-from contract.turns import Turns
+from contract.turns import Turns, unsayable
 from deploy.pull import pulled
 
 TEMPLATE = Path(__file__).parent.parent / "Modelfile.template"
@@ -64,11 +63,3 @@ def quoted(what: str, text: str) -> str:
             f"Ollama's Modelfile {why}: {what}", "write it otherwise, with a new RUN=name, and publish again"
         )
     return f'"""{text}"""'
-
-
-def unsayable(text: str) -> str | None:
-    """Why a Modelfile cannot hold a text. Its parser (Ollama 0.33, parser/parser.go) knows no escapes, drops what does not
-    print, and ends a value with the first line that ends like its closing quotes."""
-    if lost := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
-        return f"drops {', '.join(f'U+{ord(c):04X}' for c in lost)}"
-    return 'cannot hold a line that ends with """' if re.search(r'"""[ \t]*[\r\n]', text) else None

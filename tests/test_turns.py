@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from contract import chat
 from contract.errors import UserError
-from contract.turns import Turns, collated
+from contract.turns import Turns, collated, unsayable
 from deploy import modelfile
 from docs import templates as page
 from pipeline.verify import derive, golden
@@ -366,7 +366,7 @@ def test_a_system_prompt_that_nothing_can_say_is_refused(system, turns):
 @given(SYSTEMS.filter(bool))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stop_string_is_what_ollama_stops_at_or_is_refused(go, stop):
-    if modelfile.unsayable(stop):
+    if unsayable(stop):
         with pytest.raises(UserError, match="a stop string"):
             written(CHATML, stop=stop)
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from contract import chat, files, runtime
 from contract.errors import UserError
-from pipeline import ladder, llamacpp
+from pipeline import ladder, llamacpp, unsloth
 from pipeline.config import Config, Generation
 from pipeline.record import Run
 from pipeline.score import held_out, prompt_ids
@@ -34,6 +34,7 @@ def stage(config: Config, run: Run) -> dict:
 
     Raises UserError when a gate does not hold.
     """
+    unsloth.hush()
     folder = run.workspace("verify", "export")
     rows, used = held_out(run.output("data", "heldout"), config.evaluate)
     trained, files_ = as_trained(run, rows), {name: run.output("export", name) for name in ggufs(run)}
@@ -124,6 +125,7 @@ class Ladder:
         self.scores = {
             "merged": self.measured("merged", merged, *self.reference.compare(merged, "merged")), name: sixteen
         }  # fmt: skip
+        merged.close()
 
     def refuse_conversion(self, name: str) -> None:
         found, bound = self.conversion, self.config.verify.max_conversion_kl
