@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/export.py [--repeat 3] [--sizes 135M,1.1B]
 
 135M is the demo's model; 1.1B has TinyLlama's shape, random weights and the demo's tokenizer. Each is trained for one step by
-Ferry's own stages, then exported again and again, in turns with the rival. Ferry's time is the whole command: merge, merge
-gate, f16, q4_k_m, and the sha256 of every file. PEFT's row is the merge alone (merge_and_unload, save_pretrained): the
-converter needs one before it. Memory is the largest sum of anonymous memory over the process tree (sampled): mapped files
+Ferry's own stages, then exported again and again, in turns with what a user would type instead: PEFT's merge
+(merge_and_unload, save_pretrained), then the converter and llama-quantize. Ferry's time is that of the whole command, with
+the sha256 of every file; the second row begins at the merged weights, as the bare tools do. Memory is the largest sum of anonymous memory over the process tree (sampled): mapped files
 are the page cache's. Writes benchmarks/results/export.{json,md}.
 """
 
@@ -106,12 +106,14 @@ def anonymous(process: psutil.Process) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def exported(run: Path, work: Path, imatrix: bool = False) -> dict:
-    """`make export` from its beginning."""
+def exported(run: Path, work: Path, imatrix: bool = False, merged: bool = False) -> dict:
+    """`make export` from its beginning, or from the merged weights on, as after an interruption."""
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["export"]["imatrix"] = imatrix
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    shutil.rmtree(run / "export", ignore_errors=True)
+    for path in (run / "export").glob("*"):
+        if not (merged and path.name in ("merged", "source.json")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run / "export.json").unlink(missing_ok=True)
     return measure([ferry("export", "--run", run)], work)
 
@@ -135,6 +137,7 @@ def rows(size: str, repeat: int, work: Path) -> list[dict]:
     run = prepare(size, work)
     systems = {
         ("ferry", "merge, gate, f16, q4_k_m, sha256"): lambda: exported(run, work),
+        ("ferry", "f16, q4_k_m, sha256"): lambda: exported(run, work, merged=True),
         ("llama.cpp", "f16, q4_k_m"): lambda: bare(run, work),
         ("PEFT", "merge"): lambda: peft(run, work),
     }

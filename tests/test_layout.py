@@ -172,15 +172,20 @@ def test_export_is_at_most_1_3_times_the_bare_tools():
     rows = {(row["system"], row["case"]): row for row in results["rows"]}
     readme, memory = " ".join((ROOT / "README.md").read_text().split()), []
     for size in ("135M", "1.1B"):
-        ours, bare = (
+        whole, ours = (
             rows["ferry", f"{size}: merge, gate, f16, q4_k_m, sha256"],
-            rows["llama.cpp", f"{size}: f16, q4_k_m"],
+            rows["ferry", f"{size}: f16, q4_k_m, sha256"],
         )
-        assert ours["wall_s"] / bare["wall_s"] <= 1.3
-        assert f"{ours['wall_s'] / bare['wall_s']:.2f} times the wall time at {size}" in readme
-        memory.append(ours["peak_memory_gb"])
-    assert memory[1] < rows["PEFT", "1.1B: merge"]["peak_memory_gb"] / 2
-    assert f"{memory[0]:.1f} GB at 135M, {memory[1]:.1f} GB at 1.1B" in readme
+        bare, merge = rows["llama.cpp", f"{size}: f16, q4_k_m"], rows["PEFT", f"{size}: merge"]
+        ratios = ours["wall_s"] / bare["wall_s"], whole["wall_s"] / (bare["wall_s"] + merge["wall_s"])
+        assert max(ratios) <= 1.3
+        assert f"at {size} {ratios[0]:.2f} and {ratios[1]:.2f} times" in readme
+        memory += [whole["peak_memory_gb"], merge["peak_memory_gb"]]
+    assert (
+        f"{memory[0]:.1f} GB at 135M and {memory[2]:.1f} GB at 1.1B (PEFT: {memory[1]:.1f} and {memory[3]:.1f})"
+        in readme
+    )
+    assert memory[2] / memory[0] < memory[3] / memory[1], "it grows less than a merge that holds the model"
 
 
 def test_the_data_numbers_in_the_readme_come_from_a_benchmark():

@@ -30,7 +30,7 @@ def stage(config: Config, run: Run) -> dict:
     refuse_full_disk(weights, folder, export)
     merged = merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, export.dtype)
     base = folder / f"{run.folder.name}.{kind}.gguf"
-    metadata, keys = described(config, run, folder)
+    metadata, keys = described(config, run, merged, folder)
     files.once(base, lambda part: llamacpp.convert(merged, part, kind, metadata, keys, folder / "convert.log"))
     outputs = {kind: base}
     matrix = importance_matrix(base, run, folder, export.imatrix_tokens) if export.imatrix else None
@@ -84,14 +84,12 @@ def copy_tokenizer(tokenizer: Path, target: Path) -> None:
     files.write_json(path, files.read_json(path) | {"added_tokens_decoder": added} | facts)
 
 
-def general_name(run: Run) -> str:
+def general_name(run: Run, merged: Path) -> str:
     """The run's name; llama.cpp reads Phi 3's token rules off general.name, so 'phi-3' stands in its files and no others."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
-    stripping = any(t.rstrip and t.special for t in tokenizer.added_tokens_decoder.values())
+    tokens = files.read_json(merged / "tokenizer_config.json")["added_tokens_decoder"].values()
+    stripping = any(token["rstrip"] and token["special"] for token in tokens)
     name = re.sub(r"(?i)phi-?3", "phi 3", run.folder.name)
-    return f"{name} (phi-3)" if stripping and "<|endoftext|>" in tokenizer.get_vocab() else name
+    return f"{name} (phi-3)" if stripping and any(token["content"] == "<|endoftext|>" for token in tokens) else name
 
 
 def identity(run: Run) -> str:
@@ -99,14 +97,14 @@ def identity(run: Run) -> str:
     return files.sha256(run.path("evaluate"))
 
 
-def described(config: Config, run: Run, folder: Path) -> tuple[Path, Path]:
+def described(config: Config, run: Run, merged: Path, folder: Path) -> tuple[Path, Path]:
     """What a GGUF says of itself: general.* in the words of its specification, and Ferry's own keys."""
     data, base = run.read("data"), config.base.model
     about = {"name": data["base"]["name"]}
     if bases.hub_id(base):
         about["repo_url"] = f"https://huggingface.co/{base}"
     metadata = {
-        "general.name": general_name(run), "general.base_models": [about], "general.datasets": [{"name": config.data.source}],
+        "general.name": general_name(run, merged), "general.base_models": [about], "general.datasets": [{"name": config.data.source}],
     }  # fmt: skip
     scores = run.read("evaluate")
     keys = {  # the converter takes a licence from a model card only
