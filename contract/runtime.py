@@ -34,7 +34,8 @@ def load(gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool 
         raise UserError(f"{gguf} is missing", "run the stage that writes it again")
     layers = [-1]
     if spill and llama_cpp.llama_supports_gpu_offload():
-        layers += [int(share * _blocks(gguf)) for share in LESS]
+        blocks = _blocks(gguf)
+        layers += [int(share * blocks) for share in LESS]
     said = io.StringIO()  # what llama.cpp prints while it loads matters only when it fails
     for count in layers:
         try:
@@ -59,11 +60,10 @@ def _open(gguf: Path, context: int, vocab_only: bool, layers: int) -> "Llama":
 
 
 def _blocks(gguf: Path) -> int:
-    import llama_cpp
-
+    """How many layers the model has. (llama_model_n_layer knows it only once the weights are loaded.)"""
     model = load(gguf, vocab_only=True)
     try:
-        return llama_cpp.llama_model_n_layer(model.model)
+        return int(model.metadata[f"{model.metadata['general.architecture']}.block_count"])
     finally:
         model.close()
 

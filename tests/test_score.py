@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from contract import runtime
+from contract.errors import UserError
 from pipeline import llamacpp
 from pipeline.config import Evaluate
 from pipeline.evaluate import own_prompts
@@ -240,3 +241,24 @@ def test_perplexity_is_llama_perplexitys_within_half_a_percent(full, model, tmp_
             window[0] = llama_cpp.llama_vocab_bos(vocabulary)
         losses += runtime.token_log_probs(model, window, range(size // 2 + 1, size))
     assert math.exp(-sum(losses) / len(losses)) == pytest.approx(theirs, rel=0.005)
+
+
+def test_layers_that_no_gpu_can_hold_are_computed_beside_it(source, monkeypatch):
+    """The refusal is made here (there is no GPU); what is then opened is real."""
+    import llama_cpp
+
+    plain, asked = runtime._open, []
+
+    def small_gpu(gguf, context, vocab_only, layers):
+        asked.append(layers)
+        if not vocab_only and not 0 <= layers <= 15:
+            raise ValueError("out of memory")
+        return plain(gguf, context, vocab_only, layers)
+
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(runtime, "_open", small_gpu)
+    model = runtime.load(source, 64, spill=True)
+    assert asked == [-1, -1, 22, 15] and model.n_vocab() == 49152  # its vocabulary, then all, 3/4, half of 30 layers
+    model.close()
+    with pytest.raises(UserError, match="out of memory"):
+        runtime.load(source, 64)
