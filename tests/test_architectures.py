@@ -62,7 +62,7 @@ def test_a_family_is_what_was_trained(name, tmp_path):
     verify, evaluate = files.read_json(run / "verify.json"), files.read_json(run / "evaluate.json")
     scores = verify["scores"]
     assert evaluate["scores"]["adapter"]["loss"] < evaluate["scores"]["base"]["loss"] - 0.3, "it has not learned"
-    assert verify["conversion"]["kl"] < 1e-3 and verify["conversion"]["positions"] > 500
+    assert verify["conversion"]["kl"] < 1e-3 and verify["conversion"]["positions"] > 400
     assert abs(scores["merged"]["loss"] - scores["f16"]["loss"]) < 5e-3
     assert abs(scores["merged"]["loss"] - evaluate["scores"]["adapter"]["loss"]) < 0.05
     assert 0 < scores["q8_0"]["kl"] < scores["q4_k_m"]["kl"]

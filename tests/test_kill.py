@@ -54,6 +54,7 @@ def test_kill_at_any_moment_then_go_on(tmp_path, offline):
         "evaluation runs": exists(run, "finetune.json"),
         "the merge is being written": exists(run, "export/.merged.part"),
         "the f16 GGUF is being written": exists(run, "export/.killed.f16.gguf.part"),
+        "the importance matrix is computed": exists(run, "export/imatrix.txt"),
         "the quantized GGUF is being written": exists(run, "export/.killed.q4_k_m.gguf.part"),
         "verification runs": exists(run, "export.json"),
         "the hub has the GGUF, no manifest yet": exists(chain.hub, "*.gguf"),
@@ -61,7 +62,7 @@ def test_kill_at_any_moment_then_go_on(tmp_path, offline):
     for moment, ready in moments.items():
         printed = killed(chain, ready)
         assert "Traceback" not in printed, f"{moment}: {printed}"
-        finals = [path for path in run.rglob("*.gguf") if not path.name.startswith(".")]
+        finals = [path for path in run.rglob("*.gguf") if not path.name.startswith((".", "imatrix"))]
         assert all(path.stat().st_size > 10**8 for path in finals), moment
         assert not (chain.hub / manifest.NAME).exists(), f"{moment}: a manifest before the end"
     done = chain.make("train")
