@@ -1,5 +1,6 @@
 """python -m pipeline: one command a stage. Heavy imports live inside the commands: --help must cost nothing."""
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -47,12 +48,18 @@ def check(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
     from pipeline.record import Run
     from pipeline.record import check as faults_of
 
-    faults = faults_of(Run(folder), config.load(config_file, overrides))
+    run, tree = Run(folder), config.load(config_file, overrides)
+    faults = faults_of(run, tree)
     if faults:
         raise UserError(
             f"the run {folder} does not fit any more:\n  " + "\n  ".join(faults),
             f"undo the change, or start a new run: RUN={folder.name}-2",
         )
+    if not run.done("evaluate"):
+        from pipeline import evaluate
+
+        with contextlib.suppress(ModuleNotFoundError):  # a light environment has no jsonschema; the GPU box asks again
+            evaluate.usable(tree.evaluate)
 
 
 @cli.command()

@@ -8,7 +8,7 @@ from contract import chat, files
 from contract.errors import UserError
 from pipeline import rows as training_rows
 from pipeline import unsloth
-from pipeline.config import Config
+from pipeline.config import Config, Evaluate
 from pipeline.judge import judge
 from pipeline.record import Run
 from pipeline.score import asked, held_out, response_positions
@@ -29,7 +29,7 @@ def stage(config: Config, run: Run) -> dict:
     """
     rule, heldout = config.evaluate, run.output("data", "heldout")
     rows, used = held_out(heldout, rule)
-    judge(rule)  # its file is read before the model is
+    usable(rule)  # before the model is read
     model, tokenizer = unsloth.load(run.output("finetune", "adapter").parent, config.base)
     from unsloth import FastLanguageModel
 
@@ -45,6 +45,16 @@ def stage(config: Config, run: Run) -> dict:
         "evaluate", ("data", "finetune"), outputs,
         rule=rule.rule, used=used, scores={"base": before, "adapter": after}, training=fit,
     )  # fmt: skip
+
+
+def usable(rule: Evaluate) -> None:
+    """Read the rule's own file and that of the user's prompts: `check` asks before hours are spent on training.
+
+    Raises UserError for one that cannot be used.
+    """
+    judge(rule)
+    if rule.prompts:
+        read_prompts(Path(rule.prompts))
 
 
 def own_prompts(path: str | None, tokenizer: "PreTrainedTokenizerFast", system: str | None) -> list[dict]:
@@ -75,7 +85,7 @@ def read_prompts(path: Path) -> list[str]:
         )
         raise UserError(
             f"evaluate.prompts {path}: {why}",
-            'write one prompt a line (.txt) or {"prompt": "..."} a line (.jsonl), then start a new RUN=name',
+            'write one prompt a line (.txt) or {"prompt": "..."} a line (.jsonl) and run the same command again, or name another file with a new RUN=name',
         ) from error
     return prompts
 

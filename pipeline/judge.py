@@ -64,7 +64,8 @@ def json_schema(path: Path) -> Judge:
 
     def unusable(why: object) -> UserError:
         return UserError(
-            f"evaluate.json_schema {path}: {why}", "name a file that holds one JSON schema, then start a new RUN=name"
+            f"evaluate.json_schema {path}: {why}",
+            "write one JSON schema there and run the same command again, or name another file with a new RUN=name",
         )
 
     try:

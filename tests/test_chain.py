@@ -283,6 +283,12 @@ def test_bad_arguments_end_with_exit_code_2_and_no_traceback(chain):
         (["train", "CONFIG=configs/none.yaml"], "cannot read the config configs/none.yaml"),
         (["train", "SET=finetune.rr=1"], "unknown key, did you mean r?"),
         (["deploy-mac", "REPO=nowhere/at-all"], "no such folder"),
+        # files of `evaluate`, before anything is trained
+        (["train", "RUN=none", "SET=evaluate.prompts=none.txt"], "evaluate.prompts none.txt: No such file"),
+        (
+            ["train", "RUN=none", "SET=evaluate.rule=json_schema evaluate.json_schema=LICENSE"],
+            "evaluate.json_schema LICENSE",
+        ),
         (["finetune", "CONFIG=configs/gemma-2-2b-alpaca.yaml", f"RUNS={chain.folder / 'other'}"], "google/gemma-2-2b"),
         (["data", f"RUNS={chain.run / 'data.json'}"], "cannot write"),
     ):

@@ -143,6 +143,15 @@ def test_the_merge_gate_sees_every_changed_tensor(name, change, says, dtype, tmp
     assert fault["tensor"] == name and says in fault["what"]
 
 
+def test_the_merge_gate_sees_a_tensor_that_the_base_does_not_have(tmp_path):
+    weights, adapter = adapted("qwen-3", tmp_path)
+    merge.merge(weights, adapter, tmp_path / "merged", "float16")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    save_file(tensors | {"model.more.weight": torch.zeros(2)}, tmp_path / "merged" / "model.safetensors")
+    (fault,) = merge.check(weights, adapter, tmp_path / "merged", "float16")
+    assert fault == {"tensor": "model.more.weight", "what": "the base has none"}
+
+
 def test_a_value_that_does_not_fit_float16_is_refused_and_fits_bfloat16(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path)
     damaged(weights, NORM, lambda w: w + 1e5)

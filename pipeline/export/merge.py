@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 1024  # of a matrix at a time in `check`: float64 needs four times the room of the weights
-LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38}
 HALF_STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative to a value, at most
 TINY = {"float16": 2.0**-25, "bfloat16": 2.0**-134}  # half a step among the smallest numbers
 NAMES = {"float16": "F16", "bfloat16": "BF16"}
@@ -191,8 +190,12 @@ def check(weights: Path, adapter: Path, merged: Path, dtype: str) -> list[dict]:
     from safetensors import safe_open
 
     where = {name: shard for shard in sorted(merged.glob("*.safetensors")) for name in header(shard)}
-    shards, faults = safetensors_of(weights), []
-    lora = Adapter(adapter, {name for shard in shards for name in header(shard)})
+    shards = safetensors_of(weights)
+    names = {name for shard in shards for name in header(shard)}
+    lora, faults = (
+        Adapter(adapter, names),
+        [{"tensor": n, "what": "the base has none"} for n in sorted(where.keys() - names)],
+    )
     with files.bar(sum(shard.stat().st_size for shard in shards), "merge gate") as tick:
         for shard in shards:
             with safe_open(shard, framework="pt") as source:

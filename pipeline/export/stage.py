@@ -27,6 +27,7 @@ def stage(config: Config, run: Run) -> dict:
     export = config.export
     kind, folder = KINDS[export.dtype], run.workspace("export", "evaluate")
     weights, adapter = Path(run.read("finetune")["weights"]), run.output("finetune", "adapter").parent
+    files.remove(folder / "evidence.json")  # of a try that failed
     refuse_full_disk(weights, folder, export)
     merged = merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, export.dtype)
     base = folder / f"{run.folder.name}.{kind}.gguf"

@@ -36,6 +36,7 @@ def stage(config: Config, run: Run) -> dict:
     """
     unsloth.hush()
     folder = run.workspace("verify", "export")
+    files.remove(folder / "evidence.json")  # of a try that failed
     rows, used = held_out(run.output("data", "heldout"), config.evaluate)
     trained, files_ = as_trained(run, rows), {name: run.output("export", name) for name in ggufs(run)}
     sixteen = run.read("export")["sixteen"]
@@ -179,11 +180,9 @@ def choose(config: Config, run: Run, climb: Ladder, wanted: str, sixteen: str) -
         climb.notes.append(f"{name} {why}: {larger} is the default instead")
         name = larger
         if name not in climb.scores:
-            matrix = run.folder / "export" / "imatrix.gguf"
-            made[name] = llamacpp.quantized(base, name, matrix if matrix.is_file() else None, climb.folder)
+            matrix = run.output("export", "imatrix") if config.export.imatrix else None
+            made[name] = llamacpp.quantized(base, name, matrix, climb.folder)
             climb.step(name, made[name])
-        if name == sixteen:
-            break
     return name, made
 
 
