@@ -8,16 +8,19 @@ RUN    ?= $(basename $(notdir $(CONFIG)))
 SET    ?=
 RUNS   ?= runs
 MODELS ?= models
-REPO   ?= hub/$(RUN)
+REPO   ?= ./hub/$(RUN)
+QUANT  ?=
 LIGHT  ?=
 VENV   ?= $(if $(LIGHT),.venv-light,.venv)
 PYTHON ?= python3
 
 R        := $(RUNS)/$(RUN)
-M        := $(MODELS)/$(notdir $(patsubst %/,%,$(REPO)))
 SETS     := $(foreach override,$(SET),--set '$(override)')
 PIPELINE := $(VENV)/bin/python -m pipeline
 DEPLOY   := $(VENV)/bin/python -m deploy
+WHICH    := $(REPO) --models $(MODELS)
+# What would be noticed only after hours of GPU time is asked before the first of them.
+PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
 # On a Mac Unsloth would look for MLX; the demo's code path is the CPU one.
 ifeq ($(shell uname -s),Darwin)
@@ -25,8 +28,8 @@ export UNSLOTH_FORCE_CPU ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train check deploy-mac pull smoke modelfile summary env lock test bench config \
-        preview data finetune evaluate export verify publish
+.PHONY: help demo train check preflight deploy-mac pull smoke modelfile summary models remove env lock test bench \
+        config preview data finetune evaluate export verify publish
 
 ##@ Everywhere
 
@@ -54,7 +57,10 @@ publish: check $(R)/publish.json ## into the hub, manifest.json last
 check: env ## does the run still fit its config, inputs and records?
 	@$(PIPELINE) check $(CONFIG) --run $(R) $(SETS)
 
-$(R)/data.json: | check
+preflight: check ## token, repo, base, licence, data set, disk: asked before any GPU work
+	@$(PIPELINE) preflight $(CONFIG) --run $(R) $(SETS)
+
+$(R)/data.json: | check $(PREFLIGHT)
 	@$(PIPELINE) data $(CONFIG) --run $(R) $(SETS)
 $(R)/finetune.json: | $(R)/data.json
 	@$(PIPELINE) finetune --run $(R)
@@ -70,14 +76,18 @@ $(R)/publish.json: | $(R)/verify.json
 ##@ On the Mac (or any machine that runs the model)
 
 deploy-mac: summary ## pull REPO, check it, smoke test, Modelfile
-pull: env ## fetch the GGUF and compare its sha256 with the manifest
-	@$(DEPLOY) pull $(REPO) --into $(M)
+pull: env ## fetch the GGUF and compare its sha256 with the manifest (QUANT=q8_0: another one)
+	@$(DEPLOY) pull $(WHICH) $(if $(QUANT),--quantization $(QUANT))
 smoke: pull ## does it answer here as it did where it was made?
-	@$(DEPLOY) smoke --into $(M)
+	@$(DEPLOY) smoke $(WHICH)
 modelfile: smoke ## Ollama's Modelfile, from what was trained
-	@$(DEPLOY) modelfile --into $(M)
+	@$(DEPLOY) modelfile $(WHICH)
 summary: modelfile ## what was made, the scores, real answers, the next commands
-	@$(DEPLOY) summary --into $(M)
+	@$(DEPLOY) summary $(WHICH)
+models: env ## the versions on this machine
+	@$(DEPLOY) list --models $(MODELS)
+remove: env ## delete REPO (or one version: REPO=you/model@v1) from this machine
+	@$(DEPLOY) remove $(WHICH)
 
 ##@ Ferry itself
 

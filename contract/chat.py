@@ -26,18 +26,30 @@ def render(
 
     switches: other variables of the template, such as enable_thinking.
     """
-    from jinja2 import TemplateError
-
+    text = compiled(template)
     try:
-        return compiled(template).render(
+        return text.render(
             messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
             bos_token=bos, eos_token=eos, **switches,
         )  # fmt: skip
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program: it can divide by zero, recurse, ask for all memory
         raise UserError(
-            f"the chat template cannot render {' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: {error}",
+            f"the chat template cannot render {' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: {why(error)}",
             "use a template that can: data.template names one, a published model is published again",
         ) from error
+
+
+def why(error: BaseException) -> str:
+    """What failed in a template, as one line: the words may be the template's own."""
+    said = str(error)
+    if not said or isinstance(error, LookupError | RecursionError | MemoryError):  # "'x'" alone says nothing
+        said = f"{type(error).__name__} {said}"
+    return line(said)
+
+
+def line(said: str) -> str:
+    """A stranger's words as one printable line of at most 300 characters: no newline, no escape sequence, no novel."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(said[:2000].split()))[:300]
 
 
 def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:
@@ -60,7 +72,7 @@ def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "
 @functools.lru_cache(maxsize=8)
 def compiled(template: str, undefined: type | None = None) -> "Template":
     """A chat template with the settings, filters and functions of transformers' own renderer (chat_template_utils.py)."""
-    from jinja2 import TemplateError, Undefined
+    from jinja2 import Undefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -71,9 +83,9 @@ def compiled(template: str, undefined: type | None = None) -> "Template":
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         return environment.from_string(template)
-    except TemplateError as error:
+    except Exception as error:  # Python's compiler refuses more than Jinja's: 20 loops in each other, deep nesting
         raise UserError(
-            f"the chat template is no valid Jinja: {error}",
+            f"the chat template is no valid Jinja: {why(error)}",
             "set data.template to another one, such as alpaca or chatml",
         ) from error
 

@@ -132,6 +132,10 @@ def sha256(path: Path) -> str:
     return copy(path, None)
 
 
+def sha256_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def copy(source: Path, target: Path | None) -> str:
     """Copy `source` to `target` (None: only read it); returns the sha256 of the bytes that went through."""
     digest = hashlib.sha256()

@@ -3,34 +3,41 @@
 Written last into a hub folder, read first by `pull`. A field is added with a new SCHEMA; readers refuse newer ones.
 """
 
+import hashlib
+import json
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from contract import files
 from contract.errors import UserError
 from contract.turns import Turns
 
-SCHEMA = 2
+SCHEMA = 3
 NAME = "manifest.json"
 MAX_BYTES = 8 << 20  # a manifest is text of some 20 KB; anything far larger is not one
+
+SUFFIXES = {"gguf": ".gguf", "adapter": ".safetensors", "merged": ".safetensors"}  # no pickle, ever
+# Ours, beside the pulled files; and what runs as code when it is loaded.
+RESERVED = (
+    *(".part", "pull.json", "smoke.json", "modelfile", "modelfile.json"),
+    *(".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".py", ".so", ".dylib", ".sh"),
+)
+PLAIN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _safe(name: str) -> str:
     """A plain relative file name: nothing that could be written outside the folder it belongs to."""
-    if (
-        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?", name)
-        or ".." in PurePosixPath(name).parts
-    ):
+    if not re.fullmatch(f"{PLAIN}(/{PLAIN})?", name) or ".." in name or name.lower().endswith(RESERVED):
         raise ValueError(f"{name!r} is no safe file name")
     return name
 
 
 FileName = Annotated[str, AfterValidator(_safe)]
+Name = Annotated[str, Field(pattern=f"^{PLAIN}$")]
 
 
 class Part(BaseModel):
@@ -43,6 +50,9 @@ class BaseModelInfo(Part):
     model: str
     revision: str | None
     license: str | None
+    """As the base itself says it, by the Hub's identifiers; None: it says nothing."""
+    license_name: str | None = None
+    license_link: str | None = None
     architecture: str
     name: str
 
@@ -75,18 +85,23 @@ class ChatFormat(Part):
 
 
 class Generation(Part):
-    temperature: float
-    top_p: float
-    num_ctx: int
-    max_tokens: int
+    temperature: Annotated[float, Field(ge=0, le=100)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    num_ctx: Annotated[int, Field(gt=0, le=1 << 24)]
+    max_tokens: Annotated[int, Field(gt=0, le=1 << 24)]
 
 
-class Artifact(Part):
-    kind: Literal["gguf", "adapter"]
+class File(Part):
+    """One published file: card, licence, the adapter's config and tokenizer."""
+
     file: FileName
-    quantization: str | None
     sha256: Sha256
-    bytes: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class Artifact(File):
+    kind: Literal["gguf", "adapter", "merged"]
+    quantization: str | None
     tensor_types: dict[str, int] = {}
     imatrix: Sha256 | None = None
     """Of the importance matrix that weighed the quantization."""
@@ -119,18 +134,34 @@ class Manifest(Part):
     schema_version: int = SCHEMA
     id: Sha256 | None = None
     """Stands in every GGUF of the run too, as ferry.manifest_id."""
-    name: str
+    name: Name
+    """Of the run; Ollama's model gets it too."""
     base: BaseModelInfo
     dataset: Dataset
     chat: ChatFormat
     generation: Generation
     artifacts: tuple[Artifact, ...]
+    files: tuple[File, ...] = ()
+    """Everything else in the repo but this manifest."""
     config: dict
     training: dict
     scores: dict
     provenance: dict
     golden: tuple[Golden, ...]
     smoke: tuple[Smoke, ...]
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Manifest":
+        if [a.kind for a in self.artifacts if a.default] != ["gguf"]:
+            raise ValueError("artifacts: exactly one GGUF must be the default")
+        names = [item.file for item in (*self.artifacts, *self.files)]
+        if len({name.lower() for name in names}) < len(names) or NAME in names:
+            raise ValueError("artifacts and files: a name stands twice")  # or would, on a Mac's disk
+        if wrong := [a.file for a in self.artifacts if not a.file.endswith(SUFFIXES[a.kind])]:
+            raise ValueError(f"artifacts: {wrong[0]!r} does not end as its kind does")
+        if hashlib.sha256(self.chat.template.encode()).hexdigest() != self.chat.sha256:
+            raise ValueError("chat: the template has another sha256")
+        return self
 
     def default(self) -> Artifact:
         """The artifact that the Mac takes when none is named."""
@@ -139,23 +170,40 @@ class Manifest(Part):
 
 def read(path: Path) -> Manifest:
     """Raises UserError when the file is missing, too large, newer than this reader, or not a valid manifest."""
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise UserError(
-            f"{path} is {path.stat().st_size} bytes, a manifest has at most {MAX_BYTES}",
-            "is this the right repo? publish it again",
-        )
-    value = files.read_json(path)
-    version = value.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA:
-        raise UserError(f"{path} has schema {version}, this Ferry reads up to {SCHEMA}", "update Ferry: `git pull`")
     try:
-        manifest = Manifest.model_validate(value)
-    except ValidationError as error:
-        fault = error.errors()[0]
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
         raise UserError(
-            f"{path} is no valid manifest: {'.'.join(map(str, fault['loc']))}: {fault['msg']}",
-            "publish it again: `make publish`",
+            f"{path} cannot be read: {error.strerror}", "run the stage that writes it (`make` lists them)"
         ) from error
-    if sum(artifact.default for artifact in manifest.artifacts) != 1:
-        raise UserError(f"{path} names no single default artifact", "publish it again: `make publish`")
-    return manifest
+    return parse(content, str(path))
+
+
+def parse(content: bytes, where: str) -> Manifest:
+    """The manifest in `content`, which a stranger may have written. where: its path or address, for messages.
+
+    Raises UserError when it is too large, newer than this reader, or not a valid manifest.
+    """
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{where} is larger than {MAX_BYTES} bytes, which no manifest is", "is this the right repo?")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON: {str(error)[:100]}", AGAIN) from error
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise UserError(f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "update Ferry: `git pull`")
+    try:
+        return Manifest.model_validate(value)
+    except (ValidationError, RecursionError) as error:
+        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
+        raise UserError(f"{where} is no valid manifest: {_fault(fault)}", AGAIN) from error
+
+
+AGAIN = "publish it again: `make publish`"
+
+
+def _fault(fault: dict) -> str:
+    text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    return "".join(c if c.isprintable() else "?" for c in text[:300])

@@ -7,7 +7,7 @@ from contract import files
 from contract.errors import UserError
 from contract.manifest import Manifest
 from contract.turns import Turns, unsayable
-from deploy.pull import pulled
+from deploy.store import pulled
 
 TEMPLATE = Path(__file__).parent.parent / "Modelfile.template"
 

@@ -3,85 +3,147 @@
 import shutil
 from pathlib import Path
 
-from contract import files, manifest
+from contract import files, gguf, hub, manifest
 from contract.errors import UserError
+from contract.manifest import Artifact, Manifest
+from deploy import sandbox, source, store
+from deploy.part import Part
 
 
-def stage(repo: str, folder: Path) -> dict:
-    """Fetch manifest and default artifact into `folder`, and write pull.json. Raises UserError on any difference."""
-    hub = find(repo)
-    made = manifest.read(hub / manifest.NAME)
-    artifact = made.default()
-    source, target = hub / artifact.file, folder / artifact.file
-    refuse(source, target, artifact)
-    if not target.is_file() or files.sha256(target) != artifact.sha256:
-        fetch(source, target, artifact)
-    with files.writing(folder / manifest.NAME) as part:
-        files.copy(hub / manifest.NAME, part)
-    record = {
-        "stage": "pull", "repo": repo, "file": artifact.file, "sha256": artifact.sha256, "bytes": artifact.bytes,
-        "manifest_sha256": files.sha256(folder / manifest.NAME),
-    }  # fmt: skip
-    files.write_json(folder / "pull.json", record)
-    return record
+def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
+    """Fetch manifest and artifact into the store, make that version the current one, and return its pull.json.
+
+    quantization: of the GGUF; None: the manifest's default. Raises UserError for every difference, and when neither the
+    repo nor an earlier pull of it is there.
+    """
+    try:
+        found = source.find(repo)
+    except UserError as error:
+        return offline(repo, models, error)
+    content = found.manifest()
+    made = manifest.parse(content, f"{hub.shown(repo)}/{manifest.NAME}")
+    artifact = chosen(made, quantization)
+    version = models / found.name / files.sha256_bytes(content)[:12]
+    with store.locked(version.parent):
+        try:
+            put(found, version, made, artifact, content)
+        except UserError:
+            clean(version)
+            raise
+        return recorded(repo, found, version, artifact, content) | {"folder": str(version)}
 
 
-def find(repo: str) -> Path:
-    """The folder that holds the repo. Raises UserError when there is none."""
-    hub = Path(repo.removeprefix("file://")).expanduser()
-    if not hub.is_dir():
+def offline(repo: str, models: Path, error: UserError) -> dict:
+    """What an earlier pull left, when the Hub cannot be asked. Raises `error` when there is nothing."""
+    version = store.known(models, repo) if isinstance(error, hub.Unreachable) else None
+    if version is None:
+        raise error
+    hub.say(f"{error.message}: using what was pulled before, {version}")
+    store.pulled(version)
+    store.use(version)
+    return files.read_json(version / store.RECORD) | {"folder": str(version)}
+
+
+def chosen(made: Manifest, quantization: str | None) -> Artifact:
+    """Raises UserError when the repo has no such GGUF."""
+    ggufs = {artifact.quantization: artifact for artifact in made.artifacts if artifact.kind == "gguf"}
+    if quantization is None:
+        return made.default()
+    if quantization.lower() not in ggufs:
         raise UserError(
-            f"REPO {repo}: no such folder",
-            "name the folder that `make publish` printed; repos on the Hugging Face Hub are not supported yet",
+            f"there is no {quantization} GGUF in the repo", f"QUANT=one of: {', '.join(sorted(map(str, ggufs)))}"
         )
-    if not (hub / manifest.NAME).is_file():
-        raise UserError(
-            f"{hub} holds no {manifest.NAME}: nothing was published there, or not to its end",
-            "run `make publish` again where the model was trained",
-        )
-    return hub
+    return ggufs[quantization.lower()]
 
 
-def refuse(source: Path, target: Path, artifact: manifest.Artifact) -> None:
-    """What can be known before a long copy."""
-    size = source.stat().st_size if source.is_file() else None
-    if size != artifact.bytes:
-        raise UserError(
-            f"{source} is {'missing' if size is None else f'{size} bytes'}, the manifest says {artifact.bytes} bytes",
-            "publish it again: `make publish`",
-        )
+def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes) -> None:
+    """The artifact in its place, whatever was there before."""
+    target = version / artifact.file
+    if not (target.is_file() and target.stat().st_size == artifact.bytes and files.sha256(target) == artifact.sha256):
+        files.remove(target)
+        found.refuse(artifact)
+        refuse_full_disk(target, artifact)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            fetch(found, part, artifact)
+            refuse_liar(part, made, artifact)
+        except OSError as error:
+            raise files.translated(error, target) from error
+        files.sync(part)
+        part.rename(target)
+    with files.writing(version / manifest.NAME) as part:
+        part.write_bytes(content)
+
+
+def refuse_full_disk(target: Path, artifact: Artifact) -> None:
+    part = target.with_name(f".{target.name}.part")
+    need = artifact.bytes - (part.stat().st_size if part.is_file() else 0)
     free = shutil.disk_usage(files.nearest(target)).free
-    if free < artifact.bytes:
+    if free < need:
         raise UserError(
-            f"{artifact.file} needs {artifact.bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {target.parent}",
+            f"{artifact.file} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {target.parent}",
             "free some disk, then run the same command again",
         )
 
 
-def fetch(source: Path, target: Path, artifact: manifest.Artifact) -> None:
-    with files.writing(target) as part:
-        digest = files.copy(source, part)
-        if digest != artifact.sha256:
+def fetch(found, path: Path, artifact: Artifact) -> None:
+    with (
+        files.bar(artifact.bytes, artifact.file, artifact.bytes >= files.BAR_FROM) as tick,
+        Part(path, artifact, tick) as part,
+    ):
+        part.fill(found)
+
+
+def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
+    """The right bytes may still be a trap: what its header says must be possible, and what the manifest says of it.
+
+    Raises UserError, with the part removed.
+    """
+    try:
+        header = gguf.read(part)
+        if artifact.tensor_types and gguf.tensor_types(header) != artifact.tensor_types:
+            raise UserError(f"{artifact.file} holds other tensors than its manifest says", "do not use this repo")
+        if header.metadata.get("tokenizer.chat_template") != made.chat.template:
+            raise UserError(f"{artifact.file} holds another chat template than its manifest", "do not use this repo")
+        same_prompts(header, made)
+    except UserError:
+        files.remove(part)
+        raise
+
+
+def same_prompts(header: gguf.Header, made: Manifest) -> None:
+    """The template, a stranger's program, gives the golden prompts: asked in a sandbox, with a time limit."""
+    asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
+    texts = sandbox.prompts(made.chat.template, asked, special(header, "bos"), special(header, "eos"))
+    for golden, text in zip(made.golden, texts, strict=True):
+        if text != golden.prompt:
             raise UserError(
-                f"{source} has sha256 {digest}, the manifest says {artifact.sha256}",
-                "the file was damaged or replaced: publish it again with `make publish`",
+                f"the template does not give the manifest's prompt for {hub.shown(golden.messages[-1]['content'])!r}",
+                "publish it again: `make publish`",
             )
 
 
-def pulled(folder: Path) -> tuple[manifest.Manifest, Path]:
-    """The manifest and the file of a finished pull, hashed again: the very bytes that were pulled.
+def special(header: gguf.Header, role: str) -> str:
+    """Text of the 'bos' or 'eos' token; '' when the file names none."""
+    tokens, number = header.metadata.get("tokenizer.ggml.tokens"), header.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    known = isinstance(tokens, list) and isinstance(number, int) and 0 <= number < len(tokens)
+    return str(tokens[number]) if known else ""
 
-    Raises UserError when either has changed since.
-    """
-    record = files.read_json(folder / "pull.json")
-    path = folder / record["file"]
-    if (
-        not path.is_file()
-        or files.sha256(path) != record["sha256"]
-        or files.sha256(folder / manifest.NAME) != record["manifest_sha256"]
-    ):
-        raise UserError(
-            f"{folder} is not what was pulled from {record['repo']}: a file is gone or changed",
-            f"delete {folder / 'pull.json'} and run the same command again",
-        )
-    return manifest.read(folder / manifest.NAME), path
+
+def clean(version: Path) -> None:
+    """A refused version leaves nothing but a part that can be gone on with."""
+    if not (version / store.RECORD).is_file():
+        files.remove(version / manifest.NAME)
+
+
+def recorded(repo: str, found, version: Path, artifact: Artifact, content: bytes) -> dict:
+    """pull.json, and the name by which the version was asked for."""
+    is_folder = hub.is_folder(repo)
+    record = {
+        "stage": "pull", "repo": repo if is_folder else found.repo, "commit": found.commit, "file": artifact.file,
+        "quantization": artifact.quantization, "sha256": artifact.sha256, "bytes": artifact.bytes,
+        "manifest_sha256": files.sha256_bytes(content),
+    }  # fmt: skip
+    files.write_json(version / store.RECORD, record)
+    store.remember(version, store.MAIN if is_folder else hub.split(repo)[1] or store.MAIN)
+    return record

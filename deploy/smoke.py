@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from contract import chat, files, runtime
 from contract.errors import UserError
 from contract.manifest import Manifest, Smoke
-from deploy.pull import pulled
+from deploy import sandbox
+from deploy.store import pulled
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -51,8 +52,9 @@ def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
         raise UserError(
             f"{path.name} holds another chat template than its manifest", "publish it again: `make publish`"
         )
-    for golden in made.golden:
-        text = chat.prompt(model, golden.messages, golden.add_generation_prompt)
+    asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
+    texts = sandbox.prompts(made.chat.template, asked, chat.special(model, "bos"), chat.special(model, "eos"))
+    for golden, text in zip(made.golden, texts, strict=True):
         if text != golden.prompt or runtime.tokenize(model, text) != list(golden.ids):
             raise UserError(
                 f"{path.name}: the prompt for {golden.messages[-1]['content']!r} is not the trained one: {text!r}",

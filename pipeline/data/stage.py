@@ -17,6 +17,7 @@ from contract.errors import UserError
 from pipeline import base as bases
 from pipeline.config import Base, Config, Data, warnings
 from pipeline.data import read, report, schema, spool, template, work
+from pipeline import licences
 from pipeline.record import Run
 
 
@@ -48,9 +49,9 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
         *report.cautions(facts, config, chat),
         *warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
     ]
-    tokenizer_files = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
+    beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
     return run.write(
-        "data", (), outputs | tokenizer_files, inputs=sources.inputs, dataset=sources.facts,
+        "data", (), outputs | beside | licence(base, folder / "licence"), inputs=sources.inputs, dataset=sources.facts,
         formats=sources.formats(), base=describe_base(config.base, base), warnings=said,
         chat={"end": chat.ends, "scaffold": chat.scaffolds[0], "system": chat.system, "joined": chat.joined}, **facts,
     )  # fmt: skip
@@ -133,8 +134,17 @@ def heads(part: read.Part) -> list[dict]:
     return rows
 
 
+def licence(base: Path, folder: Path) -> dict[str, Path]:
+    """The base's licence files, which whoever publishes a derivative passes on; by name of output."""
+    made = {f"licence/{path.name}": folder / path.name for path in licences.files_of(base)}
+    for path in licences.files_of(base):
+        with files.writing(folder / path.name) as part:
+            files.copy(path, part)
+    return made
+
+
 def describe_base(base: Base, source: Path) -> dict:
-    """What the manifest says of the base model."""
+    """What the manifest says of the base model; its licence in its own words, else in the config's."""
     if source.is_file():
         meta = bases.metadata(source)
         return {
@@ -145,4 +155,4 @@ def describe_base(base: Base, source: Path) -> dict:
     return {
         "model": base.model, "revision": revision or base.revision, "architecture": bases.architecture(source),
         "license": base.license, "name": base.model.rstrip("/").split("/")[-1],
-    }  # fmt: skip
+    } | {key: value for key, value in licences.read_card(source).items() if value}  # fmt: skip

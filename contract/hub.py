@@ -1,0 +1,254 @@
+"""The Hugging Face Hub as both sides use it: what is a Hub id, how long to try, what to say when it fails.
+
+The client is huggingface_hub, which waits for ever for an answer, and retries some calls and others not
+(commit, create_tag, create_repo, the file itself). Here every call has a time limit and a budget.
+The token comes from HF_TOKEN or `hf auth login`, goes to the Hub's own host only, and stands in no message.
+"""
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from contract.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
+LONGEST_WAIT = 30  # seconds between two tries
+QUICK = 20  # seconds of pauses where nothing is lost yet: who has no network wants to know it soon
+# What passes by itself. 501 (not implemented) and 507 (no storage) do not.
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+attempts = 0  # of this process; a sign of life
+
+
+class Expired(Exception):
+    """A signed address has grown old; asked for anew it works again."""
+
+
+class Unreachable(UserError):
+    """The Hub could not be asked: no network, or it is down."""
+
+
+def silence() -> float:
+    """Seconds without a byte after which a connection is given up: $FERRY_SILENCE_SECONDS, by default one minute."""
+    return float(os.environ.get("FERRY_SILENCE_SECONDS") or 60)
+
+
+def budget() -> float:
+    """Seconds of pauses between the tries of a failing call: $FERRY_HUB_SECONDS, by default 5 minutes."""
+    return float(os.environ.get("FERRY_HUB_SECONDS") or 300)
+
+
+def is_folder(repo: str) -> bool:
+    """A path that is there or looks like one; everything else is meant as a Hub id."""
+    return repo.startswith((".", "/", "~", "file://")) or Path(repo).exists()
+
+
+def split(repo: str) -> tuple[str, str | None]:
+    """(id, revision) of owner/name[@revision]. Raises UserError when it is neither that nor a folder."""
+    name, _, revision = repo.partition("@")
+    if not ID.fullmatch(name) or (revision and not REVISION.fullmatch(revision)) or ".." in repo or repo.endswith("@"):
+        raise UserError(
+            f"REPO {shown(repo)}: no such folder, and no Hub id",
+            "write owner/name or owner/name@tag for the Hub, ./folder for a folder hub",
+        )
+    return name, revision or None
+
+
+def api() -> "HfApi":
+    """The client, with time limits. Raises UserError when this environment has none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limited():
+        client = default_client_factory()
+        client.timeout = silence()
+        return client
+
+    logging.set_verbosity_error()  # its own lines quote signed URLs
+    set_client_factory(limited)
+    return HfApi(library_name="ferry")
+
+
+def token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def headers() -> dict[str, str]:
+    """Of a request to the Hub's own host; never for another one."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers(library_name="ferry")
+
+
+def same_host(url: str) -> bool:
+    """Is this the Hub that the token is for?"""
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants
+
+    ours, there = urlsplit(constants.ENDPOINT), urlsplit(url)
+    return (ours.scheme, ours.netloc) == (there.scheme, there.netloc)
+
+
+def read_small(repo: str, name: str, revision: str, limit: int) -> bytes:
+    """A file of at most `limit` bytes, whatever its sender says. Raises UserError beyond, the client's errors otherwise."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import hf_raise_for_status
+
+    content = bytearray()
+    plain = headers() | {"Accept-Encoding": "identity"}
+    with get_session().stream("GET", hf_hub_url(repo, name, revision=revision), headers=plain) as answer:
+        hf_raise_for_status(answer)
+        for block in answer.iter_raw():
+            content += block
+            if len(content) > limit:
+                raise UserError(f"{repo}/{name} is larger than {limit} bytes", "is this the right repo? Ask who published it")
+    return bytes(content)
+
+
+def patiently(
+    what: str, call: Callable[[], T], again: tuple[int, ...] = (), seconds: float | None = None, progress=lambda: 0
+) -> T:
+    """`call()`, repeated with growing pauses while what fails passes by itself.
+
+    what: said in messages, such as "publish to you/model". again: further HTTP statuses worth another try. seconds: of
+    pauses at most (none: `budget()`); they start anew whenever `progress()` has grown.
+    Raises UserError for every failure of Hub and network.
+    """
+    global attempts
+    left, wait, reached = budget() if seconds is None else min(seconds, budget()), 1.0, progress()
+    while True:
+        attempts += 1
+        try:
+            return call()
+        except Exception as error:
+            if (cause := _known(error)) is None:
+                raise
+            if progress() > reached:
+                left, wait, reached = budget(), 1.0, progress()
+            pause = _asked_for(cause) or wait * random.uniform(0.5, 1.5)
+            if not _passes(cause, again) or pause > left:
+                raise translated(cause, what) from error
+        say(f"{what}: {_brief(cause)}; again in {pause:.0f} s")
+        time.sleep(pause)
+        left, wait = left - pause, min(wait * 2, LONGEST_WAIT)
+
+
+def say(text: str) -> None:
+    import click
+
+    click.echo(hidden(text), err=True)
+
+
+def _known(error: BaseException | None) -> BaseException | None:
+    """The error of Hub or network behind an exception; huggingface_hub wraps those of uploads in a RuntimeError."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    known = (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, Expired)
+    while error is not None and not isinstance(error, known):
+        error = error.__cause__
+    return error
+
+
+def status(error: BaseException) -> int | None:
+    """HTTP status of an answer, None when there was none."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _passes(error: BaseException, again: tuple[int, ...]) -> bool:
+    from huggingface_hub.errors import HTTPError
+
+    code = status(error)
+    if isinstance(error, HTTPError):
+        return code is None or code in PASSING or code in again
+    return isinstance(error, Expired)
+
+
+def _asked_for(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait (Retry-After)."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("retry-after", "") if response is not None else ""
+    return float(asked) if asked.isdigit() else None
+
+
+def translated(error: BaseException, what: str) -> UserError:
+    """A failure of Hub or network in the words of this project."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return Unreachable(
+            f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked", "unset it, then run the same command again"
+        )
+    if isinstance(error, HFValidationError):
+        return UserError(f"{what}: {_brief(error)}", "correct the name: a Hub id reads owner/name")
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{what}: it is gated, and this account has not accepted its terms",
+            "accept them on its page on the Hub (and `hf auth login`), then run the same command again",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"{what}: no such revision", "name a branch, tag or commit that the repo has")
+    kind = Unreachable if _passes(error, ()) else UserError
+    return kind(f"{what}: {_brief(error)}", HINTS.get(status(error), "run the same command again"))
+
+
+LOGIN = "`hf auth login`, or set HF_TOKEN, then run the same command again"
+ROOM = "make room on the Hub (https://huggingface.co/settings/billing), then run the same command again"
+HINTS = {
+    None: "check the network, then run the same command again; what is there already is kept",
+    401: LOGIN,
+    402: ROOM,
+    403: "use a token that may do this (https://huggingface.co/settings/tokens), then run the same command again",
+    404: "correct the name; a private repo needs a token that may read it: " + LOGIN,
+    409: "choose another name, or run the same command again",
+    412: "somebody else writes to this repo: wait for the other one, then run the same command again",
+    413: "the Hub takes no file of this size: choose a smaller quantization",
+    429: "the Hub asks for a pause: run the same command again in some minutes",
+}
+MEANINGS = {
+    401: "the Hub does not know this token",
+    402: "the Hub asks for payment",
+    403: "the Hub refuses",
+    404: "it is not on the Hub, or private and no token that may read it is set",
+    412: "the repo changed meanwhile",
+    413: "too large for the Hub",
+    429: "too many requests",
+}
+
+
+def _brief(error: BaseException) -> str:
+    """One line: what the status means, and what the Hub says about it."""
+    code = status(error)
+    if isinstance(error, ValueError) and code is None:  # a name that no Hub has
+        return hidden(str(error))
+    if code is None:
+        return hidden(f"the Hub cannot be reached ({str(error).strip() or type(error).__name__})")
+    said = " ".join((getattr(error, "server_message", None) or "").split())
+    meaning = MEANINGS.get(code, f"the Hub answers {code}")
+    return hidden(f"{meaning}{f' ({said})' if said else ''}")
+
+
+def shown(text: str) -> str:
+    """Text of a stranger for a terminal: no control characters, not endless."""
+    return "".join(c if c.isprintable() else "?" for c in text[:400])
+
+
+def hidden(text: str) -> str:
+    """`text` in one printable line without tokens and signed addresses."""
+    for secret in filter(None, (token(), os.environ.get("HF_TOKEN"))):
+        text = text.replace(secret, "hf_***")
+    text = re.sub(r"\bhf_\w{4,}", "hf_***", text)
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)
+    return shown(" ".join(text.split())[:400])

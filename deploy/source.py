@@ -1,0 +1,130 @@
+"""Where a repo is read from: a folder hub, or the Hub at one commit. Both give small files whole and large ones in blocks."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract import files, hub, manifest
+from contract.errors import UserError
+from contract.manifest import Artifact
+
+
+
+def find(repo: str) -> "Folder | Remote":
+    """Raises UserError when there is no such repo."""
+    return Folder.at(repo) if hub.is_folder(repo) else Remote.at(*hub.split(repo))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder hub. commit: it has none."""
+
+    path: Path
+    name: str
+    commit: str | None = None
+
+    @classmethod
+    def at(cls, repo: str) -> "Folder":
+        path = Path(repo.removeprefix("file://")).expanduser()
+        if not path.is_dir():
+            raise UserError(f"REPO {hub.shown(repo)}: no such folder", "name the folder that `make publish` printed")
+        if not (path / manifest.NAME).is_file():
+            raise UserError(
+                f"{path} holds no {manifest.NAME}: nothing was published there, or not to its end",
+                "run `make publish` again where the model was trained",
+            )
+        return cls(path, path.resolve().name)
+
+    def manifest(self) -> bytes:
+        with self._plain(manifest.NAME).open("rb") as file:
+            return file.read(manifest.MAX_BYTES + 1)
+
+    def refuse(self, artifact: Artifact) -> None:
+        """What can be known before a long copy."""
+        path = self._plain(artifact.file)
+        size = path.stat().st_size if path.is_file() else None
+        if size != artifact.bytes:
+            raise UserError(
+                f"{path} is {'missing' if size is None else f'{size} bytes'}, the manifest says {artifact.bytes} bytes",
+                "publish it again: `make publish`",
+            )
+
+    @contextlib.contextmanager
+    def opened(self, artifact: Artifact, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """(where it really starts, the bytes from there on)"""
+        with self._plain(artifact.file).open("rb") as file:
+            file.seek(start)
+            yield start, iter(lambda: file.read(files.CHUNK), b"")
+
+    def _plain(self, name: str) -> Path:
+        path = self.path / name
+        if path.is_symlink() or path.parent.is_symlink():
+            raise UserError(f"{path} is a symbolic link; a hub holds plain files", "publish it again: `make publish`")
+        return path
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repo on the Hub, at the commit that its revision was when it was asked for."""
+
+    repo: str
+    name: str
+    commit: str
+
+    @classmethod
+    def at(cls, repo: str, revision: str | None) -> "Remote":
+        api, what = hub.api(), f"pull {repo}{f'@{revision}' if revision else ''}"
+        if hub.token():  # a wrong token must not look like a missing repo
+            hub.patiently(what, api.whoami, seconds=hub.QUICK)
+        info = hub.patiently(what, lambda: api.model_info(repo, revision=revision), seconds=hub.QUICK)
+        if manifest.NAME not in {sibling.rfilename for sibling in info.siblings or ()}:
+            raise UserError(
+                f"{what}: it holds no {manifest.NAME}, so Ferry did not publish it, or not to its end",
+                "run `make publish` again where the model was trained",
+            )
+        return cls(repo, repo.replace("/", "--"), info.sha)
+
+    def manifest(self) -> bytes:
+        def read() -> bytes:
+            return hub.read_small(self.repo, manifest.NAME, self.commit, manifest.MAX_BYTES)
+
+        return hub.patiently(f"pull {self.repo}", read)
+
+    def refuse(self, artifact: Artifact) -> None:
+        """What can be known before a long download."""
+        there = hub.patiently(f"pull {self.repo}/{artifact.file}", lambda: self._described(artifact.file))
+        other = len(there.etag or "") == 64 and there.etag != artifact.sha256  # a small file has git's SHA-1
+        if there.size != artifact.bytes or other:
+            raise UserError(
+                f"{self.repo}/{artifact.file} on the Hub has {there.size} bytes and the hash {hub.shown(str(there.etag))}, "
+                f"its manifest says {artifact.bytes} bytes and {artifact.sha256}",
+                "the file was replaced after it was published: ask who published it, or publish it again with `make publish`",
+            )
+
+    @contextlib.contextmanager
+    def opened(self, artifact: Artifact, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """(where it really starts, the bytes from there on). The token goes to the Hub only, never where it sends us."""
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import hf_raise_for_status
+
+        place = self._described(artifact.file).location
+        ask = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"} | (
+            hub.headers() if hub.same_host(place) else {}
+        )
+        with get_session().stream("GET", place, headers=ask) as answer:
+            if answer.status_code == 403 and not hub.same_host(place):
+                raise hub.Expired("its address has expired")
+            hf_raise_for_status(answer)
+            told = answer.headers.get("content-range", "")
+            yield (start if told.startswith(f"bytes {start}-") else 0), answer.iter_raw()
+
+    def _described(self, name: str):
+        """Size, etag (of a large file: its sha256) and address, asked anew each time: signed addresses grow old."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        url = hf_hub_url(self.repo, name, revision=self.commit)
+        found = get_hf_file_metadata(url, token=hub.token(), timeout=hub.silence())
+        if url.startswith("https:") and not found.location.startswith("https:"):
+            raise UserError(f"{self.repo}/{name} lies behind an address without TLS", "do not use this repo")
+        return found

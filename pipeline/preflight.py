@@ -1,0 +1,135 @@
+"""preflight: what would be noticed only after hours of paid GPU time, asked before the first of them."""
+
+import shutil
+from pathlib import Path
+
+from contract import files, hub
+from contract.errors import UserError
+from pipeline import base as bases
+from pipeline import licences, llamacpp
+from pipeline.config import Config
+from pipeline.data import read
+from pipeline.publish import sender
+from pipeline.publish.stage import hub_folder, named
+from pipeline.record import Run
+
+LARGEST = 50e9  # bytes of one file that the Hub takes: https://huggingface.co/docs/hub/storage-limits
+FREE_PRIVATE = 100e9  # of a free account, from the same page
+
+
+def stage(config: Config, run: Run) -> list[str]:
+    """Ask all that can be asked without a GPU; returns what a user should know, a sentence each.
+
+    Raises UserError for the first thing that would stop the run later.
+    """
+    if run.done("publish"):
+        return []
+    said = [destination(config, run)]
+    if not run.done("export"):
+        said += [*base(config), *dataset(config)]
+    return said
+
+
+def destination(config: Config, run: Run) -> str:
+    """The repo is ours to write."""
+    repo = named(config.publish.repo, run)
+    if hub.is_folder(repo):
+        return f"goes to the folder {hub_folder(repo)}"
+    name, _ = hub.split(repo)
+    if not hub.token():
+        raise UserError(f"publish.repo {name}: no token of the Hub is set", hub.LOGIN)
+    api = hub.api()
+    user = hub.patiently(f"publish.repo {name}", api.whoami, seconds=hub.QUICK)
+    if why := lacks(user, name):
+        raise UserError(f"publish.repo {name}: {why}", hub.HINTS[403])
+    head = found(f"publish.repo {name}", lambda: api.repo_info(name, files_metadata=True))
+    if head:
+        sender.refuse_strange(head, name, config.publish.private)
+    return f"goes to {name} on the Hub ({'there already' if head else 'new'}, {'private' if config.publish.private else 'public'}), as {user['name']}"
+
+
+def lacks(user: dict, repo: str) -> str | None:
+    """Why this user's token may not write to `repo`; None when it may, as far as the Hub says."""
+    owner, token = repo.split("/")[0], (user.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "fineGrained":
+        scopes = token.get("fineGrained", {}).get("scoped", [])
+        may = {scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]}
+        return None if may & {owner, repo} else f"the token may not write there (fine-grained; it may write to {', '.join(sorted(filter(None, may))) or 'nothing'})"
+    if token.get("role") == "read":
+        return "the token may only read"
+    orgs = {org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"}
+    return None if owner in {user["name"], *orgs} else f"{user['name']} may not write to {owner}'s repos"
+
+
+def found(what: str, ask):
+    """What the Hub says, None where it has no such repo."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def asked():
+        try:
+            return ask()
+        except RepositoryNotFoundError:
+            return None
+
+    return hub.patiently(what, asked, seconds=hub.QUICK)
+
+
+def base(config: Config) -> list[str]:
+    """The base model can be fetched, its licence lets us publish, and the disk holds it."""
+    model = config.base.model
+    if not bases.hub_id(model):
+        return []
+    api, what = hub.api(), f"base.model {model}"
+    try:
+        info = hub.patiently(
+            what, lambda: api.model_info(model, revision=config.base.revision, files_metadata=True), seconds=hub.QUICK
+        )
+        hub.patiently(what, lambda: api.auth_check(model), seconds=hub.QUICK)
+    except hub.Unreachable as error:
+        return [f"{error.message}: what is in the local cache decides"]
+    card = info.card_data.to_dict() if info.card_data else {}
+    return [*licence(config, card), *disk(config, info)]
+
+
+def licence(config: Config, card: dict) -> list[str]:
+    """Where the result goes to a folder nothing is published, and nothing is asked."""
+    if hub.is_folder(config.publish.repo):
+        return []
+    names = card.get("license") or config.base.license
+    name = names if isinstance(names, str) or names is None else "other"
+    return licences.refuse(
+        name, config.base.model, config.publish.private, bool(config.base.license), name=config.publish.repo, copies=1
+    )
+
+
+def disk(config: Config, info) -> list[str]:
+    """Room for the base, the merged weights, the 16-bit GGUF and the quantizations; and for the upload on the Hub."""
+    sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
+    quants = sum(llamacpp.BITS[kind] / 16 for kind in config.export.quantizations) * sixteen
+    need = 3 * sixteen + quants * (2 if config.export.imatrix else 1)
+    free = shutil.disk_usage(files.nearest(Path("runs"))).free
+    if free < need:
+        raise UserError(
+            f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end (base, merged weights and 16-bit GGUF "
+            f"{sixteen / 1e9:.1f} GB each, quantized {quants / 1e9:.1f} GB), {free / 1e9:.0f} GB are free",
+            "take a machine with more disk, then run the same command again",
+        )
+    sent = quants + sixteen * config.publish.merged
+    if quants > LARGEST * len(config.export.quantizations):
+        raise UserError(f"a file of more than {LARGEST / 1e9:.0f} GB does not go to the Hub", "choose a smaller base.model")
+    return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free; about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"]
+
+
+def dataset(config: Config) -> list[str]:
+    """The data set can be fetched. (Its subset and split are `data`'s to find, minutes later and without a GPU.)"""
+    source = config.data.source
+    if not read.is_hub(source):
+        return []
+    api, what = hub.api(), f"data.source {source}"
+    try:
+        hub.patiently(what, lambda: api.dataset_info(source, revision=config.data.revision), seconds=hub.QUICK)
+        if "/" in source:
+            hub.patiently(what, lambda: api.auth_check(source, repo_type="dataset"), seconds=hub.QUICK)
+    except hub.Unreachable as error:
+        return [f"{error.message}: what is in the local cache decides"]
+    return []

@@ -1,0 +1,147 @@
+"""python -m pipeline.publish.sender: the process that sends (courier.py starts it). A job on stdin, JSON lines on stdout.
+
+A job is {"folder": a laid-out repo, "repo": owner/name, "private": bool, "tag": name or null}. Lines are {"beat": n} when
+something moved, and last {"result": ...} or {"error": [message, hint]}.
+"""
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+from contract import files, hub, manifest
+from contract.errors import UserError
+
+OURS = re.compile(r"\.gitattributes|README\.md")  # what a new repo may hold besides a manifest's files
+
+
+def main() -> None:
+    out = sys.stdout
+    sys.stdout = sys.stderr  # nothing but our lines goes to the courier
+    job = json.load(sys.stdin)
+    threading.Thread(target=beat, args=(out,), daemon=True).start()
+    try:
+        word = {"result": send(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
+    except UserError as error:
+        word = {"error": [error.message, error.hint]}
+    print(json.dumps(word), file=out, flush=True)
+
+
+def beat(out) -> None:
+    """Tell the courier whenever a progress bar has moved or a call was made; end with it: no orphan goes on sending."""
+    from tqdm import tqdm
+
+    last = None
+    while True:
+        now = [hub.attempts, *((id(bar), bar.n) for bar in list(tqdm._instances))]
+        if now != last:
+            print(json.dumps({"beat": len(now)}), file=out, flush=True)
+        last = now
+        time.sleep(1)
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
+    """Repo, commit and tag of the folder's manifest on the Hub, made or found there.
+
+    Raises UserError when the repo is somebody's or something else's, when the Hub refuses, and when what arrived is not
+    what was sent.
+    """
+    api, what = hub.api(), f"publish to {repo}"
+    made = manifest.read(folder / manifest.NAME)
+    hub.patiently(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
+    # A lost answer looks like a failure: each try looks at the repo again, and what was done is not done twice.
+    commit = hub.patiently(what, lambda: committed(api, folder, repo, private, made), again=(409, 412))
+    hub.patiently(what, lambda: compare(api, folder, repo, commit, made))
+    name = hub.patiently(what, lambda: tagged(api, repo, commit, tag), again=(409,))
+    return {"repo": repo, "commit": commit, "tag": name}
+
+
+def committed(api, folder: Path, repo: str, private: bool, made: manifest.Manifest) -> str:
+    """The commit that holds the folder: all of it in one, so no revision has a manifest without its files."""
+    from huggingface_hub import CommitOperationDelete
+
+    head = api.repo_info(repo, files_metadata=True)
+    refuse_strange(head, repo, private)
+    there = {sibling.rfilename for sibling in head.siblings}
+    names = {item.file for item in (*made.artifacts, *made.files)} | {manifest.NAME}
+    old = outdated(repo, head.sha) if manifest.NAME in there else set()
+    operations = [addition(folder, name, digest) for name, digest in digests(folder, made).items()]
+    operations += [CommitOperationDelete(name) for name in sorted(old & there - names)]
+    done = api.create_commit(repo, operations, commit_message=f"Ferry: {made.name}", parent_commit=head.sha)
+    return done.oid
+
+
+def digests(folder: Path, made: manifest.Manifest) -> dict[str, str]:
+    """sha256 by file name; the manifest itself comes last."""
+    named = {item.file: item.sha256 for item in (*made.artifacts, *made.files)}
+    return named | {manifest.NAME: files.sha256(folder / manifest.NAME)}
+
+
+def addition(folder: Path, name: str, digest: str):
+    """The client would hash the file once more; the manifest has its sha256, and the Hub compares what arrives with it."""
+    from huggingface_hub import CommitOperationAdd
+
+    operation = CommitOperationAdd(name, folder / name)
+    operation.upload_info.sha256 = bytes.fromhex(digest)
+    return operation
+
+
+def refuse_strange(head, repo: str, private: bool) -> None:
+    """Raises UserError for a repo that holds something else, or is open to all when the config says private."""
+    if private and not head.private:
+        raise UserError(
+            f"{repo} is public, and publish.private is true",
+            "make it private in its settings on the Hub, or choose another publish.repo, or set publish.private to false",
+        )
+    names = [sibling.rfilename for sibling in head.siblings]
+    if manifest.NAME not in names and (strange := [name for name in names if not OURS.fullmatch(name)]):
+        raise UserError(
+            f"{repo} is a repo of something else: it holds {', '.join(strange[:4])} and no {manifest.NAME}",
+            "choose another publish.repo",
+        )
+
+
+def outdated(repo: str, revision: str) -> set[str]:
+    """Files that the manifest on the Hub names: they go when the new one does not name them (tags keep them)."""
+    content = hub.read_small(repo, manifest.NAME, revision, manifest.MAX_BYTES)
+    made = manifest.parse(content, f"{repo}/{manifest.NAME}")
+    return {item.file for item in (*made.artifacts, *made.files)}
+
+
+def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) -> None:
+    """Raises UserError unless the Hub holds every file with the sha256 that was sent."""
+    there = {s.rfilename: s for s in api.repo_info(repo, revision=commit, files_metadata=True).siblings}
+    for name, digest in digests(folder, made).items():
+        large = there[name].lfs if name in there else None
+        if name not in there:
+            found = "nothing"
+        elif large:
+            found = large.sha256
+        else:  # git names small files by SHA-1 only
+            found = files.sha256_bytes(hub.read_small(repo, name, commit, manifest.MAX_BYTES))
+        if found != digest:
+            raise UserError(f"{repo}/{name} on the Hub is {found}, sent was {digest}", "run the same command again")
+
+
+def tagged(api, repo: str, commit: str, wanted: str | None) -> str:
+    """The tag of the commit: the one it has, the one that is wanted, or the next of v1, v2, ..."""
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
+    if wanted and tags.get(wanted, commit) != commit:
+        raise UserError(
+            f"{repo} has a tag {wanted} already, of another version", "choose another publish.tag, or none for the next"
+        )
+    numbered = {name: int(name[1:]) for name in tags if re.fullmatch(r"v\d{1,6}", name)}
+    mine = [name for name in numbered if tags[name] == commit]
+    name = wanted or (mine[0] if mine else f"v{max(numbered.values(), default=0) + 1}")
+    if name not in tags:
+        api.create_tag(repo, tag=name, revision=commit)
+    return name
+
+
+if __name__ == "__main__":
+    main()

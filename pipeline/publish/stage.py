@@ -1,0 +1,256 @@
+"""publish: the artifacts into the hub, GGUF first, manifest.json last."""
+
+import os
+import platform
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from contract import files, hub, manifest
+from contract.errors import UserError
+from pipeline import card, licences, llamacpp
+from pipeline.config import Config, Publish
+from pipeline.publish import courier
+from pipeline.record import STAGES, Run
+
+CARD = "README.md"
+
+STACK = (
+    "unsloth",
+    "unsloth_zoo",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+    "llama_cpp_python",
+)
+
+
+def stage(config: Config, run: Run) -> dict:
+    """Lay the repo out in a folder, send it to the Hub if that is where it goes, and write the record.
+
+    Raises UserError when it does not arrive; everything stays in the folder.
+    """
+    repo = named(config.publish.repo, run)
+    if not hub.is_folder(repo):
+        may_go(config, run, repo)
+    folder = hub_folder(repo) if hub.is_folder(repo) else run.workspace("publish", "verify") / run.folder.name
+    made = lay_out(config, run, folder, None if hub.is_folder(repo) else repo)
+    sent = {"repo": str(folder)} if hub.is_folder(repo) else send(config.publish, repo, folder)
+    return run.write(
+        "publish", ("verify", "export", "evaluate", "finetune", "data"), {}, **sent, folder=str(folder),
+        default=made.default().model_dump(mode="json"),
+    )  # fmt: skip
+
+
+def named(repo: str, run: Run) -> str:
+    """publish.repo with {run} and {user} filled in. Raises UserError when the Hub does not know the user."""
+    repo = repo.replace("{run}", run.folder.name)
+    if "{user}" in repo:
+        api = hub.api()
+        repo = repo.replace("{user}", hub.patiently("ask the Hub who you are", api.whoami)["name"])
+    return repo
+
+
+def may_go(config: Config, run: Run, repo: str) -> None:
+    """Raises UserError when the base's licence forbids it; says what it asks."""
+    base, copies = run.read("data")["base"], sum(name.startswith("licence/") for name in run.read("data")["outputs"])
+    for note in licences.refuse(
+        base["license"], base["model"], config.publish.private, bool(config.base.license), name=repo, copies=copies
+    ):
+        hub.say(f"note: {note}")
+
+
+def send(wish: Publish, repo: str, folder: Path) -> dict:
+    """{repo, commit, tag} of what is on the Hub now."""
+    try:
+        return courier.send(
+            {"folder": str(folder), "repo": hub.split(repo)[0], "private": wish.private, "tag": wish.tag}
+        )
+    except UserError as error:
+        raise UserError(
+            f"{error.message}\n  nothing is lost: all of it is in {folder}. Before this machine is given back:\n"
+            f"  scp -r {socket.gethostname()}:{folder.absolute()} .   and then, on your Mac: make deploy-mac REPO=./{folder.name}",
+            error.hint,
+        ) from error
+
+
+def lay_out(config: Config, run: Run, folder: Path, repo: str | None) -> manifest.Manifest:
+    """The repo as a folder: GGUF first, manifest.json last. repo: its id on the Hub, None for a folder hub."""
+    files.remove(folder / manifest.NAME)  # an old manifest must not describe new files
+    artifacts = [put_gguf(run, stage, name, folder) for stage, name in published(run)]
+    artifacts.append(put_adapter(run, folder))
+    beside = put_companions(config, run, folder)
+    if config.publish.merged:
+        weights, more = put_merged(run, folder)
+        artifacts, beside = artifacts + weights, beside + more
+    made = build(config, run, artifacts, [described(folder, name) for name in beside])
+    ladder = run.output("verify", "ladder").read_text(encoding="utf-8").rstrip()
+    with files.writing(folder / CARD) as part:
+        part.write_text(card.text(made, ladder, repo, config.publish.private), encoding="utf-8")
+    made = made.model_copy(update={"files": (*made.files, described(folder, CARD))})
+    files.write_json(folder / manifest.NAME, made.model_dump(mode="json"))
+    return made
+
+
+def described(folder: Path, name: str) -> manifest.File:
+    return manifest.File(file=name, sha256=files.sha256(folder / name), bytes=(folder / name).stat().st_size)
+
+
+def published(run: Run) -> list[tuple[str, str]]:
+    """(stage, output) of every GGUF that goes out: the quantizations, and 16 bit only where nothing smaller will do."""
+    export, verify = run.read("export"), run.read("verify")
+    kept = {export["sixteen"], "imatrix"} - {verify["default"]}
+    ours = [("export", name) for name in export["outputs"] if name not in kept and not name.endswith(llamacpp.STATIC)]
+    return ours + [("verify", name) for name in verify["outputs"] if name in llamacpp.BITS]
+
+
+def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact:
+    """name: its quantization."""
+    source, export = run.output(stage, name), run.read("export")
+    digest = put(source, folder / source.name)
+    if digest != run.read(stage)["outputs"][name]["sha256"]:
+        raise UserError(
+            f"{source} is not the file that {stage} made", f"delete {run.path(stage)} and run the same command again"
+        )
+    return manifest.Artifact(
+        kind="gguf", file=source.name, quantization=name, sha256=digest, bytes=source.stat().st_size,
+        tensor_types=tensor_types(source), default=name == run.read("verify")["default"],
+        imatrix=export["imatrix"] if name != export["sixteen"] else None,
+    )  # fmt: skip
+
+
+def put_adapter(run: Run, folder: Path) -> manifest.Artifact:
+    """The LoRA weights."""
+    weights = run.output("finetune", "adapter")
+    digest = put(weights, folder / "adapter" / weights.name)
+    return manifest.Artifact(
+        kind="adapter", file=f"adapter/{weights.name}", quantization=None, sha256=digest, bytes=weights.stat().st_size
+    )
+
+
+def put_merged(run: Run, folder: Path) -> tuple[list[manifest.Artifact], list[str]]:
+    """The merged 16-bit weights, for Transformers, vLLM and others; and the names of their config and tokenizer."""
+    weights, beside = [], []
+    for path in sorted(path for path in (run.folder / "export" / "merged").iterdir() if path.is_file()):
+        name, digest = f"merged/{path.name}", put(path, folder / "merged" / path.name)
+        if path.suffix == ".safetensors":
+            weights.append(manifest.Artifact(
+                kind="merged", file=name, quantization=None, sha256=digest, bytes=path.stat().st_size
+            ))  # fmt: skip
+        else:
+            beside.append(name)
+    return weights, beside
+
+
+def put_companions(config: Config, run: Run, folder: Path) -> list[str]:
+    """Small files, by name: the adapter's config, which names the base by its public name and not by a path of this
+    machine; the trained tokenizer with its template; the base's licence files, and the notice that its licence asks for."""
+    settings = files.read_json(run.output("finetune", "adapter_config"))
+    names = ["adapter/adapter_config.json"]
+    files.write_json(folder / names[0], settings | {"base_model_name_or_path": config.base.model})
+    data = run.read("data")
+    for kind, place in (("tokenizer/", "adapter/"), ("licence/", "")):
+        for output in (name for name in data["outputs"] if name.startswith(kind)):
+            source = run.output("data", output)
+            put(source, folder / f"{place}{source.name}")
+            names.append(f"{place}{source.name}")
+    notice = licences.terms(data["base"]["license"]).notice
+    if notice and "NOTICE" not in names:
+        with files.writing(folder / "NOTICE") as part:
+            part.write_text(notice + "\n", encoding="utf-8")
+        names.append("NOTICE")
+    return names
+
+
+def put(source: Path, target: Path) -> str:
+    """The file under another name, without a second copy where the disk allows it; returns its sha256."""
+    if target.is_file() and target.samefile(source):
+        return files.sha256(source)
+    with files.writing(target) as part:
+        try:
+            os.link(source, part)
+            return files.sha256(source)
+        except OSError:  # another disk, or one without hard links
+            return files.copy(source, part)
+
+
+def build(
+    config: Config, run: Run, artifacts: list[manifest.Artifact], beside: list[manifest.File]
+) -> manifest.Manifest:
+    """The manifest of this run, from its records."""
+    data, tune = run.read("data"), run.read("finetune")
+    contract = files.read_json(run.output("verify", "contract"))
+    scores = run.read("evaluate")["scores"] | run.read("verify")["scores"]
+    return manifest.Manifest(
+        id=run.read("export")["id"],
+        name=run.folder.name,
+        base=manifest.BaseModelInfo(**data["base"]),
+        dataset=manifest.Dataset(
+            source=config.data.source, revision=data["dataset"]["training"].get("revision") or config.data.revision, sha256=data["inputs"], rows=data["rows"],
+            split=config.data.validation or f"{config.data.validation_share:g} of the rows, by content hash",
+            split_hash=data["outputs"]["heldout"]["sha256"],
+        ),
+        generation=manifest.Generation(
+            temperature=config.generation.temperature, top_p=config.generation.top_p, max_tokens=config.generation.max_tokens,
+            num_ctx=config.generation.num_ctx or config.base.max_seq_length,
+        ),
+        artifacts=tuple(artifacts),
+        files=tuple(beside),
+        config=config.model_dump(mode="json"),
+        training={"method": "QLoRA" if config.base.load_in_4bit else "LoRA"}
+        | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "final_loss", "trainable")},
+        scores={"rule": config.evaluate.rule, "heldout": scores, "used": run.read("verify")["used"]} | thresholds(run, config),
+        provenance=provenance(run),
+        **contract,
+    )  # fmt: skip
+
+
+def thresholds(run: Run, config: Config) -> dict:
+    """What was asked of the scores, and what came of it."""
+    verify = run.read("verify")
+    return {
+        "thresholds": config.verify.model_dump(mode="json"),
+        "conversion": verify["conversion"],
+        "training": run.read("evaluate")["training"],
+        "notes": verify["notes"],
+    }
+
+
+def tensor_types(gguf: Path) -> dict[str, int]:
+    """How many tensors of each type a GGUF holds."""
+    from collections import Counter
+
+    from gguf import GGUFReader
+
+    return dict(Counter(tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors))
+
+
+def provenance(run: Run) -> dict:
+    """What made this, to make it again."""
+    return {
+        "config_sha256": files.sha256(run.config_file),
+        "records": {name: files.sha256(run.path(name)) for name in STAGES if run.done(name)},
+        "git": {
+            "url": _git("remote", "get-url", "origin"),
+            "commit": _git("rev-parse", "HEAD"),
+            "dirty": bool(_git("status", "--porcelain")),
+        },
+        "lock_sha256": {lock.name: files.sha256(lock) for lock in sorted(Path("setup/locks").glob("*.txt"))},
+        "llama_cpp": llamacpp.version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: version(name) for name in STACK},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

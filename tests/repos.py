@@ -1,0 +1,75 @@
+"""A small repo as `publish` lays one out, made in a moment: real GGUF, no trained weights in it."""
+
+import json
+import random
+from pathlib import Path
+
+from contract import chat, files, manifest
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HELLO = [{"role": "user", "content": "Hello"}]
+CARD = "---\nlicense: apache-2.0\nlibrary_name: gguf\ntags:\n- ferry\n---\n# tiny\n"
+
+
+def make(folder: Path, size: int = 6 << 20, seed: int = 1, name: str = "tiny", template: str = TEMPLATE) -> Path:
+    """A folder hub. size: bytes of its GGUF, about; seed: another one is another version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_gguf(folder / f"{name}.q4_k_m.gguf", size, seed, template)
+    (folder / "adapter").mkdir(exist_ok=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(random.Random(seed).randbytes(100_000))
+    (folder / "README.md").write_text(CARD + f"version {seed}\n")
+    (folder / "LICENSE").write_text("as free as the wind\n")
+    files.write_json(folder / manifest.NAME, described(folder, name, template))
+    return folder
+
+
+def write_gguf(path: Path, size: int, seed: int, template: str = TEMPLATE) -> None:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<|im_start|>", "<|im_end|>", *map(chr, range(97, 123))])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(template)
+    writer.add_tensor("output.weight", np.random.default_rng(seed).random((size // 4096 or 1, 1024), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def described(folder: Path, name: str = "tiny", template: str = TEMPLATE) -> dict:
+    """Its manifest, as JSON."""
+
+    def file(path: str, **more) -> dict:
+        return {"file": path, "sha256": files.sha256(folder / path), "bytes": (folder / path).stat().st_size} | more
+
+    made = manifest.Manifest.model_validate({
+        "name": name,
+        "base": {"model": "you/base", "revision": "0" * 40, "license": "apache-2.0", "architecture": "LlamaForCausalLM", "name": "base"},
+        "dataset": {"source": "rows.jsonl", "revision": None, "sha256": {}, "rows": {"train": 9}, "split": "none", "split_hash": "0" * 64},
+        "chat": {"template": template, "sha256": files.sha256_bytes(template.encode()), "stop": ["<|im_end|>"], "bos": None, "bos_in_template": False, "system": None},
+        "generation": {"temperature": 0.5, "top_p": 0.9, "num_ctx": 256, "max_tokens": 16},
+        "artifacts": [
+            file(f"{name}.q4_k_m.gguf", kind="gguf", quantization="q4_k_m", tensor_types={"F32": 1}, default=True),
+            file("adapter/adapter_model.safetensors", kind="adapter", quantization=None),
+        ],
+        "files": [file("README.md"), file("LICENSE")],
+        "config": {}, "training": {}, "scores": {}, "provenance": {},
+        "golden": [{"messages": HELLO, "prompt": chat.render(TEMPLATE, HELLO), "ids": [0, 1]}],
+        "smoke": [],
+    })  # fmt: skip
+    return made.model_dump(mode="json")
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Change the manifest's JSON. change: a function of it."""
+    path = folder / manifest.NAME
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(change(value) or value))
+    return folder

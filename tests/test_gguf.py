@@ -1,0 +1,350 @@
+"""No GGUF is believed: what the reader accepts llama.cpp accepts, and every lie in a header is named."""
+
+import ctypes
+import random
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from contract import gguf
+from contract.errors import UserError
+from pipeline import llamacpp
+from tests import fuzz_readers
+
+U8, U16, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 2, 4, 6, 7, 8, 9, 10
+KINDS = {"F32": 0, "Q8_0": 8, "Q4_K": 12}
+
+
+# A whole file, any field of which can be made to lie
+
+
+def text(value: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(value) if length is None else length) + value
+
+
+def pair(key: bytes, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def array(kind: int, count: int, items: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + items
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def tensor(name: bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0, dimensions: int | None = None) -> bytes:
+    dims = struct.pack(f"<I{len(shape)}q", len(shape) if dimensions is None else dimensions, *shape)
+    return text(name) + dims + struct.pack("<IQ", kind, offset)
+
+
+NAMED = pair(b"general.architecture", STRING, text(b"llama"))
+PAIRS = [
+    NAMED,
+    pair(b"general.alignment", U32, u32(32)),
+    pair(b"tokens", ARRAY, array(STRING, 3, text(b"a") + text(b"") + text("é".encode()))),
+    pair(b"scores", ARRAY, array(F32, 2, struct.pack("<2f", 0.5, -1))),
+    pair(b"yes", BOOL, b"\x01"),
+    pair(b"odd", STRING, text(b"\xff")),
+]
+TENSORS = [tensor(b"one", (5, 2)), tensor(b"two", (32, 2), KINDS["Q8_0"], 64), tensor(b"three", (8,), offset=160)]
+DATA = bytes(192)  # 40 of 64, 68 of 96, 32 of 32
+
+
+def whole(
+    magic: bytes = b"GGUF", version: int = 3, pairs: list[bytes] = PAIRS, tensors: list[bytes] = TENSORS,
+    n_pairs: int | None = None, n_tensors: int | None = None, alignment: int = 32, data: bytes = DATA,
+) -> bytes:  # fmt: skip
+    """The bytes of a GGUF; the counts are right unless given."""
+    counts = (len(tensors) if n_tensors is None else n_tensors, len(pairs) if n_pairs is None else n_pairs)
+    head = magic + struct.pack("<IQQ", version, *counts) + b"".join(pairs + tensors)
+    return head + bytes(-len(head) % alignment) + data if tensors else head + data
+
+
+def alone(*tensors: bytes, data: int = 0, **more) -> bytes:
+    return whole(tensors=list(tensors), data=bytes(data), **more)
+
+
+def aligned(value: bytes, kind: int = U32) -> bytes:
+    return whole(pairs=[NAMED, pair(b"general.alignment", kind, value)])
+
+
+def also(*more: bytes) -> bytes:
+    return whole(pairs=[*PAIRS, *more])
+
+
+def of(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    return path
+
+
+# Lies
+
+BIG = 1 << 62
+LIES = {
+    "empty": (b"", "the magic number takes 4 bytes, and the file has 0 more"),
+    "another magic": (whole(magic=b"GGML"), "begins with b'GGML'"),
+    "a zip": (b"PK\3\4" + bytes(400), "not with 'GGUF'"),
+    "big-endian": (whole(version=3 << 24), "big-endian"),
+    "version 0": (whole(version=0), "version 0"),
+    "version 1": (whole(version=1), "version 1, and llama.cpp reads 2 and 3"),
+    "version 4": (whole(version=4), "version 4"),
+    "too many pairs": (whole(n_pairs=1 << 40), "claims 1099511627776 metadata pairs, at most 65,536"),
+    "too many tensors": (whole(n_tensors=1 << 63), "tensors, at most 65,536"),
+    "more pairs than fit": (whole(n_pairs=60_000), "claims 60000 metadata pairs, more than"),
+    "more tensors than fit": (whole(n_tensors=60_000), "claims 60000 tensors, more than"),
+    "a pair too many": (whole(tensors=[], data=b"", n_pairs=7), "the length of key 6 takes 8 bytes"),
+    "tensors taken for a pair": (whole(n_pairs=7), "the name of tensor 0 has 562949953421312 bytes"),
+    "an empty key": (also(pair(b"", U8, b"1")), "key 6 has 0 bytes"),
+    "a long key": (also(pair(b"k" * 65_536, U8, b"1")), "key 6 has 65536 bytes, not 1 to 65535"),
+    "a key beyond the file": (also(text(b"k", 60_000)), "key 6 takes 60000 bytes"),
+    "a key that is no UTF-8": (also(pair(b"\xff\xfe", U8, b"1")), "key 6 is no UTF-8"),
+    "a key that C sees otherwise": (also(pair(b"general.alignment\0", U32, u32(1))), "key 6 holds a NUL"),
+    "a key twice": (also(pair(b"yes", BOOL, b"\0")), "the key 'yes' is there twice"),
+    "an unknown type": (also(pair(b"x", 13, b"1")), "the value of 'x' has the unknown type 13"),
+    "an array of an unknown type": (also(pair(b"x", ARRAY, array(77, 1))), "array of unknown type 77"),
+    "arrays in arrays": (also(pair(b"x", ARRAY, array(ARRAY, 1, array(U8, 1)))), "'x' is an array of arrays"),
+    "an array beyond the file": (also(pair(b"x", ARRAY, array(U64, 100_000))), "takes 800000 bytes, and the file has"),
+    "an array of 2^62": (also(pair(b"x", ARRAY, array(U64, BIG))), "more than 4,000,000"),
+    "arrays that are too many together": (
+        also(*(pair(b"x%d" % i, ARRAY, array(U8, 1_500_000, bytes(1_500_000))) for i in range(3))),
+        "'x2' has 1500000 items, more than 4,000,000 in all arrays together",
+    ),
+    "strings beyond the file": (also(pair(b"x", ARRAY, array(STRING, 3_000_000))), "a string in the value of 'x'"),
+    "a string beyond the file": (also(pair(b"x", STRING, text(b"x", 1 << 63))), "takes 9223372036854775808 bytes"),
+    "a string that C sees otherwise": (also(pair(b"x", STRING, text(b"x\0y"))), "the value of 'x' holds a NUL"),
+    "no architecture": (whole(pairs=PAIRS[1:]), "general.architecture is missing"),
+    "a number as architecture": (whole(pairs=[pair(b"general.architecture", U32, u32(1))]), "is no text"),
+    "an empty architecture": (whole(pairs=[pair(b"general.architecture", STRING, text(b""))]), "is no text"),
+    "alignment 0": (aligned(u32(0)), "general.alignment is 0"),
+    "alignment 48": (aligned(u32(48)), "general.alignment is 48, no power of two"),
+    "alignment 2 GB": (aligned(u32(1 << 31)), "general.alignment is 2147483648"),
+    "alignment as u64": (aligned(struct.pack("<Q", 32), U64), "has value type 10, not uint32"),
+    "a part of a model": (also(pair(b"split.count", U16, b"\3\0")), "split.count is '3': it is one part"),
+    "a part by a string": (also(pair(b"split.count", STRING, text(b"3"))), "split.count is '3'"),
+    "a tensor without name": (alone(tensor(b"", (8,)), data=32), "the name of tensor 0 has 0 bytes"),
+    "a long tensor name": (alone(tensor(b"t" * 64, (8,)), data=32), "has 64 bytes, not 1 to 63"),
+    "a tensor name that is no UTF-8": (alone(tensor(b"\xc3", (8,)), data=32), "tensor 0 is no UTF-8"),
+    "a tensor name that C sees otherwise": (alone(tensor(b"a\0b", (8,)), data=32), "holds a NUL: 'a\\x00b'"),
+    "a tensor twice": (
+        alone(tensor(b"a", (8,)), tensor(b"a", (8,), 0, 32), data=64),
+        "the tensor 'a' is there twice",
+    ),
+    "no dimension": (alone(tensor(b"a", (8,), dimensions=0), data=32), "has 0 dimensions, not 1 to 4"),
+    "five dimensions": (alone(tensor(b"a", (8, 1, 1, 1, 1)), data=32), "has 5 dimensions"),
+    "2^32-1 dimensions": (alone(tensor(b"a", (8,), dimensions=2**32 - 1), data=32), "has 4294967295 dimensions"),
+    "a dimension of nothing": (alone(tensor(b"a", (8, 0)), data=32), "a dimension of 0 elements"),
+    "a negative dimension": (alone(tensor(b"a", (-8, -1)), data=32), "a dimension of -8 elements"),
+    "a shape that overflows": (alone(tensor(b"a", (1 << 32, 1 << 31)), data=32), "its shape overflows"),
+    "a shape that overflows to 0": (alone(tensor(b"a", (1 << 32, 1 << 32)), data=32), "its shape overflows"),
+    "bytes that overflow to 0": (alone(tensor(b"a", (1 << 62,))), "and the file has"),
+    "rows of half a block": (alone(tensor(b"a", (128,), KINDS["Q4_K"]), data=96), "Q4_K needs a multiple of 256"),
+    "a type that was taken back": (alone(tensor(b"a", (32,), 4), data=32), "'a' has the unknown type 4"),
+    "an unknown tensor type": (alone(tensor(b"a", (32,), 2**31), data=32), "has the unknown type 2147483648"),
+    "an offset between": (alone(tensor(b"a", (8,), offset=8), data=64), "is at 8, no multiple of 32"),
+    "a gap": (alone(tensor(b"a", (8,), offset=32), data=64), "is at 32, expected at 0"),
+    "tensors on one another": (alone(tensor(b"a", (8,)), tensor(b"b", (8,)), data=64), "is at 0, expected at 32"),
+    "tensors out of order": (alone(tensor(b"a", (8,), 0, 32), tensor(b"b", (8,)), data=64), "is at 32, expected at 0"),
+    "data that is not there": (alone(tensor(b"a", (1 << 40,))), "is it cut off?"),
+    "something behind the data": (whole(data=DATA + b"PK" + bytes(30)), "32 bytes follow its last tensor"),
+    "one byte behind the data": (whole(data=DATA + b"\0"), "1 bytes follow its last tensor"),
+    "something behind no tensors": (whole(tensors=[], data=bytes(64)), "bytes follow its last tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_named_in_one_line_quickly_and_in_little_memory(lie, tmp_path):
+    content, words = LIES[lie]
+    path, started = of(tmp_path, content), time.perf_counter()
+    tracemalloc.start()
+    with pytest.raises(UserError) as caught:
+        gguf.read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert words in caught.value.message and caught.value.message.isprintable()
+    assert len(caught.value.message) < 300 and peak < 100e6 and time.perf_counter() - started < 2
+
+
+def test_what_the_lies_are_made_of_is_read(tmp_path):
+    header = gguf.read(of(tmp_path, whole()))
+    assert header.version == 3 and header.metadata == {
+        "general.architecture": "llama", "general.alignment": 32, "tokens": ["a", "", "é"], "scores": [0.5, -1.0],
+        "yes": True, "odd": "\ufffd",
+    }  # fmt: skip
+    assert header.tensors == (
+        gguf.Tensor("one", (5, 2), "F32", 0, 40), gguf.Tensor("two", (32, 2), "Q8_0", 64, 68),
+        gguf.Tensor("three", (8,), "F32", 160, 32),
+    )  # fmt: skip
+    assert gguf.tensor_types(header) == {"F32": 2, "Q8_0": 1}
+    assert gguf.read(of(tmp_path, whole(version=2))).version == 2
+
+
+def test_a_file_may_end_before_its_last_padding(tmp_path):
+    for data in (40, 50, 64):
+        assert gguf.read(of(tmp_path, alone(TENSORS[0], data=data))).tensors[0].bytes == 40
+    assert gguf.read(of(tmp_path, whole(tensors=[], data=b""))).tensors == ()
+
+
+def test_a_file_that_ends_anywhere_else_is_refused(tmp_path):
+    content = whole()
+    for end in range(len(content)):
+        with pytest.raises(UserError, match="no sound GGUF"):
+            gguf.read(of(tmp_path, content[:end]))
+
+
+def test_a_header_is_read_only_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "MAX_HEADER", 200)
+    with pytest.raises(UserError, match="its header is longer than"):
+        gguf.read(of(tmp_path, whole()))
+
+
+def test_the_data_of_a_large_file_is_not_read(tmp_path):
+    path = of(tmp_path, alone(tensor(b"a", (1 << 32,))))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + (1 << 34))  # 16 GB that take no disk
+    tracemalloc.start()
+    assert gguf.read(path).tensors[0].bytes == 1 << 34
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["missing", ".", "/dev/null"])
+def test_what_is_no_file_is_refused(place, tmp_path):
+    with pytest.raises(UserError, match="is no file"):
+        gguf.read(tmp_path / place)
+
+
+# llama.cpp as the judge
+
+
+class Parameters(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+@pytest.fixture(scope="module")
+def accepts():
+    """accepts(path): whether llama.cpp's own parser reads a header. Only for what cannot end the process."""
+    import llama_cpp
+
+    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
+    library.gguf_init_from_file.argtypes = [ctypes.c_char_p, Parameters]
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_free.argtypes = [ctypes.c_void_p]
+
+    def ask(path: Path) -> bool:
+        found = library.gguf_init_from_file(str(path).encode(), Parameters(True, None))
+        if found:
+            library.gguf_free(found)
+        return bool(found)
+
+    return ask
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, len(whole()) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+@given(CHANGES)
+@settings(max_examples=1500, deadline=500, suppress_health_check=list(HealthCheck))
+def test_any_change_is_refused_or_read_as_llama_cpp_would_read_it(tmp_path, accepts, changes):
+    content = bytearray(whole())
+    for at, value in changes:
+        content[at] = value
+    path = of(tmp_path, bytes(content))
+    try:
+        gguf.read(path)
+    except UserError as error:
+        assert error.message.isprintable() and len(error.message) < 300
+    else:
+        assert accepts(path)
+
+
+def test_every_bit_of_a_header_flipped_is_refused_or_read_as_llama_cpp_would_read_it(tmp_path, accepts):
+    content, read = whole(), 0
+    for bit in range(8 * (len(content) - len(DATA))):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path = of(tmp_path, bytes(flipped))
+        try:
+            gguf.read(path)
+        except UserError:
+            continue
+        assert accepts(path)
+        read += 1
+    assert 200 < read < 4 * len(content), "changed texts and numbers are read, changed sizes are not"
+
+
+def test_no_mutated_file_is_more_than_a_clear_error(tmp_path):
+    one, seeds, rng = fuzz_readers.target(tmp_path), fuzz_readers.gguf_seeds(), random.Random(3407)
+    assert all(one(*seed) for seed in seeds)
+    tracemalloc.start()
+    read = sum(bool(one(suffix, fuzz_readers.mutated(rng, content))) for _ in range(1000) for suffix, content in seeds)
+    assert read > 20 and tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+# Real files
+
+
+def test_the_table_of_types_is_ggufs():
+    from gguf.constants import GGML_QUANT_SIZES
+
+    assert gguf.TYPES == {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def same_as_gguf(path: Path) -> gguf.Header:
+    """What is read is what the gguf package reads."""
+    from gguf import GGUFReader
+
+    header, reader = gguf.read(path), GGUFReader(path)
+    assert [(t.name, t.shape, t.type, t.bytes, t.offset) for t in header.tensors] == [
+        (t.name, tuple(t.shape.tolist()), t.tensor_type.name, t.n_bytes, t.data_offset - reader.data_offset)
+        for t in reader.tensors
+    ]
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert header.metadata == fields
+    return header
+
+
+def test_the_demos_base_is_read_as_gguf_reads_it(source, accepts):
+    header = same_as_gguf(source)
+    assert gguf.tensor_types(header) == {"Q8_0": 1, "F32": 61, "Q4_1": 210} and accepts(source)
+
+
+def test_every_vocabulary_of_llama_cpp_is_read_in_well_under_a_second():
+    found = sorted((llamacpp.folder() / "models").glob("ggml-vocab-*.gguf"))
+    assert len(found) > 15
+    for path in found:
+        started = time.perf_counter()
+        header = gguf.read(path)
+        assert time.perf_counter() - started < 1.5, path.name
+        assert header.tensors == () and len(header.metadata["tokenizer.ggml.tokens"]) > 10_000
+
+
+@pytest.mark.parametrize("alignment", [32, 64, 8])
+def test_files_of_the_gguf_package_are_read_with_every_type_of_tensor(alignment, tmp_path, accepts):
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.constants import GGML_QUANT_SIZES
+
+    path = tmp_path / "m.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_custom_alignment(alignment)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "é", "\U0001f6a2"])
+    writer.add_float64("x", 0.1)
+    writer.add_int8("y", -1)
+    writer.add_chat_template("{{ messages }}")
+    for kind, (_, size) in GGML_QUANT_SIZES.items():
+        raw = np.zeros((3, 2 * size), dtype=np.uint8)
+        writer.add_tensor(f"blk.{kind.name}", raw, raw_dtype=GGMLQuantizationType(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert gguf.tensor_types(same_as_gguf(path)) == {kind.name: 1 for kind in GGML_QUANT_SIZES} and accepts(path)
