@@ -63,14 +63,16 @@ class Header:
     """In the order of the file, which is the order of their data."""
 
 
-def read(path: Path) -> Header:
+def read(path: Path, name: str | None = None) -> Header:
     """The header of a GGUF; no tensor data is read: at most the first 64 MB, in at most some 0.5 GB of memory.
+
+    name: of the file in messages, when it does not have it yet.
 
     Raises UserError, which says what is wrong, when the file cannot be read, when llama.cpp would not load it, when
     its numbers cannot be true of a file of its size, or when it holds anything besides one whole model.
     """
     head, size = _start(path)
-    cursor = _Cursor(path.name, head, size)
+    cursor = _Cursor(name or path.name, head, size)
     version, tensors, pairs = _counts(cursor)
     metadata, alignment = _metadata(cursor, pairs)
     return Header(version, metadata, _tensors(cursor, tensors, alignment))

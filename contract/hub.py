@@ -113,7 +113,9 @@ def read_small(repo: str, name: str, revision: str, limit: int) -> bytes:
         for block in answer.iter_raw():
             content += block
             if len(content) > limit:
-                raise UserError(f"{repo}/{name} is larger than {limit} bytes", "is this the right repo? Ask who published it")
+                raise UserError(
+                    f"{repo}/{name} is larger than {limit} bytes", "is this the right repo? Ask who published it"
+                )
     return bytes(content)
 
 
@@ -201,7 +203,7 @@ def translated(error: BaseException, what: str) -> UserError:
     if isinstance(error, RevisionNotFoundError):
         return UserError(f"{what}: no such revision", "name a branch, tag or commit that the repo has")
     kind = Unreachable if _passes(error, ()) else UserError
-    return kind(f"{what}: {_brief(error)}", HINTS.get(status(error), "run the same command again"))
+    return kind(f"{what}: {_brief(error)}", HINTS.get(_code(error), "run the same command again"))
 
 
 LOGIN = "`hf auth login`, or set HF_TOKEN, then run the same command again"
@@ -228,9 +230,16 @@ MEANINGS = {
 }
 
 
+def _code(error: BaseException) -> int | None:
+    """The status; that of a repo which the Hub does not show to nobody is 401."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return 404 if isinstance(error, RepositoryNotFoundError) else status(error)
+
+
 def _brief(error: BaseException) -> str:
     """One line: what the status means, and what the Hub says about it."""
-    code = status(error)
+    code = _code(error)
     if isinstance(error, ValueError) and code is None:  # a name that no Hub has
         return hidden(str(error))
     if code is None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from contract import files, hub
 from contract.errors import UserError
@@ -20,7 +21,7 @@ class Part:
         while block := self.file.read(files.CHUNK):
             self._count(block)
 
-    def __enter__(self) -> "Part":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -100,7 +100,7 @@ def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
     Raises UserError, with the part removed.
     """
     try:
-        header = gguf.read(part)
+        header = gguf.read(part, artifact.file)
         if artifact.tensor_types and gguf.tensor_types(header) != artifact.tensor_types:
             raise UserError(f"{artifact.file} holds other tensors than its manifest says", "do not use this repo")
         if header.metadata.get("tokenizer.chat_template") != made.chat.template:
@@ -125,7 +125,10 @@ def same_prompts(header: gguf.Header, made: Manifest) -> None:
 
 def special(header: gguf.Header, role: str) -> str:
     """Text of the 'bos' or 'eos' token; '' when the file names none."""
-    tokens, number = header.metadata.get("tokenizer.ggml.tokens"), header.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    tokens, number = (
+        header.metadata.get("tokenizer.ggml.tokens"),
+        header.metadata.get(f"tokenizer.ggml.{role}_token_id"),
+    )
     known = isinstance(tokens, list) and isinstance(number, int) and 0 <= number < len(tokens)
     return str(tokens[number]) if known else ""
 

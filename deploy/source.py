@@ -10,7 +10,6 @@ from contract.errors import UserError
 from contract.manifest import Artifact
 
 
-
 def find(repo: str) -> "Folder | Remote":
     """Raises UserError when there is no such repo."""
     return Folder.at(repo) if hub.is_folder(repo) else Remote.at(*hub.split(repo))

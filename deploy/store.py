@@ -151,7 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for path in [*folder.glob("*/"), folder]:
+        for path in [*folder.glob("*/"), folder, folder.parent]:
             with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
         os.close(handle)

@@ -375,7 +375,8 @@ def _override(tree: dict, lines: dict[tuple, str], text: str) -> None:
     if not isinstance(below, dict):
         raise UserError(f"{section} is no section, so {text!r} cannot be set", "correct the config")
     try:
-        below[key] = yaml.safe_load(value)
+        placeholder = value.startswith(("{user}", "{run}"))  # which YAML would read as a mapping
+        below[key] = value if placeholder else yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"the override {text!r} has no valid YAML value", "quote the value") from error
     lines[(section, key)] = f'SET="{text}"'

@@ -54,7 +54,11 @@ def lacks(user: dict, repo: str) -> str | None:
     if token.get("role") == "fineGrained":
         scopes = token.get("fineGrained", {}).get("scoped", [])
         may = {scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]}
-        return None if may & {owner, repo} else f"the token may not write there (fine-grained; it may write to {', '.join(sorted(filter(None, may))) or 'nothing'})"
+        return (
+            None
+            if may & {owner, repo}
+            else f"the token may not write there (fine-grained; it may write to {', '.join(sorted(filter(None, may))) or 'nothing'})"
+        )
     if token.get("role") == "read":
         return "the token may only read"
     orgs = {org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"}
@@ -116,8 +120,12 @@ def disk(config: Config, info) -> list[str]:
         )
     sent = quants + sixteen * config.publish.merged
     if quants > LARGEST * len(config.export.quantizations):
-        raise UserError(f"a file of more than {LARGEST / 1e9:.0f} GB does not go to the Hub", "choose a smaller base.model")
-    return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free; about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"]
+        raise UserError(
+            f"a file of more than {LARGEST / 1e9:.0f} GB does not go to the Hub", "choose a smaller base.model"
+        )
+    return [
+        f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free; about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
+    ]
 
 
 def dataset(config: Config) -> list[str]:

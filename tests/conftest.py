@@ -38,7 +38,7 @@ class Chain:
 
     def __init__(self, folder: Path, run: str = "chain", prefix: Sequence[str] = ()):
         self.folder, self.run, self.prefix = folder, folder / "runs" / run, list(prefix)
-        self.hub, self.model = folder / "hub" / run, folder / "models" / run
+        self.hub, self.model = folder / "hub" / run, folder / "models" / run / "current"
         self.settings = [
             f"RUN={run}", f"RUNS={folder / 'runs'}", f"MODELS={folder / 'models'}", f"REPO={self.hub}",
             f"SET={SHORT} publish.repo={folder}/hub/{{run}}",
@@ -108,3 +108,34 @@ def masker(trained_format, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     trained_format[0].save_pretrained(folder)
     return Masker(folder, trained_format[1])
+
+
+@pytest.fixture
+def online(tmp_path, monkeypatch):
+    """A Hub on loopback that this process and its children talk to, as the user `you`; short patience."""
+    from tests.hub import serving
+
+    with serving(tmp_path / "storage") as running:
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            monkeypatch.delenv(name)
+        settings = {
+            "HF_ENDPOINT": running.url, "HF_TOKEN": "hf_writer", "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "FERRY_HUB_SECONDS": "4", "FERRY_SILENCE_SECONDS": "2",
+        }  # fmt: skip
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        # What the client in this process read when it was imported.
+        from huggingface_hub import constants
+
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, running.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield running
+
+
+def ferry(*command: object, **settings: str) -> subprocess.CompletedProcess:
+    """`python -m` one of the two sides, as the Makefile does; the checkout is the current folder."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )

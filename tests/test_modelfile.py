@@ -5,7 +5,7 @@ import pytest
 from contract import chat
 from contract.errors import UserError
 from deploy import modelfile
-from deploy.pull import pulled
+from deploy.store import pulled
 from tests.test_turns import Go
 
 CONVERSATIONS = [

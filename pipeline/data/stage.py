@@ -15,9 +15,9 @@ from pathlib import Path
 from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
+from pipeline import licences
 from pipeline.config import Base, Config, Data, warnings
 from pipeline.data import read, report, schema, spool, template, work
-from pipeline import licences
 from pipeline.record import Run
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import socket
 import subprocess
 from importlib.metadata import version
@@ -9,9 +10,9 @@ from pathlib import Path
 
 from contract import files, hub, manifest
 from contract.errors import UserError
-from pipeline import card, licences, llamacpp
+from pipeline import licences, llamacpp
 from pipeline.config import Config, Publish
-from pipeline.publish import courier
+from pipeline.publish import card, courier
 from pipeline.record import STAGES, Run
 
 CARD = "README.md"
@@ -58,7 +59,8 @@ def named(repo: str, run: Run) -> str:
 
 def may_go(config: Config, run: Run, repo: str) -> None:
     """Raises UserError when the base's licence forbids it; says what it asks."""
-    base, copies = run.read("data")["base"], sum(name.startswith("licence/") for name in run.read("data")["outputs"])
+    base, outputs = run.read("data")["base"], run.read("data")["outputs"]
+    copies = sum(name.lower().startswith(("licence/lic", "licence/copying")) for name in outputs)
     for note in licences.refuse(
         base["license"], base["model"], config.publish.private, bool(config.base.license), name=repo, copies=copies
     ):
@@ -99,6 +101,19 @@ def lay_out(config: Config, run: Run, folder: Path, repo: str | None) -> manifes
 
 def described(folder: Path, name: str) -> manifest.File:
     return manifest.File(file=name, sha256=files.sha256(folder / name), bytes=(folder / name).stat().st_size)
+
+
+def hub_folder(repo: str) -> Path:
+    """Raises UserError when the folder holds something that is not a hub repo."""
+    folder = Path(repo.removeprefix("file://")).expanduser()
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any((folder / name).exists() for name in (manifest.NAME, "README.md"))
+        and not list(folder.glob("*.gguf"))
+    ):
+        raise UserError(f"publish.repo {folder} is a folder with other things in it", "name an empty or new folder")
+    return folder
 
 
 def published(run: Run) -> list[tuple[str, str]]:
@@ -159,12 +174,19 @@ def put_companions(config: Config, run: Run, folder: Path) -> list[str]:
             source = run.output("data", output)
             put(source, folder / f"{place}{source.name}")
             names.append(f"{place}{source.name}")
-    notice = licences.terms(data["base"]["license"]).notice
-    if notice and "NOTICE" not in names:
-        with files.writing(folder / "NOTICE") as part:
-            part.write_text(notice + "\n", encoding="utf-8")
-        names.append("NOTICE")
-    return names
+    return names + put_notice(licences.terms(data["base"]["license"]).notice, names, folder)
+
+
+def put_notice(notice: str | None, names: list[str], folder: Path) -> list[str]:
+    """The text that the licence wants passed on, where none of its files says it yet."""
+    if not notice or any(
+        notice in (folder / name).read_text(encoding="utf-8", errors="replace") for name in names if "/" not in name
+    ):
+        return []
+    name = "NOTICE" if "notice" not in {name.lower() for name in names} else "NOTICE-base-model"
+    with files.writing(folder / name) as part:
+        part.write_text(notice + "\n", encoding="utf-8")
+    return [name]
 
 
 def put(source: Path, target: Path) -> str:
@@ -236,7 +258,8 @@ def provenance(run: Run) -> dict:
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.path(name)) for name in STAGES if run.done(name)},
         "git": {
-            "url": _git("remote", "get-url", "origin"),
+            "url": re.sub(r"//[^/@]*@", "//", _git("remote", "get-url", "origin") or "")
+            or None,  # no token of a remote
             "commit": _git("rev-parse", "HEAD"),
             "dirty": bool(_git("status", "--porcelain")),
         },

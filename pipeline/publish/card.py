@@ -142,7 +142,7 @@ def _base(made: Manifest) -> str:
         ("Model", _linked(_place(made.base.model), _base_link(made))),
         ("sha256 of its file" if digest else "Revision", made.base.revision and code(made.base.revision)),
         ("Architecture", code(made.base.architecture)),
-        ("Licence", _licence_name(made) if made.base.license else "The base model names no licence"),
+        ("Licence", _licence_name(made) if licence_fields(made) else "The base model names no licence"),
     )
     return _paragraphs("## Base model", facts, *_terms(made))
 
@@ -156,7 +156,7 @@ def _terms(made: Manifest) -> list[str | None]:
         None if asked.commercial else "The licence forbids commercial use.",
         asked.use and f"Whoever receives this model is bound by {asked.use}.",
         f"Licence and notices in this repo: {', '.join(map(code, here))}." if here else None,
-        "Its files were modified: fine-tuned, merged and quantized as this card says.",
+        "The base model was modified: fine-tuned, merged and quantized as this card says.",
     ]
 
 
@@ -392,7 +392,11 @@ def _public(url: str | None) -> str | None:
     """A remote's address without user and password; a path of this machine says nothing to others."""
     try:
         parts = urlsplit(url or "")
-        if parts.scheme in ("http", "https", "ssh", "git") and parts.hostname:
+        if (
+            parts.scheme in ("http", "https", "ssh", "git")
+            and parts.hostname
+            and re.fullmatch(r"[\w./~%+-]*", parts.path)
+        ):
             return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
     except ValueError:
         return None

@@ -1,0 +1,305 @@
+"""publish to a Hub over HTTP, with the unmodified client: whatever fails, a rerun ends right and nothing is ever half there."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from contract import files, hub, manifest
+from contract.errors import UserError
+from pipeline.publish import courier
+from tests import repos
+from tests.clients import client
+from tests.conftest import ROOT, ferry
+from tests.hub import Fault, Hub
+
+REPO = "models/you/tiny"
+OFTEN = 99  # for ever, as far as a test's patience goes
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return repos.make(tmp_path_factory.mktemp("repo") / "tiny")
+
+
+def job(folder: Path, **more) -> dict:
+    return {"folder": str(folder), "repo": "you/tiny", "private": True, "tag": None} | more
+
+
+def right(server: Hub, folder: Path, tag: str = "v1") -> None:
+    """The Hub holds the folder under its tag, and no commit has a manifest without what it names."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert set(server.files(REPO, tag)) - {".gitattributes"} == set(names)
+    for name in names:
+        assert server.read(REPO, name, tag) == (folder / name).read_bytes()
+    assert server.tags(REPO)[tag] == server.commits(REPO)[0]["id"]
+    whole(server)
+
+
+def whole(server: Hub) -> None:
+    if not server.refs(REPO):
+        return
+    for commit in server.commits(REPO):
+        there = server.files(REPO, commit["id"])
+        if manifest.NAME in there:
+            made = manifest.parse(server.read(REPO, manifest.NAME, commit["id"]), "the Hub's")
+            for item in (*made.artifacts, *made.files):
+                assert files.sha256_bytes(server.read(REPO, item.file, commit["id"])) == item.sha256
+
+
+# What passes by itself: one run is enough, and nothing large is sent twice because of it.
+PASSING = [
+    Fault("POST /api/repos/create", status=500),
+    Fault("POST /api/repos/create", status=503, times=2),
+    Fault("POST /api/repos/create", status=429, headers={"Retry-After": "1"}),
+    Fault("POST /api/repos/create", lose=True),
+    Fault("GET /api/models/you/tiny$", status=502),
+    Fault("POST .*/preupload/", status=500),
+    Fault("POST .*/preupload/", stall=3),
+    Fault("POST .*/objects/batch", status=429, headers={"Retry-After": "1"}),
+    Fault("PUT ", status=500, skip=1),
+    Fault("PUT ", cut=300_000, skip=1),
+    Fault("PUT ", stall=3, skip=1),
+    Fault("POST .*(complete|verify)", status=503),
+    Fault("POST .*/commit/", status=500),
+    Fault("POST .*/commit/", status=503),
+    Fault("POST .*/commit/", status=409),
+    Fault("POST .*/commit/", status=412),
+    Fault("POST .*/commit/", lose=True),
+    Fault("GET /api/models/you/tiny/revision", status=503),
+    Fault("GET .*/resolve/.*README", status=500),
+    Fault("GET .*/refs", status=503),
+    Fault("POST .*/tag/", status=500),
+    Fault("POST .*/tag/", lose=True),
+    Fault("POST .*/tag/", cut=0),
+]
+
+
+def named(fault: Fault) -> str:
+    kind = {key: getattr(fault, key) for key in ("status", "cut", "lose", "stall", "flip") if getattr(fault, key)}
+    return f"{fault.match} {kind}"
+
+
+@pytest.mark.parametrize(("number", "fault"), [*enumerate(PASSING)], ids=[named(fault) for fault in PASSING])
+def test_what_passes_by_itself_is_waited_for(online, tiny, monkeypatch, number, fault):
+    for name, value in client("12"[number % 2]).items():
+        monkeypatch.setenv(name, value)
+    fault = Fault(**{**vars(fault), "struck": 0})
+    online.faults.append(fault)
+    assert courier.send(job(tiny))["tag"] == "v1"
+    assert fault.struck, "the fault never struck"
+    right(online, tiny)
+    assert len(online.commits(REPO)) == 2, "the first one is the Hub's own"
+    assert online.sent["uploads"] < 1.6 * (tiny / "tiny.q4_k_m.gguf").stat().st_size
+
+
+# What does not: one clear error, nothing lost, and the same command ends right once it is mended.
+LASTING = [
+    (Fault("POST /api/repos/create", status=401), "does not know this token"),
+    (Fault("POST /api/repos/create", status=403), "the Hub refuses"),
+    (Fault("POST /api/repos/create", status=503, times=OFTEN), "the Hub answers 503"),
+    (Fault("POST .*/preupload/", status=403), "the Hub refuses"),
+    (Fault("POST .*/preupload/", status=404, code="RepoNotFound"), "not on the Hub"),
+    (Fault("POST .*/objects/batch", status=413), "too large"),
+    (Fault("PUT ", status=403), "the Hub refuses"),
+    (Fault("POST .*/commit/", status=402), "asks for payment"),
+    (Fault("POST .*/commit/", status=403), "the Hub refuses"),
+    (Fault("POST .*/commit/", status=429, times=OFTEN), "too many requests"),
+    (Fault("POST .*/commit/", status=503, times=OFTEN), "the Hub answers 503"),
+    (Fault("GET .*/resolve/.*README", flip=10), "sent was"),
+    (Fault("POST .*/tag/", status=403), "the Hub refuses"),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "fault", "expected"),
+    [(i, *case) for i, case in enumerate(LASTING)],
+    ids=[named(case[0]) for case in LASTING],
+)
+def test_what_does_not_pass_is_one_clear_error_and_nothing_is_lost(online, tiny, monkeypatch, number, fault, expected):
+    for name, value in client("21"[number % 2]).items():
+        monkeypatch.setenv(name, value)
+    online.faults.append(Fault(**{**vars(fault), "struck": 0}))
+    with pytest.raises(UserError) as caught:
+        courier.send(job(tiny))
+    assert expected in caught.value.message and caught.value.hint and "hf_writer" not in str(caught.value)
+    whole(online)
+    online.faults.clear()
+    assert courier.send(job(tiny))["tag"] == "v1"
+    right(online, tiny)
+
+
+def test_an_unreachable_hub_is_one_clear_error(online, tiny, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be reached"):
+        courier.send(job(tiny))
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kill_9_at_a_random_moment_then_again(online, tiny, seed):
+    """Both processes at once, as when a pod is taken away; or the sender alone (seed 0), which the courier replaces."""
+    online.faults.append(Fault("PUT ", rate=4e6, times=-1))  # 1.6 s for all of it
+    code = f"from pipeline.publish import courier; print(courier.send({job(tiny)!r})['tag'])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    time.sleep(random.Random(seed).uniform(0.4, 2.4))
+    if seed:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    else:
+        for pid in children(process):
+            os.kill(pid, signal.SIGKILL)
+        assert process.communicate(timeout=60)[0].split() == [b"v1"]
+    whole(online)
+    online.faults.clear()
+    assert courier.send(job(tiny))["tag"] == "v1"
+    right(online, tiny)
+
+
+def test_a_sender_whose_courier_is_gone_ends(online, tiny):
+    online.faults.append(Fault("PUT ", stall=30, times=-1))
+    code = f"from pipeline.publish import courier; courier.send({job(tiny)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    until = time.monotonic() + 20
+    while (
+        not (children(process) and any(asked.startswith("PUT") for asked in online.asked)) and time.monotonic() < until
+    ):
+        time.sleep(0.1)
+    [pid] = children(process)
+    process.kill()
+    process.wait()
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < until + 10, "an orphan goes on sending"
+        time.sleep(0.1)
+
+
+def test_only_what_is_missing_is_sent(online, tiny):
+    courier.send(job(tiny))
+    sent, commits = online.sent["uploads"], len(online.commits(REPO))
+    assert courier.send(job(tiny))["tag"] == "v1"
+    assert online.sent["uploads"] == sent and len(online.commits(REPO)) == commits
+
+
+def test_the_next_version_gets_the_next_tag_and_leaves_no_file_of_the_old_one(online, tiny, tmp_path):
+    courier.send(job(tiny))
+    second = repos.make(tmp_path / "second", seed=2, name="tiny-2")
+    assert courier.send(job(second))["tag"] == "v2"
+    right(online, second, "v2")
+    assert "tiny.q4_k_m.gguf" not in online.files(REPO) and "tiny.q4_k_m.gguf" in online.files(REPO, "v1")
+
+
+def test_a_wanted_tag_is_given_once(online, tiny, tmp_path):
+    assert courier.send(job(tiny, tag="first"))["tag"] == "first"
+    second = repos.make(tmp_path / "second", seed=2)
+    with pytest.raises(UserError, match="has a tag first already"):
+        courier.send(job(second, tag="first"))
+
+
+def test_two_publishers_at_once_both_arrive(online, tiny, tmp_path):
+    second = repos.make(tmp_path / "second", seed=2)
+    online.faults.append(Fault("PUT ", rate=8e6, times=-1))
+    code = "from pipeline.publish import courier; import sys; print(courier.send({})['tag'])"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code.format(job(folder))], cwd=ROOT, stdout=subprocess.PIPE)
+        for folder in (tiny, second)
+    ]
+    tags = [process.communicate(timeout=60)[0].split()[0].decode() for process in running]
+    assert sorted(tags) == ["v1", "v2"]
+    whole(online)
+    for folder, tag in zip((tiny, second), tags, strict=True):
+        assert online.read(REPO, "tiny.q4_k_m.gguf", tag) == (folder / "tiny.q4_k_m.gguf").read_bytes()
+
+
+def test_a_repo_of_something_else_is_left_alone(online, tiny, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.pdf").write_bytes(b"years of work")
+    online.add(REPO, tmp_path / "other", private=True)
+    with pytest.raises(UserError, match="holds thesis.pdf and no manifest.json"):
+        courier.send(job(tiny))
+    assert set(online.files(REPO)) == {"thesis.pdf"}
+
+
+def test_nothing_private_goes_into_a_public_repo(online, tiny):
+    courier.send(job(tiny, private=False))
+    with pytest.raises(UserError, match="is public, and publish.private is true"):
+        courier.send(job(tiny))
+
+
+def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online, tiny, monkeypatch, capfd):
+    """The real hf_xet asks for its token first, and gets no answer."""
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    monkeypatch.setenv("FERRY_SILENCE_SECONDS", "1")
+    fault = Fault("GET .*xet-write-token", stall=60, times=-1)
+    online.faults.append(fault)
+    assert courier.send(job(tiny))["tag"] == "v1"
+    assert fault.struck, "Xet was not tried"
+    assert "over plain LFS" in capfd.readouterr().err
+    right(online, tiny)
+
+
+@pytest.fixture
+def trained(chain, tmp_path) -> Path:
+    """The chain's run, up to verify, that shall go to the Hub."""
+    run = tmp_path / "runs" / "chain"
+    shutil.copytree(chain.run, run, copy_function=os.link, ignore=shutil.ignore_patterns("publish.json", "config.yaml"))
+    config = (chain.run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"{chain.folder}/hub/{{run}}", "{user}/{run}-GGUF"))
+    return run
+
+
+def test_the_whole_way_over_the_hub(online, trained, tmp_path):
+    done = ferry("pipeline", "publish", "--run", trained)
+    assert done.returncode == 0, done.stderr
+    assert "make deploy-mac REPO=you/chain-GGUF@v1" in done.stdout
+    record, repo = files.read_json(trained / "publish.json"), "models/you/chain-GGUF"
+    assert record["repo"] == "you/chain-GGUF" and record["commit"] == online.tags(repo)["v1"]
+    made = manifest.parse(online.read(repo, manifest.NAME), "the Hub's")
+    assert {item.file for item in (*made.artifacts, *made.files)} | {manifest.NAME, ".gitattributes"} == set(
+        online.files(repo)
+    )
+    assert {
+        "README.md",
+        "LICENSE",
+        "adapter/adapter_config.json",
+        "adapter/tokenizer.json",
+        "adapter/chat_template.jinja",
+    } <= {item.file for item in made.files}
+    models = ("you/chain-GGUF@v1", "--models", tmp_path / "models")
+    for command in (("pull", *models), ("smoke", *models), ("modelfile", *models), ("summary", *models)):
+        done = ferry("deploy", *command)
+        assert done.returncode == 0, done.stderr
+    assert not online.leaks
+    said = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and "storage" not in path.parts and b"hf_writer" in path.read_bytes()
+    ]
+    assert not said, "the token stands in a file"
+
+
+def test_a_failed_publish_says_how_to_save_it(online, trained):
+    online.faults.append(Fault("POST .*/commit/", status=403))
+    done = ferry("pipeline", "publish", "--run", trained)
+    folder = trained / "publish" / "chain"
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "hf_writer" not in done.stderr + done.stdout
+    assert (
+        f"all of it is in {folder}" in done.stderr
+        and f"{folder} ." in done.stderr
+        and "deploy-mac REPO=./chain" in done.stderr
+    )
+    assert ferry("deploy", "pull", folder, "--models", trained.parent / "models").returncode == 0
+
+
+def test_no_message_holds_a_token_or_a_signed_address():
+    os.environ["HF_TOKEN"] = "hf_verysecret"
+    text = hub.hidden("PUT https://s3.example/x?Signature=abc with hf_verysecret and hf_another1\x1b[31m")
+    assert text == "PUT https://s3.example/x?... with hf_*** and hf_***?[31m"

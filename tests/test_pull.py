@@ -1,0 +1,236 @@
+"""pull from a Hub over HTTP and from folders: whatever fails, no file with a final name is ever wrong, and a rerun ends right."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from contract import files, hub, manifest
+from contract.errors import UserError
+from deploy import pull, store
+from tests import repos
+from tests.clients import client
+from tests.conftest import ROOT, ferry
+from tests.hub import Fault, Hub
+
+SIZE = 6 << 20
+NAME = "tiny.q4_k_m.gguf"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return repos.make(tmp_path_factory.mktemp("repo") / "tiny", SIZE)
+
+
+@pytest.fixture
+def server(online, tiny) -> Hub:
+    online.add("models/you/tiny", tiny, private=True)
+    return online
+
+
+def right(models: Path, folder: Path, name: str = "you--tiny") -> None:
+    """What has a final name has the right bytes."""
+    version = models / name / files.sha256(folder / manifest.NAME)[:12]
+    made, path = store.pulled(version)
+    assert path.read_bytes() == (folder / made.default().file).read_bytes()
+    assert not list(models.rglob("*.part"))
+
+
+def never_wrong(models: Path, folder: Path) -> None:
+    for path in models.rglob("*.gguf"):
+        assert path.name.startswith(".") or path.read_bytes() == (folder / path.name).read_bytes()
+
+
+PASSING = [
+    Fault("GET /api/whoami", status=500),
+    Fault("GET /api/models/you/tiny", status=503),
+    Fault("GET /api/models/you/tiny", status=429, headers={"Retry-After": "1"}),
+    Fault("GET .*manifest.json", status=502),
+    Fault("GET .*manifest.json", cut=100),
+    Fault("HEAD .*gguf", status=500),
+    Fault("HEAD .*gguf", stall=3),
+    Fault("GET (?!.*resolve).*gguf", status=500),
+    Fault("GET (?!.*resolve).*gguf", status=403),  # a signed address grew old
+    Fault("GET (?!.*resolve).*gguf", cut=2_000_000),
+    Fault("GET (?!.*resolve).*gguf", cut=1_000_000, times=4),
+    Fault("GET (?!.*resolve).*gguf", stall=3),
+    Fault("GET (?!.*resolve).*gguf", rate=3e6),
+]
+
+
+@pytest.mark.parametrize(("number", "fault"), [*enumerate(PASSING)])
+def test_what_passes_by_itself_is_waited_for(server, tiny, tmp_path, number, fault):
+    fault = Fault(**{**vars(fault), "struck": 0})
+    server.faults.append(fault)
+    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m", **client("12"[number % 2]))
+    assert done.returncode == 0, done.stderr
+    assert fault.struck, "the fault never struck"
+    right(tmp_path / "m", tiny)
+    assert server.sent["downloads"] < SIZE + 1_000_000, "what was there was fetched again"
+    assert not server.leaks
+
+
+LASTING = [
+    (Fault("GET /api/whoami", status=401), "does not know this token"),
+    (Fault("GET /api/models/you/tiny", status=404, code="RepoNotFound"), "not on the Hub"),
+    (Fault("GET /api/models/you/tiny", status=403, code="GatedRepo"), "gated"),
+    (Fault("GET /api/models/you/tiny", status=503, times=99), "the Hub answers 503"),
+    (Fault("GET .*manifest.json", status=403), "the Hub refuses"),
+    (Fault("GET .*manifest.json", flip=5), "is no"),
+    (Fault("HEAD .*gguf", status=404, code="EntryNotFound"), "not on the Hub"),
+    (Fault("GET (?!.*resolve).*gguf", flip=4_000_000), "its manifest says"),
+    (Fault("GET (?!.*resolve).*gguf", status=500, times=99), "the Hub answers 500"),
+]
+
+
+@pytest.mark.parametrize(("number", "fault", "expected"), [(i, *case) for i, case in enumerate(LASTING)])
+def test_what_does_not_pass_is_one_clear_error(server, tiny, tmp_path, number, fault, expected):
+    server.faults.append(Fault(**{**vars(fault), "struck": 0}))
+    command = ("deploy", "pull", "you/tiny", "--models", tmp_path / "m")
+    done = ferry(*command, **client("21"[number % 2]))
+    assert done.returncode == 2 and expected in done.stderr and "next:" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "hf_writer" not in done.stderr
+    never_wrong(tmp_path / "m", tiny)
+    server.faults.clear()
+    assert ferry(*command).returncode == 0
+    right(tmp_path / "m", tiny)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kill_9_at_a_random_moment_then_again(server, tiny, tmp_path, seed):
+    server.faults.append(Fault("GET (?!.*resolve).*gguf", rate=6e6))
+    command = [sys.executable, "-m", "deploy", "pull", "you/tiny", "--models", str(tmp_path / "m")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(random.Random(seed).uniform(0.3, 1.8))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    never_wrong(tmp_path / "m", tiny)
+    there = sum(path.stat().st_size for path in (tmp_path / "m").rglob("*.part"))
+    before = server.sent["downloads"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    right(tmp_path / "m", tiny)
+    assert server.sent["downloads"] - before < SIZE - there + 700_000, (
+        "it began anew"
+    )  # one step of the slow link was on its way
+
+
+def test_two_pulls_at_once_fetch_it_once(server, tiny, tmp_path):
+    server.faults.append(Fault("GET (?!.*resolve).*gguf", rate=6e6))
+    command = [sys.executable, "-m", "deploy", "pull", "you/tiny", "--models", str(tmp_path / "m")]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in running] == [0, 0]
+    right(tmp_path / "m", tiny)
+    assert server.sent["downloads"] < SIZE + 200_000
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """4 MB of disk, for a file of 6."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_noticed_first_and_costs_nothing(server, tiny, small_disk, monkeypatch):
+    with pytest.raises(UserError, match="needs 0.01 GB, 0.00 GB are free"):
+        pull.stage("you/tiny", small_disk / "m")
+    assert not (small_disk / "m").exists() or not list((small_disk / "m").rglob("*"))
+    monkeypatch.setattr(pull, "refuse_full_disk", lambda *_: None)  # another program was faster
+    with pytest.raises(UserError, match="no space left"):
+        pull.stage("you/tiny", small_disk / "m")
+    never_wrong(small_disk / "m", tiny)
+    assert list(small_disk.rglob("*.part")), "what is there is gone on with"
+
+
+def test_versions_stand_side_by_side_offline_too(server, tiny, tmp_path, monkeypatch, capfd):
+    models = tmp_path / "m"
+    hub.patiently("tag", lambda: hub.api().create_tag("you/tiny", tag="v1"))
+    first = pull.stage("you/tiny@v1", models)["folder"]
+    second_repo = repos.make(tmp_path / "second", SIZE, seed=2)
+    commit = server.add("models/you/tiny", second_repo, private=True)
+    second = pull.stage("you/tiny", models)["folder"]
+    assert first != second and str(store.current(models, "you/tiny")) == second
+    assert pull.stage(f"you/tiny@{commit}", models)["folder"] == second
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline = ferry("deploy", "pull", "you/tiny@v1", "--models", models)
+    assert offline.returncode == 0 and "using what was pulled before" in offline.stderr
+    assert str(store.current(models, "you/tiny")) == first
+    assert ferry("deploy", "pull", "you/tiny@v7", "--models", models).returncode == 2
+    listed = ferry("deploy", "list", "--models", models).stdout.splitlines()
+    assert (
+        len(listed) == 2 and [line[0] for line in sorted(listed)] == [" ", "*"] and any("v1" in line for line in listed)
+    )
+    assert ferry("deploy", "remove", "you/tiny@v1", "--models", models).returncode == 0
+    assert not Path(first).exists() and Path(second).exists()
+    assert ferry("deploy", "remove", "you/tiny", "--models", models).returncode == 0
+    assert not (models / "you--tiny").exists()
+    done = ferry("deploy", "remove", "you/tiny", "--models", models)
+    assert done.returncode == 2 and "is not in" in done.stderr
+
+
+def test_a_moved_branch_keeps_both_versions(server, tiny, tmp_path):
+    pull.stage("you/tiny", tmp_path / "m")
+    server.add("models/you/tiny", repos.make(tmp_path / "second", SIZE, seed=2), private=True)
+    pull.stage("you/tiny", tmp_path / "m")
+    assert len(store.versions(tmp_path / "m" / "you--tiny")) == 2
+
+
+def test_only_the_artifact_asked_for_is_fetched(server, tiny, tmp_path):
+    pull.stage("you/tiny", tmp_path / "m")
+    assert sorted(path.name for path in (tmp_path / "m" / "you--tiny" / "current").iterdir()) == [
+        manifest.NAME,
+        "pull.json",
+        NAME,
+    ]
+    with pytest.raises(UserError, match="no q8_0 GGUF in the repo"):
+        pull.stage("you/tiny", tmp_path / "m", "q8_0")
+
+
+def test_a_private_repo_without_a_token_says_so(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m")
+    assert done.returncode == 2 and "private and no token" in done.stderr and "hf auth login" in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_pulled_again_nothing_is_fetched(server, tiny, tmp_path):
+    pull.stage("you/tiny", tmp_path / "m")
+    sent = server.sent["downloads"]
+    pull.stage("you/tiny", tmp_path / "m")
+    assert server.sent["downloads"] - sent < 100_000
+
+
+def test_a_damaged_copy_is_fetched_again(server, tiny, tmp_path):
+    path = Path(pull.stage("you/tiny", tmp_path / "m")["folder"]) / NAME
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    pull.stage("you/tiny", tmp_path / "m")
+    right(tmp_path / "m", tiny)
+
+
+def test_a_part_of_other_bytes_is_not_gone_on_with_twice(server, tiny, tmp_path):
+    version = tmp_path / "m" / "you--tiny" / files.sha256(tiny / manifest.NAME)[:12]
+    version.mkdir(parents=True)
+    for junk in (b"x" * 1000, b"x" * (SIZE * 2)):
+        (version / f".{NAME}.part").write_bytes(junk)
+        with pytest.raises(UserError, match="its manifest says"):
+            pull.stage("you/tiny", tmp_path / "m")
+        pull.stage("you/tiny", tmp_path / "m")
+        right(tmp_path / "m", tiny)
+        shutil.rmtree(version)
+        version.mkdir()
+
+
+def test_the_token_is_sent_to_the_hub_only(server, tiny, tmp_path):
+    pull.stage("you/tiny", tmp_path / "m")
+    assert any("resolve" in asked for asked in server.asked) and not server.leaks
+    assert os.environ["HF_TOKEN"] == "hf_writer"
