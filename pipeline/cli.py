@@ -203,7 +203,7 @@ def publish(folder: Path) -> None:
     """Put GGUF, adapter and card into the hub, manifest.json last."""
 
     def work(run):
-        from pipeline import publish as module
+        from pipeline.publish import stage as module
 
         record = module.stage(run.config(), run)
         where = f"{record['repo']}@{record['tag']}" if "tag" in record else record["repo"]

@@ -8,7 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from contract import files, hub, manifest
+from contract import files, gguf, hub, manifest
 from contract.errors import UserError
 from pipeline import licences, llamacpp
 from pipeline.config import Config, Publish
@@ -134,7 +134,7 @@ def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact
         )
     return manifest.Artifact(
         kind="gguf", file=source.name, quantization=name, sha256=digest, bytes=source.stat().st_size,
-        tensor_types=tensor_types(source), default=name == run.read("verify")["default"],
+        tensor_types=gguf.tensor_types(gguf.read(source)), default=name == run.read("verify")["default"],
         imatrix=export["imatrix"] if name != export["sixteen"] else None,
     )  # fmt: skip
 
@@ -241,15 +241,6 @@ def thresholds(run: Run, config: Config) -> dict:
         "training": run.read("evaluate")["training"],
         "notes": verify["notes"],
     }
-
-
-def tensor_types(gguf: Path) -> dict[str, int]:
-    """How many tensors of each type a GGUF holds."""
-    from collections import Counter
-
-    from gguf import GGUFReader
-
-    return dict(Counter(tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors))
 
 
 def provenance(run: Run) -> dict:

@@ -1,0 +1,150 @@
+"""Measures the way to the Hub and back: publish and pull beside the bare client's upload_folder and hf_hub_download.
+
+    .venv/bin/python benchmarks/hub.py [--repeat 3] [--sizes 0.5,2]
+
+The Hub is tests/hub.py on loopback, a process of its own whose time is not counted, with an empty storage for each upload;
+a repo is one random GGUF of so many GB (2**30 bytes), an adapter and small files. Each system is a fresh process, Xet is
+off, all take turns, and before each the disk has written what it was given. "publish" is what sends a laid-out folder:
+repo, one commit, comparison, tag; "and put's sha256" is the hash that the stage makes of the GGUF while laying it out,
+which upload_folder makes by itself. "pull" is the whole command into an empty store: manifest, download, sha256, fsync,
+GGUF header, template; the bare client checks the file's length only. cpu_s is that of the process tree, peak_memory_gb
+that of its largest process. Writes benchmarks/results/hub.{json,md}.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+REPO, GGUF = "you/tiny", "tiny.q4_k_m.gguf"
+FIGURES = ("wall_s", "cpu_s", "peak_memory_gb")
+
+# This process makes no file itself: a child's peak begins with what its parent holds.
+MAKE = "import sys; from pathlib import Path; from tests import repos; repos.make(Path(sys.argv[1]), int(sys.argv[2]))"
+ADD = f"import sys; from tests.hub import Storage; Storage(sys.argv[1]).add('models/{REPO}', sys.argv[2])"
+SEND = f"from pipeline.publish import courier; courier.send({{'folder': sys.argv[1], 'repo': '{REPO}', 'private': False, 'tag': None}})"
+PUT = f"from pathlib import Path; from pipeline.publish import stage; gguf = Path(sys.argv[1], '{GGUF}'); stage.put(gguf, gguf)"
+UPLOAD = f"from huggingface_hub import HfApi; HfApi().create_repo('{REPO}'); HfApi().upload_folder(repo_id='{REPO}', folder_path=sys.argv[1])"
+DOWNLOAD = f"from huggingface_hub import hf_hub_download; path = hf_hub_download('{REPO}', '{GGUF}')"
+DIGEST = "import hashlib; hashlib.file_digest(open(path, 'rb'), 'sha256')"
+
+UP = {
+    ("ferry", "publish"): SEND,
+    ("huggingface_hub", "upload_folder"): UPLOAD,
+    ("ferry", "publish, and put's sha256"): f"{PUT}; {SEND}",
+}
+DOWN = {
+    ("ferry", "pull"): f"from deploy.cli import cli; cli(['pull', '{REPO}', '--models', sys.argv[2]])",
+    ("huggingface_hub", "hf_hub_download"): DOWNLOAD,
+    ("huggingface_hub", "hf_hub_download, then sha256"): f"{DOWNLOAD}; {DIGEST}",
+}
+BARE = ("huggingface_hub", "upload_folder"), ("huggingface_hub", "hf_hub_download")
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
+
+
+@contextlib.contextmanager
+def serving(storage: Path) -> Iterator[str]:
+    """The address of a Hub."""
+    server = subprocess.Popen([sys.executable, "-m", "tests.hub", str(storage)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def measure(code: str, folder: Path, storage: Path, work: Path) -> dict:
+    """Wall and CPU seconds, and the memory of the largest process, of one transfer with empty caches and an empty store."""
+    fresh = work / "fresh"
+    fresh.mkdir()
+    with serving(storage) as url, (work / "log").open("w") as log:
+        settings = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_writer", "HF_HOME": str(fresh), "HF_HUB_DISABLE_XET": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
+        os.sync()
+        started = time.monotonic()
+        process = subprocess.Popen(python(code, folder, fresh / "models"), cwd=ROOT, env=environment, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)  # of the process and all it waited for
+        wall = time.monotonic() - started
+    if status:
+        sys.exit(f"{code} failed:\n{(work / 'log').read_text()[-2000:]}")
+    shutil.rmtree(fresh)
+    return dict(zip(FIGURES, (wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9), strict=True))
+
+
+def sent(code: str, folder: Path, work: Path) -> dict:
+    """An upload to an empty Hub: what it has is not sent again."""
+    try:
+        return measure(code, folder, work / "empty", work)
+    finally:
+        shutil.rmtree(work / "empty")
+
+
+def rows(gigabytes: str, repeat: int, work: Path) -> list[dict]:
+    folder, storage = work / "tiny", work / "storage"
+    subprocess.run(python(MAKE, folder, int(float(gigabytes) * 2**30)), cwd=ROOT, check=True)
+    subprocess.run(python(ADD, storage, folder), cwd=ROOT, check=True)
+    turns: dict[tuple[str, str], Callable[[], dict]] = {}
+    turns |= {key: lambda code=code: sent(code, folder, work) for key, code in UP.items()}
+    turns |= {key: lambda code=code: measure(code, folder, storage, work) for key, code in DOWN.items()}
+    found: dict[tuple[str, str], list[dict]] = {key: [] for key in turns}
+    for _ in range(repeat):
+        for key, turn in turns.items():
+            found[key].append(turn())
+            print(gigabytes, *key, found[key][-1], flush=True)
+    middle = {key: {name: statistics.median(one[name] for one in several) for name in FIGURES} for key, several in found.items()}
+    return [row(f"{gigabytes} GB", key, middle, middle[BARE[key in DOWN]]) for key in turns]
+
+
+def row(size: str, key: tuple[str, str], middle: dict, bare: dict) -> dict:
+    figures = {name: round(value, 2) for name, value in middle[key].items()}
+    ratios = {f"{name}, x bare": round(middle[key][name] / bare[name], 2) for name in FIGURES[:2]}
+    return {"system": key[0], "case": f"{size}: {key[1]}"} | figures | ratios
+
+
+def write(found: list[dict], repeat: int, sizes: str) -> None:
+    packages = ("huggingface_hub", "httpx", "httpcore", "h11")
+    result = {
+        "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "command": f"benchmarks/hub.py --repeat {repeat} --sizes {sizes}", "date": datetime.date.today().isoformat(),
+        "rows": found,
+    }  # fmt: skip
+    (RESULTS / "hub.json").write_text(json.dumps(result, indent=2) + "\n")
+    head = [f"{result['device']}, {result['date']}: `{result['command']}` (medians)", ""]
+    table = ["| " + " | ".join(found[0]) + " |", "| --- " * len(found[0]) + "|"]
+    table += ["| " + " | ".join(map(str, one.values())) + " |" for one in found]
+    (RESULTS / "hub.md").write_text("\n".join([*head, *table]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--sizes", default="0.5,2")
+    options, found = parser.parse_args(), []
+    for size in options.sizes.split(","):
+        work = Path(tempfile.mkdtemp(prefix="ferry-hub-"))
+        try:
+            found += rows(size, options.repeat, work)
+        finally:
+            shutil.rmtree(work)
+    write(found, options.repeat, options.sizes)
+
+
+if __name__ == "__main__":
+    main()
