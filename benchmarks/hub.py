@@ -8,7 +8,7 @@ off, all take turns, and before each the disk has written what it was given. "pu
 repo, one commit, comparison, tag; "and put's sha256" is the hash that the stage makes of the GGUF while laying it out,
 which upload_folder makes by itself. "pull" is the whole command into an empty store: manifest, download, sha256, fsync,
 GGUF header, template; the bare client checks the file's length only. cpu_s is that of the process tree, peak_memory_gb
-that of its largest process. Writes benchmarks/results/hub.{json,md}.
+that of its largest process. Linux only. Writes benchmarks/results/hub.{json,md}.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,6 +71,21 @@ def serving(storage: Path) -> Iterator[str]:
         server.wait()
 
 
+def settle(holes: Path) -> None:
+    """The disk has nothing to do, and no memory is free: it is all page cache, as on a machine that has run for a while.
+
+    A virtual machine gives free memory back to its host, and each first touch asks for it anew: writing a file of 2 GB
+    took 0.6 to 5 s here, as chance would have it. So what is free is filled with the holes of a sparse file, unwritten.
+    """
+    os.sync()
+    free, buffer = psutil.virtual_memory().free, bytearray(1 << 20)
+    with holes.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.truncate(end + free)
+        while file.readinto(buffer):
+            pass
+
+
 def measure(code: str, folder: Path, storage: Path, work: Path) -> dict:
     """Wall and CPU seconds, and the memory of the largest process, of one transfer with empty caches and an empty store."""
     fresh = work / "fresh"
@@ -76,7 +93,7 @@ def measure(code: str, folder: Path, storage: Path, work: Path) -> dict:
     with serving(storage) as url, (work / "log").open("w") as log:
         settings = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_writer", "HF_HOME": str(fresh), "HF_HUB_DISABLE_XET": "1"}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
-        os.sync()
+        settle(work / "holes")
         started = time.monotonic()
         process = subprocess.Popen(python(code, folder, fresh / "models"), cwd=ROOT, env=environment, stdout=log, stderr=log)
         _, status, used = os.wait4(process.pid, 0)  # of the process and all it waited for
@@ -107,6 +124,8 @@ def rows(gigabytes: str, repeat: int, work: Path) -> list[dict]:
         for key, turn in turns.items():
             found[key].append(turn())
             print(gigabytes, *key, found[key][-1], flush=True)
+    shutil.rmtree(folder)
+    shutil.rmtree(storage)
     middle = {key: {name: statistics.median(one[name] for one in several) for name in FIGURES} for key, several in found.items()}
     return [row(f"{gigabytes} GB", key, middle, middle[BARE[key in DOWN]]) for key in turns]
 
@@ -137,12 +156,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--sizes", default="0.5,2")
     options, found = parser.parse_args(), []
-    for size in options.sizes.split(","):
-        work = Path(tempfile.mkdtemp(prefix="ferry-hub-"))
-        try:
+    work = Path(tempfile.mkdtemp(prefix="ferry-hub-"))
+    try:
+        for size in options.sizes.split(","):
             found += rows(size, options.repeat, work)
-        finally:
-            shutil.rmtree(work)
+    finally:
+        shutil.rmtree(work)
     write(found, options.repeat, options.sizes)
 
 

@@ -159,9 +159,15 @@ class Manifest(Part):
             raise ValueError("artifacts and files: a name stands twice")  # or would, on a Mac's disk
         if wrong := [a.file for a in self.artifacts if not a.file.endswith(SUFFIXES[a.kind])]:
             raise ValueError(f"artifacts: {wrong[0]!r} does not end as its kind does")
+        if any(a.kind == "gguf" and "/" in a.file for a in self.artifacts):
+            raise ValueError("artifacts: a GGUF lies in no folder")
         if hashlib.sha256(self.chat.template.encode()).hexdigest() != self.chat.sha256:
             raise ValueError("chat: the template has another sha256")
         return self
+
+    def artifact(self, file: str) -> Artifact:
+        """The one of that name."""
+        return next(artifact for artifact in self.artifacts if artifact.file == file)
 
     def default(self) -> Artifact:
         """The artifact that the Mac takes when none is named."""

@@ -5,7 +5,7 @@ from string import Template
 
 from contract import files
 from contract.errors import UserError
-from contract.manifest import Manifest
+from contract.manifest import Artifact, Manifest
 from contract.turns import Turns, unsayable
 from deploy.store import pulled
 
@@ -15,9 +15,9 @@ TEMPLATE = Path(__file__).parent.parent / "Modelfile.template"
 def stage(folder: Path) -> dict:
     """Write Modelfile and modelfile.json beside the pulled file that passed its smoke test."""
     made, path = pulled(folder)
-    if files.read_json(folder / "smoke.json")["sha256"] != made.default().sha256:
+    if files.read_json(folder / "smoke.json")["sha256"] != made.artifact(path.name).sha256:
         raise UserError(f"{path.name} has not passed its smoke test", f"run `python -m deploy smoke --into {folder}`")
-    text = render(made, path.name)
+    text = render(made, made.artifact(path.name))
     with files.writing(folder / "Modelfile") as part:
         part.write_text(text, encoding="utf-8")
     record = {
@@ -30,7 +30,7 @@ def stage(folder: Path) -> dict:
     return record
 
 
-def render(made: Manifest, file: str) -> str:
+def render(made: Manifest, artifact: Artifact) -> str:
     """The Modelfile's text. Raises UserError when its TEMPLATE would not give the golden prompts."""
     turns, bos = made.chat.turns, made.chat.bos if made.chat.adds_bos else ""
     for golden in made.golden if turns else ():
@@ -41,7 +41,7 @@ def render(made: Manifest, file: str) -> str:
             )
     turns, system = placed(turns, made.chat.system)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=" ".join(made.name.split()), file=file, sha256=made.default().sha256, base=" ".join(made.base.name.split()),
+        name=" ".join(made.name.split()), file=artifact.file, sha256=artifact.sha256, base=" ".join(made.base.name.split()),
         template=f'TEMPLATE """{turns.go()}"""' if turns else "# TEMPLATE: none says what was trained; the one inside the GGUF does",
         system=f"SYSTEM {quoted('the system prompt', system)}" if system else "# SYSTEM: none",
         stops="\n".join(f"PARAMETER stop {quoted('a stop string', stop)}" for stop in made.chat.stop),

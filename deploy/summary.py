@@ -13,15 +13,17 @@ def text(folder: Path) -> str:
     """The closing page of `make demo` and `make deploy-mac`."""
     made, path = pulled(folder)
     smoke = files.read_json(folder / "smoke.json")
-    return "\n".join(
+    page = "\n".join(
         ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_next(folder, made, path)]
     )
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in page)  # a stranger's words on a terminal
 
 
 def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
+    artifact = made.artifact(path.name)
     return [
-        f"{path}  {made.default().bytes / 1e6:.1f} MB",
-        f"  sha256 {made.default().sha256}",
+        f"{path}  {artifact.bytes / 1e6:.1f} MB",
+        f"  sha256 {artifact.sha256}",
         f"{folder / 'Modelfile'}",
     ]
 

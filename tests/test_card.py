@@ -11,6 +11,7 @@ from contract.errors import UserError
 from contract.manifest import Manifest
 from pipeline import ladder, licences
 from pipeline.publish import card
+from tests.hub_card import validate
 
 COMMIT, DIGEST, TEMPLATE = (
     "0123456789abcdef" * 2 + "01234567",
@@ -106,6 +107,7 @@ def front(said: str) -> dict:
 
     read = ModelCard(said)
     assert str(read) == said
+    assert not validate(said)["errors"]
     data = read.data.to_dict()
     allowed = {"base_model", "base_model_relation", "license", "license_name", "license_link", "datasets", "library_name", "pipeline_tag", "tags"}  # fmt: skip
     assert data.keys() <= allowed and all(data.values())
@@ -370,7 +372,7 @@ def test_commands_for_a_private_repo_say_how_to_log_in():
 
 def test_commands_for_a_folder_name_its_files_and_no_repo():
     said = text(repo=None)
-    for command in ("llama-server -m tickets.q4_k_m.gguf", "lms import tickets.q4_k_m.gguf"):
+    for command in ("llama-server -m tickets.q4_k_m.gguf", "lms import tickets.q4_k_m.gguf --copy"):
         assert f"`{command}`" in said
     assert "hf.co" not in said and 'PeftModel.from_pretrained(base, "./adapter")' in said
 

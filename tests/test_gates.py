@@ -166,10 +166,12 @@ def test_a_manifest_whose_template_was_changed_makes_no_modelfile(chain):
     from deploy import modelfile
 
     made = manifest.read(chain.hub / manifest.NAME)
-    modelfile.render(made, "x.gguf")
+    modelfile.render(made, made.default())
     wrong = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
     with pytest.raises(UserError, match="does not give the trained prompt"):
-        modelfile.render(made.model_copy(update={"chat": made.chat.model_copy(update={"turns": wrong})}), "x.gguf")
+        modelfile.render(
+            made.model_copy(update={"chat": made.chat.model_copy(update={"turns": wrong})}), made.default()
+        )
 
 
 def test_an_end_without_loss_stops_the_training(chain):

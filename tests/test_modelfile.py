@@ -70,10 +70,10 @@ def test_turns_that_are_not_the_manifests_golden_prompts_are_refused(made):
     turns = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
     changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": turns})})
     with pytest.raises(UserError, match="does not give the trained prompt"):
-        modelfile.render(changed, "model.gguf")
+        modelfile.render(changed, changed.default())
 
 
 def test_a_template_without_turns_is_left_to_the_gguf(made):
     changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": None})})
-    text = modelfile.render(changed, "model.gguf")
+    text = modelfile.render(changed, changed.default())
     assert 'TEMPLATE """' not in text and "# TEMPLATE: none" in text

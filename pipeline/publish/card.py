@@ -301,7 +301,7 @@ def _run(made: Manifest, repo: str | None, private: bool) -> str:
 def _on_the_hub(made: Manifest, repo: str, private: bool) -> list[str]:
     """One line a runtime. Sources: https://huggingface.co/docs/hub/ollama and /lmstudio, `llama-server --help`."""
     tag, file = (made.default().quantization or "").upper(), made.default().file
-    fetch = f"`hf download {repo} {file} --local-dir .`, then `lms import {file}`"
+    fetch = f"`hf download {repo} {file} --local-dir .`, then `lms import {file} --copy`"
     studio = f"`lms get {SITE}/{repo}@{tag}`, or paste the repo's address into its search box"
     own_key = f" The repo is private: first add `~/.ollama/id_ed25519.pub` to the [keys of your account]({SITE}/settings/keys)."
     return [
@@ -326,7 +326,7 @@ def _in_a_folder(made: Manifest) -> list[str]:
     return [
         f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO=` and the path of this folder{CHECKED}",
         f"**Ollama:** `{create}`. Here Ollama chooses a template, and no system prompt is set.",
-        f"**LM Studio:** `lms import {file}`.",
+        f"**LM Studio:** `lms import {file} --copy`.",
         f"**llama.cpp:** `llama-server -m {file}`.",
     ]
 
