@@ -39,7 +39,13 @@ class Run:
             raise UserError(
                 f"{self.folder} is no run: it holds no config.yaml", "start one: `make data CONFIG=configs/...`"
             )
-        return build(yaml.safe_load(self.config_file.read_text(encoding="utf-8")), {}, self.config_file)
+        try:
+            return build(yaml.safe_load(self.config_file.read_text(encoding="utf-8")), {}, self.config_file)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self.config_file} cannot be read any more: {str(error).splitlines()[0]}",
+                "start a new run with RUN=another-name",
+            ) from error
 
     def freeze(self, config: Config) -> None:
         """Write the resolved config, the first thing in a run folder."""

@@ -252,7 +252,7 @@ def trained(chain, tmp_path) -> Path:
     run = tmp_path / "runs" / "chain"
     shutil.copytree(chain.run, run, copy_function=os.link, ignore=shutil.ignore_patterns("publish.json", "config.yaml"))
     config = (chain.run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(f"{chain.folder}/hub/{{run}}", "{user}/{run}-GGUF"))
+    (run / "config.yaml").write_text(config.replace(f"{chain.folder}/hub/{{run}}", "'{user}/{run}-GGUF'"))
     return run
 
 
