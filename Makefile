@@ -18,7 +18,7 @@ R        := $(RUNS)/$(RUN)
 SETS     := $(foreach override,$(SET),--set '$(override)')
 PIPELINE := $(VENV)/bin/python -m pipeline
 DEPLOY   := $(VENV)/bin/python -m deploy
-WHICH    := $(REPO) --models $(MODELS)
+WHICH    := '$(REPO)' --models '$(MODELS)'
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 

@@ -2,13 +2,14 @@
 
     .venv/bin/python benchmarks/hub.py [--repeat 3] [--sizes 0.5,2]
 
-The Hub is tests/hub.py on loopback, a process of its own whose time is not counted, with an empty storage for each upload;
-a repo is one random GGUF of so many GB (2**30 bytes), an adapter and small files. Each system is a fresh process, Xet is
-off, all take turns, and before each the disk has written what it was given. "publish" is what sends a laid-out folder:
-repo, one commit, comparison, tag; "and put's sha256" is the hash that the stage makes of the GGUF while laying it out,
-which upload_folder makes by itself. "pull" is the whole command into an empty store: manifest, download, sha256, fsync,
-GGUF header, template; the bare client checks the file's length only. cpu_s is that of the process tree, peak_memory_gb
-that of its largest process. Linux only. Writes benchmarks/results/hub.{json,md}.
+The Hub is tests/hub.py on loopback, a process of its own whose time is not counted, with an empty storage for each upload,
+which it takes in parts of 2 MB. A repo is one random GGUF of so many GB (2**30 bytes), an adapter and small files. Each
+system is a fresh process with an empty HF_HOME, Xet is off, all take turns, and before each the disk is at rest and memory
+full of page cache (see settle). "publish" is what sends a laid-out folder: repo, one commit, comparison, tag; "and put's
+sha256" adds the hash that the stage makes of the GGUF while laying it out: upload_folder makes its own. "pull" is the whole
+command into an empty store: manifest, download, sha256, fsync, GGUF header, template; the bare client compares the file's
+length only and does not wait for the disk. cpu_s is that of the process tree, peak_memory_gb that of its largest process.
+Linux only. Writes benchmarks/results/hub.{json,md}.
 """
 
 import argparse
@@ -63,7 +64,9 @@ def python(code: str, *arguments: object) -> list[str]:
 @contextlib.contextmanager
 def serving(storage: Path) -> Iterator[str]:
     """The address of a Hub."""
-    server = subprocess.Popen([sys.executable, "-m", "tests.hub", str(storage)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.hub", str(storage)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         yield server.stdout.readline().strip()
     finally:
@@ -95,7 +98,9 @@ def measure(code: str, folder: Path, storage: Path, work: Path) -> dict:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
         settle(work / "holes")
         started = time.monotonic()
-        process = subprocess.Popen(python(code, folder, fresh / "models"), cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            python(code, folder, fresh / "models"), cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
         _, status, used = os.wait4(process.pid, 0)  # of the process and all it waited for
         wall = time.monotonic() - started
     if status:
@@ -126,7 +131,10 @@ def rows(gigabytes: str, repeat: int, work: Path) -> list[dict]:
             print(gigabytes, *key, found[key][-1], flush=True)
     shutil.rmtree(folder)
     shutil.rmtree(storage)
-    middle = {key: {name: statistics.median(one[name] for one in several) for name in FIGURES} for key, several in found.items()}
+    middle = {
+        key: {name: statistics.median(one[name] for one in several) for name in FIGURES}
+        for key, several in found.items()
+    }
     return [row(f"{gigabytes} GB", key, middle, middle[BARE[key in DOWN]]) for key in turns]
 
 

@@ -36,11 +36,12 @@ def writing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             remove(path)
         part.rename(path)
-        sync(path.parent)
+        _sync(path.parent)  # the name itself; what else is in there is not ours
     except OSError as error:
         raise translated(error, path) from error
     finally:
-        remove(part)
+        with contextlib.suppress(OSError):  # what went wrong before says more
+            remove(part)
 
 
 def once(target: Path, write) -> Path:
@@ -85,11 +86,15 @@ def remove(path: Path) -> None:
 def sync(path: Path) -> None:
     """fsync a file, or a folder and all that is in it."""
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        handle = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(item)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: dict) -> None:

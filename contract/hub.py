@@ -5,6 +5,7 @@ The client is huggingface_hub, which waits for ever for an answer, and retries s
 The token comes from HF_TOKEN or `hf auth login`, goes to the Hub's own host only, and stands in no message.
 """
 
+import json
 import os
 import random
 import re
@@ -28,8 +29,8 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 attempts = 0  # of this process; a sign of life
 
 
-class Expired(Exception):
-    """A signed address has grown old; asked for anew it works again."""
+class Passing(Exception):
+    """What may be right when it is asked for anew: a signed address that has grown old, a wrong part of a file."""
 
 
 class Unreachable(UserError):
@@ -38,17 +39,36 @@ class Unreachable(UserError):
 
 def silence() -> float:
     """Seconds without a byte after which a connection is given up: $FERRY_SILENCE_SECONDS, by default one minute."""
-    return float(os.environ.get("FERRY_SILENCE_SECONDS") or 60)
+    return _seconds("FERRY_SILENCE_SECONDS", 60)
 
 
 def budget() -> float:
     """Seconds of pauses between the tries of a failing call: $FERRY_HUB_SECONDS, by default 5 minutes."""
-    return float(os.environ.get("FERRY_HUB_SECONDS") or 300)
+    return _seconds("FERRY_HUB_SECONDS", 300)
+
+
+def _seconds(name: str, default: float) -> float:
+    said = os.environ.get(name)
+    try:
+        return float(said) if said else default
+    except ValueError:
+        raise UserError(f"{name}={shown(said)} is no number of seconds", f"unset {name}, or set it to one") from None
 
 
 def is_folder(repo: str) -> bool:
     """A path that is there or looks like one; everything else is meant as a Hub id."""
-    return repo.startswith((".", "/", "~", "file://")) or Path(repo).exists()
+    if repo.startswith((".", "/", "~", "file://")):
+        return True
+    # A folder of the working directory does not hide a Hub repo of the same name, unless it is a hub itself.
+    return os.path.exists(Path(repo) / "manifest.json" if ID.fullmatch(repo) else repo)
+
+
+def folder(repo: str) -> Path:
+    """The path of a folder hub. Raises UserError when it names nobody's home."""
+    try:
+        return Path(repo.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"REPO {shown(repo)}: {error}", "write the path of the folder") from None
 
 
 def split(repo: str) -> tuple[str, str | None]:
@@ -64,6 +84,7 @@ def split(repo: str) -> tuple[str, str | None]:
 
 def api() -> "HfApi":
     """The client, with time limits. Raises UserError when this environment has none."""
+    refuse_endpoint()
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
@@ -78,10 +99,28 @@ def api() -> "HfApi":
     return HfApi(library_name="ferry")
 
 
+def refuse_endpoint() -> None:
+    """Raises UserError for an HF_ENDPOINT that is no address. (huggingface_hub cannot even be imported with some.)"""
+    from urllib.parse import urlsplit
+
+    said = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        address = urlsplit(said)
+        fits = address.scheme in ("http", "https") and address.hostname and (address.port or 1)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UserError(f"HF_ENDPOINT={shown(said)} is no address of a Hub", "unset HF_ENDPOINT, or correct it")
+
+
 def token() -> str | None:
+    """Raises UserError for one that no header can carry."""
     from huggingface_hub import get_token
 
-    return get_token()
+    found = get_token()
+    if found and not (found.isascii() and found.isprintable()):
+        raise UserError("the Hub's token holds characters that no token has", LOGIN)
+    return found
 
 
 def headers() -> dict[str, str]:
@@ -157,7 +196,7 @@ def _known(error: BaseException | None) -> BaseException | None:
     """The error of Hub or network behind an exception; huggingface_hub wraps those of uploads in a RuntimeError."""
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    known = (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, Expired)
+    known = (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, Passing, json.JSONDecodeError)
     while error is not None and not isinstance(error, known):
         error = error.__cause__
     return error
@@ -175,14 +214,14 @@ def _passes(error: BaseException, again: tuple[int, ...]) -> bool:
     code = status(error)
     if isinstance(error, HTTPError):
         return code is None or code in PASSING or code in again
-    return isinstance(error, Expired)
+    return isinstance(error, Passing)
 
 
 def _asked_for(error: BaseException) -> float | None:
     """Seconds that the Hub asks to wait (Retry-After)."""
     response = getattr(error, "response", None)
     asked = response.headers.get("retry-after", "") if response is not None else ""
-    return float(asked) if asked.isdigit() else None
+    return float(asked) if asked.isascii() and asked.isdecimal() else None
 
 
 def translated(error: BaseException, what: str) -> UserError:
@@ -192,6 +231,10 @@ def translated(error: BaseException, what: str) -> UserError:
     if isinstance(error, OfflineModeIsEnabled):
         return Unreachable(
             f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked", "unset it, then run the same command again"
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return Unreachable(
+            f"{what}: what answers is no Hub", "check the network and HF_ENDPOINT, then run the same command again"
         )
     if isinstance(error, HFValidationError):
         return UserError(f"{what}: {_brief(error)}", "correct the name: a Hub id reads owner/name")
@@ -256,7 +299,9 @@ def shown(text: str) -> str:
 
 def hidden(text: str) -> str:
     """`text` in one printable line without tokens and signed addresses."""
-    for secret in filter(None, (token(), os.environ.get("HF_TOKEN"))):
+    from huggingface_hub import get_token
+
+    for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN"))):
         text = text.replace(secret, "hf_***")
     text = re.sub(r"\bhf_\w{4,}", "hf_***", text)
     text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)

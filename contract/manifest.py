@@ -36,6 +36,7 @@ def _safe(name: str) -> str:
     return name
 
 
+Ids = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
 FileName = Annotated[str, AfterValidator(_safe)]
 Name = Annotated[str, Field(pattern=f"^{PLAIN}$")]
 
@@ -111,23 +112,35 @@ class Artifact(File):
 class Golden(Part):
     """A synthetic conversation, its exact prompt and the prompt's token ids."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: Annotated[tuple[dict[str, str], ...], Field(min_length=1)]
     add_generation_prompt: bool = True
     prompt: str
-    ids: tuple[int, ...]
+    ids: Ids
+
+    @model_validator(mode="after")
+    def _said(self) -> "Golden":
+        if not all({"role", "content"} <= message.keys() for message in self.messages):
+            raise ValueError("a message has a role and a content")
+        return self
 
 
 class Smoke(Part):
     """A prompt, and what the default artifact answered on the cloud side."""
 
     message: str
-    ids: tuple[int, ...]
+    ids: Ids
     """Tokens of the rendered prompt."""
     answer: str
-    answer_ids: tuple[int, ...]
+    answer_ids: Annotated[Ids, Field(min_length=1)]
     """Greedy, with the end token when the model gave it."""
     log_probs: tuple[float, ...]
     """Natural-log probability of each answer token, given all before it."""
+
+    @model_validator(mode="after")
+    def _paired(self) -> "Smoke":
+        if len(self.answer_ids) != len(self.log_probs):
+            raise ValueError("answer_ids and log_probs have different lengths")
+        return self
 
 
 class Manifest(Part):
@@ -197,14 +210,24 @@ def parse(content: bytes, where: str) -> Manifest:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON: {str(error)[:100]}", AGAIN) from error
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if isinstance(version, int) and version > SCHEMA:
+    version = schema(content)
+    if version is not None and version > SCHEMA:
         raise UserError(f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "update Ferry: `git pull`")
     try:
         return Manifest.model_validate(value)
     except (ValidationError, RecursionError) as error:
         fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
         raise UserError(f"{where} is no valid manifest: {_fault(fault)}", AGAIN) from error
+
+
+def schema(content: bytes) -> int | None:
+    """The schema that a manifest says it has; None: it is no manifest of Ferry's."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    return version if isinstance(version, int) else None
 
 
 AGAIN = "publish it again: `make publish`"

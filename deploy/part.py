@@ -33,7 +33,10 @@ class Part:
             before = self.size
             hub.patiently(f"pull {self.artifact.file}", lambda: self._go_on(found), progress=lambda: self.size)
             if self.size <= before:
-                break  # it says that this is all
+                raise UserError(
+                    f"{self.artifact.file} ended after {self.size} of {self.artifact.bytes} bytes",
+                    "run the same command again; what is there is kept",
+                )
         if (self.size, self.digest.hexdigest()) != (self.artifact.bytes, self.artifact.sha256):
             files.remove(self.path)
             raise UserError(

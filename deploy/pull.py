@@ -18,30 +18,34 @@ def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
     """
     try:
         found = source.find(repo)
-    except UserError as error:
-        return offline(repo, models, error)
-    content = found.manifest()
+        content = found.manifest()
+    except hub.Unreachable as error:
+        return offline(repo, models, quantization, error)
     made = manifest.parse(content, f"{hub.shown(repo)}/{manifest.NAME}")
     artifact = chosen(made, quantization)
     version = models / found.name / files.sha256_bytes(content)[:12]
     with store.locked(version.parent):
         try:
             put(found, version, made, artifact, content)
-        except UserError:
+        except Exception:
             clean(version)
             raise
-        return recorded(repo, found, version, artifact, content) | {"folder": str(version)}
+        return recorded(repo, found.commit, version, artifact, content) | {"folder": str(version)}
 
 
-def offline(repo: str, models: Path, error: UserError) -> dict:
+def offline(repo: str, models: Path, quantization: str | None, error: UserError) -> dict:
     """What an earlier pull left, when the Hub cannot be asked. Raises `error` when there is nothing."""
-    version = store.known(models, repo) if isinstance(error, hub.Unreachable) else None
+    version = store.known(models, repo)
     if version is None:
         raise error
+    content = (version / manifest.NAME).read_bytes() if (version / manifest.NAME).is_file() else b""
+    artifact = chosen(manifest.parse(content, str(version / manifest.NAME)), quantization)
+    path = version / artifact.file
+    if not path.is_file() or files.sha256(path) != artifact.sha256:
+        raise UserError(f"{error.message}; {path} was not pulled before, or is damaged", error.hint)
     hub.say(f"{error.message}: using what was pulled before, {version}")
-    store.pulled(version)
-    store.use(version)
-    return files.read_json(version / store.RECORD) | {"folder": str(version)}
+    with store.locked(version.parent):
+        return recorded(repo, store.record(version)["commit"], version, artifact, content) | {"folder": str(version)}
 
 
 def chosen(made: Manifest, quantization: str | None) -> Artifact:
@@ -60,19 +64,21 @@ def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes
     """The artifact in its place, whatever was there before."""
     target = version / artifact.file
     if not (target.is_file() and target.stat().st_size == artifact.bytes and files.sha256(target) == artifact.sha256):
-        files.remove(target)
         found.refuse(artifact)
         refuse_full_disk(target, artifact)
         part = target.with_name(f".{target.name}.part")
         try:
+            files.remove(target)
             fetch(found, part, artifact)
             refuse_liar(part, made, artifact)
         except OSError as error:
             raise files.translated(error, target) from error
         files.sync(part)
         part.rename(target)
-    with files.writing(version / manifest.NAME) as part:
-        part.write_bytes(content)
+    beside = version / manifest.NAME
+    if not beside.is_file() or beside.read_bytes() != content:
+        with files.writing(beside) as part:
+            part.write_bytes(content)
 
 
 def refuse_full_disk(target: Path, artifact: Artifact) -> None:
@@ -106,7 +112,7 @@ def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
         if header.metadata.get("tokenizer.chat_template") != made.chat.template:
             raise UserError(f"{artifact.file} holds another chat template than its manifest", "do not use this repo")
         same_prompts(header, made)
-    except UserError:
+    except Exception:
         files.remove(part)
         raise
 
@@ -139,14 +145,16 @@ def clean(version: Path) -> None:
         files.remove(version / manifest.NAME)
 
 
-def recorded(repo: str, found, version: Path, artifact: Artifact, content: bytes) -> dict:
+def recorded(repo: str, commit: str | None, version: Path, artifact: Artifact, content: bytes) -> dict:
     """pull.json, and the name by which the version was asked for."""
     is_folder = hub.is_folder(repo)
+    name, revision = (repo, None) if is_folder else hub.split(repo)
     record = {
-        "stage": "pull", "repo": repo if is_folder else found.repo, "commit": found.commit, "file": artifact.file,
-        "quantization": artifact.quantization, "sha256": artifact.sha256, "bytes": artifact.bytes,
-        "manifest_sha256": files.sha256_bytes(content),
+        "stage": "pull", "repo": name, "commit": commit, "file": artifact.file, "quantization": artifact.quantization,
+        "sha256": artifact.sha256, "bytes": artifact.bytes, "manifest_sha256": files.sha256_bytes(content),
     }  # fmt: skip
-    files.write_json(version / store.RECORD, record)
-    store.remember(version, store.MAIN if is_folder else hub.split(repo)[1] or store.MAIN)
+    path = version / store.RECORD
+    if not path.is_file() or files.read_json(path) != record:
+        files.write_json(path, record)
+    store.remember(version, revision or store.MAIN)
     return record

@@ -26,10 +26,16 @@ def stage(folder: Path) -> dict:
     """
     made, path = pulled(folder)
     artifact = made.artifact(path.name)
+    if not made.smoke:
+        raise UserError(
+            f"the manifest of {path.name} holds no answers to compare with", "publish it again: `make publish`"
+        )
     started = time.perf_counter()
     model = runtime.load(path, max(1024, *(len(s.ids) + len(s.answer_ids) + 64 for s in made.smoke)))
     load_seconds = time.perf_counter() - started
     same_prompts(model, made, path)
+    if max(max((*s.ids, *s.answer_ids)) for s in made.smoke) >= model.n_vocab():
+        raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
     answers = [compare(model, expected) for expected in made.smoke]
     tokens, seconds = (sum(answer[key] for answer in answers) for key in ("tokens", "seconds"))
     record = {
@@ -59,7 +65,7 @@ def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
     for golden, text in zip(made.golden, texts, strict=True):
         if text != golden.prompt or runtime.tokenize(model, text) != list(golden.ids):
             raise UserError(
-                f"{path.name}: the prompt for {golden.messages[-1]['content']!r} is not the trained one: {text!r}",
+                f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {text[:400]!r}",
                 "publish it again: `make publish`",
             )
 

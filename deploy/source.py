@@ -4,10 +4,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin
 
 from contract import files, hub, manifest
 from contract.errors import UserError
 from contract.manifest import Artifact
+
+REDIRECTS = 5  # on the Hub itself, such as after a repo was renamed
 
 
 def find(repo: str) -> "Folder | Remote":
@@ -25,7 +28,7 @@ class Folder:
 
     @classmethod
     def at(cls, repo: str) -> "Folder":
-        path = Path(repo.removeprefix("file://")).expanduser()
+        path = hub.folder(repo)
         if not path.is_dir():
             raise UserError(f"REPO {hub.shown(repo)}: no such folder", "name the folder that `make publish` printed")
         if not (path / manifest.NAME).is_file():
@@ -93,10 +96,10 @@ class Remote:
     def refuse(self, artifact: Artifact) -> None:
         """What can be known before a long download."""
         there = hub.patiently(f"pull {self.repo}/{artifact.file}", lambda: self._described(artifact.file))
-        other = len(there.etag or "") == 64 and there.etag != artifact.sha256  # a small file has git's SHA-1
+        other = len(there.etag) == 64 and there.etag != artifact.sha256  # a small file has git's SHA-1
         if there.size != artifact.bytes or other:
             raise UserError(
-                f"{self.repo}/{artifact.file} on the Hub has {there.size} bytes and the hash {hub.shown(str(there.etag))}, "
+                f"{self.repo}/{artifact.file} on the Hub has {there.size} bytes and the hash {hub.shown(there.etag)}, "
                 f"its manifest says {artifact.bytes} bytes and {artifact.sha256}",
                 "the file was replaced after it was published: ask who published it, or publish it again with `make publish`",
             )
@@ -113,17 +116,44 @@ class Remote:
         )
         with get_session().stream("GET", place, headers=ask) as answer:
             if answer.status_code == 403 and not hub.same_host(place):
-                raise hub.Expired("its address has expired")
+                raise hub.Passing("its address has expired")
             hf_raise_for_status(answer)
-            told = answer.headers.get("content-range", "")
-            yield (start if told.startswith(f"bytes {start}-") else 0), answer.iter_raw()
+            if answer.status_code == 206 and not answer.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                raise hub.Passing("it sends another part than was asked for")
+            yield (start if answer.status_code == 206 else 0), answer.iter_raw()
 
-    def _described(self, name: str):
-        """Size, etag (of a large file: its sha256) and address, asked anew each time: signed addresses grow old."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    def _described(self, name: str) -> "Described":
+        """Asked anew each time: signed addresses grow old. (The client's own get_hf_file_metadata follows redirects with
+        the token to any port of the host, and to huggingface.co whatever HF_ENDPOINT is.)"""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import hf_raise_for_status
 
         url = hf_hub_url(self.repo, name, revision=self.commit)
-        found = get_hf_file_metadata(url, token=hub.token(), timeout=hub.silence())
-        if url.startswith("https:") and not found.location.startswith("https:"):
+        for _ in range(REDIRECTS):
+            ask = hub.headers() | {"Accept-Encoding": "identity"}
+            answer = get_session().request("HEAD", url, headers=ask, follow_redirects=False)
+            hf_raise_for_status(answer)
+            place = urljoin(url, answer.headers.get("location", url))
+            if place == url or not hub.same_host(place):
+                break
+            url = place
+        if url.startswith("https:") and not place.startswith("https:"):
             raise UserError(f"{self.repo}/{name} lies behind an address without TLS", "do not use this repo")
-        return found
+        return Described.of(answer.headers, place)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A file on the Hub. etag: sha256 of a large one, git's SHA-1 of a small one."""
+
+    size: int | None
+    etag: str
+    location: str
+
+    @classmethod
+    def of(cls, headers, location: str) -> "Described":
+        size = headers.get("x-linked-size") or headers.get("content-length") or ""
+        etag = headers.get("x-linked-etag") or headers.get("etag") or ""
+        return cls(
+            int(size) if size.isascii() and size.isdecimal() else None, etag.removeprefix("W/").strip('"'), location
+        )

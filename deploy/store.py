@@ -18,53 +18,87 @@ NAMES = "names.json"
 MAIN = "main"
 CURRENT = "current"  # a symbolic link to the version that is used
 RECORD = "pull.json"
+KINDS = {"repo": str, "file": str, "sha256": str, "bytes": int, "manifest_sha256": str, "commit": str | None}
 
 
 def place(models: Path, repo: str) -> Path:
     """The folder of a model: the name of its folder hub, or owner--name."""
     if hub.is_folder(repo):
-        return models / Path(repo.removeprefix("file://")).expanduser().resolve().name
+        return models / hub.folder(repo).resolve().name
     return models / hub.split(repo)[0].replace("/", "--")
 
 
 def current(models: Path, repo: str) -> Path:
-    """The version in use. Raises UserError when none was pulled."""
+    """The version of that name, else the one in use. Raises UserError when it was not pulled."""
     folder = place(models, repo)
-    if not (folder / CURRENT / RECORD).is_file():
+    if not hub.is_folder(repo) and hub.split(repo)[1]:
+        found = known(models, repo)
+    else:
+        found = _in_use(folder)
+    if not found or not (found / RECORD).is_file():
         raise UserError(f"{hub.shown(repo)} was not pulled to {models}", f"run `make pull REPO={hub.shown(repo)}`")
-    return folder / os.readlink(folder / CURRENT)
+    return found
+
+
+def _in_use(folder: Path) -> Path | None:
+    link = folder / CURRENT
+    return folder / os.readlink(link) if link.is_symlink() else None
 
 
 def use(version: Path) -> None:
-    """Make this version the current one."""
-    link = version.parent / f".{CURRENT}.part"
-    files.remove(link)
-    link.symlink_to(version.name)
-    os.replace(link, version.parent / CURRENT)
+    """Make this version the current one. (A copy of the store may have turned the link into a folder.)"""
+    link, part = version.parent / CURRENT, version.parent / f".{CURRENT}.part"
+    if _in_use(version.parent) == version:
+        return
+    try:
+        files.remove(part)
+        part.symlink_to(version.name)
+        if not link.is_symlink():
+            files.remove(link)
+        os.replace(part, link)
+    except OSError as error:
+        raise files.translated(error, link) from error
 
 
 def names(folder: Path) -> dict[str, str]:
-    """{what was asked for (a tag, branch or commit): the version that it was then}"""
-    return files.read_json(folder / NAMES) if (folder / NAMES).is_file() else {}
+    """{what was asked for (a tag, branch or commit): the version that it was then}; {} when the file is damaged."""
+    try:
+        found = files.read_json(folder / NAMES)
+    except UserError:
+        return {}
+    return {name: version for name, version in found.items() if isinstance(version, str)}
 
 
 def remember(version: Path, asked: str) -> None:
     """The version was asked for by this name, and is the one in use."""
-    files.write_json(version.parent / NAMES, names(version.parent) | {asked: version.name})
+    before = names(version.parent)
+    if before.get(asked) != version.name:
+        files.write_json(version.parent / NAMES, before | {asked: version.name})
     use(version)
+
+
+def record(version: Path) -> dict:
+    """Its pull.json. Raises UserError when it is not what `pull` wrote."""
+    found = files.read_json(version / RECORD)
+    fits = all(isinstance(found.get(key), kind) for key, kind in KINDS.items())
+    if not fits or found["file"] != Path(found["file"]).name:
+        raise UserError(f"{version / RECORD} is damaged", f"delete {version} and pull again")
+    return found
 
 
 def versions(folder: Path) -> list[Path]:
     """Those that were pulled to their end, newest first."""
-    found = [record.parent for record in folder.glob(f"*/{RECORD}") if not record.parent.is_symlink()]
+    found = [path.parent for path in folder.glob(f"*/{RECORD}") if path.parent.name != CURRENT]
     return sorted(found, key=lambda version: (version / RECORD).stat().st_mtime, reverse=True)
 
 
 def known(models: Path, repo: str) -> Path | None:
-    """The version that was last pulled under this very name: what can be used without a network."""
-    folder = place(models, repo)
-    found = names(folder).get(hub.split(repo)[1] or MAIN)
-    return folder / found if found and (folder / found / RECORD).is_file() else None
+    """The version that was last pulled under this very name, or is that commit: it can be used without a network."""
+    folder, asked = place(models, repo), (None if hub.is_folder(repo) else hub.split(repo)[1]) or MAIN
+    found = names(folder).get(asked)
+    if found and (folder / found / RECORD).is_file():
+        return folder / found
+    return next((version for version in versions(folder) if _is(version, asked)), None)
 
 
 def pulled(version: Path) -> tuple[manifest.Manifest, Path]:
@@ -72,73 +106,82 @@ def pulled(version: Path) -> tuple[manifest.Manifest, Path]:
 
     Raises UserError when either has changed since.
     """
-    record = files.read_json(version / RECORD)
-    path = version / record["file"]
-    if (
-        not path.is_file()
-        or files.sha256(path) != record["sha256"]
-        or files.sha256(version / manifest.NAME) != record["manifest_sha256"]
-    ):
+    said = record(version)
+    path, beside = version / said["file"], version / manifest.NAME
+    whole = path.is_file() and beside.is_file() and files.sha256(path) == said["sha256"]
+    if not whole or files.sha256(beside) != said["manifest_sha256"]:
         raise UserError(
-            f"{version} is not what was pulled from {record['repo']}: a file is gone or changed",
+            f"{version} is not what was pulled from {said['repo']}: a file is gone or changed",
             f"delete {version / RECORD} and run the same command again",
         )
-    return manifest.read(version / manifest.NAME), path
+    return manifest.read(beside), path
 
 
 def lines(models: Path) -> list[str]:
-    """One line a version, for `make models`."""
+    """One line a version, for `make models`; what an interrupted pull left has one too."""
     return [
-        f"{_mark(version)} {folder.name}  {version.name}  {_facts(version)}"
+        f"{'*' if _in_use(folder) == version else ' '} {folder.name}  {version.name}  {_facts(version)}"
         for folder in sorted(path for path in models.glob("*") if path.is_dir())
-        for version in versions(folder)
+        for version in sorted(path for path in folder.glob("*/") if path.name != CURRENT)
     ]
 
 
-def _mark(version: Path) -> str:
-    link = version.parent / CURRENT
-    return "*" if link.is_symlink() and os.readlink(link) == version.name else " "
-
-
 def _facts(version: Path) -> str:
-    record = files.read_json(version / RECORD)
+    if not (version / RECORD).is_file():
+        there = sum(path.stat().st_size for path in version.glob(".*.part"))
+        return f"unfinished, {there / 1e9:.2f} GB are there: pull it again, or remove it"
+    try:
+        said = record(version)
+    except UserError:
+        return "damaged: pull it again, or remove it"
     asked = ", ".join(name for name, at in names(version.parent).items() if at == version.name)
     day = time.strftime("%Y-%m-%d", time.localtime((version / RECORD).stat().st_mtime))
-    return f"{record['file']}  {record['bytes'] / 1e9:.2f} GB  {asked}  {day}  from {record['repo']}"
+    return f"{said['file']}  {said['bytes'] / 1e9:.2f} GB  {asked}  {day}  from {said['repo']}"
 
 
 def remove(models: Path, repo: str) -> list[Path]:
-    """Delete a version (REPO@tag, REPO@commit, REPO@version) or, without one, the whole model; returns what went.
+    """Delete a version (REPO@tag, REPO@commit, REPO@version) or, without one, all of the model; returns what went.
 
     Raises UserError when there is none of that name.
     """
     folder = place(models, repo)
     wanted = hub.split(repo)[1] if not hub.is_folder(repo) else None
-    going = [version for version in versions(folder) if wanted is None or _is(version, wanted)]
+    there = [path for path in folder.glob("*/") if path.name != CURRENT]
+    going = [version for version in there if wanted is None or _is(version, wanted)]
     if not going:
         raise UserError(f"{hub.shown(repo)} is not in {models}", "`make models` lists what is")
     with locked(folder):
-        for version in going:
-            _forget(version)
-        if not versions(folder):
-            files.remove(folder / NAMES)
+        try:
+            for version in going:
+                _forget(version)
+        except OSError as error:
+            raise files.translated(error, folder) from error
     return going
 
 
 def _is(version: Path, name: str) -> bool:
-    commit = files.read_json(version / RECORD)["commit"] or ""
+    try:
+        commit = record(version)["commit"] or ""
+    except UserError:
+        commit = ""
     return names(version.parent).get(name) == version.name or (
         len(name) >= 7 and (version.name.startswith(name) or commit.startswith(name))
     )
 
 
 def _forget(version: Path) -> None:
-    if _mark(version) == "*":
-        files.remove(version.parent / CURRENT)
-    rest = {name: at for name, at in names(version.parent).items() if at != version.name}
-    files.write_json(version.parent / NAMES, rest)
+    """Away with it; the newest of the others is in use then."""
+    folder = version.parent
+    if _in_use(folder) == version:
+        files.remove(folder / CURRENT)
     files.remove(version / RECORD)  # first: without it the rest is no version
     files.remove(version)
+    rest = {name: at for name, at in names(folder).items() if at != version.name}
+    if others := versions(folder):
+        files.write_json(folder / NAMES, rest)
+        use(_in_use(folder) or others[0])
+    else:
+        files.remove(folder / NAMES)
 
 
 @contextlib.contextmanager
@@ -162,13 +205,25 @@ def _lock(folder: Path) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process, which was the last one in there, removed it just now
+            continue
         except OSError as error:
             raise files.translated(error, folder) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            hub.say(f"another pull works in {folder}: waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if folder.is_dir() and os.fstat(handle).st_ino == folder.stat().st_ino:
-            return handle
+            _wait(handle, folder)
+            if os.fstat(handle).st_ino == os.stat(folder).st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(handle)
+            raise files.translated(error, folder) from error
         os.close(handle)  # it was removed while we waited
+
+
+def _wait(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        hub.say(f"another pull works in {folder}: waiting for it")
+        fcntl.flock(handle, fcntl.LOCK_EX)

@@ -233,7 +233,7 @@ class Publish(Section):
     run's name, {user} the Hub account's."""
     private: bool = True
     """A repo that is made now; one that is there already is never changed, and a public one is refused."""
-    tag: str | None = None
+    tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,127}$")] | None = None
     """Name of this version on the Hub; none: the next of v1, v2, ..."""
     merged: bool = False
     """The merged 16-bit weights too, for Transformers or vLLM."""
@@ -247,7 +247,11 @@ class Generation(Section):
     num_ctx: Annotated[int, Field(ge=64)] | None = None
     """Tokens; none: max_seq_length."""
     max_tokens: Annotated[int, Field(ge=1)] = 128
-    smoke_prompts: tuple[str, ...] = ("What can you do?", "Say hello in one sentence.", "Name three colours.")
+    smoke_prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "What can you do?",
+        "Say hello in one sentence.",
+        "Name three colours.",
+    )
     """Synthetic user messages whose answers are recorded here and must come back on the Mac."""
 
 

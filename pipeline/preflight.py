@@ -1,7 +1,6 @@
 """preflight: what would be noticed only after hours of paid GPU time, asked before the first of them."""
 
 import shutil
-from pathlib import Path
 
 from contract import files, hub
 from contract.errors import UserError
@@ -14,6 +13,7 @@ from pipeline.publish.stage import hub_folder, named
 from pipeline.record import Run
 
 LARGEST = 50e9  # bytes of one file that the Hub takes: https://huggingface.co/docs/hub/storage-limits
+WRITE = {"repo.write", "repo.content.write"}  # permissions of a fine-grained token
 FREE_PRIVATE = 100e9  # of a free account, from the same page
 
 
@@ -26,7 +26,7 @@ def stage(config: Config, run: Run) -> list[str]:
         return []
     said = [destination(config, run)]
     if not run.done("export"):
-        said += [*base(config), *dataset(config)]
+        said += [*base(config, run), *dataset(config)]
     return said
 
 
@@ -45,24 +45,35 @@ def destination(config: Config, run: Run) -> str:
     head = found(f"publish.repo {name}", lambda: api.repo_info(name, files_metadata=True))
     if head:
         sender.refuse_strange(head, name, config.publish.private)
+        refuse_tag(api, name, config.publish.tag)
     return f"goes to {name} on the Hub ({'there already' if head else 'new'}, {'private' if config.publish.private else 'public'}), as {user['name']}"
 
 
-def lacks(user: dict, repo: str) -> str | None:
-    """Why this user's token may not write to `repo`; None when it may, as far as the Hub says."""
-    owner, token = repo.split("/")[0], (user.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "fineGrained":
-        scopes = token.get("fineGrained", {}).get("scoped", [])
-        may = {scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]}
-        return (
-            None
-            if may & {owner, repo}
-            else f"the token may not write there (fine-grained; it may write to {', '.join(sorted(filter(None, may))) or 'nothing'})"
+def refuse_tag(api, repo: str, tag: str | None) -> None:
+    """A wanted tag is free. (Another one is found when it is needed.)"""
+    if tag and tag in {there.name for there in hub.patiently(repo, lambda: api.list_repo_refs(repo)).tags}:
+        raise UserError(
+            f"{repo} has a tag {tag} already, of another version", "choose another publish.tag, or none for the next"
         )
+
+
+def lacks(user: dict, repo: str) -> str | None:
+    """Why this user's token may not write to `repo`; None when it may, or when what the Hub says is not understood."""
+    owner, token = repo.split("/")[0].lower(), (user.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "fineGrained":
+        scopes = (token.get("fineGrained") or {}).get("scoped") or []
+        may = {
+            (scope.get("entity") or {}).get("name", "")
+            for scope in scopes
+            if WRITE & {*(scope.get("permissions") or [])}
+        }
+        if {name.lower() for name in may} & {owner, repo.lower()}:
+            return None
+        return f"the token may not write there (fine-grained; it may write to {', '.join(sorted(may)) or 'nothing'})"
     if token.get("role") == "read":
         return "the token may only read"
-    orgs = {org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"}
-    return None if owner in {user["name"], *orgs} else f"{user['name']} may not write to {owner}'s repos"
+    orgs = {org.get("name", "").lower() for org in user.get("orgs") or [] if org.get("roleInOrg") != "read"}
+    return None if owner in {user["name"].lower(), *orgs} else f"{user['name']} may not write to {owner}'s repos"
 
 
 def found(what: str, ask):
@@ -78,7 +89,7 @@ def found(what: str, ask):
     return hub.patiently(what, asked, seconds=hub.QUICK)
 
 
-def base(config: Config) -> list[str]:
+def base(config: Config, run: Run) -> list[str]:
     """The base model can be fetched, its licence lets us publish, and the disk holds it."""
     model = config.base.model
     if not bases.hub_id(model):
@@ -92,7 +103,7 @@ def base(config: Config) -> list[str]:
     except hub.Unreachable as error:
         return [f"{error.message}: what is in the local cache decides"]
     card = info.card_data.to_dict() if info.card_data else {}
-    return [*licence(config, card), *disk(config, info)]
+    return [*licence(config, card), *disk(config, run, info)]
 
 
 def licence(config: Config, card: dict) -> list[str]:
@@ -106,12 +117,12 @@ def licence(config: Config, card: dict) -> list[str]:
     )
 
 
-def disk(config: Config, info) -> list[str]:
+def disk(config: Config, run: Run, info) -> list[str]:
     """Room for the base, the merged weights, the 16-bit GGUF and the quantizations; and for the upload on the Hub."""
     sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
     quants = sum(llamacpp.BITS[kind] / 16 for kind in config.export.quantizations) * sixteen
     need = 3 * sixteen + quants * (2 if config.export.imatrix else 1)
-    free = shutil.disk_usage(files.nearest(Path("runs"))).free
+    free = shutil.disk_usage(files.nearest(run.folder)).free
     if free < need:
         raise UserError(
             f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end (base, merged weights and 16-bit GGUF "

@@ -128,6 +128,11 @@ HOSTILE = {
     "cut off": (lambda f: (os.truncate(f / GGUF, 4096 * 100), fit(f)), GGUF),
     "another template inside": (lambda f: (repos.write_gguf(f / GGUF, 4096, 1, "other"), fit(f)), "another chat template"),
     "another prompt": (lambda f: rewrite(f, lambda m: m["golden"][0].update(prompt="x")), "does not give the manifest's prompt"),
+    "a golden prompt of no message": (lambda f: rewrite(f, lambda m: m["golden"][0].update(messages=[], prompt="x")), "golden"),
+    "a golden message of no content": (lambda f: rewrite(f, lambda m: m["golden"][0].update(messages=[{"role": "user"}], prompt="x")), "a role and a content"),
+    "answers without log-probabilities": (lambda f: rewrite(f, lambda m: m.update(smoke=[{"message": "", "ids": [1], "answer": "", "answer_ids": [1, 2], "log_probs": [0.5]}])), "different lengths"),
+    "tokens below nought": (lambda f: rewrite(f, lambda m: m["golden"][0].update(ids=[-1])), "golden"),
+    "a GGUF in a folder": (artifact(file="a/x.gguf"), "lies in no folder"),
     "a template that never ends": (template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"), "took more than"),
     "a template that wants all memory": (template("{{ 'a' * 100000000000 }}"), "template"),
     "a template that breaks out": (template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "template"),
@@ -177,7 +182,7 @@ def test_a_file_changed_under_the_same_name(online, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "repo", ["../x", "https://evil.example/you/model", "you/../model", "you/model@", "you/model@../x", "you/mo del", "-x/y", "", "a/b/c", "hf_token@evil/x"]
+    "repo", ["../x", "https://evil.example/you/model", "you/../model", "you/model@", "you/model@../x", "you/mo del", "-x/y", "", "a/b/c", "hf_token@evil/x", "~nobody/x", "a" * 300]
 )  # fmt: skip
 def test_a_repo_that_is_none(tmp_path, repo):
     done = ferry("deploy", "pull", "--models", tmp_path / "models", "--", repo)

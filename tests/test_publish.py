@@ -303,3 +303,52 @@ def test_no_message_holds_a_token_or_a_signed_address():
     os.environ["HF_TOKEN"] = "hf_verysecret"
     text = hub.hidden("PUT https://s3.example/x?Signature=abc with hf_verysecret and hf_another1\x1b[31m")
     assert text == "PUT https://s3.example/x?... with hf_*** and hf_***?[31m"
+
+
+def test_an_upload_may_take_longer_than_a_standstill(online, tmp_path, monkeypatch):
+    """It moves all the time: the courier hears it, bars turned off or not."""
+    monkeypatch.setenv("FERRY_SILENCE_SECONDS", "0.7")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    folder = repos.make(tmp_path / "large", 20 << 20)
+    online.faults.append(Fault("PUT ", rate=3e6, times=-1))
+    started = time.monotonic()
+    assert courier.send(job(folder))["tag"] == "v1"
+    assert time.monotonic() - started > 5 > courier.patience(), "too fast to show anything"
+    assert online.sent["uploads"] < 22 << 20
+
+
+def test_a_large_file_that_is_no_lfs_file_is_compared_too(online, tmp_path):
+    folder = repos.make(tmp_path / "repo", 1 << 20)
+    (folder / "adapter" / "tokenizer.json").write_bytes(b"x" * 9_000_000)
+    made = repos.described(folder)
+    extra = folder / "adapter" / "tokenizer.json"
+    made["files"].append({"file": "adapter/tokenizer.json", "sha256": files.sha256(extra), "bytes": 9_000_000})
+    files.write_json(folder / manifest.NAME, made)
+    online.lfs_from = 10 << 20
+    assert courier.send(job(folder))["tag"] == "v1"
+    assert "sha256" not in online.files(REPO)["adapter/tokenizer.json"]
+
+
+@pytest.mark.parametrize(("content", "expected"), [({}, "another program's manifest.json"), ({"schema_version": 99}, "update Ferry"), ({"schema_version": 1}, None)])  # fmt: skip
+def test_a_manifest_that_cannot_be_read_is_no_end(online, tiny, tmp_path, content, expected):
+    (tmp_path / "old").mkdir()
+    files.write_json(tmp_path / "old" / manifest.NAME, content)
+    online.add(REPO, tmp_path / "old", private=True)
+    if expected is None:
+        assert courier.send(job(tiny))["tag"] == "v1"
+    else:
+        with pytest.raises(UserError, match=expected):
+            courier.send(job(tiny))
+
+
+def test_what_a_library_prints_is_not_taken_for_a_word(online, tiny, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os; os.write(1, b'warning: hello\\n')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert courier.send(job(tiny))["tag"] == "v1"
+
+
+def test_a_file_that_is_gone_is_one_clear_error(online, tmp_path):
+    folder = repos.make(tmp_path / "repo", 1 << 20)
+    (folder / "LICENSE").unlink()
+    with pytest.raises(UserError, match="LICENSE"):
+        courier.send(job(folder))

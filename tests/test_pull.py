@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -234,3 +236,110 @@ def test_the_token_is_sent_to_the_hub_only(server, tiny, tmp_path):
     pull.stage("you/tiny", tmp_path / "m")
     assert any("resolve" in asked for asked in server.asked) and not server.leaks
     assert os.environ["HF_TOKEN"] == "hf_writer"
+
+
+def test_the_token_follows_no_redirect_to_another_port(server, tiny, tmp_path):
+    from tests.hub import serving
+
+    with serving(tmp_path / "elsewhere") as other:
+        moved = {"Location": f"{other.url}/you/tiny/resolve/main/{NAME}"}
+        server.faults.append(Fault("HEAD .*gguf", status=307, headers=moved))
+        done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m")
+        assert done.returncode == 2 and not any(asked.startswith("HEAD") for asked in other.asked), done.stderr
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{}",
+        "[]",
+        "{",
+        '{"file": "../../x", "repo": "", "sha256": "", "bytes": 1, "manifest_sha256": "", "commit": null}',
+    ],
+)
+def test_a_damaged_record_is_said_and_pulled_again(server, tiny, tmp_path, record):
+    models = tmp_path / "m"
+    version = Path(pull.stage("you/tiny", models)["folder"])
+    (version / "pull.json").write_text(record)
+    (version.parent / "names.json").write_text('{"main": 5}')
+    assert "damaged" in ferry("deploy", "list", "--models", models).stdout
+    for command in ("smoke", "summary"):
+        done = ferry("deploy", command, "you/tiny", "--models", models)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert ferry("deploy", "pull", "you/tiny", "--models", models).returncode == 0
+    right(models, tiny)
+    (version / "pull.json").write_text(record)
+    assert ferry("deploy", "remove", "you/tiny", "--models", models).returncode == 0 and not version.exists()
+
+
+def test_an_unfinished_download_is_listed_and_can_be_removed(server, tiny, tmp_path):
+    version = tmp_path / "m" / "you--tiny" / "0123456789ab"
+    version.mkdir(parents=True)
+    (version / f".{NAME}.part").write_bytes(b"x" * 1000)
+    assert "unfinished" in ferry("deploy", "list", "--models", tmp_path / "m").stdout
+    assert ferry("deploy", "remove", "you/tiny", "--models", tmp_path / "m").returncode == 0
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_copied_store_whose_link_became_a_folder(server, tiny, tmp_path):
+    pull.stage("you/tiny", tmp_path / "m")
+    shutil.copytree(tmp_path / "m", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "you--tiny" / "current").is_symlink()
+    assert len(store.lines(tmp_path / "copy")) == 1
+    pull.stage("you/tiny", tmp_path / "copy")
+    assert (tmp_path / "copy" / "you--tiny" / "current").is_symlink()
+
+
+def test_offline_gives_the_quantization_asked_for_or_none(server, tiny, tmp_path, monkeypatch):
+    pull.stage("you/tiny", tmp_path / "m")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = ferry("deploy", "pull", "you/tiny", "--quantization", "q8_0", "--models", tmp_path / "m")
+    assert done.returncode == 2 and "no q8_0 GGUF" in done.stderr
+    assert ferry("deploy", "pull", "you/tiny", "--quantization", "Q4_K_M", "--models", tmp_path / "m").returncode == 0
+
+
+def test_a_named_version_is_not_the_one_in_use(server, tiny, tmp_path):
+    models = tmp_path / "m"
+    hub.patiently("tag", lambda: hub.api().create_tag("you/tiny", tag="v1"))
+    first = pull.stage("you/tiny@v1", models)["folder"]
+    server.add("models/you/tiny", repos.make(tmp_path / "second", SIZE, seed=2), private=True)
+    second = pull.stage("you/tiny", models)["folder"]
+    assert (str(store.current(models, "you/tiny@v1")), str(store.current(models, "you/tiny"))) == (first, second)
+    with pytest.raises(UserError, match="was not pulled"):
+        store.current(models, "you/tiny@v9")
+    store.remove(models, f"you/tiny@{Path(second).name}")
+    assert str(store.current(models, "you/tiny")) == first, "the newest of the others is in use then"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"HF_ENDPOINT": "http://[bad"}, "is no address of a Hub"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:port"}, "is no address of a Hub"),
+        ({"HF_TOKEN": "hf_ü"}, "holds characters that no token has"),
+        ({"FERRY_HUB_SECONDS": "soon"}, "is no number of seconds"),
+    ],
+)
+def test_settings_that_are_none(online, tmp_path, settings, expected):
+    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m", **settings)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_what_answers_is_no_hub(online, tmp_path):
+    """As in a hotel, whose page stands for every other one."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Welcome</html>")
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{page.server_port}"
+        done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m", HF_ENDPOINT=address)
+        page.shutdown()
+    assert done.returncode == 2 and "is no Hub" in done.stderr and "Traceback" not in done.stderr, done.stderr

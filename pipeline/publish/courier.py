@@ -11,11 +11,13 @@ import queue
 import subprocess
 import sys
 import threading
+from itertools import chain
 
 from contract import hub
 from contract.errors import UserError
 
 TRIES = 3
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
 def patience() -> float:
@@ -25,22 +27,24 @@ def patience() -> float:
 
 def send(job: dict) -> dict:
     """The sender's result for `job` (pipeline/publish/sender.py). Raises UserError when it cannot be done."""
-    plain = os.environ.get("HF_HUB_DISABLE_XET")
+    # Bars are its signs of life: they must not be turned off.
+    settings = {name: value for name, value in os.environ.items() if name not in BARS}
     for attempt in range(TRIES):
-        found = _sent(job, {"HF_HUB_DISABLE_XET": plain or "1"} if plain or attempt else {})
+        found = _sent(job, settings | ({"HF_HUB_DISABLE_XET": "1"} if attempt else {}))
         if "result" in found:
             return found["result"]
         if "error" in found:
             raise UserError(*found["error"])
-        hub.say(f"publish to {job['repo']}: {found['lost']}; again in a fresh process, over plain LFS")
-    raise UserError(f"publish to {job['repo']}: {TRIES} tries ended without an answer", hub.HINTS[None])
+        if attempt < TRIES - 1:
+            hub.say(f"publish to {job['repo']}: {found['lost']}; again in a fresh process, over plain LFS")
+    raise UserError(f"publish to {job['repo']}: {found['lost']}, {TRIES} times", hub.HINTS[None])
 
 
 def _sent(job: dict, settings: dict[str, str]) -> dict:
     """What one sender says last: {result}, {error} or {lost: why}."""
     command = [sys.executable, "-m", "pipeline.publish.sender"]
     sender = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings, start_new_session=True
     )
     try:
         sender.stdin.write(json.dumps(job))
@@ -54,14 +58,25 @@ def _sent(job: dict, settings: dict[str, str]) -> dict:
 def _followed(sender: subprocess.Popen) -> dict:
     """Its last word, or that it stood still or died."""
     lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in [*sender.stdout, ""]], daemon=True).start()
+    threading.Thread(target=lambda: [lines.put(line) for line in chain(sender.stdout, [""])], daemon=True).start()
+    heard = ""
     while True:
         try:
             line = lines.get(timeout=patience())
         except queue.Empty:
-            return {"lost": f"no progress for {patience():.0f} s"}
+            return {"lost": f"no progress for {patience():.0f} s{heard}"}
         if not line:
             return {"lost": f"the sending process ended by itself (exit code {sender.wait()})"}
-        said = json.loads(line)
+        said = _word(line)
         if "beat" not in said:
             return said
+        heard = f" (the client: {said['client']})" if said.get("client") else ""
+
+
+def _word(line: str) -> dict:
+    """What a library writes to stdout is no word of ours, but a sign of life."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        said = None
+    return said if isinstance(said, dict) else {"beat": 0}

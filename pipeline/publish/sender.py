@@ -5,6 +5,7 @@ something moved, and last {"result": ...} or {"error": [message, hint]}.
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -19,30 +20,50 @@ OURS = re.compile(r"\.gitattributes|README\.md")  # what a new repo may hold bes
 
 
 def main() -> None:
-    out = sys.stdout
-    sys.stdout = sys.stderr  # nothing but our lines goes to the courier
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing but our lines goes to the courier, whatever a library prints
     job = json.load(sys.stdin)
-    threading.Thread(target=beat, args=(out,), daemon=True).start()
+    threading.Thread(target=beat, args=(out, os.getppid()), daemon=True).start()
     try:
         word = {"result": send(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
     except UserError as error:
         word = {"error": [error.message, error.hint]}
+    except Exception as error:  # noqa: BLE001 of hf_xet, say: a fresh process may do without
+        word = {"lost": hub.hidden(f"{type(error).__name__}: {error}")}
     print(json.dumps(word), file=out, flush=True)
+    os._exit(0)  # no thread of a library may hold it
 
 
-def beat(out) -> None:
-    """Tell the courier whenever a progress bar has moved or a call was made; end with it: no orphan goes on sending."""
+class Heard(logging.Handler):
+    """The client's last warning: why it waits."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = hub.hidden(record.getMessage())
+
+
+heard = Heard(logging.WARNING)
+
+
+def beat(out, courier: int) -> None:
+    """Tell the courier whenever a progress bar has moved or a call was made; end with it: no orphan goes on sending.
+
+    courier: its process id.
+    """
     from tqdm import tqdm
 
     last = None
-    while True:
+    while os.getppid() == courier:
         now = [hub.attempts, *((id(bar), bar.n) for bar in list(tqdm._instances))]
         if now != last:
-            print(json.dumps({"beat": len(now)}), file=out, flush=True)
+            try:
+                print(json.dumps({"beat": len(now), "client": heard.text}), file=out, flush=True)
+            except OSError:
+                break
         last = now
         time.sleep(1)
-        if os.getppid() == 1:
-            os._exit(1)
+    os._exit(1)
 
 
 def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
@@ -52,6 +73,7 @@ def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
     what was sent.
     """
     api, what = hub.api(), f"publish to {repo}"
+    listen()
     made = manifest.read(folder / manifest.NAME)
     hub.patiently(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
     # A lost answer looks like a failure: each try looks at the repo again, and what was done is not done twice.
@@ -59,6 +81,13 @@ def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
     hub.patiently(what, lambda: compare(api, folder, repo, commit, made))
     name = hub.patiently(what, lambda: tagged(api, repo, commit, tag), again=(409,))
     return {"repo": repo, "commit": commit, "tag": name}
+
+
+def listen() -> None:
+    """The client's warnings go to the courier instead of the terminal: they quote signed addresses."""
+    logger = logging.getLogger("huggingface_hub")
+    logger.handlers, logger.propagate = [heard], False
+    logger.setLevel(logging.WARNING)
 
 
 def committed(api, folder: Path, repo: str, private: bool, made: manifest.Manifest) -> str:
@@ -107,9 +136,19 @@ def refuse_strange(head, repo: str, private: bool) -> None:
 
 
 def outdated(repo: str, revision: str) -> set[str]:
-    """Files that the manifest on the Hub names: they go when the new one does not name them (tags keep them)."""
+    """Files that the manifest on the Hub names: they go when the new one does not name them (tags keep them).
+
+    Raises UserError when that manifest is another program's, or a newer Ferry's.
+    """
     content = hub.read_small(repo, manifest.NAME, revision, manifest.MAX_BYTES)
-    made = manifest.parse(content, f"{repo}/{manifest.NAME}")
+    try:
+        made = manifest.parse(content, f"{repo}/{manifest.NAME}")
+    except UserError as error:
+        if (version := manifest.schema(content)) is None:
+            raise UserError(f"{repo} holds another program's {manifest.NAME}", "choose another publish.repo") from error
+        if version > manifest.SCHEMA:
+            raise
+        return set()  # of an older Ferry, which this one cannot read: its files stay
     return {item.file for item in (*made.artifacts, *made.files)}
 
 
@@ -123,7 +162,8 @@ def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) 
         elif large:
             found = large.sha256
         else:  # git names small files by SHA-1 only
-            found = files.sha256_bytes(hub.read_small(repo, name, commit, manifest.MAX_BYTES))
+            limit = (folder / name).stat().st_size + 1
+            found = files.sha256_bytes(hub.read_small(repo, name, commit, limit))
         if found != digest:
             raise UserError(f"{repo}/{name} on the Hub is {found}, sent was {digest}", "run the same command again")
 
@@ -131,13 +171,19 @@ def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) 
 def tagged(api, repo: str, commit: str, wanted: str | None) -> str:
     """The tag of the commit: the one it has, the one that is wanted, or the next of v1, v2, ..."""
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
-    if wanted and tags.get(wanted, commit) != commit:
+    numbered = sorted((int(name[1:]), name) for name in tags if re.fullmatch(r"v\d{1,6}", name))
+
+    def is_ours(name: str) -> bool:  # of an annotated tag the refs may name the tag itself
+        return tags[name] == commit or api.repo_info(repo, revision=name).sha == commit
+
+    if wanted and wanted in tags and not is_ours(wanted):
         raise UserError(
             f"{repo} has a tag {wanted} already, of another version", "choose another publish.tag, or none for the next"
         )
-    numbered = {name: int(name[1:]) for name in tags if re.fullmatch(r"v\d{1,6}", name)}
-    mine = [name for name in numbered if tags[name] == commit]
-    name = wanted or (mine[0] if mine else f"v{max(numbered.values(), default=0) + 1}")
+    mine = [name for _, name in numbered if tags[name] == commit] or [
+        name for _, name in numbered[-1:] if is_ours(name)
+    ]
+    name = wanted or (mine[0] if mine else f"v{numbered[-1][0] + 1 if numbered else 1}")
     if name not in tags:
         api.create_tag(repo, tag=name, revision=commit)
     return name

@@ -105,7 +105,7 @@ def described(folder: Path, name: str) -> manifest.File:
 
 def hub_folder(repo: str) -> Path:
     """Raises UserError when the folder holds something that is not a hub repo."""
-    folder = Path(repo.removeprefix("file://")).expanduser()
+    folder = hub.folder(repo)
     if (
         folder.is_dir()
         and any(folder.iterdir())
