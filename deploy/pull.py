@@ -153,8 +153,5 @@ def recorded(repo: str, commit: str | None, version: Path, artifact: Artifact, c
         "stage": "pull", "repo": name, "commit": commit, "file": artifact.file, "quantization": artifact.quantization,
         "sha256": artifact.sha256, "bytes": artifact.bytes, "manifest_sha256": files.sha256_bytes(content),
     }  # fmt: skip
-    path = version / store.RECORD
-    if not path.is_file() or files.read_json(path) != record:
-        files.write_json(path, record)
-    store.remember(version, revision or store.MAIN)
+    store.remember(version, record, revision or store.MAIN)
     return record

@@ -61,16 +61,23 @@ def use(version: Path) -> None:
 
 
 def names(folder: Path) -> dict[str, str]:
-    """{what was asked for (a tag, branch or commit): the version that it was then}; {} when the file is damaged."""
+    """{what was asked for (a tag, branch or commit): the version that it was then}"""
+    return {name: version for name, version in _read(folder / NAMES).items() if isinstance(version, str)}
+
+
+def _read(path: Path) -> dict:
+    """{} when the file is missing or damaged."""
     try:
-        found = files.read_json(folder / NAMES)
+        return files.read_json(path)
     except UserError:
         return {}
-    return {name: version for name, version in found.items() if isinstance(version, str)}
 
 
-def remember(version: Path, asked: str) -> None:
-    """The version was asked for by this name, and is the one in use."""
+def remember(version: Path, pulled: dict, asked: str) -> None:
+    """Its pull.json; the name that the version was asked for by; and that it is the one in use. What is said already is
+    not written again: a store that cannot be written can be used."""
+    if _read(version / RECORD) != pulled:
+        files.write_json(version / RECORD, pulled)
     before = names(version.parent)
     if before.get(asked) != version.name:
         files.write_json(version.parent / NAMES, before | {asked: version.name})

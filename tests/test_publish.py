@@ -307,14 +307,14 @@ def test_no_message_holds_a_token_or_a_signed_address():
 
 def test_an_upload_may_take_longer_than_a_standstill(online, tmp_path, monkeypatch):
     """It moves all the time: the courier hears it, bars turned off or not."""
-    monkeypatch.setenv("FERRY_SILENCE_SECONDS", "0.7")
+    monkeypatch.setenv("FERRY_SILENCE_SECONDS", "1.5")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    folder = repos.make(tmp_path / "large", 20 << 20)
-    online.faults.append(Fault("PUT ", rate=3e6, times=-1))
+    folder = repos.make(tmp_path / "large", 18 << 20)
+    online.faults.append(Fault("PUT ", rate=2e6, times=-1))
     started = time.monotonic()
     assert courier.send(job(folder))["tag"] == "v1"
-    assert time.monotonic() - started > 5 > courier.patience(), "too fast to show anything"
-    assert online.sent["uploads"] < 22 << 20
+    assert time.monotonic() - started > courier.patience(), "too fast to show anything"
+    assert online.sent["uploads"] < 20 << 20
 
 
 def test_a_large_file_that_is_no_lfs_file_is_compared_too(online, tmp_path):
