@@ -299,9 +299,10 @@ def test_a_failed_publish_says_how_to_save_it(online, trained):
     assert ferry("deploy", "pull", folder, "--models", trained.parent / "models").returncode == 0
 
 
-def test_no_message_holds_a_token_or_a_signed_address():
-    os.environ["HF_TOKEN"] = "hf_verysecret"
-    text = hub.hidden("PUT https://s3.example/x?Signature=abc with hf_verysecret and hf_another1\x1b[31m")
+@pytest.mark.parametrize("token", ["hf_verysecret", "not-of-the-usual-form"])
+def test_no_message_holds_a_token_or_a_signed_address(monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    text = hub.hidden(f"PUT https://s3.example/x?Signature=abc with {token} and hf_another1\x1b[31m")
     assert text == "PUT https://s3.example/x?... with hf_*** and hf_***?[31m"
 
 
