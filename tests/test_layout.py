@@ -202,3 +202,18 @@ def test_the_data_numbers_in_the_readme_come_from_a_benchmark():
         (row for row in results["rows"] if row["case"].startswith("all steps,")), key=lambda row: row["rows_kept"]
     )
     assert f"{largest['case'].split()[2]} rows need {largest['peak_memory_gb']} GB" in readme
+
+
+def test_the_hub_costs_little_more_than_the_bare_client():
+    results = json.loads((ROOT / "benchmarks" / "results" / "hub.json").read_text())
+    rows = {(row["system"], row["case"]): row for row in results["rows"]}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for ours, bare, limits in (
+        ("publish, and put's sha256", "upload_folder", (1.15, 1.3)),
+        ("pull", "hf_hub_download", (1.15, 1.3)),
+    ):
+        mine, theirs = rows["ferry", f"2 GB: {ours}"], rows["huggingface_hub", f"2 GB: {bare}"]
+        ratios = [mine[metric] / theirs[metric] for metric in ("wall_s", "cpu_s")]
+        assert all(ratio <= limit for ratio, limit in zip(ratios, limits, strict=True))
+        assert f"{ratios[0]:.2f}" in readme and f"{ratios[1]:.2f} times" in readme
+        assert mine["peak_memory_gb"] <= rows["ferry", f"0.5 GB: {ours}"]["peak_memory_gb"] + 0.05, "memory is flat"
