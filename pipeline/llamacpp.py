@@ -82,18 +82,12 @@ def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path
 
 
 def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) -> None:
-    """An importance matrix of `model` over rendered text, its special tokens read as such."""
-    command = [
-        home() / "bin" / "llama-imatrix",
-        "-m",
-        model,
-        "-f",
-        text.name,
-        "-o",
-        target,
-        "--parse-special",
-        "--no-ppl",
-    ]
+    """An importance matrix of `model` over rendered text, its special tokens read as such.
+
+    It runs beside the text, whose name stands in the matrix: so a run's folder may lie anywhere.
+    """
+    command = [home() / "bin" / "llama-imatrix", "-m", model.absolute(), "-f", text.name, "-o", target.absolute()]
+    command += ["--parse-special", "--no-ppl"]
     command += ["-c", str(CHUNK), "--chunks", str(tokens // CHUNK), "--output-frequency", "1", "-ngl", "99"]
     _run(command, target, 0, log, text.parent)
 

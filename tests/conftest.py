@@ -39,8 +39,9 @@ class Chain:
     def __init__(self, folder: Path, run: str = "chain", prefix: Sequence[str] = ()):
         self.folder, self.run, self.prefix = folder, folder / "runs" / run, list(prefix)
         self.hub, self.model = folder / "hub" / run, folder / "models" / run / "current"
+        near = os.path.relpath(folder, ROOT)  # as a user's `make` has it: relative to the checkout
         self.settings = [
-            f"RUN={run}", f"RUNS={folder / 'runs'}", f"MODELS={folder / 'models'}", f"REPO={self.hub}",
+            f"RUN={run}", f"RUNS={near}/runs", f"MODELS={near}/models", f"REPO={self.hub}",
             f"SET={SHORT} publish.repo={folder}/hub/{{run}}",
         ]  # fmt: skip
 
