@@ -71,7 +71,7 @@ def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | N
     size = int(source.stat().st_size * BITS[kind] / BITS["f16"])
     # Only its name: llama-quantize writes the path into the file.
     weighed = ["--imatrix", imatrix.name] if imatrix else []
-    command = [home() / "bin" / "llama-quantize", *weighed, source, target, kind.upper()]
+    command = [home() / "bin" / "llama-quantize", *weighed, source.absolute(), target.absolute(), kind.upper()]
     _run(command, target, size, log, imatrix.parent if imatrix else None)
 
 
