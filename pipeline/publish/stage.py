@@ -41,7 +41,7 @@ def stage(config: Config, run: Run) -> dict:
         may_go(config, run, repo)
     folder = hub_folder(repo) if hub.is_folder(repo) else run.workspace("publish", "verify") / run.folder.name
     made = lay_out(config, run, folder, None if hub.is_folder(repo) else repo)
-    sent = {"repo": str(folder)} if hub.is_folder(repo) else send(config.publish, repo, folder)
+    sent = {"repo": repo} if hub.is_folder(repo) else send(config.publish, repo, folder)
     return run.write(
         "publish", ("verify", "export", "evaluate", "finetune", "data"), {}, **sent, folder=str(folder),
         default=made.default().model_dump(mode="json"),
