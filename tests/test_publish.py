@@ -252,7 +252,10 @@ def trained(chain, tmp_path) -> Path:
     run = tmp_path / "runs" / "chain"
     shutil.copytree(chain.run, run, copy_function=os.link, ignore=shutil.ignore_patterns("publish.json", "config.yaml"))
     config = (chain.run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(f"{chain.folder}/hub/{{run}}", "'{user}/{run}-GGUF'"))
+    config = config.replace(f"{chain.folder}/hub/{{run}}", "'{user}/{run}-GGUF'").replace(
+        "merged: false", "merged: true"
+    )
+    (run / "config.yaml").write_text(config)
     return run
 
 
@@ -273,6 +276,7 @@ def test_the_whole_way_over_the_hub(online, trained, tmp_path):
         "adapter/tokenizer.json",
         "adapter/chat_template.jinja",
     } <= {item.file for item in made.files}
+    assert {"merged/config.json", "merged/model.safetensors"} <= set(online.files(repo))
     models = ("you/chain-GGUF@v1", "--models", tmp_path / "models")
     for command in (("pull", *models), ("smoke", *models), ("modelfile", *models), ("summary", *models)):
         done = ferry("deploy", *command)
@@ -286,16 +290,14 @@ def test_the_whole_way_over_the_hub(online, trained, tmp_path):
     assert not said, "the token stands in a file"
 
 
-def test_a_failed_publish_says_how_to_save_it(online, trained):
-    online.faults.append(Fault("POST .*/commit/", status=403))
+@pytest.mark.parametrize("fault", [Fault("POST .*/commit/", status=403), Fault("GET /api/whoami", status=401)])
+def test_a_failed_publish_says_how_to_save_it(online, trained, fault):
+    online.faults.append(Fault(**{**vars(fault), "struck": 0}))
     done = ferry("pipeline", "publish", "--run", trained)
     folder = trained / "publish" / "chain"
     assert done.returncode == 2 and "Traceback" not in done.stderr and "hf_writer" not in done.stderr + done.stdout
-    assert (
-        f"all of it is in {folder}" in done.stderr
-        and f"{folder} ." in done.stderr
-        and "deploy-mac REPO=./chain" in done.stderr
-    )
+    for words in (f"all of it is in {folder}", f"{folder} .", "deploy-mac REPO=./chain"):
+        assert words in done.stderr
     assert ferry("deploy", "pull", folder, "--models", trained.parent / "models").returncode == 0
 
 

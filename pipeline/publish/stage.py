@@ -11,7 +11,7 @@ from pathlib import Path
 from contract import files, gguf, hub, manifest
 from contract.errors import UserError
 from pipeline import licences, llamacpp
-from pipeline.config import Config, Publish
+from pipeline.config import Config
 from pipeline.publish import card, courier
 from pipeline.record import STAGES, Run
 
@@ -36,16 +36,35 @@ def stage(config: Config, run: Run) -> dict:
 
     Raises UserError when it does not arrive; everything stays in the folder.
     """
-    repo = named(config.publish.repo, run)
-    if not hub.is_folder(repo):
-        may_go(config, run, repo)
-    folder = hub_folder(repo) if hub.is_folder(repo) else run.workspace("publish", "verify") / run.folder.name
-    made = lay_out(config, run, folder, None if hub.is_folder(repo) else repo)
-    sent = {"repo": repo} if hub.is_folder(repo) else send(config.publish, repo, folder)
+    repo = config.publish.repo.replace("{run}", run.folder.name)
+    if hub.is_folder(repo):
+        folder, sent = hub_folder(repo), {"repo": repo}
+        made = finish(config, run, folder, lay_out(config, run, folder), None)
+    else:
+        made, sent = to_hub(config, run, repo)
     return run.write(
-        "publish", ("verify", "export", "evaluate", "finetune", "data"), {}, **sent, folder=str(folder),
+        "publish", ("verify", "export", "evaluate", "finetune", "data"), {}, **sent,
         default=made.default().model_dump(mode="json"),
     )  # fmt: skip
+
+
+def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict]:
+    """The manifest, and {repo, commit, tag} of what is on the Hub now."""
+    folder = run.workspace("publish", "verify") / run.folder.name
+    made = lay_out(config, run, folder)
+    finish(config, run, folder, made, None)  # whole, whatever the Hub says
+    try:
+        repo, _ = hub.split(named(repo, run))
+        may_go(config, run, repo)
+        whole = finish(config, run, folder, made, repo)
+        wish = {"private": config.publish.private, "tag": config.publish.tag}
+        return whole, courier.send({"folder": str(folder), "repo": repo} | wish)
+    except UserError as error:
+        raise UserError(
+            f"{error.message}\n  nothing is lost: all of it is in {folder}. Before this machine is given back:\n"
+            f"  scp -r {socket.gethostname()}:{folder.absolute()} .   and then, on your Mac: make deploy-mac REPO=./{folder.name}",
+            error.hint,
+        ) from error
 
 
 def named(repo: str, run: Run) -> str:
@@ -67,22 +86,8 @@ def may_go(config: Config, run: Run, repo: str) -> None:
         hub.say(f"note: {note}")
 
 
-def send(wish: Publish, repo: str, folder: Path) -> dict:
-    """{repo, commit, tag} of what is on the Hub now."""
-    try:
-        return courier.send(
-            {"folder": str(folder), "repo": hub.split(repo)[0], "private": wish.private, "tag": wish.tag}
-        )
-    except UserError as error:
-        raise UserError(
-            f"{error.message}\n  nothing is lost: all of it is in {folder}. Before this machine is given back:\n"
-            f"  scp -r {socket.gethostname()}:{folder.absolute()} .   and then, on your Mac: make deploy-mac REPO=./{folder.name}",
-            error.hint,
-        ) from error
-
-
-def lay_out(config: Config, run: Run, folder: Path, repo: str | None) -> manifest.Manifest:
-    """The repo as a folder: GGUF first, manifest.json last. repo: its id on the Hub, None for a folder hub."""
+def lay_out(config: Config, run: Run, folder: Path) -> manifest.Manifest:
+    """Everything but card and manifest, into the folder."""
     files.remove(folder / manifest.NAME)  # an old manifest must not describe new files
     artifacts = [put_gguf(run, stage, name, folder) for stage, name in published(run)]
     artifacts.append(put_adapter(run, folder))
@@ -90,13 +95,17 @@ def lay_out(config: Config, run: Run, folder: Path, repo: str | None) -> manifes
     if config.publish.merged:
         weights, more = put_merged(run, folder)
         artifacts, beside = artifacts + weights, beside + more
-    made = build(config, run, artifacts, [described(folder, name) for name in beside])
+    return build(config, run, artifacts, [described(folder, name) for name in beside])
+
+
+def finish(config: Config, run: Run, folder: Path, made: manifest.Manifest, repo: str | None) -> manifest.Manifest:
+    """The card, and manifest.json last. repo: its id on the Hub, for the card's commands; None for a folder hub."""
     ladder = run.output("verify", "ladder").read_text(encoding="utf-8").rstrip()
     with files.writing(folder / CARD) as part:
         part.write_text(card.text(made, ladder, repo, config.publish.private), encoding="utf-8")
-    made = made.model_copy(update={"files": (*made.files, described(folder, CARD))})
-    files.write_json(folder / manifest.NAME, made.model_dump(mode="json"))
-    return made
+    whole = made.model_copy(update={"files": (*made.files, described(folder, CARD))})
+    files.write_json(folder / manifest.NAME, whole.model_dump(mode="json"))
+    return whole
 
 
 def described(folder: Path, name: str) -> manifest.File:
