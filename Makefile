@@ -105,4 +105,5 @@ help:
 	@echo
 	@echo "Settings: CONFIG=$(CONFIG) RUN=$(RUN) REPO=$(REPO)"
 	@echo '          SET="finetune.max_steps=20 finetune.seed=1" overrides single values of the config'
+	@echo '          QUANT=q8_0 with pull and deploy-mac: another GGUF of the repo than its default'
 	@echo '          LIGHT=1 with data and preview: an environment without torch, for a laptop'
