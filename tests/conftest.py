@@ -122,7 +122,7 @@ def online(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
         settings = {
             "HF_ENDPOINT": running.url, "HF_TOKEN": "hf_writer", "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1", "FERRY_HUB_SECONDS": "6", "FERRY_SILENCE_SECONDS": "2",
+            "HF_HUB_DISABLE_XET": "1", "FERRY_HUB_SECONDS": "6", "FERRY_SILENCE_SECONDS": "3",
         }  # fmt: skip
         for name, value in settings.items():
             monkeypatch.setenv(name, value)

@@ -61,11 +61,11 @@ PASSING = [
     Fault("POST /api/repos/create", lose=True),
     Fault("GET /api/models/you/tiny$", status=502),
     Fault("POST .*/preupload/", status=500),
-    Fault("POST .*/preupload/", stall=3),
+    Fault("POST .*/preupload/", stall=5),
     Fault("POST .*/objects/batch", status=429, headers={"Retry-After": "1"}),
     Fault("PUT ", status=500, skip=1),
     Fault("PUT ", cut=300_000, skip=1),
-    Fault("PUT ", stall=3, skip=1),
+    Fault("PUT ", stall=5, skip=1),
     Fault("POST .*(complete|verify)", status=503),
     Fault("POST .*/commit/", status=500),
     Fault("POST .*/commit/", status=503),
@@ -237,7 +237,7 @@ def test_nothing_private_goes_into_a_public_repo(online, tiny):
 def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online, tiny, monkeypatch, capfd):
     """The real hf_xet asks for its token first, and gets no answer."""
     monkeypatch.delenv("HF_HUB_DISABLE_XET")
-    monkeypatch.setenv("FERRY_SILENCE_SECONDS", "1")
+    monkeypatch.setenv("FERRY_SILENCE_SECONDS", "2")
     fault = Fault("GET .*xet-write-token", stall=60, times=-1)
     online.faults.append(fault)
     assert courier.send(job(tiny))["tag"] == "v1"

@@ -56,12 +56,12 @@ PASSING = [
     Fault("GET .*manifest.json", status=502),
     Fault("GET .*manifest.json", cut=100),
     Fault("HEAD .*gguf", status=500),
-    Fault("HEAD .*gguf", stall=3),
+    Fault("HEAD .*gguf", stall=5),
     Fault("GET (?!.*resolve).*gguf", status=500),
     Fault("GET (?!.*resolve).*gguf", status=403),  # a signed address grew old
     Fault("GET (?!.*resolve).*gguf", cut=2_000_000),
     Fault("GET (?!.*resolve).*gguf", cut=1_000_000, times=4),
-    Fault("GET (?!.*resolve).*gguf", stall=3),
+    Fault("GET (?!.*resolve).*gguf", stall=5),
     Fault("GET (?!.*resolve).*gguf", rate=3e6),
 ]
 
