@@ -9,11 +9,12 @@ import torch
 
 from contract import files, manifest, runtime
 from contract.errors import UserError
-from pipeline import base, finetune, llamacpp, publish
+from pipeline import base, finetune, llamacpp
 from pipeline import rows as training_rows
 from pipeline.config import Config
 from pipeline.export import merge
 from pipeline.export import stage as export
+from pipeline.publish import stage as publish
 from pipeline.record import Run
 from pipeline.score import held_out
 from pipeline.verify import derive, parity
