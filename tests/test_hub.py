@@ -55,7 +55,11 @@ def model(tmp_path) -> Path:
 
 def run(hub: Hub, version: str, code: str, *arguments: object, token: str = "hf_writer", home: str = "home") -> dict:
     """What `code` hands to out(), run by the client of this version."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and not name.endswith("_OFFLINE")
+    }
     environment |= {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(hub.folder.parent / home), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
