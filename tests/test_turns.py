@@ -293,10 +293,10 @@ def written(
     """The Modelfile of a model with these turns."""
     return modelfile.render(
         SimpleNamespace(
-            name=name, base=SimpleNamespace(name=name), default=lambda: SimpleNamespace(sha256="0"), golden=items,
+            name=name, base=SimpleNamespace(name=name), golden=items,
             chat=SimpleNamespace(turns=turns, system=system, stop=(stop,), bos=None, adds_bos=False),
             generation=SimpleNamespace(num_ctx=1024, temperature=0.0, top_p=1.0),
-        ), "m.gguf",
+        ), SimpleNamespace(file="m.gguf", sha256="0"),
     )  # fmt: skip
 
 
