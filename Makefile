@@ -85,7 +85,7 @@ modelfile: smoke ## Ollama's Modelfile, from what was trained
 summary: modelfile ## what was made, the scores, real answers, the next commands
 	@$(DEPLOY) summary $(WHICH)
 models: env ## the versions on this machine
-	@$(DEPLOY) list --models $(MODELS)
+	@$(DEPLOY) list --models '$(MODELS)'
 remove: env ## delete REPO (or one version: REPO=you/model@v1) from this machine
 	@$(DEPLOY) remove $(WHICH)
 

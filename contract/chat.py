@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -44,12 +44,7 @@ def why(error: BaseException) -> str:
     said = str(error)
     if not said or isinstance(error, LookupError | RecursionError | MemoryError):  # "'x'" alone says nothing
         said = f"{type(error).__name__} {said}"
-    return line(said)
-
-
-def line(said: str) -> str:
-    """A stranger's words as one printable line of at most 300 characters: no newline, no escape sequence, no novel."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(said[:2000].split()))[:300]
+    return shown(said, 300)
 
 
 def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:

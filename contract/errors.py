@@ -15,3 +15,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"error: {self.message}\n next: {self.hint}"
+
+
+def shown(text: str, most: int = 400) -> str:
+    """Text of a stranger for a message: one printable line of at most `most` characters, no escape sequences, no novel."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * most].split())[:most])

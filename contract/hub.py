@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -292,11 +292,6 @@ def _brief(error: BaseException) -> str:
     return hidden(f"{meaning}{f' ({said})' if said else ''}")
 
 
-def shown(text: str) -> str:
-    """Text of a stranger for a terminal: no control characters, not endless."""
-    return "".join(c if c.isprintable() else "?" for c in text[:400])
-
-
 def hidden(text: str) -> str:
     """`text` in one printable line without tokens and signed addresses."""
     from huggingface_hub import get_token
@@ -305,4 +300,4 @@ def hidden(text: str) -> str:
         text = text.replace(secret, "hf_***")
     text = re.sub(r"\bhf_\w{4,}", "hf_***", text)
     text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)
-    return shown(" ".join(text.split())[:400])
+    return shown(text)

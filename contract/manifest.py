@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from contract.errors import UserError
+from contract.errors import UserError, shown
 from contract.turns import Turns
 
 SCHEMA = 3
@@ -210,14 +210,15 @@ def parse(content: bytes, where: str) -> Manifest:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON: {str(error)[:100]}", AGAIN) from error
-    version = schema(content)
+    version = _schema(value)
     if version is not None and version > SCHEMA:
         raise UserError(f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "update Ferry: `git pull`")
     try:
         return Manifest.model_validate(value)
     except (ValidationError, RecursionError) as error:
         fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
-        raise UserError(f"{where} is no valid manifest: {_fault(fault)}", AGAIN) from error
+        text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        raise UserError(f"{where} is no valid manifest: {shown(text, 300)}", AGAIN) from error
 
 
 def schema(content: bytes) -> int | None:
@@ -226,13 +227,12 @@ def schema(content: bytes) -> int | None:
         value = json.loads(content)
     except (ValueError, RecursionError):
         return None
+    return _schema(value)
+
+
+def _schema(value: object) -> int | None:
     version = value.get("schema_version") if isinstance(value, dict) else None
     return version if isinstance(version, int) else None
 
 
 AGAIN = "publish it again: `make publish`"
-
-
-def _fault(fault: dict) -> str:
-    text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    return "".join(c if c.isprintable() else "?" for c in text[:300])

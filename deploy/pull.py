@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from contract import files, gguf, hub, manifest
-from contract.errors import UserError
+from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
 from deploy import sandbox, source, store
 from deploy.part import Part
@@ -21,7 +21,7 @@ def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
         content = found.manifest()
     except hub.Unreachable as error:
         return offline(repo, models, quantization, error)
-    made = manifest.parse(content, f"{hub.shown(repo)}/{manifest.NAME}")
+    made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
     artifact = chosen(made, quantization)
     version = models / found.name / files.sha256_bytes(content)[:12]
     with store.locked(version.parent):
@@ -124,7 +124,7 @@ def same_prompts(header: gguf.Header, made: Manifest) -> None:
     for golden, text in zip(made.golden, texts, strict=True):
         if text != golden.prompt:
             raise UserError(
-                f"the template does not give the manifest's prompt for {hub.shown(golden.messages[-1]['content'])!r}",
+                f"the template does not give the manifest's prompt for {shown(golden.messages[-1]['content'])!r}",
                 "publish it again: `make publish`",
             )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from contract import chat, files
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_TEMPLATE = 1 << 20  # characters; the longest of the real ones has some 20,000
@@ -106,7 +106,7 @@ def _checked(answer: bytes, code: int, wanted: int) -> list[str]:
     except (ValueError, RecursionError):
         said = None
     if isinstance(said, str):
-        raise UserError(f"the chat template is refused: {chat.line(said)}", HINT)
+        raise UserError(f"the chat template is refused: {shown(said, 300)}", HINT)
     if not isinstance(said, list) or len(said) != wanted or not all(isinstance(text, str) for text in said):
         raise UserError(f"the chat template broke what renders it (exit code {code})", HINT)
     return said

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 from contract import files, hub, manifest
-from contract.errors import UserError
+from contract.errors import UserError, shown
 from contract.manifest import Artifact
 
 REDIRECTS = 5  # on the Hub itself, such as after a repo was renamed
@@ -30,7 +30,7 @@ class Folder:
     def at(cls, repo: str) -> "Folder":
         path = hub.folder(repo)
         if not path.is_dir():
-            raise UserError(f"REPO {hub.shown(repo)}: no such folder", "name the folder that `make publish` printed")
+            raise UserError(f"REPO {shown(repo)}: no such folder", "name the folder that `make publish` printed")
         if not (path / manifest.NAME).is_file():
             raise UserError(
                 f"{path} holds no {manifest.NAME}: nothing was published there, or not to its end",
@@ -99,7 +99,7 @@ class Remote:
         other = len(there.etag) == 64 and there.etag != artifact.sha256  # a small file has git's SHA-1
         if there.size != artifact.bytes or other:
             raise UserError(
-                f"{self.repo}/{artifact.file} on the Hub has {there.size} bytes and the hash {hub.shown(there.etag)}, "
+                f"{self.repo}/{artifact.file} on the Hub has {there.size} bytes and the hash {shown(there.etag)}, "
                 f"its manifest says {artifact.bytes} bytes and {artifact.sha256}",
                 "the file was replaced after it was published: ask who published it, or publish it again with `make publish`",
             )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contract import files, hub, manifest
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 NAMES = "names.json"
 MAIN = "main"
@@ -36,7 +36,7 @@ def current(models: Path, repo: str) -> Path:
     else:
         found = _in_use(folder)
     if not found or not (found / RECORD).is_file():
-        raise UserError(f"{hub.shown(repo)} was not pulled to {models}", f"run `make pull REPO={hub.shown(repo)}`")
+        raise UserError(f"{shown(repo)} was not pulled to {models}", f"run `make pull REPO={shown(repo)}`")
     return found
 
 
@@ -156,7 +156,7 @@ def remove(models: Path, repo: str) -> list[Path]:
     there = [path for path in folder.glob("*/") if path.name != CURRENT]
     going = [version for version in there if wanted is None or _is(version, wanted)]
     if not going:
-        raise UserError(f"{hub.shown(repo)} is not in {models}", "`make models` lists what is")
+        raise UserError(f"{shown(repo)} is not in {models}", "`make models` lists what is")
     with locked(folder):
         try:
             for version in going:

@@ -24,15 +24,15 @@ def stage(config: Config, run: Run) -> list[str]:
     """
     if run.done("publish"):
         return []
-    said = [destination(config, run)]
+    repo = named(config.publish.repo, run)
+    said = [destination(config, repo)]
     if not run.done("export"):
-        said += [*base(config, run), *dataset(config)]
+        said += [*base(config, run, repo), *dataset(config)]
     return said
 
 
-def destination(config: Config, run: Run) -> str:
+def destination(config: Config, repo: str) -> str:
     """The repo is ours to write."""
-    repo = named(config.publish.repo, run)
     if hub.is_folder(repo):
         return f"goes to the folder {hub_folder(repo)}"
     name, _ = hub.split(repo)
@@ -42,7 +42,7 @@ def destination(config: Config, run: Run) -> str:
     user = hub.patiently(f"publish.repo {name}", api.whoami, seconds=hub.QUICK)
     if why := lacks(user, name):
         raise UserError(f"publish.repo {name}: {why}", hub.HINTS[403])
-    head = found(f"publish.repo {name}", lambda: api.repo_info(name, files_metadata=True))
+    head = found(f"publish.repo {name}", lambda: api.repo_info(name))
     if head:
         sender.refuse_strange(head, name, config.publish.private)
         refuse_tag(api, name, config.publish.tag)
@@ -89,7 +89,7 @@ def found(what: str, ask):
     return hub.patiently(what, asked, seconds=hub.QUICK)
 
 
-def base(config: Config, run: Run) -> list[str]:
+def base(config: Config, run: Run, repo: str) -> list[str]:
     """The base model can be fetched, its licence lets us publish, and the disk holds it."""
     model = config.base.model
     if not bases.hub_id(model):
@@ -102,25 +102,26 @@ def base(config: Config, run: Run) -> list[str]:
         hub.patiently(what, lambda: api.auth_check(model), seconds=hub.QUICK)
     except hub.Unreachable as error:
         return [f"{error.message}: what is in the local cache decides"]
-    card = info.card_data.to_dict() if info.card_data else {}
-    return [*licence(config, card), *disk(config, run, info)]
-
-
-def licence(config: Config, card: dict) -> list[str]:
-    """Where the result goes to a folder nothing is published, and nothing is asked."""
-    if hub.is_folder(config.publish.repo):
-        return []
-    names = card.get("license") or config.base.license
-    name = names if isinstance(names, str) or names is None else "other"
-    return licences.refuse(
-        name, config.base.model, config.publish.private, bool(config.base.license), name=config.publish.repo, copies=1
-    )
-
-
-def disk(config: Config, run: Run, info) -> list[str]:
-    """Room for the base, the merged weights, the 16-bit GGUF and the quantizations; and for the upload on the Hub."""
     sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
-    quants = sum(llamacpp.BITS[kind] / 16 for kind in config.export.quantizations) * sixteen
+    said = disk(config, run, sixteen)
+    if not hub.is_folder(repo):  # a folder is no publication
+        said += [*licence(config, info, repo), upload(config, sixteen)]
+    return said
+
+
+def licence(config: Config, info, repo: str) -> list[str]:
+    """What the base's licence asks of whoever publishes."""
+    card = info.card_data.to_dict() if info.card_data else {}
+    names = card.get("license") or config.base.license
+    return licences.refuse(
+        names if isinstance(names, str) or names is None else "other", config.base.model, config.publish.private,
+        bool(config.base.license), name=repo, copies=sum(bool(licences.NAMES.match(s.rfilename)) for s in info.siblings),
+    )  # fmt: skip
+
+
+def disk(config: Config, run: Run, sixteen: int) -> list[str]:
+    """Room for the base, the merged weights, the 16-bit GGUF and the quantizations. sixteen: bytes of the base's weights."""
+    quants = sum(quantized(config, sixteen))
     need = 3 * sixteen + quants * (2 if config.export.imatrix else 1)
     free = shutil.disk_usage(files.nearest(run.folder)).free
     if free < need:
@@ -129,14 +130,24 @@ def disk(config: Config, run: Run, info) -> list[str]:
             f"{sixteen / 1e9:.1f} GB each, quantized {quants / 1e9:.1f} GB), {free / 1e9:.0f} GB are free",
             "take a machine with more disk, then run the same command again",
         )
-    sent = quants + sixteen * config.publish.merged
-    if quants > LARGEST * len(config.export.quantizations):
+    return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free"]
+
+
+def upload(config: Config, sixteen: int) -> str:
+    """What goes to the Hub; whether the account has room for it, the Hub does not tell."""
+    sizes = quantized(config, sixteen)
+    if max(sizes) > LARGEST:
         raise UserError(
-            f"a file of more than {LARGEST / 1e9:.0f} GB does not go to the Hub", "choose a smaller base.model"
+            f"a GGUF of {max(sizes) / 1e9:.0f} GB does not go to the Hub, which takes {LARGEST / 1e9:.0f} GB a file",
+            "choose a smaller base.model or export.quantizations, or publish.repo=./hub/{run}",
         )
-    return [
-        f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free; about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
-    ]
+    sent = sum(sizes) + sixteen * config.publish.merged
+    return f"about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
+
+
+def quantized(config: Config, sixteen: int) -> list[float]:
+    """Bytes of each quantization."""
+    return [llamacpp.BITS[kind] / 16 * sixteen for kind in config.export.quantizations]
 
 
 def dataset(config: Config) -> list[str]:

@@ -136,8 +136,9 @@ def heads(part: read.Part) -> list[dict]:
 
 def licence(base: Path, folder: Path) -> dict[str, Path]:
     """The base's licence files, which whoever publishes a derivative passes on; by name of output."""
-    made = {f"licence/{path.name}": folder / path.name for path in licences.files_of(base)}
+    made = {}
     for path in licences.files_of(base):
+        made[f"licence/{path.name}"] = folder / path.name
         with files.writing(folder / path.name) as part:
             files.copy(path, part)
     return made

@@ -1,7 +1,7 @@
 """python -m pipeline.publish.sender: the process that sends (courier.py starts it). A job on stdin, JSON lines on stdout.
 
 A job is {"folder": a laid-out repo, "repo": owner/name, "private": bool, "tag": name or null}. Lines are {"beat": n} when
-something moved, and last {"result": ...} or {"error": [message, hint]}.
+something moved, and last {"result": ...}, {"error": [message, hint]} or {"lost": why}, worth a fresh process.
 """
 
 import json
