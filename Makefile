@@ -10,15 +10,23 @@ RUNS   ?= runs
 MODELS ?= models
 REPO   ?= ./hub/$(RUN)
 QUANT  ?=
+NAME   ?=
+START  ?=
 LIGHT  ?=
 VENV   ?= $(if $(LIGHT),.venv-light,.venv)
+# The side that runs models has a light one of its own. A VENV that was asked for serves both sides.
+DEPLOY_VENV ?= $(if $(filter command environment%,$(origin VENV)),$(VENV),.venv-deploy)
 PYTHON ?= python3
 
 R        := $(RUNS)/$(RUN)
 SETS     := $(foreach override,$(SET),--set '$(override)')
 PIPELINE := $(VENV)/bin/python -m pipeline
-DEPLOY   := $(VENV)/bin/python -m deploy
+DEPLOY   := '$(DEPLOY_VENV)/bin/python' -m deploy
 WHICH    := '$(REPO)' --models '$(MODELS)'
+CALLED   := $(if $(NAME),--name '$(NAME)')
+STARTED  := $(if $(START),--start)
+# What is not installed on this Mac is no reason not to go on with the rest.
+AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
@@ -28,8 +36,9 @@ export UNSLOTH_FORCE_CPU ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train check preflight deploy-mac pull smoke modelfile summary models remove env lock test bench \
-        config preview data finetune evaluate export verify publish
+.PHONY: help demo train check preflight config preview data finetune evaluate export verify publish \
+        deploy-mac doctor pull smoke modelfile ollama lmstudio summary chat serve models rollback prune undeploy \
+        env deploy-env lock test bench
 
 ##@ Everywhere
 
@@ -75,24 +84,41 @@ $(R)/publish.json: | $(R)/verify.json
 
 ##@ On the Mac (or any machine that runs the model)
 
-deploy-mac: summary ## pull REPO, check it, smoke test, Modelfile
-pull: env ## fetch the GGUF and compare its sha256 with the manifest (QUANT=q8_0: another one)
+deploy-mac: summary ## pull REPO, check it, smoke test, then into Ollama and LM Studio
+doctor: deploy-env ## what this machine is, has and lacks, and the command that cures it
+	@$(DEPLOY) doctor $(if $(filter-out file,$(origin REPO))$(filter deploy-mac,$(MAKECMDGOALS)),$(WHICH))
+pull: $(if $(filter deploy-mac,$(MAKECMDGOALS)),doctor,deploy-env) ## fetch the GGUF and compare its sha256 with the manifest (QUANT=q8_0: another one)
 	@$(DEPLOY) pull $(WHICH) $(if $(QUANT),--quantization $(QUANT))
 smoke: pull ## does it answer here as it did where it was made?
 	@$(DEPLOY) smoke $(WHICH)
 modelfile: smoke ## Ollama's Modelfile, from what was trained
 	@$(DEPLOY) modelfile $(WHICH)
-summary: modelfile ## what was made, the scores, real answers, the next commands
+ollama: modelfile ## create it in Ollama, prove its prompts there, then make it NAME:latest
+	@$(DEPLOY) ollama $(WHICH) $(CALLED) $(STARTED) $(AMONG)
+lmstudio: $(if $(filter deploy-mac,$(MAKECMDGOALS)),ollama,smoke) ## put it into LM Studio's models folder
+	@$(DEPLOY) lmstudio $(WHICH) $(AMONG)
+summary: $(if $(filter deploy-mac,$(MAKECMDGOALS)),lmstudio,modelfile) ## what was made, the scores, real answers, how to talk to it
 	@$(DEPLOY) summary $(WHICH)
-models: env ## the versions on this machine
+
+chat: deploy-env ## talk to it here, in llama.cpp
+	@$(DEPLOY) chat $(WHICH)
+serve: deploy-env ## OpenAI's API on 127.0.0.1:8080 (PORT=)
+	@$(DEPLOY) serve $(WHICH) $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+models: deploy-env ## the versions on this machine
 	@$(DEPLOY) list --models '$(MODELS)'
-remove: env ## delete REPO (or one version: REPO=you/model@v1) from this machine
-	@$(DEPLOY) remove $(WHICH)
+rollback: deploy-env ## back to the version before (or REPO=you/model@v1), in Ollama and LM Studio too
+	@$(DEPLOY) rollback $(WHICH) $(STARTED)
+prune: deploy-env ## remove all but the newest versions (KEEP=2) and the one in use
+	@$(DEPLOY) prune $(WHICH) $(if $(KEEP),--keep $(KEEP))
+undeploy: deploy-env ## remove REPO (or one version: REPO=you/model@v1) from Ollama, LM Studio and this machine
+	@$(DEPLOY) undeploy $(WHICH)
 
 ##@ Ferry itself
 
 env: ## locked Python environment and llama.cpp, built once (cached in ~/.cache/ferry)
-	@$(PYTHON) setup/env.py --venv $(VENV) $(if $(LIGHT),--light)
+	@$(PYTHON) setup/env.py --venv '$(VENV)' $(if $(LIGHT),--light)
+deploy-env: ## the light one that runs models: no torch, llama.cpp ready-made if there is a wheel
+	@$(PYTHON) setup/env.py --deploy --venv '$(DEPLOY_VENV)'
 lock: env ## refresh the pins and show what changed
 	@$(VENV)/bin/python setup/lock.py
 test: env ## every test, the real chain on real weights included
@@ -106,4 +132,5 @@ help:
 	@echo "Settings: CONFIG=$(CONFIG) RUN=$(RUN) REPO=$(REPO)"
 	@echo '          SET="finetune.max_steps=20 finetune.seed=1" overrides single values of the config'
 	@echo '          QUANT=q8_0 with pull and deploy-mac: another GGUF of the repo than its default'
+	@echo '          NAME=my-model: what Ollama calls it; START=1: start its server when none answers'
 	@echo '          LIGHT=1 with data and preview: an environment without torch, for a laptop'

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 LESS = (0.75, 0.5, 0.25, 0)  # of the layers, where a GPU cannot hold them all
 
 
-def load(gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool = False) -> "Llama":
+def load(
+    gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool = False, log: io.StringIO | None = None
+) -> "Llama":
     """Open a GGUF, every layer on the GPU where there is one.
 
     context: tokens of the longest text given to log_probs. spill: where the GPU's memory is too small, take fewer layers
-    there and compute the others on the CPU.
+    there and compute the others on the CPU. log: gets what llama.cpp says while it loads.
     Raises UserError when the file is missing or llama.cpp refuses it.
     """
     import llama_cpp
@@ -36,11 +38,11 @@ def load(gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool 
     if spill and llama_cpp.llama_supports_gpu_offload():
         blocks = _blocks(gguf)
         layers += [int(share * blocks) for share in LESS]
-    said = io.StringIO()  # what llama.cpp prints while it loads matters only when it fails
+    said = log or io.StringIO()  # without a log it matters only when it fails
     for count in layers:
         try:
             with contextlib.redirect_stderr(said):
-                return _open(gguf, context, vocab_only, count)
+                return _open(gguf, context, vocab_only, count, log is not None)
         except ValueError as error:
             refused = error
     why = said.getvalue().strip().splitlines()[-1:] or [str(refused)]
@@ -50,13 +52,27 @@ def load(gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool 
     ) from refused
 
 
-def _open(gguf: Path, context: int, vocab_only: bool, layers: int) -> "Llama":
-    from llama_cpp import Llama
+def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool) -> "Llama":
+    from llama_cpp import Llama, _logger
 
-    return Llama(
+    model = Llama(
         str(gguf), n_ctx=context, n_batch=context, n_gpu_layers=layers, n_threads=os.cpu_count(), vocab_only=vocab_only,
-        verbose=False,
+        verbose=verbose,
     )  # fmt: skip
+    model.verbose = False
+    _logger.set_verbose(False)
+    return model
+
+
+def backend() -> str:
+    """What llama.cpp computes on here: 'Metal', 'CUDA', another GPU's name, or 'CPU'."""
+    import llama_cpp
+
+    if not llama_cpp.llama_supports_gpu_offload():
+        return "CPU"
+    told = llama_cpp.llama_print_system_info().decode()
+    found = [name for name in ("Metal", "CUDA", "ROCm", "Vulkan", "SYCL") if name.lower() in told.lower()]
+    return found[0] if found else "GPU"
 
 
 def _blocks(gguf: Path) -> int:

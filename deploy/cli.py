@@ -1,23 +1,42 @@
 """python -m deploy: the Mac side, one command a stage. No torch anywhere below."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from contract.cli import InOrder
+from contract.errors import UserError
 
 REPO = click.argument("repo")
 MODELS = click.option(
     "--models", type=click.Path(path_type=Path), default=Path("models"), show_default=True, help="The local store."
 )
 
+START = click.option("--start", is_flag=True, help="Start Ollama's server when none answers.")
+OPTIONAL = click.option("--optional", is_flag=True, help="Go on when the app is not there.")
+
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def cli() -> None:
-    """Ferry's Mac side: pull, smoke, modelfile, summary. `make deploy-mac REPO=...` is the usual way in.
+    """Ferry's Mac side. `make deploy-mac REPO=...` is the usual way in: doctor, pull, smoke, modelfile, ollama, lmstudio.
 
     REPO is owner/name or owner/name@tag on the Hugging Face Hub, or a folder hub.
     """
+
+
+@cli.command()
+@click.argument("repo", required=False)
+@MODELS
+def doctor(repo: str | None, models: Path) -> None:
+    """What this machine is, has and lacks, for REPO or in general; each lack with the command that cures it."""
+    from deploy import doctor as module
+
+    checks = module.checks(repo, models)
+    click.echo(module.page(checks))
+    if fatal := [check for check in checks if check.state == "fault"]:
+        raise UserError(fatal[0].text, fatal[0].cure)
 
 
 @cli.command()
@@ -43,40 +62,104 @@ def smoke(repo: str, models: Path) -> None:
     from deploy import store
 
     record = module.stage(store.current(models, repo))
-    bound = (
-        f"at most {record['bound']}"
-        if record["judged"]
-        else "not judged: the answers to compare with are the default file's"
-    )
-    click.echo(
-        f"smoke: passed, difference {record['difference']} nats per token ({bound}), {record['tokens_per_second']} tokens/s"
-    )
+    click.echo(f"smoke: passed\n{module.page(record)}")
 
 
 @cli.command()
 @REPO
 @MODELS
 def modelfile(repo: str, models: Path) -> None:
-    """Write Ollama's Modelfile from the manifest."""
+    """Write Ollama's Modelfile from the manifest and Modelfile.template."""
     from deploy import modelfile as module
     from deploy import store
 
     version = store.current(models, repo)
     record = module.stage(version)
-    click.echo(
-        f"modelfile: {version / record['file']}, {'explicit TEMPLATE' if record['template'] else 'template embedded in the GGUF'}"
-    )
+    less = record["num_ctx"] < record["trained_ctx"]
+    why = f" of {record['trained_ctx']}: more does not fit in memory" if less else ""
+    template = "explicit TEMPLATE" if record["template"] else "template embedded in the GGUF"
+    click.echo(f"modelfile: {version / record['file']}, {template}, num_ctx {record['num_ctx']}{why}")
+
+
+@cli.command()
+@REPO
+@MODELS
+@click.option("--name", help="What Ollama shall call it; default: what it was called before, else the run's name.")
+@START
+@OPTIONAL
+def ollama(repo: str, models: Path, name: str | None, start: bool, optional: bool) -> None:
+    """Create the model in Ollama, prove its prompts on the live server, then make it NAME:latest."""
+    from deploy import ollama as module
+    from deploy import store
+
+    with skipping(module.Absent, optional, "ollama"):
+        record = module.stage(store.current(models, repo), name, start)
+        score = "" if record["score"] is None else f", {record['score']:.0%} of the answers as where it was made"
+        click.echo(
+            f"ollama: {record['latest']} is {record['model']}, prompts as trained ({record['template']}, Ollama {record['server']}){score}"
+        )
+
+
+@cli.command()
+@REPO
+@MODELS
+@OPTIONAL
+def lmstudio(repo: str, models: Path, optional: bool) -> None:
+    """Put the file into LM Studio's models folder, as a hard link where the disk allows it."""
+    from deploy import lmstudio as module
+    from deploy import store
+
+    with skipping(module.Absent, optional, "lmstudio"):
+        record = module.stage(store.current(models, repo))
+        listed = f", listed as {record['key']}" if record["key"] else ""
+        click.echo(f"lmstudio: {record['target']} ({record['how']}){listed}")
 
 
 @cli.command()
 @REPO
 @MODELS
 def summary(repo: str, models: Path) -> None:
-    """Print what was made, the scores, real answers and the next commands."""
+    """Print what was made, the scores, real answers and how to talk to the model."""
     from deploy import store
     from deploy import summary as module
 
-    click.echo(module.text(store.current(models, repo)))
+    click.echo(module.text(store.current(models, repo), repo))
+
+
+@cli.command()
+@REPO
+@MODELS
+def chat(repo: str, models: Path) -> None:
+    """Talk to the model here, in llama.cpp."""
+    from deploy import chat as module
+    from deploy import store
+
+    module.stage(store.current(models, repo))
+
+
+@cli.command()
+@REPO
+@MODELS
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs an API key in FERRY_API_KEY.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+def serve(repo: str, models: Path, host: str, port: int) -> None:
+    """Serve the model over HTTP as OpenAI's API, for this machine."""
+    from deploy import serve as module
+    from deploy import store
+
+    module.stage(store.current(models, repo), host, port)
+
+
+@cli.command()
+@REPO
+@MODELS
+@START
+def rollback(repo: str, models: Path, start: bool) -> None:
+    """Use the version that was pulled before, or the one named (REPO@tag), in Ollama and LM Studio too."""
+    from deploy import versions
+
+    version, done = versions.rollback(repo, models, start)
+    click.echo("\n".join([f"rollback: {version} is in use", *(f"  {line}" for line in done)]))
 
 
 @cli.command("list")
@@ -91,9 +174,37 @@ def list_models(models: Path) -> None:
 @cli.command()
 @REPO
 @MODELS
-def remove(repo: str, models: Path) -> None:
-    """Delete a pulled model, or one version of it (REPO@tag, REPO@commit, REPO@version)."""
-    from deploy import store
+@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest versions stay.")
+def prune(repo: str, models: Path, keep: int) -> None:
+    """Remove older versions from Ollama and the store; the one in use stays."""
+    from deploy import versions
 
-    for version in store.remove(models, repo):
-        click.echo(f"remove: {version} is gone")
+    tell("prune", versions.prune(repo, models, keep))
+
+
+@cli.command()
+@REPO
+@MODELS
+def undeploy(repo: str, models: Path) -> None:
+    """Remove a model, or one version of it (REPO@tag), from Ollama, LM Studio and this machine."""
+    from deploy import versions
+
+    tell("undeploy", versions.undeploy(repo, models))
+
+
+def tell(what: str, went: list[tuple[Path, int]]) -> None:
+    """Which versions went, and what that gave back."""
+    for version, _ in went:
+        click.echo(f"{what}: {version} is gone")
+    click.echo(f"{what}: {sum(back for _, back in went):,} bytes came back")
+
+
+@contextlib.contextmanager
+def skipping(absent: type[UserError], optional: bool, stage: str) -> Iterator[None]:
+    """What is not on this machine is no reason not to go on, when the stage is one of many."""
+    try:
+        yield
+    except absent as error:
+        if not optional:
+            raise
+        click.echo(f"{stage}: skipped: {error.message}\n next: {error.hint}, then the same command again")

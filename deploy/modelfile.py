@@ -3,35 +3,45 @@
 from pathlib import Path
 from string import Template
 
-from contract import files
+from contract import files, gguf, runtime
 from contract.errors import UserError
 from contract.manifest import Artifact, Manifest
 from contract.turns import Turns, unsayable
-from deploy.store import pulled
+from deploy import machine, memory
+from deploy.store import passed
 
 TEMPLATE = Path(__file__).parent.parent / "Modelfile.template"
+LEAST = 2048  # tokens of context, should the estimate leave room for none
 
 
 def stage(folder: Path) -> dict:
     """Write Modelfile and modelfile.json beside the pulled file that passed its smoke test."""
-    made, path = pulled(folder)
-    if files.read_json(folder / "smoke.json")["sha256"] != made.artifact(path.name).sha256:
-        raise UserError(f"{path.name} has not passed its smoke test", f"run `python -m deploy smoke --into {folder}`")
-    text = render(made, made.artifact(path.name))
+    made, path = passed(folder)
+    num_ctx = fitting(made, path)
+    text = render(made, made.artifact(path.name), num_ctx)
     with files.writing(folder / "Modelfile") as part:
         part.write_text(text, encoding="utf-8")
     record = {
-        "stage": "modelfile",
-        "file": "Modelfile",
-        "sha256": files.sha256(folder / "Modelfile"),
-        "template": bool(made.chat.turns),
-    }
+        "stage": "modelfile", "file": "Modelfile", "sha256": files.sha256(folder / "Modelfile"),
+        "template": bool(made.chat.turns), "num_ctx": num_ctx, "trained_ctx": made.generation.num_ctx,
+    }  # fmt: skip
     files.write_json(folder / "modelfile.json", record)
     return record
 
 
-def render(made: Manifest, artifact: Artifact) -> str:
-    """The Modelfile's text. Raises UserError when its TEMPLATE would not give the golden prompts."""
+def fitting(made: Manifest, path: Path) -> int:
+    """Tokens of context: the trained length, or what fits in this machine's memory."""
+    header, wanted = gguf.read(path, path.name), made.generation.num_ctx
+    budget = machine.budget(machine.here(), runtime.backend() != "CPU")
+    fits = memory.context(header, path.stat().st_size, budget, wanted)
+    return max(fits, min(wanted, LEAST))  # the smoke test has just run with less
+
+
+def render(made: Manifest, artifact: Artifact, num_ctx: int | None = None) -> str:
+    """The Modelfile's text. num_ctx: None: the trained length.
+
+    Raises UserError when its TEMPLATE would not give the golden prompts, or Modelfile.template cannot be filled.
+    """
     turns, bos = made.chat.turns, made.chat.bos if made.chat.adds_bos else ""
     for golden in made.golden if turns else ():
         if golden.add_generation_prompt and (bos or "") + turns.prompt(golden.messages) != golden.prompt:
@@ -40,13 +50,33 @@ def render(made: Manifest, artifact: Artifact) -> str:
                 "publish it again: `make publish`",
             )
     turns, system = placed(turns, made.chat.system)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=" ".join(made.name.split()), file=artifact.file, sha256=artifact.sha256, base=" ".join(made.base.name.split()),
-        template=f'TEMPLATE """{turns.go()}"""' if turns else "# TEMPLATE: none says what was trained; the one inside the GGUF does",
-        system=f"SYSTEM {quoted('the system prompt', system)}" if system else "# SYSTEM: none",
-        stops="\n".join(f"PARAMETER stop {quoted('a stop string', stop)}" for stop in made.chat.stop),
-        num_ctx=made.generation.num_ctx, temperature=made.generation.temperature, top_p=made.generation.top_p,
-    )  # fmt: skip
+    return filled({
+        "name": " ".join(made.name.split()), "file": artifact.file, "sha256": artifact.sha256, "base": " ".join(made.base.name.split()),
+        "template": f'TEMPLATE """{turns.go()}"""' if turns else "# TEMPLATE: none says what was trained; the one inside the GGUF does",
+        "system": f"SYSTEM {quoted('the system prompt', system)}" if system else "# SYSTEM: none",
+        "stops": "\n".join(f"PARAMETER stop {quoted('a stop string', stop)}" for stop in made.chat.stop),
+        "num_ctx": num_ctx or made.generation.num_ctx, "temperature": made.generation.temperature, "top_p": made.generation.top_p,
+    })  # fmt: skip
+
+
+def filled(values: dict) -> str:
+    """Modelfile.template, which is the user's to edit, with the manifest's values. Raises UserError for a bad edit."""
+    try:
+        text = Template(TEMPLATE.read_text(encoding="utf-8"))
+        made = text.substitute(values)
+    except KeyError as error:
+        raise _bad_edit(f"nothing is called ${error.args[0]}; there are {', '.join(f'${name}' for name in values)}") from None
+    except ValueError as error:  # string.Template's words, or those of a file that is no UTF-8
+        raise _bad_edit(f"{error}; a dollar sign of your own is written $$") from error
+    except OSError as error:
+        raise _bad_edit(error.strerror or str(error)) from error
+    if f"FROM ./{values['file']}" not in made.splitlines():
+        raise _bad_edit("it has no line `FROM ./$file`")
+    return made
+
+
+def _bad_edit(why: str) -> UserError:
+    return UserError(f"{TEMPLATE.name}: {why}", f"mend it, or take it back: `git checkout {TEMPLATE.name}`")
 
 
 def placed(turns: Turns | None, system: str | None) -> tuple[Turns | None, str | None]:

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+
+from typing_extensions import Self
 
 from contract import files, hub
 from contract.errors import UserError

@@ -1,15 +1,19 @@
 """smoke: the pulled file answers here as it did where it was made, or nothing is installed."""
 
+import io
 import platform
+import re
+import resource
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract import chat, files, runtime
-from contract.errors import UserError
+from contract.errors import UserError, shown
 from contract.manifest import Manifest, Smoke
-from deploy import sandbox
-from deploy.store import pulled
+from deploy import sandbox, store
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -17,41 +21,65 @@ if TYPE_CHECKING:
 # Mean absolute difference of log-probability per answer token, nats. Another backend, thread count or batch size
 # rounds differently: 0 on the machine that made the file; a damaged or wrong file is far above 1.
 MAX_DIFFERENCE = 0.15
+MEASURED = ("CPU",)  # where that bound was measured; elsewhere it is the same number, and not proven
+MORE = 32  # tokens after which an answer that ended where it was made should have ended here
+SPEED_PROMPT, SPEED_ANSWER, SPEED_SECONDS = 128, 64, 10  # tokens, tokens, and at most so long
 
 
-def stage(folder: Path) -> dict:
+def stage(version: Path) -> dict:
     """Load the pulled file, compare prompts and answers with the manifest, write smoke.json.
 
-    Raises UserError when anything differs.
+    Raises UserError when anything differs; smoke.json then holds the evidence and no sha256.
     """
-    made, path = pulled(folder)
+    made, path = store.pulled(version)
     artifact = made.artifact(path.name)
+    files.remove(version / "smoke.json")
     if not made.smoke:
         raise UserError(
             f"the manifest of {path.name} holds no answers to compare with", "publish it again: `make publish`"
         )
-    started = time.perf_counter()
-    model = runtime.load(path, max(1024, *(len(s.ids) + len(s.answer_ids) + 64 for s in made.smoke)))
-    load_seconds = time.perf_counter() - started
-    same_prompts(model, made, path)
-    if max(max((*s.ids, *s.answer_ids)) for s in made.smoke) >= model.n_vocab():
-        raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
-    answers = [compare(model, expected) for expected in made.smoke]
-    tokens, seconds = (sum(answer[key] for answer in answers) for key in ("tokens", "seconds"))
-    record = {
-        "stage": "smoke", "file": path.name, "sha256": artifact.sha256, "machine": f"{platform.system()} {platform.machine()}",
-        "load_seconds": round(load_seconds, 2), "tokens_per_second": round(tokens / seconds, 1), "answers": answers,
-        "difference": round(max(answer["difference"] for answer in answers), 4), "bound": MAX_DIFFERENCE,
-        "judged": artifact.default,  # the recorded answers are the default file's
-    }  # fmt: skip
-    model.close()
-    if artifact.default and not record["difference"] <= MAX_DIFFERENCE:
+    model, loaded = load(made, path)
+    try:
+        same_prompts(model, made, path)
+        if max(max((*s.ids, *s.answer_ids)) for s in made.smoke) >= model.n_vocab():
+            raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
+        answers = [compare(model, expected) for expected in made.smoke]
+        record = {
+            "stage": "smoke", "file": path.name, "machine": f"{platform.system()} {platform.machine()}", **loaded,
+            **speed(model, made.smoke[0].ids), "memory": peak_memory(), "answers": answers,
+            "difference": round(max(answer["difference"] for answer in answers), 4), "bound": MAX_DIFFERENCE,
+            "bound_measured": loaded["backend"] in MEASURED,
+            "judged": artifact.default,  # the recorded answers are the default file's
+        }  # fmt: skip
+    finally:
+        model.close()
+    record["faults"] = faults(record)
+    if not record["faults"]:
+        record |= {"sha256": artifact.sha256, "stamp": store.stamp(path)}
+    files.write_json(version / "smoke.json", record)
+    if record["faults"]:
         raise UserError(
-            f"{path.name} does not answer as it did where it was made: log-probabilities differ by {record['difference']} per token, at most {MAX_DIFFERENCE}",
-            "pull it again; if it stays, the runtime here computes wrongly: report it",
+            f"{path.name} does not answer as it did where it was made: {'; '.join(record['faults'])}",
+            f"pull it again; if it stays, the runtime here computes wrongly: report it with {version / 'smoke.json'}",
         )
-    files.write_json(folder / "smoke.json", record)
     return record
+
+
+def load(made: Manifest, path: Path) -> tuple["Llama", dict]:
+    """The model, and what llama.cpp says of its loading. Raises UserError when a GPU is there and not used."""
+    said, started = io.StringIO(), time.perf_counter()
+    longest = max(len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke)
+    model = runtime.load(path, max(1024, longest), log=said)
+    facts = {"load_seconds": round(time.perf_counter() - started, 2), "backend": runtime.backend()}
+    found = re.findall(r"offloaded (\d+)/(\d+) layers to GPU", said.getvalue())
+    facts["gpu_layers"], facts["layers"] = map(int, found[-1]) if found else (0, None)
+    if facts["backend"] != "CPU" and facts["gpu_layers"] != facts["layers"]:
+        model.close()
+        raise UserError(
+            f"llama.cpp put {facts['gpu_layers']} of {facts['layers']} layers of {path.name} on {facts['backend']}",
+            "close what uses the GPU's memory, or take a smaller file: `make deploy-mac QUANT=...`",
+        )
+    return model, facts
 
 
 def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
@@ -74,10 +102,72 @@ def compare(model: "Llama", expected: Smoke) -> dict:
     """One smoke prompt: a real answer given here, and how far the expected answer's log-probabilities are off."""
     here = runtime.answer_log_probs(model, expected.ids, expected.answer_ids)
     difference = sum(abs(a - b) for a, b in zip(here, expected.log_probs, strict=True)) / len(here)
+    should_end = expected.answer_ids[-1] in runtime.ends(model)
+    said, ended = runtime.greedy(model, expected.ids, len(expected.answer_ids) + MORE * should_end)
+    return {
+        "message": expected.message, "answer": runtime.text(model, said), "ended": bool(ended), "should_end": should_end,
+        "loops": loops(said) and not loops(expected.answer_ids), "tokens": len(said + ended),
+        "difference": round(difference, 4), "same": said + ended == list(expected.answer_ids),
+    }  # fmt: skip
+
+
+def loops(ids: Sequence[int], times: int = 4, least: int = 16) -> bool:
+    """Does it end in a repetition: `times` times the same words, together at least `least` tokens?"""
+    for period in range(1, len(ids) // times + 1):
+        tail = ids[-max(period * times, least) :]
+        if len(tail) >= least and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+            return True
+    return False
+
+
+def faults(record: dict) -> list[str]:
+    """What speaks against it. Never that a greedy answer has other words: one rounding can turn a tie."""
+    found = []
+    if record["judged"] and not record["difference"] <= record["bound"]:
+        found.append(f"log-probabilities differ by {record['difference']} per token, at most {record['bound']}")
+    for answer in record["answers"] if record["judged"] else ():
+        if answer["should_end"] and not answer["ended"]:
+            found.append(f"the answer to {shown(answer['message'], 60)!r} does not end")
+        if answer["loops"]:
+            found.append(f"the answer to {shown(answer['message'], 60)!r} repeats itself")
+    return found
+
+
+def speed(model: "Llama", ids: Sequence[int]) -> dict:
+    """{prompt_tokens_per_second, tokens_per_second}: a prompt in one batch, then one token at a time."""
+    prompt = [ids[i % len(ids)] for i in range(SPEED_PROMPT)]
+    model.reset()
+    model.eval(prompt[:2])  # the first run sets up kernels and threads
     model.reset()
     started = time.perf_counter()
-    said, ended = runtime.greedy(model, expected.ids, max(len(expected.answer_ids), 1))
-    return {
-        "message": expected.message, "answer": runtime.text(model, said), "ended": bool(ended), "tokens": len(said + ended),
-        "seconds": round(time.perf_counter() - started, 3), "difference": round(difference, 4),
-    }  # fmt: skip
+    model.eval(prompt)
+    read = time.perf_counter() - started
+    started, count = time.perf_counter(), 0
+    while count < SPEED_ANSWER and time.perf_counter() - started < SPEED_SECONDS:
+        model.eval([prompt[count]])
+        count += 1
+    rate = count / (time.perf_counter() - started)
+    return {"prompt_tokens_per_second": round(len(prompt) / read, 1), "tokens_per_second": round(rate, 1)}
+
+
+def peak_memory() -> int:
+    """Bytes: of this process at its largest, the mapped file included."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
+
+
+def page(record: dict) -> str:
+    """smoke.json as a table."""
+    where = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
+    bound = f"at most {record['bound']}" + ("" if record["bound_measured"] else f" (not measured on {record['backend']})")
+    if not record["judged"]:
+        bound = "not judged: the answers to compare with are the default file's"
+    rows = [
+        ("computes on", where), ("load", f"{record['load_seconds']} s"),
+        ("prompt", f"{record['prompt_tokens_per_second']} tokens/s"), ("answer", f"{record['tokens_per_second']} tokens/s"),
+        ("memory", f"{record['memory'] / 1e9:.2f} GB at most"),
+        ("difference", f"{record['difference']} nats per token, {bound}"),
+        ("answers", f"{sum(a['same'] for a in record['answers'])} of {len(record['answers'])} word for word, "
+                    f"{sum(a['ended'] for a in record['answers'])} ended by themselves"),
+    ]  # fmt: skip
+    return "\n".join(f"  {name:<12}{text}" for name, text in rows)

@@ -34,13 +34,13 @@ def current(models: Path, repo: str) -> Path:
     if not hub.is_folder(repo) and hub.split(repo)[1]:
         found = known(models, repo)
     else:
-        found = _in_use(folder)
+        found = in_use(folder)
     if not found or not (found / RECORD).is_file():
         raise UserError(f"{shown(repo)} was not pulled to {models}", f"run `make pull REPO={shown(repo)}`")
     return found
 
 
-def _in_use(folder: Path) -> Path | None:
+def in_use(folder: Path) -> Path | None:
     link = folder / CURRENT
     return folder / os.readlink(link) if link.is_symlink() else None
 
@@ -48,7 +48,7 @@ def _in_use(folder: Path) -> Path | None:
 def use(version: Path) -> None:
     """Make this version the current one. (A copy of the store may have turned the link into a folder.)"""
     link, part = version.parent / CURRENT, version.parent / f".{CURRENT}.part"
-    if _in_use(version.parent) == version:
+    if in_use(version.parent) == version:
         return
     try:
         files.remove(part)
@@ -124,10 +124,31 @@ def pulled(version: Path) -> tuple[manifest.Manifest, Path]:
     return manifest.read(beside), path
 
 
+def stamp(path: Path) -> list[int]:
+    """What changes when a file does: hashing 5 GB at every step would take longer than the step."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
+def passed(version: Path) -> tuple[manifest.Manifest, Path]:
+    """The manifest and the file that passed its smoke test, hashed again only if it was touched since.
+
+    Raises UserError when it did not pass, or has changed.
+    """
+    said, smoked = record(version), _read(version / "smoke.json")
+    path, beside = version / said["file"], version / manifest.NAME
+    if smoked.get("sha256") != said["sha256"]:
+        raise UserError(f"{said['file']} has not passed its smoke test", f"run `make smoke REPO={said['repo']}`")
+    same = path.is_file() and smoked.get("stamp") == stamp(path) and beside.is_file()
+    if same and files.sha256(beside) == said["manifest_sha256"]:
+        return manifest.read(beside), path
+    return pulled(version)
+
+
 def lines(models: Path) -> list[str]:
     """One line a version, for `make models`; what an interrupted pull left has one too."""
     return [
-        f"{'*' if _in_use(folder) == version else ' '} {folder.name}  {version.name}  {_facts(version)}"
+        f"{'*' if in_use(folder) == version else ' '} {folder.name}  {version.name}  {_facts(version)}"
         for folder in sorted(path for path in models.glob("*") if path.is_dir())
         for version in sorted(path for path in folder.glob("*/") if path.name != CURRENT)
     ]
@@ -146,24 +167,17 @@ def _facts(version: Path) -> str:
     return f"{said['file']}  {said['bytes'] / 1e9:.2f} GB  {asked}  {day}  from {said['repo']}"
 
 
-def remove(models: Path, repo: str) -> list[Path]:
-    """Delete a version (REPO@tag, REPO@commit, REPO@version) or, without one, all of the model; returns what went.
+def matching(models: Path, repo: str) -> list[Path]:
+    """A version (REPO@tag, REPO@commit, REPO@version) or, without one, all of the model, unfinished ones too.
 
     Raises UserError when there is none of that name.
     """
-    folder = place(models, repo)
     wanted = hub.split(repo)[1] if not hub.is_folder(repo) else None
-    there = [path for path in folder.glob("*/") if path.name != CURRENT]
-    going = [version for version in there if wanted is None or _is(version, wanted)]
-    if not going:
+    there = [path for path in place(models, repo).glob("*/") if path.name != CURRENT]
+    found = [version for version in there if wanted is None or _is(version, wanted)]
+    if not found:
         raise UserError(f"{shown(repo)} is not in {models}", "`make models` lists what is")
-    with locked(folder):
-        try:
-            for version in going:
-                _forget(version)
-        except OSError as error:
-            raise files.translated(error, folder) from error
-    return going
+    return found
 
 
 def _is(version: Path, name: str) -> bool:
@@ -176,17 +190,27 @@ def _is(version: Path, name: str) -> bool:
     )
 
 
+def forget(version: Path) -> int:
+    """Delete a version; the newest of the others is in use then. Returns the bytes that came back."""
+    with locked(version.parent):
+        try:
+            back = sum(path.stat().st_size for path in version.iterdir() if path.stat().st_nlink == 1)
+            _forget(version)
+        except OSError as error:
+            raise files.translated(error, version) from error
+    return back
+
+
 def _forget(version: Path) -> None:
-    """Away with it; the newest of the others is in use then."""
     folder = version.parent
-    if _in_use(folder) == version:
+    if in_use(folder) == version:
         files.remove(folder / CURRENT)
     files.remove(version / RECORD)  # first: without it the rest is no version
     files.remove(version)
     rest = {name: at for name, at in names(folder).items() if at != version.name}
     if others := versions(folder):
         files.write_json(folder / NAMES, rest)
-        use(_in_use(folder) or others[0])
+        use(in_use(folder) or others[0])
     else:
         files.remove(folder / NAMES)
 

@@ -1,21 +1,20 @@
-"""summary: what was made, how it scored before and after, what it says, and what to do next."""
+"""summary: what was made, how it scored before and after, what it says, and how to talk to it."""
 
+import shlex
 from pathlib import Path
 
 from contract import files
 from contract.manifest import Manifest
-from deploy.store import pulled
+from deploy.store import passed
 
 TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merged": "merged weights, torch"}
 
 
-def text(folder: Path) -> str:
+def text(folder: Path, repo: str) -> str:
     """The closing page of `make demo` and `make deploy-mac`."""
-    made, path = pulled(folder)
+    made, path = passed(folder)
     smoke = files.read_json(folder / "smoke.json")
-    page = "\n".join(
-        ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_next(folder, made, path)]
-    )
+    page = "\n".join(["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)])
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in page)  # a stranger's words on a terminal
 
 
@@ -62,10 +61,18 @@ def _answers(smoke: dict) -> list[str]:
     return [head, *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
 
 
-def _next(folder: Path, made: Manifest, path: Path) -> list[str]:
+def _talk(folder: Path, repo: str) -> list[str]:
+    """The commands that reach the model, those of the apps that have it first."""
+    ollama, lmstudio = _record(folder / "ollama.json"), _record(folder / "lmstudio.json")
+    which = f"REPO={shlex.quote(repo)}"
     return [
-        "next:",
-        f"  ollama create {made.name} -f {folder / 'Modelfile'} && ollama run {made.name}",
-        f"  lms import {path} --copy --user-repo ferry/{made.name} -y",
-        "  make train CONFIG=configs/gemma-2-2b-alpaca.yaml      # your own, on a GPU",
+        "talk to it:",
+        *([f"  ollama run {ollama['latest'].removesuffix(':latest')}"] if ollama else []),
+        *([f"  LM Studio: {lmstudio['key'] or Path(lmstudio['target']).name} (My Models)"] if lmstudio.get("done") else []),
+        f"  make chat {which}",
+        f"  make serve {which}      # OpenAI's API on 127.0.0.1:8080",
     ]
+
+
+def _record(path: Path) -> dict:
+    return files.read_json(path) if path.is_file() else {}

@@ -2,51 +2,18 @@
 
 import json
 import re
-import string
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from contract.errors import UserError
+from contract.rules import BY_NAME, Judge
 from pipeline.config import Evaluate
-
-# (what the model said, the row's reference answer) -> 0 to 1
-Judge = Callable[[str, str], float]
 
 
 def judge(rule: Evaluate) -> Judge | None:
     """None for `loss`: free text is judged by its held-out loss only. Raises UserError for an unusable rule."""
-    made = {"exact": lambda: exact, "accuracy": lambda: accuracy, "f1": lambda: f1, "loss": lambda: None}
-    made |= {"regex": lambda: regex(rule.pattern), "json_schema": lambda: json_schema(Path(rule.json_schema))}
-    return made[rule.rule]()
-
-
-def exact(said: str, reference: str) -> float:
-    """Equal, white space at the ends apart."""
-    return float(said.strip() == reference.strip())
-
-
-def accuracy(said: str, reference: str) -> float:
-    """The same label: case, punctuation and white space at the ends apart."""
-    return float(_label(said) == _label(reference))
-
-
-def _label(text: str) -> str:
-    return text.casefold().strip(string.punctuation + string.whitespace)
-
-
-def f1(said: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, as SQuAD counts them (articles and punctuation dropped)."""
-    ours, wanted = _words(said), _words(reference)
-    if not ours or not wanted:
-        return float(ours == wanted)
-    common = sum((Counter(ours) & Counter(wanted)).values())
-    return 2 * common / (len(ours) + len(wanted))
-
-
-def _words(text: str) -> list[str]:
-    text = text.casefold().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    made = {"loss": lambda: None, "regex": lambda: regex(rule.pattern)}
+    made |= {"json_schema": lambda: json_schema(Path(rule.json_schema))}
+    return BY_NAME.get(rule.rule) or made[rule.rule]()
 
 
 def regex(pattern: str) -> Judge:

@@ -1,8 +1,13 @@
 """What the set-up scripts share. Old syntax on purpose: env.py must be able to say that a Python is too old."""
 
+import errno
 import os
 import subprocess
 import sys
+
+AGAIN = "make deploy-env" if "--deploy" in sys.argv else "make env"
+NETWORK = f"check the network (and pip config list), then {AGAIN}"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fail(message, hint):
@@ -27,8 +32,8 @@ def writable_folder(path, hint):
         fail(f"cannot write to {path}: {error.strerror}", hint)
 
 
-def run(command, log, message, hint, env=None, each_line=None):
-    """Run a command with its output in the log file; if it fails, `message` and its last lines are the error."""
+def attempt(command, log, env=None, each_line=None):
+    """Run a command with its output in the log file: its exit code and its last lines."""
     tail = []
     with open(log, "a") as file:
         file.write("$ " + " ".join(map(str, command)) + "\n")
@@ -52,7 +57,24 @@ def run(command, log, message, hint, env=None, each_line=None):
             process.wait()
             raise
         code = process.wait()
+    return code, tail
+
+
+def run(command, log, message, hint, env=None, each_line=None):
+    """Run a command that must succeed; else `message` and its last lines are the error."""
+    code, tail = attempt(command, log, env, each_line)
     if code:
-        telling = [line for line in tail if "error" in line.lower() and not line.startswith("WARNING")] or tail
-        said = "".join(f"  {line}\n" for line in telling[-4:])
-        fail(f"{message} (exit {code})\n{said}  all of it: {log}", hint)
+        give_up(f"{message} (exit {code})", tail, log, hint)
+
+
+def give_up(message, tail, log, hint):
+    """The error of a command that failed, with what it said last."""
+    if any(os.strerror(code) in line for code in DISK_FULL for line in tail):
+        hint = f"free some disk, then {AGAIN}"
+    fail(message + "\n" + "".join(f"  {line}\n" for line in telling(tail)) + f"  all of it: {log}", hint)
+
+
+def telling(tail):
+    """The lines that say why a command failed."""
+    errors = [line for line in tail if "error" in line.lower() and not line.startswith("WARNING")]
+    return (errors or tail)[-4:]

@@ -10,6 +10,8 @@ commit. PyPI has no wheel of it and the converter is in no wheel at all, so it i
         wheels/      llama_cpp_python (with the same libraries inside) and gguf
         LICENSE  build.json
 
+The side that only runs models needs no more than wheels/llama_cpp_python: <version>-<key>-wheel/ holds that alone.
+
 The key is what the result depends on, so a folder is never wrong, only unused. FERRY_LLAMA_FLAGS adds CMake flags:
 `-DGGML_CUDA=ON`, or `-DGGML_NATIVE=OFF` for a build that runs on other machines too.
 """
@@ -25,26 +27,22 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import cache_folder, fail, run, writable_folder
+from common import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
 
 RECIPE = 2  # raise it when this file builds something else from the same inputs
 DISK = 700e6  # sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air
 RENDER = Path(__file__).with_name("render.cpp")
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
-AGAIN = "make env"
-NETWORK = f"check the network (and pip config list), then {AGAIN}"
 MAC = sys.platform == "darwin"
 
 
 def version() -> str:
     """The pin of llama-cpp-python in pyproject.toml."""
-    with open(Path(__file__).resolve().parent.parent / "pyproject.toml", "rb") as file:
-        extras = tomllib.load(file)["project"]["optional-dependencies"]
-    return next(pin.split("==")[1] for pin in extras["deploy"] if pin.startswith("llama-cpp-python=="))
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'"llama-cpp-python==([\w.]+)"', text)[1]  # Python 3.10 has no tomllib
 
 
 def flags() -> list[str]:
@@ -100,14 +98,24 @@ def key() -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
-def folder() -> Path:
+def folder(only_wheel: bool = False) -> Path:
     """Where the build for this machine is, or will be."""
-    return Path(cache_folder()) / "llama.cpp" / f"{version()}-{key()}"
+    return Path(cache_folder()) / "llama.cpp" / (f"{version()}-{key()}" + ("-wheel" if only_wheel else ""))
 
 
 def complete(path: Path) -> bool:
     """build.json is written last, and the folder gets its name after that."""
     return (path / "build.json").is_file()
+
+
+def cached() -> Path | None:
+    """A build for this machine that is there already, whichever of the two.
+
+    With no build of this version at all the compiler is not asked for: a Mac that has none opens a window.
+    """
+    if not list((Path(cache_folder()) / "llama.cpp").glob(f"{version()}-*")):
+        return None
+    return next(filter(complete, (folder(), folder(only_wheel=True))), None)
 
 
 @contextmanager
@@ -131,19 +139,19 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def ensure(say=tell) -> Path:
+def ensure(say=tell, only_wheel: bool = False) -> Path:
     """The complete folder, built now if it is not there."""
-    target = folder()
+    target = folder(only_wheel)
     if complete(target):
         return target
     writable_folder(str(target.parent), f"FERRY_CACHE=/some/other/folder {AGAIN}")
     with locked(target.parent / "lock", say):
         if not complete(target):
-            build(target, say)
+            build(target, say, only_wheel)
     return target
 
 
-def build(target: Path, say) -> None:
+def build(target: Path, say, only_wheel: bool) -> None:
     """Make everything under a temporary name beside the target, and rename it at the end."""
     for left in target.parent.glob("*.part-*"):  # of a build that was killed; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
@@ -157,31 +165,44 @@ def build(target: Path, say) -> None:
     work = Path(tempfile.mkdtemp(prefix=target.name + ".part-", dir=target.parent))
     started = time.monotonic()
     try:
-        out = work / "out"
-        out.mkdir()
-        env = with_tools(work, log)
-        source = download(work, log, env)
-        vendored = source / "vendor" / "llama.cpp"
-        commit = (source / ".git/modules/vendor/llama.cpp/HEAD").read_text().strip()
-        compile_all(vendored, work / "build", log, env, say)
-        compile_render(vendored, work / "build", log)
-        shutil.copytree(work / "build" / "bin", out / "bin", symlinks=True)
-        make_wheels(source, out, log, env)
-        (out / "convert").mkdir()
-        for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py"):
-            os.rename(vendored / name, out / "convert" / name)
-        os.rename(vendored / "models", out / "models")
-        shutil.copy(vendored / "LICENSE", out)
-        shutil.copytree(vendored / "licenses", out / "licenses")
+        commit = make(work, log, say, only_wheel)
         facts = {"version": version(), "commit": commit, "flags": flags(), "compiler": compiler(), "recipe": RECIPE}
         facts["seconds"] = round(time.monotonic() - started)
-        (out / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (work / "out" / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(out, target)
+        os.rename(work / "out", target)
     except OSError as error:
         fail(f"llama.cpp could not be built: {error}", f"free some disk, or FERRY_CACHE=/some/other/folder {AGAIN}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def make(work: Path, log: Path, say, only_wheel: bool) -> str:
+    """Fill `work`/out; the commit of llama.cpp it was made from."""
+    out, compiled = work / "out", work / "build"
+    out.mkdir()
+    env = with_tools(work, log)
+    source = download(work, log, env)
+    vendored = source / "vendor" / "llama.cpp"
+    commit = (source / ".git/modules/vendor/llama.cpp/HEAD").read_text().strip()
+    compile_all(vendored, compiled, ["llama"] if only_wheel else ["llama", *TOOLS], log, env, say)
+    if not only_wheel:
+        compile_render(vendored, compiled, log)
+        shutil.copytree(compiled / "bin", out / "bin", symlinks=True)
+    make_wheels(source, compiled / "bin", out / "wheels", only_wheel, log, env)
+    if not only_wheel:
+        keep_converter(vendored, out)
+    shutil.copy(vendored / "LICENSE", out)
+    shutil.copytree(vendored / "licenses", out / "licenses")
+    return commit
+
+
+def keep_converter(vendored: Path, out: Path) -> None:
+    """What of the source is used as it is."""
+    (out / "convert").mkdir()
+    for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py"):
+        os.rename(vendored / name, out / "convert" / name)
+    os.rename(vendored / "models", out / "models")
 
 
 def with_tools(work: Path, log: Path) -> dict[str, str]:
@@ -211,13 +232,13 @@ def download(work: Path, log: Path, env: dict[str, str]) -> Path:
     return work / archive.name.removesuffix(".tar.gz")
 
 
-def compile_all(source: Path, build: Path, log: Path, env: dict[str, str], say) -> None:
-    """Configure, and compile only what is used: 145 files, 6 minutes on 2 cores."""
+def compile_all(source: Path, build: Path, targets: list[str], log: Path, env: dict[str, str], say) -> None:
+    """Configure, and compile only what is used: with the tools 145 files, 6 minutes on 2 cores."""
     what, hint = "llama.cpp could not be compiled", f"read the log; then {AGAIN}"
     run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *flags()], log, what, hint, env)
     # Not more than 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
     jobs = str(min(os.cpu_count() or 1, 16))
-    run(["cmake", "--build", build, "-j", jobs, "--target", "llama", *TOOLS], log, what, hint, env, progress(say))
+    run(["cmake", "--build", build, "-j", jobs, "--target", *targets], log, what, hint, env, progress(say))
 
 
 def compile_render(source: Path, build: Path, log: Path) -> None:
@@ -256,17 +277,17 @@ def progress(say):
     return read
 
 
-def make_wheels(source: Path, out: Path, log: Path, env: dict[str, str]) -> None:
+def make_wheels(source: Path, built: Path, wheels: Path, only_wheel: bool, log: Path, env: dict[str, str]) -> None:
     """llama_cpp_python around the libraries just built (no second compile), and gguf as it is in this commit."""
     libraries = source / "llama_cpp" / "lib"
     libraries.mkdir(exist_ok=True)
-    for path in (out / "bin").iterdir():  # libggml.so and libggml.so.0, not libggml.so.0.25.3: a wheel holds no links
+    for path in built.iterdir():  # libggml.so and libggml.so.0, not libggml.so.0.25.3: a wheel holds no links
         if re.fullmatch(r"lib(llama|ggml[\w-]*)\.(so(\.\d+)?|(\d+\.)?dylib)", path.name):
             shutil.copy(path, libraries / path.name)
     (source / ".gitignore").unlink(missing_ok=True)  # scikit-build-core leaves out what git ignores: these libraries
     os.rename(source / ".git", source.parent / "git")
     pip = [source.parent / "tools/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-cache-dir"]
-    command = [*pip, "--wheel-dir", out / "wheels", source, source / "vendor/llama.cpp/gguf-py"]
+    command = [*pip, "--wheel-dir", wheels, source, *([] if only_wheel else [source / "vendor/llama.cpp/gguf-py"])]
     what = "the wheels of llama-cpp-python and gguf could not be made"
     run(command, log, what, NETWORK, env | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})  # their build tools come from PyPI
 

@@ -1,8 +1,9 @@
 """`make lock`: resolve pyproject.toml again, write setup/locks/*.txt and print what changed.
 
-cpu.txt  what the cloud side runs on (core + data + cpu + deploy: `verify` asks the same llama.cpp as the Mac)
-data.txt what `data` alone needs, on a laptop: the same versions, no torch
-test.txt what the tests add to cpu.txt
+cpu.txt     what the cloud side runs on (core + data + cpu + deploy: `verify` asks the same llama.cpp as the Mac)
+data.txt    what `data` alone needs, on a laptop: the same versions, no torch
+deploy.txt  what the side that runs models needs: the same versions, from Python 3.10 on, no torch
+test.txt    what the tests add to cpu.txt
 
 uv resolves for every platform at once, which pip cannot; it comes into a throwaway environment, not into the project's.
 """
@@ -20,7 +21,7 @@ from common import fail
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "setup" / "locks"
 UV = "uv==0.13.9"  # the format of the locks follows it
-PYTHON = "3.11"  # the oldest one allowed: markers speak of the newer ones
+PYTHON, PYTHON_DEPLOY = "3.11", "3.10"  # the oldest ones allowed: markers speak of the newer ones
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 HEADER = "# Made by `make lock` from pyproject.toml. Do not edit: change pyproject.toml and run it again.\n"
 
@@ -46,15 +47,22 @@ def uv_arguments() -> list[str]:
     return arguments
 
 
-def resolve(uv: Path, where: list[str], extras: list[str], held: Path | None = None) -> list[str]:
+def resolve(uv: Path, where: list[str], extras: list[str], held: Path | None = None, python: str = PYTHON) -> list[str]:
     """The pinned lines for the core dependencies and these extras; versions in `held` stay."""
-    fixed = f"pip compile pyproject.toml --universal --python-version {PYTHON} --no-header --no-annotate --quiet"
+    fixed = f"pip compile pyproject.toml --universal --python-version {python} --no-header --no-annotate --quiet"
     command = [str(uv), *fixed.split()]
     command += where + [word for extra in extras for word in ("--extra", extra)] + (["-c", str(held)] if held else [])
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         fail(f"pyproject.toml cannot be resolved\n{done.stderr.rstrip()}", "change the pin it names, then make lock")
     return [line for line in done.stdout.splitlines() if "'never'" not in line]
+
+
+def from_python(version: str, lines: list[str]) -> list[str]:
+    """The same pins, for this Python and newer ones only: on an older one a package may need an older version."""
+    marked = (line.partition(" ; ") for line in lines)
+    asked = f"python_full_version >= '{version}'"
+    return [f"{pin} ; {asked} and ({marker})" if marker else f"{pin} ; {asked}" for pin, _, marker in marked]
 
 
 def pins(lines: list[str]) -> dict[str, str]:
@@ -90,7 +98,10 @@ def main() -> None:
         held.write_text("\n".join(cpu) + "\n")
         test = [line for line in resolve(uv, where, ["data", "cpu", "deploy", "test"], held) if line not in cpu]
         data = resolve(uv, where, ["data"], held)
-    changes = write("cpu.txt", cpu) + write("data.txt", data) + write("test.txt", test)
+        held.write_text("\n".join(from_python(PYTHON, cpu)) + "\n")
+        deploy = resolve(uv, where, ["deploy"], held, PYTHON_DEPLOY)
+    made = {"cpu.txt": cpu, "data.txt": data, "deploy.txt": deploy, "test.txt": test}
+    changes = [change for name, lines in made.items() for change in write(name, lines)]
     print("\n".join(changes) or "no change")
 
 

@@ -76,6 +76,14 @@ def source() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real(source, tmp_path_factory) -> Path:
+    """A folder hub with that model, as `publish` lays one out. Not to be changed."""
+    from tests import repos
+
+    return repos.real(tmp_path_factory.mktemp("hub") / "real", source, system="Answer briefly.")
+
+
+@pytest.fixture(scope="session")
 def base(source, tmp_path_factory) -> Path:
     """The demo's tokenizer as a Transformers folder."""
     from pipeline import base

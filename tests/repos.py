@@ -18,12 +18,17 @@ def make(folder: Path, size: int = 6 << 20, seed: int = 1, name: str = "tiny", t
     """A folder hub. size: bytes of its GGUF, about; seed: another one is another version."""
     folder.mkdir(parents=True, exist_ok=True)
     write_gguf(folder / f"{name}.q4_k_m.gguf", size, seed, template)
+    write_rest(folder, seed)
+    files.write_json(folder / manifest.NAME, described(folder, name, template))
+    return folder
+
+
+def write_rest(folder: Path, seed: int) -> None:
+    """What stands beside the GGUF."""
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(random.Random(seed).randbytes(100_000))
     (folder / "README.md").write_text(CARD + f"version {seed}\n")
     (folder / "LICENSE").write_text("as free as the wind\n")
-    files.write_json(folder / manifest.NAME, described(folder, name, template))
-    return folder
 
 
 def write_gguf(path: Path, size: int, seed: int, template: str = TEMPLATE) -> None:
@@ -73,3 +78,47 @@ def rewrite(folder: Path, change) -> Path:
     value = json.loads(path.read_text())
     path.write_text(json.dumps(change(value) or value))
     return folder
+
+
+def real(folder: Path, source: Path, name: str = "real", system: str | None = None, seed: int = 0, smoke: int = 3) -> Path:
+    """A folder hub with a model that answers: `source`, a real GGUF, under a manifest as `publish` would write it.
+
+    seed: another one is another version, of the same weights.
+    """
+    from contract import runtime
+    from pipeline.config import Generation
+    from pipeline.verify import derive, golden, stage
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.q4_k_m.gguf"
+    path.write_bytes(source.read_bytes())
+    write_rest(folder, seed)
+    model = runtime.load(path, 2048)
+    template, bos, eos = chat.embedded(model), chat.special(model, "bos"), chat.special(model, "eos")
+
+    def render(messages, asks=True):
+        return chat.render(template, messages, bos, eos, asks)
+
+    rows = [
+        {"messages": messages, "add_generation_prompt": asks, "prompt": render(messages, asks)}
+        for messages in golden.conversations(eos) for asks in (True, False)
+    ]  # fmt: skip
+    turns, left_out = derive.derive(render, template, [row for row in rows if row["add_generation_prompt"]])
+    generation = Generation(max_tokens=24, num_ctx=1024, temperature=0)
+    value = described(folder, name, template) | {
+        "golden": [row | {"ids": runtime.tokenize(model, row["prompt"])} for row in rows],
+        "smoke": [stage.smoke_prompt(model, m, system, generation) for m in SMOKE[:smoke]],
+        "scores": {"rule": "exact", "used": "none", "heldout": {}, "notes": []},
+        "training": {"seed": seed},
+    }
+    value["chat"] |= {
+        "stop": [eos], "bos": bos, "system": system, "turns": turns and turns.model_dump(mode="json"), "embedded": left_out,
+    }  # fmt: skip
+    value["generation"] |= {"num_ctx": 1024, "temperature": 0.0, "max_tokens": 24}
+    value["artifacts"][0] |= {"tensor_types": {}}
+    model.close()
+    files.write_json(folder / manifest.NAME, value)
+    return folder
+
+
+SMOKE = ("What is the capital of France?", "Say hello.", "Name three colours.")

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from contract.errors import UserError
+from contract import rules
 from pipeline import judge
 from pipeline.config import Evaluate, load
 from pipeline.evaluate import read_prompts
@@ -42,16 +43,16 @@ def schema(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "said", "reference", "points"),
     [
-        (judge.exact, " Yes\n", "Yes", 1),
-        (judge.exact, "yes", "Yes", 0),
-        (judge.exact, "Yes.", "Yes", 0),
-        (judge.accuracy, '"YES!" ', "yes", 1),
-        (judge.accuracy, "yes and no", "yes", 0),
-        (judge.accuracy, "co-op", "coop", 0),
-        (judge.f1, "The cat sat.", "a cat", 2 / 3),
-        (judge.f1, "cat cat", "cat", 2 / 3),
-        (judge.f1, "the", "", 1),
-        (judge.f1, "cat", "", 0),
+        (rules.exact, " Yes\n", "Yes", 1),
+        (rules.exact, "yes", "Yes", 0),
+        (rules.exact, "Yes.", "Yes", 0),
+        (rules.accuracy, '"YES!" ', "yes", 1),
+        (rules.accuracy, "yes and no", "yes", 0),
+        (rules.accuracy, "co-op", "coop", 0),
+        (rules.f1, "The cat sat.", "a cat", 2 / 3),
+        (rules.f1, "cat cat", "cat", 2 / 3),
+        (rules.f1, "the", "", 1),
+        (rules.f1, "cat", "", 0),
         (judge.regex("b.*d"), "a b\nc d", "", 1),
         (judge.regex("^b"), "a b", "", 0),
     ],
@@ -68,32 +69,32 @@ def test_the_json_schema_rule_wants_json_that_fits(schema):
 def test_the_config_chooses_the_rule(tmp_path):
     (tmp_path / "s.json").write_text("true")
     assert judge.judge(Evaluate()) is None
-    assert judge.judge(Evaluate(rule="exact")) is judge.exact
-    assert judge.judge(Evaluate(rule="accuracy")) is judge.accuracy
-    assert judge.judge(Evaluate(rule="f1")) is judge.f1
+    assert judge.judge(Evaluate(rule="exact")) is rules.exact
+    assert judge.judge(Evaluate(rule="accuracy")) is rules.accuracy
+    assert judge.judge(Evaluate(rule="f1")) is rules.f1
     assert judge.judge(Evaluate(rule="regex", pattern="^x"))("x", "") == 1
     assert judge.judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "s.json")))("{", "") == 0
 
 
 @given(ANY | WORDS, ANY | WORDS)
 def test_every_rule_gives_0_to_1(said, reference):
-    for rule in (judge.exact, judge.accuracy, judge.f1, judge.regex("a+")):
+    for rule in (rules.exact, rules.accuracy, rules.f1, judge.regex("a+")):
         assert 0 <= rule(said, reference) <= 1
 
 
 @given(ANY | WORDS)
 def test_a_text_equals_itself_by_every_rule(text):
-    assert judge.exact(text, text) == judge.accuracy(text, text) == judge.f1(text, text) == 1
+    assert rules.exact(text, text) == rules.accuracy(text, text) == rules.f1(text, text) == 1
 
 
 @given(ANY, st.text(string.punctuation + string.whitespace), st.text(string.punctuation + string.whitespace))
 def test_accuracy_ignores_case_and_punctuation_at_the_ends(text, before, behind):
-    assert judge.accuracy(before + text.casefold() + behind, text) == 1
+    assert rules.accuracy(before + text.casefold() + behind, text) == 1
 
 
 @given(st.text("ab"), st.text(string.punctuation, min_size=1), st.text("ab"))
 def test_accuracy_heeds_punctuation_inside(left, mark, right):
-    assert judge.accuracy(f"x{left}{mark}{right}y", f"x{left}{right}y") == 0
+    assert rules.accuracy(f"x{left}{mark}{right}y", f"x{left}{right}y") == 0
 
 
 def squad(said: str, reference: str) -> float:
@@ -121,8 +122,8 @@ def squad(said: str, reference: str) -> float:
 @given(ANY | WORDS, ANY | WORDS)
 @example("a–b the…an", "b a")
 def test_f1_is_squads_and_symmetric(said, reference):
-    assert judge.f1(said, reference) == pytest.approx(squad(said, reference))
-    assert judge.f1(said, reference) == judge.f1(reference, said)
+    assert rules.f1(said, reference) == pytest.approx(squad(said, reference))
+    assert rules.f1(said, reference) == rules.f1(reference, said)
 
 
 @same_file

@@ -1,0 +1,127 @@
+"""chat: talk to the pulled model in a terminal, or pipe a question in."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from contract.errors import UserError, shown
+from deploy import talk
+
+JOINERS = "\u200c\u200d"  # not printable by Python's rule, and part of Persian words and of emoji
+HELP = """\
+/clear        forget the conversation
+/system TEXT  answer by this system prompt from now on; alone, show the one in force
+/bye          leave, as Ctrl-D does
+Ctrl-C stops an answer, not the program."""
+
+
+def stage(version: Path, context: int | None = None) -> None:
+    """Answer what is typed until Ctrl-D; what is piped in is one question.
+
+    context: at most so many tokens. Raises UserError as `talk.opened` does, and for a piped question without an answer.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # a byte that is no text, a terminal that has no such letter
+    typed = sys.stdin.isatty()
+    piped = "" if typed else sys.stdin.read().strip()
+    if not typed and not piped:
+        return
+    if not typed:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have enough
+    with talk.opened(version, context) as engine:
+        here = Chat(engine)
+        here.loop() if typed else here.ask(piped)
+
+
+class Chat:
+    """One conversation, on stdin and stdout."""
+
+    def __init__(self, engine: talk.Talk):
+        self.engine, self.system, self.turns = engine, engine.made.chat.system, []
+
+    def loop(self) -> None:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() then has history and editing; nothing is saved
+        made, size = self.engine.made, self.engine.context
+        say(f"{made.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
+        while (line := read()) is not None and line != "/bye":
+            try:
+                self.command(*line.partition(" ")[::2]) if line.startswith("/") else self.ask(line)
+            except UserError as error:
+                say(str(error))
+
+    def command(self, name: str, words: str) -> None:
+        if name == "/clear":
+            self.turns = []
+        elif name == "/system" and words:
+            self.system = words
+        elif name == "/system":
+            say(shown(self.system, 4000) if self.system else "none but what the template may have of its own")
+        else:
+            say(HELP if name == "/help" else f"{shown(name, 40)} is no command\n{HELP}")
+
+    def ask(self, words: str) -> None:
+        """Print the answer as it comes, and remember both. Raises UserError when there is none."""
+        if not words:
+            return
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        with typing() as stopped:
+            asked = [*self.turns, {"role": "user", "content": words}]
+            kept, ids = self.engine.fitted([*system, *asked])
+            answer = talk.Answer(self.engine, ids, self.engine.sampling, stopped)
+            if gone := len(system) + len(asked) - len(kept):
+                say(f"[the context is full: the oldest {gone} messages are left out]")
+            said, rate = show(answer)
+        self.turns = [*kept[len(system) :], {"role": "assistant", "content": said}]
+        if sys.stdout.isatty():
+            cut = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(answer.end, "")
+            say(f"[{len(answer.ids)} tokens, {rate:.1f} tokens/s{cut}]")
+
+
+def show(answer: talk.Answer) -> tuple[str, float]:
+    """What it said, and how many tokens a second came after the first one."""
+    said, first = "", None
+    for piece in answer:
+        first = first or time.perf_counter()
+        said += piece
+        print(printable(piece), end="", flush=True)
+    print(flush=True)
+    return said, max(0, len(answer.ids) - 1) / (time.perf_counter() - first)
+
+
+def printable(text: str) -> str:
+    """A stranger's model on a terminal: no escape sequence, no character that turns the line around."""
+    return "".join(c if c.isprintable() or c in "\n\t" or c in JOINERS else " " if c.isspace() else "" for c in text)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def read() -> str | None:
+    """A line; None at the end."""
+    while True:
+        try:
+            return input(">>> ").strip()
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /bye leaves")
+        except EOFError:
+            say("")
+            return None
+
+
+@contextlib.contextmanager
+def typing() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C makes what this yields true; without a keyboard it ends the program as always."""
+    pressed = threading.Event()
+    if sys.stdin.isatty():
+        before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed.is_set
+    finally:
+        if sys.stdin.isatty():
+            signal.signal(signal.SIGINT, before)

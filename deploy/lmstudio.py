@@ -1,0 +1,217 @@
+"""lmstudio: the pulled file in LM Studio's models folder, as a hard link where the disk allows it, else as a copy.
+
+Always the version in use: LM Studio knows a model by its file's place, <models>/<publisher>/<model>/<file>.gguf.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from contract import files, hub, manifest
+from contract.errors import UserError, shown
+from deploy import store
+
+INSTALL = "brew install --cask lm-studio   (or https://lmstudio.ai), and start it once"
+RECORD = "lmstudio.json"
+PATIENCE = 30  # seconds for a word of the app's
+
+
+class Absent(UserError):
+    """LM Studio is not there: the other parts can go on without it."""
+
+
+def home() -> Path:
+    """LM Studio's folder, found as its own programs find it."""
+    user = Path.home()
+    pointer = user / ".lmstudio-home-pointer"
+    try:
+        return Path(pointer.read_text(encoding="utf-8").strip())
+    except OSError:
+        old = user / ".cache" / "lm-studio"
+        return old if old.is_dir() else user / ".lmstudio"
+
+
+def models() -> Path:
+    """Where it looks for models: what its settings say, else <home>/models."""
+    try:
+        said = json.loads((home() / "settings.json").read_text(encoding="utf-8")).get("downloadsFolder")
+    except (OSError, ValueError, AttributeError):
+        said = None
+    return Path(said) if isinstance(said, str) and said else home() / "models"
+
+
+def program() -> str | None:
+    """Its command line, also where the app puts it without touching PATH."""
+    inside = home() / "bin" / "lms"
+    return shutil.which("lms") or (str(inside) if os.access(inside, os.X_OK) else None)
+
+
+def stage(version: Path) -> dict:
+    """Put the version's file into LM Studio, in place of an older version's, and write lmstudio.json.
+
+    Raises Absent when there is no LM Studio, UserError when another one's file is in the way.
+    """
+    made, path = store.passed(version)
+    if program() is None and not home().is_dir():
+        raise Absent("LM Studio is not installed", INSTALL)
+    artifact, target = made.artifact(path.name), place(version, made, path)
+    how = there(path, target, artifact.sha256)
+    if how is None:
+        refuse_anothers(target, version.parent)
+        # Said before it begins: half a file found there later is ours.
+        files.write_json(version / RECORD, {"stage": "lmstudio", "target": str(target), "done": False})
+        how = put(path, target, artifact.sha256)
+    leave_elsewhere(version, target)
+    record = {"stage": "lmstudio", "target": str(target), "done": True, "how": how, "key": key(target)}
+    files.write_json(version / RECORD, record)
+    return record
+
+
+def place(version: Path, made: manifest.Manifest, path: Path) -> Path:
+    """<models>/<publisher>/<model>/<file>: of a repo on the Hub its own names, else ferry and the model's."""
+    repo = store.record(version)["repo"]
+    user, name = ("ferry", made.name) if hub.is_folder(repo) else repo.split("/")
+    return models() / user / name / path.name
+
+
+def there(path: Path, target: Path, sha256: str) -> str | None:
+    """'hard link' or 'copy' when the very file is there already."""
+    if not target.is_file():
+        return None
+    if target.samefile(path):
+        return "hard link"
+    same = target.stat().st_size == path.stat().st_size and files.sha256(target) == sha256
+    return "copy" if same else None
+
+
+def refuse_anothers(target: Path, folder: Path) -> None:
+    """A file that Ferry did not put there stays; one of ours goes.
+
+    folder: the model's in the store, whose records and manifests say what is ours.
+    """
+    if not os.path.lexists(target):
+        return
+    if str(target) not in mine(folder) and not (target.is_file() and files.sha256(target) in published(folder)):
+        raise UserError(
+            f"{target} is there already and Ferry did not put it there",
+            "delete it in LM Studio (My Models) or move it away, then run the same command again",
+        )
+    files.remove(target)
+
+
+def mine(folder: Path) -> set[str]:
+    """Every place that a version of this model was put to."""
+    return {str(_read(path).get("target")) for path in folder.glob(f"*/{RECORD}")}
+
+
+def published(folder: Path) -> set[str]:
+    """sha256 of every file of this model's versions."""
+    found = (manifest.read(version / manifest.NAME) for version in store.versions(folder))
+    return {artifact.sha256 for made in found for artifact in made.artifacts}
+
+
+def _read(path: Path) -> dict:
+    try:
+        return files.read_json(path)
+    except UserError:
+        return {}
+
+
+def put(path: Path, target: Path, sha256: str) -> str:
+    """'hard link' or 'copy'; through `lms import` where it is. Raises UserError when it does not arrive whole."""
+    linked = can_link(path, target)
+    command = program()
+    if command:
+        through(command, path, target, linked)
+    else:
+        lay(path, target, linked)
+    if not target.is_file() or (target.stat().st_size != path.stat().st_size) or there(path, target, sha256) is None:
+        raise UserError(f"{target} is not the file that was to be imported", "run the same command again")
+    return "hard link" if target.samefile(path) else "copy"
+
+
+def can_link(path: Path, target: Path) -> bool:
+    """A hard link needs one file system, and one that has them: tried, not guessed. Raises UserError when nothing can be
+    written there."""
+    probe = target.with_name(f".{target.name}.ferry")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.remove(probe)
+        os.link(path, probe)
+    except OSError as error:
+        if isinstance(known := files.translated(error, target), UserError) and not os.access(target.parent, os.W_OK):
+            raise known from error
+        return False
+    files.remove(probe)
+    return True
+
+
+def through(command: str, path: Path, target: Path, linked: bool) -> None:
+    """`lms import`, which never moves our file: it would by default."""
+    user = f"{target.parent.parent.name}/{target.parent.name}"
+    how = "--hard-link" if linked else "--copy"
+    done = subprocess.run(
+        [command, "import", str(path.absolute()), how, "--user-repo", user, "-y"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise UserError(
+            f"`lms import` failed: {shown(lines[-1] if lines else f'exit code {done.returncode}')}",
+            f"see that {target.parent} can be written and has {path.stat().st_size / 1e9:.1f} GB free, then run the same command again",
+        )
+
+
+def lay(path: Path, target: Path, linked: bool) -> None:
+    """The documented layout by our own hands."""
+    with files.writing(target) as part:
+        os.link(path, part) if linked else files.copy(path, part)
+
+
+def leave_elsewhere(version: Path, target: Path) -> None:
+    """What older versions of this model had put to other places: LM Studio shows the one in use."""
+    for record in version.parent.glob(f"*/{RECORD}"):
+        said = _read(record).get("target")
+        if said and said != str(target):
+            _away(Path(said))
+        if record.parent != version:
+            files.remove(record)
+
+
+def _away(target: Path) -> int:
+    """Remove a file of ours and its empty folders; returns the bytes that came back (0 for one of several hard links)."""
+    if not target.is_file():
+        return 0
+    facts = target.stat()
+    files.remove(target)
+    for folder in (target.parent, target.parent.parent):
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+    return facts.st_size if facts.st_nlink == 1 else 0
+
+
+def gone(version: Path) -> int:
+    """Take a version out of LM Studio; returns the bytes that came back."""
+    said = _read(version / RECORD).get("target")
+    files.remove(version / RECORD)
+    return _away(Path(said)) if said else 0
+
+
+def key(target: Path) -> str | None:
+    """The name under which LM Studio lists the file; None where the app cannot be asked."""
+    command = program()
+    if command is None:
+        return None
+    try:
+        done = subprocess.run(
+            [command, "ls", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+        )
+        listed = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    inside = "/".join(target.parts[-3:])
+    found = [m for m in listed if isinstance(m, dict) and m.get("path") == inside] if isinstance(listed, list) else []
+    return str(found[0].get("modelKey")) if found else None

@@ -1,0 +1,144 @@
+"""What this machine is: system, chip, memory, and how much of it a model may take."""
+
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PATIENCE = 10  # seconds for one fact
+MARGIN = 1 << 30  # bytes of a GPU's memory that llama.cpp leaves free when it fits a model by itself (common.h, --fit)
+# Of all memory, where the processor computes: the system and what else is open need the rest.
+SHARE = 3 / 4
+# Without a limit set by hand Metal gives one process 2/3 of the memory of small Macs, 3/4 of large ones, as llama.cpp
+# logs it (recommendedMaxWorkingSetSize): 10,922 of 16 GB, 21,845 of 32 GB (ollama#434), 27,648 of 36 GB, 49,152 of 64 GB
+# (llama.cpp#1870), 73,728 of 96 GB (llama.cpp#3213). Newer systems give more: 11.8 of 16 GB (llmfit#754).
+LARGE = 36 << 30
+SYSCTL = ("/usr/sbin/sysctl", "-n")  # not on every PATH
+NVIDIA = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+GPU, INTEGRATED = 1, 2  # enum ggml_backend_dev_type
+
+Ask = Callable[[Sequence[str]], "str | None"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    system: str
+    """'Darwin' or 'Linux'."""
+    release: str
+    arch: str
+    """Of this Python: 'arm64', 'x86_64', ..."""
+    chip: str
+    memory: int
+    """Bytes; in a container what it may have."""
+    gpu: str
+    """Its name; '': none."""
+    gpu_memory: int
+    """Bytes that a model may have there; on a Mac a part of `memory`. 0: no GPU."""
+    rosetta: bool
+    """This Python is for Intel, the chip is Apple's: everything is translated, and there is no Metal."""
+
+    @property
+    def unified(self) -> bool:
+        """GPU and processor share their memory."""
+        return self.system == "Darwin" and bool(self.gpu)
+
+
+def ask(command: Sequence[str]) -> str | None:
+    """What a command prints; None when it is not there, fails, or takes too long."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def held() -> int:
+    """Bytes of memory that the GPUs of this llama.cpp report; 0: it computes on the processor, or is not there.
+
+    Of a Mac it is Metal's own recommendedMaxWorkingSetSize, which knows the system's version and any limit set by hand.
+    """
+    if not importlib.util.find_spec("llama_cpp"):
+        return 0
+    import ctypes
+
+    try:
+        from llama_cpp._ggml import libggml
+    except (ImportError, OSError, RuntimeError):  # a library that cannot be loaded: the doctor says it
+        return 0
+    libggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    libggml.ggml_backend_dev_get.argtypes, libggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    libggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] + 2 * [ctypes.POINTER(ctypes.c_size_t)]
+    found = {GPU: 0, INTEGRATED: 0}
+    for device in map(libggml.ggml_backend_dev_get, range(libggml.ggml_backend_dev_count())):
+        free, total, kind = ctypes.c_size_t(), ctypes.c_size_t(), libggml.ggml_backend_dev_type(device)
+        libggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found[kind] = found.get(kind, 0) + total.value
+    return found[GPU] or found[INTEGRATED]  # llama.cpp takes an integrated one only where there is no other
+
+
+def here(
+    ask: Ask = ask, root: Path = Path("/"), system: str = platform.system(), arch: str = platform.machine(),
+    held: Callable[[], int] = held,
+) -> Machine:  # fmt: skip
+    """This machine. The arguments are where its facts come from: commands, files, this Python, llama.cpp."""
+    return _mac(ask, arch, held) if system == "Darwin" else _linux(ask, root, arch, held)
+
+
+def budget(machine: Machine, gpu: bool) -> int:
+    """Bytes that a model may take, with all that it needs to run. gpu: llama.cpp computes on one."""
+    if gpu and machine.gpu_memory:
+        return max(0, machine.gpu_memory - MARGIN)
+    return int(machine.memory * SHARE)
+
+
+def _mac(ask: Ask, arch: str, held: Callable[[], int]) -> Machine:
+    def number(name: str) -> int:
+        said = ask((*SYSCTL, name)) or ""
+        return int(said) if said.isdecimal() else 0
+
+    apple = arch == "arm64" or number("hw.optional.arm64") == 1 or number("sysctl.proc_translated") == 1
+    memory, chip = number("hw.memsize"), ask((*SYSCTL, "machdep.cpu.brand_string")) or arch
+    limit = number("iogpu.wired_limit_mb") << 20 or (memory * 3 // 4 if memory >= LARGE else memory * 2 // 3)
+    room = held() or (limit if apple else 0)
+    release = f"macOS {ask(('/usr/bin/sw_vers', '-productVersion')) or platform.mac_ver()[0]}"
+    return Machine("Darwin", release, arch, chip, memory, chip if apple else "", room, apple and arch == "x86_64")
+
+
+def _linux(ask: Ask, root: Path, arch: str, held: Callable[[], int]) -> Machine:
+    release = _field(root / "etc/os-release", "PRETTY_NAME", "=").strip('"') or f"Linux {platform.release()}"
+    chip = _field(root / "proc/cpuinfo", "model name", ":") or arch
+    memory = int(_field(root / "proc/meminfo", "MemTotal", ":").removesuffix("kB") or 0) << 10
+    gpus = [line.rpartition(",") for line in (ask(NVIDIA) or "").splitlines()]
+    known = sum(int(size) << 20 for _, _, size in gpus if size.strip().isdecimal())
+    names = ", ".join(name.strip() for name, _, _ in gpus)
+    return Machine("Linux", release, arch, chip, min([memory, *_limits(root)]), names, held() or known, False)
+
+
+def _field(path: Path, name: str, mark: str) -> str:
+    """The value of `name` in a file of lines such as `name : value`; '' when it is not there."""
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(mark)
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _limits(root: Path) -> list[int]:
+    """Bytes that the control groups of this process may have: of version 2 its own and all around it, of version 1."""
+    own = Path(_text(root / "proc/self/cgroup").rpartition("0::/")[2].strip())
+    groups = [root / "sys/fs/cgroup" / group for group in (own, *own.parents)]
+    said = [_text(group / "memory.max") for group in groups]
+    said.append(_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return [int(limit) for limit in map(str.strip, said) if limit.isdecimal()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,97 @@
+"""An environment and what pip puts into it. Old syntax, like env.py, which imports it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from common import AGAIN, NETWORK, attempt, fail, give_up, run
+from interpreter import fits
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
+# pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
+TORCH_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+
+
+def read_lock(name):
+    """The text of one lock."""
+    with open(os.path.join(HERE, "locks", name + ".txt"), encoding="utf-8") as file:
+        return file.read()
+
+
+def split_locks(names):
+    """(the lines of torch, all other pinned lines)"""
+    lines = [line for name in names for line in read_lock(name).splitlines() if line and not line.startswith("#")]
+    torch = [line for line in lines if line.startswith("torch==")]
+    return torch, [line for line in lines if line not in torch]
+
+
+def python_of(venv):
+    """The environment's own Python."""
+    return os.path.join(venv, "bin", "python")
+
+
+def make_venv(venv, oldest, log):
+    """The environment that is there if it can be built upon, else an empty one."""
+    python, config = python_of(venv), os.path.join(venv, "pyvenv.cfg")
+    whole = os.path.exists(config) and not os.path.exists(marker(venv)) and os.path.exists(python)
+    if whole and fits(python, oldest, "pip"):
+        return
+    if os.listdir(venv) and not os.path.exists(config):  # --clear would empty it, whatever it is
+        fail(f"{venv} is there and is no virtual environment", f"move it away, or {elsewhere()}")
+    hint = "sudo apt-get install python{}.{}-venv   (Debian, Ubuntu), then {}".format(*sys.version_info[:2], AGAIN)
+    if not importlib.util.find_spec("venv") or not importlib.util.find_spec("ensurepip"):
+        fail(f"this Python ({sys.executable}) has no venv module", hint)
+    run([sys.executable, "-m", "venv", "--clear", venv], log, f"no virtual environment could be made in {venv}", hint)
+
+
+def elsewhere():
+    """The same command with another folder for the environment."""
+    return AGAIN + (" DEPLOY_VENV=" if "deploy" in AGAIN else " VENV=") + "/some/other/folder"
+
+
+def marker(venv):
+    """There while pip changes the environment. Found at the start, pip was killed half way: nothing in it can be trusted."""
+    return os.path.join(venv, "pip-is-running")
+
+
+def pip(venv, log, arguments):
+    """Run the environment's pip: its exit code and last lines. Only a pip that was killed leaves the marker."""
+    open(marker(venv), "w").close()
+    command = [python_of(venv), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    done = attempt(command + arguments, log)
+    os.remove(marker(venv))
+    return done
+
+
+def install(venv, log, name, arguments):
+    """Without a look at dependencies: the locks are complete, and unsloth's own wishes cannot be met."""
+    code, tail = pip(venv, log, ["install", "--no-deps"] + arguments)
+    if code:
+        give_up(f"{name} could not be installed (exit {code})", tail, log, NETWORK)
+
+
+def install_lines(venv, log, lines):
+    """Everything a lock names."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        install(venv, log, "the python packages", ["-r", file.name])
+    remove_others(venv, log, lines)
+
+
+def remove_others(venv, log, others):
+    """What no lock names any more: some packages do harm by being there (torchvision, xformers)."""
+    keep = {line.split("==")[0].replace("_", "-").lower() for line in others}
+    keep |= {"torch", "pip", "setuptools", "wheel"} | {name.replace("_", "-") for name in BUILT}
+    ask = [python_of(venv), "-m", "pip", "list", "--format=json"]
+    listed = json.loads(subprocess.run(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode())
+    extra = sorted({package["name"].replace("_", "-").lower() for package in listed} - keep)
+    if extra:
+        print(f" not in the locks, removed: {', '.join(extra)} ...", end="", flush=True)
+        code, tail = pip(venv, log, ["uninstall", "--yes"] + extra)
+        if code:
+            give_up(f"pip cannot uninstall {', '.join(extra)} (exit {code})", tail, log, elsewhere())

@@ -1,0 +1,269 @@
+"""The model in Ollama: made from the Modelfile, asked on the live server, and only then NAME:latest.
+
+The server is a stand-in that behaves as Ollama's source says (tests/standins), with real llama.cpp behind it.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from contract import files, manifest
+from contract.errors import UserError
+from deploy import ollama, store, versions
+from tests import apps, installed, repos
+from tests.conftest import ferry
+
+
+@pytest.fixture(scope="module")
+def made(real, tmp_path_factory):
+    """Two versions, the older one first."""
+    return installed.two(real, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture
+def pair(made, tmp_path):
+    models = tmp_path / "my models ü"  # a path as users have them
+    newer = installed.copied(made[1], models)
+    return [newer.parent / made[0].name, newer]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with apps.ollama(tmp_path / "apps") as running:
+        enter(monkeypatch, running.env)
+        yield running
+
+
+def enter(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def digests() -> dict[str, str]:
+    return {name: facts["digest"] for name, facts in ollama.Server(ollama.host()).models().items()}
+
+
+def test_it_is_made_asked_and_then_latest(pair, server):
+    record = ollama.stage(pair[1])
+    model = f"real:{pair[1].name}"
+    assert record["model"] == model and record["latest"] == "real:latest" and record["created"]
+    assert digests() == {model: record["digest"], "real:latest": record["digest"]}
+    assert record["score"] == 1.0 and len(record["answers"]) == 3 and record["template"] == "TEMPLATE"
+    asked = server.requests
+    assert asked.index("POST /api/copy") > max(i for i, line in enumerate(asked) if line == "POST /api/chat")
+    assert asked.count("POST /api/chat") == 11 + 3, "every golden prompt, and every smoke prompt"
+
+
+def test_again_it_is_asked_but_not_made(pair, server):
+    ollama.stage(pair[1])
+    before = server.requests.count("POST /api/create")
+    record = ollama.stage(pair[1])
+    assert not record["created"] and server.requests.count("POST /api/create") == before
+    ollama.Server(server.url).delete(record["model"])
+    assert ollama.stage(pair[1])["created"]
+
+
+def test_a_changed_modelfile_is_made_again(pair, server):
+    ollama.stage(pair[1])
+    text = (pair[1] / "Modelfile").read_text()
+    (pair[1] / "Modelfile").unlink()
+    (pair[1] / "Modelfile").write_text(text.replace("temperature 0.0", "temperature 0.5"))
+    assert ollama.stage(pair[1])["created"]
+
+
+def test_another_prompt_than_the_trained_one_withdraws_the_new_version_only(pair, server):
+    """The server ignores TEMPLATE, as Ollama does where it likes the GGUF's own better; here that has another system prompt."""
+    ollama.stage(pair[0])
+    before = digests()
+    text = (pair[1] / "Modelfile").read_text().replace("assistant\\n", "assistant:\\n")
+    (pair[1] / "Modelfile").unlink()
+    (pair[1] / "Modelfile").write_text(text)
+    with pytest.raises(UserError, match=f"another prompt than the trained one.*real:{pair[1].name} was withdrawn"):
+        ollama.stage(pair[1])
+    assert digests() == before and not (pair[1] / "ollama.json").exists()
+
+
+def test_answers_of_another_model_withdraw_it(pair, server):
+    server.faults(wrong="Bonjour le monde")
+    with pytest.raises(UserError, match=r"answers otherwise in Ollama.*Bonjour.*was withdrawn"):
+        ollama.stage(pair[1])
+    assert digests() == {}
+
+
+def test_a_version_that_stood_its_test_is_not_withdrawn_when_the_server_changes(pair, server):
+    ollama.stage(pair[1])
+    server.faults(wrong="Bonjour le monde")
+    with pytest.raises(UserError, match="stays, it had passed before"):
+        ollama.stage(pair[1])
+    assert len(digests()) == 2
+
+
+@pytest.mark.parametrize("fault", [{"die": "create"}, {"full": True}, {"broken": ["create"]}, {"broken": ["copy"]}])
+def test_what_fails_in_the_middle_leaves_latest_as_it_was(pair, server, fault):
+    ollama.stage(pair[0])
+    before = digests()
+    server.faults(**fault)
+    with pytest.raises(UserError) as caught:
+        ollama.stage(pair[1])
+    assert "Traceback" not in str(caught.value) and ("free some disk" in str(caught.value)) == ("full" in fault)
+    server.faults()
+    server.stop()
+    server.start()
+    assert digests()["real:latest"] == before["real:latest"]
+    assert ollama.stage(pair[1])["latest"] == "real:latest" and digests()["real:latest"] != before["real:latest"]
+
+
+def test_a_model_of_that_name_which_is_not_ours_stays(pair, server):
+    ollama.stage(pair[1], "mine")
+    client = ollama.Server(server.url)
+    client.copy(f"mine:{pair[1].name}", "real:latest")
+    client.copy("real:latest", "real:7b")
+    # Another content than any version's: as if somebody had pulled it.
+    Path(pair[1] / "Other").write_text(f"FROM ./{store.passed(pair[1])[1].name}\nSYSTEM another\n")
+    import subprocess
+
+    subprocess.run(["ollama", "create", "real:latest", "-f", str(pair[1] / "Other")], check=True, capture_output=True)
+    before = digests()
+    (pair[1] / "ollama.json").unlink()
+    with pytest.raises(UserError, match=r"real:latest already that Ferry did not make") as caught:
+        ollama.stage(pair[1])
+    assert "NAME=" in caught.value.hint and digests() == before
+    assert ollama.stage(pair[1], "real-2")["latest"] == "real-2:latest"
+    assert digests()["real:latest"] == before["real:latest"]
+
+
+def test_the_name_is_remembered(pair, server):
+    ollama.stage(pair[0], "chosen")
+    assert ollama.stage(pair[1])["latest"] == "chosen:latest"
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "a/b", "a:b", "", "-x", "ä", "x" * 81, "--help"])
+def test_a_name_that_ollama_cannot_have_is_refused_before_anything_is_made(pair, server, name):
+    if name:
+        with pytest.raises(UserError, match="cannot have a model called"):
+            ollama.stage(pair[1], name)
+    else:
+        with pytest.raises(UserError):
+            ollama.named(name)
+    assert "POST /api/create" not in server.requests
+
+
+def test_rollback_makes_the_older_version_latest_and_the_store_follows(pair, server):
+    for version in pair:
+        ollama.stage(version)
+    models = pair[0].parent.parent
+    repo = files.read_json(pair[1] / "pull.json")["repo"]
+    version, _ = versions.rollback(repo, models)
+    assert version == pair[0] and store.current(models, repo) == pair[0]
+    assert digests()["real:latest"] == digests()[f"real:{pair[0].name}"] != digests()[f"real:{pair[1].name}"]
+    with pytest.raises(UserError, match="no version of .* older than"):
+        versions.rollback(repo, models)
+
+
+def test_a_rollback_that_ollama_refuses_changes_nothing(pair, server):
+    for version in pair:
+        ollama.stage(version)
+    server.stop()
+    models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
+    with pytest.raises(UserError, match="no server answers"):
+        versions.rollback(repo, models)
+    assert store.current(models, repo) == pair[1]
+
+
+def test_undeploy_takes_away_what_was_installed_and_counts_the_bytes(pair, server):
+    for version in pair:
+        ollama.stage(version)
+    models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
+    ollama.Server(server.url).copy("real:latest", "somebody:else")
+    held = server.disk()
+    went = versions.undeploy(repo, models)
+    assert sorted(version.name for version, _ in went) == sorted(version.name for version in pair)
+    assert list(digests()) == ["somebody:else"] and not models.exists()
+    assert server.disk() <= held
+
+
+def test_undeploy_of_the_version_in_use_goes_back_to_the_other_one(pair, server):
+    for version in pair:
+        ollama.stage(version)
+    record = files.read_json(pair[1] / "pull.json")
+    files.write_json(pair[1] / "pull.json", record | {"repo": "you/real"})  # only a repo of the Hub has names for versions
+    models = pair[0].parent.parent
+    pair[0].parent.rename(models / "you--real")
+    newer = models / "you--real" / pair[1].name
+    assert [version for version, _ in versions.undeploy(f"you/real@{newer.name}", models)] == [newer]
+    assert set(digests()) == {f"real:{pair[0].name}", "real:latest"} and len(set(digests().values())) == 1
+    assert store.current(models, "you/real").name == pair[0].name
+
+
+def test_prune_keeps_the_newest_and_the_one_in_use(pair, server):
+    for version in pair:
+        ollama.stage(version)
+    models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
+    store.use(pair[0])
+    assert versions.prune(repo, models, 1) == [], "the older one is in use"
+    store.use(pair[1])
+    assert [version for version, _ in versions.prune(repo, models, 1)] == [pair[0]]
+    assert set(digests()) == {f"real:{pair[1].name}", "real:latest"} and store.current(models, repo) == pair[1]
+
+
+def test_without_ollama_the_rest_goes_on(pair, tmp_path):
+    environment = apps.without(tmp_path / "none")
+    repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
+    done = ferry("deploy", "ollama", repo, "--models", models, "--optional", **environment)
+    assert done.returncode == 0 and "skipped: Ollama is not installed" in done.stdout and "brew install ollama" in done.stdout
+    done = ferry("deploy", "ollama", repo, "--models", models, **environment)
+    assert done.returncode == 2 and "error: Ollama is not installed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch):
+    with apps.ollama(tmp_path / "apps", running=False, mac=True) as app:
+        enter(monkeypatch, app.env)
+        repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
+        done = ferry("deploy", "ollama", repo, "--models", models, "--optional")
+        assert done.returncode == 0 and "skipped: Ollama is installed, but no server answers" in done.stdout
+        assert "START=1" in done.stdout and not app.woken and ollama.version() is None
+        done = ferry("deploy", "ollama", repo, "--models", models, "--start", FERRY_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        assert "it goes on running (pid" in done.stderr and ollama.version() is not None
+        pid = int(done.stderr.split("(pid ")[1].split(",")[0])
+        os.kill(pid, 15)
+
+
+def test_a_server_elsewhere_is_never_started(pair, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "http://192.0.2.1:1")
+    monkeypatch.setattr(ollama, "version", lambda: None)
+    monkeypatch.setattr(ollama, "program", lambda: "/bin/true")
+    with pytest.raises(ollama.Absent, match=r"192\.0\.2\.1"):
+        ollama.serving(start=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "url"),
+    [
+        ("", "http://127.0.0.1:11434"), ("0.0.0.0", "http://127.0.0.1:11434"), ("0.0.0.0:80", "http://127.0.0.1:80"),
+        (":5000", "http://127.0.0.1:5000"), ("example.com", "http://example.com:11434"), ("localhost:1", "http://localhost:1"),
+        ("http://h", "http://h:80"), ("https://h", "https://h:443"), ("https://h:9/ollama", "https://h:9/ollama"),
+        ("[::1]:7", "http://[::1]:7"), ("::1", "http://[::1]:11434"), ("[::1]", "http://[::1]:11434"),
+        ("h:99999", "http://h:11434"), ("h:x", "http://h:11434"), (' "h:1" ', "http://h:1"),
+    ],
+)  # fmt: skip
+def test_ollama_host_is_read_as_ollama_reads_it(monkeypatch, said, url):
+    monkeypatch.setenv("OLLAMA_HOST", said)
+    assert ollama.host() == url
+
+
+def test_what_a_manifest_says_never_becomes_a_command(real, tmp_path, server):
+    """A system prompt that tries to break out of the Modelfile arrives as it is, and nothing else does."""
+    hostile = 'x\nADAPTER /etc/passwd\n"" {{ .System }} $name ${name}\nFROM other\nPARAMETER stop a'
+    repo = repos.rewrite(
+        shutil.copytree(real, tmp_path / "hub" / "real"), lambda value: value["chat"].update(system=hostile)
+    )
+    version = installed.ready(repo, tmp_path / "models")
+    server.faults(ignore_template=False)
+    client, model = ollama.Server(server.url), "real:hostile"
+    ollama.create(client, model, version)
+    facts = client.ask("POST", "/api/show", {"model": model})
+    assert facts["system"] == hostile and "ADAPTER" not in facts["parameters"] and "stop" in facts["parameters"]
+    assert facts["parameters"].count("stop ") == 1
