@@ -23,6 +23,7 @@ SETS     := $(foreach override,$(SET),--set '$(override)')
 PIPELINE := $(VENV)/bin/python -m pipeline
 DEPLOY   := '$(DEPLOY_VENV)/bin/python' -m deploy
 WHICH    := '$(REPO)' --models '$(MODELS)'
+TAKEN    := $(if $(QUANT),--quantization $(QUANT))
 CALLED   := $(if $(NAME),--name '$(NAME)')
 STARTED  := $(if $(START),--start)
 # What is not installed on this Mac is no reason not to go on with the rest.
@@ -86,9 +87,9 @@ $(R)/publish.json: | $(R)/verify.json
 
 deploy-mac: summary ## pull REPO, check it, smoke test, then into Ollama and LM Studio
 doctor: deploy-env ## what this machine is, has and lacks, and the command that cures it
-	@$(DEPLOY) doctor $(if $(filter-out file,$(origin REPO))$(filter deploy-mac,$(MAKECMDGOALS)),$(WHICH))
+	@$(DEPLOY) doctor $(if $(filter-out file,$(origin REPO))$(filter deploy-mac,$(MAKECMDGOALS)),$(WHICH) $(TAKEN))
 pull: $(if $(filter deploy-mac,$(MAKECMDGOALS)),doctor,deploy-env) ## fetch the GGUF and compare its sha256 with the manifest (QUANT=q8_0: another one)
-	@$(DEPLOY) pull $(WHICH) $(if $(QUANT),--quantization $(QUANT))
+	@$(DEPLOY) pull $(WHICH) $(TAKEN)
 smoke: pull ## does it answer here as it did where it was made?
 	@$(DEPLOY) smoke $(WHICH)
 modelfile: smoke ## Ollama's Modelfile, from what was trained

@@ -14,6 +14,7 @@ MODELS = click.option(
     "--models", type=click.Path(path_type=Path), default=Path("models"), show_default=True, help="The local store."
 )
 
+QUANTIZATION = click.option("--quantization", metavar="NAME", help="Which GGUF of the repo; default: the manifest's.")
 START = click.option("--start", is_flag=True, help="Start Ollama's server when none answers.")
 OPTIONAL = click.option("--optional", is_flag=True, help="Go on when the app is not there.")
 
@@ -29,11 +30,12 @@ def cli() -> None:
 @cli.command()
 @click.argument("repo", required=False)
 @MODELS
-def doctor(repo: str | None, models: Path) -> None:
+@QUANTIZATION
+def doctor(repo: str | None, models: Path, quantization: str | None) -> None:
     """What this machine is, has and lacks, for REPO or in general; each lack with the command that cures it."""
     from deploy import doctor as module
 
-    checks = module.checks(repo, models)
+    checks = module.checks(repo, models, quantization)
     click.echo(module.page(checks))
     if fatal := [check for check in checks if check.state == "fault"]:
         raise UserError(fatal[0].text, fatal[0].cure)
@@ -42,7 +44,7 @@ def doctor(repo: str | None, models: Path) -> None:
 @cli.command()
 @REPO
 @MODELS
-@click.option("--quantization", metavar="NAME", help="Which GGUF of the repo, such as q8_0; default: the manifest's.")
+@QUANTIZATION
 def pull(repo: str, models: Path, quantization: str | None) -> None:
     """Fetch one GGUF of REPO and check it against the manifest; goes on where it was interrupted."""
     from deploy import pull as module

@@ -6,7 +6,7 @@ from pathlib import Path
 from contract import files, gguf, hub, manifest
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
-from deploy import sandbox, source, store
+from deploy import sandbox, source, store, support
 from deploy.part import Part
 
 
@@ -66,6 +66,7 @@ def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes
     if not (target.is_file() and target.stat().st_size == artifact.bytes and files.sha256(target) == artifact.sha256):
         found.refuse(artifact)
         refuse_full_disk(target, artifact)
+        support.probe(found, artifact)
         part = target.with_name(f".{target.name}.part")
         try:
             files.remove(target)

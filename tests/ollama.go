@@ -154,7 +154,7 @@ func commands(text string) ([][2]string, error) {
 			first, rest, ended, ok := word(line, "a-zA-Z")
 			if first == line { return nil, io.ErrUnexpectedEOF }
 			if ended { number++ } // the line's end is counted before it is looked at
-			if !ok || !known.MatchString(first) { return nil, fmt.Errorf(unknown, number + 2) }
+			if !ok || !known.MatchString(first) { return nil, fmt.Errorf(unknown, number + 1) }
 			name, line, prefix = first, rest, ""
 			from = from || strings.EqualFold(first, "from")
 			if strings.EqualFold(first, "parameter") || strings.EqualFold(first, "message") {

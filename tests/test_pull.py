@@ -172,11 +172,11 @@ def test_versions_stand_side_by_side_offline_too(server, tiny, tmp_path, monkeyp
     assert (
         len(listed) == 2 and [line[0] for line in sorted(listed)] == [" ", "*"] and any("v1" in line for line in listed)
     )
-    assert ferry("deploy", "remove", "you/tiny@v1", "--models", models).returncode == 0
+    assert ferry("deploy", "undeploy", "you/tiny@v1", "--models", models).returncode == 0
     assert not Path(first).exists() and Path(second).exists()
-    assert ferry("deploy", "remove", "you/tiny", "--models", models).returncode == 0
+    assert ferry("deploy", "undeploy", "you/tiny", "--models", models).returncode == 0
     assert not (models / "you--tiny").exists()
-    done = ferry("deploy", "remove", "you/tiny", "--models", models)
+    done = ferry("deploy", "undeploy", "you/tiny", "--models", models)
     assert done.returncode == 2 and "is not in" in done.stderr
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_record_is_said_and_pulled_again(server, tiny, tmp_path, recor
     assert ferry("deploy", "pull", "you/tiny", "--models", models).returncode == 0
     right(models, tiny)
     (version / "pull.json").write_text(record)
-    assert ferry("deploy", "remove", "you/tiny", "--models", models).returncode == 0 and not version.exists()
+    assert ferry("deploy", "undeploy", "you/tiny", "--models", models).returncode == 0 and not version.exists()
 
 
 def test_an_unfinished_download_is_listed_and_can_be_removed(server, tiny, tmp_path):
@@ -277,7 +277,7 @@ def test_an_unfinished_download_is_listed_and_can_be_removed(server, tiny, tmp_p
     version.mkdir(parents=True)
     (version / f".{NAME}.part").write_bytes(b"x" * 1000)
     assert "unfinished" in ferry("deploy", "list", "--models", tmp_path / "m").stdout
-    assert ferry("deploy", "remove", "you/tiny", "--models", tmp_path / "m").returncode == 0
+    assert ferry("deploy", "undeploy", "you/tiny", "--models", tmp_path / "m").returncode == 0
     assert not (tmp_path / "m").exists()
 
 
@@ -307,7 +307,7 @@ def test_a_named_version_is_not_the_one_in_use(server, tiny, tmp_path):
     assert (str(store.current(models, "you/tiny@v1")), str(store.current(models, "you/tiny"))) == (first, second)
     with pytest.raises(UserError, match="was not pulled"):
         store.current(models, "you/tiny@v9")
-    store.remove(models, f"you/tiny@{Path(second).name}")
+    versions.undeploy(f"you/tiny@{Path(second).name}")
     assert str(store.current(models, "you/tiny")) == first, "the newest of the others is in use then"
 
 
