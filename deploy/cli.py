@@ -176,7 +176,9 @@ def list_models(models: Path) -> None:
 @cli.command()
 @REPO
 @MODELS
-@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest versions stay.")
+@click.option(
+    "--keep", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest versions stay."
+)
 def prune(repo: str, models: Path, keep: int) -> None:
     """Remove older versions from Ollama and the store; the one in use stays."""
     from deploy import versions

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from contract import files, hub, manifest
-from contract.errors import UserError, shown
+from contract.errors import UserError
 from deploy import store
 
 INSTALL = "brew install --cask lm-studio   (or https://lmstudio.ai), and start it once"
@@ -121,16 +121,15 @@ def _read(path: Path) -> dict:
 
 
 def put(path: Path, target: Path, sha256: str) -> str:
-    """'hard link' or 'copy'; through `lms import` where it is. Raises UserError when it does not arrive whole."""
+    """'hard link' or 'copy'; through `lms import` where that works. Raises UserError when it does not arrive whole."""
     linked = can_link(path, target)
-    command = program()
-    if command:
-        through(command, path, target, linked)
-    else:
+    if not (command := program()) or not through(command, path, target, linked):
+        files.remove(target)  # `lms import` leaves half a copy on a full disk
         lay(path, target, linked)
-    if not target.is_file() or (target.stat().st_size != path.stat().st_size) or there(path, target, sha256) is None:
+    how = there(path, target, sha256)
+    if how is None:
         raise UserError(f"{target} is not the file that was to be imported", "run the same command again")
-    return "hard link" if target.samefile(path) else "copy"
+    return how
 
 
 def can_link(path: Path, target: Path) -> bool:
@@ -149,20 +148,15 @@ def can_link(path: Path, target: Path) -> bool:
     return True
 
 
-def through(command: str, path: Path, target: Path, linked: bool) -> None:
-    """`lms import`, which never moves our file: it would by default."""
+def through(command: str, path: Path, target: Path, linked: bool) -> bool:
+    """`lms import`, told never to move our file (it would by default); false when it fails, as with some settings it does."""
     user = f"{target.parent.parent.name}/{target.parent.name}"
     how = "--hard-link" if linked else "--copy"
     done = subprocess.run(
         [command, "import", str(path.absolute()), how, "--user-repo", user, "-y"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
     )  # fmt: skip
-    if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise UserError(
-            f"`lms import` failed: {shown(lines[-1] if lines else f'exit code {done.returncode}')}",
-            f"see that {target.parent} can be written and has {path.stat().st_size / 1e9:.1f} GB free, then run the same command again",
-        )
+    return done.returncode == 0 and target.is_file()
 
 
 def lay(path: Path, target: Path, linked: bool) -> None:

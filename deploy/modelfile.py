@@ -65,7 +65,9 @@ def filled(values: dict) -> str:
         text = Template(TEMPLATE.read_text(encoding="utf-8"))
         made = text.substitute(values)
     except KeyError as error:
-        raise _bad_edit(f"nothing is called ${error.args[0]}; there are {', '.join(f'${name}' for name in values)}") from None
+        raise _bad_edit(
+            f"nothing is called ${error.args[0]}; there are {', '.join(f'${name}' for name in values)}"
+        ) from None
     except ValueError as error:  # string.Template's words, or those of a file that is no UTF-8
         raise _bad_edit(f"{error}; a dollar sign of your own is written $$") from error
     except OSError as error:

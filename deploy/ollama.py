@@ -50,7 +50,9 @@ def host() -> str:
     usual = {"http": 80, "https": 443}.get(scheme, 11434) if there else 11434
     place, _, path = rest.partition("/")
     name, port = _split(place)
-    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # where a server listens, not where it is
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+        name, name
+    )  # where a server listens, not where it is
     number = int(port) if port.isdecimal() and int(port) <= 65535 else usual
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{f'/{path}' if path else ''}".rstrip("/")
 
@@ -179,13 +181,13 @@ def version_of(server: Server) -> str:
 
 
 def named(name: str) -> str:
-    """A name that Ollama takes. Raises UserError for another one."""
+    """A name that Ollama takes, in small letters: it knows no others apart. Raises UserError for another one."""
     if not NAME.fullmatch(name):
         raise UserError(
             f"Ollama cannot have a model called {shown(name)!r}: letters, digits, '_', '-' and '.', at most 80",
             "choose another: the same command with NAME=...",
         )
-    return name
+    return name.lower()
 
 
 def serving(start: bool) -> Server:
@@ -271,8 +273,9 @@ def create(server: Server, model: str, version: Path) -> None:
 
 def cure(said: str) -> str:
     """What to do about the last words of `ollama create`."""
-    if "no space left" in said.lower():
-        return "free some disk where Ollama keeps its models (OLLAMA_MODELS), then run the same command again"
+    if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
+        # While it makes its copy Ollama needs 2.9 times the file's size (measured), and a full disk may end in either line.
+        return "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, then run the same command again"
     if "parameter" in said.lower() or "command must be one of" in said.lower():
         return "mend Modelfile.template, then run the same command again"
     return AGAIN
@@ -347,14 +350,20 @@ def asked(server: Server, model: str, made: Manifest) -> dict:
         text = str(said.get("message", {}).get("content", ""))
         right = judge(text, smoke.answer) if judge else None
         alike = max(right or 0, rules.f1(text, smoke.answer))
-        answers.append({"message": smoke.message, "answer": text, "done": said.get("done_reason"), "right": right, "alike": alike})
+        answers.append(
+            {"message": smoke.message, "answer": text, "done": said.get("done_reason"), "right": right, "alike": alike}
+        )
     if sum(a["alike"] for a in answers) < MIN_ALIKE * len(answers):
         raise UserError(
             f"{model} answers otherwise in Ollama than where it was made: "
             f"{shown(repr(answers[0]['answer']), 200)} instead of {shown(repr(made.smoke[0].answer), 200)}",
             "update Ollama and run the same command again; `make chat` does not go through Ollama",
         )
-    return {"answers": answers, "rule": rule, "score": sum(a["right"] for a in answers) / len(answers) if judge else None}
+    return {
+        "answers": answers,
+        "rule": rule,
+        "score": sum(a["right"] for a in answers) / len(answers) if judge else None,
+    }
 
 
 def gone(version: Path) -> int:
@@ -367,16 +376,19 @@ def gone(version: Path) -> int:
         return 0
     server = serving(False)
     there = server.models()
-    for name in [name for name, facts in there.items() if _same(name, facts, record, there)]:
+    for name in going(there, record):
         server.delete(name)
     files.remove(version / "ollama.json")
     return held(there) - held(server.models())
 
 
-def _same(name: str, facts: dict, record: dict, there: dict[str, dict]) -> bool:
-    """Is it the version of this record, or the latest that was copied from it?"""
+def going(there: dict[str, dict], record: dict) -> list[str]:
+    """The version of this record and the latest that was copied from it, unless that is another version's copy as well."""
     model, latest = record["model"], record["latest"]
-    return name == model or (name == latest and model in there and facts["digest"] == there[model]["digest"])
+    rest = ours({name: facts for name, facts in there.items() if name != model}, model.partition(":")[0])
+    alone = model in there and there[model]["digest"] not in rest.values()
+    same = alone and latest in there and there[latest]["digest"] == there[model]["digest"]
+    return [model] * (model in there) + [latest] * same
 
 
 def held(there: dict[str, dict]) -> int:

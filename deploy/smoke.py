@@ -159,7 +159,9 @@ def peak_memory() -> int:
 def page(record: dict) -> str:
     """smoke.json as a table."""
     where = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
-    bound = f"at most {record['bound']}" + ("" if record["bound_measured"] else f" (not measured on {record['backend']})")
+    bound = f"at most {record['bound']}" + (
+        "" if record["bound_measured"] else f" (not measured on {record['backend']})"
+    )
     if not record["judged"]:
         bound = "not judged: the answers to compare with are the default file's"
     rows = [

@@ -14,7 +14,9 @@ def text(folder: Path, repo: str) -> str:
     """The closing page of `make demo` and `make deploy-mac`."""
     made, path = passed(folder)
     smoke = files.read_json(folder / "smoke.json")
-    page = "\n".join(["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)])
+    page = "\n".join(
+        ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)]
+    )
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in page)  # a stranger's words on a terminal
 
 
@@ -68,7 +70,11 @@ def _talk(folder: Path, repo: str) -> list[str]:
     return [
         "talk to it:",
         *([f"  ollama run {ollama['latest'].removesuffix(':latest')}"] if ollama else []),
-        *([f"  LM Studio: {lmstudio['key'] or Path(lmstudio['target']).name} (My Models)"] if lmstudio.get("done") else []),
+        *(
+            [f"  LM Studio: {lmstudio['key'] or Path(lmstudio['target']).name} (My Models)"]
+            if lmstudio.get("done")
+            else []
+        ),
         f"  make chat {which}",
         f"  make serve {which}      # OpenAI's API on 127.0.0.1:8080",
     ]

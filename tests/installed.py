@@ -17,11 +17,11 @@ def ready(repo: Path, models: Path) -> Path:
 
 
 def another(repo: Path, folder: Path, seed: int) -> Path:
-    """The repo's next version: the same weights under another manifest."""
+    """The repo's next version: the same weights, other sampling."""
     copy = shutil.copytree(repo, folder / str(seed) / repo.name, copy_function=os.link)
     (copy / "manifest.json").unlink()
     shutil.copy(repo / "manifest.json", copy)
-    return repos.rewrite(copy, lambda value: value["training"].update(seed=seed))
+    return repos.rewrite(copy, lambda value: value["generation"].update(top_p=0.9 - seed / 100))
 
 
 def two(repo: Path, folder: Path) -> list[Path]:

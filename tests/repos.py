@@ -80,7 +80,9 @@ def rewrite(folder: Path, change) -> Path:
     return folder
 
 
-def real(folder: Path, source: Path, name: str = "real", system: str | None = None, seed: int = 0, smoke: int = 3) -> Path:
+def real(
+    folder: Path, source: Path, name: str = "real", system: str | None = None, seed: int = 0, smoke: int = 3
+) -> Path:
     """A folder hub with a model that answers: `source`, a real GGUF, under a manifest as `publish` would write it.
 
     seed: another one is another version, of the same weights.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from contract.errors import UserError
 from contract import rules
+from contract.errors import UserError
 from pipeline import judge
 from pipeline.config import Evaluate, load
 from pipeline.evaluate import read_prompts

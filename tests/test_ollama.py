@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, manifest
+from contract import files
 from contract.errors import UserError
 from deploy import ollama, store, versions
 from tests import apps, installed, repos
@@ -190,7 +190,9 @@ def test_undeploy_of_the_version_in_use_goes_back_to_the_other_one(pair, server)
     for version in pair:
         ollama.stage(version)
     record = files.read_json(pair[1] / "pull.json")
-    files.write_json(pair[1] / "pull.json", record | {"repo": "you/real"})  # only a repo of the Hub has names for versions
+    files.write_json(
+        pair[1] / "pull.json", record | {"repo": "you/real"}
+    )  # only a repo of the Hub has names for versions
     models = pair[0].parent.parent
     pair[0].parent.rename(models / "you--real")
     newer = models / "you--real" / pair[1].name
@@ -214,7 +216,11 @@ def test_without_ollama_the_rest_goes_on(pair, tmp_path):
     environment = apps.without(tmp_path / "none")
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
     done = ferry("deploy", "ollama", repo, "--models", models, "--optional", **environment)
-    assert done.returncode == 0 and "skipped: Ollama is not installed" in done.stdout and "brew install ollama" in done.stdout
+    assert (
+        done.returncode == 0
+        and "skipped: Ollama is not installed" in done.stdout
+        and "brew install ollama" in done.stdout
+    )
     done = ferry("deploy", "ollama", repo, "--models", models, **environment)
     assert done.returncode == 2 and "error: Ollama is not installed" in done.stderr and "Traceback" not in done.stderr
 

@@ -15,7 +15,7 @@ import pytest
 
 from contract import files, hub, manifest
 from contract.errors import UserError
-from deploy import pull, store
+from deploy import pull, store, versions
 from tests import repos
 from tests.clients import client
 from tests.conftest import ROOT, ferry
@@ -307,7 +307,7 @@ def test_a_named_version_is_not_the_one_in_use(server, tiny, tmp_path):
     assert (str(store.current(models, "you/tiny@v1")), str(store.current(models, "you/tiny"))) == (first, second)
     with pytest.raises(UserError, match="was not pulled"):
         store.current(models, "you/tiny@v9")
-    versions.undeploy(f"you/tiny@{Path(second).name}")
+    versions.undeploy(f"you/tiny@{Path(second).name}", models)
     assert str(store.current(models, "you/tiny")) == first, "the newest of the others is in use then"
 
 

@@ -31,7 +31,9 @@ def test_a_good_file_passes_and_the_record_says_how(version):
     record = smoke.stage(version)
     made, path = store.passed(version)
     assert record == files.read_json(version / "smoke.json")
-    assert record["sha256"] == made.default().sha256 and record["faults"] == [] and record["backend"] == runtime.backend()
+    assert (
+        record["sha256"] == made.default().sha256 and record["faults"] == [] and record["backend"] == runtime.backend()
+    )
     assert [a["answer"] for a in record["answers"]] == [s.answer for s in made.smoke]
     assert record["difference"] <= 0.001 and record["memory"] > path.stat().st_size / 2
     assert record["tokens_per_second"] > 0 and record["prompt_tokens_per_second"] > 0 and record["load_seconds"] > 0

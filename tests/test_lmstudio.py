@@ -1,0 +1,139 @@
+"""The file in LM Studio's models folder: linked or copied, never moved, one at a time, and gone without a trace."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from contract import files
+from contract.errors import UserError
+from deploy import lmstudio, store, versions
+from tests import apps, installed
+from tests.conftest import ferry
+
+
+@pytest.fixture(scope="module")
+def made(real, tmp_path_factory):
+    return installed.two(real, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture
+def pair(made, tmp_path):
+    newer = installed.copied(made[1], tmp_path / "my models ü")
+    return [newer.parent / made[0].name, newer]
+
+
+@pytest.fixture
+def lms(tmp_path, monkeypatch):
+    with apps.lms(tmp_path / "apps") as there:
+        for name, value in there.env.items():
+            monkeypatch.setenv(name, value)
+        yield there
+
+
+def inside(lms) -> list[Path]:
+    return [path for path in lms.models.rglob("*") if path.is_file()]
+
+
+def test_it_is_a_hard_link_and_the_app_lists_it(pair, lms):
+    record = lmstudio.stage(pair[1])
+    target, path = Path(record["target"]), store.passed(pair[1])[1]
+    assert target == lms.models / "ferry" / "real" / path.name and target.samefile(path) and path.is_file()
+    assert record["how"] == "hard link" and record["key"] and inside(lms) == [target]
+
+
+def test_again_nothing_changes(pair, lms):
+    target = Path(lmstudio.stage(pair[1])["target"])
+    before = target.stat()
+    assert lmstudio.stage(pair[1])["how"] == "hard link" and target.stat().st_ino == before.st_ino
+
+
+def test_without_lms_the_folder_is_laid_out_by_hand(pair, tmp_path, monkeypatch):
+    for name, value in apps.without(tmp_path / "none").items():
+        monkeypatch.setenv(name, value)
+    (Path.home() / ".lmstudio").mkdir(parents=True)
+    record = lmstudio.stage(pair[1])
+    assert (
+        record["target"] == str(Path.home() / ".lmstudio/models/ferry/real/real.q4_k_m.gguf") and record["key"] is None
+    )
+    assert Path(record["target"]).samefile(store.passed(pair[1])[1])
+
+
+def test_where_no_link_can_be_made_it_is_a_copy(pair, lms, monkeypatch):
+    monkeypatch.setattr(lmstudio, "can_link", lambda path, target: False)
+    record = lmstudio.stage(pair[1])
+    target, path = Path(record["target"]), store.passed(pair[1])[1]
+    assert record["how"] == "copy" and not target.samefile(path) and files.sha256(target) == files.sha256(path)
+    assert lmstudio.stage(pair[1])["how"] == "copy"
+
+
+def test_an_interrupted_import_is_done_again(pair, lms, monkeypatch):
+    monkeypatch.setattr(lmstudio, "can_link", lambda path, target: False)
+
+    def killed(command, path, target, linked):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes()[:1000])
+        raise KeyboardInterrupt
+
+    whole = lmstudio.through
+    monkeypatch.setattr(lmstudio, "through", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lmstudio.stage(pair[1])
+    monkeypatch.setattr(lmstudio, "through", whole)
+    assert lmstudio.stage(pair[1])["how"] == "copy"
+
+
+def test_a_file_of_somebody_else_stays(pair, lms):
+    target = lms.models / "ferry" / "real" / "real.q4_k_m.gguf"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"mine")
+    with pytest.raises(UserError, match="Ferry did not put it there"):
+        lmstudio.stage(pair[1])
+    assert target.read_bytes() == b"mine"
+
+
+def test_lms_that_fails_is_no_reason_to_give_up(pair, lms):
+    (lms.home / "settings.json").parent.mkdir(parents=True, exist_ok=True)
+    program = Path(lmstudio.program())
+    program.unlink()
+    program.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    program.chmod(0o755)
+    assert lmstudio.stage(pair[1])["how"] == "hard link"
+
+
+def test_without_lm_studio_the_rest_goes_on(pair, tmp_path):
+    environment = apps.without(tmp_path / "none")
+    repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
+    done = ferry("deploy", "lmstudio", repo, "--models", models, "--optional", **environment)
+    assert done.returncode == 0 and "skipped: LM Studio is not installed" in done.stdout
+    assert ferry("deploy", "lmstudio", repo, "--models", models, **environment).returncode == 2
+
+
+def test_rollback_and_undeploy(pair, lms):
+    for version in pair:
+        lmstudio.stage(version)
+    assert len(inside(lms)) == 1, "the version in use, and no other"
+    models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
+    assert versions.rollback(repo, models)[0] == pair[0]
+    assert inside(lms)[0].samefile(store.passed(pair[0])[1])
+    versions.undeploy(repo, models)
+    assert inside(lms) == [] and not (lms.models / "ferry").exists() and not models.exists()
+
+
+def test_undeploy_says_how_many_bytes_came_back(pair, lms):
+    lmstudio.stage(pair[1])
+    repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
+    path = store.passed(pair[1])[1]
+    alone = path.with_suffix(".alone")
+    alone.write_bytes(path.read_bytes())  # the test's stores share their file: here it is the only one
+    os.replace(alone, path)
+    said = ferry("deploy", "undeploy", repo, "--models", models).stdout
+    assert int(said.split("undeploy: ")[-1].split(" bytes")[0].replace(",", "")) >= 98_000_000
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_home_that_cannot_be_written_is_one_clear_error(pair, lms):
+    lms.home.mkdir(parents=True, exist_ok=True)
+    lms.home.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"):
+        lmstudio.stage(pair[1])
