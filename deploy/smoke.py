@@ -164,12 +164,13 @@ def page(record: dict) -> str:
     )
     if not record["judged"]:
         bound = "not judged: the answers to compare with are the default file's"
+    same, ended = (sum(answer[key] for answer in record["answers"]) for key in ("same", "ended"))
+    every = len(record["answers"])
     rows = [
         ("computes on", where), ("load", f"{record['load_seconds']} s"),
         ("prompt", f"{record['prompt_tokens_per_second']} tokens/s"), ("answer", f"{record['tokens_per_second']} tokens/s"),
         ("memory", f"{record['memory'] / 1e9:.2f} GB at most"),
         ("difference", f"{record['difference']} nats per token, {bound}"),
-        ("answers", f"{sum(a['same'] for a in record['answers'])} of {len(record['answers'])} word for word, "
-                    f"{sum(a['ended'] for a in record['answers'])} ended by themselves"),
+        ("answers", f"{same} of {every} word for word, {ended} ended by themselves"),
     ]  # fmt: skip
     return "\n".join(f"  {name:<12}{text}" for name, text in rows)

@@ -36,7 +36,8 @@ def test_it_ends_by_saying_what_was_made(chain):
         "merged weights, torch",
         "f16 GGUF",
         "q4_k_m GGUF, no imatrix",
-        "next:",
+        "talk to it:",
+        "make chat REPO=",
     ):
         assert line in chain.output
     assert len(re.findall(r"^  > ", chain.output, re.MULTILINE)) == 3
