@@ -375,11 +375,11 @@ def gone(version: Path) -> int:
     if not record:
         return 0
     server = serving(False)
-    there = server.models()
+    there, before = server.models(), held(server)
     for name in going(there, record):
         server.delete(name)
     files.remove(version / "ollama.json")
-    return held(there) - held(server.models())
+    return before - held(server)
 
 
 def going(there: dict[str, dict], record: dict) -> list[str]:
@@ -391,9 +391,12 @@ def going(there: dict[str, dict], record: dict) -> list[str]:
     return [model] * (model in there) + [latest] * same
 
 
-def held(there: dict[str, dict]) -> int:
-    """Bytes of what the server holds; a model under two names counts once."""
-    return sum({facts["digest"]: int(facts.get("size", 0)) for facts in there.values()}.values())
+def held(server: Server) -> int:
+    """Bytes of what the server holds: its blobs, where they can be seen (versions share them), else what it says itself."""
+    blobs = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models") / "blobs"
+    if local(server.url) and blobs.is_dir():
+        return sum(path.stat().st_size for path in blobs.iterdir())
+    return sum({facts["digest"]: int(facts.get("size", 0)) for facts in server.models().values()}.values())
 
 
 AGAIN = "run the same command again; `ollama list` and Ollama's log say more"
