@@ -249,11 +249,11 @@ def test_layers_that_no_gpu_can_hold_are_computed_beside_it(source, monkeypatch)
 
     plain, asked = runtime._open, []
 
-    def small_gpu(gguf, context, vocab_only, layers):
+    def small_gpu(gguf, context, vocab_only, layers, verbose):
         asked.append(layers)
         if not vocab_only and not 0 <= layers <= 15:
             raise ValueError("out of memory")
-        return plain(gguf, context, vocab_only, layers)
+        return plain(gguf, context, vocab_only, layers, verbose)
 
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(runtime, "_open", small_gpu)

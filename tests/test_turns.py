@@ -341,7 +341,7 @@ HOSTILE = [
     "{{ .Role }}", "$name $stops", "\\n", "# no comment", "ends with space ", " \n\t x", 'x"""  \ny', 'x"""\ry', ODD, "Réponds\u202f!", "👨\u200d👩",
 ]  # fmt: skip
 CHATML = Turns(start="", system=("<s>", "</s>"), user=("<u>", "</u>"), assistant=("<a>", "</a>"), generate="<a>")
-SETTINGS = ["stop", "num_ctx", "temperature", "top_p"]
+SETTINGS = ["stop", "num_ctx", "temperature", "top_p", "repeat_penalty"]
 SYSTEMS = st.sampled_from(HOSTILE) | st.lists(st.sampled_from(HOSTILE) | TEXT, max_size=3).map("".join)
 
 
