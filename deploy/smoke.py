@@ -135,20 +135,13 @@ def faults(record: dict) -> list[str]:
 
 
 def speed(model: "Llama", ids: Sequence[int]) -> dict:
-    """{prompt_tokens_per_second, tokens_per_second}: a prompt in one batch, then one token at a time."""
+    """{prompt_tokens_per_second, tokens_per_second}, as llama-bench measures: a prompt in one batch, then one token at a time,
+    each from an empty context."""
     prompt = [ids[i % len(ids)] for i in range(SPEED_PROMPT)]
-    model.reset()
-    model.eval(prompt[:2])  # the first run sets up kernels and threads
-    model.reset()
-    started = time.perf_counter()
-    model.eval(prompt)
-    read = time.perf_counter() - started
-    started, count = time.perf_counter(), 0
-    while count < SPEED_ANSWER and time.perf_counter() - started < SPEED_SECONDS:
-        model.eval([prompt[count]])
-        count += 1
-    rate = count / (time.perf_counter() - started)
-    return {"prompt_tokens_per_second": round(len(prompt) / read, 1), "tokens_per_second": round(rate, 1)}
+    runtime.pace(model, prompt[:2], len(prompt))  # the first run sets up kernels and threads
+    read = runtime.pace(model, prompt, len(prompt))
+    said = runtime.pace(model, prompt[:SPEED_ANSWER], 1, SPEED_SECONDS)
+    return {"prompt_tokens_per_second": round(read, 1), "tokens_per_second": round(said, 1)}
 
 
 def peak_memory() -> int:
