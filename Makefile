@@ -10,8 +10,6 @@ RUNS   ?= runs
 MODELS ?= models
 REPO   ?= ./hub/$(RUN)
 QUANT  ?=
-NAME   ?=
-START  ?=
 LIGHT  ?=
 VENV   ?= $(if $(LIGHT),.venv-light,.venv)
 # The side that runs models has a light one of its own. A VENV that was asked for serves both sides.
@@ -24,8 +22,11 @@ PIPELINE := $(VENV)/bin/python -m pipeline
 DEPLOY   := '$(DEPLOY_VENV)/bin/python' -m deploy
 WHICH    := '$(REPO)' --models '$(MODELS)'
 TAKEN    := $(if $(QUANT),--quantization $(QUANT))
-CALLED   := $(if $(NAME),--name '$(NAME)')
-STARTED  := $(if $(START),--start)
+# Only what was typed: shells and systems have variables of these names, too (NAME, HOST, PORT).
+typed     = $(if $(filter command%,$(origin $(1))),$($(1)))
+CALLED   := $(if $(call typed,NAME),--name '$(NAME)')
+STARTED  := $(if $(call typed,START),--start)
+LISTENS  := $(if $(call typed,PORT),--port '$(PORT)') $(if $(call typed,HOST),--host '$(HOST)')
 # What is not installed on this Mac is no reason not to go on with the rest.
 AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
@@ -104,13 +105,13 @@ summary: $(if $(filter deploy-mac,$(MAKECMDGOALS)),lmstudio,modelfile) ## what w
 chat: deploy-env ## talk to it here, in llama.cpp
 	@$(DEPLOY) chat $(WHICH)
 serve: deploy-env ## OpenAI's API on 127.0.0.1:8080 (PORT=)
-	@$(DEPLOY) serve $(WHICH) $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+	@$(DEPLOY) serve $(WHICH) $(LISTENS)
 models: deploy-env ## the versions on this machine
 	@$(DEPLOY) list --models '$(MODELS)'
 rollback: deploy-env ## back to the version before (or REPO=you/model@v1), in Ollama and LM Studio too
 	@$(DEPLOY) rollback $(WHICH) $(STARTED)
 prune: deploy-env ## remove all but the newest versions (KEEP=2) and the one in use
-	@$(DEPLOY) prune $(WHICH) $(if $(KEEP),--keep $(KEEP))
+	@$(DEPLOY) prune $(WHICH) $(if $(call typed,KEEP),--keep '$(KEEP)')
 undeploy: deploy-env ## remove REPO (or one version: REPO=you/model@v1) from Ollama, LM Studio and this machine
 	@$(DEPLOY) undeploy $(WHICH)
 

@@ -5,6 +5,7 @@ is never a chat format guessed by a library.
 """
 
 import contextlib
+import ctypes
 import io
 import math
 import os
@@ -283,6 +284,15 @@ def _logits(ctx, place: int, size: int) -> "np.ndarray":
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, place), shape=(size,))
 
 
+def piece(model: "Llama", token: int, size: int = 256) -> bytes:
+    """What a token adds to the text. (The library's detokenize has room for 32 bytes: Llama 3's long indents are lost.)"""
+    import llama_cpp
+
+    vocabulary, buffer = llama_cpp.llama_model_get_vocab(model.model), ctypes.create_string_buffer(size)
+    length = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
+    return buffer.raw[:length] if length >= 0 else piece(model, token, -length)
+
+
 def text(model: "Llama", ids: Sequence[int]) -> str:
     """Decoded text of generated ids; a broken character at the cut becomes U+FFFD."""
-    return model.detokenize(list(ids)).decode("utf-8", errors="replace")
+    return b"".join(piece(model, token) for token in ids).decode("utf-8", errors="replace")

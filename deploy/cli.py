@@ -91,8 +91,8 @@ def modelfile(repo: str, models: Path) -> None:
 @OPTIONAL
 def ollama(repo: str, models: Path, name: str | None, start: bool, optional: bool) -> None:
     """Create the model in Ollama, prove its prompts on the live server, then make it NAME:latest."""
-    from deploy import ollama as module
     from deploy import store
+    from deploy.ollama import stage as module
 
     with skipping(module.Absent, optional, "ollama"):
         record = module.stage(store.current(models, repo), name, start)

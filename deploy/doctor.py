@@ -15,8 +15,9 @@ from pathlib import Path
 from contract import files, gguf, hub, manifest, runtime
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
-from deploy import lmstudio, machine, memory, ollama, pull, source, support
+from deploy import lmstudio, machine, memory, pull, source, support
 from deploy.machine import Machine
+from deploy.ollama import server as ollama
 
 ENVIRONMENT = "make deploy-env"
 ARM = (
@@ -166,7 +167,7 @@ def copies(models: Path, file: File | None, served: str | None) -> list[tuple[st
     found = [("store", models, 0 if here else size)]
     if (ollama.program() or served) and ollama.local(ollama.host()):
         made = here and file.path.with_name("ollama.json").is_file()
-        found.append(("Ollama", ollama_models(), 0 if made else size))
+        found.append(("Ollama", ollama.models_folder(), 0 if made else size))
     if lmstudio.home().is_dir():
         found.append(("LM Studio", lmstudio.models(), 0 if device(lmstudio.models()) == device(models) else size))
     return found
@@ -187,12 +188,6 @@ def free(place: list[tuple[str, Path, int]], file: File | None) -> Check:
     if there >= need:
         return Check("disk", "ok", text)
     return Check("disk", "lack", text, f"free {disk(need - there)} (`make models` lists what Ferry keeps)")
-
-
-def ollama_models() -> Path:
-    """Where it keeps its models: OLLAMA_MODELS, or as its FAQ says. (Its service on Linux has a home of its own.)"""
-    said, service = os.environ.get("OLLAMA_MODELS"), Path("/usr/share/ollama/.ollama/models")
-    return Path(said) if said else service if os.path.isdir(service) else Path.home() / ".ollama" / "models"
 
 
 # Memory

@@ -25,13 +25,11 @@ class Absent(UserError):
 
 def home() -> Path:
     """LM Studio's folder, found as its own programs find it."""
-    user = Path.home()
-    pointer = user / ".lmstudio-home-pointer"
-    try:
-        return Path(pointer.read_text(encoding="utf-8").strip())
-    except OSError:
-        old = user / ".cache" / "lm-studio"
-        return old if old.is_dir() else user / ".lmstudio"
+    user, said = Path.home(), ""
+    with contextlib.suppress(OSError, ValueError):  # none, or no text
+        said = (user / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip()
+    old = user / ".cache" / "lm-studio"
+    return Path(said) if said else old if old.is_dir() else user / ".lmstudio"
 
 
 def models() -> Path:
@@ -104,20 +102,13 @@ def refuse_anothers(target: Path, folder: Path) -> None:
 
 def mine(folder: Path) -> set[str]:
     """Every place that a version of this model was put to."""
-    return {str(_read(path).get("target")) for path in folder.glob(f"*/{RECORD}")}
+    return {str(store.read(path).get("target")) for path in folder.glob(f"*/{RECORD}")}
 
 
 def published(folder: Path) -> set[str]:
     """sha256 of every file of this model's versions."""
     found = (manifest.read(version / manifest.NAME) for version in store.versions(folder))
     return {artifact.sha256 for made in found for artifact in made.artifacts}
-
-
-def _read(path: Path) -> dict:
-    try:
-        return files.read_json(path)
-    except UserError:
-        return {}
 
 
 def put(path: Path, target: Path, sha256: str) -> str:
@@ -168,7 +159,7 @@ def lay(path: Path, target: Path, linked: bool) -> None:
 def leave_elsewhere(version: Path, target: Path) -> None:
     """What older versions of this model had put to other places: LM Studio shows the one in use."""
     for record in version.parent.glob(f"*/{RECORD}"):
-        said = _read(record).get("target")
+        said = store.read(record).get("target")
         if said and said != str(target):
             _away(Path(said))
         if record.parent != version:
@@ -189,7 +180,7 @@ def _away(target: Path) -> int:
 
 def gone(version: Path) -> int:
     """Take a version out of LM Studio; returns the bytes that came back."""
-    said = _read(version / RECORD).get("target")
+    said = store.read(version / RECORD).get("target")
     files.remove(version / RECORD)
     return _away(Path(said)) if said else 0
 

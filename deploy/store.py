@@ -62,11 +62,11 @@ def use(version: Path) -> None:
 
 def names(folder: Path) -> dict[str, str]:
     """{what was asked for (a tag, branch or commit): the version that it was then}"""
-    return {name: version for name, version in _read(folder / NAMES).items() if isinstance(version, str)}
+    return {name: version for name, version in read(folder / NAMES).items() if isinstance(version, str)}
 
 
-def _read(path: Path) -> dict:
-    """{} when the file is missing or damaged."""
+def read(path: Path) -> dict:
+    """A record; {} when it is missing or damaged."""
     try:
         return files.read_json(path)
     except UserError:
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict:
 def remember(version: Path, pulled: dict, asked: str) -> None:
     """Its pull.json; the name that the version was asked for by; and that it is the one in use. What is said already is
     not written again: a store that cannot be written can be used."""
-    if _read(version / RECORD) != pulled:
+    if read(version / RECORD) != pulled:
         files.write_json(version / RECORD, pulled)
     before = names(version.parent)
     if before.get(asked) != version.name:
@@ -135,7 +135,7 @@ def passed(version: Path) -> tuple[manifest.Manifest, Path]:
 
     Raises UserError when it did not pass, or has changed.
     """
-    said, smoked = record(version), _read(version / "smoke.json")
+    said, smoked = record(version), read(version / "smoke.json")
     path, beside = version / said["file"], version / manifest.NAME
     if smoked.get("sha256") != said["sha256"]:
         raise UserError(f"{said['file']} has not passed its smoke test", f"run `make smoke REPO={said['repo']}`")

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from contract import files
 from contract.manifest import Manifest
-from deploy.store import passed
+from deploy import store
 
 TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merged": "merged weights, torch"}
 
 
 def text(folder: Path, repo: str) -> str:
     """The closing page of `make demo` and `make deploy-mac`."""
-    made, path = passed(folder)
+    made, path = store.passed(folder)
     smoke = files.read_json(folder / "smoke.json")
     page = "\n".join(
         ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)]
@@ -65,7 +65,7 @@ def _answers(smoke: dict) -> list[str]:
 
 def _talk(folder: Path, repo: str) -> list[str]:
     """The commands that reach the model, those of the apps that have it first."""
-    ollama, lmstudio = _record(folder / "ollama.json"), _record(folder / "lmstudio.json")
+    ollama, lmstudio = store.read(folder / "ollama.json"), store.read(folder / "lmstudio.json")
     which = f"REPO={shlex.quote(repo)}"
     return [
         "talk to it:",
@@ -78,7 +78,3 @@ def _talk(folder: Path, repo: str) -> list[str]:
         f"  make chat {which}",
         f"  make serve {which}      # OpenAI's API on 127.0.0.1:8080",
     ]
-
-
-def _record(path: Path) -> dict:
-    return files.read_json(path) if path.is_file() else {}

@@ -6,7 +6,6 @@ all that llama.cpp gets, so no library guesses a chat format or puts a second BO
 
 import codecs
 import contextlib
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from contract import chat, runtime
 from contract.errors import UserError, shown
 from contract.manifest import Manifest
-from deploy import sandbox, store
+from deploy import modelfile, sandbox, store
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -41,12 +40,12 @@ class Sampling:
 
 @contextlib.contextmanager
 def opened(version: Path, context: int | None = None) -> Iterator["Talk"]:
-    """The pulled model, loaded and proven. context: at most so many tokens, where the manifest's are too many here.
+    """The pulled model, loaded and proven. context: at most so many tokens; never more than the manifest's, nor than fit in memory.
 
     Raises UserError when the file did not pass its smoke test, or a golden prompt is not the trained one.
     """
     made, path = store.passed(version)
-    size = min(made.generation.num_ctx, context or made.generation.num_ctx)
+    size = min(context or made.generation.num_ctx, modelfile.fitting(made, path))
     model = runtime.load(path, size)
     try:
         talk = Talk(made, model, size)
@@ -122,14 +121,6 @@ class Talk:
         ids, bos = runtime.tokenize(self.model, text), self.model.token_bos()
         return [bos, *ids] if llama_cpp.llama_vocab_get_add_bos(self.vocabulary) and ids[:1] != [bos] else ids
 
-    def piece(self, token: int, size: int = 256) -> bytes:
-        """What a token adds to the text. (The library's detokenize has room for 32 bytes: Llama 3's long indents are lost.)"""
-        import llama_cpp
-
-        buffer = ctypes.create_string_buffer(size)
-        length = llama_cpp.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, False)
-        return buffer.raw[:length] if length >= 0 else self.piece(token, -length)
-
     def ends(self, token: int) -> bool:
         """Is it one of the tokens that llama.cpp stops at?"""
         import llama_cpp
@@ -172,7 +163,7 @@ class Answer:
                 self.end = "stop"
                 break
             self.ids.append(token)
-            yield words.add(self.talk.piece(token))
+            yield words.add(runtime.piece(self.talk.model, token))
             self.end = "stop" if words.ended else "length" if len(self.ids) == self.most else None
             if self.end or self.stopped():
                 break

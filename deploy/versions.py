@@ -4,7 +4,8 @@ from pathlib import Path
 
 from contract import hub
 from contract.errors import UserError, shown
-from deploy import lmstudio, ollama, store
+from deploy import lmstudio, store
+from deploy.ollama import stage as ollama
 
 
 def rollback(repo: str, models: Path, start: bool = False) -> tuple[Path, list[str]]:
@@ -37,7 +38,7 @@ def _older(repo: str, models: Path) -> Path:
 def install(version: Path, start: bool = False) -> list[str]:
     """Into each app that has this model in any version, and no other."""
     done = []
-    if list(version.parent.glob("*/ollama.json")):
+    if list(version.parent.glob(f"*/{ollama.RECORD}")):
         done.append(f"Ollama: {ollama.stage(version, start=start)['latest']} is {version.name}")
     if list(version.parent.glob(f"*/{lmstudio.RECORD}")):
         done.append(f"LM Studio: {lmstudio.stage(version)['target']}")

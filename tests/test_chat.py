@@ -291,9 +291,9 @@ def test_a_token_of_more_than_32_bytes_is_not_lost():
     import llama_cpp
 
     engine.vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    long = [token for token in range(model.n_vocab()) if len(engine.piece(token)) > 32]
-    assert len(long) > 20 and max(len(engine.piece(token)) for token in long) >= 128
-    assert all(engine.piece(token, 1) == engine.piece(token) for token in long)
+    long = [token for token in range(model.n_vocab()) if len(runtime.piece(engine.model, token)) > 32]
+    assert len(long) > 20 and max(len(runtime.piece(engine.model, token)) for token in long) >= 128
+    assert all(runtime.piece(engine.model, token, 1) == runtime.piece(engine.model, token) for token in long)
     model.close()
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from contract import files, runtime
-from deploy import doctor, lmstudio, ollama, pull, store
+from deploy import doctor, lmstudio, pull, store
 from deploy.doctor import Check
 from deploy.machine import Machine
+from deploy.ollama import server as ollama
 from tests import repos
 from tests.conftest import ferry
 from tests.test_support import changed
@@ -270,9 +271,9 @@ def test_an_ollama_elsewhere_takes_no_disk_here(tmp_path, monkeypatch):
 
 
 def test_ollamas_models_lie_where_its_variable_says(tmp_path, monkeypatch):
-    assert doctor.ollama_models() in (tmp_path / "home/.ollama/models", Path("/usr/share/ollama/.ollama/models"))
+    assert ollama.models_folder() in (tmp_path / "home/.ollama/models", Path("/usr/share/ollama/.ollama/models"))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "elsewhere"))
-    assert doctor.ollama_models() == tmp_path / "elsewhere"
+    assert ollama.models_folder() == tmp_path / "elsewhere"
 
 
 # LM Studio

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -217,3 +218,19 @@ def test_the_hub_costs_little_more_than_the_bare_client():
         assert all(ratio <= limit for ratio, limit in zip(ratios, limits, strict=True))
         assert f"{ratios[0]:.2f}" in readme and f"{ratios[1]:.2f} times" in readme
         assert mine["peak_memory_gb"] <= rows["ferry", f"0.5 GB: {ours}"]["peak_memory_gb"] + 0.05, "memory is flat"
+
+
+def test_settings_of_the_deploy_side_are_those_typed_and_not_the_shells():
+    """HOST and NAME are variables of many shells and systems."""
+    names = {"NAME": "a", "HOST": "b", "PORT": "1", "KEEP": "3", "START": "1"}
+    targets = ["ollama", "serve", "prune", "rollback"]
+
+    def commands(*typed: str, **environment: str) -> str:
+        ask = ["make", "-n", *typed, *targets]
+        return subprocess.run(
+            ask, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    options = ("--name 'a'", "--host 'b'", "--port '1'", "--keep '3'", "--start")
+    assert not [option for option in options if option in commands(**names)]
+    assert not [o for o in options if o not in commands(*(f"{name}={value}" for name, value in names.items()))]

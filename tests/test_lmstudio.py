@@ -137,3 +137,10 @@ def test_a_home_that_cannot_be_written_is_one_clear_error(pair, lms):
     lms.home.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"):
         lmstudio.stage(pair[1])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"/somewhere/else\n"])
+def test_its_home_is_where_the_pointer_says_if_it_says_anything(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".lmstudio-home-pointer").write_bytes(content)
+    assert lmstudio.home() == (Path("/somewhere/else") if content.startswith(b"/") else tmp_path / ".lmstudio")

@@ -17,8 +17,8 @@ CONVERSATIONS = [
 
 
 @pytest.fixture(scope="module")
-def go(tmp_path_factory):
-    made = Go(tmp_path_factory.mktemp("go"))
+def go():
+    made = Go()
     yield made
     made.close()
 

@@ -11,7 +11,9 @@ import pytest
 
 from contract import files
 from contract.errors import UserError
-from deploy import ollama, store, versions
+from deploy import store, versions
+from deploy.ollama import server as api
+from deploy.ollama import stage as ollama
 from tests import apps, installed, repos
 from tests.conftest import ferry
 
@@ -42,7 +44,7 @@ def enter(monkeypatch, environment):
 
 
 def digests() -> dict[str, str]:
-    return {name: facts["digest"] for name, facts in ollama.Server(ollama.host()).models().items()}
+    return {name: facts["digest"] for name, facts in api.Server(api.host()).models().items()}
 
 
 def test_it_is_made_asked_and_then_latest(pair, server):
@@ -61,7 +63,7 @@ def test_again_it_is_asked_but_not_made(pair, server):
     before = server.requests.count("POST /api/create")
     record = ollama.stage(pair[1])
     assert not record["created"] and server.requests.count("POST /api/create") == before
-    ollama.Server(server.url).delete(record["model"])
+    api.Server(server.url).delete(record["model"])
     assert ollama.stage(pair[1])["created"]
 
 
@@ -119,7 +121,7 @@ def test_what_fails_in_the_middle_leaves_latest_as_it_was(pair, server, fault):
 
 def test_a_model_of_that_name_which_is_not_ours_stays(pair, server):
     ollama.stage(pair[1], "mine")
-    client = ollama.Server(server.url)
+    client = api.Server(server.url)
     client.copy(f"mine:{pair[1].name}", "real:latest")
     client.copy("real:latest", "real:7b")
     # Another content than any version's: as if somebody had pulled it.
@@ -231,20 +233,20 @@ def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch):
         repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
         done = ferry("deploy", "ollama", repo, "--models", models, "--optional")
         assert done.returncode == 0 and "skipped: Ollama is installed, but no server answers" in done.stdout
-        assert "START=1" in done.stdout and not app.woken and ollama.version() is None
+        assert "START=1" in done.stdout and not app.woken and api.version() is None
         done = ferry("deploy", "ollama", repo, "--models", models, "--start", FERRY_CACHE=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
-        assert "it goes on running (pid" in done.stderr and ollama.version() is not None
+        assert "it goes on running (pid" in done.stderr and api.version() is not None
         pid = int(done.stderr.split("(pid ")[1].split(",")[0])
         os.kill(pid, 15)
 
 
 def test_a_server_elsewhere_is_never_started(pair, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "http://192.0.2.1:1")
-    monkeypatch.setattr(ollama, "version", lambda: None)
-    monkeypatch.setattr(ollama, "program", lambda: "/bin/true")
-    with pytest.raises(ollama.Absent, match=r"192\.0\.2\.1"):
-        ollama.serving(start=True)
+    monkeypatch.setattr(api, "version", lambda: None)
+    monkeypatch.setattr(api, "program", lambda: "/bin/true")
+    with pytest.raises(api.Absent, match=r"192\.0\.2\.1"):
+        api.serving(start=True)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_a_server_elsewhere_is_never_started(pair, monkeypatch):
 )  # fmt: skip
 def test_ollama_host_is_read_as_ollama_reads_it(monkeypatch, said, url):
     monkeypatch.setenv("OLLAMA_HOST", said)
-    assert ollama.host() == url
+    assert api.host() == url
 
 
 def test_what_a_manifest_says_never_becomes_a_command(real, tmp_path, server):
@@ -270,8 +272,16 @@ def test_what_a_manifest_says_never_becomes_a_command(real, tmp_path, server):
     )
     version = installed.ready(repo, tmp_path / "models")
     server.faults(ignore_template=False)
-    client, model = ollama.Server(server.url), "real:hostile"
+    client, model = api.Server(server.url), "real:hostile"
     ollama.create(client, model, version)
     facts = client.ask("POST", "/api/show", {"model": model})
     assert facts["system"] == hostile and "ADAPTER" not in facts["parameters"] and "stop" in facts["parameters"]
     assert facts["parameters"].count("stop ") == 1
+
+
+def test_without_a_modelfile_nothing_is_made(pair, server):
+    """`ollama create -f` of a missing file takes whatever GGUFs lie in the current folder."""
+    (pair[1] / "Modelfile").unlink()
+    with pytest.raises(UserError, match="holds no Modelfile"):
+        ollama.stage(pair[1])
+    assert "POST /api/create" not in server.requests

@@ -1,12 +1,6 @@
 """Ollama's TEMPLATE gives the trained prompt: Turns derived from real templates, rendered by Go's own text/template."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,45 +13,25 @@ from contract.turns import Turns, collated, unsayable
 from deploy import modelfile
 from docs import templates as page
 from pipeline.verify import derive, golden
+from tests.standins import go as go_process
 
 
-class Go:
+class Go(go_process.Go):
     """One process that renders whatever it is asked."""
 
-    def __init__(self, folder: Path):
-        shutil.copy(Path(__file__).with_name("ollama.go"), folder / "main.go")
-        environment = os.environ | {
-            "GOCACHE": str(folder / "cache"), "GOPATH": str(folder), "GOFLAGS": "-mod=mod", "GO111MODULE": "off",
-            "GOTOOLCHAIN": "local",
-        }  # fmt: skip
-        binary = shutil.which("go", path=str(Path(sys.prefix) / "bin")) or shutil.which("go")
-        build = [binary, "build", "-o", "render", "main.go"]
-        subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
-        self.process = subprocess.Popen([folder / "render"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
     def __call__(self, template: str, messages: Sequence[dict], system: str = "") -> str:
-        answer = self._asked({"Template": template, "System": system, "Messages": list(messages)})
+        answer = self.ask(Template=template, System=system, Messages=list(messages))
         assert "error" not in answer, answer["error"]
         return answer["text"]
 
     def commands(self, modelfile: str) -> list[tuple[str, str]]:
         """(command or parameter, value), as Ollama's parser reads them."""
-        return [tuple(pair) for pair in self._asked({"Modelfile": modelfile})]
-
-    def _asked(self, value: dict):
-        self.process.stdin.write(json.dumps(value).encode() + b"\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        return [tuple(pair) for pair in self.ask(Modelfile=modelfile)]
 
 
 @pytest.fixture(scope="module")
-def go(tmp_path_factory):
-    made = Go(tmp_path_factory.mktemp("go"))
+def go():
+    made = Go()
     yield made
     made.close()
 

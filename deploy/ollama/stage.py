@@ -5,132 +5,24 @@ names), and NAME:latest is ours when its digest is that of one of them. What ano
 """
 
 import contextlib
-import ipaddress
-import os
 import re
-import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from contract import files, gguf, rules
+from contract import files, gguf, hub, rules
 from contract.errors import UserError, shown
 from contract.manifest import Golden, Manifest
 from deploy import pull, sandbox, store
+from deploy.ollama.server import AGAIN, INSTALL, Absent, Server, held, program, serving
 
-APP = Path("/Applications/Ollama.app")
-INSTALL = "brew install ollama   (or https://ollama.com/download)"
+RECORD = "ollama.json"
 # A name's part in Ollama (types/model/name.go): letters, digits, _ - . and no other, 80 of them at most.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 VERSION = re.compile(r"[0-9a-f]{12}")
-LOADING = 600  # seconds: the first question loads the model, on a cold disk too
 # Another build of llama.cpp rounds otherwise, and where two words are nearly as likely the answer takes another turn. A
 # model that computes wrongly shares no words with what it said where it was made.
 MIN_ALIKE = 0.2
-
-
-class Absent(UserError):
-    """Ollama is not there, or does not run: the other parts can go on without it."""
-
-
-def program() -> str | None:
-    """The command, also where the app has it."""
-    inside = APP / "Contents" / "Resources" / "ollama"
-    return shutil.which("ollama") or (str(inside) if os.access(inside, os.X_OK) else None)
-
-
-def host() -> str:
-    """The server's address, read from OLLAMA_HOST as Ollama reads it (envconfig/config.go)."""
-    said = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'")
-    scheme, there, rest = said.partition("://")
-    scheme, rest = (scheme, rest) if there else ("http", said)
-    usual = {"http": 80, "https": 443}.get(scheme, 11434) if there else 11434
-    place, _, path = rest.partition("/")
-    name, port = _split(place)
-    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-        name, name
-    )  # where a server listens, not where it is
-    number = int(port) if port.isdecimal() and int(port) <= 65535 else usual
-    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{f'/{path}' if path else ''}".rstrip("/")
-
-
-def _split(place: str) -> tuple[str, str]:
-    """(host, port or ''); an IPv6 address may stand in brackets."""
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(place.strip("[]"))), ""
-    name, _, port = place.rpartition(":")
-    return (name.strip("[]"), port) if _ else (place, "")
-
-
-def local(url: str) -> bool:
-    """Is the server on this machine?"""
-    with contextlib.suppress(ValueError):
-        name = urlsplit(url).hostname or ""
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    return False
-
-
-def version() -> str | None:
-    """Of the server that answers; None: none does."""
-    try:
-        return str(Server(host()).ask("GET", "/api/version", seconds=5)["version"])
-    except (UserError, KeyError):
-        return None
-
-
-class Server:
-    """Ollama's HTTP API (docs/api.md), as far as it is used here."""
-
-    def __init__(self, url: str):
-        self.url = url
-
-    def ask(self, method: str, path: str, body: dict | None = None, seconds: float = 60) -> dict:
-        """The JSON answer. Raises UserError with the server's own words."""
-        import httpx
-
-        try:
-            # A proxy of the environment is for other machines.
-            with httpx.Client(timeout=httpx.Timeout(seconds, connect=5), trust_env=not local(self.url)) as client:
-                answer = client.request(method, self.url + path, json=body)
-                said = answer.json() if answer.content.strip() else {}
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise UserError(
-                f"Ollama at {self.url} does not answer {path}: {shown(str(error)) or type(error).__name__}",
-                "see that its server runs (`ollama serve`, or open the app), then run the same command again",
-            ) from error
-        if answer.is_error or not isinstance(said, dict):
-            why = said.get("error") if isinstance(said, dict) else said
-            raise UserError(f"Ollama at {self.url} answers {path} with {answer.status_code}: {shown(str(why))}", AGAIN)
-        return said
-
-    def models(self) -> dict[str, dict]:
-        """{name:tag: its facts (digest, size, modified_at)}"""
-        found = self.ask("GET", "/api/tags").get("models") or []
-        return {model["name"]: model for model in found}
-
-    def prompt(self, model: str, messages: list[dict]) -> str:
-        """The text that the server makes of a conversation."""
-        body = {"model": model, "messages": messages, "stream": False, "_debug_render_only": True}
-        said = self.ask("POST", "/api/chat", body, LOADING)
-        try:
-            return said["_debug_info"]["rendered_template"]
-        except KeyError:
-            raise UserError(f"Ollama {version()} does not show its prompts", "update Ollama: 0.12 or newer") from None
-
-    def answer(self, model: str, message: str, most: int) -> dict:
-        """Greedy; the JSON of /api/chat."""
-        options = {"temperature": 0, "num_predict": most, "seed": 0}
-        body = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False, "options": options}
-        return self.ask("POST", "/api/chat", body, LOADING)
-
-    def copy(self, source: str, target: str) -> None:
-        self.ask("POST", "/api/copy", {"source": source, "destination": target})
-
-    def delete(self, model: str) -> None:
-        self.ask("DELETE", "/api/delete", {"model": model})
 
 
 def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
@@ -141,10 +33,12 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
     withdrawn then, and latest stays what it was.
     """
     made, path = store.passed(version)
-    server, before = serving(start), _read(version)
+    if not (version / "Modelfile").is_file():  # `ollama create` would take whatever lies in the current folder
+        raise UserError(f"{version} holds no Modelfile", "run `make modelfile` (part of `make deploy-mac`)")
+    server, before = serving(start), store.read(version / RECORD)
     model = f"{named(name or remembered(version) or made.name)}:{version.name}"
     there = server.models()
-    refuse_anothers(there, model, {_read(other.parent).get("digest") for other in version.parent.glob("*/ollama.json")})
+    refuse_anothers(there, model, {store.read(other).get("digest") for other in version.parent.glob(f"*/{RECORD}")})
     recipe = files.sha256(version / "Modelfile")
     new = not (model in there and before.get("modelfile") == recipe and before.get("digest") == there[model]["digest"])
     if new:
@@ -158,22 +52,14 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
         "stage": "ollama", "model": model, "latest": latest, "digest": server.models()[model]["digest"], "created": new,
         "modelfile": recipe, "server": version_of(server), "template": template, **answers,
     }  # fmt: skip
-    files.write_json(version / "ollama.json", record)
+    files.write_json(version / RECORD, record)
     return record
-
-
-def _read(version: Path) -> dict:
-    """Its ollama.json; {} when there is none."""
-    try:
-        return files.read_json(version / "ollama.json")
-    except UserError:
-        return {}
 
 
 def remembered(version: Path) -> str | None:
     """The name that this model has in Ollama, of whatever version."""
-    records = sorted(version.parent.glob("*/ollama.json"), key=lambda path: path.stat().st_mtime)
-    return _read(records[-1].parent).get("model", "").partition(":")[0] if records else None
+    records = sorted(version.parent.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    return store.read(records[-1]).get("model", "").partition(":")[0] if records else None
 
 
 def version_of(server: Server) -> str:
@@ -188,54 +74,6 @@ def named(name: str) -> str:
             "choose another: the same command with NAME=...",
         )
     return name.lower()
-
-
-def serving(start: bool) -> Server:
-    """The server that answers, or one that may be started now. Raises Absent."""
-    if version():
-        return Server(host())
-    command, url = program(), host()
-    if command is None:
-        raise Absent(f"Ollama is not installed, and no server answers at {url}", INSTALL)
-    if not local(url):
-        raise Absent(f"no Ollama answers at {url} (OLLAMA_HOST)", "see that it runs there, or unset OLLAMA_HOST")
-    if not (start or agreed(url)):
-        raise Absent(
-            f"Ollama is installed, but no server answers at {url}",
-            "open the app or run `ollama serve`; or the same command with START=1 starts it",
-        )
-    return started(command, url)
-
-
-def agreed(url: str) -> bool:
-    """Asked only where somebody can answer."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    sys.stderr.write(f"No Ollama server answers at {url}. Start it now? [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def started(command: str, url: str) -> Server:
-    """A server that outlives this command: the app where there is one. Raises UserError when it does not come up."""
-    log = files.cache_dir() / "ollama.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    launch = ["open", "-j", "-a", "Ollama"] if APP.is_dir() else [command, "serve"]
-    with log.open("ab") as out:
-        process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (process.poll() or 0) > 0:
-        if version():
-            say(f"ollama: started {' '.join(launch)}, it goes on running (pid {process.pid}, log {log})")
-            return Server(url)
-        time.sleep(0.2)
-    raise UserError(f"`{' '.join(launch)}` was started and does not answer at {url}", f"read {log}")
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr: stdout is for the answer."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 def ours(there: dict[str, dict], name: str) -> dict[str, str]:
@@ -260,7 +98,7 @@ def create(server: Server, model: str, version: Path) -> None:
     command = program()
     if command is None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
-    say(f"ollama: creating {model} (Ollama makes a copy of its own)")
+    hub.say(f"ollama: creating {model} (Ollama makes a copy of its own)")
     done = subprocess.run(
         [command, "create", model, "-f", str((version / "Modelfile").absolute())],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
@@ -359,11 +197,8 @@ def asked(server: Server, model: str, made: Manifest) -> dict:
             f"{shown(repr(answers[0]['answer']), 200)} instead of {shown(repr(made.smoke[0].answer), 200)}",
             "update Ollama and run the same command again; `make chat` does not go through Ollama",
         )
-    return {
-        "answers": answers,
-        "rule": rule,
-        "score": sum(a["right"] for a in answers) / len(answers) if judge else None,
-    }
+    score = sum(a["right"] for a in answers) / len(answers) if judge else None
+    return {"answers": answers, "rule": rule, "score": score}
 
 
 def gone(version: Path) -> int:
@@ -371,14 +206,14 @@ def gone(version: Path) -> int:
 
     Raises Absent when it is there and cannot be asked.
     """
-    record = _read(version)
+    record = store.read(version / RECORD)
     if not record:
         return 0
     server = serving(False)
     there, before = server.models(), held(server)
     for name in going(there, record):
         server.delete(name)
-    files.remove(version / "ollama.json")
+    files.remove(version / RECORD)
     return before - held(server)
 
 
@@ -389,14 +224,3 @@ def going(there: dict[str, dict], record: dict) -> list[str]:
     alone = model in there and there[model]["digest"] not in rest.values()
     same = alone and latest in there and there[latest]["digest"] == there[model]["digest"]
     return [model] * (model in there) + [latest] * same
-
-
-def held(server: Server) -> int:
-    """Bytes of what the server holds: its blobs, where they can be seen (versions share them), else what it says itself."""
-    blobs = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models") / "blobs"
-    if local(server.url) and blobs.is_dir():
-        return sum(path.stat().st_size for path in blobs.iterdir())
-    return sum({facts["digest"]: int(facts.get("size", 0)) for facts in server.models().values()}.values())
-
-
-AGAIN = "run the same command again; `ollama list` and Ollama's log say more"
