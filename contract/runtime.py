@@ -60,7 +60,7 @@ def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool
 
     model = Llama(
         str(gguf), n_ctx=context, n_batch=context, n_gpu_layers=layers, n_threads=os.cpu_count(), vocab_only=vocab_only,
-        verbose=verbose,
+        flash_attn=True, verbose=verbose,
     )  # fmt: skip
     model.verbose = False
     _logger.set_verbose(False)
@@ -214,6 +214,7 @@ def _context(model: "Llama", sequences: int, tokens: int) -> Iterator:
     params = llama_cpp.llama_context_default_params()
     params.n_seq_max, params.n_ctx = sequences, sequences * (-(-tokens // 256) * 256)
     params.n_batch = params.n_ctx
+    params.flash_attn_type = model.context_params.flash_attn_type  # another attention rounds otherwise: near ties turn
     params.n_threads = params.n_threads_batch = os.cpu_count()
     ctx = llama_cpp.llama_init_from_model(model.model, params)
     if not ctx:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 # Mean absolute difference of log-probability per answer token, nats. Measured on a CPU with SmolLM2-135M Q4_1, an answer at
-# a time: 0 for other thread counts and batches, at most 0.054 one token at a time (other kernels), 0.059 with flash attention,
-# 0.076 with a q8_0 cache too. A damaged or wrong file is far above 1.
+# a time: 0 for other thread counts and batches, at most 0.054 one token at a time (other kernels), 0.059 between flash
+# attention and none, 0.076 with a q8_0 cache too. A damaged or wrong file is far above 1.
 MAX_DIFFERENCE = 0.15
 MEASURED = ("CPU",)  # where that bound was measured; elsewhere it is the same number, and not proven
 MORE = 32  # tokens after which an answer that ended where it was made should have ended here

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from contract import chat as template
@@ -52,22 +52,6 @@ def answer(engine: talk.Talk, ids: list[int], **how) -> talk.Answer:
     return found
 
 
-@pytest.fixture
-def greedy(engine, monkeypatch):
-    """contract.runtime.greedy with the attention that the model was opened with: llama.cpp's flash attention rounds otherwise."""
-    import llama_cpp
-
-    usual = llama_cpp.llama_context_default_params
-
-    def params():
-        found = usual()
-        found.flash_attn_type = engine.model.context_params.flash_attn_type
-        return found
-
-    monkeypatch.setattr(llama_cpp, "llama_context_default_params", params)
-    return lambda ids, most: runtime.greedy(engine.model, ids, most)
-
-
 def likely(engine: talk.Talk, found: talk.Answer) -> bool:
     """No token is far from the likeliest one (another batch size rounds otherwise): the cache held what it should."""
     places = range(len(found.prompt) - 1, len(found.prompt) + len(found.ids) - 1)
@@ -78,22 +62,22 @@ def likely(engine: talk.Talk, found: talk.Answer) -> bool:
 # The engine
 
 
-def test_every_golden_prompt_is_answered_as_by_contract_runtime_token_for_token(engine, greedy):
+def test_every_golden_prompt_is_answered_as_by_contract_runtime_token_for_token(engine):
     asked = [golden for golden in engine.made.golden if golden.add_generation_prompt]
     assert len(asked) == 11
     for golden in asked:
         engine.model.reset()
         found = answer(engine, engine.ids([(golden.messages, True)])[0], max_tokens=16)
-        said, ended = greedy(golden.ids, 16)
+        said, ended = runtime.greedy(engine.model, golden.ids, 16)
         assert (found.prompt, found.ids) == (list(golden.ids), said)
         assert found.text == runtime.text(engine.model, said) and found.end == ("stop" if ended else "length")
 
 
-def test_the_manifests_smoke_prompt_is_what_a_user_asks(engine, greedy):
+def test_the_manifests_smoke_prompt_is_what_a_user_asks(engine):
     for known in engine.made.smoke:
         engine.model.reset()
         found = answer(engine, engine.prompt([{"role": "user", "content": known.message}]))
-        assert found.prompt == list(known.ids) and found.ids == greedy(known.ids, 24)[0]
+        assert found.prompt == list(known.ids) and found.ids == runtime.greedy(engine.model, known.ids, 24)[0]
 
 
 def test_the_system_prompt_of_the_training_is_told_where_a_conversation_has_none(engine):
@@ -259,22 +243,30 @@ def in_pieces(text: bytes, cuts: list[int]) -> list[bytes]:
     return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
+def stopped(pieces: list[bytes], stops: list[str]) -> str:
+    """The text before a stop string, as soon as one is whole."""
+    for end in range(len(pieces) + 1):
+        text = b"".join(pieces[:end]).decode(errors="ignore")
+        if found := [text.index(stop) for stop in stops if stop in text]:
+            return text[: min(found)]
+    return text
+
+
 @given(
     st.text("ab\n é🚢", max_size=30),
     st.lists(st.integers(0, 200)),
     st.lists(st.text("ab\né", min_size=1, max_size=3), max_size=3),
 )
+@example("\naa", [2], ["a", "\naa"])
 def test_words_are_the_text_up_to_the_first_stop_string_however_they_come(text, cuts, stops):
-    words, said = talk.Words(stops), []
-    for piece in in_pieces(text.encode(), cuts):
+    words, said, pieces = talk.Words(stops), [], in_pieces(text.encode(), cuts)
+    for piece in pieces:
         said.append(words.add(piece))
         if words.ended:
             break
     said.append(words.add(b"", last=True))
-    found = [text.index(stop) for stop in stops if stop in text]
-    shown = "".join(said)
-    assert shown == text[: min(found)] if found else shown == text
-    assert all(stop not in shown for stop in stops)
+    assert "".join(said) == stopped(pieces, stops)
+    assert all(stop not in "".join(said) for stop in stops)
 
 
 def test_half_a_character_is_not_shown_and_at_the_end_replaced():
@@ -287,13 +279,11 @@ def test_a_token_of_more_than_32_bytes_is_not_lost():
     from pipeline import llamacpp
 
     model = runtime.load(llamacpp.folder() / "models" / "ggml-vocab-llama-bpe.gguf", vocab_only=True)
-    engine = talk.Talk.__new__(talk.Talk)
-    import llama_cpp
-
-    engine.vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    long = [token for token in range(model.n_vocab()) if len(runtime.piece(engine.model, token)) > 32]
-    assert len(long) > 20 and max(len(runtime.piece(engine.model, token)) for token in long) >= 128
-    assert all(runtime.piece(engine.model, token, 1) == runtime.piece(engine.model, token) for token in long)
+    pieces = {token: runtime.piece(model, token) for token in range(model.n_vocab())}
+    long = {token: piece for token, piece in pieces.items() if len(piece) > 32}
+    assert len(long) > 20 and max(map(len, long.values())) >= 128
+    assert all(runtime.piece(model, token, 1) == piece for token, piece in long.items())
+    assert runtime.text(model, list(long)) == b"".join(long.values()).decode()
     model.close()
 
 
