@@ -47,9 +47,8 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
         template = compared(server, model, made, path)
         answers = asked(server, model, made)
     latest = f"{model.partition(':')[0]}:latest"
-    server.copy(model, latest)
     record = {
-        "stage": "ollama", "model": model, "latest": latest, "digest": server.models()[model]["digest"], "created": new,
+        "stage": "ollama", "model": model, "latest": latest, "digest": copied(server, model, latest), "created": new,
         "modelfile": recipe, "server": version_of(server), "template": template, **answers,
     }  # fmt: skip
     files.write_json(version / RECORD, record)
@@ -117,6 +116,15 @@ def cure(said: str) -> str:
     if "parameter" in said.lower() or "command must be one of" in said.lower():
         return "mend Modelfile.template, then run the same command again"
     return AGAIN
+
+
+def copied(server: Server, model: str, latest: str) -> str:
+    """Make it `latest`; returns their digest. Raises UserError when latest is not that (on a full disk Ollama empties it)."""
+    server.copy(model, latest)
+    there = server.models()
+    if there.get(latest, {}).get("digest") != there[model]["digest"]:
+        raise UserError(f"Ollama did not make {latest} the same as {model}", cure("no space left"))
+    return there[model]["digest"]
 
 
 @contextlib.contextmanager
