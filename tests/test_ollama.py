@@ -119,6 +119,17 @@ def test_what_fails_in_the_middle_leaves_latest_as_it_was(pair, server, fault):
     assert ollama.stage(pair[1])["latest"] == "real:latest" and digests()["real:latest"] != before["real:latest"]
 
 
+def test_a_latest_that_a_full_disk_emptied_is_made_again(pair, server):
+    for version in pair:
+        ollama.stage(version)
+    server.faults(full=True)
+    with pytest.raises(UserError, match="no space left") as caught:
+        ollama.stage(pair[0])
+    assert "free some disk" in caught.value.hint and "real:latest" not in digests()
+    server.faults()
+    assert not ollama.stage(pair[0])["created"] and digests()["real:latest"] == digests()[f"real:{pair[0].name}"]
+
+
 def test_a_model_of_that_name_which_is_not_ours_stays(pair, server):
     ollama.stage(pair[1], "mine")
     client = api.Server(server.url)

@@ -90,7 +90,9 @@ class Server:
             ) from error
         if answer.is_error or not isinstance(said, dict):
             why = said.get("error") if isinstance(said, dict) else said
-            raise UserError(f"Ollama at {self.url} answers {path} with {answer.status_code}: {shown(str(why))}", AGAIN)
+            raise UserError(
+                f"Ollama at {self.url} answers {path} with {answer.status_code}: {shown(str(why))}", cure(str(why))
+            )
         return said
 
     def models(self) -> dict[str, dict]:
@@ -118,6 +120,16 @@ class Server:
 
     def delete(self, model: str) -> None:
         self.ask("DELETE", "/api/delete", {"model": model})
+
+
+def cure(said: str) -> str:
+    """What to do about what Ollama says."""
+    if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
+        # While it makes its copy Ollama needs 2.9 times the file's size (measured), and a full disk may end in either line.
+        return "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, then run the same command again"
+    if "parameter" in said.lower() or "command must be one of" in said.lower():
+        return "mend Modelfile.template, then run the same command again"
+    return AGAIN
 
 
 def models_folder() -> Path:

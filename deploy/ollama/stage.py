@@ -14,7 +14,7 @@ from contract import files, gguf, hub, rules
 from contract.errors import UserError, shown
 from contract.manifest import Golden, Manifest
 from deploy import pull, sandbox, store
-from deploy.ollama.server import AGAIN, INSTALL, Absent, Server, held, program, serving
+from deploy.ollama.server import INSTALL, Absent, Server, cure, held, program, serving
 
 RECORD = "ollama.json"
 # A name's part in Ollama (types/model/name.go): letters, digits, _ - . and no other, 80 of them at most.
@@ -47,8 +47,9 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
         template = compared(server, model, made, path)
         answers = asked(server, model, made)
     latest = f"{model.partition(':')[0]}:latest"
+    server.copy(model, latest)
     record = {
-        "stage": "ollama", "model": model, "latest": latest, "digest": copied(server, model, latest), "created": new,
+        "stage": "ollama", "model": model, "latest": latest, "digest": server.models()[model]["digest"], "created": new,
         "modelfile": recipe, "server": version_of(server), "template": template, **answers,
     }  # fmt: skip
     files.write_json(version / RECORD, record)
@@ -106,25 +107,6 @@ def create(server: Server, model: str, version: Path) -> None:
         lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
         told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
         raise UserError(f"`ollama create {model}` failed: {shown(told[-1])}", cure(told[-1]))
-
-
-def cure(said: str) -> str:
-    """What to do about the last words of `ollama create`."""
-    if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
-        # While it makes its copy Ollama needs 2.9 times the file's size (measured), and a full disk may end in either line.
-        return "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, then run the same command again"
-    if "parameter" in said.lower() or "command must be one of" in said.lower():
-        return "mend Modelfile.template, then run the same command again"
-    return AGAIN
-
-
-def copied(server: Server, model: str, latest: str) -> str:
-    """Make it `latest`; returns their digest. Raises UserError when latest is not that (on a full disk Ollama empties it)."""
-    server.copy(model, latest)
-    there = server.models()
-    if there.get(latest, {}).get("digest") != there[model]["digest"]:
-        raise UserError(f"Ollama did not make {latest} the same as {model}", cure("no space left"))
-    return there[model]["digest"]
 
 
 @contextlib.contextmanager

@@ -112,7 +112,9 @@ class Library:
         found = {}
         for path in self.manifests.glob("*/*/*/*"):
             name = Name(*path.relative_to(self.manifests).parts)
-            if path.is_file() and name.valid():
+            if (
+                path.is_file() and path.stat().st_size and name.valid()
+            ):  # `list` shows no manifest that a full disk emptied
                 found[name] = json.loads(path.read_bytes())
         return found
 
@@ -126,7 +128,11 @@ class Library:
         return self.manifests.joinpath(*name)
 
     def manifest(self, name: Name) -> dict | None:
-        return json.loads(self.path(name).read_bytes()) if self.path(name).is_file() else None
+        if not self.path(name).is_file():
+            return None
+        if not (content := self.path(name).read_bytes()):
+            raise Refused(500, "EOF")
+        return json.loads(content)
 
     def write(self, name: Name, content: bytes) -> None:
         self.path(name).parent.mkdir(parents=True, exist_ok=True)

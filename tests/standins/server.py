@@ -128,6 +128,9 @@ class Ollama:
         if names[0] != names[1]:
             if self.store.manifest(names[0]) is None:
                 raise Refused(404, f"model {json.dumps(asked['source'])} not found")
+            if faults().get("full"):
+                self.store.write(names[1], b"")
+                raise Refused(500, f"write {self.store.path(names[1])}: no space left on device")
             self.store.write(names[1], self.store.path(names[0]).read_bytes())
 
     def delete(self, asked: dict) -> None:
