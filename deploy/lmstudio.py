@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from contract import files, hub, manifest
 from contract.errors import UserError
 from deploy import store
 
-INSTALL = "brew install --cask lm-studio   (or https://lmstudio.ai), and start it once"
+BREW = "brew install --cask lm-studio, or " if sys.platform == "darwin" else ""
+INSTALL = f"{BREW}https://lmstudio.ai, and start it once"
 RECORD = "lmstudio.json"
 PATIENCE = 30  # seconds for a word of the app's
 

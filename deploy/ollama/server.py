@@ -15,7 +15,8 @@ from contract.errors import UserError, shown
 
 APP = Path("/Applications/Ollama.app")
 SERVICE = Path("/usr/share/ollama/.ollama/models")  # its service on Linux has a home of its own
-INSTALL = "brew install ollama   (or https://ollama.com/download)"
+BREW = "brew install ollama, or " if sys.platform == "darwin" else ""
+INSTALL = f"{BREW}https://ollama.com/download"
 LOADING = 600  # seconds: the first question loads the model, on a cold disk too
 AGAIN = "run the same command again; `ollama list` and Ollama's log say more"
 
