@@ -120,6 +120,36 @@ def test_what_fails_in_the_middle_leaves_latest_as_it_was(pair, server, fault):
     assert ollama.stage(pair[1])["latest"] == "real:latest" and digests()["real:latest"] != before["real:latest"]
 
 
+def test_ctrl_c_between_making_and_asking_leaves_no_unproven_model(pair, server, monkeypatch):
+    monkeypatch.setattr(ollama, "compared", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ollama.stage(pair[1])
+    assert digests() == {}
+
+
+def test_a_lost_record_makes_no_stranger_of_our_own_latest(pair, server):
+    ollama.stage(pair[1], "MiXed")
+    (pair[1] / ollama.RECORD).unlink()
+    assert ollama.stage(pair[1], "mixed")["latest"] == "mixed:latest"
+    assert set(digests()) == {f"mixed:{pair[1].name}", "mixed:latest"}
+
+
+def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    assert api.version()
+
+
+def test_a_rollback_takes_the_version_that_was_named(pair):
+    models = pair[0].parent.parent
+    folder = pair[0].parent.rename(models / "you--model")
+    files.write_json(folder / store.NAMES, {"v1": pair[0].name, "v2": pair[1].name})
+    assert versions.rollback("you/model@v2", models)[0] == folder / pair[1].name
+    assert versions.rollback("you/model@v1", models)[0] == folder / pair[0].name
+
+
 def test_a_latest_that_a_full_disk_emptied_is_made_again(pair, server):
     for version in pair:
         ollama.stage(version)
