@@ -128,8 +128,6 @@ def cure(said: str) -> str:
     if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
         # While it makes its copy Ollama needs 2.9 times the file's size (measured), and a full disk may end in either line.
         return "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, then run the same command again"
-    if "parameter" in said.lower() or "command must be one of" in said.lower():
-        return "mend Modelfile.template, then run the same command again"
     return AGAIN
 
 

@@ -106,7 +106,9 @@ def create(server: Server, model: str, version: Path) -> None:
     if done.returncode or model not in server.models():
         lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
         told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-        raise UserError(f"`ollama create {model}` failed: {shown(told[-1])}", cure(told[-1]))
+        recipe = re.search("parameter|command must be one of", told[-1], re.IGNORECASE)
+        mend = "mend Modelfile.template, then run the same command again"
+        raise UserError(f"`ollama create {model}` failed: {shown(told[-1])}", mend if recipe else cure(told[-1]))
 
 
 @contextlib.contextmanager

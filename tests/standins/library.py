@@ -112,9 +112,8 @@ class Library:
         found = {}
         for path in self.manifests.glob("*/*/*/*"):
             name = Name(*path.relative_to(self.manifests).parts)
-            if (
-                path.is_file() and path.stat().st_size and name.valid()
-            ):  # `list` shows no manifest that a full disk emptied
+            # `list` shows no manifest that a full disk emptied
+            if path.is_file() and path.stat().st_size and name.valid():
                 found[name] = json.loads(path.read_bytes())
         return found
 
