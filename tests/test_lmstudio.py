@@ -1,6 +1,8 @@
 """The file in LM Studio's models folder: linked or copied, never moved, one at a time, and gone without a trace."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,37 @@ def test_lms_that_fails_is_no_reason_to_give_up(pair, lms):
     assert lmstudio.stage(pair[1])["how"] == "hard link"
 
 
+def test_an_app_that_says_nothing_is_not_waited_for(pair, lms, monkeypatch):
+    monkeypatch.setattr(lmstudio, "PATIENCE", 0.5)
+    program = Path(lmstudio.program())
+    program.unlink()
+    program.write_text("#!/bin/sh\nif [ $1 = import ]; then exit 1; fi\nexec sleep 100\n")
+    program.chmod(0o755)
+    record = lmstudio.stage(pair[1])
+    assert record["how"] == "hard link" and record["key"] is None
+
+
+def test_of_several_models_it_is_named_as_the_app_names_this_one(pair, lms):
+    path = store.passed(pair[1])[1]
+    for other in ("aaa/first", "zzz/last"):
+        (lms.models / other).mkdir(parents=True)
+        os.link(path, lms.models / other / path.name)
+    assert lmstudio.stage(pair[1])["key"] == "real"
+
+
+def test_a_file_of_this_model_whose_record_was_lost_is_replaced(pair, lms):
+    target = Path(lmstudio.stage(pair[1])["target"])
+    (pair[1] / lmstudio.RECORD).unlink()
+    # As an older version with other weights left it: hashed there, and in that version's manifest.
+    target.unlink()
+    target.write_bytes(b"older weights")
+    older = files.read_json(pair[0] / "manifest.json")
+    older["artifacts"][0]["sha256"] = files.sha256(target)
+    (pair[0] / "manifest.json").unlink()
+    files.write_json(pair[0] / "manifest.json", older)
+    assert lmstudio.stage(pair[1])["how"] == "hard link"
+
+
 def test_without_lm_studio_the_rest_goes_on(pair, tmp_path):
     environment = apps.without(tmp_path / "none")
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
@@ -151,12 +184,21 @@ def test_undeploy_says_how_many_bytes_came_back(pair, lms):
     assert 98_000_000 <= back < 110_000_000, "once, though two folders had it"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_home_that_cannot_be_written_is_one_clear_error(pair, lms):
     lms.home.mkdir(parents=True, exist_ok=True)
-    lms.home.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write"):
-        lmstudio.stage(pair[1])
+    # A mount, because root writes into every folder that has none.
+    mount = 'mount --bind "$HOME" "$HOME" && mount -o remount,bind,ro "$HOME" && exec "$@"'
+    prefix = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh"]
+    try:
+        if subprocess.run([*prefix, "true"], env=os.environ | lms.env, capture_output=True).returncode:
+            pytest.skip("nothing may be mounted here")
+    except OSError:
+        pytest.skip("no unshare here")
+    repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
+    command = [*prefix, sys.executable, "-m", "deploy", "lmstudio", repo, "--models", str(models)]
+    done = subprocess.run(command, env=os.environ | lms.env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot write" in done.stderr, done.stderr
+    assert store.passed(pair[1])[1].is_file() and inside(lms) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"/somewhere/else\n"])

@@ -281,7 +281,9 @@ def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         assert "it goes on running (pid" in done.stderr and api.version() is not None
         pid = int(done.stderr.split("(pid ")[1].split(",")[0])
+        alone = os.getsid(pid) == pid  # Ctrl-C in this terminal is not for it
         os.kill(pid, 15)
+        assert alone
 
 
 def test_a_server_elsewhere_is_never_started(pair, monkeypatch):

@@ -62,7 +62,8 @@ def test_an_answer_that_does_not_stop_fails(real, tmp_path, source):
     """The manifest says that it ended after three words there; here it goes on."""
     made = manifest.read(real / manifest.NAME)
     model = runtime.load(source)
-    first, end = made.smoke[0], runtime.ends(model)[0]
+    talks = [s for s in made.smoke if not runtime.greedy(model, s.ids, 4 + smoke.MORE)[1]]  # which do depends on the CPU
+    first, end = talks[0], runtime.ends(model)[0]
     ids = [*first.answer_ids[:3], end]
     probable = runtime.answer_log_probs(model, first.ids, ids)
     model.close()
