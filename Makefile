@@ -20,13 +20,15 @@ R        := $(RUNS)/$(RUN)
 SETS     := $(foreach override,$(SET),--set '$(override)')
 PIPELINE := $(VENV)/bin/python -m pipeline
 DEPLOY   := '$(DEPLOY_VENV)/bin/python' -m deploy
-WHICH    := '$(REPO)' --models '$(MODELS)'
-TAKEN    := $(if $(QUANT),--quantization $(QUANT))
+# One word for the shell, whatever is in it.
+quoted    = '$(subst ','\'',$(1))'
+WHICH    := $(call quoted,$(REPO)) --models $(call quoted,$(MODELS))
+TAKEN    := $(if $(QUANT),--quantization $(call quoted,$(QUANT)))
 # Only what was typed: shells and systems have variables of these names, too (NAME, HOST, PORT).
 typed     = $(if $(filter command%,$(origin $(1))),$($(1)))
-CALLED   := $(if $(call typed,NAME),--name '$(NAME)')
+CALLED   := $(if $(call typed,NAME),--name $(call quoted,$(NAME)))
 STARTED  := $(if $(call typed,START),--start)
-LISTENS  := $(if $(call typed,PORT),--port '$(PORT)') $(if $(call typed,HOST),--host '$(HOST)')
+LISTENS  := $(if $(call typed,PORT),--port $(call quoted,$(PORT))) $(if $(call typed,HOST),--host $(call quoted,$(HOST)))
 # What is not installed on this Mac is no reason not to go on with the rest.
 AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
@@ -107,13 +109,13 @@ chat: deploy-env ## talk to it here, in llama.cpp
 serve: deploy-env ## OpenAI's API on 127.0.0.1:8080 (PORT=)
 	@$(DEPLOY) serve $(WHICH) $(LISTENS)
 models: deploy-env ## the versions on this machine
-	@$(DEPLOY) list --models '$(MODELS)'
+	@$(DEPLOY) list --models $(call quoted,$(MODELS))
 rollback: deploy-env ## back to the version before (or REPO=you/model@v1), in Ollama and LM Studio too
 	@$(DEPLOY) rollback $(WHICH) $(STARTED)
 prune: deploy-env ## remove all but the newest versions (KEEP=2) and the one in use
-	@$(DEPLOY) prune $(WHICH) $(if $(call typed,KEEP),--keep '$(KEEP)')
+	@$(DEPLOY) prune $(WHICH) $(STARTED) $(if $(call typed,KEEP),--keep $(call quoted,$(KEEP)))
 undeploy: deploy-env ## remove REPO (or one version: REPO=you/model@v1) from Ollama, LM Studio and this machine
-	@$(DEPLOY) undeploy $(WHICH)
+	@$(DEPLOY) undeploy $(WHICH) $(STARTED)
 
 ##@ Ferry itself
 

@@ -12,12 +12,17 @@ from pathlib import Path
 from contract.errors import UserError
 
 CHUNK = 1 << 20
+# What is wrong with a place that a user named, or with its rights.
+MENDABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 BAR_FROM = 50 << 20  # a bar for files that take longer than a blink
 
 
 def cache_dir() -> Path:
     """Where slow results live outside every checkout: $FERRY_CACHE or ~/.cache/ferry."""
-    return Path(os.environ.get("FERRY_CACHE") or Path.home() / ".cache" / "ferry")
+    return Path(os.environ.get("FERRY_CACHE") or "~/.cache/ferry").expanduser()
 
 
 @contextlib.contextmanager
@@ -60,7 +65,7 @@ def translated(error: OSError, path: Path) -> Exception:
             f"no space left while writing {path} ({free:.1f} GB free)",
             "free some disk, then run the same command again",
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if error.errno in MENDABLE:
         return UserError(
             f"cannot write {path}: {error.strerror}", f"make {path.parent} a writable folder, or choose another"
         )
@@ -70,7 +75,7 @@ def translated(error: OSError, path: Path) -> Exception:
 def nearest(path: Path) -> Path:
     """The nearest ancestor of `path` that exists."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # Path.exists raises for a name that is too long
         path = path.parent
     return path
 
@@ -112,7 +117,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing", "run the stage that writes it (`make` lists them)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"delete {path} and run the stage again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object", f"delete {path} and run the stage again")

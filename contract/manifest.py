@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Required, TypedDict  # pydantic asks for it below Python 3.12
 
 from contract.errors import UserError, shown
 from contract.turns import Turns
@@ -124,11 +125,35 @@ class Golden(Part):
         return self
 
 
+class Score(TypedDict, total=False):
+    """Of one system on the held-out rows, and whatever else was measured."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    loss: Required[float]
+    """Nats per response token."""
+    kl: float
+    """To the 16-bit weights, nats a position."""
+    score: float
+    """By the task's rule, 0 to 1."""
+    rows: int
+
+
+class Scores(TypedDict, total=False):
+    """What was measured, on which rows, and what was asked of it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    rule: str
+    used: str
+    heldout: dict[str, Score]
+    """By system, in the order of the ladder."""
+    notes: list[str]
+
+
 class Smoke(Part):
     """A prompt, and what the default artifact answered on the cloud side."""
 
     message: str
-    ids: Ids
+    ids: Annotated[Ids, Field(min_length=1)]
     """Tokens of the rendered prompt."""
     answer: str
     answer_ids: Annotated[Ids, Field(min_length=1)]
@@ -158,7 +183,7 @@ class Manifest(Part):
     """Everything else in the repo but this manifest."""
     config: dict
     training: dict
-    scores: dict
+    scores: Scores
     provenance: dict
     golden: tuple[Golden, ...]
     smoke: tuple[Smoke, ...]

@@ -51,7 +51,7 @@ def load(
     why = said.getvalue().strip().splitlines()[-1:] or [str(refused)]
     raise UserError(
         f"llama.cpp cannot load {gguf}: {why[0]}",
-        "the file is damaged or its architecture is not supported: make or pull it again",
+        "make or pull it again if it is damaged; close other programs or ask for less context if memory is short",
     ) from refused
 
 

@@ -24,8 +24,9 @@ def stage(version: Path, context: int | None = None) -> None:
 
     context: at most so many tokens. Raises UserError as `talk.opened` does, and for a piped question without an answer.
     """
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # a byte that is no text, a terminal that has no such letter
+    if sys.stdin is None:  # closed
+        return
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no text
     typed = sys.stdin.isatty()
     piped = "" if typed else sys.stdin.read().strip()
     if not typed and not piped:

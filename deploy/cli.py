@@ -179,21 +179,23 @@ def list_models(models: Path) -> None:
 @click.option(
     "--keep", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest versions stay."
 )
-def prune(repo: str, models: Path, keep: int) -> None:
+@START
+def prune(repo: str, models: Path, keep: int, start: bool) -> None:
     """Remove older versions from Ollama and the store; the one in use stays."""
     from deploy import versions
 
-    tell("prune", versions.prune(repo, models, keep))
+    tell("prune", versions.prune(repo, models, keep, start))
 
 
 @cli.command()
 @REPO
 @MODELS
-def undeploy(repo: str, models: Path) -> None:
+@START
+def undeploy(repo: str, models: Path, start: bool) -> None:
     """Remove a model, or one version of it (REPO@tag), from Ollama, LM Studio and this machine."""
     from deploy import versions
 
-    tell("undeploy", versions.undeploy(repo, models))
+    tell("undeploy", versions.undeploy(repo, models, start))
 
 
 def tell(what: str, went: list[tuple[Path, int]]) -> None:

@@ -19,6 +19,7 @@ BREW = "brew install --cask lm-studio, or " if sys.platform == "darwin" else ""
 INSTALL = f"{BREW}https://lmstudio.ai, and start it once"
 RECORD = "lmstudio.json"
 PATIENCE = 30  # seconds for a word of the app's
+COPYING = 1800  # seconds for `lms import`, which may copy 100 GB to a slow disk
 
 
 class Absent(UserError):
@@ -29,7 +30,7 @@ def home() -> Path:
     """LM Studio's folder, found as its own programs find it."""
     user, said = Path.home(), ""
     with contextlib.suppress(OSError, ValueError):  # none, or no text
-        said = (user / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip()
+        said = (user / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip().replace("\0", "")
     old = user / ".cache" / "lm-studio"
     return Path(said) if said else old if old.is_dir() else user / ".lmstudio"
 
@@ -40,7 +41,7 @@ def models() -> Path:
         said = json.loads((home() / "settings.json").read_text(encoding="utf-8")).get("downloadsFolder")
     except (OSError, ValueError, AttributeError):
         said = None
-    return Path(said) if isinstance(said, str) and said else home() / "models"
+    return Path(said.replace("\0", "")) if isinstance(said, str) and said else home() / "models"
 
 
 def program() -> str | None:
@@ -57,10 +58,11 @@ def stage(version: Path) -> dict:
     made, path = store.passed(version)
     if program() is None and not home().is_dir():
         raise Absent("LM Studio is not installed", INSTALL)
-    artifact, target = made.artifact(path.name), place(version, made, path)
+    artifact, target = made.artifact(path.name), place(version, path)
     how = there(path, target, artifact.sha256)
     if how is None:
         refuse_anothers(target, version.parent)
+        files.remove(target)
         # Said before it begins: half a file found there later is ours.
         files.write_json(version / RECORD, {"stage": "lmstudio", "target": str(target), "done": False})
         how = put(path, target, artifact.sha256)
@@ -70,10 +72,10 @@ def stage(version: Path) -> dict:
     return record
 
 
-def place(version: Path, made: manifest.Manifest, path: Path) -> Path:
-    """<models>/<publisher>/<model>/<file>: of a repo on the Hub its own names, else ferry and the model's."""
-    repo = store.record(version)["repo"]
-    user, name = ("ferry", made.name) if hub.is_folder(repo) else repo.split("/")
+def place(version: Path, path: Path) -> Path:
+    """<models>/<publisher>/<model>/<file>: of a repo on the Hub its own names, else ferry and the store's."""
+    pulled = store.record(version)
+    user, name = pulled["repo"].split("/") if pulled["commit"] else ("ferry", version.parent.name)
     return models() / user / name / path.name
 
 
@@ -88,29 +90,28 @@ def there(path: Path, target: Path, sha256: str) -> str | None:
 
 
 def refuse_anothers(target: Path, folder: Path) -> None:
-    """A file that Ferry did not put there stays; one of ours goes.
-
-    folder: the model's in the store, whose records and manifests say what is ours.
-    """
-    if not os.path.lexists(target):
-        return
-    if str(target) not in mine(folder) and not (target.is_file() and files.sha256(target) in published(folder)):
+    """A file that Ferry did not put there stays. folder: the model's in the store, which says what is ours."""
+    if os.path.lexists(target) and not ours(target, folder):
         raise UserError(
             f"{target} is there already and Ferry did not put it there",
             "delete it in LM Studio (My Models) or move it away, then run the same command again",
         )
-    files.remove(target)
 
 
-def mine(folder: Path) -> set[str]:
-    """Every place that a version of this model was put to."""
-    return {str(store.read(path).get("target")) for path in folder.glob(f"*/{RECORD}")}
+def ours(target: Path, folder: Path) -> bool:
+    """Did Ferry put this file there: an import that did not come to its end, or a file of one of the model's versions?"""
+    begun = any(r["target"] == str(target) and not r["done"] for r in store.records(folder, RECORD).values())
+    linked = target.is_file() and any(target.samefile(path) for path in folder.glob("*/*.gguf"))
+    return begun or linked or (target.is_file() and files.sha256(target) in published(folder))
 
 
 def published(folder: Path) -> set[str]:
     """sha256 of every file of this model's versions."""
-    found = (manifest.read(version / manifest.NAME) for version in store.versions(folder))
-    return {artifact.sha256 for made in found for artifact in made.artifacts}
+    found = []
+    for version in store.versions(folder):
+        with contextlib.suppress(UserError):
+            found += manifest.read(version / manifest.NAME).artifacts
+    return {artifact.sha256 for artifact in found}
 
 
 def put(path: Path, target: Path, sha256: str) -> str:
@@ -145,10 +146,13 @@ def through(command: str, path: Path, target: Path, linked: bool) -> bool:
     """`lms import`, told never to move our file (it would by default); false when it fails, as with some settings it does."""
     user = f"{target.parent.parent.name}/{target.parent.name}"
     how = "--hard-link" if linked else "--copy"
-    done = subprocess.run(
-        [command, "import", str(path.absolute()), how, "--user-repo", user, "-y"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [command, "import", str(path.absolute()), how, "--user-repo", user, "-y"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=COPYING,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
     return done.returncode == 0 and target.is_file()
 
 
@@ -160,17 +164,19 @@ def lay(path: Path, target: Path, linked: bool) -> None:
 
 def leave_elsewhere(version: Path, target: Path) -> None:
     """What older versions of this model had put to other places: LM Studio shows the one in use."""
-    for record in version.parent.glob(f"*/{RECORD}"):
-        said = store.read(record).get("target")
-        if said and said != str(target):
-            _away(Path(said))
-        if record.parent != version:
-            files.remove(record)
+    for other, record in store.records(version.parent, RECORD).items():
+        if record["target"] != str(target):
+            _away(Path(record["target"]), version.parent)
+        if other != version:
+            files.remove(other / RECORD)
 
 
-def _away(target: Path) -> int:
+def _away(target: Path, folder: Path) -> int:
     """Remove a file of ours and its empty folders; returns the bytes that came back (0 for one of several hard links)."""
     if not target.is_file():
+        return 0
+    if not ours(target, folder):
+        hub.say(f"lmstudio: {target} is no longer the file that Ferry put there: it stays")
         return 0
     facts = target.stat()
     files.remove(target)
@@ -182,9 +188,10 @@ def _away(target: Path) -> int:
 
 def gone(version: Path) -> int:
     """Take a version out of LM Studio; returns the bytes that came back."""
-    said = store.read(version / RECORD).get("target")
+    said = store.read(version / RECORD)
+    back = _away(Path(said["target"]), version.parent) if said else 0
     files.remove(version / RECORD)
-    return _away(Path(said)) if said else 0
+    return back
 
 
 def key(target: Path) -> str | None:

@@ -1,5 +1,6 @@
 """modelfile: Ollama's Modelfile from the manifest of what was trained, never from a base model's name."""
 
+import re
 from pathlib import Path
 from string import Template
 
@@ -62,8 +63,8 @@ def render(made: Manifest, artifact: Artifact, num_ctx: int | None = None) -> st
 def filled(values: dict) -> str:
     """Modelfile.template, which is the user's to edit, with the manifest's values. Raises UserError for a bad edit."""
     try:
-        text = Template(TEMPLATE.read_text(encoding="utf-8"))
-        made = text.substitute(values)
+        text = TEMPLATE.read_text(encoding="utf-8")
+        made = Template(text).substitute(values)
     except KeyError as error:
         raise _bad_edit(
             f"nothing is called ${error.args[0]}; there are {', '.join(f'${name}' for name in values)}"
@@ -72,8 +73,12 @@ def filled(values: dict) -> str:
         raise _bad_edit(f"{error}; a dollar sign of your own is written $$") from error
     except OSError as error:
         raise _bad_edit(error.strerror or str(error)) from error
-    if f"FROM ./{values['file']}" not in made.splitlines():
-        raise _bad_edit("it has no line `FROM ./$file`")
+    froms = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
+    if froms != [["FROM", "./$file"]]:
+        raise _bad_edit("it needs the line `FROM ./$file`, and no other FROM")
+    used = re.findall(r"\$\{?(\w+)", text.replace("$$", ""))
+    if lost := [name for name in ("template", "system", "stops") if name not in used]:
+        raise _bad_edit(f"${lost[0]} is gone: without it the model is not asked as it was trained")
     return made
 
 

@@ -55,9 +55,7 @@ def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
     """What a child answers to `request`, and its exit code; it is dead then. Raises UserError when its time is up."""
     until = time.monotonic() + seconds
     # A file as stdin: a write to a pipe that nobody reads would wait for ever.
-    with tempfile.TemporaryFile() as question:
-        question.write(request)
-        question.seek(0)
+    with written(request) as question:
         process = _started(question, seconds)
         try:
             answer = _heard(process.stdout, until)
@@ -66,6 +64,17 @@ def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
             raise UserError(f"the chat template took more than {seconds:g} s", HINT) from None
         finally:
             _killed(process)
+
+
+def written(content: bytes) -> IO[bytes]:
+    """A file without a name, to be read from its beginning. Raises UserError when there is no room for it."""
+    try:
+        file = tempfile.TemporaryFile()
+        file.write(content)
+        file.seek(0)
+    except OSError as error:
+        raise files.translated(error, Path(tempfile.gettempdir()) / "a temporary file") from error
+    return file
 
 
 def _started(question: IO[bytes], seconds: float) -> subprocess.Popen:

@@ -7,6 +7,7 @@ long, lets every web page ask, and takes settings of the model from variables su
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import os
 import socket
@@ -47,6 +48,8 @@ def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int
             f"HOST={shown(host)} lets other machines ask, and {KEY} is not set",
             f"set {KEY} to a secret of yours (it travels unencrypted: for a network that you trust), or leave HOST away",
         )
+    if key and not key.isprintable():  # bytes that are no text are not, either
+        raise UserError(f"{KEY} holds characters that no HTTP header can have", "choose one of letters and digits")
     with listening(host, port) as door, talk.opened(version, context) as engine:
         greet(engine, host, door.getsockname()[1], key)
         with Api(engine).running() as api:
@@ -58,15 +61,22 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UserError(
-            f"port {port} of {shown(host)} cannot be opened: {error.strerror}",
-            f"end what listens there, or take another port: `make serve PORT={port + 1}`",
-        ) from error
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "that is no host name"
+        raise UserError(f"port {port} of {shown(host)} cannot be opened: {why}", another(port, error)) from error
+
+
+def another(port: int, error: Exception) -> str:
+    """What to try where nothing can listen."""
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return f"end what listens there, or take another port: `make serve PORT={port + 1 if port < 65535 else 8080}`"
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
+        return "take a port above 1023: `make serve PORT=8080`"
+    return "HOST= takes an address of this machine; leave it away for 127.0.0.1"
 
 
 def greet(engine: talk.Talk, host: str, port: int, key: str | None) -> None:
-    address = f"http://{host}:{port}/v1"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     print(f"serving {engine.made.name} at {address} (OpenAI-compatible), Ctrl-C ends")
     secret = f" -H 'Authorization: Bearer '\"${KEY}\"" if key else ""
     print(f"  curl {address}/chat/completions -H 'Content-Type: application/json'{secret} \\")

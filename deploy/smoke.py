@@ -61,7 +61,8 @@ def stage(version: Path) -> dict:
     if record["faults"]:
         raise UserError(
             f"{path.name} does not answer as it did where it was made: {'; '.join(record['faults'])}",
-            f"pull it again; if it stays, the runtime here computes wrongly: report it with {version / 'smoke.json'}",
+            "pull it again; if it stays, the runtime here computes wrongly: report it with "
+            f"{version / 'smoke.json'} (`make rollback` uses the version before)",
         )
     return record
 
@@ -92,9 +93,11 @@ def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
     asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
     texts = sandbox.prompts(made.chat.template, asked, chat.special(model, "bos"), chat.special(model, "eos"))
     for golden, text in zip(made.golden, texts, strict=True):
-        if text != golden.prompt or runtime.tokenize(model, text) != list(golden.ids):
+        ids = runtime.tokenize(model, text)
+        if text != golden.prompt or ids != list(golden.ids):
+            found = repr(text[:400]) if text != golden.prompt else f"token ids {shown(str(ids))}"
             raise UserError(
-                f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {text[:400]!r}",
+                f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {found}",
                 "publish it again: `make publish`",
             )
 

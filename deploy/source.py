@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import urljoin
 
 from contract import files, hub, manifest
@@ -39,7 +40,7 @@ class Folder:
         return cls(path, path.resolve().name)
 
     def manifest(self) -> bytes:
-        with self._plain(manifest.NAME).open("rb") as file:
+        with self._read(manifest.NAME) as file:
             return file.read(manifest.MAX_BYTES + 1)
 
     def refuse(self, artifact: Artifact) -> None:
@@ -55,9 +56,16 @@ class Folder:
     @contextlib.contextmanager
     def opened(self, artifact: Artifact, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
         """(where it really starts, the bytes from there on)"""
-        with self._plain(artifact.file).open("rb") as file:
+        with self._read(artifact.file) as file:
             file.seek(start)
             yield start, iter(lambda: file.read(files.CHUNK), b"")
+
+    def _read(self, name: str) -> IO[bytes]:
+        path = self._plain(name)
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}", "see to its owner and rights") from error
 
     def _plain(self, name: str) -> Path:
         path = self.path / name

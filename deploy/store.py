@@ -7,6 +7,8 @@ for, and another one never overwrites it. Its pull.json is written last and says
 import contextlib
 import fcntl
 import os
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +20,29 @@ NAMES = "names.json"
 MAIN = "main"
 CURRENT = "current"  # a symbolic link to the version that is used
 RECORD = "pull.json"
-KINDS = {"repo": str, "file": str, "sha256": str, "bytes": int, "manifest_sha256": str, "commit": str | None}
+VERSION = re.compile(r"[0-9a-f]{12}")  # no other folder is ever listed or removed
+NUMBER = int | float
+# What the records of a version hold, as far as it is read again.
+KINDS = {
+    RECORD: {"repo": str, "file": str, "sha256": str, "bytes": int, "manifest_sha256": str, "commit": str | None},
+    "smoke.json": {"file": str, "tokens_per_second": NUMBER, "load_seconds": NUMBER, "difference": NUMBER, "answers": list},
+    "ollama.json": {"model": str, "latest": str, "digest": str | None},  # no digest: not proven yet
+    "lmstudio.json": {"target": str, "done": bool, "key": str | None},
+}
 
 
 def place(models: Path, repo: str) -> Path:
-    """The folder of a model: the name of its folder hub, or owner--name."""
-    if hub.is_folder(repo):
-        return models / hub.folder(repo).resolve().name
-    return models / hub.split(repo)[0].replace("/", "--")
+    """The folder of a model: the name of its folder hub, or owner--name. Raises UserError for a folder without a name."""
+    name = hub.folder(repo).resolve().name if hub.is_folder(repo) else hub.split(repo)[0].replace("/", "--")
+    if not name:
+        raise UserError(f"REPO {shown(repo)} is no model", "write owner/name for the Hub, ./folder for a folder hub")
+    return models / name
+
+
+def which(repo: str, models: Path) -> str:
+    """REPO= and, where it is not the usual one, MODELS=, to be typed after `make ...`."""
+    given = f"REPO={shlex.quote(shown(repo))}"
+    return given if models == Path("models") else f"{given} MODELS={shlex.quote(str(models))}"
 
 
 def current(models: Path, repo: str) -> Path:
@@ -36,13 +53,14 @@ def current(models: Path, repo: str) -> Path:
     else:
         found = in_use(folder)
     if not found or not (found / RECORD).is_file():
-        raise UserError(f"{shown(repo)} was not pulled to {models}", f"run `make pull REPO={shown(repo)}`")
+        raise UserError(f"{shown(repo)} was not pulled to {models}", f"run `make pull {which(repo, models)}`")
     return found
 
 
 def in_use(folder: Path) -> Path | None:
     link = folder / CURRENT
-    return folder / os.readlink(link) if link.is_symlink() else None
+    name = Path(os.readlink(link)).name if link.is_symlink() else ""
+    return folder / name if VERSION.fullmatch(name) else None
 
 
 def use(version: Path) -> None:
@@ -68,9 +86,27 @@ def names(folder: Path) -> dict[str, str]:
 def read(path: Path) -> dict:
     """A record; {} when it is missing or damaged."""
     try:
-        return files.read_json(path)
+        found = files.read_json(path)
     except UserError:
         return {}
+    return found if all(isinstance(found.get(key), kind) for key, kind in KINDS.get(path.name, {}).items()) else {}
+
+
+def records(folder: Path, name: str) -> dict[Path, dict]:
+    """{version: its record of that name} of a model's versions; damaged ones are left out."""
+    found = {version: read(version / name) for version in folders(folder)}
+    return {version: record for version, record in found.items() if record}
+
+
+def beside(folder: Path, name: str) -> dict[Path, dict]:
+    """The same of all other models of the store."""
+    others = [other for other in folder.parent.glob("*/") if other.name != folder.name]
+    return {version: record for other in others for version, record in records(other, name).items()}
+
+
+def folders(folder: Path) -> list[Path]:
+    """A model's versions, unfinished ones too."""
+    return [path for path in folder.glob("*/") if VERSION.fullmatch(path.name)]
 
 
 def remember(version: Path, pulled: dict, asked: str) -> None:
@@ -86,16 +122,15 @@ def remember(version: Path, pulled: dict, asked: str) -> None:
 
 def record(version: Path) -> dict:
     """Its pull.json. Raises UserError when it is not what `pull` wrote."""
-    found = files.read_json(version / RECORD)
-    fits = all(isinstance(found.get(key), kind) for key, kind in KINDS.items())
-    if not fits or found["file"] != Path(found["file"]).name:
+    found = read(version / RECORD)
+    if not found or found["file"] != Path(found["file"]).name:
         raise UserError(f"{version / RECORD} is damaged", f"delete {version} and pull again")
     return found
 
 
 def versions(folder: Path) -> list[Path]:
     """Those that were pulled to their end, newest first."""
-    found = [path.parent for path in folder.glob(f"*/{RECORD}") if path.parent.name != CURRENT]
+    found = [version for version in folders(folder) if (version / RECORD).is_file()]
     return sorted(found, key=lambda version: (version / RECORD).stat().st_mtime, reverse=True)
 
 
@@ -138,11 +173,20 @@ def passed(version: Path) -> tuple[manifest.Manifest, Path]:
     said, smoked = record(version), read(version / "smoke.json")
     path, beside = version / said["file"], version / manifest.NAME
     if smoked.get("sha256") != said["sha256"]:
-        raise UserError(f"{said['file']} has not passed its smoke test", f"run `make smoke REPO={said['repo']}`")
+        exactly = f"@{said['commit']}" if said["commit"] else ""
+        again = which(said["repo"] + exactly, version.parent.parent)
+        raise UserError(f"{said['file']} in {version} has not passed its smoke test", f"run `make smoke {again}`")
     same = path.is_file() and smoked.get("stamp") == stamp(path) and beside.is_file()
     if same and files.sha256(beside) == said["manifest_sha256"]:
         return manifest.read(beside), path
     return pulled(version)
+
+
+def proven(version: Path) -> bool:
+    """Did it pass its smoke test, and is it still what passed?"""
+    with contextlib.suppress(UserError):
+        return bool(passed(version))
+    return False
 
 
 def lines(models: Path) -> list[str]:
@@ -150,7 +194,7 @@ def lines(models: Path) -> list[str]:
     return [
         f"{'*' if in_use(folder) == version else ' '} {folder.name}  {version.name}  {_facts(version)}"
         for folder in sorted(path for path in models.glob("*") if path.is_dir())
-        for version in sorted(path for path in folder.glob("*/") if path.name != CURRENT)
+        for version in sorted(folders(folder))
     ]
 
 
@@ -173,8 +217,7 @@ def matching(models: Path, repo: str) -> list[Path]:
     Raises UserError when there is none of that name.
     """
     wanted = hub.split(repo)[1] if not hub.is_folder(repo) else None
-    there = [path for path in place(models, repo).glob("*/") if path.name != CURRENT]
-    found = [version for version in there if wanted is None or _is(version, wanted)]
+    found = [version for version in folders(place(models, repo)) if wanted is None or _is(version, wanted)]
     if not found:
         raise UserError(f"{shown(repo)} is not in {models}", "`make models` lists what is")
     return found
@@ -225,7 +268,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for path in [*folder.glob("*/"), folder, folder.parent]:
+        for path in [*folders(folder), folder, folder.parent]:
             with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
         os.close(handle)

@@ -1,9 +1,8 @@
 """summary: what was made, how it scored before and after, what it says, and how to talk to it."""
 
-import shlex
 from pathlib import Path
 
-from contract import files
+from contract.errors import UserError
 from contract.manifest import Manifest
 from deploy import store
 
@@ -13,7 +12,9 @@ TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merge
 def text(folder: Path, repo: str) -> str:
     """The closing page of `make demo` and `make deploy-mac`."""
     made, path = store.passed(folder)
-    smoke = files.read_json(folder / "smoke.json")
+    smoke = store.read(folder / "smoke.json")
+    if not smoke:
+        raise UserError(f"{folder / 'smoke.json'} is damaged", f"run `make smoke {store.which(repo, folder.parent.parent)}`")
     page = "\n".join(
         ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)]
     )
@@ -30,13 +31,14 @@ def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
 
 
 def _table(made: Manifest) -> list[str]:
-    scores = made.scores["heldout"]
+    if not (scores := made.scores.get("heldout")):
+        return ["(nothing was scored)"]
     rows = [f"  {_title(name):<28}{s['loss']:>14.3f}{_kl(s):>14}{_percent(s):>14}" for name, s in scores.items()]
     return [
-        f"{made.scores['used']}, rule: {made.scores['rule']}",
+        f"{made.scores.get('used', 'held-out rows')}, rule: {made.scores.get('rule')}",
         f"  {'':<28}{'held-out loss':>14}{'KL to 16 bit':>14}{'right':>14}",
         *rows,
-        *(f"  note: {note}" for note in made.scores["notes"]),
+        *(f"  note: {note}" for note in made.scores.get("notes", [])),
     ]
 
 
@@ -53,7 +55,7 @@ def _kl(scores: dict) -> str:
 def _percent(scores: dict) -> str:
     return (
         f"{round(scores['score'] * scores['rows'])}/{scores['rows']} {scores['score']:.1%}"
-        if "score" in scores
+        if {"score", "rows"} <= scores.keys()
         else "-"
     )
 
@@ -66,10 +68,10 @@ def _answers(smoke: dict) -> list[str]:
 def _talk(folder: Path, repo: str) -> list[str]:
     """The commands that reach the model, those of the apps that have it first."""
     ollama, lmstudio = store.read(folder / "ollama.json"), store.read(folder / "lmstudio.json")
-    which = f"REPO={shlex.quote(repo)}"
+    which = store.which(repo, folder.parent.parent)
     return [
         "talk to it:",
-        *([f"  ollama run {ollama['latest'].removesuffix(':latest')}"] if ollama else []),
+        *([f"  ollama run {ollama['latest'].removesuffix(':latest')}"] if ollama.get("digest") else []),
         *(
             [f"  LM Studio: {lmstudio['key'] or Path(lmstudio['target']).name} (My Models)"]
             if lmstudio.get("done")

@@ -55,7 +55,9 @@ def ready(venv, side, want):
     try:
         with open(os.path.join(venv, "ferry.json"), encoding="utf-8") as file:
             have = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(have, dict):
         return False
     parts = ("bin/python",) + (("llama.cpp/build.json",) if side == "train" else ())
     return all(have.get(k) == v for k, v in want.items()) and all(os.path.exists(os.path.join(venv, p)) for p in parts)

@@ -140,6 +140,28 @@ def test_of_several_models_it_is_named_as_the_app_names_this_one(pair, lms):
     assert lmstudio.stage(pair[1])["key"] == "real"
 
 
+def test_what_the_user_put_in_our_place_stays(pair, lms):
+    target = Path(lmstudio.stage(pair[1])["target"])
+    target.unlink()
+    target.write_bytes(b"own")
+    with pytest.raises(UserError, match="Ferry did not put it there"):
+        lmstudio.stage(pair[1])
+    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+    assert target.read_bytes() == b"own"
+
+
+def test_an_import_that_hangs_or_cannot_be_run_is_done_by_hand(pair, lms, monkeypatch):
+    monkeypatch.setattr(lmstudio, "COPYING", 0.5)
+    monkeypatch.setattr(lmstudio, "PATIENCE", 0.5)
+    program = Path(lmstudio.program())
+    for content in ("#!/bin/sh\nexec sleep 100\n", ""):
+        program.unlink()
+        program.write_text(content)
+        program.chmod(0o755)
+        assert lmstudio.stage(pair[1])["how"] == "hard link"
+        lmstudio.gone(pair[1])
+
+
 def test_a_file_of_this_model_whose_record_was_lost_is_replaced(pair, lms):
     target = Path(lmstudio.stage(pair[1])["target"])
     (pair[1] / lmstudio.RECORD).unlink()

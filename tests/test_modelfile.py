@@ -77,3 +77,37 @@ def test_a_template_without_turns_is_left_to_the_gguf(made):
     changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": None})})
     text = modelfile.render(changed, changed.default())
     assert 'TEMPLATE """' not in text and "# TEMPLATE: none" in text
+
+
+SHIPPED = modelfile.TEMPLATE.read_text()
+VALUES = {
+    **dict.fromkeys(("name", "sha256", "base", "stops", "num_ctx", "temperature", "top_p"), "1"),
+    "file": "x.gguf", "template": 'TEMPLATE """FROM here"""', "system": 'SYSTEM """\nFROM there\n$5"""',
+}  # fmt: skip
+
+
+def edited(monkeypatch, tmp_path, content: str | bytes) -> str:
+    path = tmp_path / "Modelfile.template"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(modelfile, "TEMPLATE", path)
+    return modelfile.filled(VALUES)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (SHIPPED + "$nope\n", r"nothing is called \$nope; there are \$name"), (SHIPPED + "costs $5\n", r"\$\$"),
+        (SHIPPED.replace("FROM ./$file", ""), "needs the line `FROM"), (SHIPPED + "from other\n", "no other FROM"), ("", "needs the line"),
+        (SHIPPED.replace("$template", ""), r"\$template is gone"), (SHIPPED.replace("$system", "SYSTEM mine"), r"\$system is gone"),
+        (SHIPPED.replace("$stops", "# $$stops"), r"\$stops is gone"), (b"\xff" + SHIPPED.encode(), "utf-8"),
+    ],
+)  # fmt: skip
+def test_a_bad_edit_of_the_template_is_one_clear_line(monkeypatch, tmp_path, content, said):
+    with pytest.raises(UserError, match=f"Modelfile.template: .*{said}") as caught:
+        edited(monkeypatch, tmp_path, content)
+    assert caught.value.hint == "mend it, or take it back: `git checkout Modelfile.template`"
+
+
+def test_what_is_added_to_the_template_stays(monkeypatch, tmp_path):
+    text = edited(monkeypatch, tmp_path, SHIPPED.replace("$stops", "${stops}") + "PARAMETER top_k 40\n# 5 $$\n")
+    assert text.endswith("PARAMETER top_k 40\n# 5 $\n") and "FROM there\n$5" in text

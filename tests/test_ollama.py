@@ -127,6 +127,79 @@ def test_ctrl_c_between_making_and_asking_leaves_no_unproven_model(pair, server,
     assert digests() == {}
 
 
+def test_what_a_fault_left_in_ollama_is_taken_out_by_undeploy(pair, server):
+    server.faults(broken=["copy"])
+    with pytest.raises(UserError, match="copy"):
+        ollama.stage(pair[1])
+    assert len(digests()) == 1
+    server.faults()
+    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+    assert digests() == {}
+
+
+def test_a_server_that_takes_nothing_back_is_said_beside_the_reason(pair, server):
+    server.faults(wrong="Bonjour le monde", broken=["delete"])
+    with pytest.raises(UserError, match=r"answers otherwise in Ollama.*could not be withdrawn, do it with `ollama rm real:"):
+        ollama.stage(pair[1])
+    assert len(digests()) == 1 and store.read(pair[1] / ollama.RECORD).get("digest") is None
+
+
+def test_another_name_leaves_nothing_under_the_old_one(pair, server):
+    ollama.stage(pair[1], "aaa")
+    assert ollama.stage(pair[1], "bbb")["latest"] == "bbb:latest"
+    assert set(digests()) == {f"bbb:{pair[1].name}", "bbb:latest"}
+
+
+def test_another_model_of_the_same_name_is_not_overwritten(pair, server):
+    ollama.stage(pair[0])
+    folder = shutil.copytree(pair[0].parent, pair[0].parent.parent / "bobs", symlinks=True, copy_function=os.link)
+    for record in folder.glob(f"*/{ollama.RECORD}"):
+        record.unlink()
+    before = digests()
+    with pytest.raises(UserError, match="Ollama's real is another model of yours") as caught:
+        ollama.stage(folder / pair[1].name)
+    assert "NAME=" in caught.value.hint and digests() == before
+    assert ollama.stage(folder / pair[1].name, "bobs")["latest"] == "bobs:latest"
+
+
+def test_without_ollama_what_it_had_is_forgotten_and_the_rest_goes(pair, server, tmp_path, monkeypatch):
+    ollama.stage(pair[1])
+    server.stop()
+    repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
+    with pytest.raises(UserError, match="no server answers"):
+        versions.undeploy(repo, models)
+    assert pair[1].is_dir()
+    enter(monkeypatch, apps.without(tmp_path / "none"))
+    versions.undeploy(repo, models)
+    assert not models.exists()
+
+
+def test_a_program_that_cannot_be_run_is_one_clear_error(pair, server):
+    program = Path(api.program())
+    program.unlink()
+    program.write_bytes(b"")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match="cannot be run: Exec format error"):
+        ollama.stage(pair[1])
+
+
+@pytest.mark.parametrize("content", ['{"model":null}', '{"model":7}', "[]", "{", '{"stage":"ollama"}', "[" * 100_000])
+def test_a_damaged_record_is_none(pair, server, content):
+    (pair[0] / ollama.RECORD).write_text(content)
+    (pair[1] / ollama.RECORD).write_text(content)
+    assert ollama.stage(pair[1])["created"]
+    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+    assert digests() == {}
+
+
+def test_a_rollback_passes_by_what_did_not_pass_its_smoke_test(pair):
+    models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
+    (pair[0] / "smoke.json").unlink()
+    with pytest.raises(UserError, match="passed its smoke test"):
+        versions.rollback(repo, models)
+    assert store.current(models, repo) == pair[1]
+
+
 def test_a_lost_record_makes_no_stranger_of_our_own_latest(pair, server):
     ollama.stage(pair[1], "MiXed")
     (pair[1] / ollama.RECORD).unlink()

@@ -59,6 +59,12 @@ class Served:
         self.headers = dict(reply.getheaders())
         return reply.status, json.loads(reply.read())
 
+    def knock(self, method: str, path: str, **headers: str) -> int:
+        """The status of an answer that is no JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection.request(method, path, None, {name.replace("_", "-"): value for name, value in headers.items()})
+        return connection.getresponse().status
+
     def chat(self, messages: object = HI, **more) -> tuple[int, dict]:
         return self.call("POST", "/v1/chat/completions", {"messages": messages, **more})
 
@@ -266,6 +272,8 @@ def test_other_machines_are_let_in_with_a_key_only(version):  # noqa: F811
             status, said = open_one.call("GET", "/v1/models", Host="mac.local", **given)
             assert (status, said["error"]["type"]) == (401, "authentication_error")
         assert open_one.call("GET", "/v1/models", Host="mac.local", Authorization="Bearer sésame".encode())[0] == 200
+        page = {"Origin": "http://localhost:3000", "Access_Control_Request_Method": "POST"}
+        assert open_one.knock("OPTIONS", "/v1/chat/completions", **page) == 200, "a browser asks first, and without the key"
         code, out, err = open_one.end()
         assert (code, out, err) == (0, "", "")
 
@@ -315,4 +323,35 @@ def test_ctrl_c_ends_it_in_the_middle_of_answers(patient, stream):
         time.sleep(0.5)
     assert patient.end() == (0, "", "")
     for connection in asked:
+        said = connection.makefile("rb").read()
+        assert said.count(b'"text"') < LONG["max_tokens"] and b'"completion_tokens":250' not in said
         connection.close()
+
+
+def test_a_client_that_goes_away_in_the_middle_of_its_question_is_no_event(patient):
+    with socket.create_connection(("127.0.0.1", patient.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.3)
+    assert patient.chat(max_tokens=1)[0] == 200 and patient.end() == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "hint"),
+    [("192.0.2.1", 8080, "HOST= takes an address"), ("a..b", 8080, "HOST= takes"), ("x" * 70 + ".example", 8080, "HOST= takes")],
+)
+def test_a_host_that_is_none_of_this_machine_is_said(host, port, hint):
+    with pytest.raises(UserError, match="cannot be opened") as caught:
+        serve.listening(host, port)
+    assert hint in caught.value.hint
+
+
+def test_the_last_port_has_no_next_one():
+    with socket.create_server(("127.0.0.1", 65535)), pytest.raises(UserError) as caught:
+        serve.listening("127.0.0.1", 65535)
+    assert "PORT=8080" in caught.value.hint
+
+
+def test_a_key_that_no_header_can_carry_is_refused(version, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("FERRY_API_KEY", "a\udcffb")
+    with pytest.raises(UserError, match="no HTTP header"):
+        serve.stage(version)

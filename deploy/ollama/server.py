@@ -174,10 +174,15 @@ def agreed(url: str) -> bool:
 def started(command: str, url: str) -> Server:
     """A server that outlives this command: the app where there is one. Raises UserError when it does not come up."""
     log = files.cache_dir() / "ollama.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     launch = ["open", "-j", "-a", "Ollama"] if APP.is_dir() else [command, "serve"]
-    with log.open("ab") as out:
-        process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    except OSError as error:
+        raise UserError(
+            f"`{' '.join(launch)}` cannot be started: {error.strerror} ({error.filename})", f"install Ollama again: {INSTALL}"
+        ) from error
     until = time.monotonic() + 60
     while time.monotonic() < until and not (process.poll() or 0) > 0:
         if version():

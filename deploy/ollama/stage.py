@@ -14,15 +14,15 @@ from contract import files, gguf, hub, rules
 from contract.errors import UserError, shown
 from contract.manifest import Golden, Manifest
 from deploy import pull, sandbox, store
-from deploy.ollama.server import INSTALL, Absent, Server, cure, held, program, serving
+from deploy.ollama.server import INSTALL, Absent, Server, cure, held, host, local, program, serving
 
 RECORD = "ollama.json"
 # A name's part in Ollama (types/model/name.go): letters, digits, _ - . and no other, 80 of them at most.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
-VERSION = re.compile(r"[0-9a-f]{12}")
 # Another build of llama.cpp rounds otherwise, and where two words are nearly as likely the answer takes another turn. A
 # model that computes wrongly shares no words with what it said where it was made.
 MIN_ALIKE = 0.2
+MEND = "mend Modelfile.template (`git diff Modelfile.template`)"
 
 
 def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
@@ -38,16 +38,18 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
     server, before = serving(start), store.read(version / RECORD)
     model = f"{named(name or remembered(version) or made.name)}:{version.name}"
     there = server.models()
-    refuse_anothers(there, model, {store.read(other).get("digest") for other in version.parent.glob(f"*/{RECORD}")})
+    refuse_anothers(there, model, version.parent)
     recipe = files.sha256(version / "Modelfile")
     new = not (model in there and before.get("modelfile") == recipe and before.get("digest") == there[model]["digest"])
     if new:
         create(server, model, version)
-    with withdrawn(server, model, new):
+    with withdrawn(server, model, version, new):
         template = compared(server, model, made, path)
         answers = asked(server, model, made)
     latest = f"{model.partition(':')[0]}:latest"
     server.copy(model, latest)
+    if before and before["model"] != model:  # the name that it had before
+        leave(server, before)
     record = {
         "stage": "ollama", "model": model, "latest": latest, "digest": server.models()[model]["digest"], "created": new,
         "modelfile": recipe, "server": version_of(server), "template": template, **answers,
@@ -58,8 +60,9 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
 
 def remembered(version: Path) -> str | None:
     """The name that this model has in Ollama, of whatever version."""
-    records = sorted(version.parent.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    return store.read(records[-1]).get("model", "").partition(":")[0] if records else None
+    records = store.records(version.parent, RECORD)
+    newest = max(records, key=lambda version: (version / RECORD).stat().st_mtime, default=None)
+    return records[newest]["model"].partition(":")[0] if newest else None
 
 
 def version_of(server: Server) -> str:
@@ -79,13 +82,19 @@ def named(name: str) -> str:
 def ours(there: dict[str, dict], name: str) -> dict[str, str]:
     """{version: digest} of the models called `name` that were made by Ferry."""
     tags = {full.partition(":")[2]: facts["digest"] for full, facts in there.items() if full.partition(":")[0] == name}
-    return {tag: digest for tag, digest in tags.items() if VERSION.fullmatch(tag)}
+    return {tag: digest for tag, digest in tags.items() if store.VERSION.fullmatch(tag)}
 
 
-def refuse_anothers(there: dict[str, dict], model: str, made: set[str | None]) -> None:
-    """A latest that Ferry did not make stays what it is. made: digests in the store's records."""
+def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
+    """A name that another model has stays what it is. folder: of this one in the store."""
     name = model.partition(":")[0]
-    latest = there.get(f"{name}:latest")
+    for other, record in store.beside(folder, RECORD).items():
+        if record["model"].partition(":")[0] == name and record["model"] in there:
+            raise UserError(
+                f"Ollama's {name} is another model of yours, {other.parent}",
+                f"the same command with NAME=another-name; or `make undeploy` {other.parent.name} first",
+            )
+    latest, made = there.get(f"{name}:latest"), {record["digest"] for record in store.records(folder, RECORD).values()}
     if latest and latest["digest"] not in made.union(ours(there, name).values()):
         raise UserError(
             f"Ollama holds a model {name}:latest already that Ferry did not make",
@@ -99,32 +108,47 @@ def create(server: Server, model: str, version: Path) -> None:
     if command is None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
     hub.say(f"ollama: creating {model} (Ollama makes a copy of its own)")
-    done = subprocess.run(
-        [command, "create", model, "-f", str((version / "Modelfile").absolute())],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
+    # Said before it begins, without a digest: what is there then is ours to remove, and not proven.
+    files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": f"{model.partition(':')[0]}:latest"})
+    try:
+        done = subprocess.run(
+            [command, "create", model, "-f", str((version / "Modelfile").absolute())],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{command} cannot be run: {error.strerror}", f"install Ollama again: {INSTALL}") from error
     if done.returncode or model not in server.models():
         lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
         told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-        recipe = re.search("parameter|command must be one of", told[-1], re.IGNORECASE)
-        mend = "mend Modelfile.template, then run the same command again"
-        raise UserError(f"`ollama create {model}` failed: {shown(told[-1])}", mend if recipe else cure(told[-1]))
+        recipe = re.search("parameter|command must be one of|invalid|unterminated|EOF", told[-1], re.IGNORECASE)
+        raise UserError(
+            f"`ollama create {model}` failed: {shown(told[-1])}",
+            f"{MEND}, then run the same command again" if recipe else cure(told[-1]),
+        )
 
 
 @contextlib.contextmanager
-def withdrawn(server: Server, model: str, new: bool) -> Iterator[None]:
+def withdrawn(server: Server, model: str, version: Path, new: bool) -> Iterator[None]:
     """A new version that is not what was trained is taken away again; one that stood its test before stays."""
     try:
         yield
     except UserError as error:
-        if not new:
-            raise UserError(f"{error.message}; {model} stays, it had passed before", error.hint) from error
-        server.delete(model)
-        raise UserError(f"{error.message}; {model} was withdrawn", error.hint) from error
+        became = taken_back(server, model, version) if new else f"{model} stays, it had passed before"
+        raise UserError(f"{error.message}; {became}", error.hint) from error
     except KeyboardInterrupt:
         if new:
-            server.delete(model)
+            taken_back(server, model, version)
         raise
+
+
+def taken_back(server: Server, model: str, version: Path) -> str:
+    """What became of a model that is not proven."""
+    try:
+        server.delete(model)
+    except UserError:  # its record stays for `undeploy`
+        return f"{model} could not be withdrawn, do it with `ollama rm {model}`"
+    files.remove(version / RECORD)
+    return f"{model} was withdrawn"
 
 
 def compared(server: Server, model: str, made: Manifest, path: Path) -> str:
@@ -136,7 +160,7 @@ def compared(server: Server, model: str, made: Manifest, path: Path) -> str:
             raise UserError(
                 f"Ollama {version_of(server)} gives another prompt than the trained one: "
                 f"{shown(repr(said), 300)} instead of {shown(repr(wanted), 300)}; it took {chosen(server, model, made)}",
-                "report it with this line; `make chat` and LM Studio do not go through Ollama",
+                f"{MEND} if you changed it, else report it with this line; `make chat` and LM Studio do not go through Ollama",
             )
     return "embedded" if made.chat.embedded or not made.chat.turns else "TEMPLATE"
 
@@ -193,20 +217,32 @@ def asked(server: Server, model: str, made: Manifest) -> dict:
     return {"answers": answers, "rule": rule, "score": score}
 
 
-def gone(version: Path) -> int:
+def gone(version: Path, start: bool = False) -> int:
     """Take a version out of Ollama, its latest too when that is the same; returns the bytes that came back.
 
-    Raises Absent when it is there and cannot be asked.
+    start: whether a server may be started. Raises Absent when there is one that cannot be asked.
     """
     record = store.read(version / RECORD)
     if not record:
         return 0
-    server = serving(False)
-    there, before = server.models(), held(server)
-    for name in going(there, record):
-        server.delete(name)
+    try:
+        server = serving(start)
+    except Absent as error:
+        if program() or not local(host()):
+            raise
+        hub.say(f"ollama: {error.message}: what it may have kept of {record['model']} is not removed")
+        files.remove(version / RECORD)
+        return 0
+    before = held(server)
+    leave(server, record)
     files.remove(version / RECORD)
     return before - held(server)
+
+
+def leave(server: Server, record: dict) -> None:
+    """Delete what a record says was made."""
+    for name in going(server.models(), record):
+        server.delete(name)
 
 
 def going(there: dict[str, dict], record: dict) -> list[str]:
