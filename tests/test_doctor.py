@@ -199,7 +199,7 @@ def test_a_file_that_may_not_be_read_is_a_fault(real, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", denied)
     found = of(tmp_path / "models", real)["file"]
-    assert found.state == "fault" and found.text.endswith("real cannot be read: Permission denied")
+    assert found.state == "fault" and found.text.endswith("cannot be read: Permission denied")
 
 
 def test_a_quantization_that_is_not_there_is_a_fault(real, tmp_path):

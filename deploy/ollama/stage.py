@@ -94,7 +94,7 @@ def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
                 f"Ollama's {name} is another model of yours, {other.parent}",
                 f"the same command with NAME=another-name; or `make undeploy` {other.parent.name} first",
             )
-    latest, made = there.get(f"{name}:latest"), {record["digest"] for record in store.records(folder, RECORD).values()}
+    latest, made = there.get(f"{name}:latest"), {record.get("digest") for record in store.records(folder, RECORD).values()}
     if latest and latest["digest"] not in made.union(ours(there, name).values()):
         raise UserError(
             f"Ollama holds a model {name}:latest already that Ferry did not make",
