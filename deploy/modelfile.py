@@ -76,6 +76,8 @@ def filled(values: dict) -> str:
     froms = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
     if froms != [["FROM", "./$file"]]:
         raise _bad_edit("it needs the line `FROM ./$file`, and no other FROM")
+    if text.count('"""') % 2:
+        raise _bad_edit('a """ is not closed')
     used = re.findall(r"\$\{?(\w+)", text.replace("$$", ""))
     if lost := [name for name in ("template", "system", "stops") if name not in used]:
         raise _bad_edit(f"${lost[0]} is gone: without it the model is not asked as it was trained")

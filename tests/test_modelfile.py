@@ -99,7 +99,7 @@ def edited(monkeypatch, tmp_path, content: str | bytes) -> str:
         (SHIPPED + "$nope\n", r"nothing is called \$nope; there are \$name"), (SHIPPED + "costs $5\n", r"\$\$"),
         (SHIPPED.replace("FROM ./$file", ""), "needs the line `FROM"), (SHIPPED + "from other\n", "no other FROM"), ("", "needs the line"),
         (SHIPPED.replace("$template", ""), r"\$template is gone"), (SHIPPED.replace("$system", "SYSTEM mine"), r"\$system is gone"),
-        (SHIPPED.replace("$stops", "# $$stops"), r"\$stops is gone"), (b"\xff" + SHIPPED.encode(), "utf-8"),
+        (SHIPPED.replace("$stops", "# $$stops"), r"\$stops is gone"), (SHIPPED + 'MESSAGE user """Hi\n', "is not closed"), (b"\xff" + SHIPPED.encode(), "utf-8"),
     ],
 )  # fmt: skip
 def test_a_bad_edit_of_the_template_is_one_clear_line(monkeypatch, tmp_path, content, said):

@@ -120,7 +120,7 @@ def create(server: Server, model: str, version: Path) -> None:
     if done.returncode or model not in server.models():
         lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
         told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-        recipe = re.search("parameter|command must be one of|invalid|unterminated|EOF", told[-1], re.IGNORECASE)
+        recipe = re.search("parameter|command must be|invalid (int|float|bool) value|template error", told[-1], re.I)
         raise UserError(
             f"`ollama create {model}` failed: {shown(told[-1])}",
             f"{MEND}, then run the same command again" if recipe else cure(told[-1]),
