@@ -40,5 +40,7 @@ def told(error: Exception) -> UserError:
         if error.errno not in files.MENDABLE or error.filename is None:
             raise error
         name = shown(str(error.filename))
-        return UserError(f"{name}: {error.strerror}", "see to its name, owner and rights, then run the same command again")
+        return UserError(
+            f"{name}: {error.strerror}", "see to its name, owner and rights, then run the same command again"
+        )
     return error

@@ -180,9 +180,9 @@ def _away(target: Path, folder: Path) -> int:
         return 0
     facts = target.stat()
     files.remove(target)
-    for folder in (target.parent, target.parent.parent):
+    for empty in (target.parent, target.parent.parent):
         with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
+            empty.rmdir()
     return facts.st_size if facts.st_nlink == 1 else 0
 
 

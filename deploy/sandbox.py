@@ -69,7 +69,7 @@ def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
 def written(content: bytes) -> IO[bytes]:
     """A file without a name, to be read from its beginning. Raises UserError when there is no room for it."""
     try:
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
         file.write(content)
         file.seek(0)
     except OSError as error:

@@ -25,7 +25,13 @@ NUMBER = int | float
 # What the records of a version hold, as far as it is read again.
 KINDS = {
     RECORD: {"repo": str, "file": str, "sha256": str, "bytes": int, "manifest_sha256": str, "commit": str | None},
-    "smoke.json": {"file": str, "tokens_per_second": NUMBER, "load_seconds": NUMBER, "difference": NUMBER, "answers": list},
+    "smoke.json": {
+        "file": str,
+        "tokens_per_second": NUMBER,
+        "load_seconds": NUMBER,
+        "difference": NUMBER,
+        "answers": list,
+    },
     "ollama.json": {"model": str, "latest": str, "digest": str | None},  # no digest: not proven yet
     "lmstudio.json": {"target": str, "done": bool, "key": str | None},
 }

@@ -14,7 +14,9 @@ def text(folder: Path, repo: str) -> str:
     made, path = store.passed(folder)
     smoke = store.read(folder / "smoke.json")
     if not smoke:
-        raise UserError(f"{folder / 'smoke.json'} is damaged", f"run `make smoke {store.which(repo, folder.parent.parent)}`")
+        raise UserError(
+            f"{folder / 'smoke.json'} is damaged", f"run `make smoke {store.which(repo, folder.parent.parent)}`"
+        )
     page = "\n".join(
         ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)]
     )

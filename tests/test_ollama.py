@@ -139,7 +139,9 @@ def test_what_a_fault_left_in_ollama_is_taken_out_by_undeploy(pair, server):
 
 def test_a_server_that_takes_nothing_back_is_said_beside_the_reason(pair, server):
     server.faults(wrong="Bonjour le monde", broken=["delete"])
-    with pytest.raises(UserError, match=r"answers otherwise in Ollama.*could not be withdrawn, do it with `ollama rm real:"):
+    with pytest.raises(
+        UserError, match=r"answers otherwise in Ollama.*could not be withdrawn, do it with `ollama rm real:"
+    ):
         ollama.stage(pair[1])
     assert len(digests()) == 1 and store.read(pair[1] / ollama.RECORD).get("digest") is None
 
@@ -195,9 +197,14 @@ def test_a_damaged_record_is_none(pair, server, content):
 def test_a_rollback_passes_by_what_did_not_pass_its_smoke_test(pair):
     models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
     (pair[0] / "smoke.json").unlink()
-    with pytest.raises(UserError, match="passed its smoke test"):
+    with pytest.raises(UserError, match="no version of"):
         versions.rollback(repo, models)
     assert store.current(models, repo) == pair[1]
+    folder = pair[0].parent.rename(models / "you--model")
+    files.write_json(folder / store.NAMES, {"v1": pair[0].name})
+    with pytest.raises(UserError, match="has not passed its smoke test"):
+        versions.rollback("you/model@v1", models)
+    assert store.current(models, "you/model").name == pair[1].name
 
 
 def test_a_lost_record_makes_no_stranger_of_our_own_latest(pair, server):

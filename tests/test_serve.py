@@ -273,7 +273,9 @@ def test_other_machines_are_let_in_with_a_key_only(version):  # noqa: F811
             assert (status, said["error"]["type"]) == (401, "authentication_error")
         assert open_one.call("GET", "/v1/models", Host="mac.local", Authorization="Bearer sésame".encode())[0] == 200
         page = {"Origin": "http://localhost:3000", "Access_Control_Request_Method": "POST"}
-        assert open_one.knock("OPTIONS", "/v1/chat/completions", **page) == 200, "a browser asks first, and without the key"
+        assert open_one.knock("OPTIONS", "/v1/chat/completions", **page) == 200, (
+            "a browser asks first, and without the key"
+        )
         code, out, err = open_one.end()
         assert (code, out, err) == (0, "", "")
 
@@ -337,7 +339,11 @@ def test_a_client_that_goes_away_in_the_middle_of_its_question_is_no_event(patie
 
 @pytest.mark.parametrize(
     ("host", "port", "hint"),
-    [("192.0.2.1", 8080, "HOST= takes an address"), ("a..b", 8080, "HOST= takes"), ("x" * 70 + ".example", 8080, "HOST= takes")],
+    [
+        ("192.0.2.1", 8080, "HOST= takes an address"),
+        ("a..b", 8080, "HOST= takes"),
+        ("x" * 70 + ".example", 8080, "HOST= takes"),
+    ],
 )
 def test_a_host_that_is_none_of_this_machine_is_said(host, port, hint):
     with pytest.raises(UserError, match="cannot be opened") as caught:

@@ -140,7 +140,9 @@ def test_an_answer_that_repeated_itself_there_may_do_so_here(version, monkeypatc
 def test_the_answers_of_another_file_do_not_judge_this_one(real, tmp_path):
     def second(value):
         shutil.copy(tmp_path / "hub" / "real.q4_k_m.gguf", tmp_path / "hub" / "real.q8_0.gguf")
-        value["artifacts"].append(value["artifacts"][0] | {"file": "real.q8_0.gguf", "quantization": "q8_0", "default": False})
+        value["artifacts"].append(
+            value["artifacts"][0] | {"file": "real.q8_0.gguf", "quantization": "q8_0", "default": False}
+        )
         for one in value["smoke"]:
             one["log_probs"] = [p - 3 for p in one["log_probs"]]
 

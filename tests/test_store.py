@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +13,9 @@ from deploy import store, summary, versions
 from tests import repos
 from tests.conftest import ferry, make
 
-PULLED = {"repo": "./hub/x", "file": "x.gguf", "sha256": "0" * 64, "bytes": 3, "manifest_sha256": "0" * 64, "commit": None}
+PULLED = {
+    "repo": "./hub/x", "file": "x.gguf", "sha256": "0" * 64, "bytes": 3, "manifest_sha256": "0" * 64, "commit": None,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -35,9 +38,11 @@ def test_undeploy_removes_versions_and_no_other_folder(models):
     assert [str(path.relative_to(models)) for path in models.rglob("*")] == ["x", "x/taxes", "x/taxes/2026.txt"]
 
 
-@pytest.mark.parametrize("repo", ["/", "./x/taxes", "./models"])
-def test_a_folder_that_is_no_model_is_not_undeployed(models, repo):
-    with pytest.raises(UserError, match="is no model|is not in"):
+@pytest.mark.parametrize(
+    ("repo", "said"), [("/", "is no model"), ("./x/taxes", "is not in"), ("./models", "is not in")]
+)
+def test_a_folder_that_is_no_model_is_not_undeployed(models, repo, said):
+    with pytest.raises(UserError, match=said):
         versions.undeploy(repo, models)
     assert len(store.versions(models / "x")) == 3
 
@@ -55,6 +60,7 @@ def test_prune_keeps_the_version_in_use_however_it_is_linked(models, monkeypatch
 def test_a_link_to_something_else_is_no_version(models):
     (models / "x" / store.CURRENT).unlink()
     (models / "x" / store.CURRENT).symlink_to("taxes")
+    files.write_json(models / "x" / "taxes" / store.RECORD, PULLED)
     with pytest.raises(UserError, match="was not pulled"):
         versions.rollback("./hub/x", models)
 
@@ -101,18 +107,19 @@ def test_what_cannot_be_meant_is_two_lines(command, said):
 
 
 def test_closed_streams_and_letters_that_a_terminal_lacks_are_no_traceback(models):
-    command = f"{os.sys.executable} -m deploy %s ./hub/x --models '{models}'"
+    command = f"{sys.executable} -m deploy %s ./hub/x --models '{models}'"
     for line in (command % "chat" + " <&-", command % "chat" + " </dev/null >&-"):
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
         assert "Traceback" not in done.stderr, done.stderr
-    (models / "ü").mkdir()
-    (models / "x").rename(models / "ü" / "x")
-    done = ferry("deploy", "list", "--models", f"{models}/ü", PYTHONIOENCODING="ascii:strict")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    (models / "x").rename(models / "ü")
+    done = ferry("deploy", "list", "--models", str(models), PYTHONIOENCODING="ascii:strict")
+    assert done.returncode == 0 and [line[2] for line in done.stdout.splitlines()] == ["?"] * 3
 
 
 def test_make_hands_every_word_on_as_it_is(tmp_path):
     done = make("--dry-run", "serve", "REPO=./it's; touch x", "MODELS=$(HOME) \"a\" 'b'", "PORT=1 2")
     line = done.stdout.splitlines()[-1]
-    said = subprocess.run(["bash", "-c", f"printf '%s\\n' {line.split(' -m ')[1]}"], capture_output=True, text=True).stdout
+    said = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {line.split(' -m ')[1]}"], capture_output=True, text=True
+    ).stdout
     assert said.splitlines()[2:] == ["./it's; touch x", "--models", f"{os.environ['HOME']} \"a\" 'b'", "--port", "1 2"]

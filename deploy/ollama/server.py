@@ -181,7 +181,8 @@ def started(command: str, url: str) -> Server:
             process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     except OSError as error:
         raise UserError(
-            f"`{' '.join(launch)}` cannot be started: {error.strerror} ({error.filename})", f"install Ollama again: {INSTALL}"
+            f"`{' '.join(launch)}` cannot be started: {error.strerror} ({error.filename})",
+            f"install Ollama again: {INSTALL}",
         ) from error
     until = time.monotonic() + 60
     while time.monotonic() < until and not (process.poll() or 0) > 0:

@@ -94,7 +94,8 @@ def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
                 f"Ollama's {name} is another model of yours, {other.parent}",
                 f"the same command with NAME=another-name; or `make undeploy` {other.parent.name} first",
             )
-    latest, made = there.get(f"{name}:latest"), {record.get("digest") for record in store.records(folder, RECORD).values()}
+    latest = there.get(f"{name}:latest")
+    made = {record.get("digest") for record in store.records(folder, RECORD).values()}
     if latest and latest["digest"] not in made.union(ours(there, name).values()):
         raise UserError(
             f"Ollama holds a model {name}:latest already that Ferry did not make",
@@ -109,7 +110,8 @@ def create(server: Server, model: str, version: Path) -> None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
     hub.say(f"ollama: creating {model} (Ollama makes a copy of its own)")
     # Said before it begins, without a digest: what is there then is ours to remove, and not proven.
-    files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": f"{model.partition(':')[0]}:latest"})
+    latest = f"{model.partition(':')[0]}:latest"
+    files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": latest})
     try:
         done = subprocess.run(
             [command, "create", model, "-f", str((version / "Modelfile").absolute())],
@@ -120,7 +122,9 @@ def create(server: Server, model: str, version: Path) -> None:
     if done.returncode or model not in server.models():
         lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
         told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-        recipe = re.search("parameter|command must be|invalid (int|float|bool) value|template error", told[-1], re.I)
+        recipe = re.search(
+            "parameter|command must be|invalid (int|float|bool) value|template error", told[-1], re.IGNORECASE
+        )
         raise UserError(
             f"`ollama create {model}` failed: {shown(told[-1])}",
             f"{MEND}, then run the same command again" if recipe else cure(told[-1]),
