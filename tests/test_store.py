@@ -111,8 +111,8 @@ def test_closed_streams_and_letters_that_a_terminal_lacks_are_no_traceback(model
     for line in (command % "chat" + " <&-", command % "chat" + " </dev/null >&-"):
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
         assert "Traceback" not in done.stderr, done.stderr
-    (models / "x").rename(models / "ü")
-    done = ferry("deploy", "list", "--models", str(models), PYTHONIOENCODING="ascii:strict")
+    (models / "x").rename(models / os.fsdecode(b"\xff"))
+    done = ferry("deploy", "list", "--models", str(models), PYTHONIOENCODING="utf-8:strict")
     assert done.returncode == 0 and [line[2] for line in done.stdout.splitlines()] == ["?"] * 3
 
 
