@@ -73,7 +73,10 @@ def written(content: bytes) -> IO[bytes]:
         file.write(content)
         file.seek(0)
     except OSError as error:
-        raise files.translated(error, Path(tempfile.gettempdir()) / "a temporary file") from error
+        raise UserError(
+            f"no temporary file can be written: {error.strerror}",
+            "free some disk in /tmp, or set TMPDIR to another folder",
+        ) from error
     return file
 
 

@@ -1,5 +1,6 @@
 """A stranger's chat template gets a process with limits: it renders as everywhere, or it is refused, and nothing is left."""
 
+import errno
 import json
 import os
 import subprocess
@@ -284,3 +285,17 @@ def test_its_processor_time_is_bounded_without_the_parent(escaped):
     assert time.perf_counter() - started < 4.5
     (found,) = escaped("import resource; print(json.dumps([str(resource.getrlimit(resource.RLIMIT_CPU))]))")
     assert found == "(6, 6)"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory"),
+    ],
+)
+def test_no_room_for_the_question_is_said(monkeypatch, fault):
+    monkeypatch.setattr(sandbox.tempfile, "TemporaryFile", lambda: (_ for _ in ()).throw(fault))
+    with pytest.raises(UserError, match="no temporary file can be written: No") as caught:
+        sandbox.prompts("{{ messages[0].content }}", [([{"role": "user", "content": "Hi"}], True)], "", "")
+    assert "TMPDIR" in caught.value.hint
