@@ -146,6 +146,25 @@ def test_a_server_that_takes_nothing_back_is_said_beside_the_reason(pair, server
     assert len(digests()) == 1 and store.read(pair[1] / ollama.RECORD).get("digest") is None
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("fault", [{"wrong": "Bonjour le monde"}, {"full": True}])
+def test_a_version_made_anew_that_fails_leaves_its_latest_known_as_ours(pair, server, fault, again):
+    """Its Modelfile was changed, or its name: what was there before is still known."""
+    ollama.stage(pair[1])
+    text = (pair[1] / "Modelfile").read_text()
+    (pair[1] / "Modelfile").unlink()
+    (pair[1] / "Modelfile").write_text(text.replace("temperature 0.0", "temperature 0.5"))
+    server.faults(**fault)
+    for name in (None, "bbb"):
+        with pytest.raises(UserError):
+            ollama.stage(pair[1], name)
+    server.faults()
+    if again:
+        assert ollama.stage(pair[1])["latest"] == "real:latest"
+    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+    assert digests() == {}
+
+
 def test_another_name_leaves_nothing_under_the_old_one(pair, server):
     ollama.stage(pair[1], "aaa")
     assert ollama.stage(pair[1], "bbb")["latest"] == "bbb:latest"

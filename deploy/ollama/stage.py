@@ -43,7 +43,7 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
     new = not (model in there and before.get("modelfile") == recipe and before.get("digest") == there[model]["digest"])
     if new:
         create(server, model, version)
-    with withdrawn(server, model, version, new):
+    with withdrawn(server, model, version, before, new):
         template = compared(server, model, made, path)
         answers = asked(server, model, made)
     latest = f"{model.partition(':')[0]}:latest"
@@ -90,9 +90,10 @@ def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
     name = model.partition(":")[0]
     for other, record in store.beside(folder, RECORD).items():
         if record["model"].partition(":")[0] == name and record["model"] in there:
+            again = store.which(str(store.read(other / store.RECORD).get("repo")), folder.parent)
             raise UserError(
                 f"Ollama's {name} is another model of yours, {other.parent}",
-                f"the same command with NAME=another-name; or `make undeploy` {other.parent.name} first",
+                f"the same command with NAME=another-name; or `make undeploy {again}` first",
             )
     latest = there.get(f"{name}:latest")
     made = {record.get("digest") for record in store.records(folder, RECORD).values()}
@@ -110,7 +111,7 @@ def create(server: Server, model: str, version: Path) -> None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
     hub.say(f"ollama: creating {model} (Ollama makes a copy of its own)")
     # Said before it begins, without a digest: what is there then is ours to remove, and not proven.
-    latest = f"{model.partition(':')[0]}:latest"
+    before, latest = store.read(version / RECORD), f"{model.partition(':')[0]}:latest"
     files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": latest})
     try:
         done = subprocess.run(
@@ -118,8 +119,10 @@ def create(server: Server, model: str, version: Path) -> None:
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
         )  # fmt: skip
     except OSError as error:
+        put_back(version, before)
         raise UserError(f"{command} cannot be run: {error.strerror}", f"install Ollama again: {INSTALL}") from error
     if done.returncode or model not in server.models():
+        put_back(version, before)
         lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
         told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
         recipe = re.search(
@@ -132,27 +135,35 @@ def create(server: Server, model: str, version: Path) -> None:
 
 
 @contextlib.contextmanager
-def withdrawn(server: Server, model: str, version: Path, new: bool) -> Iterator[None]:
-    """A new version that is not what was trained is taken away again; one that stood its test before stays."""
+def withdrawn(server: Server, model: str, version: Path, before: dict, new: bool) -> Iterator[None]:
+    """A new version that is not what was trained is taken away again; one that stood its test before stays.
+
+    before: the record of what was there.
+    """
     try:
         yield
     except UserError as error:
-        became = taken_back(server, model, version) if new else f"{model} stays, it had passed before"
+        became = taken_back(server, model, version, before) if new else f"{model} stays, it had passed before"
         raise UserError(f"{error.message}; {became}", error.hint) from error
     except KeyboardInterrupt:
         if new:
-            taken_back(server, model, version)
+            taken_back(server, model, version, before)
         raise
 
 
-def taken_back(server: Server, model: str, version: Path) -> str:
+def taken_back(server: Server, model: str, version: Path, before: dict) -> str:
     """What became of a model that is not proven."""
     try:
         server.delete(model)
     except UserError:  # its record stays for `undeploy`
         return f"{model} could not be withdrawn, do it with `ollama rm {model}`"
-    files.remove(version / RECORD)
+    put_back(version, before)
     return f"{model} was withdrawn"
+
+
+def put_back(version: Path, before: dict) -> None:
+    """The record as it was: another name, or a latest that was made of it, may still be there."""
+    files.write_json(version / RECORD, before) if before else files.remove(version / RECORD)
 
 
 def compared(server: Server, model: str, made: Manifest, path: Path) -> str:
@@ -253,6 +264,6 @@ def going(there: dict[str, dict], record: dict) -> list[str]:
     """The version of this record and the latest that was copied from it, unless that is another version's copy as well."""
     model, latest = record["model"], record["latest"]
     rest = ours({name: facts for name, facts in there.items() if name != model}, model.partition(":")[0])
-    alone = model in there and there[model]["digest"] not in rest.values()
-    same = alone and latest in there and there[latest]["digest"] == there[model]["digest"]
+    digest = there[model]["digest"] if model in there else record.get("digest")
+    same = latest in there and there[latest]["digest"] == digest and digest not in rest.values()
     return [model] * (model in there) + [latest] * same
