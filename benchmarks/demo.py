@@ -41,7 +41,8 @@ def demo(case: str, seed: int) -> None:
         manifest = json.loads((work / "hub" / "demo" / "manifest.json").read_text())
         rows += scores(label, manifest)
         again = measure(label, "make demo again", settings, environment, ["train", "deploy-mac"])
-        write(label, [*rows, again], manifest)
+        today = {"date": datetime.date.today().isoformat()}  # the cases may be measured on different days
+        write(label, [row | today for row in [*rows, again]], manifest)
     finally:
         shutil.rmtree(work)
 
@@ -106,7 +107,7 @@ def write(case: str, rows: list[dict], manifest: dict) -> None:
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    columns = ["wall_s", "cpu_s", "peak_memory_gb", "loss", "kl", "top1", "score", "megabytes", "tokens_per_second"]
+    columns = ["date", "wall_s", "cpu_s", "peak_memory_gb", "loss", "kl", "top1", "score", "megabytes", "tokens_per_second"]
     lines = [
         f"{result['device']}, {result['date']}: `{result['command']}`",
         "",
