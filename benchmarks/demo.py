@@ -107,7 +107,18 @@ def write(case: str, rows: list[dict], manifest: dict) -> None:
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    columns = ["date", "wall_s", "cpu_s", "peak_memory_gb", "loss", "kl", "top1", "score", "megabytes", "tokens_per_second"]
+    columns = [
+        "date",
+        "wall_s",
+        "cpu_s",
+        "peak_memory_gb",
+        "loss",
+        "kl",
+        "top1",
+        "score",
+        "megabytes",
+        "tokens_per_second",
+    ]
     lines = [
         f"{result['device']}, {result['date']}: `{result['command']}`",
         "",

@@ -15,7 +15,7 @@ from pathlib import Path
 from contract import files, gguf, hub, manifest, runtime
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
-from deploy import lmstudio, machine, memory, pull, source, support
+from deploy import lmstudio, machine, memory, pull, source, store, support
 from deploy.machine import Machine
 from deploy.ollama import server as ollama
 
@@ -166,7 +166,7 @@ def copies(models: Path, file: File | None, served: str | None) -> list[tuple[st
     size, here = (file.artifact.bytes, file.path.is_file()) if file else (0, False)
     found = [("store", models, 0 if here else size)]
     if (ollama.program() or served) and ollama.local(ollama.host()):
-        made = here and file.path.with_name("ollama.json").is_file()
+        made = here and store.read(file.path.with_name("ollama.json")).get("digest")
         found.append(("Ollama", ollama.models_folder(), 0 if made else size))
     if lmstudio.home().is_dir():
         found.append(("LM Studio", lmstudio.models(), 0 if device(lmstudio.models()) == device(models) else size))

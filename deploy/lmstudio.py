@@ -100,9 +100,11 @@ def refuse_anothers(target: Path, folder: Path) -> None:
 
 def ours(target: Path, folder: Path) -> bool:
     """Did Ferry put this file there: an import that did not come to its end, or a file of one of the model's versions?"""
+    if not target.is_file():
+        return False
     begun = any(r["target"] == str(target) and not r["done"] for r in store.records(folder, RECORD).values())
-    linked = target.is_file() and any(target.samefile(path) for path in folder.glob("*/*.gguf"))
-    return begun or linked or (target.is_file() and files.sha256(target) in published(folder))
+    linked = any(target.samefile(path) for path in folder.glob("*/*.gguf"))
+    return begun or linked or files.sha256(target) in published(folder)
 
 
 def published(folder: Path) -> set[str]:

@@ -55,7 +55,7 @@ def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
     """What a child answers to `request`, and its exit code; it is dead then. Raises UserError when its time is up."""
     until = time.monotonic() + seconds
     # A file as stdin: a write to a pipe that nobody reads would wait for ever.
-    with written(request) as question:
+    with _written(request) as question:
         process = _started(question, seconds)
         try:
             answer = _heard(process.stdout, until)
@@ -66,7 +66,7 @@ def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
             _killed(process)
 
 
-def written(content: bytes) -> IO[bytes]:
+def _written(content: bytes) -> IO[bytes]:
     """A file without a name, to be read from its beginning. Raises UserError when there is no room for it."""
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it

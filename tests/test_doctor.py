@@ -134,7 +134,10 @@ def test_what_is_pulled_needs_no_more_disk(real, tmp_path, metal):
     assert "0.00 GB needed: store nothing" in of(tmp_path / "models", real)["disk"].text
     program(tmp_path, "ollama")
     assert "0.10 GB needed: store nothing, Ollama 0.10 GB" in of(tmp_path / "models", real)["disk"].text
-    (version / "ollama.json").write_text("{}")
+    begun = '{"model": "real:1", "latest": "real:latest"'
+    (version / "ollama.json").write_text(begun + "}")
+    assert "Ollama 0.10 GB" in of(tmp_path / "models", real)["disk"].text, "it was begun, not made"
+    (version / "ollama.json").write_text(begun + ', "digest": "abc"}')
     assert "Ollama nothing" in of(tmp_path / "models", real)["disk"].text
 
 

@@ -23,6 +23,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 # model that computes wrongly shares no words with what it said where it was made.
 MIN_ALIKE = 0.2
 MEND = "mend Modelfile.template (`git diff Modelfile.template`)"
+RECIPE = "parameter|command must be|invalid (int|float|bool) value|template error"  # Ollama's words for a bad Modelfile
 
 
 def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
@@ -46,7 +47,7 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
     with withdrawn(server, model, version, before, new):
         template = compared(server, model, made, path)
         answers = asked(server, model, made)
-    latest = f"{model.partition(':')[0]}:latest"
+    latest = latest_of(model)
     server.copy(model, latest)
     if before and before["model"] != model:  # the name that it had before
         leave(server, before)
@@ -62,7 +63,16 @@ def remembered(version: Path) -> str | None:
     """The name that this model has in Ollama, of whatever version."""
     records = store.records(version.parent, RECORD)
     newest = max(records, key=lambda version: (version / RECORD).stat().st_mtime, default=None)
-    return records[newest]["model"].partition(":")[0] if newest else None
+    return bare(records[newest]["model"]) if newest else None
+
+
+def bare(model: str) -> str:
+    """NAME of NAME:<version>."""
+    return model.partition(":")[0]
+
+
+def latest_of(model: str) -> str:
+    return f"{bare(model)}:latest"
 
 
 def version_of(server: Server) -> str:
@@ -81,21 +91,21 @@ def named(name: str) -> str:
 
 def ours(there: dict[str, dict], name: str) -> dict[str, str]:
     """{version: digest} of the models called `name` that were made by Ferry."""
-    tags = {full.partition(":")[2]: facts["digest"] for full, facts in there.items() if full.partition(":")[0] == name}
+    tags = {full.partition(":")[2]: facts["digest"] for full, facts in there.items() if bare(full) == name}
     return {tag: digest for tag, digest in tags.items() if store.VERSION.fullmatch(tag)}
 
 
 def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
     """A name that another model has stays what it is. folder: of this one in the store."""
-    name = model.partition(":")[0]
+    name = bare(model)
     for other, record in store.beside(folder, RECORD).items():
-        if record["model"].partition(":")[0] == name and record["model"] in there:
+        if bare(record["model"]) == name and record["model"] in there:
             again = store.which(str(store.read(other / store.RECORD).get("repo")), folder.parent)
             raise UserError(
                 f"Ollama's {name} is another model of yours, {other.parent}",
                 f"the same command with NAME=another-name; or `make undeploy {again}` first",
             )
-    latest = there.get(f"{name}:latest")
+    latest = there.get(latest_of(model))
     made = {record.get("digest") for record in store.records(folder, RECORD).values()}
     if latest and latest["digest"] not in made.union(ours(there, name).values()):
         raise UserError(
@@ -110,28 +120,39 @@ def create(server: Server, model: str, version: Path) -> None:
     if command is None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
     hub.say(f"ollama: creating {model} (Ollama makes a copy of its own)")
-    # Said before it begins, without a digest: what is there then is ours to remove, and not proven.
-    before, latest = store.read(version / RECORD), f"{model.partition(':')[0]}:latest"
-    files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": latest})
+    with begun(version, model):
+        try:
+            done = subprocess.run(
+                [command, "create", model, "-f", str((version / "Modelfile").absolute())],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{command} cannot be run: {error.strerror}", f"install Ollama again: {INSTALL}") from error
+        if done.returncode or model not in server.models():
+            raise refusal(model, done)
+
+
+def refusal(model: str, done: subprocess.CompletedProcess) -> UserError:
+    """What `ollama create` says when it fails, and what to do about it."""
+    lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
+    told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
+    recipe = re.search(RECIPE, told[-1], re.IGNORECASE)
+    return UserError(
+        f"`ollama create {model}` failed: {shown(told[-1])}",
+        f"{MEND}, then run the same command again" if recipe else cure(told[-1]),
+    )
+
+
+@contextlib.contextmanager
+def begun(version: Path, model: str) -> Iterator[None]:
+    """Said before it begins, without a digest: what is there after a kill is ours to remove, and not proven."""
+    before = store.read(version / RECORD)
+    files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": latest_of(model)})
     try:
-        done = subprocess.run(
-            [command, "create", model, "-f", str((version / "Modelfile").absolute())],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
-    except OSError as error:
+        yield
+    except UserError:
         put_back(version, before)
-        raise UserError(f"{command} cannot be run: {error.strerror}", f"install Ollama again: {INSTALL}") from error
-    if done.returncode or model not in server.models():
-        put_back(version, before)
-        lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
-        told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-        recipe = re.search(
-            "parameter|command must be|invalid (int|float|bool) value|template error", told[-1], re.IGNORECASE
-        )
-        raise UserError(
-            f"`ollama create {model}` failed: {shown(told[-1])}",
-            f"{MEND}, then run the same command again" if recipe else cure(told[-1]),
-        )
+        raise
 
 
 @contextlib.contextmanager
@@ -263,7 +284,7 @@ def leave(server: Server, record: dict) -> None:
 def going(there: dict[str, dict], record: dict) -> list[str]:
     """The version of this record and the latest that was copied from it, unless that is another version's copy as well."""
     model, latest = record["model"], record["latest"]
-    rest = ours({name: facts for name, facts in there.items() if name != model}, model.partition(":")[0])
+    rest = ours({name: facts for name, facts in there.items() if name != model}, bare(model))
     digest = there[model]["digest"] if model in there else record.get("digest")
     same = latest in there and there[latest]["digest"] == digest and digest not in rest.values()
     return [model] * (model in there) + [latest] * same
