@@ -34,6 +34,19 @@ AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
+# Where the cloud side runs: natively, or in Ferry's image (docker/). What was typed or exported decides, else what this
+# machine is; setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
+CONTAINER := $(PYTHON) setup/container.py
+IMAGED    := demo train check preflight config preview data finetune evaluate export verify publish
+set       = $(foreach name,$(1),$(if $(filter-out undefined default file,$(origin $(name))),$(call quoted,$(name)=$($(name)))))
+ASKED     := $(call set,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS)
+PASSED    := $(call set,CONFIG RUN SET RUNS MODELS REPO QUANT)
+ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
+ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
+export FERRY_WHERE := $(shell $(CONTAINER) where $(ASKED) -- $(firstword $(MAKECMDGOALS)))
+endif
+endif
+
 # On a Mac Unsloth would look for MLX; the demo's code path is the CPU one.
 ifeq ($(shell uname -s),Darwin)
 export UNSLOTH_FORCE_CPU ?= 1
@@ -42,13 +55,21 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help demo train check preflight config preview data finetune evaluate export verify publish \
         deploy-mac doctor pull smoke modelfile ollama lmstudio summary chat serve models rollback prune undeploy \
-        env deploy-env lock test bench
+        image shell env deploy-env lock lock-images test test-image lint bench
+
+ifeq ($(FERRY_WHERE),image)
+$(IMAGED):
+	@$(CONTAINER) run $(ASKED) -- $@ $(PASSED)
+else ifeq ($(FERRY_WHERE),refused)
+$(IMAGED):
+	@exit 2
+else
 
 ##@ Everywhere
 
 demo: ## the whole chain on a CPU with real weights: train, deploy, before and after
-	@$(MAKE) --no-print-directory train CONFIG=configs/demo.yaml
-	@$(MAKE) --no-print-directory deploy-mac CONFIG=configs/demo.yaml
+	@$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory train CONFIG=configs/demo.yaml
+	@$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory deploy-mac CONFIG=configs/demo.yaml
 
 config: env ## print the resolved config and what its choices cost
 	@$(PIPELINE) config $(CONFIG) $(SETS)
@@ -86,6 +107,8 @@ $(R)/verify.json: | $(R)/export.json
 $(R)/publish.json: | $(R)/verify.json
 	@$(PIPELINE) publish --run $(R)
 
+endif
+
 ##@ On the Mac (or any machine that runs the model)
 
 deploy-mac: summary ## pull REPO, check it, smoke test, then into Ollama and LM Studio
@@ -119,14 +142,28 @@ undeploy: deploy-env ## remove REPO (or one version: REPO=you/model@v1) from Oll
 
 ##@ Ferry itself
 
+image: ## Ferry's image by Docker (DEVICE=cuda or cpu, IMAGE=name:tag)
+	@$(CONTAINER) build $(ASKED)
+shell: ## a shell in it, with the mounts of `make train`
+	@$(CONTAINER) shell $(ASKED)
+ifdef FERRY_IMAGE
+env deploy-env: # baked in
+else
 env: ## locked Python environment and llama.cpp, built once (cached in ~/.cache/ferry)
 	@$(PYTHON) setup/env.py --venv '$(VENV)' $(if $(LIGHT),--light)
 deploy-env: ## the light one that runs models: no torch, llama.cpp ready-made if there is a wheel
 	@$(PYTHON) setup/env.py --deploy --venv '$(DEPLOY_VENV)'
+endif
 lock: env ## refresh the pins and show what changed
 	@$(VENV)/bin/python setup/lock.py
+lock-images: ## freeze the digest of each base image (asks a registry, by skopeo or docker)
+	@$(PYTHON) setup/pin.py
+lint: env ## ruff, hadolint, shellcheck, actionlint
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash setup/lint.sh
 test: env ## every test, the real chain on real weights included
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest $(if $(filter test-image,$(MAKECMDGOALS)),,-m 'not image')
+test-image: $(if $(filter test,$(MAKECMDGOALS)),test,env) ## build the CPU image and run the chain in it (root, podman)
+	@$(if $(filter test,$(MAKECMDGOALS)),,$(VENV)/bin/python -m pytest -m image)
 bench: env ## time and memory of the demo, stage by stage (benchmarks/results/)
 	@bash benchmarks/demo.sh
 
@@ -137,4 +174,6 @@ help:
 	@echo '          SET="finetune.max_steps=20 finetune.seed=1" overrides single values of the config'
 	@echo '          QUANT=q8_0 with pull and deploy-mac: another GGUF of the repo than its default'
 	@echo '          NAME=my-model: what Ollama calls it; START=1: start its server when none answers'
+	@echo '          DOCKER=1 or 0: the cloud side in the image, or natively; IMAGE=name:tag takes a ready one,'
+	@echo '          MOUNT="/data /models" shows it more folders of this machine'
 	@echo '          LIGHT=1 with data and preview: an environment without torch, for a laptop'

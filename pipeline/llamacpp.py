@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def version() -> str:
     """Such as 'llama.cpp 0c1e57098 of llama-cpp-python 0.3.36'."""
     build = files.read_json(home() / "build.json")
     return f"llama.cpp {build['commit'][:9]} of llama-cpp-python {build['version']}"
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of its tools: on a GPU box they load the CUDA libraries that torch brought."""
+    cuda = Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "lib"
+    return os.environ | ({"LD_LIBRARY_PATH": str(cuda)} if cuda.is_dir() else {})
 
 
 @functools.cache
@@ -99,7 +106,7 @@ def render(model: Path, conversations: list[dict]) -> list[dict]:
     """
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in conversations)
     command = [str(home() / "bin" / "llama-render"), str(model)]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8", env=surroundings())
     if done.returncode:
         raise UserError(f"llama.cpp cannot render with {model}: {done.stderr.strip()[-300:]}", "export it again")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -119,7 +126,9 @@ def _run(command: list, target: Path, size: int, log: Path, folder: Path | None 
     """
     command = [str(part) for part in command]
     with log.open("ab") as out, files.bar(size, target.name.strip(".").removesuffix(".part"), size > 0) as tick:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder, env=surroundings()
+        )
         seen = 0
         try:
             while process.poll() is None:

@@ -19,19 +19,38 @@ import time
 
 from common import AGAIN, DISK_FULL, cache_folder, fail, writable_folder
 from interpreter import hand_over, said
-from packages import BUILT, TORCH_INDEX, elsewhere, install, install_lines, make_venv, python_of, read_lock, split_locks
+from packages import (
+    BUILT,
+    CUDA_RUNTIME,
+    TORCH_INDEX,
+    device,
+    elsewhere,
+    install,
+    install_lines,
+    make_venv,
+    python_of,
+    read_lock,
+    split_locks,
+)
 
 # For each side: its locks, the oldest Python it runs on, and the disk that it takes while pip unpacks.
-LOCKS = {"train": ("cpu", "test"), "deploy": ("deploy",), "data": ("data",)}
-OLDEST = {"train": (3, 11), "deploy": (3, 10), "data": (3, 11)}
-DISK = {"train": 2.2e9, "deploy": 0.4e9, "data": 0.8e9}  # measured 1.9 GB (torch 0.7, pyarrow 0.15, ...), 0.2 and 0.6
-STEPS = {"train": 5, "deploy": 3, "data": 2}
+LOCKS = {"train": (device(), "test"), "image": (device(),), "deploy": ("deploy",), "data": ("data",)}
+OLDEST = {"train": (3, 11), "image": (3, 11), "deploy": (3, 10), "data": (3, 11)}
+# Measured 1.9 GB (torch 0.7, pyarrow 0.15, ...), 0.2 and 0.6.
+DISK = {"train": 2.2e9, "image": 2.2e9, "deploy": 0.4e9, "data": 0.8e9}
+TORCH = ("train", "image")  # the sides that train
+SIDES = (
+    ("deploy", "the side that runs models: no torch"),
+    ("light", "only what `make data` needs"),
+    ("image", "what an image needs: all but the tests"),
+)
+STEPS = {"train": 5, "image": 5, "deploy": 3, "data": 2}
 
 
 def wanted(side):
     """What a finished environment has: the locks' hashes, and which llama.cpp."""
     locks = {name: hashlib.sha256(read_lock(name).encode()).hexdigest() for name in LOCKS[side]}
-    return {"locks": locks, "llama.cpp": wanted_llama_cpp(side)}
+    return {"device": device(), "locks": locks, "llama.cpp": wanted_llama_cpp(side)}
 
 
 def wanted_llama_cpp(side):
@@ -47,6 +66,8 @@ def wanted_llama_cpp(side):
 
 def kept(venv, side):
     """The side of an environment that has torch stays `train`: it has all that the others need, and cost the most."""
+    if side == "image":
+        return side
     return "train" if glob.glob(os.path.join(glob.escape(venv), "lib", "python*", "site-packages", "torch")) else side
 
 
@@ -59,7 +80,7 @@ def ready(venv, side, want):
         return False
     if not isinstance(have, dict):
         return False
-    parts = ("bin/python",) + (("llama.cpp/build.json",) if side == "train" else ())
+    parts = ("bin/python",) + (("llama.cpp/build.json",) if side in TORCH else ())
     return all(have.get(k) == v for k, v in want.items()) and all(os.path.exists(os.path.join(venv, p)) for p in parts)
 
 
@@ -108,6 +129,8 @@ def set_up(venv, side, want, log):
     steps.done()
 
     torch, others = split_locks(want["locks"])
+    if side == "deploy" and device() == "cuda":
+        others += [line for line in split_locks(["cuda"])[1] if line.startswith(CUDA_RUNTIME)]
     if torch:
         steps.begin("torch")
         install(venv, log, "torch", (TORCH_INDEX if any("+cpu" in line for line in torch) else []) + torch)
@@ -117,7 +140,7 @@ def set_up(venv, side, want, log):
     install_lines(venv, log, others)
     steps.done()
 
-    if side == "train":
+    if side in TORCH:
         set_up_llama_cpp(venv, want["llama.cpp"]["version"], steps, log)
     facts = {"python": said([python_of(venv), "--version"]).split()[-1]}
     if side == "deploy":
@@ -180,7 +203,7 @@ def arguments():
     parser = argparse.ArgumentParser(description="Make one of Ferry's Python environments.")
     parser.add_argument("--venv", default=".venv", help="where (default: .venv)")
     parser.set_defaults(side="train")
-    for side, what in (("deploy", "the side that runs models: no torch"), ("light", "only what `make data` needs")):
+    for side, what in SIDES:
         parser.add_argument(
             "--" + side, dest="side", action="store_const", const=side.replace("light", "data"), help=what
         )
@@ -189,14 +212,19 @@ def arguments():
 
 def describe(side, want):
     """Which llama.cpp is in it."""
-    names = {"train": "llama.cpp {version}-{key}", "deploy": "llama-cpp-python {version}", "data": "light"}
+    names = {
+        "train": "llama.cpp {version}-{key}",
+        "image": "llama.cpp {version}-{key}",
+        "deploy": "llama-cpp-python {version}",
+        "data": "light",
+    }
     return names[side].format(**(want["llama.cpp"] or {}))
 
 
 def check_disk(venv, side, cache, llamacpp):
     """Before the first byte: a full disk in the middle costs ten minutes. (A wheel to be compiled asks again.)"""
     new = not os.path.exists(python_of(venv))
-    built = side != "train" or llamacpp.complete(llamacpp.folder())
+    built = side not in TORCH or llamacpp.complete(llamacpp.folder())
     needs = [(venv, DISK[side] if new else 0), (cache, 0 if built else llamacpp.DISK)]
     for folder, _ in needs:
         need = sum(size for other, size in needs if os.stat(other).st_dev == os.stat(folder).st_dev)

@@ -31,26 +31,41 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
+from packages import capability, device, read_lock
 
 RECIPE = 2  # raise it when this file builds something else from the same inputs
 DISK = 700e6  # sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air
 RENDER = Path(__file__).with_name("render.cpp")
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 MAC = sys.platform == "darwin"
+# For a build that is not for the cards of this machine: T4, A100 (its code runs on A10 and L4), H100, B200, RTX 50.
+CARDS = "75;80;90;100;120"
 
 
 def version() -> str:
-    """The pin of llama-cpp-python in pyproject.toml."""
-    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    return re.search(r'"llama-cpp-python==([\w.]+)"', text)[1]  # Python 3.10 has no tomllib
+    """The pin of llama-cpp-python, which `make lock` takes from pyproject.toml."""
+    return re.search(r"^llama-cpp-python==([\w.]+)$", read_lock("build"), re.MULTILINE)[1]
+
+
+def cuda() -> str:
+    """The compute capabilities to compile for, such as 90; empty where there is no GPU."""
+    return (os.environ.get("FERRY_CUDA") or capability() or CARDS) if device() == "cuda" else ""
 
 
 def flags() -> list[str]:
     """CMake's arguments. Libraries find each other by their own place, so that the folder can be moved and packed."""
     ours = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
-    ours += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if MAC else "$ORIGIN")]
+    # In an environment llama_cpp finds the CUDA libraries that torch uses; pipeline/llamacpp.py shows them to the tools.
+    beside = ";$ORIGIN/../../nvidia/cu13/lib" if cuda() else ""
+    ours += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if MAC else "$ORIGIN" + beside)]
     ours += ["LLAMA_OPENSSL=OFF", "GGML_CCACHE=OFF"]
     ours += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
+    # NO_VMM: without it the driver's own library is linked, and nothing loads where there is no driver (docker build).
+    ours += (
+        [f"CMAKE_CUDA_ARCHITECTURES={cuda()}", "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_NO_VMM=ON"]
+        if cuda()
+        else []
+    )
     ours += ["GGML_METAL_EMBED_LIBRARY=ON"] if MAC else []
     return ["-D" + flag for flag in ours] + os.environ.get("FERRY_LLAMA_FLAGS", "").split()
 
@@ -206,25 +221,21 @@ def keep_converter(vendored: Path, out: Path) -> None:
 
 
 def with_tools(work: Path, log: Path) -> dict[str, str]:
-    """An environment with pip, and with cmake and ninja: PyPI has both, so a missing one is no reason to stop."""
+    """An environment with pip and the pinned build tools; for a GPU nvcc with CUDA's headers, which PyPI has too."""
     say_venv = "Python cannot make a virtual environment"
     run([sys.executable, "-m", "venv", work / "tools"], log, say_venv, f"install Python's venv module, then {AGAIN}")
-    env = os.environ | {"PATH": f"{work / 'tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if missing := [name for name in ("cmake", "ninja") if not shutil.which(name)]:
-        install = [work / "tools/bin/python", "-m", "pip", "install", *missing]
-        run(
-            install,
-            log,
-            f"{' and '.join(missing)} not installable",
-            f"sudo apt-get install cmake ninja-build, then {AGAIN}",
-        )
-    return env
+    pins = [line for name in ("build", "nvcc")[: 2 if cuda() else 1] for line in read_lock(name).splitlines()]
+    pins = [line for line in pins if line and not line.startswith(("#", "llama-cpp-python=="))]
+    pip = [work / "tools/bin/python", "-m", "pip", "install", "--no-deps", *pins]
+    run(pip, log, "the tools that compile llama.cpp could not be installed", NETWORK)
+    return os.environ | {"PATH": f"{work / 'tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def download(work: Path, log: Path, env: dict[str, str]) -> Path:
     """The unpacked sdist. (pip asks it for its metadata on the way: 7 s.)"""
     name = f"llama-cpp-python=={version()}"
-    pip = [work / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+    pip = [work / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+    pip += ["--no-binary", "llama-cpp-python"]
     run([*pip, "--dest", work, name], log, f"the source of {name} cannot be downloaded", NETWORK, env)
     (archive,) = work.glob("llama_cpp_python-*.tar.gz")
     shutil.unpack_archive(archive, work)
@@ -235,10 +246,21 @@ def download(work: Path, log: Path, env: dict[str, str]) -> Path:
 def compile_all(source: Path, build: Path, targets: list[str], log: Path, env: dict[str, str], say) -> None:
     """Configure, and compile only what is used: with the tools 145 files, 6 minutes on 2 cores."""
     what, hint = "llama.cpp could not be compiled", f"read the log; then {AGAIN}"
-    run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *flags()], log, what, hint, env)
+    run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *flags(), *toolkit(build.parent)], log, what, hint, env)
     # Not more than 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
     jobs = str(min(os.cpu_count() or 1, 16))
     run(["cmake", "--build", build, "-j", jobs, "--target", *targets], log, what, hint, env, progress(say))
+
+
+def toolkit(work: Path) -> list[str]:
+    """Where CMake finds CUDA in wheels: no lib64 and no unversioned libraries, so each is named."""
+    if not cuda():
+        return []
+    (there,) = work.glob("tools/lib/python3*/site-packages/nvidia/cu13")
+    cudart, cublas = there / "lib/libcudart.so.13", there / "lib/libcublas.so.13"
+    places = {"CMAKE_CUDA_COMPILER": there / "bin/nvcc", "CMAKE_CUDA_FLAGS": f"-L{there}/lib", "CUDA_CUDART": cudart}
+    places |= {"CUDA_cudart_LIBRARY": cudart, "CUDA_cublas_LIBRARY": cublas}
+    return [f"-D{name}={place}" for name, place in places.items()]
 
 
 def compile_render(source: Path, build: Path, log: Path) -> None:
@@ -286,10 +308,18 @@ def make_wheels(source: Path, built: Path, wheels: Path, only_wheel: bool, log: 
             shutil.copy(path, libraries / path.name)
     (source / ".gitignore").unlink(missing_ok=True)  # scikit-build-core leaves out what git ignores: these libraries
     os.rename(source / ".git", source.parent / "git")
-    pip = [source.parent / "tools/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-cache-dir"]
+    pip = [
+        source.parent / "tools/bin/python",
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-cache-dir",
+        "--no-build-isolation",
+    ]
     command = [*pip, "--wheel-dir", wheels, source, *([] if only_wheel else [source / "vendor/llama.cpp/gguf-py"])]
     what = "the wheels of llama-cpp-python and gguf could not be made"
-    run(command, log, what, NETWORK, env | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})  # their build tools come from PyPI
+    run(command, log, what, f"read the log; then {AGAIN}", env | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
 
 
 if __name__ == "__main__":

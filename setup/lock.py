@@ -1,11 +1,14 @@
 """`make lock`: resolve pyproject.toml again, write setup/locks/*.txt and print what changed.
 
-cpu.txt     what the cloud side runs on (core + data + cpu + deploy: `verify` asks the same llama.cpp as the Mac)
+cpu.txt     what the cloud side runs on (core + data + train + deploy: `verify` asks the same llama.cpp as the Mac)
+cuda.txt    the same on a machine with an NVIDIA GPU: another torch, CUDA's libraries, triton
 data.txt    what `data` alone needs, on a laptop: the same versions, no torch
 deploy.txt  what the side that runs models needs: the same versions, from Python 3.10 on, no torch
 test.txt    what the tests add to cpu.txt
+build.txt   what setup/llamacpp.py compiles, and with what
+nvcc.txt    what it adds for a GPU: the compiler and headers of the CUDA that torch brings
 
-uv resolves for every platform at once, which pip cannot; it comes into a throwaway environment, not into the project's.
+uv resolves for every platform at once, which pip cannot; the format of the locks follows its version.
 """
 
 import os
@@ -20,7 +23,6 @@ from common import fail
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "setup" / "locks"
-UV = "uv==0.13.9"  # the format of the locks follows it
 PYTHON, PYTHON_DEPLOY = "3.11", "3.10"  # the oldest ones allowed: markers speak of the newer ones
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 HEADER = "# Made by `make lock` from pyproject.toml. Do not edit: change pyproject.toml and run it again.\n"
@@ -47,11 +49,15 @@ def uv_arguments() -> list[str]:
     return arguments
 
 
-def resolve(uv: Path, where: list[str], extras: list[str], held: Path | None = None, python: str = PYTHON) -> list[str]:
+def resolve(uv: list[str], extras: list[str], held: Path | None = None, python: str = PYTHON) -> list[str]:
     """The pinned lines for the core dependencies and these extras; versions in `held` stay."""
-    fixed = f"pip compile pyproject.toml --universal --python-version {python} --no-header --no-annotate --quiet"
-    command = [str(uv), *fixed.split()]
-    command += where + [word for extra in extras for word in ("--extra", extra)] + (["-c", str(held)] if held else [])
+    return compiled(uv, ["pyproject.toml", *(word for extra in extras for word in ("--extra", extra))], held, python)
+
+
+def compiled(uv: list[str], what: list[str], held: Path | None, python: str = PYTHON) -> list[str]:
+    """Pinned lines for every platform at once."""
+    fixed = f"--universal --python-version {python} --no-header --no-annotate --quiet".split()
+    command = [*uv, *what, *fixed, *(["-c", str(held)] if held else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         fail(f"pyproject.toml cannot be resolved\n{done.stderr.rstrip()}", "change the pin it names, then make lock")
@@ -67,7 +73,7 @@ def from_python(version: str, lines: list[str]) -> list[str]:
 
 def pins(lines: list[str]) -> dict[str, str]:
     """{'numpy ; marker': '2.4.6'}"""
-    found = (re.fullmatch(r"([^=#\s]+)==(\S+)(.*)", line) for line in lines)
+    found = (re.fullmatch(r"([^=#\s]+)={2,3}(\S+)(.*)", line) for line in lines)
     return {m[1] + m[3]: m[2] for m in found if m}
 
 
@@ -84,24 +90,44 @@ def write(name: str, lines: list[str]) -> list[str]:
     ]
 
 
+def locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
+    """All of them. A package that two of them name has one version; only torch is two."""
+    held, no_triton = folder / "held.txt", folder / "overrides.txt"
+    no_triton.write_text("triton ; sys_platform == 'never'\n")
+    without = [*uv, "--override", str(no_triton)]
+    cpu = resolve(without, ["data", "train", "cpu", "deploy"])
+    held.write_text("\n".join(cpu) + "\n")
+    test = [line for line in resolve(without, ["data", "train", "cpu", "deploy", "test"], held) if line not in cpu]
+    data = resolve(without, ["data"], held)
+    held.write_text("\n".join(line for line in cpu if not line.startswith("torch==")) + "\n")
+    cuda = resolve(uv, ["data", "train", "cuda", "deploy"], held)
+    held.write_text("\n".join(from_python(PYTHON, cpu)) + "\n")
+    deploy = resolve(without, ["deploy"], held, PYTHON_DEPLOY)
+    build = compiled(uv, ["--group", "build"], None, PYTHON_DEPLOY)
+    held.write_text("\n".join(from_python(PYTHON, cuda)) + "\n")
+    nvcc = compiled(uv, ["--group", "nvcc"], held, PYTHON_DEPLOY)
+    cuda = [line.replace("torch==", "torch===", 1) if line.startswith("torch==") else line for line in cuda]
+    return {
+        "cpu": cpu,
+        "cuda": cuda,
+        "test": test,
+        "data": data,
+        "deploy": deploy,
+        "build": [*llama(), *build],
+        "nvcc": nvcc,
+    }
+
+
+def llama() -> list[str]:
+    """The pin of llama-cpp-python, whose source is compiled: it is in no other lock."""
+    return re.findall(r'^ *"(llama-cpp-python==[\w.]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
 def main() -> None:
+    uv = Path(sys.executable).with_name("uv")
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        uv = Path(folder) / "bin" / "uv"
-        pip = [uv.parent / "python", "-m", "pip", "install", "--quiet", UV]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        if done.returncode:
-            fail(f"{UV} cannot be installed\n{done.stderr.rstrip()}", "check the network, then make lock")
-        where = uv_arguments()
-        cpu = resolve(uv, where, ["data", "cpu", "deploy"])
-        held = Path(folder) / "cpu.txt"
-        held.write_text("\n".join(cpu) + "\n")
-        test = [line for line in resolve(uv, where, ["data", "cpu", "deploy", "test"], held) if line not in cpu]
-        data = resolve(uv, where, ["data"], held)
-        held.write_text("\n".join(from_python(PYTHON, cpu)) + "\n")
-        deploy = resolve(uv, where, ["deploy"], held, PYTHON_DEPLOY)
-    made = {"cpu.txt": cpu, "data.txt": data, "deploy.txt": deploy, "test.txt": test}
-    changes = [change for name, lines in made.items() for change in write(name, lines)]
+        made = locks([str(uv), "--cache-dir", f"{folder}/cache", "pip", "compile", *uv_arguments()], Path(folder))
+    changes = [change for name, lines in made.items() for change in write(f"{name}.txt", lines)]
     print("\n".join(changes) or "no change")
 
 

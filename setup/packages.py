@@ -3,17 +3,35 @@
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 
 from common import AGAIN, NETWORK, attempt, fail, give_up, run
-from interpreter import fits
+from interpreter import fits, said
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
+# What of CUDA a llama.cpp for a GPU loads. torch brings it where there is a torch.
+CUDA_RUNTIME = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
 # pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
 TORCH_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+
+
+def device():
+    """cuda where an NVIDIA GPU answers, else cpu: which of the two locks. FERRY_DEVICE decides otherwise."""
+    given = os.environ.get("FERRY_DEVICE")
+    if given not in (None, "", "cpu", "cuda"):
+        fail(f"FERRY_DEVICE={given}: neither cpu nor cuda", "unset FERRY_DEVICE, then " + AGAIN)
+    suits = sys.platform == "linux" and platform.machine() == "x86_64"
+    return given or ("cuda" if suits and capability() else "cpu")
+
+
+def capability():
+    """The compute capabilities of this machine's NVIDIA cards as CMake wants them, such as 90 or 80;90."""
+    ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    return ";".join(sorted({line.strip().replace(".", "") for line in said(ask).splitlines()}))
 
 
 def read_lock(name):

@@ -16,6 +16,7 @@ from pipeline.publish import card, courier
 from pipeline.record import STAGES, Run
 
 CARD = "README.md"
+LOCKS = Path(__file__).resolve().parents[2] / "setup" / "locks"
 
 STACK = (
     "unsloth",
@@ -253,22 +254,28 @@ def thresholds(run: Run, config: Config) -> dict:
 
 
 def provenance(run: Run) -> dict:
-    """What made this, to make it again."""
+    """What made this, to make it again. In an image git is not there to be asked: the image knows its checkout."""
+    image = files.read_json(Path(os.environ["FERRY_IMAGE"])) if "FERRY_IMAGE" in os.environ else {}
     return {
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.path(name)) for name in STAGES if run.done(name)},
-        "git": {
-            "url": re.sub(r"//[^/@]*@", "//", _git("remote", "get-url", "origin") or "")
-            or None,  # no token of a remote
-            "commit": _git("rev-parse", "HEAD"),
-            "dirty": bool(_git("status", "--porcelain")),
-        },
-        "lock_sha256": {lock.name: files.sha256(lock) for lock in sorted(Path("setup/locks").glob("*.txt"))},
+        "git": image.get("git") or _checkout(),
+        "image": {"id": os.environ.get("FERRY_IMAGE_ID")}
+        | {key: image[key] for key in ("sources", "base", "debian", "device", "llama.cpp")}
+        if image
+        else None,
+        "lock_sha256": {lock.name: files.sha256(lock) for lock in sorted(LOCKS.glob("*.txt"))},
         "llama_cpp": llamacpp.version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: version(name) for name in STACK},
     }
+
+
+def _checkout() -> dict:
+    """The commit that runs, and whether it was changed since."""
+    url = re.sub(r"//[^/@]*@", "//", _git("remote", "get-url", "origin") or "")  # no token of a remote
+    return {"url": url or None, "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
 
 
 def _git(*arguments: str) -> str | None:

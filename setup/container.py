@@ -1,0 +1,242 @@
+"""Ferry's image: when a target runs in it, how it is built, how it is started. Any Python 3.6 of the host will do.
+
+    python3 setup/container.py where  [SETTING=value ...] -- train      `image`, `native` or `refused`; on stderr, why
+    python3 setup/container.py build  [SETTING=value ...]
+    python3 setup/container.py run    [SETTING=value ...] -- train CONFIG=...
+    python3 setup/container.py shell  [SETTING=value ...]
+    python3 setup/container.py arguments [DEVICE=...]       the build arguments, for another builder
+
+Settings, all of them make's: DOCKER=0|1, IMAGE=name:tag, DEVICE=cpu|cuda, ENGINE=docker|podman, MOUNT="folder ...",
+DOCKER_BUILD_FLAGS, DOCKER_RUN_FLAGS. The graph runs inside; the checkout is mounted at its own path, so that what is
+printed inside is true outside. The code that runs is the image's.
+"""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+
+from common import cache_folder, fail
+from interpreter import said
+from packages import capability, device
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# What the image is made from (.dockerignore lets in no more); their hash tells whether an image is this checkout's.
+SOURCES = [
+    "contract",
+    "deploy",
+    "pipeline",
+    "setup",
+    "docker",
+    "Makefile",
+    "Modelfile.template",
+    "NOTICE",
+    "LICENSE",
+    "pyproject.toml",
+]
+ASK = '{{index .Config.Labels "ferry.sources"}} {{.Id}}'
+# By name: the value never stands on a command line, in a log or in the image.
+PASSED = (
+    "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "WANDB_API_KEY", "WANDB_MODE", "CUDA_VISIBLE_DEVICES",
+    "UNSLOTH_FORCE_CPU", "OMP_NUM_THREADS", "FERRY_HUB_SECONDS", "FERRY_SILENCE_SECONDS", "FERRY_API_KEY",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)  # fmt: skip
+
+
+def decide(settings):
+    """(in the image?, why), from what was typed, else from what this machine is."""
+    asked = settings.get("DOCKER", "")
+    if asked not in ("", "0", "1"):
+        fail(f"DOCKER={asked}: neither 0 nor 1", "DOCKER=1 runs in the image, DOCKER=0 without one")
+    if asked:
+        return asked == "1", "DOCKER=" + asked
+    if settings.get("IMAGE"):
+        return True, "IMAGE=" + settings["IMAGE"]
+    if inside():
+        return False, "this machine is itself a container"
+    if device() == "cpu":
+        return False, "no NVIDIA GPU here"
+    lack = lacking(settings.get("ENGINE", "docker"))
+    return (False, lack) if lack else (True, "an NVIDIA GPU and a container engine that can reach it")
+
+
+def where(settings, goal):
+    """The one word for make, which does not see this program's exit code; why, for the user."""
+    try:
+        chosen, why = decide(settings)
+    except SystemExit:
+        return "refused"
+    sys.stderr.write("{}: {} ({})\n".format(goal, "in the image" if chosen else "natively", why))
+    return "image" if chosen else "native"
+
+
+def inside():
+    """Is this machine a container? A rented pod is one, and has no engine of its own."""
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "KUBERNETES_SERVICE_HOST" in os.environ
+
+
+def lacking(engine):
+    """What a container with a GPU would need and is not here; nothing if all is."""
+    about = said([engine, "info", "--format", "{{json .}}"])
+    if not about:
+        return f"no {engine} here that answers"
+    if "nvidia" not in about and not said(["nvidia-ctk", "--version"]):
+        return f"{engine} has no NVIDIA runtime (nvidia-container-toolkit; then: nvidia-ctk runtime configure)"
+    return ""
+
+
+def engine_of(settings):
+    """The engine, which must answer."""
+    engine = settings.get("ENGINE") or "docker"
+    if not said([engine, "version"]):
+        cure = "start it or install it; ENGINE=podman takes another one, DOCKER=0 runs without"
+        fail(f"the container engine `{engine}` does not answer", cure)
+    return engine
+
+
+def kind_of(settings, otherwise):
+    """cpu or cuda."""
+    kind = settings.get("DEVICE") or otherwise
+    if kind not in ("cpu", "cuda"):
+        fail(f"DEVICE={kind}: there is an image for cpu and one for cuda", "DEVICE=cpu or DEVICE=cuda")
+    return kind
+
+
+def sources():
+    """Twelve hex digits of everything that goes into the image."""
+    digest = hashlib.sha256()
+    for path in sorted(path for name in SOURCES for path in files_of(os.path.join(ROOT, name))):
+        with open(path, "rb") as file:
+            content = hashlib.sha256(file.read()).hexdigest()
+        digest.update(f"{os.path.relpath(path, ROOT)} {content}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def files_of(path):
+    """A file, or all files of a folder that are not made by running them."""
+    if os.path.isfile(path):
+        return [path]
+    walked = ((folder, name) for folder, _, names in os.walk(path) for name in names)
+    return [os.path.join(*found) for found in walked if not found[0].endswith("__pycache__")]
+
+
+def revision():
+    """The checkout's commit, whether it was changed since, and where it came from, for provenance."""
+    git = ["git", "-C", ROOT]
+    url = said(git + ["remote", "get-url", "origin"]).split("@")[-1]  # no token of a remote
+    changed = "true" if said(git + ["status", "--porcelain"]) else "false"
+    return {"COMMIT": said(git + ["rev-parse", "HEAD"]), "DIRTY": changed, "ORIGIN": url}
+
+
+def arguments(kind):
+    """The image's build arguments. None is a secret: they stay in its history."""
+    given = dict({"DEVICE": kind, "SOURCES": sources()}, **revision())
+    if kind == "cuda" and capability():  # only this card's code: five times faster to compile
+        given["CUDA_ARCHITECTURES"] = capability()
+    return given
+
+
+def build(settings, kind, name):
+    """`docker build`, with the sources' hash as a label."""
+    command = [engine_of(settings), "build", "--file", "docker/Dockerfile", "--tag", name]
+    command += [word for item in arguments(kind).items() for word in ("--build-arg", "=".join(item))]
+    command += shlex.split(settings.get("DOCKER_BUILD_FLAGS", "")) + ["."]
+    code = subprocess.call(command, cwd=ROOT, env=dict(os.environ, DOCKER_BUILDKIT="1"))
+    if code:
+        fail(f"the image {name} could not be built (exit {code})", "read what is above, then make image")
+
+
+def image(settings, otherwise):
+    """The name of the image to run: the one asked for, or this checkout's, built if it is not there as it should be."""
+    engine, given = engine_of(settings), settings.get("IMAGE")
+    kind = kind_of(settings, otherwise)
+    name = given or "ferry:" + kind
+    ask = [engine, "image", "inspect", "--format", ASK, name]
+    found = said(ask).split()
+    if given and not found and subprocess.call([engine, "pull", name]):
+        fail(f"there is no image {name}", "correct IMAGE, or leave it out to have it built")
+    elif not given and found[:1] != [sources()]:
+        build(settings, kind, name)
+    found = said(ask).split()
+    if found[:1] != [sources()]:
+        sys.stderr.write(f"note: {name} was made from other sources than this checkout; its code runs\n")
+    return name, kind, found[-1]
+
+
+def run(settings, command, terminal):
+    """Become `docker run`: its signals and its exit code are ours."""
+    name, kind, identity = image(settings, device())
+    engine = engine_of(settings)
+    started = [engine, "run", "--rm", "--init", "--user", user(engine), "--read-only"]
+    # exec: what Triton and libffi compile is loaded from there
+    started += ["--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
+    started += ["--shm-size", "8g", "--stop-timeout", "120"]  # loaders' shared memory; time to write a checkpoint
+    started += gpu(engine) if kind == "cuda" else []
+    started += ["--interactive", "--tty"] if terminal else []
+    started += [word for name in PASSED if name in os.environ for word in ("--env", name)]
+    started += ["--env", "FERRY_IMAGE_ID=" + identity, "--workdir", ROOT]
+    started += [word for place in mounts(settings) for word in ("--volume", place)]
+    started += shlex.split(settings.get("DOCKER_RUN_FLAGS", "")) + [name] + command
+    sys.stdout.flush()
+    os.execvp(engine, started)
+
+
+def user(engine):
+    """The caller, so that what is written is his. A rootless engine maps its root to him."""
+    rootless = "rootless" in said([engine, "info", "--format", "{{json .SecurityOptions}}"])
+    return "0:0" if rootless else f"{os.getuid()}:{os.getgid()}"
+
+
+def gpu(engine):
+    """How a container gets to see the cards."""
+    return ["--device", "nvidia.com/gpu=all"] if engine.endswith("podman") else ["--gpus", "all"]
+
+
+def mounts(settings):
+    """The checkout, the caches and what MOUNT names; made here, or the engine would make them as root."""
+    hub = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    inside = {cache_folder(): "/cache", os.path.abspath(hub): "/cache/huggingface", ROOT: ROOT}
+    for folder in shlex.split(settings.get("MOUNT", "")):
+        inside[os.path.abspath(folder)] = os.path.abspath(folder)
+    for folder in inside:
+        if ":" in folder:
+            fail(f"{folder}: a path with a colon cannot be mounted", "DOCKER=0 runs without an image")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            fail(
+                f"cannot make {folder}: {error.strerror}",
+                "give another folder in MOUNT, FERRY_CACHE or HF_HOME",
+            )
+    return ["{}:{}".format(*place) for place in inside.items()]
+
+
+def read(words):
+    """({setting: value}, what comes after --)"""
+    end = words.index("--") if "--" in words else len(words)
+    return dict(word.split("=", 1) for word in words[:end]), words[end + 1 :]
+
+
+def main():
+    """One of the five."""
+    what, (settings, goals) = sys.argv[1], read(sys.argv[2:])
+    if what == "where":
+        print(where(settings, goals[0]))
+    elif what == "arguments":
+        print("\n".join("=".join(item) for item in arguments(kind_of(settings, "cuda")).items()))
+    elif what == "build":
+        kind = kind_of(settings, "cuda")
+        build(settings, kind, settings.get("IMAGE") or "ferry:" + kind)
+    elif what == "shell":
+        run(settings, ["bash"], sys.stdin.isatty())
+    else:
+        run(
+            settings,
+            ["make", "--no-print-directory", "-f", "/opt/ferry/Makefile"] + goals,
+            sys.stdout.isatty() and sys.stdin.isatty(),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`make lock-images`: write the digest of each base image into docker/Dockerfile, behind the tag it is the digest of.
+
+    python3 setup/pin.py            ask the registry and write
+    python3 setup/pin.py --check    say which base is not pinned by a digest; exit code 2 if one is (the release workflow)
+
+skopeo asks, or docker where there is none.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from common import fail
+from interpreter import said
+
+FILE = Path(os.environ.get("FERRY_DOCKERFILE") or Path(__file__).resolve().parent.parent / "docker" / "Dockerfile")
+BASE = re.compile(r"^(ARG BASE_IMAGE=)([^\s@]+)(@sha256:[0-9a-f]{64})?$", re.MULTILINE)
+
+
+def digest(name: str) -> str:
+    """sha256:... of what the tag stands for now, for all platforms."""
+    asks = (
+        ["skopeo", "inspect", "--no-tags", "--format", "{{.Digest}}", "docker://" + name],
+        ["docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}", name],
+    )
+    for ask in asks:
+        if re.fullmatch("sha256:[0-9a-f]{64}", answer := said(ask)):
+            return answer
+    fail(f"no registry answered for {name}", "install skopeo, check the network, then make lock-images")
+
+
+def main() -> None:
+    text = FILE.read_text()
+    if "--check" in sys.argv:
+        if loose := [found[2] for found in BASE.finditer(text) if not found[3]]:
+            fail(f"not pinned by a digest: {', '.join(loose)}", "make lock-images, then commit docker/Dockerfile")
+        return
+    pinned = BASE.sub(lambda found: f"{found[1]}{found[2]}@{digest(found[2].split('@')[0])}", text)
+    FILE.write_text(pinned)
+    print("\n".join("".join(found[1:3]) for found in BASE.findall(pinned)) if pinned != text else "no change")
+
+
+if __name__ == "__main__":
+    main()
