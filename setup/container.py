@@ -19,7 +19,7 @@ import sys
 
 from common import cache_folder, fail
 from interpreter import said
-from packages import capability, device
+from packages import capability, check_driver, device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What the image is made from (.dockerignore lets in no more); their hash tells whether an image is this checkout's.
@@ -168,6 +168,8 @@ def run(settings, command, terminal):
     """Become `docker run`: its signals and its exit code are ours."""
     name, kind, identity = image(settings, device())
     engine = engine_of(settings)
+    if kind == "cuda":
+        check_driver()
     started = [engine, "run", "--rm", "--init", "--user", user(engine), "--read-only"]
     # exec: what Triton and libffi compile is loaded from there
     started += ["--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--security-opt", "no-new-privileges"]

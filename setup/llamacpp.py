@@ -34,7 +34,8 @@ from common import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
 from packages import capability, device, read_lock
 
 RECIPE = 2  # raise it when this file builds something else from the same inputs
-DISK = 700e6  # sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air
+# Sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air. nvcc alone is 0.84 GB.
+DISK = 700e6 if device() == "cpu" else 4e9
 RENDER = Path(__file__).with_name("render.cpp")
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 MAC = sys.platform == "darwin"
@@ -256,11 +257,17 @@ def toolkit(work: Path) -> list[str]:
     """Where CMake finds CUDA in wheels: no lib64 and no unversioned libraries, so each is named."""
     if not cuda():
         return []
-    (there,) = work.glob("tools/lib/python3*/site-packages/nvidia/cu13")
+    there = cuda_wheels(work)
     cudart, cublas = there / "lib/libcudart.so.13", there / "lib/libcublas.so.13"
     places = {"CMAKE_CUDA_COMPILER": there / "bin/nvcc", "CMAKE_CUDA_FLAGS": f"-L{there}/lib", "CUDA_CUDART": cudart}
     places |= {"CUDA_cudart_LIBRARY": cudart, "CUDA_cublas_LIBRARY": cublas}
+    places |= {"CMAKE_EXE_LINKER_FLAGS": "-Wl,-rpath-link," + str(there / "lib")}
     return [f"-D{name}={place}" for name, place in places.items()]
+
+
+def cuda_wheels(work: Path) -> Path:
+    """Where with_tools has put the toolkit."""
+    return next(work.glob("tools/lib/python3*/site-packages/nvidia/cu13"))
 
 
 def compile_render(source: Path, build: Path, log: Path) -> None:
@@ -273,6 +280,7 @@ def compile_render(source: Path, build: Path, log: Path) -> None:
     headers += [f"-I{source / name}" for name in ("common", "include", "ggml/include", "vendor")]
     libraries = ["-L" + str(build / "bin"), "-lllama-common", "-lllama", "-lggml", "-lggml-base"]
     place = "-Wl,-rpath," + ("@loader_path" if MAC else "$ORIGIN")
+    libraries += [f"-Wl,-rpath-link,{cuda_wheels(build.parent)}/lib"] if cuda() else []
     command = [cxx, "-std=c++17", "-O1", RENDER, *headers, *libraries, place, "-o", build / "bin" / "llama-render"]
     run(command, log, "llama-render could not be compiled", f"read the log; then {AGAIN}")
 
@@ -304,7 +312,9 @@ def make_wheels(source: Path, built: Path, wheels: Path, only_wheel: bool, log: 
     libraries = source / "llama_cpp" / "lib"
     libraries.mkdir(exist_ok=True)
     for path in built.iterdir():  # libggml.so and libggml.so.0, not libggml.so.0.25.3: a wheel holds no links
-        if re.fullmatch(r"lib(llama|ggml[\w-]*)\.(so(\.\d+)?|(\d+\.)?dylib)", path.name):
+        if path.name != "libggml-cuda.so" and re.fullmatch(
+            r"lib(llama|ggml[\w-]*)\.(so(\.\d+)?|(\d+\.)?dylib)", path.name
+        ):
             shutil.copy(path, libraries / path.name)
     (source / ".gitignore").unlink(missing_ok=True)  # scikit-build-core leaves out what git ignores: these libraries
     os.rename(source / ".git", source.parent / "git")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from interpreter import fits, said
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
+CUDA = (13, 0)  # of the torch in cuda.txt
 # What of CUDA a llama.cpp for a GPU loads. torch brings it where there is a torch.
 CUDA_RUNTIME = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
 # pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
@@ -32,6 +34,16 @@ def capability():
     """The compute capabilities of this machine's NVIDIA cards as CMake wants them, such as 90 or 80;90."""
     ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     return ";".join(sorted({line.strip().replace(".", "") for line in said(ask).splitlines()}))
+
+
+def check_driver():
+    """A driver that is too old is found by torch after minutes of download, in words of its own."""
+    found = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", said(["nvidia-smi"]))
+    if device() == "cuda" and found and (int(found.group(1)), int(found.group(2))) < CUDA:
+        told = "the NVIDIA driver here runs CUDA {}.{} at most; Ferry's torch needs {}.{}".format(
+            *found.groups() + CUDA
+        )
+        fail(told, "take a machine with driver 580 or newer, or FERRY_DEVICE=cpu for a CPU")
 
 
 def read_lock(name):
