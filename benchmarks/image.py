@@ -97,7 +97,7 @@ def main() -> None:
         found += layers(images.IMAGE, "CPU image")
         if "cuda" in sys.argv:
             found += layers("ferry:cuda", "CUDA image")
-        inside = "DOCKER=1 ENGINE=podman DEVICE=cpu DOCKER_RUN_FLAGS=--network=none".split()
+        inside = ["DOCKER=1", "ENGINE=podman", "DEVICE=cpu", "DOCKER_RUN_FLAGS=--network=none"]
         found.append(row("start: make config, in the image", wall_s=median_of([*MAKE, "config", *inside])))
         found.append(row("start: make config", wall_s=median_of([*MAKE, "config"]), system="native"))
     table.write("image", " ".join(["benchmarks/image.py", *sys.argv[1:]]), ("pip",), found)

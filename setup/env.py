@@ -22,8 +22,8 @@ from interpreter import hand_over, said
 from packages import (
     BUILT,
     CUDA_RUNTIME,
-    check_driver,
     TORCH_INDEX,
+    check_driver,
     device,
     elsewhere,
     install,
