@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,26 +272,93 @@ def test_a_finished_environment_says_so_and_changes_nothing(setup, tmp_path):
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "all there" in done.stdout
 
 
-def test_the_locks_pin_every_line(setup):
-    assert [path.stem for path in LOCKS] == sorted(name for names in setup.env.LOCKS.values() for name in names)
+def test_the_locks_pin_every_line():
+    assert [path.stem for path in LOCKS] == ["build", "cpu", "cuda", "data", "deploy", "nvcc", "test"]
     for path in LOCKS:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert len(lines) >= 5
         for line in lines:
-            assert re.fullmatch(r"[a-z0-9.-]+==[\w.+]+( ; .+)?", line), line
-            assert "'never'" not in line and not line.startswith(
-                ("llama-cpp-python", "gguf", "torchvision", "xformers")
-            )
+            assert re.fullmatch(r"[a-z0-9.-]+={2,3}[\w.+]+( ; .+)?", line), line
+            assert "'never'" not in line and not line.startswith(("gguf", "torchvision", "xformers"))
+            assert path.stem == "build" or not line.startswith("llama-cpp-python"), "compiled, in no environment's lock"
 
 
-def test_the_locks_hold_the_pins_of_pyproject():
-    project = tomllib.loads((SETUP.parent / "pyproject.toml").read_text())["project"]
-    locked = {line for path in LOCKS for line in path.read_text().splitlines()}
-    names = {line.split("==")[0] for line in locked}
-    wishes = [wish for extra in project["optional-dependencies"].values() for wish in extra] + project["dependencies"]
-    for wish in wishes:
-        if not wish.startswith("llama-cpp-python"):
-            assert wish in locked if "==" in wish else wish.split("<")[0] in names, wish
+@pytest.fixture
+def card(setup, monkeypatch):
+    """A machine with an NVIDIA card, as nvidia-smi tells of it."""
+
+    def of(capability="9.0", cuda="13.0"):
+        def said(command):
+            if command[0] != "nvidia-smi":
+                return ""
+            return capability if len(command) > 1 else f"| NVIDIA-SMI 580.1    CUDA Version: {cuda}  |"
+
+        for name in ("FERRY_DEVICE", "FERRY_CUDA"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(setup.packages, "said", said)
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        return setup
+
+    return of
+
+
+def test_a_card_decides_the_lock_and_what_is_compiled(setup, card):
+    assert (
+        setup.packages.device() == "cpu"
+        and not setup.llamacpp.cuda()
+        and "CUDA" not in " ".join(setup.llamacpp.flags())
+    )
+    cpu = setup.llamacpp.key()
+    flags = card("9.0\n8.0\n8.0").llamacpp.flags()
+    assert setup.packages.device() == "cuda" and setup.llamacpp.key() != cpu
+    for flag in ("CMAKE_CUDA_ARCHITECTURES=80;90", "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_NO_VMM=ON"):
+        assert "-D" + flag in flags
+    assert "-DCMAKE_INSTALL_RPATH=$ORIGIN;$ORIGIN/../../nvidia/cu13/lib" in flags, "beside torch's libraries"
+
+
+def test_asked_for_without_a_card_it_is_compiled_for_all_of_them(setup, monkeypatch):
+    monkeypatch.setenv("FERRY_DEVICE", "cuda")
+    assert setup.llamacpp.cuda() == "75;80;90;100;120"
+    monkeypatch.setenv("FERRY_CUDA", "90")
+    assert setup.llamacpp.cuda() == "90"
+    monkeypatch.setenv("FERRY_DEVICE", "cpu")
+    assert setup.llamacpp.cuda() == ""
+    monkeypatch.setenv("FERRY_DEVICE", "tpu")
+    with pytest.raises(SystemExit):
+        setup.packages.device()
+
+
+@pytest.mark.parametrize(("cuda", "old"), [("12.8", True), ("13.0", False), ("13.2", False)])
+def test_an_old_driver_is_refused_before_the_download(card, capsys, cuda, old):
+    packages = card(cuda=cuda).packages
+    if not old:
+        return packages.check_driver()
+    with pytest.raises(SystemExit):
+        packages.check_driver()
+    error, hint = refusal(capsys)
+    assert "runs CUDA 12.8 at most" in error and "needs 13.0" in error and "driver 580" in hint
+
+
+def test_torchs_cuda_is_the_one_that_drivers_are_checked_for(setup):
+    pinned = dict(
+        line.split(" ")[0].split("==")[:2]
+        for line in setup.packages.read_lock("cuda").splitlines()
+        if "===" not in line and "==" in line
+    )
+    assert tuple(map(int, pinned["cuda-toolkit"].split(".")[:2])) == setup.packages.CUDA
+
+
+def test_the_tools_for_a_card_are_pinned_wheels(card, monkeypatch, tmp_path):
+    llamacpp, ran = card().llamacpp, []
+    monkeypatch.setattr(llamacpp, "run", lambda command, *_: ran.append([str(word) for word in command]))
+    llamacpp.with_tools(tmp_path, tmp_path / "log")
+    words = ran[-1]
+    assert "--no-deps" in words and not [word for word in words if word.startswith(("llama-cpp-python", "#"))]
+    assert {"cmake", "ninja", "nvidia-cuda-nvcc", "nvidia-cublas"} <= {word.split("==")[0] for word in words}
+    wheels = tmp_path / "tools/lib/python3.11/site-packages/nvidia/cu13"
+    wheels.mkdir(parents=True)
+    assert f"-DCMAKE_CUDA_COMPILER={wheels}/bin/nvcc" in llamacpp.toolkit(tmp_path)
 
 
 def test_the_lock_reports_what_moved(setup, monkeypatch, tmp_path):
