@@ -34,13 +34,12 @@ AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
-# Where the cloud side runs: natively, or in Ferry's image (docker/). What was typed or exported decides, else what this
-# machine is; setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
+# Where the cloud side runs: natively, or in Ferry's image (docker/). What was typed decides, else what this machine is;
+# setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
 CONTAINER := $(PYTHON) setup/container.py
 IMAGED    := demo train check preflight config preview data finetune evaluate export verify publish
-set       = $(foreach name,$(1),$(if $(filter-out undefined default file,$(origin $(name))),$(call quoted,$(name)=$($(name)))))
-ASKED     := $(call set,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS)
-PASSED    := $(call set,CONFIG RUN SET RUNS MODELS REPO QUANT)
+ASKED     := $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
+PASSED    := $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$($(name)))))
 ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
 ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
 export FERRY_WHERE := $(shell $(CONTAINER) where $(ASKED) -- $(firstword $(MAKECMDGOALS)))

@@ -69,7 +69,7 @@ def layers(name: str, case: str) -> list[dict]:
     """Every layer over 10 MB, and all of them."""
     shape = "{{.Size}}\t{{.CreatedBy}}"
     listed = podman("history", "--human=false", "--no-trunc", "--format", shape, name, check=True).stdout.splitlines()
-    found = [(int(size), made) for size, made in (line.split("\t", 1) for line in reversed(listed))]
+    found = [(int(size.removesuffix(" B")), made) for size, made in (line.split("\t", 1) for line in reversed(listed))]
     rows = [row(f"{case}: {said(made)}", mb=round(size / 1e6)) for size, made in found if size > 1e7]
     return [*rows, row(f"{case}: all layers", mb=round(sum(size for size, _ in found) / 1e6))]
 

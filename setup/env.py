@@ -24,6 +24,7 @@ from packages import (
     CUDA_RUNTIME,
     TORCH_INDEX,
     check_driver,
+    check_headers,
     device,
     elsewhere,
     install,
@@ -191,6 +192,8 @@ def main():
     if ready(venv, side, want):
         return print(place + ": all there")
     check_driver()
+    if side in TORCH:
+        check_headers()
     writable_folder(cache, "FERRY_CACHE=/some/other/folder " + AGAIN)
     writable_folder(venv, elsewhere())
     with llamacpp.locked(os.path.join(cache, "env.lock"), print):

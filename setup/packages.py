@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 
 from common import AGAIN, NETWORK, attempt, fail, give_up, run
@@ -44,6 +45,13 @@ def check_driver():
             *found.groups() + CUDA
         )
         fail(told, "take a machine with driver 580 or newer, or FERRY_DEVICE=cpu for a CPU")
+
+
+def check_headers():
+    """Triton compiles against them in the first training step, and fails in words of its own."""
+    if device() == "cuda" and not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        told = "Python.h is missing: on a GPU, Triton compiles against it when the training starts"
+        fail(told, "sudo apt-get install python{}.{}-dev, then {}".format(*sys.version_info[:2] + (AGAIN,)))
 
 
 def read_lock(name):

@@ -340,6 +340,17 @@ def test_an_old_driver_is_refused_before_the_download(card, capsys, cuda, old):
     assert "runs CUDA 12.8 at most" in error and "needs 13.0" in error and "driver 580" in hint
 
 
+def test_missing_headers_are_said_before_the_download(card, capsys, monkeypatch, tmp_path):
+    packages = card().packages
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit):
+        packages.check_headers()
+    error, hint = refusal(capsys)
+    assert "Python.h is missing" in error and "-dev" in hint
+    (tmp_path / "Python.h").touch()
+    packages.check_headers()
+
+
 def test_torchs_cuda_is_the_one_that_drivers_are_checked_for(setup):
     pinned = dict(
         line.split(" ")[0].split("==")[:2]
