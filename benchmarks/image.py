@@ -17,7 +17,8 @@ import table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests import images
 from tests.conftest import MAKE, ROOT
-from tests.images import podman
+
+PARTS = ("base", "Debian packages", "CUDA and triton", "torch", "llama.cpp", "other Python packages")
 
 
 def seconds(action, times: int = 1) -> float:
@@ -65,21 +66,12 @@ def median_of(command: list, times: int = 5) -> float:
     return sorted(first_line(command) for _ in range(times))[times // 2]
 
 
-def layers(name: str, case: str) -> list[dict]:
-    """Every layer over 10 MB, and all of them."""
-    shape = "{{.Size}}\t{{.CreatedBy}}"
-    listed = podman("history", "--human=false", "--no-trunc", "--format", shape, name, check=True).stdout.splitlines()
-    found = [(int(size.removesuffix(" B")), made) for size, made in (line.split("\t", 1) for line in reversed(listed))]
-    rows = [row(f"{case}: {said(made)}", mb=round(size / 1e6)) for size, made in found if size > 1e7]
-    return [*rows, row(f"{case}: all layers", mb=round(sum(size for size, _ in found) / 1e6))]
-
-
-def said(made: str) -> str:
-    """The step of the Dockerfile, without what buildah writes around it."""
-    step = made.replace("/bin/sh -c ", "").replace("#(nop) ", "").split("|")[-1].strip()
-    if "install-debian-packages" in step:
-        return "Debian packages"
-    return step.split(" in ")[-1].strip() if step.startswith("COPY") else step[:60] or "base"
+def layers(name: str, case: str, parts: tuple[str, ...]) -> list[dict]:
+    """The layers that count, in the Dockerfile's order, and all of them."""
+    sizes = images.layers(name)
+    large = [size for size in sizes if size > 1e7]
+    rows = [row(f"{case}: {part}", mb=round(size / 1e6)) for part, size in zip(parts, large, strict=True)]
+    return [*rows, row(f"{case}: all layers", mb=round(sum(sizes) / 1e6))]
 
 
 def row(case: str, mb=None, wall_s=None, system: str = "ferry") -> dict:
@@ -94,9 +86,9 @@ def main() -> None:
         found.append(row("CPU image: build again, nothing changed", wall_s=seconds(make_image, 3)))
         found.append(row("CPU image: build again, a line of a stage changed", wall_s=seconds(after_a_change, 3)))
         make_image()
-        found += layers(images.IMAGE, "CPU image")
+        found += layers(images.IMAGE, "CPU image", tuple(part for part in PARTS if part != "CUDA and triton"))
         if "cuda" in sys.argv:
-            found += layers("ferry:cuda", "CUDA image")
+            found += layers("ferry:cuda", "CUDA image", PARTS)
         inside = ["DOCKER=1", "ENGINE=podman", "DEVICE=cpu", "DOCKER_RUN_FLAGS=--network=none"]
         found.append(row("start: make config, in the image", wall_s=median_of([*MAKE, "config", *inside])))
         found.append(row("start: make config", wall_s=median_of([*MAKE, "config"]), system="native"))

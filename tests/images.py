@@ -4,6 +4,7 @@ The stand-in base is Debian 12 as the real one is, made from the same packages. 
 reach its package index. llama.cpp is the build that the native tests use; everything else is `make image` as it is.
 """
 
+import json
 import os
 import re
 import shlex
@@ -121,6 +122,7 @@ def built(folder: Path) -> str:
     lend_llama(folder)
     done = make_image()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    podman("image", "prune", "--force", "--filter", "until=48h")  # layers of older checkouts
     return IMAGE
 
 
@@ -128,3 +130,9 @@ def make_image(*arguments: str) -> subprocess.CompletedProcess:
     """`make image` of the CPU image, by podman."""
     command = [*MAKE, "image", "DEVICE=cpu", "ENGINE=podman", f"DOCKER_BUILD_FLAGS={build_flags()}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"FERRY_LLAMA_FLAGS": ""})
+
+
+def layers(name: str) -> list[int]:
+    """The bytes of each layer, the base first."""
+    listed = json.loads(podman("history", "--format", "json", name, check=True).stdout)
+    return [layer["size"] for layer in reversed(listed)]
