@@ -13,6 +13,7 @@ printed inside is true outside. The code that runs is the image's.
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def inside():
 def lacking(engine):
     """What a container with a GPU would need and is not here; nothing if all is."""
     about = said([engine, "info", "--format", "{{json .}}"])
-    if not about:
+    if not about or '"ServerErrors"' in about:  # an old docker tells of itself when its daemon does not
         return f"no {engine} here that answers"
     if "nvidia" not in about and not said(["nvidia-ctk", "--version"]):
         return f"{engine} has no NVIDIA runtime (nvidia-container-toolkit; then: nvidia-ctk runtime configure)"
@@ -124,14 +125,15 @@ def files_of(path):
 def revision():
     """The checkout's commit, whether it was changed since, and where it came from, for provenance."""
     git = ["git", "-C", ROOT]
-    url = said(git + ["remote", "get-url", "origin"]).split("@")[-1]  # no token of a remote
+    url = re.sub("//[^/@]*@", "//", said(git + ["remote", "get-url", "origin"]))  # no token of a remote
     changed = "true" if said(git + ["status", "--porcelain"]) else "false"
     return {"COMMIT": said(git + ["rev-parse", "HEAD"]), "DIRTY": changed, "ORIGIN": url}
 
 
 def arguments(kind):
     """The image's build arguments. None is a secret: they stay in its history."""
-    given = dict({"DEVICE": kind, "SOURCES": sources()}, **revision())
+    # An old buildah does not follow the Dockerfile's own default to a stage.
+    given = dict({"DEVICE": kind, "LLAMA_IMAGE": "llama-built", "SOURCES": sources()}, **revision())
     if kind == "cuda" and capability():  # only this card's code: five times faster to compile
         given["CUDA_ARCHITECTURES"] = capability()
     return given
@@ -141,7 +143,7 @@ def build(settings, kind, name):
     """`docker build`, with the sources' hash as a label."""
     command = [engine_of(settings), "build", "--file", "docker/Dockerfile", "--tag", name]
     command += [word for item in arguments(kind).items() for word in ("--build-arg", "=".join(item))]
-    command += shlex.split(settings.get("DOCKER_BUILD_FLAGS", "")) + ["."]
+    command += words(settings, "DOCKER_BUILD_FLAGS") + ["."]
     code = subprocess.call(command, cwd=ROOT, env=dict(os.environ, DOCKER_BUILDKIT="1"))
     if code:
         fail(f"the image {name} could not be built (exit {code})", "read what is above, then make image")
@@ -179,7 +181,7 @@ def run(settings, command, terminal):
     started += [word for name in PASSED if name in os.environ for word in ("--env", name)]
     started += ["--env", "FERRY_IMAGE_ID=" + identity, "--workdir", ROOT]
     started += [word for place in mounts(settings) for word in ("--volume", place)]
-    started += shlex.split(settings.get("DOCKER_RUN_FLAGS", "")) + [name] + command
+    started += words(settings, "DOCKER_RUN_FLAGS") + [name] + command
     sys.stdout.flush()
     os.execvp(engine, started)
 
@@ -195,13 +197,24 @@ def gpu(engine):
     return ["--device", "nvidia.com/gpu=all"] if engine.endswith("podman") else ["--gpus", "all"]
 
 
+def words(settings, name):
+    """A setting that is a list, as a shell would read it."""
+    try:
+        return shlex.split(settings.get(name, ""))
+    except ValueError as error:
+        fail(f"{name}={settings[name]}: {error}", f"correct {name}")
+
+
 def mounts(settings):
     """The checkout, the caches and what MOUNT names; made here, or the engine would make them as root."""
     hub = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     inside = {cache_folder(): "/cache", os.path.abspath(hub): "/cache/huggingface", ROOT: ROOT}
-    for folder in shlex.split(settings.get("MOUNT", "")):
-        inside[os.path.abspath(folder)] = os.path.abspath(folder)
-    for folder in inside:
+    for folder in map(os.path.abspath, words(settings, "MOUNT")):
+        if not os.path.exists(folder):
+            fail(f"MOUNT: there is no {folder}", "correct MOUNT")
+        inside[folder] = folder
+    # The last one is where the engine would make a mount point, as root.
+    for folder in [*inside, os.path.join(cache_folder(), "huggingface")]:
         if ":" in folder:
             fail(f"{folder}: a path with a colon cannot be mounted", "DOCKER=0 runs without an image")
         try:

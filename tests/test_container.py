@@ -118,6 +118,13 @@ def test_how_it_is_started(container, monkeypatch, tmp_path):
     assert (tmp_path / "cache").is_dir(), "the engine would make it as root"
 
 
+@pytest.mark.parametrize("mount", ["'/data", "/no/such/folder", "/a:b"])
+def test_a_mount_that_cannot_be_is_refused(container, mount, capsys):
+    with pytest.raises(SystemExit):
+        container({}).mounts({"MOUNT": mount})
+    assert "MOUNT" in capsys.readouterr().err
+
+
 def test_engines_differ(container, monkeypatch):
     rootless = (
         CARD
