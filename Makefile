@@ -39,7 +39,7 @@ PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 CONTAINER := $(PYTHON) setup/container.py
 IMAGED    := demo train check preflight config preview data finetune evaluate export verify publish
 ASKED     := $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
-PASSED    := $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$($(name)))))
+PASSED    := $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
 ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
 ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
 export FERRY_WHERE := $(shell $(CONTAINER) where $(ASKED) -- $(firstword $(MAKECMDGOALS)))

@@ -48,7 +48,10 @@ def version() -> str:
 def surroundings() -> dict[str, str]:
     """The environment of its tools: on a GPU box they load the CUDA libraries that torch brought."""
     cuda = Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "lib"
-    return os.environ | ({"LD_LIBRARY_PATH": str(cuda)} if cuda.is_dir() else {})
+    if not cuda.is_dir():
+        return dict(os.environ)
+    before = os.environ.get("LD_LIBRARY_PATH")  # some machines have the driver's own library only there
+    return os.environ | {"LD_LIBRARY_PATH": f"{cuda}:{before}" if before else str(cuda)}
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import sys
 
 from common import cache_folder, fail
 from interpreter import said
-from packages import capability, check_driver, device
+from packages import capability, check_card, device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What the image is made from (.dockerignore lets in no more); their hash tells whether an image is this checkout's.
@@ -37,11 +37,12 @@ SOURCES = [
     "pyproject.toml",
 ]
 ASK = '{{index .Config.Labels "ferry.sources"}} {{.Id}}'
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # By name: the value never stands on a command line, in a log or in the image.
 PASSED = (
     "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "WANDB_API_KEY", "WANDB_MODE", "CUDA_VISIBLE_DEVICES",
     "UNSLOTH_FORCE_CPU", "OMP_NUM_THREADS", "FERRY_HUB_SECONDS", "FERRY_SILENCE_SECONDS", "FERRY_API_KEY",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+    *PROXIES,
 )  # fmt: skip
 
 
@@ -50,6 +51,9 @@ def decide(settings):
     asked = settings.get("DOCKER", "")
     if asked not in ("", "0", "1"):
         fail(f"DOCKER={asked}: neither 0 nor 1", "DOCKER=1 runs in the image, DOCKER=0 without one")
+    if settings.get("DEVICE", device()) != device() and asked != "1" and not settings.get("IMAGE"):
+        told = "DEVICE={} chooses an image, and this machine's device is {}".format(settings["DEVICE"], device())
+        fail(told, "DOCKER=1 DEVICE={0} in the image, FERRY_DEVICE={0} without one".format(settings["DEVICE"]))
     if asked:
         return asked == "1", "DOCKER=" + asked
     if settings.get("IMAGE"):
@@ -119,22 +123,27 @@ def files_of(path):
     if os.path.isfile(path):
         return [path]
     walked = ((folder, name) for folder, _, names in os.walk(path) for name in names)
-    return [os.path.join(*found) for found in walked if not found[0].endswith("__pycache__")]
+    return [
+        os.path.join(*found)
+        for found in walked
+        if not found[0].endswith("__pycache__") and os.path.isfile(os.path.join(*found))
+    ]
 
 
 def revision():
     """The checkout's commit, whether it was changed since, and where it came from, for provenance."""
     git = ["git", "-C", ROOT]
     url = re.sub("//[^/@]*@", "//", said(git + ["remote", "get-url", "origin"]))  # no token of a remote
-    changed = "true" if said(git + ["status", "--porcelain"]) else "false"
-    return {"COMMIT": said(git + ["rev-parse", "HEAD"]), "DIRTY": changed, "ORIGIN": url}
+    commit = said(git + ["rev-parse", "HEAD"])
+    changed = said(git + ["status", "--porcelain"]) or not commit
+    return {"COMMIT": commit, "DIRTY": "true" if changed else "false", "ORIGIN": url}
 
 
-def arguments(kind):
-    """The image's build arguments. None is a secret: they stay in its history."""
+def arguments(kind, own):
+    """The image's build arguments; own: for this machine alone. None is a secret: they stay in its history."""
     # An old buildah does not follow the Dockerfile's own default to a stage.
     given = dict({"DEVICE": kind, "LLAMA_IMAGE": "llama-built", "SOURCES": sources()}, **revision())
-    if kind == "cuda" and capability():  # only this card's code: five times faster to compile
+    if own and kind == "cuda" and capability():  # only this card's code: five times faster to compile
         given["CUDA_ARCHITECTURES"] = capability()
     return given
 
@@ -142,7 +151,10 @@ def arguments(kind):
 def build(settings, kind, name):
     """`docker build`, with the sources' hash as a label."""
     command = [engine_of(settings), "build", "--file", "docker/Dockerfile", "--tag", name]
-    command += [word for item in arguments(kind).items() for word in ("--build-arg", "=".join(item))]
+    command += [
+        word for item in arguments(kind, not settings.get("IMAGE")).items() for word in ("--build-arg", "=".join(item))
+    ]
+    command += [word for name in PROXIES if name in os.environ for word in ("--build-arg", name)]
     command += words(settings, "DOCKER_BUILD_FLAGS") + ["."]
     code = subprocess.call(command, cwd=ROOT, env=dict(os.environ, DOCKER_BUILDKIT="1"))
     if code:
@@ -161,6 +173,8 @@ def image(settings, otherwise):
     elif not given and found[:1] != [sources()]:
         build(settings, kind, name)
     found = said(ask).split()
+    if not found:
+        fail(f"{name} was made, and {engine} does not have it", "unset BUILDX_BUILDER, then the same command")
     if found[:1] != [sources()]:
         sys.stderr.write(f"note: {name} was made from other sources than this checkout; its code runs\n")
     return name, kind, found[-1]
@@ -168,19 +182,22 @@ def image(settings, otherwise):
 
 def run(settings, command, terminal):
     """Become `docker run`: its signals and its exit code are ours."""
-    name, kind, identity = image(settings, device())
     engine = engine_of(settings)
-    if kind == "cuda":
-        check_driver()
+    if kind_of(settings, device()) == "cuda":
+        check_card()
+    name, kind, identity = image(settings, device())
     started = [engine, "run", "--rm", "--init", "--user", user(engine), "--read-only"]
     # exec: what Triton and libffi compile is loaded from there
     started += ["--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
+    if os.getuid() == 0 and os.stat(ROOT).st_uid:  # `sudo make`: root without it writes to no one's folders
+        started += ["--cap-add", "DAC_OVERRIDE"]
     started += ["--shm-size", "8g", "--stop-timeout", "120"]  # loaders' shared memory; time to write a checkpoint
     started += gpu(engine) if kind == "cuda" else []
     started += ["--interactive", "--tty"] if terminal else []
     started += [word for name in PASSED if name in os.environ for word in ("--env", name)]
-    started += ["--env", "FERRY_IMAGE_ID=" + identity, "--workdir", ROOT]
-    started += [word for place in mounts(settings) for word in ("--volume", place)]
+    # Ctrl-C must reach what make started, and not make alone.
+    started += ["--env", "TINI_KILL_PROCESS_GROUP=1", "--env", "FERRY_IMAGE_ID=" + identity, "--workdir", ROOT]
+    started += [word for place in mounts(settings, command) for word in ("--volume", place)]
     started += words(settings, "DOCKER_RUN_FLAGS") + [name] + command
     sys.stdout.flush()
     os.execvp(engine, started)
@@ -188,7 +205,8 @@ def run(settings, command, terminal):
 
 def user(engine):
     """The caller, so that what is written is his. A rootless engine maps its root to him."""
-    rootless = "rootless" in said([engine, "info", "--format", "{{json .SecurityOptions}}"])
+    shape = "{{.Host.Security.Rootless}}" if engine.endswith("podman") else "{{json .SecurityOptions}}"
+    rootless = re.search("true|rootless", said([engine, "info", "--format", shape]))
     return "0:0" if rootless else f"{os.getuid()}:{os.getgid()}"
 
 
@@ -205,26 +223,61 @@ def words(settings, name):
         fail(f"{name}={settings[name]}: {error}", f"correct {name}")
 
 
-def mounts(settings):
-    """The checkout, the caches and what MOUNT names; made here, or the engine would make them as root."""
-    hub = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
-    inside = {cache_folder(): "/cache", os.path.abspath(hub): "/cache/huggingface", ROOT: ROOT}
-    for folder in map(os.path.abspath, words(settings, "MOUNT")):
-        if not os.path.exists(folder):
-            fail(f"MOUNT: there is no {folder}", "correct MOUNT")
-        inside[folder] = folder
-    # The last one is where the engine would make a mount point, as root.
-    for folder in [*inside, os.path.join(cache_folder(), "huggingface")]:
-        if ":" in folder:
-            fail(f"{folder}: a path with a colon cannot be mounted", "DOCKER=0 runs without an image")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            fail(
-                f"cannot make {folder}: {error.strerror}",
-                "give another folder in MOUNT, FERRY_CACHE or HF_HOME",
-            )
-    return ["{}:{}".format(*place) for place in inside.items()]
+def mounts(settings, goals):
+    """Where the container sees which folder of this machine; made here, or the engine would make them as root."""
+    hub = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    # Made inside the cache first: there the engine would make a mount point.
+    pairs = [
+        (cache_folder(), "/cache"),
+        (os.path.join(cache_folder(), "huggingface"), None),
+        (hub, "/cache/huggingface"),
+    ]
+    pairs += [(ROOT, ROOT)] + [(place, place) for place in outside(goals) + asked_for(settings)]
+    for folder, _ in pairs:
+        make_folder(folder)
+    return [f"{os.path.abspath(folder)}:{place}" for folder, place in pairs if place]
+
+
+def asked_for(settings):
+    """The folders of MOUNT, which must be there."""
+    found = [os.path.abspath(os.path.expanduser(folder)) for folder in words(settings, "MOUNT")]
+    for folder in found:
+        if not os.path.isdir(folder):
+            fail(f"MOUNT: there is no folder {folder}", "correct MOUNT")
+    return found
+
+
+def outside(goals):
+    """Folders that the graph writes to or reads from and that are not in the checkout, or only by a link."""
+    given = dict(
+        {"RUNS": "runs", "MODELS": "models", "REPO": "hub"}, **dict(g.split("=", 1) for g in goals if "=" in g)
+    )
+    paths = [
+        given[name]
+        for name in ("RUNS", "MODELS", "REPO")
+        if name != "REPO" or given[name].startswith(("/", ".", "hub"))
+    ]
+    paths += [os.path.dirname(given["CONFIG"])] if "CONFIG" in given else []
+    both = [resolve(os.path.join(ROOT, path)) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
+    return sorted(
+        {path for path in both if not (path + os.sep).startswith((ROOT + os.sep, os.path.realpath(ROOT) + os.sep))}
+    )
+
+
+def make_folder(folder):
+    """A folder that can be mounted where it is."""
+    if ":" in folder:
+        fail(f"{folder}: a path with a colon cannot be mounted", "DOCKER=0 runs without an image")
+    if any(
+        (taken + os.sep).startswith(os.path.abspath(folder).rstrip(os.sep) + os.sep)
+        for taken in ("/opt/ferry", "/opt/venv", "/usr")
+    ):
+        fail(f"{folder}: what the image has there would be hidden", "choose another folder, or DOCKER=0")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        told = f"cannot make {folder}: {error.strerror}"
+        fail(told, "give another folder in RUNS, MODELS, FERRY_CACHE or HF_HOME")
 
 
 def read(words):
@@ -239,7 +292,7 @@ def main():
     if what == "where":
         print(where(settings, goals[0]))
     elif what == "arguments":
-        print("\n".join("=".join(item) for item in arguments(kind_of(settings, "cuda")).items()))
+        print("\n".join("=".join(item) for item in arguments(kind_of(settings, "cuda"), own=False).items()))
     elif what == "build":
         kind = kind_of(settings, "cuda")
         build(settings, kind, settings.get("IMAGE") or "ferry:" + kind)
@@ -254,4 +307,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

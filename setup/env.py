@@ -23,7 +23,7 @@ from packages import (
     BUILT,
     CUDA_RUNTIME,
     TORCH_INDEX,
-    check_driver,
+    check_card,
     check_headers,
     device,
     elsewhere,
@@ -53,7 +53,7 @@ STEPS = {"train": 5, "image": 5, "deploy": 3, "data": 2}
 def wanted(side):
     """What a finished environment has: the locks' hashes, and which llama.cpp."""
     locks = {name: hashlib.sha256(read_lock(name).encode()).hexdigest() for name in LOCKS[side]}
-    return {"device": device(), "locks": locks, "llama.cpp": wanted_llama_cpp(side)}
+    return {"device": None if side == "data" else device(), "locks": locks, "llama.cpp": wanted_llama_cpp(side)}
 
 
 def wanted_llama_cpp(side):
@@ -191,8 +191,8 @@ def main():
     place = f"environment: {venv}, {describe(side, want)}"
     if ready(venv, side, want):
         return print(place + ": all there")
-    check_driver()
     if side in TORCH:
+        check_card()
         check_headers()
     writable_folder(cache, "FERRY_CACHE=/some/other/folder " + AGAIN)
     writable_folder(venv, elsewhere())

@@ -57,14 +57,14 @@ def whole(described: dict) -> dict:
     for command in ("python -m pipeline --help", "python -m deploy --help", "make -f /opt/ferry/Makefile"):
         subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL, cwd="/")
     git = {
-        "url": os.environ["ORIGIN"] or None,
-        "commit": os.environ["COMMIT"] or None,
-        "dirty": os.environ["DIRTY"] != "false",
+        "url": os.environ.get("ORIGIN") or None,
+        "commit": os.environ.get("COMMIT") or None,
+        "dirty": os.environ.get("DIRTY") != "false",
     }
     locks = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((HERE / "locks").glob("*.txt"))
     }
-    return {"sources": os.environ["SOURCES"], "git": git, "locks": locks, **described}
+    return {"sources": os.environ.get("SOURCES"), "git": git, "locks": locks, **described}
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def sysctl(name):
 def said(command):
     """What a command prints; nothing if it fails."""
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode().strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode(errors="replace").strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

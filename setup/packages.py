@@ -1,10 +1,12 @@
 """An environment and what pip puts into it. Old syntax, like env.py, which imports it."""
 
+import functools
 import importlib.util
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +18,7 @@ from interpreter import fits, said
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
 CUDA = (13, 0)  # of the torch in cuda.txt
+OLDEST_CARD = 75  # for which CUDA 13 compiles
 # What of CUDA a llama.cpp for a GPU loads. torch brings it where there is a torch.
 CUDA_RUNTIME = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
 # pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
@@ -23,28 +26,44 @@ TORCH_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--r
 
 
 def device():
-    """cuda where an NVIDIA GPU answers, else cpu: which of the two locks. FERRY_DEVICE decides otherwise."""
+    """cuda where there is an NVIDIA card that torch can use, else cpu: which of the two locks. FERRY_DEVICE decides otherwise."""
     given = os.environ.get("FERRY_DEVICE")
     if given not in (None, "", "cpu", "cuda"):
         fail(f"FERRY_DEVICE={given}: neither cpu nor cuda", "unset FERRY_DEVICE, then " + AGAIN)
     suits = sys.platform == "linux" and platform.machine() == "x86_64"
-    return given or ("cuda" if suits and capability() else "cpu")
+    return given or ("cuda" if suits and shutil.which("nvidia-smi") and not unfit() else "cpu")
+
+
+@functools.lru_cache(maxsize=None)  # noqa: UP033 - functools.cache is of Python 3.9
+def nvidia_smi(*words):
+    """What it says; asked once, for it may take a second."""
+    return said(("nvidia-smi",) + words)
 
 
 def capability():
     """The compute capabilities of this machine's NVIDIA cards as CMake wants them, such as 90 or 80;90."""
-    ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    return ";".join(sorted({line.strip().replace(".", "") for line in said(ask).splitlines()}))
+    lines = nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
+    found = {line.strip() for line in lines if re.match(r" *\d+\.\d+ *$", line)}
+    return ";".join(sorted((each.replace(".", "") for each in found), key=int))
 
 
-def check_driver():
-    """A driver that is too old is found by torch after minutes of download, in words of its own."""
-    found = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", said(["nvidia-smi"]))
-    if device() == "cuda" and found and (int(found.group(1)), int(found.group(2))) < CUDA:
-        told = "the NVIDIA driver here runs CUDA {}.{} at most; Ferry's torch needs {}.{}".format(
-            *found.groups() + CUDA
-        )
-        fail(told, "take a machine with driver 580 or newer, or FERRY_DEVICE=cpu for a CPU")
+def unfit():
+    """Why the NVIDIA card of this machine cannot be used; empty if it can."""
+    found = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", nvidia_smi())
+    if not capability():
+        return "nvidia-smi is here, and names no card"
+    if int(capability().split(";")[0]) < OLDEST_CARD:
+        return "a card of compute capability {}: CUDA {}.{} begins with 7.5 (T4)".format(capability(), *CUDA)
+    if found and (int(found.group(1)), int(found.group(2))) < CUDA:
+        told = "the NVIDIA driver here runs CUDA {}.{} at most; Ferry's torch needs {}.{} (driver 580)"
+        return told.format(*found.groups() + CUDA)
+    return ""
+
+
+def check_card():
+    """A card that cannot be used is no reason to train on the CPU without a word: torch would find it after the download."""
+    if not os.environ.get("FERRY_DEVICE") and shutil.which("nvidia-smi") and unfit():
+        fail(unfit(), "take another machine, or FERRY_DEVICE=cpu for the CPU")
 
 
 def check_headers():

@@ -40,9 +40,12 @@ def container(monkeypatch):
 
         monkeypatch.setattr(container, "said", said)
         monkeypatch.setattr(packages, "said", said)
+        monkeypatch.setattr(packages.shutil, "which", lambda name: name if name in answers else None)
+        packages.nvidia_smi.cache_clear()
         return container
 
-    return machine
+    yield machine
+    packages.nvidia_smi.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -121,11 +124,53 @@ def test_how_it_is_started(container, monkeypatch, tmp_path):
 @pytest.mark.parametrize("mount", ["'/data", "/no/such/folder", "/a:b"])
 def test_a_mount_that_cannot_be_is_refused(container, mount, capsys):
     with pytest.raises(SystemExit):
-        container({}).mounts({"MOUNT": mount})
+        container({}).mounts({"MOUNT": mount}, [])
     assert "MOUNT" in capsys.readouterr().err
 
 
+def test_what_the_graph_reads_and_writes_elsewhere_is_mounted(container, monkeypatch, tmp_path):
+    """Typed paths outside the checkout, and links that lead out of it."""
+    monkeypatch.setenv("FERRY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    module = container({})
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "large").mkdir()
+    (tmp_path / "checkout/runs").symlink_to(tmp_path / "large")
+    monkeypatch.setattr(module, "ROOT", str(tmp_path / "checkout"))
+    found = module.mounts({}, ["train", f"MODELS={tmp_path}/models", "REPO=you/m", f"CONFIG={tmp_path}/configs/a.yaml"])
+    for name in ("large", "models", "configs", "checkout"):
+        assert f"{tmp_path}/{name}:{tmp_path}/{name}" in found
+    assert {f"{tmp_path}/cache:/cache", f"{tmp_path}/cache:/cache/huggingface"} <= set(found), "one folder for both"
+    assert len(found) == 6 and (tmp_path / "models").is_dir()
+    with pytest.raises(SystemExit):
+        module.mounts({"MOUNT": "/opt"}, [])
+
+
+def test_sudo_may_write_into_the_users_checkout(container, monkeypatch):
+    """Root without capabilities may write to no one's folders but its own."""
+    assert "--cap-add" not in started(container, monkeypatch, DOCKER, {})
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    real = os.stat
+    theirs = os.stat_result([1000 if place == 4 else value for place, value in enumerate(real(ROOT))])  # st_uid
+    monkeypatch.setattr("os.stat", lambda path, **how: theirs if path == str(ROOT) else real(path, **how))
+    assert "--cap-add DAC_OVERRIDE" in " ".join(started(container, monkeypatch, DOCKER, {}))
+
+
+def test_a_device_that_chooses_nothing_is_refused(container, capsys):
+    with pytest.raises(SystemExit):
+        container({}).decide({"DEVICE": "cuda"})
+    assert "FERRY_DEVICE=cuda without one" in capsys.readouterr().err
+
+
+def test_an_image_for_others_is_compiled_for_every_card(container):
+    module = container(CARD)
+    assert module.arguments("cuda", own=True)["CUDA_ARCHITECTURES"] == "90"
+    assert "CUDA_ARCHITECTURES" not in module.arguments("cuda", own=False)
+
+
 def test_engines_differ(container, monkeypatch):
+    mine = CARD | {"podman version": "5", "podman info --format {{.Host.Security.Rootless}}": "true"}
+    assert "--user 0:0" in " ".join(started(container, monkeypatch, mine, {"ENGINE": "podman"}))
     rootless = (
         CARD
         | {
@@ -143,7 +188,7 @@ def test_engines_differ(container, monkeypatch):
 
 def test_what_was_typed_reaches_the_graph_inside():
     env = {name: value for name, value in os.environ.items() if name not in ("FERRY_WHERE", "MAKEFLAGS")}
-    wishes = ["CONFIG=my configs/a.yaml", "SET=a=1 b='x y'", "RUN=r", "REPO=you/m", "DOCKER=1", "MOUNT=/data"]
+    wishes = ["CONFIG=my configs/a.yaml", "SET=a=1 b='x y' c=$$$$d", "RUN=r", "REPO=you/m", "DOCKER=1", "MOUNT=/data"]
     done = subprocess.run(
         ["make", "-n", "train", *wishes], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
@@ -151,7 +196,8 @@ def test_what_was_typed_reaches_the_graph_inside():
         ["bash", "-c", f"printf '%s\\n' {done.stdout}"], capture_output=True, text=True
     ).stdout.splitlines()
     assert words[:3] == ["python3", "setup/container.py", "run"] and words.index("DOCKER=1") < words.index("--")
-    assert "train" in words and {*wishes[:4]} <= set(words[words.index("--") :])
+    inside = set(words[words.index("--") :])
+    assert "train" in inside and {*wishes[:4]} <= inside, "as it was typed: the make inside expands it once more"
 
 
 def test_sources_are_what_the_image_is_made_from(container, monkeypatch, tmp_path):

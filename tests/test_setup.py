@@ -296,11 +296,14 @@ def card(setup, monkeypatch):
         for name in ("FERRY_DEVICE", "FERRY_CUDA"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(setup.packages, "said", said)
+        monkeypatch.setattr(setup.packages.shutil, "which", lambda name: "/usr/bin/" + name)
+        setup.packages.nvidia_smi.cache_clear()
         monkeypatch.setattr(sys, "platform", "linux")
         monkeypatch.setattr("platform.machine", lambda: "x86_64")
         return setup
 
-    return of
+    yield of
+    setup.packages.nvidia_smi.cache_clear()
 
 
 def test_a_card_decides_the_lock_and_what_is_compiled(setup, card):
@@ -329,15 +332,29 @@ def test_asked_for_without_a_card_it_is_compiled_for_all_of_them(setup, monkeypa
         setup.packages.device()
 
 
-@pytest.mark.parametrize(("cuda", "old"), [("12.8", True), ("13.0", False), ("13.2", False)])
-def test_an_old_driver_is_refused_before_the_download(card, capsys, cuda, old):
-    packages = card(cuda=cuda).packages
-    if not old:
-        return packages.check_driver()
+@pytest.mark.parametrize(
+    ("capability", "cuda", "told"),
+    [
+        ("9.0", "13.0", ""),
+        ("7.5", "13.2", ""),
+        ("9.0", "12.8", "runs CUDA 12.8 at most; Ferry's torch needs 13.0"),
+        ("7.0\n9.0", "13.0", "begins with 7.5"),
+        ("No devices were found", "13.0", "names no card"),
+        ("[N/A]", "13.0", "names no card"),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_said_before_the_download(card, capsys, monkeypatch, capability, cuda, told):
+    """And the sides that need no torch go on without it."""
+    packages = card(capability, cuda).packages
+    assert packages.device() == ("cpu" if told else "cuda")
+    if not told:
+        return packages.check_card()
     with pytest.raises(SystemExit):
-        packages.check_driver()
+        packages.check_card()
     error, hint = refusal(capsys)
-    assert "runs CUDA 12.8 at most" in error and "needs 13.0" in error and "driver 580" in hint
+    assert told in error and "FERRY_DEVICE=cpu" in hint
+    monkeypatch.setenv("FERRY_DEVICE", "cpu")
+    packages.check_card()
 
 
 def test_missing_headers_are_said_before_the_download(card, capsys, monkeypatch, tmp_path):

@@ -255,7 +255,7 @@ def thresholds(run: Run, config: Config) -> dict:
 
 def provenance(run: Run) -> dict:
     """What made this, to make it again. In an image git is not there to be asked: the image knows its checkout."""
-    image = files.read_json(Path(os.environ["FERRY_IMAGE"])) if "FERRY_IMAGE" in os.environ else {}
+    image = files.read_json(Path(os.environ["FERRY_IMAGE"])) if os.environ.get("FERRY_IMAGE") else {}
     return {
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.path(name)) for name in STAGES if run.done(name)},
