@@ -220,6 +220,28 @@ def test_the_hub_costs_little_more_than_the_bare_client():
         assert mine["peak_memory_gb"] <= rows["ferry", f"0.5 GB: {ours}"]["peak_memory_gb"] + 0.05, "memory is flat"
 
 
+def test_the_image_in_the_readme_is_the_measured_one():
+    results = json.loads((ROOT / "benchmarks" / "results" / "image.json").read_text())
+    rows = {(row["system"], row["case"]): row for row in results["rows"]}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    cold, again, changed = (
+        rows["ferry", f"CPU image: {case}"]["wall_s"]
+        for case in (
+            "cold build, wheels and llama.cpp there", "build again, nothing changed", "build again, a line of a stage changed",
+        )
+    )  # fmt: skip
+    assert (
+        f"takes {cold:.0f} s to build from nothing, {again:.0f} s again when nothing has changed and {changed:.0f} s after"
+        in readme
+    )
+    assert changed < cold / 4, "a change of code installs nothing anew"
+    sizes = [row["MB"] for (_, case), row in rows.items() if case.startswith("CPU image: ") and row["MB"]]
+    total, largest = sorted(sizes)[-1], sorted(sizes)[-2]
+    assert f"Its layers are {total:,} MB, the largest {largest:,};" in readme
+    inside, native = rows["ferry", "start: make config, in the image"], rows["native", "start: make config"]
+    assert f"after {inside['wall_s']:.1f} s in it and {native['wall_s']:.1f} s natively" in readme
+
+
 def test_settings_of_the_deploy_side_are_those_typed_and_not_the_shells():
     """HOST and NAME are variables of many shells and systems."""
     names = {"NAME": "a", "HOST": "b", "PORT": "1", "KEEP": "3", "START": "1"}
