@@ -144,7 +144,7 @@ def arguments(kind, own):
     # An old buildah does not follow the Dockerfile's own default to a stage.
     given = dict({"DEVICE": kind, "LLAMA_IMAGE": "llama-built", "SOURCES": sources()}, **revision())
     if own and kind == "cuda" and capability():  # only this card's code: five times faster to compile
-        given["CUDA_ARCHITECTURES"] = capability()
+        given["FERRY_CUDA"] = capability()
     return given
 
 

@@ -105,7 +105,7 @@ def lend_llama(folder: Path) -> None:
 def build_flags() -> str:
     """What of `make image` is this machine's."""
     flags = ["--isolation", "oci", "--format", "docker", "--network", "host", "--pull=never"]
-    given = {"BASE_IMAGE": BASE, "DEBIAN": "current", "LLAMA_IMAGE": LLAMA, "LLAMA_FLAGS": ""}
+    given = {"BASE_IMAGE": BASE, "DEBIAN": "current", "LLAMA_IMAGE": LLAMA, "FERRY_LLAMA_FLAGS": ""}
     flags += [word for name, value in given.items() for word in ("--build-arg", f"{name}={value}")]
     flags += [word for path in local_folders() for word in ("--volume", f"{path}:{path}:ro")]
     return shlex.join(flags)
