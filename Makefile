@@ -162,7 +162,7 @@ lint: env ## ruff, hadolint, shellcheck, actionlint
 test: env ## every test, the real chain on real weights included
 	@$(VENV)/bin/python -m pytest $(if $(filter test-image,$(MAKECMDGOALS)),,-m 'not image')
 test-image: $(if $(filter test,$(MAKECMDGOALS)),test,env) ## build the CPU image and run the chain in it (root, podman)
-	@$(if $(filter test,$(MAKECMDGOALS)),,$(VENV)/bin/python -m pytest -m image)
+	@$(if $(filter test,$(MAKECMDGOALS)),:,$(VENV)/bin/python -m pytest -m image)
 bench: env ## time and memory of the demo, stage by stage (benchmarks/results/)
 	@bash benchmarks/demo.sh
 
