@@ -148,9 +148,9 @@ def arguments(kind, own):
     return given
 
 
-def build(settings, kind, name):
+def build(settings, engine, kind, name):
     """`docker build`, with the sources' hash as a label."""
-    command = [engine_of(settings), "build", "--file", "docker/Dockerfile", "--tag", name]
+    command = [engine, "build", "--file", "docker/Dockerfile", "--tag", name]
     command += [
         word for item in arguments(kind, not settings.get("IMAGE")).items() for word in ("--build-arg", "=".join(item))
     ]
@@ -161,31 +161,30 @@ def build(settings, kind, name):
         fail(f"the image {name} could not be built (exit {code})", "read what is above, then make image")
 
 
-def image(settings, otherwise):
-    """The name of the image to run: the one asked for, or this checkout's, built if it is not there as it should be."""
-    engine, given = engine_of(settings), settings.get("IMAGE")
-    kind = kind_of(settings, otherwise)
+def image(settings, engine, kind):
+    """(name, id) of the image to run: the one asked for, or this checkout's, built if it is not there as it should be."""
+    given = settings.get("IMAGE")
     name = given or "ferry:" + kind
     ask = [engine, "image", "inspect", "--format", ASK, name]
     found = said(ask).split()
     if given and not found and subprocess.call([engine, "pull", name]):
         fail(f"there is no image {name}", "correct IMAGE, or leave it out to have it built")
     elif not given and found[:1] != [sources()]:
-        build(settings, kind, name)
+        build(settings, engine, kind, name)
     found = said(ask).split()
     if not found:
         fail(f"{name} was made, and {engine} does not have it", "unset BUILDX_BUILDER, then the same command")
     if found[:1] != [sources()]:
         sys.stderr.write(f"note: {name} was made from other sources than this checkout; its code runs\n")
-    return name, kind, found[-1]
+    return name, found[-1]
 
 
 def run(settings, command, terminal):
     """Become `docker run`: its signals and its exit code are ours."""
-    engine = engine_of(settings)
-    if kind_of(settings, device()) == "cuda":
+    engine, kind = engine_of(settings), kind_of(settings, device())
+    if kind == "cuda":
         check_card()
-    name, kind, identity = image(settings, device())
+    name, identity = image(settings, engine, kind)
     started = [engine, "run", "--rm", "--init", "--user", user(engine), "--read-only"]
     # exec: what Triton and libffi compile is loaded from there
     started += ["--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
@@ -226,16 +225,12 @@ def words(settings, name):
 def mounts(settings, goals):
     """Where the container sees which folder of this machine; made here, or the engine would make them as root."""
     hub = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    # Made inside the cache first: there the engine would make a mount point.
-    pairs = [
-        (cache_folder(), "/cache"),
-        (os.path.join(cache_folder(), "huggingface"), None),
-        (hub, "/cache/huggingface"),
-    ]
-    pairs += [(ROOT, ROOT)] + [(place, place) for place in outside(goals) + asked_for(settings)]
-    for folder, _ in pairs:
+    seen = {"/cache": cache_folder(), "/cache/huggingface": os.path.abspath(hub)}
+    seen.update((place, place) for place in [ROOT] + outside(goals) + asked_for(settings))
+    # The last one is where the engine would make a mount point.
+    for folder in [*seen.values(), os.path.join(cache_folder(), "huggingface")]:
         make_folder(folder)
-    return [f"{os.path.abspath(folder)}:{place}" for folder, place in pairs if place]
+    return [f"{folder}:{place}" for place, folder in seen.items()]
 
 
 def asked_for(settings):
@@ -257,7 +252,8 @@ def outside(goals):
         for name in ("RUNS", "MODELS", "REPO")
         if name != "REPO" or given[name].startswith(("/", ".", "hub"))
     ]
-    paths += [os.path.dirname(given["CONFIG"])] if "CONFIG" in given else []
+    config = os.path.dirname(given.get("CONFIG", ""))
+    paths += [config] if os.path.isdir(os.path.join(ROOT, config)) else []  # a mistyped one is the graph's to refuse
     both = [resolve(os.path.join(ROOT, path)) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
     return sorted(
         {path for path in both if not (path + os.sep).startswith((ROOT + os.sep, os.path.realpath(ROOT) + os.sep))}
@@ -295,7 +291,7 @@ def main():
         print("\n".join("=".join(item) for item in arguments(kind_of(settings, "cuda"), own=False).items()))
     elif what == "build":
         kind = kind_of(settings, "cuda")
-        build(settings, kind, settings.get("IMAGE") or "ferry:" + kind)
+        build(settings, engine_of(settings), kind, settings.get("IMAGE") or "ferry:" + kind)
     elif what == "shell":
         run(settings, ["bash"], sys.stdin.isatty())
     else:

@@ -94,7 +94,7 @@ def started(container, monkeypatch, machine, settings, environment=()):
     module = container(machine)
     for name, value in dict(environment).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(module, "image", lambda settings, kind: ("ferry:x", kind, "sha256:1"))
+    monkeypatch.setattr(module, "image", lambda settings, engine, kind: ("ferry:x", "sha256:1"))
     monkeypatch.setattr(module.os, "execvp", lambda name, words: (_ for _ in ()).throw(Became(words)))
     with pytest.raises(Became) as became:
         module.run(settings, ["make", "train"], terminal=False)
@@ -135,6 +135,7 @@ def test_what_the_graph_reads_and_writes_elsewhere_is_mounted(container, monkeyp
     module = container({})
     (tmp_path / "checkout").mkdir()
     (tmp_path / "large").mkdir()
+    (tmp_path / "configs").mkdir()
     (tmp_path / "checkout/runs").symlink_to(tmp_path / "large")
     monkeypatch.setattr(module, "ROOT", str(tmp_path / "checkout"))
     found = module.mounts({}, ["train", f"MODELS={tmp_path}/models", "REPO=you/m", f"CONFIG={tmp_path}/configs/a.yaml"])
@@ -142,6 +143,11 @@ def test_what_the_graph_reads_and_writes_elsewhere_is_mounted(container, monkeyp
         assert f"{tmp_path}/{name}:{tmp_path}/{name}" in found
     assert {f"{tmp_path}/cache:/cache", f"{tmp_path}/cache:/cache/huggingface"} <= set(found), "one folder for both"
     assert len(found) == 6 and (tmp_path / "models").is_dir()
+    twice = module.mounts({"MOUNT": f"{tmp_path}/large"}, [f"RUNS={tmp_path}/large", "CONFIG=/no/such/a.yaml"])
+    assert twice.count(f"{tmp_path}/large:{tmp_path}/large") == 1 and len(twice) == 4, (
+        "an engine refuses a place named twice"
+    )
+    assert not Path("/no").exists(), "a mistyped config makes no folder"
     with pytest.raises(SystemExit):
         module.mounts({"MOUNT": "/opt"}, [])
 
