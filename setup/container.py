@@ -226,7 +226,8 @@ def mounts(settings, goals):
     """Where the container sees which folder of this machine; made here, or the engine would make them as root."""
     hub = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     seen = {"/cache": cache_folder(), "/cache/huggingface": os.path.abspath(hub)}
-    seen.update((place, place) for place in [ROOT] + outside(goals) + asked_for(settings))
+    asked = [ROOT] + asked_for(settings)
+    seen.update((place, place) for place in asked + outside(goals, asked))
     # The last one is where the engine would make a mount point.
     for folder in [*seen.values(), os.path.join(cache_folder(), "huggingface")]:
         make_folder(folder)
@@ -242,8 +243,8 @@ def asked_for(settings):
     return found
 
 
-def outside(goals):
-    """Folders that the graph writes to or reads from and that are not in the checkout, or only by a link."""
+def outside(goals, mounted):
+    """Folders that the graph writes to or reads from and that are in none of those mounted, or only by a link."""
     given = dict(
         {"RUNS": "runs", "MODELS": "models", "REPO": "hub"}, **dict(g.split("=", 1) for g in goals if "=" in g)
     )
@@ -255,9 +256,8 @@ def outside(goals):
     config = os.path.dirname(given.get("CONFIG", ""))
     paths += [config] if os.path.isdir(os.path.join(ROOT, config)) else []  # a mistyped one is the graph's to refuse
     both = [resolve(os.path.join(ROOT, path)) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
-    return sorted(
-        {path for path in both if not (path + os.sep).startswith((ROOT + os.sep, os.path.realpath(ROOT) + os.sep))}
-    )
+    within = tuple(folder.rstrip(os.sep) + os.sep for folder in [*mounted, os.path.realpath(ROOT)])
+    return sorted({path for path in both if not (path + os.sep).startswith(within)})
 
 
 def make_folder(folder):

@@ -1,6 +1,7 @@
 """Paths and the one real chain that several tests look at."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def at_root(monkeypatch):
 
 
 MAKE = ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.executable}"]
+
+
+def typed() -> dict[str, str]:
+    """The environment of a `make` that a user types, without what the `make` that runs these tests left in it."""
+    return {
+        name: value for name, value in os.environ.items() if not re.match("FERRY_WHERE|M(AKE)?FLAGS|MAKELEVEL", name)
+    }
 
 
 def make(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess:

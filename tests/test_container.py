@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, typed
 
 SETUP, DOCKERFILE = ROOT / "setup", ROOT / "docker" / "Dockerfile"
 CARD = {"nvidia-smi": "9.0"}
@@ -83,8 +83,7 @@ def test_a_pod_runs_natively(container, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_in_two_lines(arguments, told, cure, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name not in ("FERRY_WHERE", "MAKEFLAGS")}
-    done = subprocess.run(["make", *arguments, "check"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(["make", *arguments, "check"], cwd=ROOT, env=typed(), capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
     assert told in done.stderr and cure in done.stderr and done.stderr.count("error: ") == 1
 
@@ -148,6 +147,10 @@ def test_what_the_graph_reads_and_writes_elsewhere_is_mounted(container, monkeyp
         "an engine refuses a place named twice"
     )
     assert not Path("/no").exists(), "a mistyped config makes no folder"
+    module.mounts(
+        {"MOUNT": f"{tmp_path}/large"}, [f"RUNS={tmp_path}/large/runs", f"MODELS={tmp_path}/large/x/../models"]
+    )
+    assert not list((tmp_path / "large").iterdir()), "what is in a mounted folder is made by the user inside"
     with pytest.raises(SystemExit):
         module.mounts({"MOUNT": "/opt"}, [])
 
@@ -193,10 +196,9 @@ def test_engines_differ(container, monkeypatch):
 
 
 def test_what_was_typed_reaches_the_graph_inside():
-    env = {name: value for name, value in os.environ.items() if name not in ("FERRY_WHERE", "MAKEFLAGS")}
     wishes = ["CONFIG=my configs/a.yaml", "SET=a=1 b='x y' c=$$$$d", "RUN=r", "REPO=you/m", "DOCKER=1", "MOUNT=/data"]
     done = subprocess.run(
-        ["make", "-n", "train", *wishes], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        ["make", "-n", "train", *wishes], cwd=ROOT, env=typed(), capture_output=True, text=True, check=True
     )
     words = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {done.stdout}"], capture_output=True, text=True

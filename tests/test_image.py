@@ -11,7 +11,7 @@ import pytest
 
 from contract import files
 from tests import images
-from tests.conftest import ROOT, Chain
+from tests.conftest import ROOT, Chain, typed
 from tests.images import podman
 
 pytestmark = pytest.mark.image
@@ -57,8 +57,7 @@ def run_in_image(image, chain, tmp_path_factory) -> Chain:
 def started(made: Chain, arguments: list[str], environment: dict) -> subprocess.CompletedProcess:
     """`make` as a user has it: no environment of the tests, which the image would not see."""
     wanted = ["make", "--no-print-directory", *made.settings, *arguments]
-    env = {name: value for name, value in os.environ.items() if name not in ("FERRY_WHERE", "MAKEFLAGS")}
-    return subprocess.run(wanted, cwd=ROOT, env=env | environment, capture_output=True, text=True)
+    return subprocess.run(wanted, cwd=ROOT, env=typed() | environment, capture_output=True, text=True)
 
 
 def listing(folder: Path) -> set[str]:
