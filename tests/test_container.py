@@ -127,6 +127,12 @@ def test_a_mount_that_cannot_be_is_refused(container, mount, capsys):
     assert "MOUNT" in capsys.readouterr().err
 
 
+def test_a_folder_with_a_colon_is_refused_before_it_is_made(container, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        container({}).mounts({}, [f"RUNS={tmp_path}/a:b"])
+    assert "a path with a colon cannot be mounted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_what_the_graph_reads_and_writes_elsewhere_is_mounted(container, monkeypatch, tmp_path):
     """Typed paths outside the checkout, and links that lead out of it."""
     monkeypatch.setenv("FERRY_CACHE", str(tmp_path / "cache"))
@@ -178,6 +184,7 @@ def test_an_image_for_others_is_compiled_for_every_card(container):
 
 
 def test_engines_differ(container, monkeypatch):
+    monkeypatch.setattr("os.getuid", lambda: 1000)
     mine = CARD | {"podman version": "5", "podman info --format {{.Host.Security.Rootless}}": "true"}
     assert "--user 0:0" in " ".join(started(container, monkeypatch, mine, {"ENGINE": "podman"}))
     rootless = (
