@@ -179,8 +179,8 @@ def image(settings, engine, kind):
     return name, found[-1]
 
 
-def run(settings, command, terminal):
-    """Become `docker run`: its signals and its exit code are ours."""
+def run(settings, command, attached):
+    """Become `docker run`: its signals and its exit code are ours. attached: what it takes of stdin and the terminal."""
     engine, kind = engine_of(settings), kind_of(settings, device())
     if kind == "cuda":
         check_card()
@@ -192,7 +192,7 @@ def run(settings, command, terminal):
         started += ["--cap-add", "DAC_OVERRIDE"]
     started += ["--shm-size", "8g", "--stop-timeout", "120"]  # loaders' shared memory; time to write a checkpoint
     started += gpu(engine) if kind == "cuda" else []
-    started += ["--interactive", "--tty"] if terminal else []
+    started += attached
     started += [word for name in PASSED if name in os.environ for word in ("--env", name)]
     # Ctrl-C must reach what make started, and not make alone.
     started += ["--env", "TINI_KILL_PROCESS_GROUP=1", "--env", "FERRY_IMAGE_ID=" + identity, "--workdir", ROOT]
@@ -248,26 +248,25 @@ def outside(goals, mounted):
     given = dict(
         {"RUNS": "runs", "MODELS": "models", "REPO": "hub"}, **dict(g.split("=", 1) for g in goals if "=" in g)
     )
-    paths = [
-        given[name]
-        for name in ("RUNS", "MODELS", "REPO")
-        if name != "REPO" or given[name].startswith(("/", ".", "hub"))
-    ]
+    # A name on the Hub looks like a path in the checkout, which is mounted.
+    paths = [given["RUNS"], given["MODELS"], given["REPO"]]
     config = os.path.dirname(given.get("CONFIG", ""))
     paths += [config] if os.path.isdir(os.path.join(ROOT, config)) else []  # a mistyped one is the graph's to refuse
     both = [resolve(os.path.join(ROOT, path)) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
-    within = tuple(folder.rstrip(os.sep) + os.sep for folder in [*mounted, os.path.realpath(ROOT)])
-    return sorted({path for path in both if not (path + os.sep).startswith(within)})
+    there = [*mounted, os.path.realpath(ROOT)]
+    return sorted({path for path in both if not any(within(path, folder) for folder in there)})
+
+
+def within(path, folder):
+    """Is it that folder, or below it?"""
+    return os.path.commonpath([path, folder]) == folder
 
 
 def make_folder(folder):
     """A folder that can be mounted where it is."""
     if ":" in folder:
         fail(f"{folder}: a path with a colon cannot be mounted", "DOCKER=0 runs without an image")
-    if any(
-        (taken + os.sep).startswith(os.path.abspath(folder).rstrip(os.sep) + os.sep)
-        for taken in ("/opt/ferry", "/opt/venv", "/usr")
-    ):
+    if any(within(taken, folder) for taken in ("/opt/ferry", "/opt/venv", "/usr")):
         fail(f"{folder}: what the image has there would be hidden", "choose another folder, or DOCKER=0")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -293,13 +292,10 @@ def main():
         kind = kind_of(settings, "cuda")
         build(settings, engine_of(settings), kind, settings.get("IMAGE") or "ferry:" + kind)
     elif what == "shell":
-        run(settings, ["bash"], sys.stdin.isatty())
+        run(settings, ["bash"], ["--interactive"] + ["--tty"] * sys.stdin.isatty())
     else:
-        run(
-            settings,
-            ["make", "--no-print-directory", "-f", "/opt/ferry/Makefile"] + goals,
-            sys.stdout.isatty() and sys.stdin.isatty(),
-        )
+        command = ["make", "--no-print-directory", "-f", "/opt/ferry/Makefile"] + goals
+        run(settings, command, ["--interactive", "--tty"] if sys.stdout.isatty() and sys.stdin.isatty() else [])
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def started(container, monkeypatch, machine, settings, environment=()):
     monkeypatch.setattr(module, "image", lambda settings, engine, kind: ("ferry:x", "sha256:1"))
     monkeypatch.setattr(module.os, "execvp", lambda name, words: (_ for _ in ()).throw(Became(words)))
     with pytest.raises(Became) as became:
-        module.run(settings, ["make", "train"], terminal=False)
+        module.run(settings, ["make", "train"], [])
     return became.value.args[0]
 
 

@@ -133,6 +133,12 @@ def test_it_holds_no_compiler_and_its_licences(image):
     assert not re.search(r"/(gcc|g\+\+|cc|c\+\+|ninja|cmake)$", done.stdout, re.MULTILINE) and "NOTICE" in done.stdout
 
 
+def test_a_shell_takes_what_is_piped_into_it(image, chain):
+    ask = ["python3", "setup/container.py", "shell", "DEVICE=cpu", "ENGINE=podman"]
+    done = subprocess.run(ask, cwd=ROOT, input="cat $FERRY_IMAGE; pwd; touch /opt/x", capture_output=True, text=True)
+    assert '"device": "cpu"' in done.stdout and done.stdout.endswith(f"{ROOT}\n") and "Read-only" in done.stderr
+
+
 def test_a_second_build_of_the_same_checkout_is_not_made(image, chain):
     """`make train` takes the image that is there as long as the sources are its own."""
     ask = ["python3", "setup/container.py", "run", "DEVICE=cpu", "ENGINE=podman", "--", "help"]
