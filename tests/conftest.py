@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # `make test &`: a shell starts it deaf to Ctrl-C, its children too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A real training, shorter than the demo's: enough to see that it learns, not to reach the demo's score. Of 24 answers one
