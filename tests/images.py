@@ -122,7 +122,7 @@ def built(folder: Path) -> str:
     lend_llama(folder)
     done = make_image()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    podman("image", "prune", "--force", "--filter", "until=48h")  # layers of older checkouts
+    podman("image", "prune", "--force", "--filter", "until=12h")  # layers of older checkouts
     return IMAGE
 
 
