@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # `make test &`: a shell starts it deaf to Ctrl-C, its children too
+# `make test &`: a shell starts it deaf to Ctrl-C, and its children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A real training, shorter than the demo's: enough to see that it learns, not to reach the demo's score. Of 24 answers one
@@ -44,7 +43,7 @@ def typed() -> dict[str, str]:
 
 def make(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess:
     """`make` in the checkout, as a user types it."""
-    return subprocess.run([*prefix, *MAKE, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([*prefix, *MAKE, *arguments], cwd=ROOT, env=typed(), capture_output=True, text=True)
 
 
 class Chain:
@@ -66,7 +65,13 @@ class Chain:
         """The same in a process group of its own, to be killed."""
         command = [*self.prefix, *MAKE, *self.settings, *arguments]
         return subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=typed(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
 

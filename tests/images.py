@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from contract import files
-from tests.conftest import MAKE, ROOT
+from tests.conftest import MAKE, ROOT, typed
 
 BASE, LLAMA, IMAGE = "localhost/ferry-stand-in:bookworm", "localhost/ferry-llama.cpp:native", "ferry:cpu"
 NEEDS = ("podman", "buildah", "runc", "debootstrap")
@@ -129,7 +129,7 @@ def built(folder: Path) -> str:
 def make_image(*arguments: str) -> subprocess.CompletedProcess:
     """`make image` of the CPU image, by podman."""
     command = [*MAKE, "image", "DEVICE=cpu", "ENGINE=podman", f"DOCKER_BUILD_FLAGS={build_flags()}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"FERRY_LLAMA_FLAGS": ""})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=typed() | {"FERRY_LLAMA_FLAGS": ""})
 
 
 def layers(name: str) -> list[int]:
