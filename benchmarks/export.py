@@ -61,7 +61,7 @@ def prepare(size: str, work: Path) -> Path:
     base = BASE if size == "135M" else str(random_base(work / "base"))
     tree = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     tree["base"]["model"] = base
-    tree["finetune"] |= {"max_steps": 1, "per_device_train_batch_size": 1}
+    tree["finetune"] |= {"max_steps": 1, "train_batch_size": 1}
     tree["evaluate"] |= {"max_rows": 1, "max_new_tokens": 1}
     (work / "config.yaml").write_text(yaml.safe_dump(tree))
     run = work / "run"

@@ -141,7 +141,7 @@ def finetune(folder: Path) -> None:
     """Train the LoRA adapter with Unsloth; goes on from the last complete checkpoint."""
 
     def work(run):
-        from pipeline import finetune as module
+        from pipeline.finetune import stage as module
 
         config = run.config()
         record = module.stage(config.base, config.finetune, run)

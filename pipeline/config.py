@@ -127,13 +127,21 @@ class Finetune(Section):
     use_rslora: bool = False
     loftq_bits: Literal[4, 8] | None = None
     """LoftQ initialisation at that many bits; needs load_in_4bit: false."""
-    use_gradient_checkpointing: Literal["unsloth", True, False] = "unsloth"
+    use_gradient_checkpointing: Literal["auto", "unsloth", True, False] = "auto"
+    """auto: only where a micro-batch of 4,096 tokens would not fit without it; it costs a third of the speed."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides the epochs."""
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 2
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 4
+    train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    """Rows of an optimizer step, exactly. auto: as many as one micro-batch of the card holds, at least 8; `learning_rate` is
+    then that of 8 rows and grows with the square root of the batch."""
+    micro_batch_tokens: Annotated[int, Field(ge=64)] | None = None
+    """Tokens that go through the model at once; none: what fits the card (`make plan`). Memory and speed depend on it, what is
+    learned does not: the gradients of a step's micro-batches add up."""
+    packing: bool = True
+    """On a GPU: a micro-batch is one long row without padding. Where Unsloth cannot (it says so), and on a CPU, rows of similar
+    length are padded."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
@@ -144,12 +152,15 @@ class Finetune(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optim: str = "adamw_8bit"
     """A transformers optimizer name; 8-bit and paged ones become adamw_torch_fused on a CPU."""
-    packing: bool = False
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """Held-out loss while it trains. The adapter with the lowest one is kept then, not the last."""
     eval_steps: Annotated[int, Field(ge=1)] = 100
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    save_steps: Annotated[int, Field(ge=1)] = 100
-    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Evaluations without a lower held-out loss after which the training ends."""
+    save_minutes: Annotated[float, Field(gt=0)] = 10
+    """Minutes between checkpoints: what a machine that vanishes costs at most. The newest is kept, and the best."""
+    save_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints, besides."""
     logging_steps: Annotated[int, Field(ge=1)] = 10
     seed: int = 3407
     report_to: tuple[str, ...] = ()
@@ -275,6 +286,8 @@ class Config(Section):
             faults.append("finetune.loftq_bits quantizes the 16-bit base itself: set base.load_in_4bit to false")
         if self.verify.min_score is not None and self.evaluate.rule == "loss":
             faults.append("verify.min_score needs a task score: set evaluate.rule to one that judges answers")
+        if self.finetune.early_stopping_patience and self.finetune.eval_strategy == "no":
+            faults.append("finetune.early_stopping_patience needs held-out losses: set finetune.eval_strategy to epoch or steps")
         if (self.generation.num_ctx or 0) > self.base.max_seq_length * 8:
             faults.append("generation.num_ctx is more than 8 x base.max_seq_length: the model was not trained for that")
         if faults:
@@ -433,5 +446,6 @@ def warnings(config: Config, rows: int | None = None, longest: int | None = None
 
 def epochs_of(tune: Finetune, rows: int) -> float:
     """Epochs that will be trained over `rows` rows."""
-    per_step = tune.per_device_train_batch_size * tune.gradient_accumulation_steps
-    return tune.max_steps * per_step / rows if tune.max_steps else tune.num_train_epochs
+    if tune.max_steps and tune.train_batch_size != "auto":
+        return tune.max_steps * tune.train_batch_size / rows
+    return tune.num_train_epochs

@@ -63,6 +63,13 @@ def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreT
         )
 
 
+def gpu_bytes() -> float | None:
+    """The card's memory; None where torch sees no GPU."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
 def device() -> str:
     """What the work ran on, in words."""
     import torch

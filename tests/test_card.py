@@ -58,14 +58,15 @@ MADE = {
         "data": {"subset": "small", "split": "train[:2500]"},
         "finetune": {
             "r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05, "bias": "none", "target_modules": ["q_proj", "v_proj"], "use_rslora": False,
-            "loftq_bits": None, "num_train_epochs": 3.0, "max_steps": None, "per_device_train_batch_size": 6,
-            "gradient_accumulation_steps": 4, "learning_rate": 0.0002, "lr_scheduler_type": "cosine", "warmup_steps": 10.0,
+            "loftq_bits": None, "num_train_epochs": 3.0, "max_steps": None,
+            "lr_scheduler_type": "cosine", "warmup_steps": 10.0,
             "weight_decay": 0.01, "max_grad_norm": 1.5, "optim": "adamw_8bit", "seed": 3407,
         },
     },
     "training": {
         "method": "QLoRA", "steps": 240, "epochs": 2.96, "tokens": 8503123, "seconds": 1835.9, "peak_memory_gb": 11.81,
         "device": "NVIDIA H100 80GB HBM3", "seed": 3407, "final_loss": 0.33026959, "trainable": 4884480,
+        "train_batch_size": 24, "learning_rate": 0.0002, "best_step": 192,
     },
     "scores": {
         "rule": "exact", "used": "100 of 120 held-out rows, 1574 tokens (evaluate.max_rows 100)",
@@ -278,10 +279,10 @@ def test_every_file_is_listed_with_its_size_and_sha256():
 
 
 NUMBERS = [
-    *(f"training__{key}" for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "final_loss", "trainable", "seed")),
+    *(f"training__{key}" for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "final_loss", "trainable", "seed", "train_batch_size", "learning_rate", "best_step")),
     *(f"config__finetune__{key}" for key in (
-        "r", "lora_alpha", "lora_dropout", "num_train_epochs", "max_steps", "per_device_train_batch_size", "loftq_bits",
-        "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
+        "r", "lora_alpha", "lora_dropout", "num_train_epochs", "max_steps", "loftq_bits",
+        "warmup_steps", "weight_decay", "max_grad_norm",
     )),
     *(f"dataset__rows__{key}" for key in MADE["dataset"]["rows"]), "config__base__max_seq_length",
     *(f"scores__conversion__{key}" for key in ("kl", "worst", "positions")),

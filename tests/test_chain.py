@@ -116,35 +116,30 @@ def test_a_dropped_label_mask_is_noticed(chain):
     """The guard in finetune, on the run's own rows: labels that are the ids, as TRL makes them when none are given."""
     from types import SimpleNamespace
 
+    import numpy
     import torch
 
-    from pipeline import finetune
+    from pipeline.finetune import batches, checks
 
-    table = rows_of(chain.run / "data" / "train.parquet").slice(0, 2)
-    rows = table.to_pylist()
+    table = rows_of(chain.run / "data" / "train.parquet")
 
-    def trainer(labels):
-        width = max(len(row["input_ids"]) for row in rows)
+    def trainer(change, packed=False):
+        rows = batches.step_rows(table, numpy.arange(2))
 
         def padded(lists, fill):
-            return torch.tensor([row + [fill] * (width - len(row)) for row in lists])
+            width = max(map(len, lists))
+            return torch.tensor([row.tolist() + [fill] * (width - len(row)) for row in lists])
 
-        batch = {
-            "input_ids": padded([r["input_ids"] for r in rows], 0),
-            "labels": padded(labels, -100),
-            "attention_mask": padded([[1] * len(r["input_ids"]) for r in rows], 0),
-        }
-        return SimpleNamespace(
-            args=SimpleNamespace(packing=False), train_dataset=rows, get_train_dataloader=lambda: [batch]
-        )
+        batch = {"input_ids": padded(rows.ids, 0), "labels": padded(rows.labels, -100), "attention_mask": padded([ids * 0 + 1 for ids in rows.ids], 0)}
+        return SimpleNamespace(packed=packed, get_train_dataloader=lambda: [{"rows": rows}], dealt=lambda rows: [change(batch)])
 
-    finetune.check_first_batch(trainer([row["labels"] for row in rows]), table)
+    checks.first_batch(trainer(lambda batch: batch), table)
     with pytest.raises(RuntimeError, match="a row that data did not write"):
-        finetune.check_first_batch(trainer([row["input_ids"] for row in rows]), table)
-    with pytest.raises(RuntimeError, match="kept 2 of 4 rows"):
-        finetune.check_first_batch(
-            trainer([row["labels"] for row in rows]), rows_of(chain.run / "data" / "train.parquet").slice(0, 4)
-        )
+        checks.first_batch(trainer(lambda batch: batch | {"labels": batch["input_ids"]}), table)
+    with pytest.raises(RuntimeError, match="has 1 rows instead of 2"):
+        checks.first_batch(trainer(lambda batch: {name: value[:1] for name, value in batch.items()}), table)
+    with pytest.raises(RuntimeError, match="Unsloth does not pack"):
+        checks.first_batch(trainer(lambda batch: batch, packed=True), table)
 
 
 def test_most_labels_are_masked(chain):

@@ -236,9 +236,10 @@ def test_packing(lengths, limit, expected):
 
 
 def test_steps_are_the_trainers():
-    tune = config.Finetune(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=2)
-    assert report.steps(tune, 17) == 2 * 3
+    tune = config.Finetune(train_batch_size=8, num_train_epochs=2)
+    assert report.steps(tune, 17) == 5, "34 rows, eight a step: steps go on over the end of an epoch"
     assert report.steps(tune.model_copy(update={"max_steps": 7}), 17) == 7
+    assert report.steps(tune.model_copy(update={"train_batch_size": "auto"}), 17) is None
 
 
 def test_the_table_shows_every_number(run):

@@ -9,11 +9,12 @@ import torch
 
 from contract import files, manifest, runtime
 from contract.errors import UserError
-from pipeline import base, finetune, llamacpp
+from pipeline import base, llamacpp
 from pipeline import rows as training_rows
 from pipeline.config import Config
 from pipeline.export import merge
 from pipeline.export import stage as export
+from pipeline.finetune import checks
 from pipeline.publish import stage as publish
 from pipeline.record import Run
 from pipeline.score import held_out
@@ -177,15 +178,15 @@ def test_a_manifest_whose_template_was_changed_makes_no_modelfile(chain):
 
 def test_an_end_without_loss_stops_the_training(chain):
     table = training_rows.read(chain.run / "data" / "train.parquet")
-    finetune.check_ends(table, {2})
+    checks.ends(table, {2})
     rows = table.to_pylist()
     rows[7]["labels"] = [-100 if label == 2 else label for label in rows[7]["labels"]]
     import pyarrow as pa
 
     endless = pa.Table.from_pylist(rows, schema=table.schema)
     with pytest.raises(RuntimeError, match="training row 7 teaches no end"):
-        finetune.check_ends(endless, {2})
-    finetune.check_ends(endless, {2}, cut=1)  # of a row that clean.too_long cut, `data` says so
+        checks.ends(endless, {2})
+    checks.ends(endless, {2}, cut=1)  # of a row that clean.too_long cut, `data` says so
 
 
 # --- the conversion

@@ -65,7 +65,7 @@ def facts(rows: "Spool", config: Config) -> dict:
             "train": total, "loss": learned, "p50": int(_at(lengths, 0.5)), "p95": int(_at(lengths, 0.95)), "max": int(lengths[-1]),
         },
         "packing": {"packs": packs, "full": round(total / (packs * limit), 4), "unpacked_full": round(total / (len(lengths) * limit), 4)},
-        "steps": steps(config.finetune, packs if config.finetune.packing else len(lengths)),
+        "steps": steps(config.finetune, len(lengths)),
         "max_seq_length": limit, "histogram": histogram(lengths),
     }  # fmt: skip
 
@@ -92,12 +92,11 @@ def packed(lengths: np.ndarray, limit: int) -> int:
     return packs
 
 
-def steps(tune: Finetune, units: int) -> int:
-    """Optimizer steps on one device. units: rows, or packs."""
-    return tune.max_steps or math.ceil(
-        math.ceil(math.ceil(units / tune.per_device_train_batch_size) / tune.gradient_accumulation_steps)
-        * tune.num_train_epochs
-    )
+def steps(tune: Finetune, rows: int) -> int | None:
+    """Optimizer steps; None where the rows of a step are left to the card."""
+    if tune.max_steps or tune.train_batch_size == "auto":
+        return tune.max_steps
+    return math.ceil(math.ceil(tune.num_train_epochs * rows) / tune.train_batch_size)
 
 
 def histogram(lengths: np.ndarray) -> list[list[int]]:
@@ -135,10 +134,6 @@ def cautions(facts: dict, config: Config, chat: "Chat") -> list[str]:
         said.append(
             f"{too_long} rows ({too_long / rows['read']:.1%}) are longer than {facts['max_seq_length']} tokens and were dropped: raise base.max_seq_length, or set clean.too_long to truncate"
         )
-    if not config.finetune.packing and facts["packing"]["unpacked_full"] < 0.5 and rows["train"] >= 1000:
-        said.append(
-            f"rows are short: finetune.packing would need {steps(config.finetune, facts['packing']['packs'])} steps instead of {facts['steps']}"
-        )
     return said
 
 
@@ -170,7 +165,7 @@ def table(record: dict) -> str:
             f"{packing['packs']:,} sequences of {limit} tokens, {packing['full']:.1%} full; {packing['unpacked_full']:.1%} full one row each",
         )
     )
-    lines.append(("steps", f"{record['steps']:,} optimizer steps on one device"))
+    lines.append(("steps", f"{record['steps']:,} optimizer steps" if record["steps"] else "as the card allows (finetune.train_batch_size: auto)"))
     return "\n".join([*(f"  {name:8} {text}" for name, text in lines), *bars(record["histogram"])])
 
 

@@ -193,9 +193,10 @@ def _training(made: Manifest) -> str:
     return "## Training\n\n" + table(
         ("", ""),
         ("Method", _say("{}", done.get("method"))),
-        *_settings(made.config.get("finetune", {}), made.config.get("base", {}), str(done.get("device", ""))),
+        *_settings(made.config.get("finetune", {}), done, made.config.get("base", {})),
         ("Seed", None if done.get("seed") is None else code(done["seed"])),
         ("Done", _say("{} steps, {} epochs, {} tokens", done.get("steps"), done.get("epochs"), done.get("tokens"))),
+        ("Kept", _say("the adapter of step {}, which had the lowest held-out loss", done.get("best_step"))),
         ("Trained parameters", _say("{}", done.get("trainable"))),
         ("Last training loss", _say("{}", done.get("final_loss"))),
         ("Time", _say("{} s", done.get("seconds"))),
@@ -204,18 +205,18 @@ def _training(made: Manifest) -> str:
     )
 
 
-def _settings(tune: dict, base: dict, device: str) -> list[tuple[str, str | None]]:
-    """The hyperparameters, as configured."""
-    steps, quantized = tune.get("max_steps"), base.get("load_in_4bit")
+def _settings(tune: dict, done: dict, base: dict) -> list[tuple[str, str | None]]:
+    """The hyperparameters, as configured; batch and learning rate as they were where the card decided."""
+    steps, quantized, device = tune.get("max_steps"), base.get("load_in_4bit"), str(done.get("device", ""))
     return [
         ("Base loaded in", None if quantized is None else "4 bit (nf4)" if quantized else "16 bit"),
         ("LoRA", _say("r {}, alpha {}, dropout {}", *map(tune.get, ("r", "lora_alpha", "lora_dropout")))),
         ("LoRA variants", _variants(tune)),
         ("Target modules", ", ".join(map(code, tune.get("target_modules") or ())) or None),
-        ("Learning rate", _say("{}, {}", tune.get("learning_rate"), tune.get("lr_scheduler_type"))),
+        ("Learning rate", _say("{}, {}", done.get("learning_rate"), tune.get("lr_scheduler_type"))),
         ("Warm-up", _warmup(tune.get("warmup_steps"))),
         ("Length", _say("{} steps", steps) if steps else _say("{} epochs", tune.get("num_train_epochs"))),
-        ("Batch", _say("{} rows x {} accumulation steps", *map(tune.get, ("per_device_train_batch_size", "gradient_accumulation_steps")))),
+        ("Batch", _say("{} rows a step", done.get("train_batch_size"))),
         ("Sequence length", _say("{} tokens", base.get("max_seq_length"))),
         ("Optimizer", _optimizer(tune.get("optim"), device)),
         ("Weight decay", _say("{}", tune.get("weight_decay"))),

@@ -235,7 +235,8 @@ def build(
         files=tuple(beside),
         config=config.model_dump(mode="json"),
         training={"method": "QLoRA" if config.base.load_in_4bit else "LoRA"}
-        | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "final_loss", "trainable")},
+        | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "final_loss", "trainable",
+                                  "rows", "train_batch_size", "learning_rate", "best_step")},
         scores={"rule": config.evaluate.rule, "heldout": scores, "used": run.read("verify")["used"]} | thresholds(run, config),
         provenance=provenance(run),
         **contract,

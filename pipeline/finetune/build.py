@@ -1,0 +1,130 @@
+"""The model with its LoRA matrices, and the trainer around it."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from contract import files
+from contract.errors import UserError
+from pipeline import rows, unsloth
+from pipeline.config import SEVEN, Base, Finetune
+from pipeline.finetune import batches, survive, watch
+from pipeline.finetune.trainer import trainer_class
+from pipeline.plan import cards, memory
+from pipeline.plan.choose import Choice
+from pipeline.record import Run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from trl import SFTTrainer
+
+
+def build_model(weights: Path, base: Base, tune: Finetune, choice: Choice):
+    """The base with its LoRA matrices, for training. torch's and Unsloth's seeds are `tune.seed`."""
+    model, _ = unsloth.load(weights, base)
+    refuse_unknown_targets(model, tune.target_modules)
+    from unsloth import FastLanguageModel
+
+    return FastLanguageModel.get_peft_model(model, **lora_arguments(tune, choice))
+
+
+def build_trainer(model, base: Base, tune: Finetune, run: Run, choice: Choice, written: "pa.Table", order: np.ndarray) -> "SFTTrainer":
+    """TRL's trainer on these rows, in this order; checkpoints and log in finetune/."""
+    from transformers import AutoTokenizer, EarlyStoppingCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    folder, steps, signals = run.folder / "finetune", batches.dataset(written, order, choice.train_batch_size), survive.Signals()
+    callbacks = [survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals), watch.watcher(folder / "log.jsonl")]
+    callbacks += [EarlyStoppingCallback(tune.early_stopping_patience)] if tune.early_stopping_patience else []
+    trainer = trainer_class()(
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer"),
+        args=trainer_arguments(tune, base, choice, len(steps), len(written), folder / "checkpoints"),
+        train_dataset=steps,
+        eval_dataset=heldout(run.output("data", "heldout")) if tune.eval_strategy != "no" else None,
+        callbacks=callbacks,
+    )
+    for shown in (ProgressCallback, PrinterCallback):  # ours has more to say
+        trainer.remove_callback(shown)
+    lengths = batches.lengths(written)[order]
+    meter = watch.Meter(np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size)), flops(model), *cards.of(unsloth.device()))
+    return trainer.prepare(
+        packed=choice.packing, budget=choice.micro_batch_tokens, smallest=int(lengths.max()), signals=signals, meter=meter,
+        memory=unsloth.peak_memory_gb,
+    )  # fmt: skip
+
+
+def flops(model) -> float:
+    """Of one token; 0 for a model whose shape is not known."""
+    shape = memory.shape(model.config.to_dict())
+    return shape.flops() if shape else 0.0
+
+
+def refuse_unknown_targets(model, names: tuple[str, ...]) -> None:
+    """The usual seven fit every model (Unsloth finds fused ones); of others, one that matches nothing is a mistake."""
+    there = {name.split(".")[-1] for name, _ in model.named_modules()}
+    if unknown := sorted(set(names) - there - set(SEVEN)):
+        raise UserError(
+            f"finetune.target_modules: the model has no {', '.join(unknown)}",
+            f"choose among {', '.join(sorted(n for n in there if n.endswith(('proj', 'fc1', 'fc2', 'dense'))))}, with a new RUN=name",
+        )
+
+
+def lora_arguments(tune: Finetune, choice: Choice) -> dict:
+    """Arguments of FastLanguageModel.get_peft_model."""
+    arguments = {
+        "r": tune.r, "lora_alpha": tune.lora_alpha, "lora_dropout": tune.lora_dropout, "bias": tune.bias,
+        "target_modules": list(tune.target_modules), "use_rslora": tune.use_rslora, "random_state": tune.seed,
+        "use_gradient_checkpointing": choice.use_gradient_checkpointing,
+    }  # fmt: skip
+    if tune.loftq_bits:
+        from peft import LoftQConfig
+
+        arguments |= {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=tune.loftq_bits)}
+    return arguments
+
+
+def trainer_arguments(tune: Finetune, base: Base, choice: Choice, steps: int, rows_there: int, checkpoints: Path):
+    """SFTConfig for steps of rows that are tokenized and masked already."""
+    from trl import SFTConfig
+    from unsloth import is_bfloat16_supported
+
+    bf16 = is_bfloat16_supported()
+    passed = tune.model_dump(include={
+        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "seed",
+    })  # fmt: skip
+    watched = tune.eval_strategy != "no"
+    every = tune.eval_steps if tune.eval_strategy == "steps" else -(-rows_there // choice.train_batch_size)
+    try:
+        return SFTConfig(
+            **passed, learning_rate=choice.learning_rate, optim=optimizer(tune.optim), max_steps=steps, num_train_epochs=1,
+            per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1, train_sampling_strategy="sequential",
+            eval_strategy="steps" if watched else "no", eval_steps=every,
+            save_strategy="best" if watched else "no", metric_for_best_model="eval_loss" if watched else None, greater_is_better=False if watched else None,
+            packing=choice.packing, padding_free=False, max_length=base.max_seq_length, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+            pad_to_multiple_of=batches.PACKED if choice.packing else batches.PADDED,
+            bf16=bf16, fp16=not bf16, gradient_checkpointing=bool(choice.use_gradient_checkpointing),
+            report_to=list(tune.report_to) or "none", output_dir=str(checkpoints), logging_first_step=True,
+            include_num_input_tokens_seen="no", logging_nan_inf_filter=False,  # each would wait for the card at every step
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(
+            f"the trainer refuses the settings of finetune: {error}",
+            "correct the finetune section, then start with a new RUN=name",
+        ) from error
+
+
+def optimizer(name: str) -> str:
+    """8-bit and paged ones need a GPU."""
+    return "adamw_torch_fused" if unsloth.gpu_bytes() is None and re.search("8bit|paged", name) else name
+
+
+def heldout(path: Path):
+    """The held-out rows, sixteen an item."""
+    import pyarrow as pa
+
+    read = [{key: row[key] for key in ("input_ids", "labels")} for row in files.read_rows(path)]
+    table = pa.Table.from_pylist(read, schema=rows.schema())
+    return batches.dataset(table, np.arange(len(table)), 16)

@@ -1,0 +1,65 @@
+"""What the model is about to see is what `data` wrote. Each raises RuntimeError: some library changed the rows."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTTrainer
+
+
+def first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
+    """Every row of the first step, ids and labels, unpadded; and it is packed if that was chosen."""
+    rows = next(iter(trainer.get_train_dataloader()))["rows"]
+    known = {_fingerprint(row["input_ids"], row["labels"]) for row in written.take(rows.numbers).to_pylist()}
+    seen = 0
+    for batch in trainer.dealt(rows):
+        if trainer.packed and "packed_seq_lengths" not in batch:
+            raise RuntimeError(f"packing was asked for, and Unsloth does not pack: a micro-batch has only {sorted(batch)}")
+        for ids, labels in zip(*_unpadded(batch), strict=True):
+            seen += 1
+            if _fingerprint(ids, labels) not in known:
+                raise RuntimeError(
+                    f"the trainer's first step holds a row that data did not write: {ids[:20]}... labels {labels[:20]}..."
+                )
+    if seen != len(rows.numbers):
+        raise RuntimeError(f"the first step has {seen} rows instead of {len(rows.numbers)}")
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> set[int]:
+    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(texts)}
+
+
+def ends(written: "pa.Table", wanted: set[int], cut: int = 0) -> None:
+    """In every row but the `cut` ones a token that ends an answer carries loss, or the model never learns to stop."""
+    import numpy as np
+
+    labels = written["labels"].combine_chunks()
+    seen = np.concatenate([[0], np.cumsum(np.isin(labels.values.to_numpy(), list(wanted)))])
+    offsets = labels.offsets.to_numpy()
+    endless = np.flatnonzero(seen[offsets[1:]] == seen[offsets[:-1]])
+    if len(endless) > cut:  # cut at max_seq_length, as clean.too_long asks
+        raise RuntimeError(
+            f"training row {endless[0]} teaches no end: none of its labels is one of the tokens {sorted(wanted)}"
+        )
+
+
+def _fingerprint(ids: list[int], labels: list[int]) -> int:
+    """Of one row. The first label follows nothing: it carries no loss, and packing masks it."""
+    return hash((tuple(ids), tuple(labels[1:])))
+
+
+def _unpadded(batch: dict) -> tuple[list[list[int]], list[list[int]]]:
+    """The rows of a padded batch, or of TRL's packed one: a long row whose position_ids restart where a row starts."""
+    ids, labels = [], []
+    for i, row in enumerate(batch["input_ids"].tolist()):
+        marks = batch["labels"][i].tolist()
+        if "attention_mask" in batch:
+            starts = [0, int(batch["attention_mask"][i].sum())]
+        else:
+            lengths = batch["packed_seq_lengths"].tolist()
+            starts = [sum(lengths[:k]) for k in range(len(lengths) + 1)]
+        ids += [row[a:b] for a, b in pairwise(starts)]
+        labels += [marks[a:b] for a, b in pairwise(starts)]
+    return ids, labels

@@ -1,0 +1,172 @@
+"""finetune: LoRA by Unsloth and TRL on the rows that `data` wrote, passed through untouched."""
+
+import math
+import os
+import shutil
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from contract import files
+from contract.errors import UserError
+from pipeline import base as bases
+from pipeline import rows, unsloth
+from pipeline.config import Base, Finetune
+from pipeline.finetune import batches, checks, survive, watch
+from pipeline.finetune.build import build_model, build_trainer
+from pipeline.finetune.trainer import OutOfMemory
+from pipeline.plan import choose, memory
+from pipeline.record import Run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from trl import SFTTrainer
+
+
+def stage(base: Base, tune: Finetune, run: Run) -> dict:
+    """Train, or go on from the last complete checkpoint; write finetune/adapter/ and the record.
+
+    A signal ends it with a checkpoint: KeyboardInterrupt for Ctrl-C, SystemExit(143) for SIGTERM.
+    """
+    data = run.read("data")
+    folder = run.workspace("finetune", "data")
+    weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
+    written = rows.read(run.output("data", "train"))
+    trainer, choice, order = prepared(weights, base, tune, run, written)
+    checks.first_batch(trainer, written)
+    checks.ends(written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0))
+    checkpoint = survive.last_complete(folder / "checkpoints")
+    print(f"finetune: {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}, {said(trainer, choice)}",
+          file=sys.stderr)  # fmt: skip
+    train(trainer, checkpoint, folder / "choice.json", choice)
+    record = write(trainer, run, choice, order, len(written), weights, tune.seed, checkpoint)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only after the record: a kill before it resumes here
+    return record
+
+
+def prepared(weights: Path, base: Base, tune: Finetune, run: Run, written: "pa.Table") -> tuple["SFTTrainer", choose.Choice, np.ndarray]:
+    """The trainer, what it was chosen to run with, and the row numbers in the order of training.
+
+    What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
+    """
+    path = run.folder / "finetune" / "choice.json"
+    begun = files.read_json(path) if path.is_file() else {}
+    tune = tune.model_copy(update=begun.get("after_out_of_memory", {}))
+    packed = begun.get("packing", tune.packing and unsloth.gpu_bytes() is not None)
+    choice, order = chosen(weights, base, tune, written, packed, begun.get("train_batch_size"))
+    model = build_model(weights, base, tune, choice)
+    trainer = build_trainer(model, base, tune, run, choice, written, order)
+    if choice.packing and not trainer.args.packing:
+        print(f"finetune: Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead", file=sys.stderr)
+        tune = tune.model_copy(update={"use_gradient_checkpointing": choice.use_gradient_checkpointing})
+        choice, order = chosen(weights, base, tune, written, False, begun.get("train_batch_size"))
+        trainer = build_trainer(model, base, tune, run, choice, written, order)
+    files.write_json(path, begun | asdict(choice))
+    return trainer, choice, order
+
+
+def chosen(weights: Path, base: Base, tune: Finetune, written: "pa.Table", packed: bool, begun: int | None) -> tuple[choose.Choice, np.ndarray]:
+    """begun: rows a step of a training that goes on."""
+    lengths, shape = batches.lengths(written), memory.shape(files.read_json(weights / "config.json"))
+    tokens, policy = choose.micro_batch(shape, base, tune, int(lengths.max()), unsloth.gpu_bytes(), packed)
+    seen = batches.order(len(written), rows_seen(tune, len(written), tokens), tune.seed)
+    per_step = begun or choose.rows_per_step(tune, lengths[seen], tokens, packed)
+    choice = choose.Choice(per_step, choose.learning_rate(tune, per_step), tokens, policy, packed)
+    return choice, batches.order(len(written), rows_seen(tune, len(written), per_step), tune.seed)
+
+
+def rows_seen(tune: Finetune, count: int, per_step: int) -> int:
+    return tune.max_steps * per_step if tune.max_steps else math.ceil(tune.num_train_epochs * count)
+
+
+def said(trainer: "SFTTrainer", choice: choose.Choice) -> str:
+    dealt = "packed" if choice.packing else "padded"
+    policy = {False: "no gradient checkpointing", True: "gradient checkpointing", "unsloth": "Unsloth's gradient checkpointing"}
+    return (
+        f"{trainer.args.max_steps:,} steps of {choice.train_batch_size} rows, {dealt}, at most {choice.micro_batch_tokens:,} tokens at once, "
+        f"learning rate {choice.learning_rate:.3g}, {policy[choice.use_gradient_checkpointing]}"
+    )
+
+
+def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: choose.Choice) -> None:
+    """Train to the end; a signal or too small a card ends it with a checkpoint that the next start goes on from."""
+    try:
+        with trainer.signals.heard():
+            finish(trainer, checkpoint)
+    except OutOfMemory as error:
+        trainer.save()
+        start_again(path, choice, str(error))
+    except survive.Stop:
+        trainer.save()
+    if trainer.signals:
+        print(f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}", file=sys.stderr)
+        if trainer.signals.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + trainer.signals.number)
+
+
+def finish(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
+    """Train, or, from a checkpoint of the last step, only take its weights: resuming would add a step."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if state and (state.global_step >= state.max_steps or stopped_early(state)):
+        take(trainer, checkpoint)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.signals and (best := trainer.state.best_model_checkpoint):
+        take(trainer, Path(best))
+
+
+def stopped_early(state) -> bool:
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    patience = stopping.get("args", {}).get("early_stopping_patience")
+    return patience is not None and stopping["attributes"]["early_stopping_patience_counter"] >= patience
+
+
+def take(trainer: "SFTTrainer", checkpoint: Path) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+
+
+def start_again(path: Path, choice: choose.Choice, said: str) -> None:
+    """The smallest micro-batch does not fit: once more in a fresh process, with gradient checkpointing.
+
+    Raises UserError when that was on already.
+    """
+    if choice.use_gradient_checkpointing:
+        raise UserError(
+            f"out of GPU memory with the smallest micro-batch and gradient checkpointing: {said}",
+            "a larger card goes on from the last checkpoint; or a smaller base.max_seq_length with a new RUN=name",
+        )
+    files.write_json(path, asdict(choice) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}})
+    print("finetune: once more, with Unsloth's gradient checkpointing", file=sys.stderr)
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def write(trainer, run: Run, choice: choose.Choice, order: np.ndarray, there: int, weights: Path, seed: int, checkpoint: Path | None) -> dict:
+    """The adapter, the log, the record."""
+    folder = run.folder / "finetune"
+    with files.writing(folder / "adapter") as part:
+        trainer.model.save_pretrained(part)
+        trainer.processing_class.save_pretrained(part)
+    history, step = trainer.state.log_history, trainer.state.global_step
+    watch.write(folder / "log.jsonl", history)
+    trained = min(len(order), step * choice.train_batch_size)
+    return run.write(
+        "finetune", ("data",),
+        {"adapter": folder / "adapter" / "adapter_model.safetensors", "adapter_config": folder / "adapter" / "adapter_config.json", "log": folder / "log.jsonl"},
+        steps=step, epochs=round(trained / there, 2), rows=trained,
+        final_loss=next(entry["loss"] for entry in reversed(history) if "loss" in entry),
+        best_step=trainer.state.best_global_step, best_loss=trainer.state.best_metric,
+        resumed_from=checkpoint.name if checkpoint else None, device=unsloth.device(), peak_memory_gb=unsloth.peak_memory_gb(),
+        tokens=int(trainer.meter.tokens[:step].sum()), trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        seed=seed, weights=str(weights), **asdict(choice),
+    )  # fmt: skip

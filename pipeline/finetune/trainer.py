@@ -1,0 +1,154 @@
+"""TRL's trainer, with optimizer steps that survive a full card, broken numbers and a full disk.
+
+One item of its data set is a whole optimizer step (batches.Rows). `training_step` deals it out in micro-batches and adds up
+their gradients, each weighed by its share of the step's tokens: the step's loss is the mean over its tokens, however it is
+dealt. So gradient_accumulation_steps is always 1 for the library.
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract.errors import UserError
+from pipeline.finetune import batches
+from pipeline.finetune.survive import Stop
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+
+class OutOfMemory(Stop):
+    """Not even the smallest micro-batch fits."""
+
+
+def trainer_class() -> type["SFTTrainer"]:
+    """The class; a function, because it takes seconds to import what it derives from."""
+    import torch
+    from trl import SFTTrainer
+
+    class StepTrainer(SFTTrainer):
+        """What it needs besides SFTTrainer's arguments: `packed`, `budget` (tokens of a micro-batch), `smallest` (the least
+        that holds every row), `signals`, `meter`, `memory` (a function: peak, GB)."""
+
+        def prepare(self, **given) -> "StepTrainer":
+            self.__dict__.update(given)
+            self.losses: list[tuple[batches.Rows, torch.Tensor]] = []
+            self.collate, self.data_collator = self.data_collator, lambda items: items[0]
+            return self
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            rows = inputs["rows"]
+            while True:
+                try:
+                    loss = self._step(model, rows)
+                    self.losses.append((rows, loss))
+                    return loss
+                except torch.OutOfMemoryError as error:
+                    said = str(error).splitlines()[0]
+                # Outside the handler: the traceback holds what the step had allocated.
+                self._shrink(rows, said)
+
+        def _step(self, model, rows):
+            total = 0
+            for inputs in self.dealt(rows):
+                if self.signals.urgent:
+                    raise Stop
+                total = total + super().training_step(model, inputs, max(1, rows.targets))
+            return total
+
+        def dealt(self, rows):
+            """The step's micro-batches, as the model takes them."""
+            for group in batches.micro_batches(rows.lengths, self.budget, self.packed):
+                yield self.collate(batches.examples(rows, group, self.packed))
+
+        def _shrink(self, rows, said: str) -> None:
+            self.model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            used = min(self.budget, rows.tokens)
+            if used <= self.smallest:
+                raise OutOfMemory(said)
+            self.budget = max(self.smallest, used // 2)
+            print(f"finetune: out of GPU memory with {used:,} tokens at once ({said}); the same step again with {self.budget:,}",
+                  file=sys.stderr)  # fmt: skip
+
+        def _maybe_log_save_evaluate(self, *args, **kwargs):
+            if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+                self.refuse_broken_numbers()
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+        def refuse_broken_numbers(self) -> None:
+            """Before anything is logged or saved. Raises UserError with the first step whose loss is no number."""
+            losses, self.losses = self.losses, []
+            if not losses:
+                return
+            finite = torch.isfinite(torch.stack([loss for _, loss in losses]))
+            if not finite.all():
+                at = int((~finite).nonzero()[0])
+                raise UserError(*self._broken(self.state.global_step - len(losses) + 1 + at, *losses[at]))
+
+        def _broken(self, step: int, rows, loss) -> tuple[str, str]:
+            from pipeline.finetune.survive import last_complete
+
+            good = last_complete(Path(self.args.output_dir))
+            return (
+                f"the loss of step {step:,} is {loss.item()}: rows {', '.join(map(str, rows.numbers))} of data/train.parquet, "
+                f"or the step before; the last good checkpoint is {good.name if good else 'none yet'}",
+                "a new RUN=name with half the finetune.learning_rate, or without these rows",
+            )
+
+        def log(self, logs, start_time=None):
+            if "loss" in logs:
+                logs |= self.meter.read(self.state.global_step, self.memory())
+            super().log(logs, start_time)
+
+        def _save_checkpoint(self, model, trial):
+            began, path = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            try:
+                super()._save_checkpoint(model, trial)
+            except (OSError, RuntimeError, _safetensors_error()) as error:  # what safetensors and torch make of a full disk
+                if shutil.disk_usage(self.args.output_dir).free > 100e6 and not isinstance(error, OSError):
+                    raise
+                shutil.rmtree(path, ignore_errors=True)
+                print(f"finetune: no checkpoint at step {self.state.global_step} ({error}); the one before is kept, and the "
+                      "training goes on: free some disk", file=sys.stderr)  # fmt: skip
+            self.meter.pause(time.monotonic() - began)
+
+        def save(self) -> None:
+            """A checkpoint now, outside the loop: of the last whole step."""
+            self.model.zero_grad()
+            self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+            """Mean loss over the held-out rows' tokens; the library's own is a mean of means."""
+            began, total, count = time.monotonic(), 0.0, 0
+            self.model.eval()
+            with torch.no_grad():
+                for item in self.get_eval_dataloader():
+                    rows = item["rows"]
+                    count += rows.targets
+                    for inputs in self.dealt(rows):
+                        if self.signals.urgent:
+                            raise Stop
+                        total = total + self._loss(inputs, max(1, rows.targets)) * rows.targets
+            metrics = {"eval_loss": float(total) / max(1, count)}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.model.train()
+            self.meter.pause(time.monotonic() - began)
+            return metrics
+
+        def _loss(self, inputs, targets: int):
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, self._prepare_inputs(inputs), num_items_in_batch=targets).detach()
+
+    return StepTrainer
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError

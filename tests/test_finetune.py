@@ -1,0 +1,431 @@
+"""finetune: exact steps however they are dealt, and nothing lost when a run is killed, stopped, out of memory or broken."""
+
+import itertools
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contract import files
+from contract.errors import UserError
+from pipeline.config import Base, Finetune
+from pipeline.finetune import batches, survive, watch
+from pipeline.record import Run
+from tests import tiny
+from tests.conftest import ROOT
+
+WORDS = ["red", "green", "blue", "amber", "violet", "white", "black", "golden", "silver", "brown"]
+TUNE = {
+    "r": 8, "lora_dropout": 0.1, "train_batch_size": 6, "num_train_epochs": 3, "learning_rate": 5.0e-3, "warmup_steps": 2,
+    "lr_scheduler_type": "cosine", "logging_steps": 1, "optim": "adamw_torch_fused",
+}  # fmt: skip
+
+
+def rows(count: int) -> list[dict]:
+    """Of many lengths."""
+    return [{"question": f"Which colour has box {i}?" + " Please." * (i % 7), "answer": f"Box {i} is {' '.join(WORDS[i % 10 : i % 10 + 1 + i % 4])}."} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run whose `data` is done: 43 rows for a tiny Llama."""
+    folder = tmp_path_factory.mktemp("finetune")
+    files.write_rows(folder / "rows.jsonl", rows(50))
+    tree = {
+        "base": {"model": str(tiny.base("llama-3", folder / "base")), "max_seq_length": 256, "load_in_4bit": False, "license": "apache-2.0"},
+        "data": {"source": str(folder / "rows.jsonl"), "validation_share": 0.2},
+        "clean": {"near_duplicates": False, "leakage": False},
+        "finetune": TUNE,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    done = subprocess.run([sys.executable, "-m", "pipeline", "data", str(folder / "config.yaml"), "--run", str(folder / "run")],
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Run:
+    shutil.copytree(made, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def trained(run: Run, **changes) -> dict:
+    from pipeline.finetune.stage import stage
+
+    return stage(run.config().base, Finetune(**(TUNE | changes)), run)
+
+
+def losses(run: Run) -> list[float]:
+    return [entry["loss"] for entry in files.read_rows(run.folder / "finetune" / "log.jsonl") if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory) -> tuple[dict, list[float]]:
+    """The training that nothing disturbed: record and losses."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(made, folder)
+    record = trained(Run(folder))
+    return record, losses(Run(folder))
+
+
+# Which rows make a step
+
+
+@given(st.integers(1, 50), st.integers(1, 200), st.integers(0, 2**32))
+def test_the_order_is_epoch_after_epoch_and_the_seeds_alone(rows, count, seed):
+    found = batches.order(rows, count, seed)
+    assert len(found) == count
+    for start in range(0, count, rows):
+        epoch = found[start : start + rows]
+        assert len(set(epoch)) == len(epoch) and (len(epoch) < rows or set(epoch) == set(range(rows)))
+    assert list(batches.order(rows, max(1, count // 2), seed)) == list(found[: max(1, count // 2)])
+    if rows > 20:
+        assert list(batches.order(rows, rows, seed + 1)) != list(batches.order(rows, rows, seed))
+
+
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+@given(lengths, st.integers(64, 2000), st.booleans())
+def test_every_row_is_dealt_once_and_within_the_budget(lengths, budget, packed):
+    groups = batches.micro_batches(lengths, budget, packed)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    for group in groups:
+        held = [lengths[i] for i in group]
+        size = sum(held) if packed else -(-max(held) // batches.PADDED) * batches.PADDED * len(held)
+        assert size <= budget or len(group) == 1
+
+
+def test_packs_are_few_and_equally_full():
+    lengths = [170] * 90 + [900] * 7
+    groups = batches.micro_batches(lengths, 8192, packed=True)
+    sizes = [sum(lengths[i] for i in group) for group in groups]
+    assert len(groups) == 3 and max(sizes) - min(sizes) < 200, sizes
+
+
+@given(lengths, st.integers(300, 3000), st.booleans())
+def test_a_free_step_is_the_largest_that_fits(lengths, budget, packed):
+    lengths = np.array(lengths)
+    found = batches.largest_step(lengths, budget, packed)
+
+    def fits(count):
+        steps = [lengths[k : k + count].tolist() for k in range(0, len(lengths), count)]
+        return all(len(batches.micro_batches(step, budget, packed)) == 1 for step in steps)
+
+    assert fits(found)
+    assert found >= min(len(lengths), budget // int(lengths.max() + 8))
+
+
+def test_steps_hold_the_tables_rows(made):
+    from pipeline import rows
+
+    table = rows.read(Run(made).output("data", "train"))
+    order = batches.order(len(table), 2 * len(table) + 5, 7)
+    steps = batches.dataset(table, order, 6)
+    seen = [item["rows"] for item in steps]
+    assert [len(step.numbers) for step in seen[:-1]] == [6] * (len(steps) - 1)
+    assert list(itertools.chain(*(step.numbers for step in seen))) == order.tolist()
+    written = table.to_pylist()
+    for step in seen:
+        for number, ids, labels in zip(step.numbers, step.ids, step.labels, strict=True):
+            assert (ids.tolist(), labels.tolist()) == (written[number]["input_ids"], written[number]["labels"])
+        assert step.targets == sum(label != -100 for n in step.numbers for label in written[n]["labels"][1:])
+
+
+# What is trained does not depend on how it is dealt
+
+
+def test_smaller_micro_batches_train_the_same(run, whole):
+    record = trained(run, lora_dropout=0.0)
+    at_once = losses(run)
+    shutil.rmtree(run.folder / "finetune")
+    run.path("finetune").unlink()
+    again = trained(run, lora_dropout=0.0, micro_batch_tokens=64)
+    assert record["micro_batch_tokens"] == 4096 and again["micro_batch_tokens"] < 100
+    assert losses(run) == pytest.approx(at_once, rel=0.02), "bfloat16, another order of sums"
+    assert (again["steps"], again["rows"], again["tokens"]) == (record["steps"], record["rows"], record["tokens"])
+
+
+def test_the_record_counts_rows_and_tokens(made, whole):
+    from pipeline import rows
+
+    record, _ = whole
+    table = rows.read(Run(made).output("data", "train"))
+    assert record["rows"] == 3 * len(table) and record["epochs"] == 3
+    assert record["steps"] == -(-3 * len(table) // 6) and record["train_batch_size"] == 6
+    assert record["tokens"] == 3 * sum(len(ids) for ids in table["input_ids"].to_pylist())
+
+
+def test_a_free_batch_fills_the_budget_and_raises_the_rate(run):
+    record = trained(run, train_batch_size="auto", max_steps=2, micro_batch_tokens=800)
+    assert record["train_batch_size"] > 8
+    assert record["learning_rate"] == pytest.approx(5.0e-3 * (record["train_batch_size"] / 8) ** 0.5)
+
+
+# What is killed goes on
+
+
+def start(run: Run, **settings) -> subprocess.Popen:
+    """The stage in a process of its own, with these settings in its frozen config."""
+    tree = yaml.safe_load(run.config_file.read_text())
+    tree["finetune"] |= settings
+    run.config_file.write_text(yaml.safe_dump(tree))
+    return subprocess.Popen([sys.executable, "-m", "pipeline", "finetune", "--run", str(run.folder)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def until(process: subprocess.Popen, ready, limit: float = 300) -> None:
+    end = time.monotonic() + limit
+    while not ready() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert process.poll() is None, process.stdout.read()
+
+
+def logged(run: Run, step: int):
+    log = run.folder / "finetune" / "log.jsonl"
+    return lambda: log.is_file() and len(log.read_text().splitlines()) >= step
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
+    """Dropout is on and the rate follows a curve: data order, optimizer, scheduler and random numbers all go on."""
+    process = start(run, save_steps=4)
+    until(process, logged(run, 7))
+    process.send_signal(kill)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kill], printed
+    left = survive.last_complete(run.folder / "finetune" / "checkpoints")
+    step = int(left.name.split("-")[1])
+    if kill == signal.SIGKILL:
+        assert step % 4 == 0
+    else:
+        assert f"{kill.name} after step {step}" in printed and "the same command goes on from here" in printed
+        assert step == len(losses(run)), "the checkpoint is of the last step"
+    record = trained(run, save_steps=4)
+    assert record["resumed_from"] == left.name
+    assert losses(run) == pytest.approx(whole[1], rel=1e-6)
+    assert [record[name] for name in ("steps", "rows", "tokens")] == [whole[0][name] for name in ("steps", "rows", "tokens")]
+
+
+def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatch):
+    real, there = survive.keep, []
+
+    def keep(folder, kept):
+        real(folder, kept)
+        there.append(sorted(path.name for path in folder.glob("checkpoint-*")))
+
+    monkeypatch.setattr(survive, "keep", keep)
+    record = trained(run, save_minutes=1e-6)
+    assert there == [[f"checkpoint-{step}"] for step in range(1, record["steps"] + 1)]
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_nothing(run, whole, monkeypatch, capsys):
+    """From step 8 until the adapter is written no file can grow over 4 kB, as on a disk that is full."""
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    mark, writing, left = survive.mark, files.writing, []
+
+    def full(path, step):
+        mark(path, step)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    def free(path):
+        if path.name == "adapter":
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            left.append(survive.last_complete(run.folder / "finetune" / "checkpoints").name)
+        return writing(path)
+
+    monkeypatch.setattr(survive, "mark", full)
+    monkeypatch.setattr("pipeline.finetune.stage.files.writing", free)
+    try:
+        record = trained(run, save_steps=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "no checkpoint at step 16" in capsys.readouterr().err
+    assert left == ["checkpoint-8"], "the last whole one was there until the end"
+    assert record["steps"] == whole[0]["steps"] and losses(run) == pytest.approx(whole[1], rel=1e-6)
+
+
+# What does not fit, what breaks
+
+
+@pytest.fixture
+def small_card(monkeypatch):
+    """A model that runs out of memory with more than so many tokens at once, as a card does: in forward or in backward."""
+    from pipeline.finetune import stage
+
+    real, sizes = stage.build_model, []
+
+    def fits(limit: int):
+        def build(*given):
+            import torch
+
+            model = real(*given)
+
+            def look(module, args, kwargs):
+                sizes.append(kwargs["input_ids"].numel())
+                if sizes[-1] > limit:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {sizes[-1]} tokens.\nmore")
+
+            model.register_forward_pre_hook(look, with_kwargs=True)
+            return model
+
+        monkeypatch.setattr(stage, "build_model", build)
+        return sizes
+
+    return fits
+
+
+def test_out_of_memory_trains_the_same_step_with_less_at_once(run, small_card, capsys):
+    record = trained(run, lora_dropout=0.0)
+    at_once = losses(run)
+    shutil.rmtree(run.folder / "finetune")
+    run.path("finetune").unlink()
+    sizes = small_card(200)
+    again = trained(run, lora_dropout=0.0)
+    said = capsys.readouterr().err
+    assert "out of GPU memory with" in said and "the same step again with" in said
+    assert sum(size > 200 for size in sizes) < 4, "it was not tried again at each step"
+    assert losses(run) == pytest.approx(at_once, rel=0.02)
+    assert (again["steps"], again["rows"]) == (record["steps"], record["rows"])
+
+
+def test_too_small_a_card_starts_again_with_gradient_checkpointing(run, small_card, monkeypatch, capsys):
+    from pipeline.finetune import stage
+
+    class Again(Exception):
+        pass
+
+    def execv(program, arguments):
+        assert program == sys.executable and arguments == sys.orig_argv
+        raise Again
+
+    monkeypatch.setattr(os, "execv", execv)
+    small_card(8)
+    with pytest.raises(Again):
+        trained(run)
+    assert files.read_json(run.folder / "finetune" / "choice.json")["after_out_of_memory"] == {"use_gradient_checkpointing": "unsloth"}
+    with pytest.raises(UserError, match="with the smallest micro-batch and gradient checkpointing"):
+        trained(run)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(run, monkeypatch):
+    from pipeline.finetune import stage
+
+    real = stage.build_model
+
+    def build(*given):
+        model, calls = real(*given), itertools.count(1)
+
+        def poison(module, args, output):
+            if next(calls) >= 10:
+                output.loss = output.loss * float("nan") if output.loss is not None else None
+                if getattr(output, "log_probs", None) is not None:
+                    output.log_probs = output.log_probs * float("nan")
+
+        model.register_forward_hook(poison)
+        return model
+
+    monkeypatch.setattr(stage, "build_model", build)
+    with pytest.raises(UserError) as caught:
+        trained(run, save_steps=4, logging_steps=5)
+    order = batches.order(43, 129, 3407)
+    assert f"the loss of step 10 is nan: rows {', '.join(map(str, order[54:60]))} of" in caught.value.message
+    assert "last good checkpoint is checkpoint-8" in caught.value.message
+    assert survive.last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
+    monkeypatch.setattr(stage, "build_model", real)
+    assert trained(run, save_steps=4)["resumed_from"] == "checkpoint-8"
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(run, monkeypatch):
+    """Held-out losses are dictated; everything else is the real thing."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from pipeline.finetune import stage
+
+    real, dictated, seen = stage.build_trainer, iter([3.0, 2.0, 2.5, 2.6]), {}
+
+    def build(*given):
+        import torch
+
+        trainer = real(*given)
+
+        def loss(inputs, targets):
+            seen[trainer.state.global_step] = {name: value.clone() for name, value in get_peft_model_state_dict(trainer.model).items()}
+            return torch.tensor(next(dictated))
+
+        trainer._loss = loss
+        return trainer
+
+    monkeypatch.setattr(stage, "build_trainer", build)
+    record = trained(run, eval_strategy="steps", eval_steps=3, early_stopping_patience=2)
+    assert (record["best_step"], record["best_loss"], record["steps"]) == (6, 2.0, 12)
+    kept = load_file(run.output("finetune", "adapter"))
+    assert all((kept[name] == seen[6][name]).all() for name in kept)
+    assert any((kept[name] != seen[12][name]).any() for name in kept)
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens(run):
+    """Held against one row at a time in plain transformers and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    record = trained(run, eval_strategy="epoch", lora_dropout=0.0)
+    entries = [entry for entry in files.read_rows(run.folder / "finetune" / "log.jsonl") if "eval_loss" in entry]
+    assert [entry["step"] for entry in entries] == [8, 16, 22], "43 rows are 8 steps of 6, and at the end"
+    assert record["best_loss"] == min(entry["eval_loss"] for entry in entries)
+    model = AutoModelForCausalLM.from_pretrained(record["weights"], dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, run.output("finetune", "adapter").parent).eval()
+    sums, counts = [], []
+    for row in files.read_rows(run.output("data", "heldout")):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        labels = torch.tensor(row["labels"][1:])
+        sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item())
+        counts.append(int((labels != -100).sum()))
+    assert record["best_loss"] == pytest.approx(sum(sums) / sum(counts), rel=2e-3)
+    assert record["best_loss"] != pytest.approx(np.mean(np.array(sums) / counts), rel=4e-3), "the mean of means is another number"
+
+
+# What it says
+
+
+def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    meter = watch.Meter(np.array([1000] * 10), flops=2e9, peak=1e13, price=3.6)
+    meter.start(0)
+    now[0] += 4
+    meter.pause(2)
+    entry = meter.read(2, 5.5)
+    assert entry == {"tokens": 2000, "tokens_per_second": 1000.0, "memory_gb": 5.5, "mfu": 0.2, "seconds_left": 16, "dollars": 0.004}
+    now[0] += 8
+    assert meter.read(4, 5.5)["tokens_per_second"] == 250.0
+    said = watch.line(4, 10, entry | {"loss": 0.5})
+    assert said == "finetune: step 4/10, loss 0.5000, 1,000 tokens/s, MFU 20%, 5.5 GB, $0.00, 16 s left"
+
+
+def test_a_resumed_run_counts_its_own_speed_only():
+    meter = watch.Meter(np.array([1000] * 10), 1.0, None, None)
+    meter.start(5)
+    found = meter.read(6, 1.0)
+    assert found["tokens"] == 6000 and "mfu" not in found and "dollars" not in found
+    assert meter.first == 5
+
+
+def test_each_step_is_in_the_log(whole):
+    record, curve = whole
+    assert len(curve) == record["steps"] and curve[-1] < curve[0]
