@@ -287,7 +287,9 @@ class Config(Section):
         if self.verify.min_score is not None and self.evaluate.rule == "loss":
             faults.append("verify.min_score needs a task score: set evaluate.rule to one that judges answers")
         if self.finetune.early_stopping_patience and self.finetune.eval_strategy == "no":
-            faults.append("finetune.early_stopping_patience needs held-out losses: set finetune.eval_strategy to epoch or steps")
+            faults.append(
+                "finetune.early_stopping_patience needs held-out losses: set finetune.eval_strategy to epoch or steps"
+            )
         if (self.generation.num_ctx or 0) > self.base.max_seq_length * 8:
             faults.append("generation.num_ctx is more than 8 x base.max_seq_length: the model was not trained for that")
         if faults:

@@ -243,7 +243,7 @@ def test_every_section_says_what_the_manifest_says():
     assert facts(said, "Training") == {
         "---": "---", "Method": "QLoRA", "Base loaded in": "4 bit (nf4)", "LoRA": "r 16, alpha 32, dropout 0.05",
         "Target modules": "q_proj, v_proj", "Learning rate": "0.0002, cosine", "Warm-up": "10 steps", "Length": "3 epochs",
-        "Batch": "6 rows x 4 accumulation steps", "Sequence length": "1,024 tokens", "Optimizer": "adamw_8bit",
+        "Batch": "24 rows a step", "Kept": "the adapter of step 192, which had the lowest held-out loss", "Sequence length": "1,024 tokens", "Optimizer": "adamw_8bit",
         "Weight decay": "0.01", "Gradient norm at most": "1.5", "Seed": "3407",
         "Done": "240 steps, 2.96 epochs, 8,503,123 tokens", "Trained parameters": "4,884,480", "Last training loss": "0.33027",
         "Time": "1835.9 s", "Device": "NVIDIA H100 80GB HBM3", "Peak memory": "11.81 GB",

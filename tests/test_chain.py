@@ -130,8 +130,14 @@ def test_a_dropped_label_mask_is_noticed(chain):
             width = max(map(len, lists))
             return torch.tensor([row.tolist() + [fill] * (width - len(row)) for row in lists])
 
-        batch = {"input_ids": padded(rows.ids, 0), "labels": padded(rows.labels, -100), "attention_mask": padded([ids * 0 + 1 for ids in rows.ids], 0)}
-        return SimpleNamespace(packed=packed, get_train_dataloader=lambda: [{"rows": rows}], dealt=lambda rows: [change(batch)])
+        batch = {
+            "input_ids": padded(rows.ids, 0),
+            "labels": padded(rows.labels, -100),
+            "attention_mask": padded([ids * 0 + 1 for ids in rows.ids], 0),
+        }
+        return SimpleNamespace(
+            packed=packed, get_train_dataloader=lambda: [{"rows": rows}], dealt=lambda rows: [change(batch)]
+        )
 
     checks.first_batch(trainer(lambda batch: batch), table)
     with pytest.raises(RuntimeError, match="a row that data did not write"):

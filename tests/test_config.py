@@ -97,22 +97,57 @@ def test_the_named_knobs_reach_the_library():
         warmup_steps=9, weight_decay=0.02, max_grad_norm=0.5, optim="adagrad", eval_strategy="steps", eval_steps=11,
         logging_steps=6, seed=17, report_to=("tensorboard",),
     )  # fmt: skip
-    choice = Choice(train_batch_size=3, learning_rate=3e-4, micro_batch_tokens=999, use_gradient_checkpointing=True, packing=True)
+    choice = Choice(
+        train_batch_size=3, learning_rate=3e-4, micro_batch_tokens=999, use_gradient_checkpointing=True, packing=True
+    )
     lora = lora_arguments(tune, choice)
-    names = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "use_rslora", "use_gradient_checkpointing", "random_state")
+    names = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "target_modules",
+        "use_rslora",
+        "use_gradient_checkpointing",
+        "random_state",
+    )
     assert [lora[name] for name in names] == [8, 24, 0.1, "all", ["q_proj"], True, True, 17]
     assert lora["loftq_config"].loftq_bits == 4
     with patch("trl.SFTConfig") as config:
         trainer_arguments(tune, Base(model="m", max_seq_length=333), choice, 7, 100, ROOT / "runs" / "x")
     given = config.call_args.kwargs
-    for name in ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "eval_strategy", "eval_steps", "logging_steps", "seed"):
+    for name in (
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "optim",
+        "eval_strategy",
+        "eval_steps",
+        "logging_steps",
+        "seed",
+    ):
         assert given[name] == getattr(tune, name), name
-    assert (given["max_length"], given["report_to"], given["max_steps"], given["learning_rate"]) == (333, ["tensorboard"], 7, 3e-4)
+    assert (given["max_length"], given["report_to"], given["max_steps"], given["learning_rate"]) == (
+        333,
+        ["tensorboard"],
+        7,
+        3e-4,
+    )
     assert given["packing"] and given["gradient_checkpointing"] and given["gradient_accumulation_steps"] == 1
     with patch("trl.SFTConfig") as config:
-        trainer_arguments(tune.model_copy(update={"eval_strategy": "epoch", "optim": "paged_adamw_32bit"}), Base(model="m"), choice, 7, 100, ROOT / "runs" / "x")
+        trainer_arguments(
+            tune.model_copy(update={"eval_strategy": "epoch", "optim": "paged_adamw_32bit"}),
+            Base(model="m"),
+            choice,
+            7,
+            100,
+            ROOT / "runs" / "x",
+        )
     given = config.call_args.kwargs
-    assert (given["eval_strategy"], given["eval_steps"], given["save_strategy"]) == ("steps", 34, "best"), "100 rows, three a step"
+    assert (given["eval_strategy"], given["eval_steps"], given["save_strategy"]) == ("steps", 34, "best"), (
+        "100 rows, three a step"
+    )
     assert given["optim"] == "adamw_torch_fused", "no GPU, nothing to page to"
 
 

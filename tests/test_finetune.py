@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from contract import files
 from contract.errors import UserError
-from pipeline.config import Base, Finetune
+from pipeline.config import Finetune
 from pipeline.finetune import batches, survive, watch
 from pipeline.record import Run
 from tests import tiny
@@ -33,7 +33,13 @@ TUNE = {
 
 def rows(count: int) -> list[dict]:
     """Of many lengths."""
-    return [{"question": f"Which colour has box {i}?" + " Please." * (i % 7), "answer": f"Box {i} is {' '.join(WORDS[i % 10 : i % 10 + 1 + i % 4])}."} for i in range(count)]
+    return [
+        {
+            "question": f"Which colour has box {i}?" + " Please." * (i % 7),
+            "answer": f"Box {i} is {' '.join(WORDS[i % 10 : i % 10 + 1 + i % 4])}.",
+        }
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +221,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     record = trained(run, save_steps=4)
     assert record["resumed_from"] == left.name
     assert losses(run) == pytest.approx(whole[1], rel=1e-6)
-    assert [record[name] for name in ("steps", "rows", "tokens")] == [whole[0][name] for name in ("steps", "rows", "tokens")]
+    assert [record[name] for name in ("steps", "rows", "tokens")] == [
+        whole[0][name] for name in ("steps", "rows", "tokens")
+    ]
 
 
 def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatch):
@@ -302,7 +310,6 @@ def test_out_of_memory_trains_the_same_step_with_less_at_once(run, small_card, c
 
 
 def test_too_small_a_card_starts_again_with_gradient_checkpointing(run, small_card, monkeypatch, capsys):
-    from pipeline.finetune import stage
 
     class Again(Exception):
         pass
@@ -315,7 +322,9 @@ def test_too_small_a_card_starts_again_with_gradient_checkpointing(run, small_ca
     small_card(8)
     with pytest.raises(Again):
         trained(run)
-    assert files.read_json(run.folder / "finetune" / "choice.json")["after_out_of_memory"] == {"use_gradient_checkpointing": "unsloth"}
+    assert files.read_json(run.folder / "finetune" / "choice.json")["after_out_of_memory"] == {
+        "use_gradient_checkpointing": "unsloth"
+    }
     with pytest.raises(UserError, match="with the smallest micro-batch and gradient checkpointing"):
         trained(run)
 
@@ -363,7 +372,9 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(run, monkeypatch):
         trainer = real(*given)
 
         def loss(inputs, targets):
-            seen[trainer.state.global_step] = {name: value.clone() for name, value in get_peft_model_state_dict(trainer.model).items()}
+            seen[trainer.state.global_step] = {
+                name: value.clone() for name, value in get_peft_model_state_dict(trainer.model).items()
+            }
             return torch.tensor(next(dictated))
 
         trainer._loss = loss
@@ -397,7 +408,9 @@ def test_the_held_out_loss_is_the_mean_over_tokens(run):
         sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item())
         counts.append(int((labels != -100).sum()))
     assert record["best_loss"] == pytest.approx(sum(sums) / sum(counts), rel=2e-3)
-    assert record["best_loss"] != pytest.approx(np.mean(np.array(sums) / counts), rel=4e-3), "the mean of means is another number"
+    assert record["best_loss"] != pytest.approx(np.mean(np.array(sums) / counts), rel=4e-3), (
+        "the mean of means is another number"
+    )
 
 
 # What it says
@@ -411,7 +424,14 @@ def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
     now[0] += 4
     meter.pause(2)
     entry = meter.read(2, 5.5)
-    assert entry == {"tokens": 2000, "tokens_per_second": 1000.0, "memory_gb": 5.5, "mfu": 0.2, "seconds_left": 16, "dollars": 0.004}
+    assert entry == {
+        "tokens": 2000,
+        "tokens_per_second": 1000.0,
+        "memory_gb": 5.5,
+        "mfu": 0.2,
+        "seconds_left": 16,
+        "dollars": 0.004,
+    }
     now[0] += 8
     assert meter.read(4, 5.5)["tokens_per_second"] == 250.0
     said = watch.line(4, 10, entry | {"loss": 0.5})

@@ -165,7 +165,14 @@ def table(record: dict) -> str:
             f"{packing['packs']:,} sequences of {limit} tokens, {packing['full']:.1%} full; {packing['unpacked_full']:.1%} full one row each",
         )
     )
-    lines.append(("steps", f"{record['steps']:,} optimizer steps" if record["steps"] else "as the card allows (finetune.train_batch_size: auto)"))
+    lines.append(
+        (
+            "steps",
+            f"{record['steps']:,} optimizer steps"
+            if record["steps"]
+            else "as the card allows (finetune.train_batch_size: auto)",
+        )
+    )
     return "\n".join([*(f"  {name:8} {text}" for name, text in lines), *bars(record["histogram"])])
 
 

@@ -106,6 +106,17 @@ def _padded(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed: bool) -> int:
+    """Tokens of the largest one of a training, padding counted. lengths: of the rows in the order of training."""
+    largest = 0
+    for start in range(0, len(lengths), per_step):
+        step = lengths[start : start + per_step]
+        for group in micro_batches(step.tolist(), budget, packed):
+            held = step[group]
+            largest = max(largest, _up(int(held.sum()), PACKED) if packed else _up(int(held.max()), PADDED) * len(held))
+    return largest
+
+
 def examples(rows: Rows, group: list[int], packed: bool) -> list[dict]:
     """A micro-batch as TRL's collator takes it: one long row with `seq_lengths`, or the rows themselves."""
     if not packed:

@@ -30,13 +30,22 @@ def build_model(weights: Path, base: Base, tune: Finetune, choice: Choice):
     return FastLanguageModel.get_peft_model(model, **lora_arguments(tune, choice))
 
 
-def build_trainer(model, base: Base, tune: Finetune, run: Run, choice: Choice, written: "pa.Table", order: np.ndarray) -> "SFTTrainer":
+def build_trainer(
+    model, base: Base, tune: Finetune, run: Run, choice: Choice, written: "pa.Table", order: np.ndarray
+) -> "SFTTrainer":
     """TRL's trainer on these rows, in this order; checkpoints and log in finetune/."""
     from transformers import AutoTokenizer, EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    folder, steps, signals = run.folder / "finetune", batches.dataset(written, order, choice.train_batch_size), survive.Signals()
-    callbacks = [survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals), watch.watcher(folder / "log.jsonl")]
+    folder, steps, signals = (
+        run.folder / "finetune",
+        batches.dataset(written, order, choice.train_batch_size),
+        survive.Signals(),
+    )
+    callbacks = [
+        survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals),
+        watch.watcher(folder / "log.jsonl"),
+    ]
     callbacks += [EarlyStoppingCallback(tune.early_stopping_patience)] if tune.early_stopping_patience else []
     trainer = trainer_class()(
         model=model,
@@ -49,7 +58,11 @@ def build_trainer(model, base: Base, tune: Finetune, run: Run, choice: Choice, w
     for shown in (ProgressCallback, PrinterCallback):  # ours has more to say
         trainer.remove_callback(shown)
     lengths = batches.lengths(written)[order]
-    meter = watch.Meter(np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size)), flops(model), *cards.of(unsloth.device()))
+    meter = watch.Meter(
+        np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size)),
+        flops(model),
+        *cards.of(unsloth.device()),
+    )
     return trainer.prepare(
         packed=choice.packing, budget=choice.micro_batch_tokens, smallest=int(lengths.max()), signals=signals, meter=meter,
         memory=unsloth.peak_memory_gb,

@@ -16,7 +16,9 @@ def first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
     seen = 0
     for batch in trainer.dealt(rows):
         if trainer.packed and "packed_seq_lengths" not in batch:
-            raise RuntimeError(f"packing was asked for, and Unsloth does not pack: a micro-batch has only {sorted(batch)}")
+            raise RuntimeError(
+                f"packing was asked for, and Unsloth does not pack: a micro-batch has only {sorted(batch)}"
+            )
         for ids, labels in zip(*_unpadded(batch), strict=True):
             seen += 1
             if _fingerprint(ids, labels) not in known:

@@ -1,6 +1,6 @@
 """finetune: LoRA by Unsloth and TRL on the rows that `data` wrote, passed through untouched."""
 
-import math
+import functools
 import os
 import shutil
 import signal
@@ -38,7 +38,9 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     written = rows.read(run.output("data", "train"))
     trainer, choice, order = prepared(weights, base, tune, run, written)
     checks.first_batch(trainer, written)
-    checks.ends(written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0))
+    checks.ends(
+        written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
+    )
     checkpoint = survive.last_complete(folder / "checkpoints")
     print(f"finetune: {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}, {said(trainer, choice)}",
           file=sys.stderr)  # fmt: skip
@@ -48,7 +50,9 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     return record
 
 
-def prepared(weights: Path, base: Base, tune: Finetune, run: Run, written: "pa.Table") -> tuple["SFTTrainer", choose.Choice, np.ndarray]:
+def prepared(
+    weights: Path, base: Base, tune: Finetune, run: Run, written: "pa.Table"
+) -> tuple["SFTTrainer", choose.Choice, np.ndarray]:
     """The trainer, what it was chosen to run with, and the row numbers in the order of training.
 
     What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
@@ -56,36 +60,32 @@ def prepared(weights: Path, base: Base, tune: Finetune, run: Run, written: "pa.T
     path = run.folder / "finetune" / "choice.json"
     begun = files.read_json(path) if path.is_file() else {}
     tune = tune.model_copy(update=begun.get("after_out_of_memory", {}))
-    packed = begun.get("packing", tune.packing and unsloth.gpu_bytes() is not None)
-    choice, order = chosen(weights, base, tune, written, packed, begun.get("train_batch_size"))
+    lengths, shape = batches.lengths(written), memory.shape(files.read_json(weights / "config.json"))
+    fitting = functools.partial(
+        choose.choose, shape, base, lengths=lengths, card=unsloth.gpu_bytes(), begun=begun.get("train_batch_size")
+    )
+    choice, order = fitting(tune, packed=begun.get("packing", tune.packing and unsloth.gpu_bytes() is not None))
     model = build_model(weights, base, tune, choice)
     trainer = build_trainer(model, base, tune, run, choice, written, order)
     if choice.packing and not trainer.args.packing:
-        print(f"finetune: Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead", file=sys.stderr)
+        print(
+            f"finetune: Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead",
+            file=sys.stderr,
+        )
         tune = tune.model_copy(update={"use_gradient_checkpointing": choice.use_gradient_checkpointing})
-        choice, order = chosen(weights, base, tune, written, False, begun.get("train_batch_size"))
+        choice, order = fitting(tune, packed=False)
         trainer = build_trainer(model, base, tune, run, choice, written, order)
     files.write_json(path, begun | asdict(choice))
     return trainer, choice, order
 
 
-def chosen(weights: Path, base: Base, tune: Finetune, written: "pa.Table", packed: bool, begun: int | None) -> tuple[choose.Choice, np.ndarray]:
-    """begun: rows a step of a training that goes on."""
-    lengths, shape = batches.lengths(written), memory.shape(files.read_json(weights / "config.json"))
-    tokens, policy = choose.micro_batch(shape, base, tune, int(lengths.max()), unsloth.gpu_bytes(), packed)
-    seen = batches.order(len(written), rows_seen(tune, len(written), tokens), tune.seed)
-    per_step = begun or choose.rows_per_step(tune, lengths[seen], tokens, packed)
-    choice = choose.Choice(per_step, choose.learning_rate(tune, per_step), tokens, policy, packed)
-    return choice, batches.order(len(written), rows_seen(tune, len(written), per_step), tune.seed)
-
-
-def rows_seen(tune: Finetune, count: int, per_step: int) -> int:
-    return tune.max_steps * per_step if tune.max_steps else math.ceil(tune.num_train_epochs * count)
-
-
 def said(trainer: "SFTTrainer", choice: choose.Choice) -> str:
     dealt = "packed" if choice.packing else "padded"
-    policy = {False: "no gradient checkpointing", True: "gradient checkpointing", "unsloth": "Unsloth's gradient checkpointing"}
+    policy = {
+        False: "no gradient checkpointing",
+        True: "gradient checkpointing",
+        "unsloth": "Unsloth's gradient checkpointing",
+    }
     return (
         f"{trainer.args.max_steps:,} steps of {choice.train_batch_size} rows, {dealt}, at most {choice.micro_batch_tokens:,} tokens at once, "
         f"learning rate {choice.learning_rate:.3g}, {policy[choice.use_gradient_checkpointing]}"
@@ -103,7 +103,10 @@ def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: ch
     except survive.Stop:
         trainer.save()
     if trainer.signals:
-        print(f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}", file=sys.stderr)
+        print(
+            f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}",
+            file=sys.stderr,
+        )
         if trainer.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -151,7 +154,16 @@ def start_again(path: Path, choice: choose.Choice, said: str) -> None:
     os.execv(sys.executable, sys.orig_argv)
 
 
-def write(trainer, run: Run, choice: choose.Choice, order: np.ndarray, there: int, weights: Path, seed: int, checkpoint: Path | None) -> dict:
+def write(
+    trainer,
+    run: Run,
+    choice: choose.Choice,
+    order: np.ndarray,
+    there: int,
+    weights: Path,
+    seed: int,
+    checkpoint: Path | None,
+) -> dict:
     """The adapter, the log, the record."""
     folder = run.folder / "finetune"
     with files.writing(folder / "adapter") as part:

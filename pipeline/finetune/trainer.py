@@ -93,9 +93,9 @@ def trainer_class() -> type["SFTTrainer"]:
             from pipeline.finetune.survive import last_complete
 
             good = last_complete(Path(self.args.output_dir))
+            named = ", ".join(map(str, rows.numbers))
             return (
-                f"the loss of step {step:,} is {loss.item()}: rows {', '.join(map(str, rows.numbers))} of data/train.parquet, "
-                f"or the step before; the last good checkpoint is {good.name if good else 'none yet'}",
+                f"the loss of step {step:,} is {loss.item()}: rows {named} of data/train.parquet, or the step before; the last good checkpoint is {good.name if good else 'none yet'}",
                 "a new RUN=name with half the finetune.learning_rate, or without these rows",
             )
 
@@ -108,7 +108,11 @@ def trainer_class() -> type["SFTTrainer"]:
             began, path = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             try:
                 super()._save_checkpoint(model, trial)
-            except (OSError, RuntimeError, _safetensors_error()) as error:  # what safetensors and torch make of a full disk
+            except (
+                OSError,
+                RuntimeError,
+                _safetensors_error(),
+            ) as error:  # what safetensors and torch make of a full disk
                 if shutil.disk_usage(self.args.output_dir).free > 100e6 and not isinstance(error, OSError):
                     raise
                 shutil.rmtree(path, ignore_errors=True)

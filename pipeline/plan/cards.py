@@ -31,7 +31,10 @@ def table(path: Path = TABLE) -> list[Card]:
     """All cards. Raises UserError for a line that cannot be read."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [Card(row["name"], row["match"], *(float(row[name]) for name in list(Card.__annotations__)[2:])) for row in csv.DictReader(file)]
+            return [
+                Card(row["name"], row["match"], *(float(row[name]) for name in list(Card.__annotations__)[2:]))
+                for row in csv.DictReader(file)
+            ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error!r}", f"correct it, or `git checkout {path}`") from error
 

