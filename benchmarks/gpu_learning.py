@@ -10,18 +10,15 @@ of the training to the first time that the loss is at most the tutorial's lowest
 rate of larger batches, three epochs each. Writes benchmarks/results/gpu_learning.{json,md}.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 
 import box
-import table
 
 EVERY = 8  # a held-out loss each so many times eight rows, or each step of larger ones
 TUTORIAL = 3  # epochs
-# (rows a step, epochs)
-OURS = {"8": ("8", 4), "free": ("auto", 8)}
+RATE = 2e-4
+OURS = (("8", 4), ("auto", 8))  # (rows a step, epochs)
 
 
 def held_out(model, tokenizer, rows: list[dict]) -> float:
@@ -34,7 +31,7 @@ def held_out(model, tokenizer, rows: list[dict]) -> float:
         some = rows[start : start + 40]
         marked = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in some]
         fills = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
-        batch = {name: padded([row[name] for row in marked], fill) for name, fill in fills.items()}
+        batch = {name: padded([row[name] for row in marked], fill).to(model.device) for name, fill in fills.items()}
         targets = sum(label != -100 for row in some for label in row["labels"][1:])
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             total, count = total + float(model(**batch).loss) * targets, count + targets
@@ -46,7 +43,7 @@ def padded(lists: list[list[int]], fill: int):
     import torch
 
     width = max(map(len, lists))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device="cuda")
+    return torch.tensor([row + [fill] * (width - len(row)) for row in lists])
 
 
 def watched(tokenizer, rows: list[dict], every: int) -> list[tuple[int, float, float]]:
@@ -74,13 +71,11 @@ def watched(tokenizer, rows: list[dict], every: int) -> list[tuple[int, float, f
 
 
 def one(system: str, per_step: str, rate: str, epochs: str, base: str, work: Path) -> None:
-    import varlen  # noqa: F401
+    box.unsloth()
     from transformers import AutoTokenizer
 
     from contract import files
-    from pipeline import unsloth
 
-    unsloth.start()
     demo = box.prepared(work / "demo")
     rows = [
         {name: row[name] for name in ("input_ids", "labels")}
@@ -151,24 +146,14 @@ def measured(found: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = box.arguments(__doc__, 4)
     parser.add_argument("--base", default=box.SMOL)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
-    parser.add_argument("--results", type=Path, default=table.RESULTS)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         return one(*asked.one, asked.base, asked.work)
-    asked.results.mkdir(parents=True, exist_ok=True)
-    cases = [
-        ("unsloth-tutorial", "8", 2e-4, TUTORIAL),
-        *(("ferry", rows, 2e-4, epochs) for rows, epochs in OURS.values()),
-    ]
-    found = [
-        box.alone(__file__, *case, "--base", asked.base, "--work", asked.work, out=asked.results) for case in cases
-    ]
-    table.write("gpu_learning", " ".join(["python", "benchmarks/gpu_learning.py", *sys.argv[1:]]), box.PACKAGES,
-                measured([told for told in found if told]), box.device(), asked.results)  # fmt: skip
+    cases = [("unsloth-tutorial", "8", RATE, TUTORIAL), *(("ferry", rows, RATE, epochs) for rows, epochs in OURS)]
+    found = [box.alone(__file__, *case, "--base", asked.base, work=asked.work, go_on=asked.go_on) for case in cases]
+    box.write(__file__, measured([told for told in found if told]), asked.results)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ Each trains three steps of random rows on random weights of a Llama's shape (3.2
 Predicted is what `make plan` says for the same rows in the same order. Writes benchmarks/results/gpu_memory.{json,md}.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import box
-import table
 
 # name: (shape, rows, base, finetune)
 CASES = {
@@ -26,7 +23,7 @@ CASES = {
 
 
 def one(name: str, work: Path) -> None:
-    import varlen  # noqa: F401
+    box.unsloth()
 
     from contract import files
     from pipeline.config import Base, Finetune
@@ -47,22 +44,11 @@ def one(name: str, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
-    parser.add_argument("--results", type=Path, default=table.RESULTS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = box.arguments(__doc__, 1).parse_args()
     if asked.one:
-        return one(asked.one, asked.work)
-    asked.results.mkdir(parents=True, exist_ok=True)
-    found = [box.alone(__file__, name, "--work", asked.work, out=asked.results) for name in CASES]
-    table.write(
-        "gpu_memory",
-        " ".join(["python", "benchmarks/gpu_memory.py", *sys.argv[1:]]),
-        box.PACKAGES,
-        [row for row in found if row],
-        box.device(),
-        asked.results,
+        return one(*asked.one, asked.work)
+    box.write(
+        __file__, [box.alone(__file__, name, work=asked.work, go_on=asked.go_on) for name in CASES], asked.results
     )
 
 

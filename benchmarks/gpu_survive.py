@@ -8,7 +8,6 @@ run side by side: no time is measured but that from the signal to the end of the
 told to take 131,072 tokens at once. Writes benchmarks/results/gpu_survive.{json,md}.
 """
 
-import argparse
 import random
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import box
-import table
 
 STEPS = 150
 TUNE = {"max_steps": STEPS, "logging_steps": 5, "save_minutes": 1 / 30, "learning_rate": 5e-4, "lora_dropout": 0.05}
@@ -26,7 +24,7 @@ TUNE = {"max_steps": STEPS, "logging_steps": 5, "save_minutes": 1 / 30, "learnin
 
 def one(name: str, base: str, work: Path) -> None:
     """Train the run of that name, or go on with it; in a process that can be killed."""
-    import varlen  # noqa: F401
+    box.unsloth()
 
     from pipeline.config import Finetune
     from pipeline.finetune.stage import stage
@@ -39,10 +37,10 @@ def command(name: str, base: str, work: Path) -> list[str]:
     return [sys.executable, __file__, "--one", name, "--base", base, "--work", str(work)]
 
 
-def interrupted(name: str, number: int | None, at: int, base: str, work: Path, out: Path) -> dict:
+def interrupted(name: str, number: int | None, at: int, base: str, work: Path) -> dict:
     """Started, hit at about that step, started again."""
     run, found = box.run(name, work, None), {"system": "ferry", "case": name}
-    with (out / f"survive-{name}.log").open("w") as written:
+    with (work / "logs" / f"survive-{name}.log").open("w") as written:
         if number:
             process = subprocess.Popen(
                 command(name, base, work), cwd=box.ROOT, stdout=written, stderr=subprocess.STDOUT
@@ -69,7 +67,7 @@ def interrupted(name: str, number: int | None, at: int, base: str, work: Path, o
 
 
 def short_of_memory(work: Path) -> None:
-    import varlen  # noqa: F401
+    box.unsloth()
 
     from pipeline.config import Base, Finetune
     from pipeline.finetune.stage import stage
@@ -84,41 +82,25 @@ def short_of_memory(work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = box.arguments(__doc__, 1)
     parser.add_argument("--base", default=box.SMOL)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/ferry-gpu"))
-    parser.add_argument("--results", type=Path, default=table.RESULTS)
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        return short_of_memory(asked.work) if asked.one == "oom" else one(asked.one, asked.base, asked.work)
-    asked.results.mkdir(parents=True, exist_ok=True)
+        return short_of_memory(asked.work) if asked.one == ["oom"] else one(*asked.one, asked.base, asked.work)
     box.prepared(asked.work / "demo")
-    cases = [("undisturbed-1", None), ("undisturbed-2", None)]
+    draw, cases = random.Random(8), [("undisturbed-1", None, 0), ("undisturbed-2", None, 0)]
     cases += [
-        (f"{number.name}-{i}", number) for number in (signal.SIGKILL, signal.SIGTERM) for i in range(1, asked.times + 1)
+        (f"{number.name}-{i}", number, draw.randrange(10, STEPS - 40))
+        for number in (signal.SIGKILL, signal.SIGTERM)
+        for i in range(1, asked.times + 1)
     ]
-    draw = random.Random(8)
-    with ThreadPoolExecutor(12) as pool:
-        found = list(
-            pool.map(
-                lambda case: interrupted(*case, draw.randrange(10, STEPS - 40), asked.base, asked.work, asked.results),
-                cases,
-            )
-        )
-    found.append(box.alone(__file__, "oom", "--work", asked.work, out=asked.results))
-    whole = found[0].get("final_loss")
-    rows = [row | {"of_undisturbed": round(row["final_loss"] / whole, 5)} if row.get("final_loss") and whole and "rows" in row and row["case"] != "out of memory" else row
-            for row in found if row]  # fmt: skip
-    table.write(
-        "gpu_survive",
-        " ".join(["python", "benchmarks/gpu_survive.py", *sys.argv[1:]]),
-        box.PACKAGES,
-        rows,
-        box.device(),
-        asked.results,
-    )
+    with ThreadPoolExecutor(len(cases)) as pool:
+        found = list(pool.map(lambda case: interrupted(*case, asked.base, asked.work), cases))
+    whole = found[0]["final_loss"]
+    for row in found:
+        row["of_undisturbed"] = round(row["final_loss"] / whole, 5)
+    box.write(__file__, [*found, box.alone(__file__, "oom", work=asked.work)], asked.results)
 
 
 if __name__ == "__main__":
