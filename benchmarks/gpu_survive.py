@@ -38,32 +38,28 @@ def command(name: str, base: str, work: Path) -> list[str]:
 
 
 def interrupted(name: str, number: int | None, at: int, base: str, work: Path) -> dict:
-    """Started, hit at about that step, started again."""
+    """Started, hit somewhere after that step, started again."""
     run, found = box.run(name, work, None), {"system": "ferry", "case": name}
     with (work / "logs" / f"survive-{name}.log").open("w") as written:
+        told = {"cwd": box.ROOT, "stdout": written, "stderr": subprocess.STDOUT}
         if number:
-            process = subprocess.Popen(
-                command(name, base, work), cwd=box.ROOT, stdout=written, stderr=subprocess.STDOUT
-            )
-            log = run.folder / "finetune" / "log.jsonl"
-            while process.poll() is None and (not log.is_file() or box.log(run)[-1]["step"] < at):
+            process = subprocess.Popen(command(name, base, work), **told)
+            while process.poll() is None and reached(run) < at:
                 time.sleep(0.01)
             time.sleep(random.random())
             process.send_signal(number)
             sent = time.monotonic()
             found |= {"exit_code": process.wait(), "seconds_to_the_end": round(time.monotonic() - sent, 1)}
-        done = subprocess.run(
-            command(name, base, work), cwd=box.ROOT, stdout=written, stderr=subprocess.STDOUT
-        ).returncode
-    if done:
-        return found | {"failed": done}
-    record = run.read("finetune")
-    return found | {
-        "resumed_from": record["resumed_from"],
-        "steps": record["steps"],
-        "rows": record["rows"],
-        "final_loss": record["final_loss"],
-    }
+        done = subprocess.run(command(name, base, work), **told)
+    if done.returncode:
+        return found | {"failed": done.returncode}
+    return found | {key: run.read("finetune")[key] for key in ("resumed_from", "steps", "rows", "final_loss")}
+
+
+def reached(run) -> int:
+    log = run.folder / "finetune" / "log.jsonl"
+    entries = box.log(run) if log.is_file() else []
+    return entries[-1]["step"] if entries else 0
 
 
 def short_of_memory(work: Path) -> None:
@@ -89,6 +85,7 @@ def main() -> None:
     if asked.one:
         return short_of_memory(asked.work) if asked.one == ["oom"] else one(*asked.one, asked.base, asked.work)
     box.prepared(asked.work / "demo")
+    (asked.work / "logs").mkdir(exist_ok=True)
     draw, cases = random.Random(8), [("undisturbed-1", None, 0), ("undisturbed-2", None, 0)]
     cases += [
         (f"{number.name}-{i}", number, draw.randrange(10, STEPS - 40))
@@ -97,9 +94,9 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(len(cases)) as pool:
         found = list(pool.map(lambda case: interrupted(*case, asked.base, asked.work), cases))
-    whole = found[0]["final_loss"]
+    whole = found[0].get("final_loss")
     for row in found:
-        row["of_undisturbed"] = round(row["final_loss"] / whole, 5)
+        row["of_undisturbed"] = round(row["final_loss"] / whole, 5) if whole and "final_loss" in row else None
     box.write(__file__, [*found, box.alone(__file__, "oom", work=asked.work)], asked.results)
 
 
