@@ -34,12 +34,20 @@ AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
+# Whose `make doctor` it is: what was typed decides (SIDE, or REPO for mac), else cloud in the image and where there is an
+# NVIDIA driver. `make deploy-mac` means its own, always.
+SIDED     = $(or $(call typed,SIDE),$(if $(filter-out file,$(origin REPO)),mac),$(if $(FERRY_IMAGE)$(shell command -v nvidia-smi 2>/dev/null),cloud,mac))
+DOCTOR    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),mac,$(if $(filter doctor,$(MAKECMDGOALS)),$(SIDED),mac))
+ifeq ($(filter cloud mac,$(DOCTOR)),)
+$(error SIDE=$(DOCTOR): neither cloud nor mac)
+endif
+
 # Where the cloud side runs: natively, or in Ferry's image (docker/). What was typed decides, else what this machine is;
 # setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
 CONTAINER := $(PYTHON) setup/container.py
-IMAGED    := demo train check preflight config preview data finetune evaluate export verify publish
+IMAGED    := demo train check preflight config preview data finetune evaluate export verify publish $(if $(filter cloud,$(DOCTOR)),doctor)
 ASKED     := $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
-PASSED    := $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
+PASSED    := $(if $(filter cloud,$(DOCTOR)),SIDE=cloud) $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
 ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
 ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
 export FERRY_WHERE := $(shell $(CONTAINER) where $(ASKED) -- $(firstword $(MAKECMDGOALS)))
@@ -75,6 +83,11 @@ config: env ## print the resolved config and what its choices cost
 
 ##@ On the GPU box (in this order; each is a stage and a record in runs/<run>/)
 
+# It asks the environment that is there, as it is: `env` would refuse a driver that broke since, and say less about it.
+ifeq ($(DOCTOR),cloud)
+doctor: $(if $(wildcard $(VENV)/ferry.json),,env) ## driver, cards, libraries, disk: what is there, what lacks, what cures it (without a driver: SIDE=cloud)
+	@$(PIPELINE) doctor --runs $(call quoted,$(RUNS))
+endif
 train: check $(R)/publish.json ## all of the following, from where it stands
 	@echo "train: complete, $(R)/publish.json"
 
@@ -111,8 +124,10 @@ endif
 ##@ On the Mac (or any machine that runs the model)
 
 deploy-mac: summary ## pull REPO, check it, smoke test, then into Ollama and LM Studio
-doctor: deploy-env ## what this machine is, has and lacks, and the command that cures it
+ifneq ($(DOCTOR),cloud)
+doctor: deploy-env ## what this machine is, has and lacks, and the command that cures it (on the GPU box: SIDE=mac or REPO=)
 	@$(DEPLOY) doctor $(if $(filter-out file,$(origin REPO))$(filter deploy-mac,$(MAKECMDGOALS)),$(WHICH) $(TAKEN))
+endif
 pull: $(if $(filter deploy-mac,$(MAKECMDGOALS)),doctor,deploy-env) ## fetch the GGUF and compare its sha256 with the manifest (QUANT=q8_0: another one)
 	@$(DEPLOY) pull $(WHICH) $(TAKEN)
 smoke: pull ## does it answer here as it did where it was made?

@@ -33,12 +33,12 @@ def cli() -> None:
 @QUANTIZATION
 def doctor(repo: str | None, models: Path, quantization: str | None) -> None:
     """What this machine is, has and lacks, for REPO or in general; each lack with the command that cures it."""
+    from contract import checks
     from deploy import doctor as module
 
-    checks = module.checks(repo, models, quantization)
-    click.echo(module.page(checks))
-    if fatal := [check for check in checks if check.state == "fault"]:
-        raise UserError(fatal[0].text, fatal[0].cure)
+    found = module.checks(repo, models, quantization)
+    click.echo(checks.page(found))
+    checks.refuse(found)
 
 
 @cli.command()

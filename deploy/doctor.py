@@ -1,7 +1,4 @@
-"""doctor: what this machine is, has and lacks, for one repo or in general, and for every lack the command that cures it.
-
-A lack stops nothing: the parts that do not need it go on. A fault does: without its cure nothing would run.
-"""
+"""doctor: what this machine is, has and lacks, for one repo or in general, and for every lack the command that cures it."""
 
 import importlib.metadata
 import importlib.util
@@ -13,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import files, gguf, hub, manifest, runtime
+from contract.checks import Check
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
 from deploy import lmstudio, machine, memory, pull, source, store, support
@@ -31,15 +29,6 @@ TYPICAL = {
     "8B": (4.92e9, 32, 4096, 14336, 32, 8),
 }
 LONGEST, WORDS = 131_072, 128_256  # tokens of their context and vocabulary
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    state: str
-    """'ok', 'lack' or 'fault'."""
-    text: str
-    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,15 +56,6 @@ def checks(
         system(this), computes.check(this), *tools(this, computes), *asked, *disks(models, file, served), memory_of(this, room),
         context(room, file) if file else typical(room), in_ollama(served), in_lmstudio(),
     ]  # fmt: skip
-
-
-def page(checks: list[Check]) -> str:
-    """A line for each, and its cure below it."""
-    lines = []
-    for check in checks:
-        lines.append(f"{check.state:<6}{check.name:<10}{check.text}")
-        lines += [f"{'':16}next: {check.cure}"] if check.cure else []
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
 
 
 # The machine and its llama.cpp

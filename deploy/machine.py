@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from contract import linux
+
 PATIENCE = 10  # seconds for one fact
 MARGIN = 1 << 30  # bytes of a GPU's memory that llama.cpp leaves free when it fits a model by itself (common.h, --fit)
 # Of all memory, where the processor computes: the system and what else is open need the rest.
@@ -116,29 +118,13 @@ def _linux(ask: Ask, root: Path, arch: str, held: Callable[[], int]) -> Machine:
     gpus = [line.rpartition(",") for line in (ask(NVIDIA) or "").splitlines()]
     known = sum(int(size) << 20 for _, _, size in gpus if size.strip().isdecimal())
     names = ", ".join(name.strip() for name, _, _ in gpus)
-    return Machine("Linux", release, arch, chip, min([memory, *_limits(root)]), names, held() or known, False)
+    return Machine("Linux", release, arch, chip, min([memory, *linux.limits(root)]), names, held() or known, False)
 
 
 def _field(path: Path, name: str, mark: str) -> str:
     """The value of `name` in a file of lines such as `name : value`; '' when it is not there."""
-    for line in _text(path).splitlines():
+    for line in linux.text(path).splitlines():
         key, _, value = line.partition(mark)
         if key.strip() == name:
             return value.strip()
     return ""
-
-
-def _limits(root: Path) -> list[int]:
-    """Bytes that the control groups of this process may have: of version 2 its own and all around it, of version 1."""
-    own = Path(_text(root / "proc/self/cgroup").rpartition("0::/")[2].strip())
-    groups = [root / "sys/fs/cgroup" / group for group in (own, *own.parents)]
-    said = [_text(group / "memory.max") for group in groups]
-    said.append(_text(root / "sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    return [int(limit) for limit in map(str.strip, said) if limit.isdecimal()]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

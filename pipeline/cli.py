@@ -26,6 +26,18 @@ def cli() -> None:
     """Ferry's cloud side: data, finetune, evaluate, export, verify, publish. `make` is the usual way in."""
 
 
+@cli.command()
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where runs go.")
+def doctor(runs: Path) -> None:
+    """What this machine is, has and lacks for training; each lack with the command that cures it."""
+    from contract import checks
+    from pipeline.doctor import stage as module
+
+    found = module.checks(runs)
+    click.echo(checks.page(found))
+    checks.refuse(found)
+
+
 @cli.command("config")
 @CONFIG
 @SET

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, runtime
+from contract import checks, files, runtime
+from contract.checks import Check
 from deploy import doctor, lmstudio, pull, store
-from deploy.doctor import Check
 from deploy.machine import Machine
 from deploy.ollama import server as ollama
 from tests import repos
@@ -304,7 +304,7 @@ def test_an_lm_studio_is_shown_with_its_newest_runtime(tmp_path):
 
 
 def test_the_page_is_a_table_with_every_cure_below_its_lack():
-    page = doctor.page([Check("memory", "ok", "36.0 GB"), Check("LM Studio", "lack", "not \x1b[2J there", "get it")])
+    page = checks.page([Check("memory", "ok", "36.0 GB"), Check("LM Studio", "lack", "not \x1b[2J there", "get it")])
     assert page.splitlines() == [
         "ok    memory    36.0 GB", "lack  LM Studio not ?[2J there", "                next: get it",
     ]  # fmt: skip
