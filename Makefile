@@ -45,9 +45,9 @@ endif
 # Where the cloud side runs: natively, or in Ferry's image (docker/). What was typed decides, else what this machine is;
 # setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
 CONTAINER := $(PYTHON) setup/container.py
-IMAGED    := demo train check preflight config preview data finetune evaluate export verify publish $(if $(filter cloud,$(DOCTOR)),doctor)
+IMAGED    := demo train check preflight config preview data plan finetune evaluate export verify publish $(if $(filter cloud,$(DOCTOR)),doctor)
 ASKED     := $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
-PASSED    := $(if $(filter cloud,$(DOCTOR)),SIDE=cloud) $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
+PASSED    := $(if $(filter cloud,$(DOCTOR)),SIDE=cloud) $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT GPU PROBE,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
 ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
 ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
 export FERRY_WHERE := $(shell $(CONTAINER) where $(ASKED) -- $(firstword $(MAKECMDGOALS)))
@@ -60,7 +60,7 @@ export UNSLOTH_FORCE_CPU ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train check preflight config preview data finetune evaluate export verify publish \
+.PHONY: help demo train check preflight config preview data plan finetune evaluate export verify publish \
         deploy-mac doctor pull smoke modelfile ollama lmstudio summary chat serve models rollback prune undeploy \
         image shell env deploy-env lock lock-images test test-image lint bench
 
@@ -94,6 +94,8 @@ train: check $(R)/publish.json ## all of the following, from where it stands
 preview: env ## three rows as they will be trained, what carries loss in colour; writes nothing
 	@$(PIPELINE) data $(CONFIG) --run $(R) $(SETS) --preview 3
 data: $(R)/data.json ## rows -> token ids and labels; freezes the config (LIGHT=1: no torch needed)
+plan: $(if $(wildcard $(R)/data.json),env,$(R)/data.json) ## memory, disk, steps, hours, money and the cheapest card, from the rows (GPU="RTX 4090"; LIGHT=1; PROBE=1 measures)
+	@$(PIPELINE) plan $(CONFIG) --run $(R) $(SETS) $(if $(call typed,GPU),--gpu $(call quoted,$(GPU))) $(if $(call typed,PROBE),--probe)
 finetune: check $(R)/finetune.json ## LoRA by Unsloth; continues from its last checkpoint
 evaluate: check $(R)/evaluate.json ## base and adapter on held-out rows, in torch
 export: check $(R)/export.json ## merged 16 bit -> f16 GGUF -> quantized GGUF

@@ -148,6 +148,32 @@ def look(config, folder: Path, processes: int | None, count: int) -> str:
 
 
 @cli.command()
+@CONFIG
+@RUN
+@SET
+@click.option(
+    "--gpu", metavar="NAME", help="A card of configs/gpus.csv; default: the one here, else the cheapest that fits."
+)
+@click.option(
+    "--probe", is_flag=True, help="Measure a few steps on this machine's GPU and let finetune take the fastest."
+)
+def plan(config_file: Path, folder: Path, overrides: tuple[str, ...], gpu: str | None, probe: bool) -> None:
+    """Memory, disk, steps, hours and money, before any of it is paid; needs no GPU."""
+    from pipeline import config
+    from pipeline.plan import cards
+    from pipeline.plan import stage as module
+    from pipeline.record import Run
+
+    tree, run = config.load(config_file, overrides), Run(folder)
+    click.echo(module.stage(tree, run, gpu, cards.here()))
+    if probe:
+        from pipeline.plan import probe as prober
+
+        click.echo("\nmeasured on this card, a few steps each, at the longest rows:", err=True)
+        click.echo(prober.stage(tree, run))
+
+
+@cli.command()
 @RUN
 def finetune(folder: Path) -> None:
     """Train the LoRA adapter with Unsloth; goes on from the last complete checkpoint."""

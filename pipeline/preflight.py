@@ -5,9 +5,10 @@ import shutil
 from contract import files, hub
 from contract.errors import UserError
 from pipeline import base as bases
-from pipeline import licences, llamacpp
+from pipeline import licences
 from pipeline.config import Config
 from pipeline.data import read
+from pipeline.plan import disk as space
 from pipeline.publish import sender
 from pipeline.publish.stage import hub_folder, named
 from pipeline.record import Run
@@ -121,13 +122,12 @@ def licence(config: Config, info, repo: str) -> list[str]:
 
 def disk(config: Config, run: Run, sixteen: int) -> list[str]:
     """Room for the base, the merged weights, the 16-bit GGUF and the quantizations. sixteen: bytes of the base's weights."""
-    quants = sum(quantized(config, sixteen))
-    need = 3 * sixteen + quants * (2 if config.export.imatrix else 1)
-    free = shutil.disk_usage(files.nearest(run.folder)).free
+    parts = space.parts(config, sixteen)
+    need, free = sum(parts.values()), shutil.disk_usage(files.nearest(run.folder)).free
     if free < need:
         raise UserError(
-            f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end (base, merged weights and 16-bit GGUF "
-            f"{sixteen / 1e9:.1f} GB each, quantized {quants / 1e9:.1f} GB), {free / 1e9:.0f} GB are free",
+            f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}), "
+            f"{free / 1e9:.0f} GB are free",
             "take a machine with more disk, then run the same command again",
         )
     return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free"]
@@ -135,7 +135,7 @@ def disk(config: Config, run: Run, sixteen: int) -> list[str]:
 
 def upload(config: Config, sixteen: int) -> str:
     """What goes to the Hub; whether the account has room for it, the Hub does not tell."""
-    sizes = quantized(config, sixteen)
+    sizes = space.quantized(config, sixteen)
     if max(sizes) > LARGEST:
         raise UserError(
             f"a GGUF of {max(sizes) / 1e9:.0f} GB does not go to the Hub, which takes {LARGEST / 1e9:.0f} GB a file",
@@ -143,11 +143,6 @@ def upload(config: Config, sixteen: int) -> str:
         )
     sent = sum(sizes) + sixteen * config.publish.merged
     return f"about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
-
-
-def quantized(config: Config, sixteen: int) -> list[float]:
-    """Bytes of each quantization."""
-    return [llamacpp.BITS[kind] / 16 * sixteen for kind in config.export.quantizations]
 
 
 def dataset(config: Config) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contract import files
 from contract.errors import UserError
 from pipeline.config import Base
 
@@ -28,6 +29,10 @@ QUIET = {
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
 
 
+# What is compiled for a card is kept between runs, and not in /tmp, which a container loses.
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
 def hush() -> None:
     """To be called before transformers is imported."""
     for name, value in QUIET.items():
@@ -39,6 +44,8 @@ def hush() -> None:
 def start():
     """Import Unsloth (7-9 s) before transformers is; its banner goes to stderr, so that stdout is ours."""
     hush()
+    for name, folder in COMPILED.items():
+        os.environ.setdefault(name, str(files.cache_dir() / "compiled" / folder))
     with contextlib.redirect_stdout(sys.stderr):
         import unsloth
     return unsloth
@@ -70,6 +77,13 @@ def gpu_bytes() -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
+def capability() -> float | None:
+    """The card's compute capability, such as 9.0; None where torch sees no GPU."""
+    import torch
+
+    return float("{}.{}".format(*torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+
+
 def device() -> str:
     """What the work ran on, in words."""
     import torch
@@ -89,3 +103,12 @@ def peak_memory_gb() -> float:
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+
+
+def forget_peak() -> None:
+    """Count the peak of GPU memory from here."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -10,7 +10,6 @@ from pipeline.doctor.box import Card, Nvidia, Where, gb
 from pipeline.plan import cards as table
 
 CUDA, DRIVER = (13, 0), 580  # of the torch that is locked, as in setup/packages.py
-OLDEST, BF16 = 7.5, 8.0  # compute capabilities: the first that CUDA 13 compiles for (T4), the first with bf16 (A100)
 IDLE = 1 << 30  # bytes that a desktop or the driver itself may hold
 MADE = f"torch here is made for CUDA {CUDA[0]}.{CUDA[1]}"
 INSTALL = f"sudo apt-get install nvidia-driver-{DRIVER}-server (Ubuntu's name of it), then reboot"
@@ -54,10 +53,14 @@ def runs(found: Nvidia) -> str:
 
 def kind(card: Card) -> Check:
     name, text = f"card {card.index}", f"{shown(card.name, 80)}, compute capability {card.capability}"
-    if card.capability < OLDEST:
-        why = f"CUDA {CUDA[0]}, and torch, Triton and bitsandbytes with it, begin with {OLDEST} (T4)"
-        return Check(name, "fault", f"{text}: {why}", f"take a machine with a newer card; {table.TABLE} has a list")
-    if card.capability < BF16:
+    if why := table.unfit(card.capability, ""):
+        return Check(
+            name,
+            "fault",
+            f"{shown(card.name, 80)}, {why}",
+            f"take a machine with a newer card; {table.TABLE} has a list",
+        )
+    if card.capability < table.BF16:
         text += ": no bf16, so fp16. Gemma models are refused there: their activations overflow float16"
         return Check(name, "ok", text)
     return Check(name, "ok", f"{text}: bf16")
@@ -72,7 +75,7 @@ def room(card: Card, found: Nvidia) -> Check:
         f"{shown(Path(user.name).name, 40)} (process {user.pid}) has {gb(user.memory)}" for user in card.users
     )
     hidden = f"{gb(card.used)} are held by what cannot be seen from here (another container?)"
-    others = [other.index for other in found.cards if idle(other) and other.capability >= OLDEST]
+    others = [other.index for other in found.cards if idle(other) and other.capability >= table.OLDEST]
     cure = f"CUDA_VISIBLE_DEVICES={others[0]} takes another card" if others else "take another machine"
     return Check(name, "lack", f"{text}: {who or hidden}", f"wait for it, or end it if it is yours; or {cure}")
 

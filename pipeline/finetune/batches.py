@@ -112,9 +112,13 @@ def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed:
     for start in range(0, len(lengths), per_step):
         step = lengths[start : start + per_step]
         for group in micro_batches(step.tolist(), budget, packed):
-            held = step[group]
-            largest = max(largest, _up(int(held.sum()), PACKED) if packed else _up(int(held.max()), PADDED) * len(held))
+            largest = max(largest, size(step[group], packed))
     return largest
+
+
+def size(lengths: np.ndarray, packed: bool) -> int:
+    """Tokens of a micro-batch of such rows, padding counted."""
+    return _up(int(lengths.sum()), PACKED) if packed else _up(int(lengths.max()), PADDED) * len(lengths)
 
 
 def examples(rows: Rows, group: list[int], packed: bool) -> list[dict]:

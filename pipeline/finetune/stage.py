@@ -19,7 +19,7 @@ from pipeline.config import Base, Finetune
 from pipeline.finetune import batches, checks, survive, watch
 from pipeline.finetune.build import build_model, build_trainer
 from pipeline.finetune.trainer import OutOfMemory
-from pipeline.plan import choose, memory
+from pipeline.plan import cards, choose, memory
 from pipeline.record import Run
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ def prepared(
 
     What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
     """
+    refuse_card(weights, base)
     path = run.folder / "finetune" / "choice.json"
     begun = files.read_json(path) if path.is_file() else {}
-    tune = tune.model_copy(update=begun.get("after_out_of_memory", {}))
+    tune = tune.model_copy(update=begun.get("probed", {}) | begun.get("after_out_of_memory", {}))
     lengths, shape = batches.lengths(written), memory.shape(files.read_json(weights / "config.json"))
     fitting = functools.partial(
         choose.choose, shape, base, lengths=lengths, card=unsloth.gpu_bytes(), begun=begun.get("train_batch_size")
@@ -77,6 +78,15 @@ def prepared(
         trainer = build_trainer(model, base, tune, run, choice, written, order)
     files.write_json(path, begun | asdict(choice))
     return trainer, choice, order
+
+
+def refuse_card(weights: Path, base: Base) -> None:
+    capability = unsloth.capability()
+    if capability and (why := cards.unfit(capability, files.read_json(weights / "config.json").get("model_type", ""))):
+        raise UserError(
+            f"{base.model} on this {unsloth.device()}: {why}",
+            "take a machine with a newer card (`make plan` names the cheapest that fits)",
+        )
 
 
 def said(trainer: "SFTTrainer", choice: choose.Choice) -> str:
@@ -149,7 +159,7 @@ def start_again(path: Path, choice: choose.Choice, said: str) -> None:
             f"out of GPU memory with the smallest micro-batch and gradient checkpointing: {said}",
             "a larger card goes on from the last checkpoint; or a smaller base.max_seq_length with a new RUN=name",
         )
-    files.write_json(path, asdict(choice) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}})
+    files.write_json(path, files.read_json(path) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}})
     print("finetune: once more, with Unsloth's gradient checkpointing", file=sys.stderr)
     os.execv(sys.executable, sys.orig_argv)
 

@@ -7,12 +7,14 @@ of it costs when rented alone.
 
 import csv
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from contract.errors import UserError
 
 TABLE = Path("configs/gpus.csv")
+OLDEST, BF16 = 7.5, 8.0  # compute capabilities: the first that CUDA 13 compiles for (T4), the first with bf16 (A100)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,29 @@ def find(device: str) -> Card | None:
     return next((card for card in table() if re.search(rf"\b{card.match}\b", device)), None)
 
 
+def here() -> str | None:
+    """The name of this machine's first card, where its driver tells and the table has it."""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(
+            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    name = said.stdout.partition("\n")[0].strip()
+    return name if said.returncode == 0 and find(name) else None
+
+
 def of(device: str) -> tuple[float | None, float | None]:
     """FLOP/s and dollars an hour; None where the table does not have the card."""
     card = find(device)
     return (card.tflops * 1e12, card.dollars_per_hour) if card else (None, None)
+
+
+def unfit(capability: float, model_type: str) -> str | None:
+    """Why such a card cannot train such a model; None: it can. model_type: of config.json."""
+    if capability < OLDEST:
+        return f"compute capability {capability}: CUDA 13, and torch, Triton and bitsandbytes with it, begin with {OLDEST} (T4)"
+    if capability < BF16 and model_type.startswith("gemma"):
+        return f"compute capability {capability} has no bf16, and Gemma's activations overflow float16 (its losses become NaN)"
+    return None

@@ -7,6 +7,7 @@ settings it was not fitted on. Unsloth's fused loss never holds all logits, so t
 from dataclasses import dataclass
 from typing import Literal
 
+from contract import gguf
 from pipeline.config import SEVEN, Base, Finetune
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: four bits, an 8-bit scale each 64, a 32-bit one each 256 of those
@@ -43,6 +44,11 @@ class Shape:
     def embeddings(self) -> int:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
+    @property
+    def sixteen(self) -> int:
+        """Bytes of all weights in 16 bit."""
+        return 2 * (self.matrices + self.embeddings)
+
     def flops(self) -> float:
         """Of one token, forward and backward through frozen weights: no gradients of them, so 4 a weight and not 6."""
         return 4.0 * (self.matrices + self.vocab * self.hidden)
@@ -66,8 +72,25 @@ def shape(config: dict) -> Shape | None:
             text["num_hidden_layers"], hidden, heads * size, (text.get("num_key_value_heads") or heads) * size,
             text["intermediate_size"], heads, text["vocab_size"], bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
         )  # fmt: skip
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ZeroDivisionError):
         return None
+
+
+def gguf_shape(header: gguf.Header) -> Shape | None:
+    """From a GGUF's header."""
+    name = header.metadata.get(gguf.ARCHITECTURE)
+
+    def of(key: str):
+        return header.metadata.get(f"{name}.{key}")
+
+    if of("expert_count"):
+        return None
+    return shape({
+        "num_hidden_layers": of("block_count"), "hidden_size": of("embedding_length"), "intermediate_size": of("feed_forward_length"),
+        "num_attention_heads": of("attention.head_count"), "num_key_value_heads": of("attention.head_count_kv"),
+        "head_dim": of("attention.key_length"), "vocab_size": len(header.metadata.get("tokenizer.ggml.tokens", ())),
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in header.tensors),
+    })  # fmt: skip
 
 
 Checkpointing = Literal["unsloth", True, False]
@@ -77,8 +100,8 @@ def parts(
     model: Shape, base: Base, tune: Finetune, tokens: int, checkpointing: Checkpointing, packed: bool = True
 ) -> dict[str, float]:
     """Bytes by part, for micro-batches of at most `tokens` tokens, padding counted."""
-    p, sixteen = model.lora(tune), 2 * model.matrices
-    weights = (NF4 * model.matrices if base.load_in_4bit else sixteen) + 2 * model.embeddings
+    p = model.lora(tune)
+    weights = NF4 * model.matrices + 2 * model.embeddings if base.load_in_4bit else model.sixteen
     moments = 2.03 if "8bit" in tune.optim else 8.0
     return {
         "weights": weights,

@@ -1,0 +1,200 @@
+"""plan: memory, disk, steps, hours and money of a training, before any of it is paid. Needs the rows that `data` made, no torch."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from contract import files, gguf
+from contract.errors import UserError
+from pipeline import base as bases
+from pipeline import rows
+from pipeline.config import Base, Config, Finetune
+from pipeline.finetune import batches, watch
+from pipeline.plan import cards, disk, memory
+from pipeline.plan.cards import Card
+from pipeline.plan.choose import Choice, choose
+from pipeline.record import Run
+
+# Measured on an H200 (benchmarks/results/gpu.md), applied to other cards by their dense bf16 peak.
+EFFICIENCY = 0.47  # of that peak, where a micro-batch is large: 8B, nf4; a 1B model reaches 0.39
+LAUNCH = 7e-3  # seconds a layer and micro-batch at least: the processor starts the kernels
+RECOMPUTED = 0.69  # of the speed, with gradient checkpointing
+START = 60  # seconds to load the base and compile the kernels
+# Merge and its gate, 16-bit GGUF, one quantization, hashes: 75 s for 2.2 GB of weights on two cores (benchmarks/results/export.md).
+EXPORT = 75 / 2.2e9  # seconds a byte of 16-bit weights
+# Rows that Unsloth does not pack, its PADDING_FREE_BLOCKLIST: they are padded.
+PADDED = ("gemma2", "gpt_oss")
+POLICIES = {False: "none", True: "plain", "unsloth": "Unsloth's"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be trained, as far as it is known before a card is."""
+
+    base: Base
+    tune: Finetune
+    model: memory.Shape
+    kind: str
+    """model_type of config.json."""
+    lengths: np.ndarray
+    """Tokens of each row, int [rows]."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The training on one card."""
+
+    card: Card
+    choice: Choice
+    parts: dict[str, float]
+    """Peak GPU memory, bytes."""
+    steps: int
+    tokens: int
+    training: float
+    """Seconds."""
+    export: float
+    """Seconds."""
+
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def hours(self) -> float:
+        return (self.training + self.export) / 3600
+
+    @property
+    def dollars(self) -> float:
+        return self.hours * self.card.dollars_per_hour
+
+
+def stage(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
+    """The page. gpu: a card of the table to look at; None: `here`, the card of this machine, else the cheapest that fits.
+
+    Raises UserError where there are no rows yet, or the table has no such card.
+    """
+    found = work(config, run)
+    made = [on(card, found) for card in cards.table()]
+    fitting = [plan for plan in made if isinstance(plan, Plan)]
+    cheapest = min(fitting, key=lambda plan: plan.dollars, default=None)
+    asked = gpu or here
+    shown = on(named(asked), found) if asked else cheapest
+    if isinstance(shown, str):
+        shown = cheapest if not gpu else refuse(gpu, shown)
+    pages = [detail(shown, config, found)] if shown else []
+    return "\n".join([*pages, *table(made, cheapest)])
+
+
+def work(config: Config, run: Run) -> Work:
+    if not run.done("data"):
+        raise UserError(
+            f"{run.folder} has no rows yet, and the plan hangs on their lengths",
+            "make data CONFIG=... (LIGHT=1 on a laptop)",
+        )
+    model, kind = described(bases.fetch(config.base.model, run.read("data")["base"]["revision"], weights=False))
+    if model is None:
+        raise UserError(
+            f"{config.base.model} is no plain decoder ({kind}): its memory and speed are not known before it runs",
+            "`make finetune` finds what fits: it takes less at once where memory ends",
+        )
+    return Work(config.base, config.finetune, model, kind, batches.lengths(rows.read(run.output("data", "train"))))
+
+
+def described(source: Path) -> tuple[memory.Shape | None, str]:
+    """Shape and model type of a folder or a GGUF."""
+    if source.is_dir():
+        config = files.read_json(source / "config.json")
+        return memory.shape(config), config.get("model_type", "")
+    header = gguf.read(source)
+    return memory.gguf_shape(header), str(header.metadata.get(gguf.ARCHITECTURE, ""))
+
+
+def named(name: str) -> Card:
+    known = cards.table()
+    card = next((card for card in known if card.name.lower() == name.lower()), None) or cards.find(name)
+    if not card:
+        raise UserError(
+            f"{cards.TABLE} has no card {name!r}",
+            f"GPU=one of: {', '.join(card.name for card in known)}; or add a line",
+        )
+    return card
+
+
+def refuse(name: str, why: str):
+    raise UserError(f"{name}: {why}", "`make plan` without GPU= names the cards that fit")
+
+
+def on(card: Card, found: Work) -> Plan | str:
+    """The plan for a card, or why there is none."""
+    if why := cards.unfit(card.capability, found.kind):
+        return why
+    packed = found.tune.packing and found.kind not in PADDED
+    try:
+        choice, order = choose(found.model, found.base, found.tune, found.lengths, card.memory_gb * 1e9, packed)
+    except UserError as error:
+        return error.message.removeprefix(f"{found.base.model} ").partition(",")[0]
+    lengths = found.lengths[order]
+    parts = memory.parts(
+        found.model, found.base, found.tune, choice.largest_micro_batch, choice.use_gradient_checkpointing, packed
+    )
+    return Plan(
+        card, choice, parts | {"CUDA itself": memory.CONTEXT}, math.ceil(len(order) / choice.train_batch_size), int(lengths.sum()),
+        seconds(found.model, choice, lengths, card), EXPORT * found.model.sixteen,
+    )  # fmt: skip
+
+
+def seconds(model: memory.Shape, choice: Choice, lengths: np.ndarray, card: Card) -> float:
+    """Of the training: what the card computes, or what the processor takes to start its kernels, whichever is longer."""
+    speed = EFFICIENCY * card.tflops * 1e12 / model.flops() * (RECOMPUTED if choice.use_gradient_checkpointing else 1)
+    total = 0.0
+    for start in range(0, len(lengths), choice.train_batch_size):
+        step = lengths[start : start + choice.train_batch_size]
+        for group in batches.micro_batches(step.tolist(), choice.micro_batch_tokens, choice.packing):
+            total += max(batches.size(step[group], choice.packing) / speed, LAUNCH * model.layers)
+    return START + total
+
+
+def detail(plan: Plan, config: Config, found: Work) -> str:
+    choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
+    space = disk.parts(config, found.model.sixteen) | {"checkpoints": disk.checkpoints(found.model, config)}
+    batch = f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, learning rate {choice.learning_rate:.3g}"
+    once = f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; gradient checkpointing: {shown}"
+    lines = [
+        ("rows", f"{len(found.lengths):,}, {plan.tokens:,} tokens to train on, the longest row has {found.lengths.max():,}"),
+        ("batch", batch), ("at once", once), ("steps", f"{plan.steps:,}"),
+        ("memory", f"{plan.peak / 1e9:.1f} GB at its peak"), *sizes(plan.parts), ("", "    -  logits (the loss is computed without holding them)"),
+        ("disk", f"{sum(space.values()) / 1e9:.1f} GB at its end"), *sizes(space),
+        ("time", f"{watch.duration(plan.training)} training, {watch.duration(plan.export)} export, downloads not counted: about ${plan.dollars:.2f}"),
+    ]  # fmt: skip
+    return "\n".join(
+        [f"on {plan.card.name} ({plan.card.memory_gb:.0f} GB)", *(f"  {name:8} {text}" for name, text in lines)]
+    )
+
+
+def sizes(parts: dict[str, float]) -> list[tuple[str, str]]:
+    return [("", f"{size / 1e9:5.1f}  {name}") for name, size in parts.items()]
+
+
+def table(made: list[Plan | str], cheapest: Plan | None) -> list[str]:
+    """A line a card, and the cheapest that fits."""
+    lines = [
+        "",
+        f"  {'card':<13}{'GB':>5}{'peak':>7}{'at once':>9}{'rows':>6}  {'checkpointing':<15}{'hours':>7}{'$':>8}",
+    ]
+    lines += [
+        f"  {card.name:<13}{card.memory_gb:>5.0f}" + (f"  {plan}" if isinstance(plan, str) else figures(plan))
+        for card, plan in zip(cards.table(), made, strict=True)
+    ]
+    said = (
+        f"{cheapest.card.name}, about ${cheapest.dollars:.2f}"
+        if cheapest
+        else "none; a smaller base.model or base.max_seq_length might"
+    )
+    return [*lines, f"  cheapest that fits: {said} (prices: {cards.TABLE}, yours to edit)"]
+
+
+def figures(plan: Plan) -> str:
+    choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
+    return f"{plan.peak / 1e9:>7.1f}{choice.micro_batch_tokens:>9,}{choice.train_batch_size:>6}  {shown:<15}{plan.hours:>7.2f}{plan.dollars:>8.2f}"
