@@ -248,7 +248,9 @@ def test_more_work_takes_more_time_and_money():
         and twice.dollars > once.dollars
     )
     free = plan.on(h100, plan.Work(BASE, Finetune(train_batch_size="auto"), SHAPE, "llama", ALPACA))
-    assert free.training - plan.START < 0.5 * (once.training - plan.START), "eight rows a step leave the card waiting for the processor"
+    assert free.training - plan.START < 0.5 * (once.training - plan.START), (
+        "eight rows a step leave the card waiting for the processor"
+    )
     order = batches.order(len(ALPACA), len(ALPACA), TUNE.seed)
     assert once.tokens == ALPACA[order].sum() and once.steps == 375
 
