@@ -167,7 +167,7 @@ def plan(config_file: Path, folder: Path, overrides: tuple[str, ...], gpu: str |
     tree, run = config.load(config_file, overrides), Run(folder)
     click.echo(module.stage(tree, run, gpu, cards.here()))
     if probe:
-        from pipeline.plan import probe as prober
+        from pipeline.finetune import probe as prober
 
         click.echo("\nmeasured on this card, a few steps each, at the longest rows:", err=True)
         click.echo(prober.stage(tree, run))

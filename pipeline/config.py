@@ -335,9 +335,21 @@ def _fault(item: dict, lines: dict[tuple, str], path: Path) -> str:
     return f"  {line}: {'.'.join(map(str, place)) or 'config'}: {message}"
 
 
+# Names of transformers' arguments that mean something else here.
+ELSEWHERE = {
+    "per_device_train_batch_size": "train_batch_size is the rows of a whole step; what goes through the model at once follows the card",
+    "gradient_accumulation_steps": "train_batch_size is the rows of a whole step, however it is dealt",
+    "save_strategy": "checkpoints come every save_minutes (and save_steps)",
+    "save_total_limit": "the newest checkpoint is kept, and the best",
+}  # fmt: skip
+
+
 def _closest(place: tuple) -> str:
     """', did you mean ...?' for a mistyped key."""
     import difflib
+
+    if place[-1] in ELSEWHERE:
+        return f": {ELSEWHERE[place[-1]]}"
 
     model: Any = Config
     for part in place[:-1]:

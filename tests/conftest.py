@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A real training, shorter than the demo's: enough to see that it learns, not to reach the demo's score. Of 24 answers one
 # may turn, which is 4 points. (The gate's own limit of 2 points is tested in test_gates.py.)
 SHORT = (
-    "finetune.max_steps=24 finetune.save_steps=8 evaluate.max_rows=24 verify.min_score=0.05 verify.max_score_drop=0.05 "
+    "finetune.max_steps=30 finetune.save_steps=8 evaluate.max_rows=24 verify.min_score=0.05 verify.max_score_drop=0.05 "
     "export.imatrix_tokens=2048"
 )
 

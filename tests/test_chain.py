@@ -119,7 +119,8 @@ def test_a_dropped_label_mask_is_noticed(chain):
     import numpy
     import torch
 
-    from pipeline.finetune import batches, checks
+    from pipeline import batches
+    from pipeline.finetune import checks
 
     table = rows_of(chain.run / "data" / "train.parquet")
 

@@ -98,7 +98,12 @@ def test_the_named_knobs_reach_the_library():
         logging_steps=6, seed=17, report_to=("tensorboard",),
     )  # fmt: skip
     choice = Choice(
-        train_batch_size=3, learning_rate=3e-4, micro_batch_tokens=999, use_gradient_checkpointing=True, packing=True
+        train_batch_size=3,
+        learning_rate=3e-4,
+        micro_batch_tokens=999,
+        largest_micro_batch=999,
+        use_gradient_checkpointing=True,
+        packing=True,
     )
     lora = lora_arguments(tune, choice)
     names = (
@@ -130,7 +135,7 @@ def test_the_named_knobs_reach_the_library():
         assert given[name] == getattr(tune, name), name
     assert (given["max_length"], given["report_to"], given["max_steps"], given["learning_rate"]) == (
         333,
-        ["tensorboard"],
+        "none",
         7,
         3e-4,
     )
@@ -173,3 +178,15 @@ def test_a_costly_choice_is_said_aloud(tmp_path):
         assert word in said
     assert warnings(load(written(tmp_path, GOOD)), rows=5000, longest=2000) == []
     assert isinstance(tree, Config)
+
+
+@pytest.mark.parametrize(
+    "name", ["per_device_train_batch_size", "gradient_accumulation_steps", "save_strategy", "save_total_limit"]
+)
+def test_a_name_of_the_library_that_means_something_else_here_is_explained(name, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"base: {{model: m}}\ndata: {{source: x.jsonl}}\nfinetune:\n  {name}: 2\n")
+    with pytest.raises(
+        UserError, match=f"finetune.{name}: unknown key: .*(rows of a whole step|save_minutes|the best)"
+    ):
+        load(path)

@@ -1,6 +1,7 @@
 """finetune: exact steps however they are dealt, and nothing lost when a run is killed, stopped, out of memory or broken."""
 
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 
 from contract import files
 from contract.errors import UserError
+from pipeline import batches
 from pipeline.config import Finetune
-from pipeline.finetune import batches, survive, watch
+from pipeline.finetune import survive, watch
 from pipeline.record import Run
 from tests import tiny
 from tests.conftest import ROOT
@@ -182,7 +186,7 @@ def test_a_free_batch_fills_the_budget_and_raises_the_rate(run):
 # What is killed goes on
 
 
-def start(run: Run, **settings) -> subprocess.Popen:
+def begin(run: Run, **settings) -> subprocess.Popen:
     """The stage in a process of its own, with these settings in its frozen config."""
     tree = yaml.safe_load(run.config_file.read_text())
     tree["finetune"] |= settings
@@ -206,7 +210,7 @@ def logged(run: Run, step: int):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     """Dropout is on and the rate follows a curve: data order, optimizer, scheduler and random numbers all go on."""
-    process = start(run, save_steps=4)
+    process = begin(run, save_steps=4)
     until(process, logged(run, 7))
     process.send_signal(kill)
     printed = process.communicate(timeout=60)[0]
@@ -413,6 +417,89 @@ def test_the_held_out_loss_is_the_mean_over_tokens(run):
     )
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_noticed_first(run, monkeypatch):
+    from pipeline.finetune import stage
+
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="checkpoints and adapter take .* GB of disk, 0.00 GB are free"):
+        trained(run)
+    assert not run.done("finetune")
+
+
+def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(run, monkeypatch):
+    """No file can grow over 4 kB from the last checkpoint on; then the same command ends it without another step."""
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    mark = survive.mark
+
+    def full(path, step):
+        mark(path, step)
+        if step == 22:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    monkeypatch.setattr(survive, "mark", full)
+    try:
+        with pytest.raises(UserError, match="the adapter cannot be written: .*"):
+            trained(run, save_steps=22)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert survive.last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-22"
+    monkeypatch.setattr(survive, "mark", mark)
+    assert trained(run, save_steps=22)["resumed_from"] == "checkpoint-22"
+
+
+# What a probe finds
+
+
+def test_a_probe_measures_the_longest_rows_and_finetune_takes_the_fastest(run, monkeypatch, capsys):
+    """Here on a CPU, where only what was measured is another number: the stage itself asks for a GPU."""
+    from pipeline.finetune import probe
+
+    config = run.config()
+    base, tune = config.base, config.finetune.model_copy(update={"lora_dropout": 0.0})
+    monkeypatch.setattr(probe, "TOKENS", (512, 256))
+    found = probe.measure(run, base, tune, False)
+    assert [row["micro_batch_tokens"] for row in found] == [512, 256] and all(
+        row["tokens_per_second"] > 0 for row in found
+    )
+    assert [
+        json.loads(line.removeprefix(probe.TOLD))
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(probe.TOLD)
+    ] == found
+    assert not (run.folder / "finetune").exists(), "it was trained elsewhere"
+    monkeypatch.setattr(
+        probe,
+        "alone",
+        lambda run, bits, policy: [row | {"load_in_4bit": bits, "use_gradient_checkpointing": policy} for row in found],
+    )
+    page = probe.stage(config, run)
+    best = max(found, key=lambda row: row["tokens_per_second"])
+    line = next(line for line in page.splitlines() if "finetune takes this" in line)
+    assert f"{best['micro_batch_tokens']:,}" in line and "16 bit" in line
+    assert trained(run, max_steps=2)["micro_batch_tokens"] == best["micro_batch_tokens"]
+
+
+def test_a_probe_says_what_does_not_fit(run, small_card, monkeypatch):
+    from pipeline.finetune import build, probe, stage
+
+    small_card(300)
+    monkeypatch.setattr(build, "build_model", stage.build_model)
+    config = run.config()
+    found = probe.measure(run, config.base, config.finetune.model_copy(update={"micro_batch_tokens": 512}), False)
+    assert [(row["micro_batch_tokens"], row["tokens_per_second"]) for row in found] == [(512, None)]
+
+
+@pytest.mark.parametrize("packed, count", [(True, 4), (False, 4)])
+def test_the_longest_rows_fill_a_micro_batch(packed, count):
+    from pipeline.finetune import probe
+
+    lengths = np.array([10, 90, 20, 100, 95, 97, 5])
+    order = probe.longest(lengths, 448, packed)
+    assert len(order) == count and set(order) == {1, 3, 4, 5}
+    assert batches.size(lengths[order], packed) <= 448
+
+
 # What it says
 
 
@@ -444,6 +531,47 @@ def test_a_resumed_run_counts_its_own_speed_only():
     found = meter.read(6, 1.0)
     assert found["tokens"] == 6000 and "mfu" not in found and "dollars" not in found
     assert meter.first == 5
+
+
+def test_a_resumed_trainings_speed_starts_where_it_goes_on(run, monkeypatch):
+    real, began = watch.Meter.start, []
+
+    def start(meter, step):
+        began.append(step)
+        real(meter, step)
+
+    monkeypatch.setattr(watch.Meter, "start", start)
+    process = begin(run, save_steps=4)
+    until(process, logged(run, 7))
+    process.kill()
+    process.communicate()
+    trained(run)
+    assert began == [int(files.read_json(run.path("finetune"))["resumed_from"].split("-")[1])]
+
+
+def test_report_to_gets_what_the_log_gets(run, monkeypatch):
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    class Recorder(TrainerCallback):
+        seen: ClassVar[list[dict]] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    trained(run, max_steps=3, report_to=("recorder",))
+    assert [{"loss", "tokens_per_second", "memory_gb"} <= logs.keys() for logs in Recorder.seen[:3]] == [True] * 3
+
+
+@pytest.mark.parametrize("name, words", [("tensorbored", "tensorbored"), ("tensorboard", "tensorboard")])
+def test_a_reporter_that_is_not_there_is_one_error(name, words):
+    """tensorboard is not among the locked packages."""
+    from pipeline.finetune.build import reporters
+
+    with pytest.raises(UserError, match=f"finetune.report_to: .*{words}") as caught:
+        reporters((name,))
+    assert f"pip install {name}" in caught.value.hint
 
 
 def test_each_step_is_in_the_log(whole):

@@ -68,7 +68,7 @@ def test_kill_at_any_moment_then_go_on(tmp_path, offline):
     done = chain.make("train")
     assert done.returncode == 0, done.stdout + done.stderr
     assert files.read_json(run / "finetune.json")["resumed_from"].startswith("checkpoint-")
-    assert files.read_json(run / "finetune.json")["steps"] == 24
+    assert files.read_json(run / "finetune.json")["steps"] == 30
     made = manifest.read(chain.hub / manifest.NAME)
     assert pull.stage(str(chain.hub), tmp_path / "model")["sha256"] == made.default().sha256
     assert not [path for path in run.rglob(".*.part")], "what killed runs left is cleaned up"

@@ -73,6 +73,12 @@ def test_stages_do_not_import_each_other():
                 assert owner == stage, f"{path} imports {name}"
 
 
+def test_the_plan_knows_nothing_of_what_it_plans():
+    """finetune asks it, never the other way round: it runs on a laptop."""
+    for path in sorted((ROOT / "pipeline" / "plan").glob("*.py")):
+        assert not any(f"{name}.".startswith("pipeline.finetune.") for name in imported(path)), path
+
+
 @pytest.mark.parametrize("package", SIDES)
 def test_package_imports_cost_nothing(package):
     assert (ROOT / package / "__init__.py").read_text() == ""

@@ -1,5 +1,6 @@
 """The model with its LoRA matrices, and the trainer around it."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,9 +9,9 @@ import numpy as np
 
 from contract import files
 from contract.errors import UserError
-from pipeline import rows, unsloth
+from pipeline import batches, rows, unsloth
 from pipeline.config import SEVEN, Base, Finetune
-from pipeline.finetune import batches, survive, watch
+from pipeline.finetune import survive, watch
 from pipeline.finetune.trainer import trainer_class
 from pipeline.plan import cards, memory
 from pipeline.plan.choose import Choice
@@ -42,11 +43,21 @@ def build_trainer(
         batches.dataset(written, order, choice.train_batch_size),
         survive.Signals(),
     )
+    lengths = batches.lengths(written)[order]
+    meter = watch.Meter(
+        np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size)),
+        flops(model),
+        *cards.of(unsloth.device()),
+    )
     callbacks = [
         survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals),
-        watch.watcher(folder / "log.jsonl"),
+        watch.watcher(folder / "log.jsonl", meter),
     ]
     callbacks += [EarlyStoppingCallback(tune.early_stopping_patience)] if tune.early_stopping_patience else []
+    os.environ.setdefault(
+        "TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard")
+    )  # else among the checkpoints, which go
+    callbacks += reporters(tune.report_to)
     trainer = trainer_class()(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer"),
@@ -57,16 +68,23 @@ def build_trainer(
     )
     for shown in (ProgressCallback, PrinterCallback):  # ours has more to say
         trainer.remove_callback(shown)
-    lengths = batches.lengths(written)[order]
-    meter = watch.Meter(
-        np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size)),
-        flops(model),
-        *cards.of(unsloth.device()),
-    )
     return trainer.prepare(
         packed=choice.packing, budget=choice.micro_batch_tokens, smallest=int(lengths.max()), signals=signals, meter=meter,
         memory=unsloth.peak_memory_gb,
     )  # fmt: skip
+
+
+def reporters(names: tuple[str, ...]) -> list:
+    """The library's callbacks for `report_to`. Raises UserError for a name it does not know and a package that is not there."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        return [callback() for callback in get_reporting_integration_callbacks(list(names))]
+    except (ValueError, ImportError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"finetune.report_to: {' '.join(str(error).split())}",
+            f"correct it, or install what it needs: .venv/bin/python -m pip install {' '.join(names)}",
+        ) from error
 
 
 def flops(model) -> float:
@@ -119,7 +137,7 @@ def trainer_arguments(tune: Finetune, base: Base, choice: Choice, steps: int, ro
             packing=choice.packing, padding_free=False, max_length=base.max_seq_length, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
             pad_to_multiple_of=batches.PACKED if choice.packing else batches.PADDED,
             bf16=bf16, fp16=not bf16, gradient_checkpointing=bool(choice.use_gradient_checkpointing),
-            report_to=list(tune.report_to) or "none", output_dir=str(checkpoints), logging_first_step=True,
+            report_to="none", output_dir=str(checkpoints), logging_first_step=True,
             include_num_input_tokens_seen="no", logging_nan_inf_filter=False,  # each would wait for the card at every step
         )  # fmt: skip
     except ValueError as error:

@@ -14,12 +14,12 @@ import numpy as np
 from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
-from pipeline import rows, unsloth
+from pipeline import batches, rows, unsloth
 from pipeline.config import Base, Finetune
-from pipeline.finetune import batches, checks, survive, watch
+from pipeline.finetune import checks, survive, watch
 from pipeline.finetune.build import build_model, build_trainer
 from pipeline.finetune.trainer import OutOfMemory
-from pipeline.plan import cards, choose, memory
+from pipeline.plan import cards, choose, disk, memory
 from pipeline.record import Run
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     data = run.read("data")
     folder = run.workspace("finetune", "data")
     weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
+    refuse_disk(weights, tune, folder)
     written = rows.read(run.output("data", "train"))
     trainer, choice, order = prepared(weights, base, tune, run, written)
     checks.first_batch(trainer, written)
@@ -86,6 +87,16 @@ def refuse_card(weights: Path, base: Base) -> None:
         raise UserError(
             f"{base.model} on this {unsloth.device()}: {why}",
             "take a machine with a newer card (`make plan` names the cheapest that fits)",
+        )
+
+
+def refuse_disk(weights: Path, tune: Finetune, folder: Path) -> None:
+    """A disk that holds no checkpoint would be noticed at the first one, minutes of a paid GPU later."""
+    shape, free = memory.shape(files.read_json(weights / "config.json")), shutil.disk_usage(files.nearest(folder)).free
+    if shape and free < (need := disk.checkpoints(shape, tune)):
+        raise UserError(
+            f"checkpoints and adapter take {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at {files.nearest(folder)}",
+            "free some, then run the same command again",
         )
 
 
@@ -176,9 +187,7 @@ def write(
 ) -> dict:
     """The adapter, the log, the record."""
     folder = run.folder / "finetune"
-    with files.writing(folder / "adapter") as part:
-        trainer.model.save_pretrained(part)
-        trainer.processing_class.save_pretrained(part)
+    save_adapter(trainer, folder / "adapter")
     history, step = trainer.state.log_history, trainer.state.global_step
     watch.write(folder / "log.jsonl", history)
     trained = min(len(order), step * choice.train_batch_size)
@@ -192,3 +201,18 @@ def write(
         tokens=int(trainer.meter.tokens[:step].sum()), trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=seed, weights=str(weights), **asdict(choice),
     )  # fmt: skip
+
+
+def save_adapter(trainer: "SFTTrainer", path: Path) -> None:
+    """With the tokenizer. Raises UserError on a full disk: the training's last checkpoint is kept then."""
+    from safetensors import SafetensorError
+
+    try:
+        with files.writing(path) as part:
+            trainer.model.save_pretrained(part)
+            trainer.processing_class.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter cannot be written: {error}",
+            "free some disk, then the same command goes on from the last checkpoint",
+        ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.errors import UserError
-from pipeline.finetune import batches
+from pipeline import batches
 from pipeline.finetune.survive import Stop
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from contract import files
+from pipeline.plan.stage import duration
 
 
 class Meter:
@@ -58,17 +59,13 @@ def line(step: int, steps: int, entry: dict) -> str:
     return "finetune: " + ", ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
-
-
-def watcher(log: Path):
+def watcher(log: Path, meter: Meter):
     """A callback that writes each entry to `log` and shows it."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
+            meter.start(state.global_step)
             write(log, state.log_history)  # a killed run may have logged steps that are trained again now
 
         def on_log(self, args, state, control, logs=None, **kwargs):

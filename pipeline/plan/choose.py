@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from contract.errors import UserError
+from pipeline import batches
 from pipeline.config import Base, Finetune
-from pipeline.finetune import batches
 from pipeline.plan import memory
 
 TOKENS = (16384, 12288, 8192, 6144, 4096)

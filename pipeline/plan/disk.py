@@ -1,7 +1,7 @@
 """Disk that a run needs to its end, by part. Bytes."""
 
 from pipeline import llamacpp
-from pipeline.config import Config
+from pipeline.config import Config, Finetune
 from pipeline.plan.memory import Shape
 
 EACH = 2  # checkpoints at once: the newest is whole before the older one goes, or it is the best one
@@ -21,8 +21,7 @@ def quantized(config: Config, sixteen: float) -> list[float]:
     return [llamacpp.BITS[kind] / 16 * sixteen for kind in config.export.quantizations]
 
 
-def checkpoints(model: Shape, config: Config) -> float:
+def checkpoints(model: Shape, tune: Finetune) -> float:
     """Adapter in 32 bit and the optimizer's moments; one more of them than the best and the newest, while it is written."""
-    tune = config.finetune
     kept = EACH + (tune.eval_strategy != "no")
     return kept * model.lora(tune) * (4 + (2.03 if "8bit" in tune.optim else 8))

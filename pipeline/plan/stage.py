@@ -9,9 +9,8 @@ import numpy as np
 from contract import files, gguf
 from contract.errors import UserError
 from pipeline import base as bases
-from pipeline import rows
+from pipeline import batches, rows
 from pipeline.config import Base, Config, Finetune
-from pipeline.finetune import batches, watch
 from pipeline.plan import cards, disk, memory
 from pipeline.plan.cards import Card
 from pipeline.plan.choose import Choice, choose
@@ -158,7 +157,7 @@ def seconds(model: memory.Shape, choice: Choice, lengths: np.ndarray, card: Card
 
 def detail(plan: Plan, config: Config, found: Work) -> str:
     choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
-    space = disk.parts(config, found.model.sixteen) | {"checkpoints": disk.checkpoints(found.model, config)}
+    space = disk.parts(config, found.model.sixteen) | {"checkpoints": disk.checkpoints(found.model, found.tune)}
     batch = f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, learning rate {choice.learning_rate:.3g}"
     once = f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; gradient checkpointing: {shown}"
     lines = [
@@ -166,7 +165,7 @@ def detail(plan: Plan, config: Config, found: Work) -> str:
         ("batch", batch), ("at once", once), ("steps", f"{plan.steps:,}"),
         ("memory", f"{plan.peak / 1e9:.1f} GB at its peak"), *sizes(plan.parts), ("", "    -  logits (the loss is computed without holding them)"),
         ("disk", f"{sum(space.values()) / 1e9:.1f} GB at its end"), *sizes(space),
-        ("time", f"{watch.duration(plan.training)} training, {watch.duration(plan.export)} export, downloads not counted: about ${plan.dollars:.2f}"),
+        ("time", f"{duration(plan.training)} training, {duration(plan.export)} export, downloads not counted: about ${plan.dollars:.2f}"),
     ]  # fmt: skip
     return "\n".join(
         [f"on {plan.card.name} ({plan.card.memory_gb:.0f} GB)", *(f"  {name:8} {text}" for name, text in lines)]
@@ -198,3 +197,9 @@ def table(made: list[Plan | str], cheapest: Plan | None) -> list[str]:
 def figures(plan: Plan) -> str:
     choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
     return f"{plan.peak / 1e9:>7.1f}{choice.micro_batch_tokens:>9,}{choice.train_batch_size:>6}  {shown:<15}{plan.hours:>7.2f}{plan.dollars:>8.2f}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a reader would take."""
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"

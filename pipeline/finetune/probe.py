@@ -44,7 +44,7 @@ def stage(config: Config, run: Run) -> str:
 
 def alone(run: Run, bits: bool, policy) -> list[dict]:
     """Rows of one model, from a process of its own; none where it does not load."""
-    asked = [sys.executable, "-m", "pipeline.plan.probe", str(run.folder), json.dumps([bits, policy])]
+    asked = [sys.executable, "-m", "pipeline.finetune.probe", str(run.folder), json.dumps([bits, policy])]
     done = subprocess.run(asked, capture_output=True, text=True, errors="replace")
     if done.returncode == 2:
         message, _, hint = done.stderr.rpartition("error: ")[2].strip().partition("\n next: ")
@@ -55,9 +55,8 @@ def alone(run: Run, bits: bool, policy) -> list[dict]:
 def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
     """Real tokens a second and peak memory (GB) of each micro-batch; None where it does not fit."""
     from pipeline import base as bases
-    from pipeline import rows, unsloth
-    from pipeline.finetune import batches
-    from pipeline.finetune.build import build_model
+    from pipeline import batches, rows, unsloth
+    from pipeline.finetune import build
 
     written = rows.read(run.output("data", "train"))
     lengths = batches.lengths(written)
@@ -68,7 +67,7 @@ def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
     for tokens in sorted({max(size, int(lengths.max())) for size in sizes}, reverse=True):
         order = longest(lengths, tokens, packed)
         choice = Choice(len(order), tune.learning_rate, tokens, tokens, policy, packed)
-        model = model or build_model(weights, base, tune, choice)
+        model = model or build.build_model(weights, base, tune, choice)
         found.append(
             {"load_in_4bit": base.load_in_4bit, "use_gradient_checkpointing": policy, "micro_batch_tokens": tokens}
             | steps(model, base, tune, run, choice, written, order)
@@ -79,7 +78,7 @@ def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
 
 def longest(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
     """Row numbers of a micro-batch as full as it may be, of the longest rows."""
-    from pipeline.finetune import batches
+    from pipeline import batches
 
     order = np.argsort(-lengths, kind="stable")
     count = next((n for n in range(len(order), 1, -1) if batches.size(lengths[order[:n]], packed) <= tokens), 1)
