@@ -13,6 +13,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.hub import Hub, serving
+from tests.test_plan import LLAMA
 
 ROWS = [{"question": f"What is {i} plus {i}? Case {i * 7}.", "answer": f"It is {2 * i}."} for i in range(3000)]
 
@@ -34,9 +35,7 @@ def hub(source, tmp_path_factory) -> Iterator[Hub]:
 
     folder = tmp_path_factory.mktemp("hub")
     shutil.copytree(base.tokenizer(source), folder / "base")
-    (folder / "base" / "config.json").write_text(
-        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    )
+    (folder / "base" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]} | LLAMA))
     (folder / "base" / "model.safetensors").write_bytes(b"not to be fetched")
     for name, rows in (("small", ROWS[:50]), ("large", ROWS)):
         (folder / "rows" / name).mkdir(parents=True)
@@ -49,7 +48,9 @@ def hub(source, tmp_path_factory) -> Iterator[Hub]:
         yield hub
 
 
-def data(python: Path | str, url: str, folder: Path, *settings: str) -> subprocess.CompletedProcess:
+def data(
+    python: Path | str, url: str, folder: Path, *settings: str, stage: str = "data"
+) -> subprocess.CompletedProcess:
     """The stage on the Hub at `url`, in a folder of its own."""
     folder.mkdir(exist_ok=True)
     config = {
@@ -57,7 +58,7 @@ def data(python: Path | str, url: str, folder: Path, *settings: str) -> subproce
         "data": {"source": "you/rows", "subset": "large", "split": "train[:2500]"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [str(python), "-m", "pipeline", "data", str(folder / "config.yaml"), "--run", str(folder / "run")]
+    command = [str(python), "-m", "pipeline", stage, str(folder / "config.yaml"), "--run", str(folder / "run")]
     # An import of Unsloth in another test turns HF_HUB_OFFLINE into three variables of this process.
     online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     environment = online | {
@@ -98,6 +99,15 @@ def test_rows_made_on_a_laptop_are_those_made_on_the_gpu_box(light, hub, tmp_pat
     assert made[0]["rows"]["read"] == 2500
     assert made[0]["base"]["revision"] == hub.commits("models/you/base")[0]["id"]
     assert made[0]["dataset"]["training"]["revision"] == hub.commits("datasets/you/rows")[0]["id"]
+
+
+def test_the_plan_of_an_8b_model_is_made_on_a_laptop(light, hub, tmp_path):
+    done = data(light / "bin" / "python", hub.url, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    planned = data(light / "bin" / "python", hub.url, tmp_path, stage="plan")
+    assert planned.returncode == 0, planned.stderr
+    assert "5.7  weights" in planned.stdout and "cheapest that fits: " in planned.stdout
+    assert not any("safetensors" in path for path in hub.asked), "the weights stay on the Hub"
 
 
 @pytest.mark.parametrize(
