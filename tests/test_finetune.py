@@ -333,6 +333,32 @@ def test_too_small_a_card_starts_again_with_gradient_checkpointing(run, small_ca
         trained(run)
 
 
+def test_a_card_that_is_taken_is_one_error(run, monkeypatch):
+    import torch
+
+    from pipeline.finetune import stage
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB.\nmore")
+
+    monkeypatch.setattr(stage, "build_model", full)
+    with pytest.raises(
+        UserError, match="finds no room on CPU.*: CUDA out of memory. Tried to allocate 2 GB.$"
+    ) as caught:
+        trained(run)
+    assert "make doctor" in caught.value.hint
+
+
+def test_a_model_that_unsloth_does_not_pack_is_padded_and_it_is_said(run, monkeypatch, capsys):
+    """As on a GPU: memory enough for anything, and the CPU backend, which packs nothing."""
+    from pipeline import unsloth
+
+    monkeypatch.setattr(unsloth, "gpu_bytes", lambda: 80e9)
+    record = trained(run, max_steps=2)
+    assert record["packing"] is False and record["use_gradient_checkpointing"] is False
+    assert "Unsloth does not pack llama: rows of similar length are padded instead" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(run, monkeypatch):
     from pipeline.finetune import stage
 

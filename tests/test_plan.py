@@ -146,22 +146,22 @@ def test_a_broken_line_of_the_table_is_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("capability, kind, fits", [(7.0, "llama", False), (7.5, "llama", True), (7.5, "gemma2", False), (7.5, "gemma3_text", False), (8.0, "gemma2", True)])  # fmt: skip
-def test_what_a_card_cannot_do_is_refused_with_the_reason(capability, kind, fits, tmp_path, monkeypatch):
+def test_what_a_card_cannot_do_is_refused_with_the_reason(capability, kind, fits, monkeypatch):
     from pipeline.finetune import stage
 
-    files.write_json(tmp_path / "config.json", {"model_type": kind})
     monkeypatch.setattr(unsloth, "capability", lambda: capability)
     if fits:
-        return stage.refuse_card(tmp_path, BASE)
+        return stage.refuse_card(kind, BASE)
     with pytest.raises(UserError, match="overflow float16" if kind.startswith("gemma") else "CUDA 13") as caught:
-        stage.refuse_card(tmp_path, BASE)
+        stage.refuse_card(kind, BASE)
     assert "newer card" in caught.value.hint
 
 
 def test_unsloth_still_does_not_pack_what_we_think_it_does_not():
     source = (Path(unsloth.start().__file__).parent / "trainer.py").read_text()
     block = re.search(r"PADDING_FREE_BLOCKLIST = \{(.*?)\}", source, re.DOTALL)[1]
-    assert sorted(re.findall(r'^\s*"(\w+)"', block, re.MULTILINE)) == sorted(plan.PADDED)
+    assert sorted(re.findall(r'^\s*"(\w+)"', block, re.MULTILINE)) == sorted(choose.PADDED)
+    assert choose.packs("llama") and not choose.packs("gemma2")
 
 
 # The page

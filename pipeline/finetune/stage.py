@@ -1,5 +1,6 @@
 """finetune: LoRA by Unsloth and TRL on the rows that `data` wrote, passed through untouched."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -37,7 +38,8 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
     refuse_disk(weights, tune, folder)
     written = rows.read(run.output("data", "train"))
-    trainer, choice, order = prepared(weights, base, tune, run, written)
+    with room(base):
+        trainer, choice, order = prepared(weights, base, tune, run, written)
     checks.first_batch(trainer, written)
     checks.ends(
         written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
@@ -51,6 +53,20 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     return record
 
 
+@contextlib.contextmanager
+def room(base: Base):
+    """What has no room on the card before the first step has none because something else holds it."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{base.model} finds no room on {unsloth.device()}: {str(error).splitlines()[0]}",
+            "`make doctor` says who holds the card's memory; then run the same command again",
+        ) from error
+
+
 def prepared(
     weights: Path, base: Base, tune: Finetune, run: Run, written: "pa.Table"
 ) -> tuple["SFTTrainer", choose.Choice, np.ndarray]:
@@ -58,32 +74,36 @@ def prepared(
 
     What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
     """
-    refuse_card(weights, base)
+    described = files.read_json(weights / "config.json")
+    refuse_card(described.get("model_type", ""), base)
     path = run.folder / "finetune" / "choice.json"
     begun = files.read_json(path) if path.is_file() else {}
     tune = tune.model_copy(update=begun.get("probed", {}) | begun.get("after_out_of_memory", {}))
-    lengths, shape = batches.lengths(written), memory.shape(files.read_json(weights / "config.json"))
+    wanted = tune.packing and unsloth.gpu_bytes() is not None
     fitting = functools.partial(
-        choose.choose, shape, base, lengths=lengths, card=unsloth.gpu_bytes(), begun=begun.get("train_batch_size")
-    )
-    choice, order = fitting(tune, packed=begun.get("packing", tune.packing and unsloth.gpu_bytes() is not None))
+        choose.choose, memory.shape(described), base, lengths=batches.lengths(written), card=unsloth.gpu_bytes(),
+        begun=begun.get("train_batch_size"),
+    )  # fmt: skip
+    choice, order = fitting(tune, packed=begun.get("packing", wanted and choose.packs(described.get("model_type", ""))))
     model = build_model(weights, base, tune, choice)
     trainer = build_trainer(model, base, tune, run, choice, written, order)
-    if choice.packing and not trainer.args.packing:
+    if choice.packing and not trainer.args.packing:  # Unsloth looks at more than the model's type
+        tune = tune.model_copy(update={"use_gradient_checkpointing": choice.use_gradient_checkpointing})
+        choice, order = fitting(tune, packed=False)
+        trainer = build_trainer(model, base, tune, run, choice, written, order)
+    if wanted and not choice.packing:
         print(
             f"finetune: Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead",
             file=sys.stderr,
         )
-        tune = tune.model_copy(update={"use_gradient_checkpointing": choice.use_gradient_checkpointing})
-        choice, order = fitting(tune, packed=False)
-        trainer = build_trainer(model, base, tune, run, choice, written, order)
     files.write_json(path, begun | asdict(choice))
     return trainer, choice, order
 
 
-def refuse_card(weights: Path, base: Base) -> None:
+def refuse_card(kind: str, base: Base) -> None:
+    """kind: model_type of config.json."""
     capability = unsloth.capability()
-    if capability and (why := cards.unfit(capability, files.read_json(weights / "config.json").get("model_type", ""))):
+    if capability and (why := cards.unfit(capability, kind)):
         raise UserError(
             f"{base.model} on this {unsloth.device()}: {why}",
             "take a machine with a newer card (`make plan` names the cheapest that fits)",

@@ -18,6 +18,8 @@ TOKENS = (16384, 12288, 8192, 6144, 4096)
 CHECKPOINTED = (8192, 4096, 2048, 1024, 512)
 SHARE = 0.92  # of the card's memory that torch may fill: fragments, and 10 % of error in the arithmetic
 USUAL = 8  # rows a step that a learning rate is given for
+# Model types whose rows Unsloth does not pack (its PADDING_FREE_BLOCKLIST): rows of similar length are padded.
+PADDED = ("gemma2", "gpt_oss")
 STEPS = 100  # optimizer steps that a free batch leaves at least, where the rows suffice
 
 
@@ -59,6 +61,11 @@ def choose(
         f"{base.model} needs {least / SHARE / 1e9:.0f} GB of GPU memory for its longest row ({lengths.max():,} tokens), this card has {card / 1e9:.0f} GB",
         "a larger card (`make plan` names one), base.load_in_4bit: true, or a smaller base.max_seq_length, with a new RUN=name",
     )
+
+
+def packs(kind: str) -> bool:
+    """Does Unsloth pack rows for such a model? kind: model_type of config.json."""
+    return kind not in PADDED
 
 
 def candidates(tune: Finetune, longest: int, card: float | None) -> list[tuple[int, memory.Checkpointing]]:

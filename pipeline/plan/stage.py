@@ -13,7 +13,7 @@ from pipeline import batches, rows
 from pipeline.config import Base, Config, Finetune
 from pipeline.plan import cards, disk, memory
 from pipeline.plan.cards import Card
-from pipeline.plan.choose import Choice, choose
+from pipeline.plan.choose import Choice, choose, packs
 from pipeline.record import Run
 
 # Measured on an H200 (benchmarks/results/gpu.md), applied to other cards by their dense bf16 peak.
@@ -23,8 +23,6 @@ RECOMPUTED = 0.69  # of the speed, with gradient checkpointing
 START = 60  # seconds to load the base and compile the kernels
 # Merge and its gate, 16-bit GGUF, one quantization, hashes: 75 s for 2.2 GB of weights on two cores (benchmarks/results/export.md).
 EXPORT = 75 / 2.2e9  # seconds a byte of 16-bit weights
-# Rows that Unsloth does not pack, its PADDING_FREE_BLOCKLIST: they are padded.
-PADDED = ("gemma2", "gpt_oss")
 POLICIES = {False: "none", True: "plain", "unsloth": "Unsloth's"}
 
 
@@ -129,7 +127,7 @@ def on(card: Card, found: Work) -> Plan | str:
     """The plan for a card, or why there is none."""
     if why := cards.unfit(card.capability, found.kind):
         return why
-    packed = found.tune.packing and found.kind not in PADDED
+    packed = found.tune.packing and packs(found.kind)
     try:
         choice, order = choose(found.model, found.base, found.tune, found.lengths, card.memory_gb * 1e9, packed)
     except UserError as error:
