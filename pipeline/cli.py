@@ -170,7 +170,7 @@ def plan(config_file: Path, folder: Path, overrides: tuple[str, ...], gpu: str |
         from pipeline.finetune import probe as prober
 
         click.echo("\nmeasured on this card, a few steps each, at the longest rows:", err=True)
-        click.echo(prober.stage(tree, run))
+        click.echo(prober.stage(run))
 
 
 @cli.command()

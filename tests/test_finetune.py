@@ -101,6 +101,8 @@ def test_the_order_is_epoch_after_epoch_and_the_seeds_alone(rows, count, seed):
         epoch = found[start : start + rows]
         assert len(set(epoch)) == len(epoch) and (len(epoch) < rows or set(epoch) == set(range(rows)))
     assert list(batches.order(rows, max(1, count // 2), seed)) == list(found[: max(1, count // 2)])
+    if rows > 20 and count >= 2 * rows:
+        assert list(found[:rows]) != list(found[rows : 2 * rows]), "an epoch has its own order"
     if rows > 20:
         assert list(batches.order(rows, rows, seed + 1)) != list(batches.order(rows, rows, seed))
 
@@ -152,6 +154,12 @@ def test_steps_hold_the_tables_rows(made):
         for number, ids, labels in zip(step.numbers, step.ids, step.labels, strict=True):
             assert (ids.tolist(), labels.tolist()) == (written[number]["input_ids"], written[number]["labels"])
         assert step.targets == sum(label != -100 for n in step.numbers for label in written[n]["labels"][1:])
+
+
+def test_a_rows_first_token_is_no_target():
+    """It follows nothing, whatever its label."""
+    step = batches.Rows([0, 1], [np.arange(3), np.arange(4)], [np.array([5, -100, 7]), np.array([5, 6, 7, 8])])
+    assert (step.targets, step.tokens) == (1 + 3, 7)
 
 
 # What is trained does not depend on how it is dealt
@@ -387,9 +395,7 @@ def test_a_card_that_is_taken_is_one_error(run, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB.\nmore")
 
     monkeypatch.setattr(stage, "build_model", full)
-    with pytest.raises(
-        UserError, match="finds no room on CPU.*: CUDA out of memory. Tried to allocate 2 GB"
-    ) as caught:
+    with pytest.raises(UserError, match="finds no room on CPU.*: CUDA out of memory. Tried to allocate 2 GB") as caught:
         trained(run)
     assert "make doctor" in caught.value.hint
 
@@ -544,7 +550,7 @@ def test_a_probe_measures_the_longest_rows_and_finetune_takes_the_fastest(run, m
         "alone",
         lambda run, bits, policy: [row | {"load_in_4bit": bits, "use_gradient_checkpointing": policy} for row in found],
     )
-    page = probe.stage(config, run)
+    page = probe.stage(run)
     best = max(found, key=lambda row: row["tokens_per_second"])
     line = next(line for line in page.splitlines() if "finetune takes this" in line)
     assert f"{best['micro_batch_tokens']:,}" in line and "16 bit" in line

@@ -38,17 +38,10 @@ def build_trainer(
     from transformers import AutoTokenizer, EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    folder, steps, signals = (
-        run.folder / "finetune",
-        batches.dataset(written, order, choice.train_batch_size),
-        survive.Signals(),
-    )
-    lengths = batches.lengths(written)[order]
-    meter = watch.Meter(
-        np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size)),
-        flops(model),
-        *cards.of(unsloth.device()),
-    )
+    folder, signals, lengths = run.folder / "finetune", survive.Signals(), batches.lengths(written)[order]
+    steps = batches.dataset(written, order, choice.train_batch_size)
+    per_step = np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size))
+    meter = watch.Meter(per_step, flops(model), *cards.of(unsloth.device()))
     callbacks = [
         survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals),
         watch.watcher(folder / "log.jsonl", meter),

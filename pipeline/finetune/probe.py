@@ -14,16 +14,20 @@ import numpy as np
 
 from contract import files
 from contract.errors import UserError
-from pipeline.config import Base, Config, Finetune
+from pipeline import batches
+from pipeline.config import Base, Finetune
+from pipeline.finetune.trainer import OutOfMemory
 from pipeline.plan.choose import CHECKPOINTED, TOKENS, Choice
+from pipeline.plan.stage import POLICIES
 from pipeline.record import Run
 
 STEPS = 6  # the first ones compile; the last is looked at
 TOLD = "probed: "
 
 
-def stage(config: Config, run: Run) -> str:
+def stage(run: Run) -> str:
     """The table; the fastest candidate with the config's own bits goes into finetune/choice.json. Raises UserError without a GPU."""
+    config = run.config()
     asked = config.finetune.use_gradient_checkpointing
     found = [
         row
@@ -55,7 +59,7 @@ def alone(run: Run, bits: bool, policy) -> list[dict]:
 def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
     """Real tokens a second and peak memory (GB) of each micro-batch; None where it does not fit."""
     from pipeline import base as bases
-    from pipeline import batches, rows, unsloth
+    from pipeline import rows, unsloth
     from pipeline.finetune import build
 
     written = rows.read(run.output("data", "train"))
@@ -78,8 +82,6 @@ def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
 
 def longest(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
     """Row numbers of a micro-batch as full as it may be, of the longest rows."""
-    from pipeline import batches
-
     order = np.argsort(-lengths, kind="stable")
     count = next((n for n in range(len(order), 1, -1) if batches.size(lengths[order[:n]], packed) <= tokens), 1)
     return order[:count]
@@ -99,10 +101,11 @@ def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, written, 
             update={"logging_steps": 1, "eval_strategy": "no", "report_to": (), "early_stopping_patience": None}
         )
         trainer = build_trainer(model, base, quiet, beside, choice, written, np.tile(order, STEPS))
+        trainer.packed = trainer.args.packing  # Unsloth does not pack every model
         trainer.smallest = trainer.budget  # what does not fit is not made to
         try:
             trainer.train()
-        except trainer.too_small:
+        except OutOfMemory:
             return {"tokens_per_second": None, "peak_memory_gb": None}
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     return {"tokens_per_second": round(speeds[-1]), "peak_memory_gb": unsloth.peak_memory_gb()}
@@ -115,34 +118,26 @@ def keep(run: Run, probed: dict) -> None:
 
 
 def table(found: list[dict], best: dict) -> list[str]:
-    from pipeline.plan.stage import POLICIES
+    head = f"  {'base':<8}{'checkpointing':<15}{'at once':>9}{'tokens/s':>10}{'peak GB':>9}"
+    return [head, *(f"  {line(row)}{'  <- finetune takes this' if row is best else ''}" for row in found)]
 
-    lines = [f"  {'base':<8}{'checkpointing':<15}{'at once':>9}{'tokens/s':>10}{'peak GB':>9}"]
-    for row in found:
-        figures = (
-            f"{row['tokens_per_second']:>10,}{row['peak_memory_gb']:>9.1f}"
-            if row["tokens_per_second"]
-            else "  does not fit"
-        )
-        lines.append(
-            f"  {'4 bit' if row['load_in_4bit'] else '16 bit':<8}{POLICIES[row['use_gradient_checkpointing']]:<15}{row['micro_batch_tokens']:>9,}{figures}{'  <- finetune takes this' if row is best else ''}"
-        )
-    return lines
+
+def line(row: dict) -> str:
+    bits, policy = "4 bit" if row["load_in_4bit"] else "16 bit", POLICIES[row["use_gradient_checkpointing"]]
+    start = f"{bits:<8}{policy:<15}{row['micro_batch_tokens']:>9,}"
+    if not row["tokens_per_second"]:
+        return f"{start}  does not fit"
+    return f"{start}{row['tokens_per_second']:>10,}{row['peak_memory_gb']:>9.1f}"
 
 
 def other(best: dict, fitting: list[dict]) -> list[str]:
     """The other number of bits is the user's to choose: it is another model that is trained."""
-    rival = max(
-        (row for row in fitting if row["load_in_4bit"] != best["load_in_4bit"]),
-        key=lambda row: row["tokens_per_second"],
-        default=None,
-    )
-    if not rival or rival["tokens_per_second"] < 1.05 * best["tokens_per_second"]:
+    rivals = [row["tokens_per_second"] for row in fitting if row["load_in_4bit"] != best["load_in_4bit"]]
+    faster = max(rivals, default=0) / best["tokens_per_second"] - 1
+    if faster < 0.05:
         return []
-    word = "true" if rival["load_in_4bit"] else "false"
-    return [
-        f'  SET="base.load_in_4bit={word}" with a new RUN=name is {rival["tokens_per_second"] / best["tokens_per_second"] - 1:.0%} faster here'
-    ]
+    word = "false" if best["load_in_4bit"] else "true"
+    return [f'  SET="base.load_in_4bit={word}" with a new RUN=name is {faster:.0%} faster here']
 
 
 def main(folder: str, asked: str) -> None:

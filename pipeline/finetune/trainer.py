@@ -32,8 +32,6 @@ def trainer_class() -> type["SFTTrainer"]:
         """What it needs besides SFTTrainer's arguments: `packed`, `budget` (tokens of a micro-batch), `smallest` (the least
         that holds every row), `signals`, `meter`, `memory` (a function: peak, GB)."""
 
-        too_small = OutOfMemory
-
         def prepare(self, **given) -> "StepTrainer":
             self.__dict__.update(given)
             self.losses: list[tuple[batches.Rows, torch.Tensor]] = []
