@@ -38,13 +38,24 @@ def test_the_shape_of_llama_8b_is_that_of_llama_8b():
     assert SHAPE.lora(TUNE) == 41_943_040, "what PEFT says of r 16 on all seven"
 
 
-def test_every_measured_peak_is_predicted_within_a_tenth():
-    """At settings that the constants were not fitted on, by the arithmetic of today."""
+def test_every_measured_peak_is_predicted_within_a_tenth(monkeypatch):
+    """By the arithmetic of today, at settings that its constants were not fitted on."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import box
+    import gpu_memory
+
     rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_memory.json").read_text())["rows"]
-    assert len(rows) >= 4 and all(abs(row["predicted_gb"] / row["measured_gb"] - 1) < 0.1 for row in rows)
+    errors = {}
+    for row in rows:
+        kind, _, base, tune = gpu_memory.CASES[row["case"]]
+        shape = memory.shape(box.SHAPES[kind] | {"vocab_size": 128256})
+        policy, packed = tune.get("use_gradient_checkpointing", False), tune.get("packing", True)
+        told = memory.peak(shape, Base(model="m", **base), Finetune(**tune), row["tokens"], policy, packed)
+        errors[row["case"]] = abs(told / 1e9 / row["measured_gb"] - 1)
+    assert len(errors) >= 4 and max(errors.values()) < 0.05, errors
     speed = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["rows"]
-    free = next(row for row in speed if (row["system"], row["case"], row["rows_per_step"]) == ("ferry", "full", 8))
-    assert memory.peak(SHAPE, BASE, TUNE, 16384, False) / 1e9 == pytest.approx(free["peak_memory_gb"], rel=0.1)
+    full = next(row for row in speed if (row["system"], row["case"], row["rows_per_step"]) == ("ferry", "full", 8))
+    assert memory.peak(SHAPE, BASE, TUNE, 16384, False) / 1e9 == pytest.approx(full["peak_memory_gb"], rel=0.1)
 
 
 def test_parts_add_up_and_follow_what_they_hang_on():
@@ -94,7 +105,7 @@ def test_less_goes_at_once_before_anything_is_computed_twice():
 
 def test_few_short_rows_need_no_large_card():
     """Eight of them are some 2,000 tokens, whatever might go at once."""
-    choice = on(24, lengths=np.full(3000, 170))
+    choice = on(14, lengths=np.full(3000, 170))
     assert (choice.train_batch_size, choice.largest_micro_batch) == (8, 1408) and not choice.use_gradient_checkpointing
 
 
@@ -104,7 +115,8 @@ def test_the_rows_of_a_step_are_kept_exactly():
 
 
 def test_a_wrong_micro_batch_is_the_trainings_to_mend():
-    choice = on(80, Finetune(micro_batch_tokens=131072, use_gradient_checkpointing=False), np.full(300, 2048))
+    tune = Finetune(train_batch_size=64, micro_batch_tokens=131072, use_gradient_checkpointing=False)
+    choice = on(80, tune, np.full(300, 2048))
     assert choice.micro_batch_tokens == 131072 and not choice.use_gradient_checkpointing
 
 
