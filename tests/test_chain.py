@@ -103,6 +103,14 @@ def test_file_type_and_template_of_the_gguf(chain, tokenizer):
     assert (meta["tokenizer.ggml.pre"], meta["tokenizer.ggml.eos_token_id"]) == ("smollm", tokenizer.eos_token_id)
 
 
+def test_its_plan_is_told_by_make(chain):
+    done = chain.make("plan", "GPU=RTX 4090")
+    assert done.returncode == 0, done.stderr
+    steps, trained = re.search(r"steps +(\d+)", done.stdout)[1], files.read_json(chain.run / "finetune.json")
+    assert done.stdout.startswith("on RTX 4090") and int(steps) == trained["steps"]
+    assert f"{trained['tokens']:,} tokens to train on" in done.stdout and "cheapest that fits" in done.stdout
+
+
 def test_training_saw_the_rows_that_data_wrote(chain):
     log = files.read_rows(chain.run / "finetune" / "log.jsonl")
     losses = [entry["loss"] for entry in log if "loss" in entry]

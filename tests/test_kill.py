@@ -76,7 +76,7 @@ def test_kill_at_any_moment_then_go_on(tmp_path, offline):
 
 def test_ctrl_c_leaves_no_half_file(tmp_path):
     chain = Chain(tmp_path, "stopped")
-    printed = killed(chain, exists(chain.run, "finetune/checkpoints/checkpoint-8/ferry-complete"), signal.SIGINT)
+    printed = killed(chain, exists(chain.run, "finetune/checkpoints/checkpoint-*/ferry-complete"), signal.SIGINT)
     assert "Traceback" not in printed and "stopped; the same command goes on from here" in printed
     assert not (chain.run / "finetune.json").exists()
     assert not list(chain.run.rglob(".*.part"))
