@@ -195,7 +195,7 @@ def test_a_card_that_cuda_13_does_not_compile_for_is_a_fault(model, tmp_path):
 def test_the_limits_are_the_set_ups():
     source = (ROOT / "setup" / "packages.py").read_text()
     assert f"CUDA = {card.CUDA} " in source and f"(driver {card.DRIVER})" in source
-    assert f"OLDEST_CARD = {card.OLDEST * 10:.0f} " in source
+    assert f"OLDEST_CARD = {card.table.OLDEST * 10:.0f} " in source
 
 
 def test_no_card_is_a_lack_and_the_demo_works(tmp_path):

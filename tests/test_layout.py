@@ -174,6 +174,26 @@ def test_the_ladder_in_the_readme_is_the_demos():
     assert ladder.table(rungs) in (ROOT / "README.md").read_text()
 
 
+def results_of(name: str) -> list[dict]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+
+def test_the_speeds_in_the_readme_are_the_benchmarks():
+    text, rows = (ROOT / "README.md").read_text(), results_of("gpu")
+    training = text[text.index("## The training") : text.index("## On the GPU box")]
+    assert {row["system"] for row in rows} == {"hf-peft", "unsloth-tutorial", "ferry"} and len(rows) >= 10
+    assert all(f"{row['real_tokens_per_second']:,}" in training for row in rows)
+    free = next(
+        row for row in rows if (row["system"], row["case"], row["rows_per_step"]) == ("ferry", "alpaca", "free")
+    )
+    assert free["real_tokens_per_second"] > 12000
+    assert all(f"in {row['of_tutorial']} times" in training for row in results_of("gpu_learning")[1:])
+    assert f"within {100 * max(abs(row['error']) for row in results_of('gpu_memory')) + 0.05:.1f} %" in training
+    stops = [row for row in results_of("gpu_survive") if row["case"].startswith("SIG")]
+    assert len(stops) == 10 and {row["of_undisturbed"] for row in stops} == {1.0}
+    assert f"at most {max(row['seconds_to_the_end'] for row in stops)} s" in training
+
+
 def test_export_is_at_most_1_3_times_the_bare_tools():
     results = json.loads((ROOT / "benchmarks" / "results" / "export.json").read_text())
     rows = {(row["system"], row["case"]): row for row in results["rows"]}
