@@ -107,7 +107,7 @@ def test_its_plan_is_told_by_make(chain):
     done = chain.make("plan", "GPU=RTX 4090")
     assert done.returncode == 0, done.stderr
     steps, trained = re.search(r"steps +(\d+)", done.stdout)[1], files.read_json(chain.run / "finetune.json")
-    assert done.stdout.startswith("on RTX 4090") and int(steps) == trained["steps"]
+    assert "on RTX 4090 (25 GB)\n" in done.stdout and int(steps) == trained["steps"]
     assert f"{trained['tokens']:,} tokens to train on" in done.stdout and "cheapest that fits" in done.stdout
 
 
