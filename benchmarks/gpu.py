@@ -44,9 +44,11 @@ def one(system: str, case: str, per_step: str, shape: str, work: Path) -> None:
         box.unsloth()
     seen = box.clock((1, first, last))
     made = box.rows(case, 4000 if case == "alpaca" else 320)
-    tokens, more = {"hf-peft": hf_peft, "unsloth-tutorial": tutorial, "ferry": ferry}[system](
-        box.model(shape, work), made, per_step, first, last, work
-    )
+    weights = box.model(shape, work)
+    if system == "ferry":
+        tokens, more = ferry(weights, made, per_step, first, last, work)
+    else:
+        tokens, more = library(*RIVALS[system](weights), weights, made, per_step, first, last, work), {}
     import torch
 
     from pipeline.plan import cards, memory
@@ -61,63 +63,43 @@ def one(system: str, case: str, per_step: str, shape: str, work: Path) -> None:
     })  # fmt: skip
 
 
-def hf_peft(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
+def hf_peft(weights: Path) -> tuple:
+    """The base, and what the trainer is given besides."""
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(
         weights, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": 0}
     )
-    return library(
-        base,
-        weights,
-        made,
-        per_step,
-        first,
-        last,
-        work,
-        peft_config=LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+    return base, {"peft_config": LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM")}
 
 
-def tutorial(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
+def tutorial(weights: Path, longest: int = box.LONGEST) -> tuple:
+    """The same of Unsloth's notebooks."""
     from unsloth import FastLanguageModel
 
-    base, _ = FastLanguageModel.from_pretrained(str(weights), max_seq_length=box.LONGEST, load_in_4bit=True)
-    return library(
-        FastLanguageModel.get_peft_model(base, **LORA, use_gradient_checkpointing="unsloth"),
-        weights,
-        made,
-        per_step,
-        first,
-        last,
-        work,
-    )
+    base, _ = FastLanguageModel.from_pretrained(str(weights), max_seq_length=longest, load_in_4bit=True)
+    return FastLanguageModel.get_peft_model(base, **LORA, use_gradient_checkpointing="unsloth"), {}
 
 
-def library(
-    base, weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path, **more
-) -> tuple[int, dict]:
+RIVALS = {"hf-peft": hf_peft, "unsloth-tutorial": tutorial}
+
+
+def library(base, more: dict, weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> int:
     """Train by TRL's own trainer; the real tokens between the two steps."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(weights)
     args = SFTConfig(**SETTINGS, max_steps=last, packing=per_step == "packs", output_dir=str(work / "trainer"))
-    trainer = SFTTrainer(
-        model=base, args=args, train_dataset=Dataset.from_list(made), processing_class=tokenizer, **more
-    )
+    trainer = SFTTrainer(model=base, args=args, train_dataset=Dataset.from_list(made),
+                         processing_class=AutoTokenizer.from_pretrained(weights), **more)  # fmt: skip
     sizes = [len(row["input_ids"]) for row in trainer.train_dataset]
     trainer.train()
-    return sum(sizes[first * 8 : last * 8]), {}
+    return sum(sizes[first * 8 : last * 8])
 
 
 def ferry(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
@@ -141,7 +123,7 @@ def main() -> None:
     if asked.one:
         return one(*asked.one, asked.shape, asked.work)
     found = [box.alone(__file__, *case, "--shape", asked.shape, work=asked.work, go_on=asked.go_on) for case in CASES]
-    box.write(__file__, found, asked.results)
+    box.write(__file__, found, asked.results, f" --shape {asked.shape}")
 
 
 if __name__ == "__main__":

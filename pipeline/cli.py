@@ -160,12 +160,13 @@ def look(config, folder: Path, processes: int | None, count: int) -> str:
 def plan(config_file: Path, folder: Path, overrides: tuple[str, ...], gpu: str | None, probe: bool) -> None:
     """Memory, disk, steps, hours and money, before any of it is paid; needs no GPU."""
     from pipeline import config
-    from pipeline.plan import cards
+    from pipeline.doctor import box
     from pipeline.plan import stage as module
     from pipeline.record import Run
 
     tree, run = config.load(config_file, overrides), Run(folder)
-    click.echo(module.stage(tree, run, gpu, cards.here()))
+    here = box.nvidia().cards
+    click.echo(module.stage(tree, run, gpu, here[0].name if here else None))
     if probe:
         from pipeline.finetune import probe as prober
 

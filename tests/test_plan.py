@@ -155,6 +155,11 @@ def test_a_broken_line_of_the_table_is_one_error(tmp_path):
     )
     with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*sixteen"):
         cards.table(tmp_path / "gpus.csv")
+    (tmp_path / "gpus.csv").write_text(
+        "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4(,16,7.5,65,0.5\n"
+    )
+    with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*subpattern"):
+        cards.table(tmp_path / "gpus.csv")
 
 
 @pytest.mark.parametrize("capability, kind, fits", [(7.0, "llama", False), (7.5, "llama", True), (7.5, "gemma2", False), (7.5, "gemma3_text", False), (8.0, "gemma2", True)])  # fmt: skip

@@ -4,6 +4,7 @@ Each model (4 or 16 bit, with or without gradient checkpointing) is loaded in a 
 that might fit are tried from the largest on. The fastest is what `finetune` takes then.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def alone(run: Run, bits: bool, policy) -> list[dict]:
     if done.returncode == 2:
         message, _, hint = done.stderr.rpartition("error: ")[2].strip().partition("\n next: ")
         raise UserError(message, hint)
+    done.check_returncode()
     return [json.loads(line.removeprefix(TOLD)) for line in done.stdout.splitlines() if line.startswith(TOLD)]
 
 
@@ -148,7 +150,10 @@ def main(folder: str, asked: str) -> None:
     unsloth.start()
     if unsloth.gpu_bytes() is None:
         raise UserError("PROBE measures a GPU, and torch sees none here", "leave it out: `make plan` needs no GPU")
-    measure(run, config.base.model_copy(update={"load_in_4bit": bits}), config.finetune, policy)
+    import torch
+
+    with contextlib.suppress(torch.OutOfMemoryError):  # of the weights alone
+        measure(run, config.base.model_copy(update={"load_in_4bit": bits}), config.finetune, policy)
 
 
 if __name__ == "__main__":

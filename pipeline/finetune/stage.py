@@ -21,6 +21,7 @@ from pipeline.finetune import checks, survive, watch
 from pipeline.finetune.build import build_model, build_trainer
 from pipeline.finetune.trainer import OutOfMemory
 from pipeline.plan import cards, choose, disk, memory
+from pipeline.plan.stage import POLICIES
 from pipeline.record import Run
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     data = run.read("data")
     folder = run.workspace("finetune", "data")
     weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
-    refuse_disk(weights, tune, folder)
+    described = files.read_json(weights / "config.json")
+    refuse_disk(memory.shape(described), tune, folder)
     written = rows.read(run.output("data", "train"))
     with room(base):
-        trainer, choice, order = prepared(weights, base, tune, run, written)
+        trainer, choice, order = prepared(weights, described, base, tune, run, written)
     checks.first_batch(trainer, written)
     checks.ends(
         written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
@@ -68,13 +70,12 @@ def room(base: Base):
 
 
 def prepared(
-    weights: Path, base: Base, tune: Finetune, run: Run, written: "pa.Table"
+    weights: Path, described: dict, base: Base, tune: Finetune, run: Run, written: "pa.Table"
 ) -> tuple["SFTTrainer", choose.Choice, np.ndarray]:
-    """The trainer, what it was chosen to run with, and the row numbers in the order of training.
+    """The trainer, what it was chosen to run with, and the row numbers in the order of training. described: config.json.
 
     What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
     """
-    described = files.read_json(weights / "config.json")
     refuse_card(described.get("model_type", ""), base)
     path = run.folder / "finetune" / "choice.json"
     begun = files.read_json(path) if path.is_file() else {}
@@ -110,9 +111,9 @@ def refuse_card(kind: str, base: Base) -> None:
         )
 
 
-def refuse_disk(weights: Path, tune: Finetune, folder: Path) -> None:
+def refuse_disk(shape: memory.Shape | None, tune: Finetune, folder: Path) -> None:
     """A disk that holds no checkpoint would be noticed at the first one, minutes of a paid GPU later."""
-    shape, free = memory.shape(files.read_json(weights / "config.json")), shutil.disk_usage(files.nearest(folder)).free
+    free = shutil.disk_usage(files.nearest(folder)).free
     if shape and free < (need := disk.checkpoints(shape, tune)):
         raise UserError(
             f"checkpoints and adapter take {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at {files.nearest(folder)}",
@@ -122,14 +123,9 @@ def refuse_disk(weights: Path, tune: Finetune, folder: Path) -> None:
 
 def said(trainer: "SFTTrainer", choice: choose.Choice) -> str:
     dealt = "packed" if choice.packing else "padded"
-    policy = {
-        False: "no gradient checkpointing",
-        True: "gradient checkpointing",
-        "unsloth": "Unsloth's gradient checkpointing",
-    }
     return (
         f"{trainer.args.max_steps:,} steps of {choice.train_batch_size} rows, {dealt}, at most {choice.micro_batch_tokens:,} tokens at once, "
-        f"learning rate {choice.learning_rate:.3g}, {policy[choice.use_gradient_checkpointing]}"
+        f"learning rate {choice.learning_rate:.3g}, gradient checkpointing: {POLICIES[choice.use_gradient_checkpointing]}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from contract.errors import UserError
 from pipeline import batches
-from pipeline.finetune.survive import Stop
+from pipeline.finetune.survive import Stop, last_complete
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -26,6 +26,7 @@ class OutOfMemory(Stop):
 def trainer_class() -> type["SFTTrainer"]:
     """The class; a function, because it takes seconds to import what it derives from."""
     import torch
+    from safetensors import SafetensorError
     from trl import SFTTrainer
 
     class StepTrainer(SFTTrainer):
@@ -90,8 +91,6 @@ def trainer_class() -> type["SFTTrainer"]:
                 raise UserError(*self._broken(self.state.global_step - len(losses) + 1 + at, *losses[at]))
 
         def _broken(self, step: int, rows, loss) -> tuple[str, str]:
-            from pipeline.finetune.survive import last_complete
-
             good = last_complete(Path(self.args.output_dir))
             named = ", ".join(map(str, rows.numbers))
             return (
@@ -108,11 +107,7 @@ def trainer_class() -> type["SFTTrainer"]:
             began, path = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             try:
                 super()._save_checkpoint(model, trial)
-            except (
-                OSError,
-                RuntimeError,
-                _safetensors_error(),
-            ) as error:  # what safetensors and torch make of a full disk
+            except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
                 if shutil.disk_usage(self.args.output_dir).free > 100e6 and not isinstance(error, OSError):
                     raise
                 shutil.rmtree(path, ignore_errors=True)
@@ -150,9 +145,3 @@ def trainer_class() -> type["SFTTrainer"]:
                 return self.compute_loss(self.model, self._prepare_inputs(inputs), num_items_in_batch=targets).detach()
 
     return StepTrainer
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError

@@ -7,7 +7,6 @@ of it costs when rented alone.
 
 import csv
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,29 +33,20 @@ def table(path: Path = TABLE) -> list[Card]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [
-                Card(row["name"], row["match"], *(float(row[name]) for name in list(Card.__annotations__)[2:]))
+                Card(
+                    row["name"],
+                    re.compile(row["match"]).pattern,
+                    *(float(row[name]) for name in list(Card.__annotations__)[2:]),
+                )
                 for row in csv.DictReader(file)
             ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, re.error) as error:
         raise UserError(f"{path} cannot be read: {error!r}", f"correct it, or `git checkout {path}`") from error
 
 
 def find(device: str) -> Card | None:
     """The card of that name, such as NVIDIA H100 80GB HBM3."""
     return next((card for card in table() if re.search(rf"\b{card.match}\b", device)), None)
-
-
-def here() -> str | None:
-    """The name of this machine's first card, where its driver tells and the table has it."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(
-            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    name = said.stdout.partition("\n")[0].strip()
-    return name if said.returncode == 0 and find(name) else None
 
 
 def of(device: str) -> tuple[float | None, float | None]:

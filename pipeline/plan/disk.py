@@ -2,7 +2,7 @@
 
 from pipeline import llamacpp
 from pipeline.config import Config, Finetune
-from pipeline.plan.memory import Shape
+from pipeline.plan.memory import Shape, moments
 
 EACH = 2  # checkpoints at once: the newest is whole before the older one goes, or it is the best one
 
@@ -24,4 +24,4 @@ def quantized(config: Config, sixteen: float) -> list[float]:
 def checkpoints(model: Shape, tune: Finetune) -> float:
     """Adapter in 32 bit and the optimizer's moments; one more of them than the best and the newest, while it is written."""
     kept = EACH + (tune.eval_strategy != "no")
-    return kept * model.lora(tune) * (4 + (2.03 if "8bit" in tune.optim else 8))
+    return kept * model.lora(tune) * (4 + moments(tune))

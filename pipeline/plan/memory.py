@@ -102,14 +102,18 @@ def parts(
     """Bytes by part, for micro-batches of at most `tokens` tokens, padding counted."""
     p = model.lora(tune)
     weights = NF4 * model.matrices + 2 * model.embeddings if base.load_in_4bit else model.sixteen
-    moments = 2.03 if "8bit" in tune.optim else 8.0
     return {
         "weights": weights,
         "LoRA and its gradients": 8.0 * p,
-        "optimizer": moments * p,
+        "optimizer": moments(tune) * p,
         "activations": float(activations(model, tokens, checkpointing, packed)),
         "workspace": WORKSPACE,
     }
+
+
+def moments(tune: Finetune) -> float:
+    """Bytes of the optimizer's two moments, a trainable parameter."""
+    return 2.03 if "8bit" in tune.optim else 8.0
 
 
 def activations(model: Shape, tokens: int, checkpointing: Checkpointing, packed: bool = True) -> float:

@@ -76,10 +76,11 @@ def stage(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
     made = [on(card, found) for card in cards.table()]
     fitting = [plan for plan in made if isinstance(plan, Plan)]
     cheapest = min(fitting, key=lambda plan: plan.dollars, default=None)
-    asked = gpu or here
-    shown = on(named(asked), found) if asked else cheapest
-    if isinstance(shown, str):
-        shown = cheapest if not gpu else refuse(gpu, shown)
+    card = named(gpu) if gpu else cards.find(here or "")
+    shown = on(card, found) if card else cheapest
+    if isinstance(shown, str) and gpu:
+        raise UserError(f"{gpu}: {shown}", "`make plan` without GPU= names the cards that fit")
+    shown = cheapest if isinstance(shown, str) else shown
     pages = [detail(shown, config, found)] if shown else []
     return "\n".join([*pages, *table(made, cheapest)])
 
@@ -117,10 +118,6 @@ def named(name: str) -> Card:
             f"GPU=one of: {', '.join(card.name for card in known)}; or add a line",
         )
     return card
-
-
-def refuse(name: str, why: str):
-    raise UserError(f"{name}: {why}", "`make plan` without GPU= names the cards that fit")
 
 
 def on(card: Card, found: Work) -> Plan | str:
