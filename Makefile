@@ -10,7 +10,8 @@ RUNS   ?= runs
 MODELS ?= models
 REPO   ?= ./hub/$(RUN)
 QUANT  ?=
-LIGHT  ?=
+# What launches elsewhere needs no more than a laptop has; where the whole environment is there already, it does.
+LIGHT  ?= $(if $(filter cloud-to-local cloud-stop reproduce,$(MAKECMDGOALS)),$(if $(wildcard .venv/ferry.json),,1))
 VENV   ?= $(if $(LIGHT),.venv-light,.venv)
 # The side that runs models has a light one of its own. A VENV that was asked for serves both sides.
 DEPLOY_VENV ?= $(if $(filter command environment%,$(origin VENV)),$(VENV),.venv-deploy)
@@ -19,6 +20,7 @@ PYTHON ?= python3
 R        := $(RUNS)/$(RUN)
 SETS     := $(foreach override,$(SET),--set '$(override)')
 PIPELINE := $(VENV)/bin/python -m pipeline
+LAUNCH   := $(VENV)/bin/python -m launch
 DEPLOY   := '$(DEPLOY_VENV)/bin/python' -m deploy
 # One word for the shell, whatever is in it.
 quoted    = '$(subst ','\'',$(1))'
@@ -34,6 +36,12 @@ AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
+# What goes on to the other machine: where its make runs, and how.
+ASKED    = $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
+ELSEWHERE = $(foreach word,$(ASKED),--pass $(word)) $(if $(call typed,CLOUD),--cloud $(call quoted,$(CLOUD))) \
+    $(if $(call typed,TEARDOWN),--teardown $(call quoted,$(TEARDOWN))) $(if $(call typed,MAX_DOLLARS),--max-dollars $(call quoted,$(MAX_DOLLARS))) \
+    $(if $(call typed,YES),--yes)
+
 # Whose `make doctor` it is: what was typed decides (SIDE, or REPO for mac), else cloud in the image and where there is an
 # NVIDIA driver. `make deploy-mac` means its own, always.
 SIDED     = $(or $(call typed,SIDE),$(if $(filter-out file,$(origin REPO)),mac),$(if $(FERRY_IMAGE)$(shell command -v nvidia-smi 2>/dev/null),cloud,mac))
@@ -46,7 +54,6 @@ endif
 # setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
 CONTAINER := $(PYTHON) setup/container.py
 IMAGED    := demo train check preflight config preview data plan finetune evaluate export verify publish $(if $(filter cloud,$(DOCTOR)),doctor)
-ASKED     := $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
 PASSED    := $(if $(filter cloud,$(DOCTOR)),SIDE=cloud) $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT GPU PROBE,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
 ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
 ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
@@ -61,7 +68,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo train check preflight config preview data plan finetune evaluate export verify publish \
-        deploy-mac doctor pull smoke modelfile ollama lmstudio summary chat serve models rollback prune undeploy \
+        cloud-to-local cloud-stop reproduce deploy-mac doctor pull smoke modelfile ollama lmstudio summary chat serve models trace rollback prune undeploy \
         image shell env deploy-env lock lock-images test test-image lint bench
 
 ifeq ($(FERRY_WHERE),image)
@@ -123,6 +130,17 @@ $(R)/publish.json: | $(R)/verify.json
 
 endif
 
+##@ From the laptop, on another machine
+
+cloud-to-local: env ## train CONFIG on CLOUD=ssh://user@box[:port][/folder], then deploy-mac; again: it goes on, or watches
+	@$(LAUNCH) cloud $(CONFIG) --run $(R) $(SETS) $(ELSEWHERE)
+	@$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory deploy-mac REPO="$$($(LAUNCH) repo --run $(R))"; \
+	code=$$?; $(LAUNCH) billing --run $(R); exit $$code
+cloud-stop: env ## the run there writes its state and ends; the folder stays
+	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD))
+reproduce: env ## REPO=you/model@tag again, from its manifest alone (CLOUD=, DATA=), and a table: the same or not
+	@$(LAUNCH) reproduce $(call quoted,$(REPO)) --runs $(call quoted,$(RUNS)) $(ELSEWHERE) $(if $(call typed,DATA),--data $(call quoted,$(DATA)))
+
 ##@ On the Mac (or any machine that runs the model)
 
 deploy-mac: summary ## pull REPO, check it, smoke test, then into Ollama and LM Studio
@@ -149,6 +167,8 @@ serve: deploy-env ## OpenAI's API on 127.0.0.1:8080 (PORT=)
 	@$(DEPLOY) serve $(WHICH) $(LISTENS)
 models: deploy-env ## the versions on this machine
 	@$(DEPLOY) list --models $(call quoted,$(MODELS))
+trace: deploy-env ## which run, config, data and code made it (FILE=some.gguf, or a model's NAME in Ollama)
+	@$(DEPLOY) trace $(call quoted,$(or $(FILE),$(call typed,NAME))) --models $(call quoted,$(MODELS))
 rollback: deploy-env ## back to the version before (or REPO=you/model@v1), in Ollama and LM Studio too
 	@$(DEPLOY) rollback $(WHICH) $(STARTED)
 prune: deploy-env ## remove all but the newest versions (KEEP=2) and the one in use
@@ -184,7 +204,7 @@ bench: env ## time and memory of the demo, stage by stage (benchmarks/results/)
 	@bash benchmarks/demo.sh
 
 help:
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Settings: CONFIG=$(CONFIG) RUN=$(RUN) REPO=$(REPO)"
 	@echo '          SET="finetune.max_steps=20 finetune.seed=1" overrides single values of the config'
@@ -192,4 +212,6 @@ help:
 	@echo '          NAME=my-model: what Ollama calls it; START=1: start its server when none answers'
 	@echo '          DOCKER=1 or 0: the cloud side in the image, or natively; IMAGE=name:tag takes a ready one,'
 	@echo '          MOUNT="/data /models" shows it more folders of this machine'
+	@echo '          CLOUD=ssh://user@box:port/folder for another machine; YES=1 does not ask, MAX_DOLLARS=5 refuses more,'
+	@echo '          TEARDOWN="command" ends what bills, whatever came of it; DEVICE=cpu takes a box without a GPU'
 	@echo '          LIGHT=1 with data and preview: an environment without torch, for a laptop'

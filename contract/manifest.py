@@ -15,7 +15,7 @@ from typing_extensions import Required, TypedDict  # pydantic asks for it below 
 from contract.errors import UserError, shown
 from contract.turns import Turns
 
-SCHEMA = 3
+SCHEMA = 4
 NAME = "manifest.json"
 MAX_BYTES = 8 << 20  # a manifest is text of some 20 KB; anything far larger is not one
 
@@ -68,6 +68,10 @@ class Dataset(Part):
     split: str
     split_hash: Sha256
     """Of the held-out rows."""
+    train_sha256: Sha256 | None = None
+    """Of the training rows, as token ids and labels."""
+    fingerprints: dict[str, str] = {}
+    """Of every local file: which of its rows was changed, should its sha256 be another one (pipeline/data/fingerprint.py)."""
 
 
 class ChatFormat(Part):

@@ -164,6 +164,16 @@ def rollback(repo: str, models: Path, start: bool) -> None:
     click.echo("\n".join([f"rollback: {version} is in use", *(f"  {line}" for line in done)]))
 
 
+@cli.command()
+@click.argument("what", metavar="FILE|NAME")
+@MODELS
+def trace(what: str, models: Path) -> None:
+    """From a GGUF, a model in Ollama or a path of LM Studio's back to run, config, data, code and scores."""
+    from deploy import trace as module
+
+    click.echo(module.stage(what, models))
+
+
 @cli.command("list")
 @MODELS
 def list_models(models: Path) -> None:

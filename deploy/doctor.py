@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract import files, gguf, hub, manifest, runtime
+from contract import files, gguf, hub, manifest, runtime, source
 from contract.checks import Check
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
-from deploy import lmstudio, machine, memory, pull, source, store, support
+from deploy import lmstudio, machine, memory, pull, store, support
 from deploy.machine import Machine
 from deploy.ollama import server as ollama
 

@@ -29,7 +29,7 @@ class Part:
         self.file.close()
 
     def fill(self, found) -> None:
-        """All that is missing, from a source (deploy/source.py). Raises UserError when it gives other bytes."""
+        """All that is missing, from a source (contract/source.py). Raises UserError when it gives other bytes."""
         while self.size < self.artifact.bytes:
             before = self.size
             hub.patiently(f"pull {self.artifact.file}", lambda: self._go_on(found), progress=lambda: self.size)

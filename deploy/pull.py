@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from contract import files, gguf, hub, manifest
+from contract import files, gguf, hub, manifest, source
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
-from deploy import sandbox, source, store, support
+from deploy import sandbox, store, support
 from deploy.part import Part
 
 

@@ -42,7 +42,7 @@ NEWER = {
 
 
 def probe(found, artifact: Artifact) -> None:
-    """Refuse a large artifact of a source (deploy/source.py) that llama.cpp here cannot load, before it is fetched.
+    """Refuse a large artifact of a source (contract/source.py) that llama.cpp here cannot load, before it is fetched.
 
     Reads only as much of it as its header needs. Raises UserError.
     """

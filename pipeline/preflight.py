@@ -18,8 +18,10 @@ WRITE = {"repo.write", "repo.content.write"}  # permissions of a fine-grained to
 FREE_PRIVATE = 100e9  # of a free account, from the same page
 
 
-def stage(config: Config, run: Run) -> list[str]:
+def stage(config: Config, run: Run, here: bool = True) -> list[str]:
     """Ask all that can be asked without a GPU; returns what a user should know, a sentence each.
+
+    here: whether this machine will train, so that its disk matters.
 
     Raises UserError for the first thing that would stop the run later.
     """
@@ -28,7 +30,7 @@ def stage(config: Config, run: Run) -> list[str]:
     repo = named(config.publish.repo, run)
     said = [destination(config, repo)]
     if not run.done("export"):
-        said += [*base(config, run, repo), *dataset(config)]
+        said += [*base(config, run, repo, here), *dataset(config)]
     return said
 
 
@@ -90,7 +92,7 @@ def found(what: str, ask):
     return hub.patiently(what, asked, seconds=hub.QUICK)
 
 
-def base(config: Config, run: Run, repo: str) -> list[str]:
+def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
     """The base model can be fetched, its licence lets us publish, and the disk holds it."""
     model = config.base.model
     if not bases.hub_id(model):
@@ -104,7 +106,7 @@ def base(config: Config, run: Run, repo: str) -> list[str]:
     except hub.Unreachable as error:
         return [f"{error.message}: what is in the local cache decides"]
     sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
-    said = disk(config, run, sixteen)
+    said = disk(config, run, sixteen) if here else []
     if not hub.is_folder(repo):  # a folder is no publication
         said += [*licence(config, info, repo), upload(config, sixteen)]
     return said

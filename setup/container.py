@@ -12,6 +12,7 @@ printed inside is true outside. The code that runs is the image's.
 """
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -112,9 +113,7 @@ def sources():
     """Twelve hex digits of everything that goes into the image."""
     digest = hashlib.sha256()
     for path in sorted(path for name in SOURCES for path in files_of(os.path.join(ROOT, name))):
-        with open(path, "rb") as file:
-            content = hashlib.sha256(file.read()).hexdigest()
-        digest.update(f"{os.path.relpath(path, ROOT)} {content}\n".encode())
+        digest.update(f"{os.path.relpath(path, ROOT)} {hash_of(path)}\n".encode())
     return digest.hexdigest()[:12]
 
 
@@ -132,11 +131,33 @@ def files_of(path):
 
 def revision():
     """The checkout's commit, whether it was changed since, and where it came from, for provenance."""
+    sent = os.path.join(
+        ROOT, "revision.json"
+    )  # a tree that `make cloud-to-local` sent: it has no repository (pipeline/code.py)
+    if os.path.isfile(sent):
+        return revision_sent(sent)
     git = ["git", "-C", ROOT]
     url = re.sub("//[^/@]*@", "//", said(git + ["remote", "get-url", "origin"]))  # no token of a remote
     commit = said(git + ["rev-parse", "HEAD"])
     changed = said(git + ["status", "--porcelain"]) or not commit
     return {"COMMIT": commit, "DIRTY": "true" if changed else "false", "ORIGIN": url}
+
+
+def revision_sent(path):
+    """The same of a tree without git."""
+    with open(path, encoding="utf-8") as file:
+        sent = json.load(file)
+    changed = (name for name, digest in sent["files"].items() if hash_of(os.path.join(ROOT, name)) != digest)
+    dirty = "true" if any(changed) else "false"
+    return {"COMMIT": sent["commit"], "DIRTY": dirty, "ORIGIN": sent["url"] or ""}
+
+
+def hash_of(path):
+    """sha256 of a file; nothing where there is none."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def arguments(kind, own):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from contract import files, gguf, manifest
+from contract import source as sources
 from contract.errors import UserError
 from contract.manifest import Artifact
-from deploy import source as sources
 from deploy import support
 from tests import repos
 from tests.test_gguf import LIES, NAMED, STRING, U32, array, pair, tensor, text, u32, whole

@@ -17,7 +17,7 @@ from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import licences
 from pipeline.config import Base, Config, Data, warnings
-from pipeline.data import read, report, schema, spool, template, work
+from pipeline.data import fingerprint, read, report, schema, spool, template, work
 from pipeline.record import Run
 
 
@@ -52,7 +52,7 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
     return run.write(
         "data", (), outputs | beside | licence(base, folder / "licence"), inputs=sources.inputs, dataset=sources.facts,
-        formats=sources.formats(), base=describe_base(config.base, base), warnings=said,
+        formats=sources.formats(), fingerprints={name: fingerprint.of(Path(name)) for name in sources.inputs}, base=describe_base(config.base, base), warnings=said,
         chat={"end": chat.ends, "scaffold": chat.scaffolds[0], "system": chat.system, "joined": chat.joined}, **facts,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
-from pipeline import llamacpp, rows
+from pipeline import code, llamacpp, rows
 from pipeline.config import Config
 from pipeline.export import merge
 from pipeline.record import Run
@@ -111,7 +111,8 @@ def described(config: Config, run: Run, merged: Path, folder: Path) -> tuple[Pat
     keys = {  # the converter takes a licence from a model card only
         "general.license": data["base"]["license"], "ferry.run": run.folder.name, "ferry.manifest_id": identity(run), "ferry.base": base,
         "ferry.base.revision": data["base"]["revision"] or "", "ferry.data": config.data.source,
-        "ferry.data.heldout_sha256": data["outputs"]["heldout"]["sha256"],
+        "ferry.data.heldout_sha256": data["outputs"]["heldout"]["sha256"], "ferry.config_sha256": files.sha256(run.config_file),
+        "ferry.code": code.checkout()["commit"],
         "ferry.scores": json.dumps({"rule": scores["rule"], **scores["scores"]}),
     }  # fmt: skip
     places = folder / "metadata.json", folder / "keys.json"

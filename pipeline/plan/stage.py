@@ -152,7 +152,7 @@ def seconds(model: memory.Shape, choice: Choice, lengths: np.ndarray, card: Card
 
 def detail(plan: Plan, config: Config, found: Work) -> str:
     choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
-    space = disk.parts(config, found.model.sixteen) | {"checkpoints": disk.checkpoints(found.model, found.tune)}
+    space = space_of(config, found)
     batch = f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, learning rate {choice.learning_rate:.3g}"
     once = f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; gradient checkpointing: {shown}"
     lines = [
@@ -165,6 +165,11 @@ def detail(plan: Plan, config: Config, found: Work) -> str:
     return "\n".join(
         [f"on {plan.card.name} ({plan.card.memory_gb:.0f} GB)", *(f"  {name:8} {text}" for name, text in lines)]
     )
+
+
+def space_of(config: Config, found: Work) -> dict[str, float]:
+    """Disk that the run needs to its end, bytes."""
+    return disk.parts(config, found.model.sixteen) | {"checkpoints": disk.checkpoints(found.model, found.tune)}
 
 
 def sizes(parts: dict[str, float]) -> list[tuple[str, str]]:

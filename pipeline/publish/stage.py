@@ -2,16 +2,15 @@
 
 import os
 import platform
-import re
 import socket
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 from contract import files, gguf, hub, manifest
 from contract.errors import UserError
-from pipeline import licences, llamacpp
+from pipeline import code, licences, llamacpp
 from pipeline.config import Config
+from pipeline.doctor import box
 from pipeline.publish import card, courier
 from pipeline.record import STAGES, Run
 
@@ -225,7 +224,8 @@ def build(
         dataset=manifest.Dataset(
             source=config.data.source, revision=data["dataset"]["training"].get("revision") or config.data.revision, sha256=data["inputs"], rows=data["rows"],
             split=config.data.validation or f"{config.data.validation_share:g} of the rows, by content hash",
-            split_hash=data["outputs"]["heldout"]["sha256"],
+            split_hash=data["outputs"]["heldout"]["sha256"], train_sha256=data["outputs"]["train"]["sha256"],
+            fingerprints=data.get("fingerprints", {}),
         ),
         generation=manifest.Generation(
             temperature=config.generation.temperature, top_p=config.generation.top_p, max_tokens=config.generation.max_tokens,
@@ -255,12 +255,12 @@ def thresholds(run: Run, config: Config) -> dict:
 
 
 def provenance(run: Run) -> dict:
-    """What made this, to make it again. In an image git is not there to be asked: the image knows its checkout."""
+    """What made this, to make it again."""
     image = files.read_json(Path(os.environ["FERRY_IMAGE"])) if os.environ.get("FERRY_IMAGE") else {}
     return {
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.path(name)) for name in STAGES if run.done(name)},
-        "git": image.get("git") or _checkout(),
+        "git": code.checkout(),
         "image": {"id": os.environ.get("FERRY_IMAGE_ID")}
         | {key: image[key] for key in ("sources", "base", "debian", "device", "llama.cpp")}
         if image
@@ -269,19 +269,6 @@ def provenance(run: Run) -> dict:
         "llama_cpp": llamacpp.version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "driver": box.nvidia().driver or None,
         "packages": {name: version(name) for name in STACK},
     }
-
-
-def _checkout() -> dict:
-    """The commit that runs, and whether it was changed since."""
-    url = re.sub(r"//[^/@]*@", "//", _git("remote", "get-url", "origin") or "")  # no token of a remote
-    return {"url": url or None, "commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -84,7 +84,7 @@ class Remote:
 
     @classmethod
     def at(cls, repo: str, revision: str | None) -> "Remote":
-        api, what = hub.api(), f"pull {repo}{f'@{revision}' if revision else ''}"
+        api, what = hub.api(), f"read {repo}{f'@{revision}' if revision else ''}"
         if hub.token():  # a wrong token must not look like a missing repo
             hub.patiently(what, api.whoami, seconds=hub.QUICK)
         info = hub.patiently(what, lambda: api.model_info(repo, revision=revision), seconds=hub.QUICK)
@@ -99,11 +99,11 @@ class Remote:
         def read() -> bytes:
             return hub.read_small(self.repo, manifest.NAME, self.commit, manifest.MAX_BYTES)
 
-        return hub.patiently(f"pull {self.repo}", read)
+        return hub.patiently(f"read {self.repo}", read)
 
     def refuse(self, artifact: Artifact) -> None:
         """What can be known before a long download."""
-        there = hub.patiently(f"pull {self.repo}/{artifact.file}", lambda: self._described(artifact.file))
+        there = hub.patiently(f"read {self.repo}/{artifact.file}", lambda: self._described(artifact.file))
         other = len(there.etag) == 64 and there.etag != artifact.sha256  # a small file has git's SHA-1
         if there.size != artifact.bytes or other:
             raise UserError(

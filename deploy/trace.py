@@ -1,0 +1,159 @@
+"""trace: from a file or an installed model back to its run: config, data, code, scores.
+
+By the file's sha256 among the manifests of the store; else, for a file that was copied, renamed or rewritten, by what
+stands in its own header (ferry.*).
+"""
+
+import json
+from pathlib import Path
+
+from contract import files, gguf, manifest
+from contract.errors import UserError, shown
+from contract.manifest import Manifest
+from deploy import lmstudio, store
+from deploy.ollama import server as ollama
+
+KEYS = "ferry."
+
+
+def stage(what: str, models: Path) -> str:
+    """The page. what: a GGUF, a folder of the store, a path in LM Studio's models folder, or a model's name in Ollama.
+
+    Raises UserError when there is no such thing, or Ferry did not make it.
+    """
+    path = file_of(what, models)
+    if path:
+        digest, header = files.sha256(path), _header(path)
+        return page(str(path), digest, *known(models, digest, header.get("ferry.manifest_id")), header)
+    version, header = in_ollama(what, models)
+    made = (
+        manifest.read(version / manifest.NAME) if version else known(models, None, header.get("ferry.manifest_id"))[0]
+    )
+    return page(f"{what} in Ollama", None, made, version, header)
+
+
+def file_of(what: str, models: Path) -> Path | None:
+    """The GGUF that is meant, if a file is."""
+    place = Path(what).expanduser()
+    for path in (place, lmstudio.models() / what):
+        if path.is_file():
+            return path
+        if (path / store.RECORD).is_file():
+            return path / store.record(path)["file"]
+    if what.endswith(".gguf") or what.startswith((".", "/", "~")):
+        raise UserError(
+            f"{shown(what)}: no such file", "name a GGUF, a path in LM Studio's models folder, or a model in Ollama"
+        )
+    return None
+
+
+def _header(path: Path) -> dict:
+    """Ferry's keys in it."""
+    return {key: value for key, value in gguf.read(path).metadata.items() if key.startswith(KEYS)}
+
+
+def known(models: Path, digest: str | None, identity: object) -> tuple[Manifest | None, Path | None]:
+    """The manifest that names the file, and its version; else that of its run."""
+    found = []
+    for path in models.glob(f"*/*/{manifest.NAME}"):
+        made = _read(path)
+        if made and digest in {artifact.sha256 for artifact in made.artifacts}:
+            return made, path.parent
+        found += [(made, path.parent)] if made and identity and made.id == identity else []
+    return found[0] if found else (None, None)
+
+
+def _read(path: Path) -> Manifest | None:
+    try:
+        return manifest.read(path)
+    except UserError:  # of a newer Ferry, or damaged: it explains nothing
+        return None
+
+
+def in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
+    """(the version that Ferry put there, Ferry's keys in what the server holds). Raises UserError when neither is known."""
+    wanted = name if ":" in name else f"{name}:latest"
+    records = {v: r for folder in models.glob("*/") for v, r in store.records(folder, "ollama.json").items()}
+    ours = [
+        v for v, r in records.items() if wanted in (r["model"], r["latest"] if store.in_use(v.parent) == v else None)
+    ]
+    try:
+        server = ollama.Server(ollama.host())
+        held = server.models()
+    except UserError:
+        if ours:
+            return ours[0], {}
+        raise
+    if wanted not in held:
+        raise UserError(f"Ollama has no model {shown(wanted)}", "`ollama list` names those it has; or name a file")
+    same = [v for v, r in records.items() if r.get("digest") == held[wanted]["digest"]]
+    if same:
+        return same[0], {}
+    info = server.ask("POST", "/api/show", {"model": wanted}).get("model_info") or {}
+    return None, {key: value for key, value in info.items() if key.startswith(KEYS)}
+
+
+def page(what: str, digest: str | None, made: Manifest | None, version: Path | None, header: dict) -> str:
+    """Raises UserError when nothing is known of it."""
+    if made is None and not header:
+        raise UserError(
+            f"{shown(what)} was not made by Ferry: no manifest here names it, and its header holds no {KEYS}* keys",
+            "`make models` lists what was pulled",
+        )
+    lines = from_manifest(made) if made else from_header(header)
+    exact = made and digest in {artifact.sha256 for artifact in made.artifacts}
+    how = (
+        f"its manifest, {version}"
+        if exact
+        else f"the manifest of its run, {version}; the file itself is another copy"
+        if made
+        else "its own header; `make pull` of its repo brings the manifest"
+    )
+    head = [("file", what), *([("sha256", digest)] if digest else []), ("known by", how)]
+    text = "\n".join(f"{name:<9}{value}" for name, value in [*head, *lines] if value)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # a stranger's words on a terminal
+
+
+def from_manifest(made: Manifest) -> list[tuple[str, str]]:
+    said, git = made.provenance, made.provenance.get("git") or {}
+    changed = ", with changes that are not committed" if git.get("dirty") else ""
+    data, train = made.dataset, made.training
+    sources = ", ".join(f"{name} {digest[:12]}" for name, digest in data.sha256.items())
+    scores = {name: (score["loss"], score.get("score")) for name, score in made.scores.get("heldout", {}).items()}
+    return [
+        ("run", f"{made.name}, {train.get('method')} on {train.get('device')}, {train.get('steps')} steps, final loss {train.get('final_loss')}"),
+        ("base", f"{made.base.model} at {made.base.revision}, {made.base.license}"),
+        ("config", f"sha256 {said.get('config_sha256')}, all of it in the manifest"),
+        ("data", f"{data.source} at {data.revision}" if data.revision else f"{data.source}: {sources}"),
+        ("", f"{data.rows.get('train')} rows trained on, {data.rows.get('heldout')} held out (sha256 {data.split_hash[:12]})"),
+        ("code", f"{git.get('url')} {git.get('commit')}{changed}"),
+        ("made by", f"{said.get('llama_cpp')}, python {said.get('python')}"),
+        ("scores", f"{made.scores.get('rule')}, held-out loss and score: {_scores(scores)}"),
+    ]  # fmt: skip
+
+
+def from_header(header: dict) -> list[tuple[str, str]]:
+    """What the file says of itself."""
+    scores = _parsed(header.get("ferry.scores"))
+    losses = {n: (s.get("loss"), s.get("score")) for n, s in scores.items() if isinstance(s, dict)}
+    revision, rows = header.get("ferry.base.revision"), str(header.get("ferry.data.heldout_sha256", ""))
+    return [
+        ("run", f"{header.get('ferry.run')}, manifest id {header.get('ferry.manifest_id')}"),
+        ("base", f"{header.get('ferry.base')}{f' at {revision}' if revision else ''}"),
+        ("config", f"sha256 {header['ferry.config_sha256']}" if "ferry.config_sha256" in header else ""),
+        ("data", f"{header.get('ferry.data')}, held-out rows sha256 {rows[:12]}"), ("code", str(header.get("ferry.code", ""))),
+        ("scores", f"{scores.get('rule')}, held-out loss and score: {_scores(losses)}"),
+    ]  # fmt: skip
+
+
+def _parsed(text: object) -> dict:
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scores(found: dict[str, tuple]) -> str:
+    shown_as = [f"{name} {loss}{'' if score is None else f' {score:.1%}'}" for name, (loss, score) in found.items()]
+    return "; ".join(shown_as) or "none"

@@ -1,0 +1,4 @@
+from contract.cli import main
+from launch.cli import cli
+
+main(cli)

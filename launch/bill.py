@@ -1,0 +1,63 @@
+"""What costs money: asked once before it begins, said at the end, ended by the user's own command if there is one."""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import click
+
+from contract import hub
+from contract.errors import UserError
+from launch.launcher import Launcher
+
+
+@dataclass
+class Session:
+    """One launch. running: whether the job may run at this moment."""
+
+    launcher: Launcher
+    name: str
+    stop: str
+    """The command that ends a running job."""
+    teardown: str | None = None
+    """The user's own, which ends what bills."""
+    running: bool = False
+
+    @contextmanager
+    def billed(self):
+        """Whatever comes of it, the last lines are what still costs money. The teardown runs as soon as no job does."""
+        try:
+            yield self
+        except BaseException:
+            hub.say(self.ended())
+            raise
+
+    def ended(self) -> str:
+        """Tear down, unless the job runs; says what is left."""
+        if self.running:
+            return f"still running: the job on {self.launcher.where}, {self.launcher.bill(self.name)}\n  `{self.stop}` ends the job"
+        if not self.teardown:
+            return f"nothing of ours runs on {self.launcher.where}; {self.launcher.bill(self.name)}" + (
+                "" if self.launcher.ours else " (TEARDOWN='command' ends it by itself)"
+            )
+        code = subprocess.run(["sh", "-c", self.teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
+        if code:
+            return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{self.teardown}` was to end it"
+        return f"TEARDOWN has ended {self.launcher.where}: `{self.teardown}`"
+
+
+def ask(what: str, dollars: float | None, limit: float | None, yes: bool) -> None:
+    """Nothing is started without a yes. Raises UserError over the user's own limit, and where nobody can be asked."""
+    if limit is not None and (dollars is None or dollars > limit):
+        price = "a price that is not known" if dollars is None else f"about ${dollars:.2f}"
+        raise UserError(
+            f"{what}: {price}, the limit is ${limit:.2f}",
+            "raise MAX_DOLLARS, take a cheaper card, or correct its line in configs/gpus.csv",
+        )
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{what}: nobody is here to agree to it", "the same command with YES=1")
+    if not click.confirm(f"{what}. Start it?", err=True):
+        raise UserError("not started", "the same command asks again")

@@ -1,0 +1,100 @@
+"""What a launcher is: a place where `make` runs for us, and goes on running when nobody looks.
+
+The job there is always the same `make train`, which goes on from its records; so a launcher needs no word of its own for
+"resume", and one that loses its machine can start the same job on another.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from contract.errors import UserError
+
+
+class Lost(UserError):
+    """The connection ended or did not come about; what runs there goes on, and another try may find it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is there."""
+
+    system: str
+    """Such as 'Linux x86_64'."""
+    free: int
+    """Bytes of disk, where the job's folder is or will be."""
+    cards: tuple[str, ...] = ()
+    """Names of its NVIDIA cards."""
+    lacks: tuple[str, ...] = ()
+    """Programs that a job needs and that are not there."""
+    unwritable: str = ""
+    """The folder where the job's would be made, when nothing can be written there."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a job."""
+
+    word: str = "absent"
+    """'absent', 'running', 'ended', or 'died': ended without a word, as when the machine was switched off."""
+    code: int | None = None
+    """Exit code of its make, when it ended."""
+    goal: str = ""
+    config: str = ""
+    """sha256 of the config that was sent."""
+    commit: str = ""
+    log: int = 0
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, all that it needs."""
+
+    name: str
+    """Of its folder there."""
+    run: str
+    """RUN= of its make."""
+    repository: Path
+    """Of git, which has the commit."""
+    commit: str
+    url: str | None
+    """Where that repository came from."""
+    config: str
+    """YAML, resolved."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """Where it is to lie in the tree -> the local file: what the config names and the commit does not hold."""
+    settings: tuple[str, ...] = ()
+    """More settings of its make."""
+
+
+class Launcher(Protocol):
+    """Every method raises Lost when the place cannot be reached now, UserError for what another try does not mend."""
+
+    where: str
+    """For messages."""
+    ours: bool
+    """Is it this machine? Then Ctrl-C means the job, too."""
+
+    def look(self) -> Machine: ...
+
+    def state(self, name: str) -> State: ...
+
+    def send(self, job: Job) -> None:
+        """Tree, config and files into the job's folder, whole; what is there already is not sent again."""
+
+    def start(self, job: Job, goal: str, secrets: dict[str, str]) -> None:
+        """Start `make <goal>`, detached; nothing happens when the job runs already. secrets: of its environment."""
+
+    def follow(self, name: str, seen: int, out: Callable[[bytes], object]) -> None:
+        """Its log from byte `seen` on, until its make ends."""
+
+    def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
+        """A file of the job's folder, from byte `start` on. Raises FileNotFoundError."""
+
+    def stop(self, name: str) -> None:
+        """Tell the job to write its state and end."""
+
+    def bill(self, name: str) -> str:
+        """What costs money as long as it is there, and what holds what."""

@@ -1,0 +1,65 @@
+"""A local data file's fingerprint: enough to say which row was changed since, too little to tell anybody what it says.
+
+One byte of each row's BLAKE2b: 255 of 256 changed rows show, and a guessed row proves nothing, for one byte fits every
+256th guess. (It travels in the manifest, and so into public repos.) Beyond GROUPS rows one byte speaks for several.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from pipeline.data import formats
+
+GROUPS = 4096  # bytes of the longest fingerprint
+MOST = 3  # rows shown
+
+
+def of(path: Path) -> str:
+    """`<rows a byte>:<hex>`; '' for a file that holds no rows. Raises UserError where the file is damaged."""
+    if formats.suffix(path) not in formats.READERS:
+        return ""
+    digests = [digest for _, _, digest in _rows(path)]
+    return _folded(digests, max(1, -(-len(digests) // GROUPS)))
+
+
+def differing(path: Path, wanted: str) -> list[str]:
+    """The first rows of `path` that are not those of the fingerprint, a line each with its place in the file.
+
+    Empty when the fingerprint does not show it. Raises UserError where the file is damaged.
+    """
+    each, _, known = wanted.partition(":")
+    if not (each.isascii() and each.isdecimal() and int(each)):
+        return []
+    size, rows = int(each), _rows(path)
+    group = 0
+    while some := list(islice(rows, size)):
+        if _byte([digest for *_, digest in some]) != known[2 * group : 2 * group + 2]:
+            return _told(path, some)
+        group += 1
+    missing = len(known) // 2 - group
+    return [f"{path}: it ends after {group * size:,} rows, {missing * size:,} fewer"] if missing > 0 else []
+
+
+def _told(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
+    """The rows of one byte: one of them is another one."""
+    said = [f"{path}:{line}: {text[:300]}" for line, text, _ in rows[:MOST]]
+    more = len(rows) - MOST
+    return [*said, f"... and {more} more, one of which differs at least"] if more > 0 else said
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
+    """(line, the row as text, 8 bytes of its hash)"""
+    for line, payload in formats.items(path):
+        text = payload if isinstance(payload, bytes) else json.dumps(payload, sort_keys=True, default=repr).encode()
+        yield line, text.decode(errors="replace").strip(), hashlib.blake2b(text.strip(), digest_size=8).digest()
+
+
+def _folded(digests: list[bytes], each: int) -> str:
+    groups = (digests[start : start + each] for start in range(0, len(digests), each))
+    return f"{each}:" + "".join(map(_byte, groups))
+
+
+def _byte(digests: list[bytes]) -> str:
+    return hashlib.blake2b(b"".join(digests), digest_size=1).hexdigest()
