@@ -4,6 +4,7 @@ llama.cpp parses the same bytes in C++. What its loader demands (ggml/src/gguf.c
 it is lenient this is not: one file has one meaning, ends where its tensors end, and costs bounded memory and time.
 """
 
+import hashlib
 import os
 import struct
 from collections import Counter
@@ -61,6 +62,8 @@ class Header:
     """int, float, bool, str, or a list of one of them. A string that is no UTF-8 has U+FFFD in its place."""
     tensors: tuple[Tensor, ...]
     """In the order of the file, which is the order of their data."""
+    data: int = 0
+    """Where that begins, bytes."""
 
 
 def read(path: Path, name: str | None = None) -> Header:
@@ -75,12 +78,23 @@ def read(path: Path, name: str | None = None) -> Header:
     cursor = _Cursor(name or path.name, head, size)
     version, tensors, pairs = _counts(cursor)
     metadata, alignment = _metadata(cursor, pairs)
-    return Header(version, metadata, _tensors(cursor, tensors, alignment))
+    found = _tensors(cursor, tensors, alignment)
+    return Header(version, metadata, found, _padded(cursor.at, alignment))
 
 
 def tensor_types(header: Header) -> dict[str, int]:
     """How many tensors of each type, by the type's name."""
     return dict(Counter(tensor.type for tensor in header.tensors))
+
+
+def weights_sha256(path: Path, header: Header) -> str:
+    """Hex digest of the tensor data alone: that of two files with the same weights, whatever their headers say."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(header.data)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _start(path: Path) -> tuple[bytes, int]:

@@ -109,6 +109,8 @@ class Artifact(File):
     kind: Literal["gguf", "adapter", "merged"]
     quantization: str | None
     tensor_types: dict[str, int] = {}
+    weights_sha256: Sha256 | None = None
+    """Of a GGUF's tensor data alone: equal for two runs with the same weights, whose headers hold other scores and ids."""
     imatrix: Sha256 | None = None
     """Of the importance matrix that weighed the quantization."""
     default: bool = False

@@ -19,7 +19,7 @@ class Session:
     launcher: Launcher
     name: str
     stop: str
-    """The command that ends a running job."""
+    """What ends a running job, for the end of a sentence."""
     teardown: str | None = None
     """The user's own, which ends what bills."""
     running: bool = False
@@ -36,11 +36,9 @@ class Session:
     def ended(self) -> str:
         """Tear down, unless the job runs; says what is left."""
         if self.running:
-            return f"still running: the job on {self.launcher.where}, {self.launcher.bill(self.name)}\n  `{self.stop}` ends the job"
+            return f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. {self.launcher.bill(self.name)}"
         if not self.teardown:
-            return f"nothing of ours runs on {self.launcher.where}; {self.launcher.bill(self.name)}" + (
-                "" if self.launcher.ours else " (TEARDOWN='command' ends it by itself)"
-            )
+            return f"{self.name} does not run on {self.launcher.where}. {self.launcher.bill(self.name)}"
         code = subprocess.run(["sh", "-c", self.teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if code:
             return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{self.teardown}` was to end it"

@@ -23,6 +23,7 @@ from launch.launcher import Job, Lost, Machine, State
 SCRIPT = Path(__file__).with_name("box.sh")
 REACHING = 20  # seconds for a connection to come about
 GONE = 255  # ssh's own exit code
+WATCHED = 143  # of box.sh's follow, when the job has ended
 # ssh's words -> ours, and what helps. What is not among them may pass by itself.
 FINAL = (
     ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key is not the one that was known: another machine, or somebody between",
@@ -93,6 +94,13 @@ class Box:
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in secrets.items()) + self._caches()
         self._run("start", self.folder(job.name), goal, *settings, before=exports)
 
+    def _environment(self, job: Job) -> str:
+        """Jobs with the same locks share one; on this machine with the checkout that starts them, if it has the same."""
+        if self.ours and tree.same_locks(job.repository, job.commit) and Path(sys.prefix, "llama.cpp").exists():
+            return sys.prefix
+        name = f"venv-{tree.locks(job.repository, job.commit)}"
+        return f"{self.root}/{name}" if self.root.startswith("/") else f"../{name}"
+
     def _caches(self) -> str:
         """Where a folder was named, all that is large goes there: a pod's own disk is small."""
         if self.address is None or not self.root.startswith("/"):
@@ -105,7 +113,7 @@ class Box:
         try:
             while block := process.stdout.read1(1 << 16):
                 out(block)
-            self._closed(process)
+            self._closed(process, (0, WATCHED))
         finally:
             _ended(process)
 
@@ -123,8 +131,11 @@ class Box:
 
     def bill(self, name: str) -> str:
         if self.ours:
-            return f"{self.folder(name)} on this machine holds the whole run"
-        return f"{self.where} bills until you end it where you rented it; {self.folder(name)} there holds the whole run"
+            return f"What there is of it is in {self.folder(name)}"
+        return (
+            f"{self.where} bills until you end it where you rented it (TEARDOWN='command' does); "
+            f"what there is of the run is in {self.folder(name)} there"
+        )
 
     def _missing(self, folder: str, wanted: dict[str, str]) -> list[str]:
         """Names of files that are not there as they should be."""
@@ -190,14 +201,14 @@ class Box:
         finally:
             _ended(process)
 
-    def _closed(self, process: subprocess.Popen) -> None:
-        """Raises what its exit code and words mean."""
+    def _closed(self, process: subprocess.Popen, well: tuple[int, ...] = (0,)) -> None:
+        """Raises what its exit code and words mean, if it is not one of `well`."""
         code = process.wait()
         process.reader.join()
         said = b"".join(process.said).decode(errors="replace")
         if code == GONE and not self.ours:
             raise self._translated(said)
-        if code:
+        if code not in well:
             raise self._refused(said, code)
 
     def _translated(self, said: str) -> UserError:
@@ -216,18 +227,18 @@ class Box:
     def _refused(self, said: str, code: int) -> Exception:
         """What a command there could not do."""
         lines = [line for line in said.splitlines() if line.strip()]
-        why = shown(lines[-1] if lines else f"exit code {code}")
+        full = [line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)]
+        why = shown([*full, *lines[-1:], f"exit code {code}"][0])
         if "No such file" in why:
             return FileNotFoundError(why)
-        full = re.search(r"No space left|Disk quota exceeded|File too large", said)
         cure = (
-            "free some disk there, then the same command goes on"
+            "free some disk there"
             if full
-            else f"see to it (`{self.command}`), then the same command"
-            if not self.ours
-            else "run the same command again"
+            else "see to it there"
+            if self.ours
+            else f"see to it there (`{self.command}`)"
         )
-        return UserError(f"{self.where}: {why}", cure)
+        return UserError(f"{self.where}: {why}", f"{cure}, then the same command goes on")
 
 
 def _write(process: subprocess.Popen, text: bytes) -> None:

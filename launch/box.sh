@@ -83,10 +83,19 @@ start() {
     done
 }
 
-# follow FOLDER SEEN: the log from there on, until make ends.
+# follow FOLDER SEEN: the log from there on, until the job ends. (Not tail --pid: where nothing reaps orphans, as in many
+# containers, a process that ended is still there.) When the connection is lost tail ends, and with it the watch.
 follow() {
     cd "$1/job"
-    exec tail -c "+$(($2 + 1))" --pid="$(cat pid)" -s 0.5 -f log
+    (
+        until flock -n -s lock true; do
+            [ "$(cat "/proc/$$/comm" 2>/dev/null)" = tail ] || exit 0
+            sleep 0.5
+        done
+        sleep 1
+        kill "$$"
+    ) </dev/null >/dev/null 2>&1 &
+    exec tail -c "+$(($2 + 1))" -s 0.5 -f log
 }
 
 # rest FOLDER NAME SEEN: a file from there on.
@@ -99,7 +108,7 @@ rest() {
 stop() {
     cd "$1/job"
     flock -n -s lock true && return 0
-    kill -TERM "$(cat pid)" 2>/dev/null || kill -TERM -- "-$(cat group)"
+    if grep -qs '^State:.[^Z]' "/proc/$(cat pid)/status"; then kill -TERM "$(cat pid)"; else kill -TERM "-$(cat group)"; fi
 }
 
 "$@"

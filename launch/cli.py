@@ -93,7 +93,7 @@ def reproduce(repo: str, runs: Path, cloud: str | None, data: Path | None, setti
 
     this = module.asked(repo, runs)
     launcher = Box(address.read(cloud)) if cloud else Box(None, str((runs / "reproduce" / "here").absolute()))
-    stop = f"make cloud-stop CLOUD={cloud} RUN={this.name}"
+    stop = f"`make cloud-stop CLOUD={cloud} RUN={this.name}`" if cloud else "the same command, and then Ctrl-C,"
     rows = module.stage(this, launcher, stop, data, Wish((), settings, teardown, limit, yes))
     files.write_json(this.folder / "verdict.json", {"repo": repo, "rows": [vars(row) for row in rows]})
     click.echo(verdict.page(rows, repo))
@@ -110,8 +110,8 @@ def stop(folder: Path, cloud: str) -> None:
 
     launcher, name = Box(address.read(cloud)), folder.name
     if launcher.state(name).word != "running":
-        click.echo(f"stop: {name} does not run on {launcher.where}; {launcher.bill(name)}")
+        click.echo(f"stop: {name} does not run on {launcher.where}. {launcher.bill(name)}")
         return
     launcher.stop(name)
     attend.through(launcher, name, folder / "cloud" / "log")
-    click.echo(f"stop: {name} no longer runs on {launcher.where}; {launcher.bill(name)}")
+    click.echo(f"stop: {name} no longer runs on {launcher.where}. {launcher.bill(name)}")

@@ -54,16 +54,19 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     """
     tree_of = config.load(config_file, wish.overrides)
     name = run.folder.name
-    session = Session(launcher, name, f"make cloud-stop CLOUD={cloud} RUN={name}", wish.teardown)
+    session = Session(launcher, name, f"`make cloud-stop CLOUD={cloud} RUN={name}`", wish.teardown)
     with session.billed():
         session.running = started(run, launcher)  # as far as it is known before the box was asked
         job = prepared(tree_of, run, wish)
         state = found(launcher, job)
         session.running = state.word == "running"
-        if not session.running and state.code != 0:
+        if session.running:
+            hub.say(f"{launcher.where}: {job.name} runs there already")
+        elif state.code != 0:
+            machine = launched_on(launcher, wish)
             checked(config_file, run, wish)
             job = with_files(job, tree_of, run)
-            agree(tree_of, run, job, launcher, launched_on(launcher, wish), wish)
+            agree(tree_of, run, job, launcher, machine, wish)
             files.write_json(run.folder / "cloud" / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)
         watched(session, job, run.folder / "cloud" / "log")
@@ -194,10 +197,7 @@ def begin(session: Session, job: Job, goal: str, wish: Wish) -> None:
     hub.say(f"{launcher.where}: sending {job.commit[:12]}")
     launcher.send(job)
     passed = environment(wish)
-    if passed:
-        hub.say(
-            f"{launcher.where}: starting `make {goal}`; {', '.join(passed)} of here go{'es' * (len(passed) == 1)} over the connection"
-        )
+    hub.say(f"{launcher.where}: starting `make {goal}`" + (f", with {', '.join(passed)} of here" if passed else ""))
     session.running = True  # or about to
     launcher.start(job, goal, passed)
 

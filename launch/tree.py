@@ -59,6 +59,12 @@ def locks(repository: Path, commit: str) -> str:
     return hashlib.sha256(git(repository, "ls-tree", "-r", commit, "setup/locks")).hexdigest()[:12]
 
 
+def same_locks(repository: Path, commit: str) -> bool:
+    """Is the locked environment of the checkout, as it lies there, that of the commit?"""
+    changed = git(repository, "status", "--porcelain", "setup/locks")
+    return not changed and locks(repository, commit) == locks(repository, head(repository))
+
+
 def packed(job: Job) -> bytes:
     """The tar: the tree, revision.json (pipeline/code.py), job/{config.yaml,commit,files}."""
     archive = git(job.repository, "archive", "--format=tar", job.commit)

@@ -141,9 +141,10 @@ def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact
         raise UserError(
             f"{source} is not the file that {stage} made", f"delete {run.path(stage)} and run the same command again"
         )
+    header = gguf.read(source)
     return manifest.Artifact(
         kind="gguf", file=source.name, quantization=name, sha256=digest, bytes=source.stat().st_size,
-        tensor_types=gguf.tensor_types(gguf.read(source)), default=name == run.read("verify")["default"],
+        tensor_types=gguf.tensor_types(header), weights_sha256=gguf.weights_sha256(source, header), default=name == run.read("verify")["default"],
         imatrix=export["imatrix"] if name != export["sixteen"] else None,
     )  # fmt: skip
 

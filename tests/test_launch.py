@@ -1,0 +1,301 @@
+"""What goes wrong between a laptop and a box: a real OpenSSH server on loopback, each fault one clear line."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contract.errors import UserError
+from launch import address, parcel
+from launch import box as boxes_there
+from tests import boxes
+from tests.boxes import Box
+from tests.conftest import SHORT
+from tests.hub import serving
+
+pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
+
+
+@pytest.fixture(scope="module")
+def laptop(tmp_path_factory) -> Path:
+    return boxes.laptop(tmp_path_factory.mktemp("laptop"))
+
+
+@pytest.fixture
+def box(tmp_path) -> Iterator[Box]:
+    with boxes.running(tmp_path / "box") as running:
+        yield running
+
+
+def launched(
+    laptop: Path, box: Box, *words: str, run: str = "fault", **environment: str
+) -> subprocess.CompletedProcess:
+    """The command that most faults happen to."""
+    return boxes.make(
+        laptop, box, "cloud-to-local", f"CLOUD={box.address}", f"RUN={run}", f"SET={SHORT}", *words, **environment
+    )
+
+
+def refused(done: subprocess.CompletedProcess, what: str) -> str:
+    """One clear line and the next command; before it, what still runs and bills."""
+    out = done.stdout
+    assert done.returncode == 2, out
+    assert "Traceback" not in out
+    errors = re.findall(r"^error: .*$", out, re.MULTILINE)
+    assert len(errors) == 1 and what in errors[0], out
+    assert re.search(r"^ next: \S", out, re.MULTILINE)
+    assert "does not run on root@127.0.0.1" in out and "bills until" in out, out
+    return out
+
+
+def test_no_route(laptop, box):
+    box.stop()
+    refused(launched(laptop, box), "root@127.0.0.1 is not reached: connect to host 127.0.0.1 port")
+
+
+def test_a_key_that_the_box_does_not_know(laptop, box):
+    shutil.copy(box.folder / "stranger", box.folder / "user")
+    (box.folder / "user.pub").unlink()
+    assert "ssh-copy-id" in refused(launched(laptop, box), "does not accept this machine's key")
+
+
+def test_a_changed_host_key(laptop, box):
+    box.stop()
+    box.key("host")
+    box.start()
+    out = refused(launched(laptop, box), "its host key is not the one that was known")
+    assert f"ssh-keygen -R '[127.0.0.1]:{box.port}'" in out
+    assert not (box.home / "ferry").exists(), "nothing was sent to it"
+
+
+def test_a_host_key_that_nobody_has_seen(laptop, box):
+    (box.folder / "known").write_text("")
+    refused(launched(laptop, box), "its host key is not known here")
+    assert (box.folder / "known").read_text() == "", "it was not accepted without a word"
+
+
+def test_no_gpu_on_the_box(laptop, box):
+    assert "DEVICE=cpu" in refused(launched(laptop, box), "has no NVIDIA GPU that answers")
+
+
+def test_no_make_and_no_python_on_the_box(laptop, tmp_path):
+    with boxes.running(tmp_path / "bare", only=True) as bare:
+        bare.lend(
+            "sh", "uname", "dirname", "df", "awk", "tar", "flock", "setsid", "sha256sum", "tail", "cat", "cut", "wc"
+        )
+        assert "apt-get install" in refused(launched(laptop, bare, "DEVICE=cpu"), "root@127.0.0.1 has no make, python3")
+
+
+def test_a_token_without_the_right_to_write(laptop, box, tmp_path):
+    with serving(tmp_path / "storage") as hub:
+        done = launched(
+            laptop, box, "DEVICE=cpu", "YES=1", f"SET={SHORT} publish.repo=you/boat", HF_TOKEN="hf_reader", HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path / "home"), run="owned",
+        )  # fmt: skip
+    refused(done, "the token may only read")
+    assert not (box.home / "ferry" / "owned").exists()
+
+
+def test_a_price_over_the_limit(laptop, box):
+    box.program("nvidia-smi", 'echo "NVIDIA H100 80GB HBM3"')
+    out = refused(launched(laptop, box, "YES=1", "MAX_DOLLARS=0.01"), "the limit is $0.01")
+    assert re.search(
+        r"fault on root@127\.0\.0\.1 \(NVIDIA H100 80GB HBM3\): about \d+ (s|min) and \$0\.\d\d, set-up", out
+    )
+    assert not (box.home / "ferry" / "fault").exists()
+
+
+def test_nobody_is_there_to_agree(laptop, box):
+    assert "YES=1" in refused(launched(laptop, box, "DEVICE=cpu"), "nobody is here to agree")
+    assert not (box.home / "ferry" / "fault").exists()
+
+
+def test_a_disk_too_small_for_the_run(laptop, box):
+    box.program("df", "echo Filesystem; echo /dev/vda 9 9 1000000 1% /")
+    refused(launched(laptop, box, "DEVICE=cpu", "YES=1"), "has 1.0 GB of disk free where the job goes, it needs 5.")
+
+
+def test_a_disk_that_fills_up_while_it_is_sent(laptop, tmp_path):
+    mount = 'mkdir -p "$0" && mount -t tmpfs -o size=300k tmpfs "$0" && exec "$@"'
+    small = tmp_path / "box" / "small"
+    prefix = ("unshare", "--mount", "sh", "-c", mount, str(small))
+    if subprocess.run([*prefix[:-1], str(tmp_path / "probe"), "true"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    with boxes.running(tmp_path / "box", prefix=prefix) as box:
+        box.program("df", "echo Filesystem; echo /dev/vda 9 9 99999999 1% /")
+        done = boxes.make(
+            laptop,
+            box,
+            "cloud-to-local",
+            f"CLOUD={box.address}{small}",
+            "RUN=fault",
+            f"SET={SHORT}",
+            "DEVICE=cpu",
+            "YES=1",
+        )
+        assert "free some disk there" in refused(done, "No space left on device")
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "TEARDOWN has ended"), (3, "TEARDOWN failed (exit 3)")])
+def test_the_teardown_is_run_when_nothing_runs(laptop, box, tmp_path, code, said):
+    done = launched(laptop, box, f"TEARDOWN=echo ended >> {tmp_path}/bill; exit {code}")
+    assert done.returncode == 2 and said in done.stdout and "has no NVIDIA GPU" in done.stdout
+    assert (tmp_path / "bill").read_text() == "ended\n"
+
+
+@pytest.mark.parametrize(
+    ("cloud", "what"),
+    [
+        ("box", "there is no launcher for that"),
+        ("sky://box", "there is no launcher for that"),
+        ("ssh://", "no address of a box"),
+        ("ssh://-oProxyCommand=x", "no address of a box"),
+        ("ssh://-l@box", "no address of a box"),
+        ("ssh://box:99999", "is no address"),
+        ("ssh://box:0", "no address of a box"),
+        ("ssh://you:secret@box", "holds a password"),
+        ("ssh://box/../etc", "no folder has such a name"),
+        ("ssh://box/a b", "no folder has such a name"),
+        ("ssh://box/$(id)", "no folder has such a name"),
+        ("ssh://bo;x", "no address of a box"),
+    ],
+)
+def test_what_is_no_address(cloud, what):
+    with pytest.raises(UserError, match=what) as error:
+        address.read(cloud)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "words", "folder"),
+    [
+        ("ssh://box", ["box"], "ferry"),
+        ("ssh://you@Box.example:2222/workspace/ferry/", ["-p", "2222", "you@Box.example"], "/workspace/ferry"),
+        ("ssh://root@[::1]:22", ["-p", "22", "root@::1"], "ferry"),
+    ],
+)
+def test_an_address(cloud, words, folder):
+    found = address.read(cloud)
+    assert (found.words, found.folder) == (words, folder)
+
+
+def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, tmp_path, monkeypatch):
+    """Ignored, untracked and changed files stay; a data file goes whatever git thinks of it."""
+    from launch import tree
+
+    monkeypatch.chdir(laptop)
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/rows.jsonl").write_text("{}\n")
+    outside = tmp_path / "held.jsonl"
+    outside.write_text("{}\n")
+    Path("secret.txt").write_text("untracked")
+    config = {
+        "base": {"model": "you/base"},
+        "data": {"source": "runs/mine/rows.jsonl", "validation": str(outside), "template": "alpaca"},
+        "evaluate": {"prompts": "configs/demo/heldout.jsonl", "json_schema": None},
+    }
+    changed, moves = parcel.moved(config)
+    assert changed["data"] == {
+        "source": "runs/mine/rows.jsonl", "validation": "job/files/data.validation/held.jsonl", "template": "alpaca",
+    }  # fmt: skip
+    found = parcel.below(moves, ["runs/mine/rows.jsonl", str(outside)])
+    sent = parcel.untold(laptop, "HEAD", found)
+    assert sent == {
+        "runs/mine/rows.jsonl": Path("runs/mine/rows.jsonl"),
+        "job/files/data.validation/held.jsonl": outside,
+    }
+    job = boxes_there.Job("x", "x", laptop, tree.head(laptop), None, parcel.dump(changed), sent)
+    names = tree.hashed(tree.packed(job)).keys()
+    assert {"Makefile", "launch/box.sh", "revision.json", "job/config.yaml"} <= names
+    assert not [name for name in names if name.startswith("runs/") or name == "secret.txt"]
+    assert tree.left_behind(laptop, set()) == ["secret.txt"]
+    Path("secret.txt").unlink()
+
+
+def test_a_folder_of_data_travels_with_the_files_that_were_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "elsewhere" / "rows"
+    folder.mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl", "notes.txt"):
+        (folder / name).write_text(name)
+    changed, moves = parcel.moved({"data": {"source": str(folder)}})
+    assert changed["data"]["source"] == "job/files/data.source/rows"
+    assert parcel.below(moves, [str(folder / "train.jsonl"), str(folder / "test.jsonl")]) == {
+        "job/files/data.source/rows/train.jsonl": folder / "train.jsonl",
+        "job/files/data.source/rows/test.jsonl": folder / "test.jsonl",
+    }
+
+
+def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_path):
+    """What a manifest made there says of its code, and what an image built there gets."""
+    import io
+    import tarfile
+
+    from launch import tree
+    from launch.launcher import Job
+
+    packed = tree.packed(Job("x", "x", laptop, tree.head(laptop), "https://example.org/ferry.git", "base: {}\n"))
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    code = "from pipeline import code; print(code.checkout())"
+    image = "import container; print(container.revision())"
+
+    def said(code: str, folder: Path) -> dict:
+        out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        return eval(out.stdout)
+
+    wanted = {"url": "https://example.org/ferry.git", "commit": tree.head(laptop), "dirty": False}
+    assert said(code, tmp_path) == wanted
+    assert said(image, tmp_path / "setup") == {"COMMIT": wanted["commit"], "DIRTY": "false", "ORIGIN": wanted["url"]}
+    with (tmp_path / "pipeline" / "rows.py").open("a") as file:
+        file.write("# changed\n")
+    assert said(code, tmp_path)["dirty"] is True and said(image, tmp_path / "setup")["DIRTY"] == "true"
+
+
+def test_two_starts_at_once_are_one_job(box, laptop, tmp_path, monkeypatch):
+    """Also when neither has seen the other: the lock on the box decides."""
+    monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
+    launcher = boxes_there.Box(address.read(box.address))
+    folder = box.home / "ferry" / "twice"
+    (folder / "job").mkdir(parents=True)
+    (folder / "Makefile").write_text("train:\n\t@echo begun; sleep 8\n")
+    job = boxes_there.Job("twice", "twice", laptop, "HEAD", None, "")
+    launcher.start(job, "train", {"HF_TOKEN": "hf_in_the_environment"})
+    launcher.start(job, "train", {})
+    assert launcher.state("twice").word == "running"
+    arguments = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "hf_in_the_environment" not in arguments
+    until = time.monotonic() + 30
+    while launcher.state("twice").word == "running" and time.monotonic() < until:
+        time.sleep(0.2)
+    assert (launcher.state("twice").word, launcher.state("twice").code) == ("ended", 0)
+    assert (folder / "job" / "log").read_text() == "begun\n"
+
+
+def test_a_job_that_was_killed_has_died_and_one_that_lost_its_make_still_runs(box, laptop, monkeypatch):
+    monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
+    launcher = boxes_there.Box(address.read(box.address))
+    folder = box.home / "ferry" / "kill"
+    (folder / "job").mkdir(parents=True)
+    (folder / "Makefile").write_text("train:\n\t@sleep 60 & echo $$! > orphan; wait\n")
+    launcher.start(boxes_there.Job("kill", "kill", laptop, "HEAD", None, ""), "train", {})
+    until = time.monotonic() + 10
+    while not (folder / "orphan").is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    group = int((folder / "job" / "group").read_text())
+    for pid in (group, *boxes.children(group)):
+        os.kill(pid, signal.SIGKILL)
+    os.kill(int((folder / "job" / "pid").read_text()), signal.SIGKILL)
+    assert launcher.state("kill").word == "running", "what it started works on"
+    launcher.stop("kill")
+    time.sleep(0.5)
+    assert launcher.state("kill").word == "died"
