@@ -23,7 +23,7 @@ from launch.launcher import Job, Lost, Machine, State
 SCRIPT = Path(__file__).with_name("box.sh")
 REACHING = 20  # seconds for a connection to come about
 GONE = 255  # ssh's own exit code
-WATCHED = 143  # of box.sh's follow, when the job has ended
+WATCHED = (143, -15)  # of box.sh's follow, when the job has ended
 # ssh's words -> ours, and what helps. What is not among them may pass by itself.
 FINAL = (
     ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key is not the one that was known: another machine, or somebody between",
@@ -113,7 +113,7 @@ class Box:
         try:
             while block := process.stdout.read1(1 << 16):
                 out(block)
-            self._closed(process, (0, WATCHED))
+            self._closed(process, (0, *WATCHED))
         finally:
             _ended(process)
 

@@ -58,8 +58,7 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     with session.billed():
         session.running = started(run, launcher)  # as far as it is known before the box was asked
         job = prepared(tree_of, run, wish)
-        state = found(launcher, job)
-        session.running = state.word == "running"
+        state = found(session, job)
         if session.running:
             hub.say(f"{launcher.where}: {job.name} runs there already")
         elif state.code != 0:
@@ -98,13 +97,14 @@ def prepared(settings: Config, run: Run, wish: Wish) -> Job:
     )
 
 
-def found(launcher: Launcher, job: Job) -> State:
+def found(session: Session, job: Job) -> State:
     """The job there. Raises UserError when another one of that name runs."""
-    state = launcher.state(job.name)
+    state = session.launcher.state(job.name)
+    session.running = state.word == "running"
     other = state.config and state.config != files.sha256_bytes(job.config.encode())
-    if other and state.word == "running":
+    if other and session.running:
         raise UserError(
-            f"{launcher.where} runs {job.name} already, with another config",
+            f"{session.launcher.where} runs {job.name} already, with another config",
             "wait for it, or start this one beside it: RUN=another-name",
         )
     return State() if other else state

