@@ -50,38 +50,39 @@ def stage(this: Asked, launcher: Launcher, again: str, data: Path | None, wish: 
 
     Raises UserError where code, data or machine are not to be had, and where the rows are others than those published.
     """
-    job = prepared(this, data, wish, launcher)
-    session = Session(launcher, this.name, again, wish.teardown)
+    wish = as_before(this.made, wish)
+    job = prepared(this, data, wish)
+    session, log = Session(launcher, this.name, again, wish.teardown), this.folder / "log"
     with session.billed():
         state = cloud.found(session, job)
-        if not session.running and (state.code, state.goal) != (0, "train"):
-            agree(this, launcher, cloud.launched_on(launcher, device(this, wish)), wish)
-            trained(session, job, this, wish)
-        elif session.running:
-            cloud.watched(session, job, this.folder / "log")
-            same_rows(this, launcher, job)
-        if launcher.state(job.name).goal != "train":
-            cloud.begin(session, job, "train", wish)
-            cloud.watched(session, job, this.folder / "log")
+        if session.running:
+            hub.say(f"{launcher.where}: {job.name} runs there already")
+            state = cloud.watched(session, job, log)
+        if (state.goal, state.code) != ("train", 0):
+            agree(this, launcher, cloud.launched_on(launcher, wish), wish)
+            trained(session, job, this, wish, log)
         rows = verdict.rows(this.made, remade(launcher, job))
     hub.say(session.ended())
     return rows
 
 
-def device(this: Asked, wish: Wish) -> Wish:
-    """A model that was trained on a CPU needs no GPU."""
-    on_cpu = str(this.made.training.get("device", "")).startswith("CPU")
-    return replace(wish, settings=(*wish.settings, "DEVICE=cpu")) if on_cpu and wish.device != "cpu" else wish
+def as_before(made: Manifest, wish: Wish) -> Wish:
+    """What was trained on a CPU is trained on one again, if nothing else was typed."""
+    typed = any(word.startswith("DEVICE=") for word in wish.settings)
+    on_cpu = str(made.training.get("device", "")).startswith("CPU")
+    return replace(wish, settings=(*wish.settings, "DEVICE=cpu")) if on_cpu and not typed else wish
 
 
-def trained(session: Session, job: Job, this: Asked, wish: Wish) -> None:
-    """The rows, compared, then all the rest."""
+def trained(session: Session, job: Job, this: Asked, wish: Wish, log: Path) -> None:
+    """The rows, compared; then all the rest."""
     cloud.begin(session, job, "data", wish)
-    cloud.watched(session, job, this.folder / "log")
+    cloud.watched(session, job, log)
     same_rows(this, session.launcher, job)
+    cloud.begin(session, job, "train", wish)
+    cloud.watched(session, job, log)
 
 
-def prepared(this: Asked, data: Path | None, wish: Wish, launcher: Launcher) -> Job:
+def prepared(this: Asked, data: Path | None, wish: Wish) -> Job:
     """The job: config, commit, files. Raises UserError where one of them is not to be had."""
     commit = code_of(this.made)
     settings = pinned(this.made)
@@ -90,15 +91,8 @@ def prepared(this: Asked, data: Path | None, wish: Wish, launcher: Launcher) -> 
     url = this.made.provenance["git"].get("url")
     # The name of the run stands in the files: it stays. They go to a folder, whatever they went to before.
     return Job(
-        this.name,
-        this.made.name,
-        tree.ROOT,
-        commit,
-        url,
-        parcel.dump(settings),
-        parcel.untold(tree.ROOT, commit, found),
-        wish.settings,
-    )
+        this.name, this.made.name, tree.ROOT, commit, url, parcel.dump(settings), parcel.untold(tree.ROOT, commit, found), wish.settings
+    )  # fmt: skip
 
 
 def code_of(made: Manifest) -> str:

@@ -291,7 +291,7 @@ def test_each_row_of_the_verdict_can_be_different(delivered, what):
         what
     ]
     assert not verdict.reproduced(rows) and verdict.page(rows, "it").endswith(f"it: not reproduced: {what}")
-    assert [row for row in rows if row.what == "device"][0].verdict == verdict.DIFFERENT
+    assert next(row for row in rows if row.what == "device").verdict == verdict.DIFFERENT
 
 
 def test_within_tolerance_is_reproduced_and_a_dirty_tree_is_said(delivered):

@@ -13,7 +13,12 @@ import yaml
 
 from tests.conftest import ROOT, make
 
-SIDES = {"pipeline": {"pipeline", "contract"}, "deploy": {"deploy", "contract"}, "contract": {"contract"}}
+SIDES = {
+    "pipeline": {"pipeline", "contract"},
+    "deploy": {"deploy", "contract"},
+    "launch": {"launch", "pipeline", "contract"},
+    "contract": {"contract"},
+}
 HEAVY = {
     "torch",
     "transformers",
@@ -84,7 +89,7 @@ def test_package_imports_cost_nothing(package):
     assert (ROOT / package / "__init__.py").read_text() == ""
 
 
-@pytest.mark.parametrize("package", ["pipeline", "deploy"])
+@pytest.mark.parametrize("package", ["pipeline", "deploy", "launch"])
 def test_help_loads_no_heavy_module(package):
     code = f"import sys; sys.argv = ['x', '--help']\ntry: import {package}.__main__\nexcept SystemExit: pass\nprint(*sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -92,7 +97,7 @@ def test_help_loads_no_heavy_module(package):
     assert not HEAVY & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("package", ["pipeline", "deploy"])
+@pytest.mark.parametrize("package", ["pipeline", "deploy", "launch"])
 def test_every_command_has_help(package):
     listing = subprocess.run(
         [sys.executable, "-m", package, "--help"], capture_output=True, text=True, check=True, cwd=ROOT

@@ -9,7 +9,7 @@ import pytest
 
 from contract import files
 from contract.errors import UserError
-from deploy import lmstudio, store, versions
+from deploy import lmstudio, store, trace, versions
 from tests import apps, installed
 from tests.conftest import ferry
 
@@ -228,3 +228,11 @@ def test_its_home_is_where_the_pointer_says_if_it_says_anything(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".lmstudio-home-pointer").write_bytes(content)
     assert lmstudio.home() == (Path("/somewhere/else") if content.startswith(b"/") else tmp_path / ".lmstudio")
+
+
+def test_trace_knows_a_file_by_its_place_in_lm_studio(pair, lms):
+    target = Path(lmstudio.stage(pair[1])["target"])
+    for what in (str(target), str(target.relative_to(lms.models))):
+        assert f"its manifest, {pair[1]}" in trace.stage(what, pair[1].parent.parent)
+    with pytest.raises(UserError, match="no such file"):
+        trace.stage("ferry/real/gone.gguf", pair[1].parent.parent)

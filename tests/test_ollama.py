@@ -12,7 +12,7 @@ import pytest
 
 from contract import files
 from contract.errors import UserError
-from deploy import store, versions
+from deploy import store, trace, versions
 from deploy.ollama import server as api
 from deploy.ollama import stage as ollama
 from tests import apps, installed, repos
@@ -429,3 +429,25 @@ def test_without_a_modelfile_nothing_is_made(pair, server):
     with pytest.raises(UserError, match="holds no Modelfile"):
         ollama.stage(pair[1])
     assert "POST /api/create" not in server.requests
+
+
+def test_trace_knows_a_model_by_its_name_also_when_the_server_is_down(pair, server):
+    ollama.stage(pair[1])
+    models, made = pair[1].parent.parent, store.passed(pair[1])[0]
+    for name in ("real", "real:latest", f"real:{pair[1].name}"):
+        assert f"its run, {pair[1]}" in trace.stage(name, models) and made.base.model in trace.stage(name, models)
+    server.stop()
+    assert f"its run, {pair[1]}" in trace.stage("real", models)
+    with pytest.raises(UserError, match="does not answer"):
+        trace.stage("another", models)
+
+
+def test_trace_of_a_copy_under_another_name_and_of_a_strangers_model(pair, server, tmp_path):
+    ollama.stage(pair[1])
+    models, client = pair[1].parent.parent, api.Server(api.host())
+    client.copy("real:latest", "mine")
+    assert f"its run, {pair[1]}" in trace.stage("mine", models), "the same digest"
+    with pytest.raises(UserError, match="was not made by Ferry"):
+        trace.stage("mine", tmp_path / "no models")
+    with pytest.raises(UserError, match="has no model nobody:latest"):
+        trace.stage("nobody", models)
