@@ -137,7 +137,7 @@ cloud-to-local: env ## train CONFIG on CLOUD=ssh://user@box[:port][/folder], the
 	@$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory deploy-mac REPO="$$($(LAUNCH) repo --run $(R))"; \
 	code=$$?; $(LAUNCH) billing --run $(R); exit $$code
 cloud-stop: env ## the run there writes its state and ends; the folder stays
-	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD))
+	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD)) $(if $(call typed,TEARDOWN),--teardown $(call quoted,$(TEARDOWN)))
 reproduce: env ## REPO=you/model@tag again, from its manifest alone (CLOUD=, DATA=), and a table: the same or not
 	@$(LAUNCH) reproduce $(call quoted,$(REPO)) --runs $(call quoted,$(RUNS)) $(ELSEWHERE) $(if $(call typed,DATA),--data $(call quoted,$(DATA)))
 

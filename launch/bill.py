@@ -4,11 +4,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
 from contract import hub
 from contract.errors import UserError
+from launch import rescue
 from launch.launcher import Launcher
 
 
@@ -23,6 +25,8 @@ class Session:
     teardown: str | None = None
     """The user's own, which ends what bills."""
     running: bool = False
+    home: Path | None = None
+    """Where what the run made is brought before a teardown, when it did not end well."""
 
     @contextmanager
     def billed(self):
@@ -30,15 +34,17 @@ class Session:
         try:
             yield self
         except BaseException:
-            hub.say(self.ended())
+            hub.say(self.ended(well=False))
             raise
 
-    def ended(self) -> str:
-        """Tear down, unless the job runs; says what is left."""
+    def ended(self, well: bool = True) -> str:
+        """Tear down, unless the job runs or its work would be lost; says what is left."""
         if self.running:
             return f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. {self.launcher.bill(self.name)}"
         if not self.teardown:
             return f"{self.name} does not run on {self.launcher.where}. {self.launcher.bill(self.name)}"
+        if self.home and not well and (why := rescue.bring(self.launcher, self.name, self.name, self.home)):
+            return f"TEARDOWN was not run: what {self.name} made cannot be brought home ({why}). {self.launcher.bill(self.name)}"
         code = subprocess.run(["sh", "-c", self.teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if code:
             return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{self.teardown}` was to end it"

@@ -118,7 +118,13 @@ class Box:
             _ended(process)
 
     def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
-        process = self._open("rest", self.folder(name), path, str(start))
+        return self._blocks("rest", self.folder(name), path, str(start))
+
+    def pack(self, name: str, run: str) -> Iterator[bytes]:
+        return self._blocks("pack", self.folder(name), run)
+
+    def _blocks(self, *words: str) -> Iterator[bytes]:
+        process = self._open(*words)
         try:
             while block := process.stdout.read(files.CHUNK):
                 yield block
@@ -229,7 +235,7 @@ class Box:
         lines = [line for line in said.splitlines() if line.strip()]
         full = [line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)]
         why = shown([*full, *lines[-1:], f"exit code {code}"][0])
-        if "No such file" in why:
+        if re.search("No such file|can't cd to", why):
             return FileNotFoundError(why)
         cure = (
             "free some disk there"

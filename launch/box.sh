@@ -104,6 +104,12 @@ rest() {
     exec tail -c "+$(($3 + 1))" -- "$2"
 }
 
+# pack FOLDER RUN: what the run made, without the 16-bit weights.
+pack() {
+    cd "$1/runs/$2"
+    exec tar -cf - --exclude=merged --exclude=*.f16.gguf --exclude=*.bf16.gguf .
+}
+
 # stop FOLDER: make tells the stage, which writes its state; without a make, whatever is left of the job is told.
 stop() {
     cd "$1/job"

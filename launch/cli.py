@@ -103,15 +103,16 @@ def reproduce(repo: str, runs: Path, cloud: str | None, data: Path | None, setti
 @cli.command()
 @RUN
 @CLOUD
-def stop(folder: Path, cloud: str) -> None:
+@TEARDOWN
+def stop(folder: Path, cloud: str, teardown: str | None) -> None:
     """Tell the job of that run to write its state and end."""
     from launch import address, attend
+    from launch.bill import Session
     from launch.box import Box
 
     launcher, name = Box(address.read(cloud)), folder.name
-    if launcher.state(name).word != "running":
-        click.echo(f"stop: {name} does not run on {launcher.where}. {launcher.bill(name)}")
-        return
-    launcher.stop(name)
-    attend.through(launcher, name, folder / "cloud" / "log")
-    click.echo(f"stop: {name} no longer runs on {launcher.where}. {launcher.bill(name)}")
+    session = Session(launcher, name, "", teardown, home=folder / "cloud" / "rescued")
+    if launcher.state(name).word == "running":
+        launcher.stop(name)
+        attend.through(launcher, name, folder / "cloud" / "log")
+    click.echo(f"stop: {session.ended(well=False)}")

@@ -7,12 +7,12 @@ again, and `make train` itself goes on from its records.
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from contract import files, hub
+from contract import files, hub, manifest
 from contract.errors import UserError
-from launch import attend, parcel, result, tree
+from launch import attend, parcel, rescue, result, tree
 from launch.bill import Session, ask
 from launch.launcher import Job, Launcher, Machine, State
 from pipeline import code, config, preflight
@@ -52,28 +52,49 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
 
     Raises UserError with what went wrong, after the line that says what still bills.
     """
-    tree_of = config.load(config_file, wish.overrides)
-    name = run.folder.name
-    session = Session(launcher, name, f"`make cloud-stop CLOUD={cloud} RUN={name}`", wish.teardown)
+    settings, name, notes = config.load(config_file, wish.overrides), run.folder.name, run.folder / "cloud"
+    job = prepared(settings, run, wish)
+    if record := here_already(run, job):
+        return record
+    stop = f"`make cloud-stop CLOUD={cloud} RUN={name}`"
+    session = Session(launcher, name, stop, wish.teardown, running=started(run, launcher), home=notes / "rescued")
     with session.billed():
-        session.running = started(run, launcher)  # as far as it is known before the box was asked
-        job = prepared(tree_of, run, wish)
         state = found(session, job)
-        if session.running:
-            hub.say(f"{launcher.where}: {job.name} runs there already")
-        elif state.code != 0:
+        if not session.running and state.code != 0:
             machine = launched_on(launcher, wish)
             checked(config_file, run, wish)
-            job = with_files(job, tree_of, run)
-            agree(tree_of, run, job, launcher, machine, wish)
-            files.write_json(run.folder / "cloud" / STARTED, {"where": launcher.where})
+            job = with_files(job, settings, run)
+            work = work_of(settings, run)
+            if state.word == "absent":
+                refuse_full_disk(settings, work, launcher, machine, wish)
+                job = replace(job, files=job.files | brought_home(run))
+            agree(settings, work, job, session, machine, wish)
+            files.write_json(notes / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)
-        watched(session, job, run.folder / "cloud" / "log")
-        files.remove(run.folder / "cloud" / STARTED)
+        state = watched(session, job, notes / "log")
+        files.remove(notes / STARTED)
         repo = delivered(launcher, job, run)
-    record = {"repo": repo, "where": launcher.where, "commit": job.commit, "billing": session.ended()}
+        files.remove(session.home)
+    record = {
+        "repo": repo, "where": launcher.where, "commit": state.commit, "config": digest(job), "billing": session.ended(),
+    }  # fmt: skip
     files.write_json(run.folder / "cloud.json", record)
     return record
+
+
+def here_already(run: Run, job: Job) -> dict | None:
+    """Its cloud.json when this very config came home before: its box may be gone by now."""
+    note = run.folder / "cloud.json"
+    said = files.read_json(note) if note.is_file() else {}
+    if said.get("config") != digest(job):
+        return None
+    gone = hub.is_folder(said["repo"]) and not (Path(said["repo"]) / manifest.NAME).is_file()
+    return None if gone else said
+
+
+def digest(job: Job) -> str:
+    """Of its config, as State has it."""
+    return files.sha256_bytes(job.config.encode())
 
 
 def started(run: Run, launcher: Launcher) -> bool:
@@ -86,28 +107,24 @@ def prepared(settings: Config, run: Run, wish: Wish) -> Job:
     """The job without its files, which are known once `data` has read them."""
     changed, _ = parcel.moved(settings.model_dump(mode="json"))
     url = code.checkout()["url"]
-    return Job(
-        run.folder.name,
-        run.folder.name,
-        tree.ROOT,
-        tree.head(tree.ROOT),
-        url,
-        parcel.dump(changed),
-        settings=wish.settings,
-    )
+    name, head = run.folder.name, tree.head(tree.ROOT)
+    return Job(name, name, tree.ROOT, head, url, parcel.dump(changed), settings=wish.settings)
 
 
 def found(session: Session, job: Job) -> State:
     """The job there. Raises UserError when another one of that name runs."""
-    state = session.launcher.state(job.name)
+    launcher, state = session.launcher, session.launcher.state(job.name)
     session.running = state.word == "running"
-    other = state.config and state.config != files.sha256_bytes(job.config.encode())
+    other = state.config and state.config != digest(job)
     if other and session.running:
         raise UserError(
-            f"{session.launcher.where} runs {job.name} already, with another config",
+            f"{launcher.where} runs {job.name} already, with another config",
             "wait for it, or start this one beside it: RUN=another-name",
         )
-    return State() if other else state
+    if session.running:
+        code = "" if state.commit == job.commit else f", by the code of {state.commit[:12]}, not of {job.commit[:12]}"
+        hub.say(f"{launcher.where}: {job.name} runs there already{code}")
+    return replace(state, word="died", code=None) if other else state
 
 
 def checked(config_file: Path, run: Run, wish: Wish) -> None:
@@ -129,12 +146,22 @@ def with_files(job: Job, settings: Config, run: Run) -> Job:
     if left := tree.left_behind(job.repository, {str(path) for path in beside.values()}):
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         hub.say(f"note: {', '.join(left[:5])}{more}: not committed as they are here; what travels is {job.commit[:12]}")
-    return Job(**{**vars(job), "files": sent})
+    return replace(job, files=sent)
+
+
+def brought_home(run: Run) -> dict[str, Path]:
+    """What another box had made of the run before it was given back."""
+    found = rescue.along(run.folder / "cloud" / "rescued", run.folder.name)
+    if found:
+        hub.say(f"{run.folder.name} goes on there with what was brought home")
+    return found
 
 
 def launched_on(launcher: Launcher, wish: Wish) -> Machine:
     """The machine, which can do it. Raises UserError for what would fail there after minutes."""
     machine = launcher.look()
+    if not machine.system.startswith("Linux"):
+        raise UserError(f"{launcher.where} is {machine.system}; Ferry trains on Linux", "CLOUD=ssh://user@a-linux-box")
     if machine.lacks:
         raise UserError(
             f"{launcher.where} has no {', '.join(machine.lacks)}",
@@ -153,42 +180,51 @@ def launched_on(launcher: Launcher, wish: Wish) -> Machine:
     return machine
 
 
-def agree(settings: Config, run: Run, job: Job, launcher: Launcher, machine: Machine, wish: Wish) -> None:
-    """Hours and price of this run on that machine, agreed to once. Raises UserError where its disk is too small."""
-    plan, space = planned(settings, run, machine)
-    need, free = ENVIRONMENT[wish.device] + space, machine.free
-    if free < need:
-        raise UserError(
-            f"{launcher.where} has {free / 1e9:.1f} GB of disk free where the job goes, it needs {need / 1e9:.1f} GB",
-            "take a box with more disk, or name a larger folder: CLOUD=ssh://user@box/folder",
-        )
-    note = run.folder / "cloud" / "agreed.json"
-    this = {"where": launcher.where, "config": files.sha256_bytes(job.config.encode()), "cards": list(machine.cards)}
-    if note.is_file() and files.read_json(note) == this and wish.limit is None:
-        return
-    price = plan.dollars if plan else None
-    cost = f"about {plans.duration(3600 * plan.hours)} and ${price:.2f}" if plan else "hours and price are not known"
-    ask(
-        f"{job.run} on {launcher.where} ({machine.cards[0] if machine.cards else 'CPU'}): {cost}, set-up and downloads not counted",
-        price,
-        wish.limit,
-        wish.yes,
+def agree(settings: Config, work: plans.Work | None, job: Job, session: Session, machine: Machine, wish: Wish) -> None:
+    """Hours and price of this run on that machine, agreed to once."""
+    plan, card = planned(settings, work, machine), machine.cards[0] if machine.cards else "CPU"
+    where, note = session.launcher.where, session.home.with_name("agreed.json")
+    this = {"where": where, "config": digest(job), "cards": list(machine.cards)}
+    before = note.is_file() and files.read_json(note) == this
+    cost = (
+        f"about {plans.duration(3600 * plan.hours)} and ${plan.dollars:.2f}"
+        if plan
+        else "hours and price are not known"
     )
+    what = f"{job.run} on {where} ({card}): {cost}, set-up and downloads not counted"
+    ask(what, plan.dollars if plan else None, wish.limit, wish.yes or before)
     files.write_json(note, this)
 
 
-def planned(settings: Config, run: Run, machine: Machine) -> tuple[plans.Plan | None, float]:
-    """On its first card, where the table has that; and the disk that the run takes to its end, bytes."""
-    try:
-        work = plans.work(settings, run)
-    except UserError as error:  # no plain decoder: what it needs is known when it runs
-        hub.say(f"plan: {error.message}")
-        return None, 0
+def refuse_full_disk(
+    settings: Config, work: plans.Work | None, launcher: Launcher, machine: Machine, wish: Wish
+) -> None:
+    """Room for the environment and for the run to its end."""
+    need = ENVIRONMENT[wish.device]
+    need += sum(plans.space_of(settings, work).values()) if work else 0
+    if machine.free < need:
+        raise UserError(
+            f"{launcher.where} has {machine.free / 1e9:.1f} GB of disk free where the job goes, it needs {need / 1e9:.1f} GB",
+            "take a box with more disk, or name a larger folder: CLOUD=ssh://user@box/folder",
+        )
+
+
+def planned(settings: Config, work: plans.Work | None, machine: Machine) -> plans.Plan | None:
+    """On its first card, where the table has that."""
     card = cards.find(machine.cards[0]) if machine.cards else None
-    made = plans.on(card, work) if card else None
+    made = plans.on(card, work) if card and work else None
     if isinstance(made, str):
         raise UserError(f"{settings.base.model} on {card.name}: {made}", "`make plan` names the cards that fit")
-    return made, sum(plans.space_of(settings, work).values())
+    return made
+
+
+def work_of(settings: Config, run: Run) -> plans.Work | None:
+    """None for what is no plain decoder: what it needs is known when it runs."""
+    try:
+        return plans.work(settings, run)
+    except UserError as error:
+        hub.say(f"plan: {error.message}")
+        return None
 
 
 def begin(session: Session, job: Job, goal: str, wish: Wish) -> None:

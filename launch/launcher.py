@@ -93,6 +93,9 @@ class Launcher(Protocol):
     def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
         """A file of the job's folder, from byte `start` on. Raises FileNotFoundError."""
 
+    def pack(self, name: str, run: str) -> Iterator[bytes]:
+        """A tar of what the run made, without the 16-bit weights. Raises FileNotFoundError."""
+
     def stop(self, name: str) -> None:
         """Tell the job to write its state and end."""
 

@@ -56,7 +56,6 @@ def stage(this: Asked, launcher: Launcher, again: str, data: Path | None, wish: 
     with session.billed():
         state = cloud.found(session, job)
         if session.running:
-            hub.say(f"{launcher.where}: {job.name} runs there already")
             state = cloud.watched(session, job, log)
         if (state.goal, state.code) != ("train", 0):
             agree(this, launcher, cloud.launched_on(launcher, wish), wish)
@@ -233,17 +232,14 @@ def agree(this: Asked, launcher: Launcher, machine: Machine, wish: Wish) -> None
     """Hours and price, from how long it took before and what the two cards can do."""
     note = this.folder / "agreed.json"
     mine = {"where": launcher.where, "cards": list(machine.cards)}
-    if launcher.ours or (note.is_file() and files.read_json(note) == mine and wish.limit is None):
+    if launcher.ours:
         return
+    before = note.is_file() and files.read_json(note) == mine
     hours, dollars = estimate(this.made, machine)
     cost = f"about {duration(3600 * hours)} of training" if hours else "hours not known"
     price = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
-    ask(
-        f"{this.repo} again on {launcher.where}: {cost}{price}, set-up and downloads not counted",
-        dollars,
-        wish.limit,
-        wish.yes,
-    )
+    what = f"{this.repo} again on {launcher.where}: {cost}{price}, set-up and downloads not counted"
+    ask(what, dollars, wish.limit, wish.yes or before)
     files.write_json(note, mine)
 
 

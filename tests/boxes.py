@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.conftest import ROOT, typed
@@ -94,7 +94,8 @@ class Box:
         """Every connection that is there now; returns how many."""
         found = [pid for pid in children(self.process.pid) if pid != self.process.pid]
         for pid in found:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
         return len(found)
 
     def stop(self) -> None:
@@ -107,10 +108,8 @@ class Box:
     def end_jobs(self) -> None:
         """Whatever jobs left running."""
         for note in self.home.rglob("job/group"):
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(int(note.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def children(pid: int) -> list[int]:

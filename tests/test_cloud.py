@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from contract import files, manifest
+from contract.errors import UserError
 from deploy import trace
-from launch import reproduce, verdict
+from launch import address, reproduce, result, verdict
+from launch.box import Box as launcher_of
 from tests import boxes
 from tests.boxes import Box
 from tests.conftest import SHORT
@@ -71,10 +74,16 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
     laptop, said = boxes.laptop(tmp_path_factory.mktemp("laptop")), {}
     with boxes.running(tmp_path_factory.mktemp("box") / "box") as box:
         boxes.lend_environment(box, laptop)
-        words = ("cloud-to-local", f"CLOUD={box.address}", "RUN=boat", "DEVICE=cpu", "YES=1", f"SET={SHORT}")
+        words = (
+            "cloud-to-local",
+            f"CLOUD={box.address}",
+            "RUN=boat",
+            "DEVICE=cpu",
+            f"SET={SHORT}",
+        )  # YES=1 once is enough
         there = box.home / "ferry" / "boat"
 
-        first = Watch(laptop, box, *words, HF_TOKEN=SECRET)
+        first = Watch(laptop, box, *words, "YES=1", HF_TOKEN=SECRET)
         first.until((there / "runs" / "boat" / "data.json").is_file)
         for pid in boxes.children(box.process.pid):  # asleep: the connection is there and nothing comes through it
             os.kill(pid, signal.SIGSTOP)
@@ -161,28 +170,51 @@ def test_again_it_is_fetched_and_deployed_not_trained(delivered):
     assert (delivered.there / "job" / "log").read_bytes() == before
 
 
-def test_the_same_name_with_another_config_is_refused_while_it_runs(delivered, tmp_path):
-    """And two runs side by side, each stopped by its own command."""
+def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered):
     laptop, box = delivered.laptop, delivered.box
-    watched = {}
-    for name in ("port", "starboard"):
-        words = [word if not word.startswith("RUN=") else f"RUN={name}" for word in delivered.words]
-        watched[name] = Watch(laptop, box, *words)
-    logs = {name: box.home / "ferry" / name / "job" / "log" for name in watched}
+    words = {
+        name: [*(word for word in delivered.words if not word.startswith("RUN=")), f"RUN={name}"]
+        for name in ("port", "starboard")
+    }
+    watched = {name: Watch(laptop, box, *words[name], "YES=1") for name in words}
+    there = {name: box.home / "ferry" / name for name in words}
     for name, watch in watched.items():
-        watch.until(lambda log=logs[name]: log.is_file() and "finetune: step 1/30" in log.read_text())
-    other = [word if not word.startswith("SET=") else f"{word} finetune.seed=7" for word in words]
-    shutil.rmtree(laptop / "runs" / "starboard")
-    done = boxes.make(laptop, box, *other)
+        watch.until(lambda log=there[name] / "job" / "log": log.is_file() and "finetune: step 1/30" in log.read_text())
+
+    other = [word if not word.startswith("SET=") else f"{word} finetune.seed=7" for word in words["starboard"]]
+    shutil.move(laptop / "runs" / "starboard", laptop / "runs" / "aside")  # as on another laptop
+    done = boxes.make(laptop, box, *other, f"TEARDOWN=touch {box.folder}/gone")
+    shutil.move(laptop / "runs" / "aside", laptop / "runs" / "starboard")
     assert done.returncode == 2 and "runs starboard already, with another config" in done.stdout, done.stdout
     assert "still running on root@127.0.0.1: starboard; `make cloud-stop" in done.stdout
+    assert not (box.folder / "gone").exists(), "the machine of a running job"
+
     for name, watch in watched.items():
-        stopped = boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", f"RUN={name}")
-        assert stopped.returncode == 0 and f"stop: {name} no longer runs on root@127.0.0.1" in stopped.stdout, (
-            stopped.stdout
+        gone = f"TEARDOWN=rm -r {there[name]}"  # the machine is given back
+        stopped = boxes.make(
+            laptop, box, "cloud-stop", f"CLOUD={box.address}", f"RUN={name}", *([gone] if name == "port" else [])
         )
-        assert watch.end() == 2 and "Traceback" not in watch.said
-        assert list((box.home / "ferry" / name).glob(f"runs/{name}/finetune/checkpoints/*/ferry-complete"))
+        assert stopped.returncode == 0, stopped.stdout
+        assert ("TEARDOWN has ended" if name == "port" else f"{name} does not run on") in stopped.stdout, stopped.stdout
+        assert watch.end() == 2 and "Traceback" not in watch.said, watch.said
+    assert list(there["starboard"].glob("runs/starboard/finetune/checkpoints/*/ferry-complete"))
+    assert not there["port"].exists()
+
+    again = Watch(laptop, box, *words["port"])
+    again.until(lambda: "finetune: continuing from checkpoint-" in again.said)
+    assert "port goes on there with what was brought home" in again.said
+    boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=port")
+    again.end()
+
+
+def test_what_came_home_is_deployed_without_its_box(delivered):
+    """A box that was given back costs nothing, and the same command still works."""
+    delivered.box.stop()
+    try:
+        again = boxes.make(delivered.laptop, delivered.box, *delivered.words)
+    finally:
+        delivered.box.start()
+    assert again.returncode == 0 and "smoke: passed" in again.stdout, again.stdout
 
 
 def test_reproduce_makes_the_same_model_again(delivered):
@@ -191,6 +223,7 @@ def test_reproduce_makes_the_same_model_again(delivered):
     for row in ("training rows", "held-out rows", "steps", "final loss", "q4_k_m: loss", "GGUF"):
         assert re.search(rf"^  {row} .* (equal|within tolerance)", done.stdout, re.MULTILINE), done.stdout
     assert done.stdout.rstrip().endswith("./hub/boat: reproduced")
+    assert re.search("^  its weights .* equal$", done.stdout, re.MULTILINE), "one machine adds up in one order"
     kept = json.loads(next((delivered.laptop / "runs" / "reproduce").glob("boat-*/verdict.json")).read_text())
     assert {row["what"]: row["verdict"] for row in kept["rows"]}["training rows"] == "equal"
 
@@ -243,6 +276,52 @@ def test_what_cannot_be_reproduced_is_one_clear_line(delivered, tmp_path, change
     done = boxes.make(delivered.laptop, delivered.box, "reproduce", f"REPO={repo}", f"RUNS={tmp_path}/runs")
     assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
     assert len(re.findall("^error: ", done.stdout, re.MULTILINE)) == 1 and said in done.stdout
+
+
+def test_reproduce_with_other_rows_than_published_trains_nothing(delivered, tmp_path):
+    """The sources are the same by name and hash, and yet the rows are not: the split is not what it was, say."""
+    repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
+    edit(repo, lambda made: made["dataset"].update(train_sha256="0" * 64))
+    edit(repo, lambda made: made["provenance"]["git"].update(dirty=True))
+    done = boxes.make(delivered.laptop, delivered.box, "reproduce", f"REPO={repo}", f"RUNS={tmp_path}/runs")
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
+    assert "boat cannot be reproduced exactly: its checkout had changes" in done.stdout
+    assert re.search("error: boat: the same code and sources give other rows, nothing was trained", done.stdout)
+    assert "training rows: 000000000000 published" in done.stdout and "-- finetune" not in done.stdout
+
+
+def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered, tmp_path, monkeypatch):
+    monkeypatch.setenv("FERRY_SSH", shlex.join(map(str, delivered.box.ssh)))
+    launcher = launcher_of(address.read(delivered.box.address))
+    bad = shutil.copytree(delivered.there / "hub" / "boat", delivered.there / "hub" / "bad")
+    with (bad / "boat.q4_k_m.gguf").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"other")
+    with pytest.raises(
+        UserError, match=r"boat\.q4_k_m\.gguf from root@127\.0\.0\.1 is not the file that was published"
+    ):
+        result.brought(launcher, "boat", "hub/bad", tmp_path / "boat")
+    assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob(manifest.NAME))
+    result.brought(launcher, "boat", "./hub/boat", tmp_path / "boat")
+    assert files.sha256(tmp_path / "boat" / "boat.q4_k_m.gguf") == files.sha256(
+        delivered.there / "hub" / "boat" / "boat.q4_k_m.gguf"
+    )
+
+
+def test_a_file_goes_on_where_the_connection_was_lost(delivered, tmp_path, monkeypatch):
+    monkeypatch.setenv("FERRY_SSH", shlex.join(map(str, delivered.box.ssh)))
+    launcher, made = (
+        launcher_of(address.read(delivered.box.address)),
+        manifest.read(delivered.there / "hub" / "boat" / manifest.NAME),
+    )
+    item, target = made.default(), tmp_path / "boat.q4_k_m.gguf"
+    part = tmp_path / f".{target.name}.{item.sha256[:12]}.part"
+    part.write_bytes((delivered.there / "hub" / "boat" / target.name).read_bytes()[:50_000_000])
+    asked = []
+    rest = launcher.rest
+    monkeypatch.setattr(launcher, "rest", lambda name, path, start=0: asked.append(start) or rest(name, path, start))
+    result.fetch(launcher, "boat", f"hub/boat/{target.name}", target, item)
+    assert asked == [50_000_000] and files.sha256(target) == item.sha256 and not part.exists()
 
 
 def test_data_is_found_by_its_sha256_under_any_name(delivered, tmp_path, monkeypatch):

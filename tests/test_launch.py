@@ -299,3 +299,25 @@ def test_a_job_that_was_killed_has_died_and_one_that_lost_its_make_still_runs(bo
     launcher.stop("kill")
     time.sleep(0.5)
     assert launcher.state("kill").word == "died"
+
+
+def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, laptop, tmp_path, monkeypatch):
+    from launch.bill import Session
+
+    monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
+    launcher, run = boxes_there.Box(address.read(box.address)), box.home / "ferry" / "saved" / "runs" / "saved"
+    for name in (
+        "config.yaml",
+        "finetune/adapter/a.safetensors",
+        "export/merged/m.safetensors",
+        "export/saved.f16.gguf",
+    ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"x" * 1000)
+    session = Session(launcher, "saved", "", f"echo ended >> {tmp_path}/bill", home=tmp_path / "home")
+    assert "TEARDOWN has ended" in session.ended(well=False)
+    kept = {str(path.relative_to(session.home)) for path in session.home.rglob("*") if path.is_file()}
+    assert kept == {"config.yaml", "finetune/adapter/a.safetensors"}
+    box.program("tar", "exit 1")
+    assert "TEARDOWN was not run" in session.ended(well=False)
+    assert (tmp_path / "bill").read_text() == "ended\n"
