@@ -39,15 +39,15 @@ class Unreachable(UserError):
 
 def silence() -> float:
     """Seconds without a byte after which a connection is given up: $FERRY_SILENCE_SECONDS, by default one minute."""
-    return _seconds("FERRY_SILENCE_SECONDS", 60)
+    return seconds_of("FERRY_SILENCE_SECONDS", 60)
 
 
 def budget() -> float:
     """Seconds of pauses between the tries of a failing call: $FERRY_HUB_SECONDS, by default 5 minutes."""
-    return _seconds("FERRY_HUB_SECONDS", 300)
+    return seconds_of("FERRY_HUB_SECONDS", 300)
 
 
-def _seconds(name: str, default: float) -> float:
+def seconds_of(name: str, default: float) -> float:
     said = os.environ.get(name)
     try:
         return float(said) if said else default

@@ -1,11 +1,10 @@
 """Watching a job: its log onto this terminal and into a file, through lost connections, until it ends."""
 
-import contextlib
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from contract import hub
 from contract.errors import UserError
@@ -19,15 +18,26 @@ class Running(UserError):
     """The job goes on, and we no longer watch."""
 
 
-def patience() -> float:
-    """Seconds without a connection after which watching is given up: $FERRY_SSH_SECONDS, by default 15 minutes."""
-    return float(os.environ.get("FERRY_SSH_SECONDS") or 900)
+class Patience:
+    """Tries again with growing pauses, $FERRY_SSH_SECONDS long (15 minutes)."""
+
+    def __init__(self):
+        self.since, self.pause = time.monotonic(), PAUSE
+        self.limit = hub.seconds_of("FERRY_SSH_SECONDS", 900)
+
+    def for_another_try(self, error: Lost) -> None:
+        """Raises `error` when it has lasted too long."""
+        if time.monotonic() - self.since > self.limit:
+            raise error
+        hub.say(f"{error.message}; again in {self.pause} s")
+        time.sleep(self.pause)
+        self.pause = min(2 * self.pause, LONGEST)
 
 
 def through(launcher: Launcher, name: str, log: Path) -> State:
     """Watch the job to its end; what the log holds already is not shown again. log: grows here as it does there.
 
-    Raises Running when the place cannot be reached for longer than `patience()`. Ctrl-C ends the watching, and a job on this
+    Raises Running when the place cannot be reached for too long. Ctrl-C ends the watching, and a job on this
     machine with it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -42,50 +52,49 @@ def through(launcher: Launcher, name: str, log: Path) -> State:
 
 
 def _watched(launcher: Launcher, name: str, log: Path) -> State:
-    lost_at, pause = 0.0, PAUSE
+    waiting: Patience | None = None
     with log.open("ab") as copy:
 
         def out(block: bytes) -> None:
-            nonlocal lost_at, pause
-            lost_at, pause = 0.0, PAUSE
+            nonlocal waiting
+            waiting = None
             copy.write(block)
             copy.flush()
             shown(block)
 
         while True:
             try:
-                state = launcher.state(name)
-                if state.log < copy.tell():  # another machine, or its folder was removed
-                    copy.truncate(0)
-                if state.word != "running":
-                    for block in launcher.rest(name, "job/log", copy.tell()):
-                        out(block)
+                if state := _once(launcher, name, copy, out):
                     return state
-                launcher.follow(name, copy.tell(), out)
-                time.sleep(0.2)  # make is gone, and the job is about to say so
+                waiting = None
             except Lost as error:
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > patience():
+                waiting = waiting or Patience()
+                try:
+                    waiting.for_another_try(error)
+                except Lost:
                     raise Running(f"{error.message}; the job may go on there", error.hint) from error
-                hub.say(f"{error.message}; the job goes on there; again in {pause} s")
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST)
             except UserError as error:
                 raise Running(f"{error.message}; the job may go on there", error.hint) from error
+
+
+def _once(launcher: Launcher, name: str, copy: IO[bytes], out: Callable[[bytes], None]) -> State | None:
+    """Its log from where the copy ends, until it ends or the connection does. None: it may run yet."""
+    state = launcher.state(name)
+    if state.word == "absent":
+        return state
+    if state.log < copy.tell():  # another one's, that lay here
+        copy.truncate(0)
+        copy.seek(0)
+    if state.word != "running":
+        for block in launcher.rest(name, "job/log", copy.tell()):
+            out(block)
+        return state
+    launcher.follow(name, copy.tell(), out)
+    time.sleep(0.2)  # it says how it ended a moment after it has
+    return None
 
 
 def shown(block: bytes) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()
-
-
-@contextlib.contextmanager
-def patient(what: str) -> Iterator[None]:
-    """For what comes after the job: nothing of ours runs there any more, so one error is enough."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{what}: {error}", "read the log above; the same command goes on from where it stands"
-        ) from error

@@ -4,6 +4,7 @@ ssh itself decides about keys, agents, jump hosts and host keys, by the user's ~
 command, such as `ssh -F file` or `ssh -i key`.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from contract import files, hub
 from contract.errors import UserError, shown
 from launch import tree
 from launch.address import Address
-from launch.launcher import Job, Lost, Machine, State
+from launch.launcher import Job, Lost, Machine, Missing, State
 
 SCRIPT = Path(__file__).with_name("box.sh")
 REACHING = 20  # seconds for a connection to come about
@@ -167,7 +168,9 @@ class Box:
     def _open(self, *words: str, before: str = "") -> subprocess.Popen:
         """box.sh with these words. before: lines of its own, which stand in no argument and in no file."""
         process = self._popen(["sh", "-s", "--", *words])
-        _write(process, (before + SCRIPT.read_text(encoding="utf-8")).encode())
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write((before + SCRIPT.read_text(encoding="utf-8")).encode())
+            process.stdin.close()
         return process
 
     def _popen(self, remote: list[str]) -> subprocess.Popen:
@@ -197,11 +200,9 @@ class Box:
         """Run a command there with what `write` writes as its input."""
         process = self._popen(["sh", "-c", remote])
         try:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # its own words say why
                 write(process.stdin)
                 process.stdin.close()
-            except BrokenPipeError:
-                pass  # its own words say why
             process.stdout.read()
             self._closed(process)
         finally:
@@ -230,29 +231,15 @@ class Box:
             f"see that it runs and that `{self.command}` works, then the same command",
         )
 
-    def _refused(self, said: str, code: int) -> Exception:
+    def _refused(self, said: str, code: int) -> UserError:
         """What a command there could not do."""
         lines = [line for line in said.splitlines() if line.strip()]
         full = [line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)]
         why = shown([*full, *lines[-1:], f"exit code {code}"][0])
         if re.search("No such file|can't cd to", why):
-            return FileNotFoundError(why)
-        cure = (
-            "free some disk there"
-            if full
-            else "see to it there"
-            if self.ours
-            else f"see to it there (`{self.command}`)"
-        )
+            return Missing(f"{self.where}: {why}", "the same command makes it")
+        cure = "free some disk there" if full else "see to it there" + ("" if self.ours else f" (`{self.command}`)")
         return UserError(f"{self.where}: {why}", f"{cure}, then the same command goes on")
-
-
-def _write(process: subprocess.Popen, text: bytes) -> None:
-    try:
-        process.stdin.write(text)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # its exit code says why
 
 
 def _ended(process: subprocess.Popen) -> None:
@@ -261,11 +248,8 @@ def _ended(process: subprocess.Popen) -> None:
         process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
-        if stream and not stream.closed:
-            try:
-                stream.close()
-            except BrokenPipeError:
-                pass
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
 
 
 def _tar(chosen: dict[str, Path], size: int, out) -> None:

@@ -83,17 +83,23 @@ start() {
     done
 }
 
+# began PID: when that process was started; another one of that number began at another time.
+began() {
+    cut -d ' ' -f 22 "/proc/$1/stat" 2>/dev/null || true
+}
+
 # follow FOLDER SEEN: the log from there on, until the job ends. (Not tail --pid: where nothing reaps orphans, as in many
 # containers, a process that ended is still there.) When the connection is lost tail ends, and with it the watch.
 follow() {
     cd "$1/job"
+    began=$(began "$$")
     (
         until flock -n -s lock true; do
-            [ "$(cat "/proc/$$/comm" 2>/dev/null)" = tail ] || exit 0
+            [ "$(began "$$")" = "$began" ] || exit 0
             sleep 0.5
         done
         sleep 1
-        kill "$$"
+        [ "$(began "$$")" != "$began" ] || kill "$$"
     ) </dev/null >/dev/null 2>&1 &
     exec tail -c "+$(($2 + 1))" -s 0.5 -f log
 }

@@ -68,6 +68,7 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
             if state.word == "absent":
                 refuse_full_disk(settings, work, launcher, machine, wish)
                 job = replace(job, files=job.files | brought_home(run))
+                set_aside(notes / "log")
             agree(settings, work, job, session, machine, wish)
             files.write_json(notes / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)
@@ -147,6 +148,12 @@ def with_files(job: Job, settings: Config, run: Run) -> Job:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         hub.say(f"note: {', '.join(left[:5])}{more}: not committed as they are here; what travels is {job.commit[:12]}")
     return replace(job, files=sent)
+
+
+def set_aside(log: Path) -> None:
+    """What another machine said: the log here is that of the one machine."""
+    if log.is_file():
+        log.replace(log.with_name("log.before"))
 
 
 def brought_home(run: Run) -> dict[str, Path]:
@@ -253,11 +260,8 @@ def watched(session: Session, job: Job, log: Path) -> State:
     session.running = False
     if state.word == "ended" and state.code == 0:
         return state
-    how = (
-        f"ended with exit code {state.code}"
-        if state.word == "ended"
-        else "ended without a word (killed, or the machine was switched off)"
-    )
+    ends = {"ended": f"ended with exit code {state.code}", "absent": "is gone, with its folder"}
+    how = ends.get(state.word, "ended without a word (killed, or the machine was switched off)")
     raise UserError(
         f"`make {state.goal}` on {session.launcher.where} {how}; its log is above and in {log}",
         "see what it says; the same command goes on from its records",

@@ -16,6 +16,10 @@ class Lost(UserError):
     """The connection ended or did not come about; what runs there goes on, and another try may find it."""
 
 
+class Missing(UserError):
+    """There is no such file or folder there."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What is there."""
@@ -91,10 +95,10 @@ class Launcher(Protocol):
         """Its log from byte `seen` on, until its make ends."""
 
     def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
-        """A file of the job's folder, from byte `start` on. Raises FileNotFoundError."""
+        """A file of the job's folder, from byte `start` on. Raises Missing."""
 
     def pack(self, name: str, run: str) -> Iterator[bytes]:
-        """A tar of what the run made, without the 16-bit weights. Raises FileNotFoundError."""
+        """A tar of what the run made, without the 16-bit weights. Raises Missing."""
 
     def stop(self, name: str) -> None:
         """Tell the job to write its state and end."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from contract import files, hub
 from contract.errors import UserError
-from launch.launcher import Launcher, Lost
+from launch.launcher import Launcher, Lost, Missing
 
 
 def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
@@ -24,7 +24,7 @@ def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
                 tar.extractall(part, filter="data")
         size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
         hub.say(f"{run}: {size / 1e6:.0f} MB of it brought home to {target}")
-    except (Lost, FileNotFoundError):  # out of reach, or it made nothing
+    except (Lost, Missing):  # out of reach, or it made nothing
         return None
     except (UserError, OSError, tarfile.TarError) as error:
         return getattr(error, "message", str(error))

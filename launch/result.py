@@ -5,11 +5,10 @@ from pathlib import Path
 
 from contract import files, hub, manifest
 from contract.errors import UserError
-from launch.attend import patient
+from launch.attend import Patience
 from launch.launcher import Launcher, Lost
 
 MOST = 64 << 20  # bytes of a record
-TRIES = 5
 
 
 def record(launcher: Launcher, name: str, run: str, stage: str) -> dict:
@@ -20,11 +19,10 @@ def record(launcher: Launcher, name: str, run: str, stage: str) -> dict:
 def small(launcher: Launcher, name: str, path: str) -> bytes:
     """A file that fits in memory. Raises UserError when it is not there."""
     content = bytearray()
-    with patient(f"{launcher.where} has no {path}"):
-        for block in launcher.rest(name, path):
-            content += block
-            if len(content) > MOST:
-                raise UserError(f"{path} on {launcher.where} is larger than any record", f"see to {path} there")
+    for block in launcher.rest(name, path):
+        content += block
+        if len(content) > MOST:
+            raise UserError(f"{path} on {launcher.where} is larger than any record", f"see to {path} there")
     return bytes(content)
 
 
@@ -54,18 +52,10 @@ def fetch(launcher: Launcher, name: str, there: str, target: Path, item: manifes
     """One file; a lost connection costs what was on the wire. Raises UserError when it has another sha256."""
     if target.is_file() and target.stat().st_size == item.bytes and files.sha256(target) == item.sha256:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{item.sha256[:12]}.part")
     try:
-        for attempt in range(TRIES):
-            try:
-                with patient(f"{launcher.where} has no {there}"):
-                    _append(launcher, name, there, part, item)
-                break
-            except Lost as error:
-                if attempt == TRIES - 1:
-                    raise
-                hub.say(f"{error.message}; again")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _filled(launcher, name, there, part, item)
         if files.sha256(part) != item.sha256:
             files.remove(part)
             raise UserError(
@@ -75,6 +65,18 @@ def fetch(launcher: Launcher, name: str, there: str, target: Path, item: manifes
         part.replace(target)
     except OSError as error:
         raise files.translated(error, target) from error
+
+
+def _filled(launcher: Launcher, name: str, there: str, part: Path, item: manifest.File) -> None:
+    """All of it, through lost connections."""
+    waiting, have = Patience(), 0
+    while True:
+        try:
+            return _append(launcher, name, there, part, item)
+        except Lost as error:
+            if part.is_file() and part.stat().st_size > have:
+                waiting, have = Patience(), part.stat().st_size
+            waiting.for_another_try(error)
 
 
 def _append(launcher: Launcher, name: str, there: str, part: Path, item: manifest.File) -> None:

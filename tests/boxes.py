@@ -38,8 +38,9 @@ class Box:
         given |= {"FERRY_CACHE": os.environ.get("FERRY_CACHE") or str(Path("~/.cache/ferry").expanduser())}
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
         (folder / "login").write_text(
-            f'cd {self.home} && exec /usr/bin/env -i {exports} /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n'
+            f'cd {self.home} && exec /usr/bin/env -i {exports} $(cat {folder}/more) /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n'
         )
+        self.more("")
         (folder / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nStrictModes no\nUsePAM no\n"
             f"AuthorizedKeysFile {folder}/authorized\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
@@ -61,6 +62,10 @@ class Box:
     @property
     def address(self) -> str:
         return f"ssh://{os.environ.get('USER') or 'root'}@127.0.0.1:{self.port}"
+
+    def more(self, settings: str) -> None:
+        """Of its environment, from now on."""
+        (self.folder / "more").write_text(settings)
 
     def program(self, name: str, text: str) -> None:
         """A program that stands before the machine's own."""
