@@ -10,8 +10,12 @@ RUNS   ?= runs
 MODELS ?= models
 REPO   ?= ./hub/$(RUN)
 QUANT  ?=
-# What launches elsewhere needs no more than a laptop has; where the whole environment is there already, it does.
-LIGHT  ?= $(if $(filter cloud-to-local cloud-stop reproduce,$(MAKECMDGOALS)),$(if $(wildcard .venv/ferry.json),,1))
+# What launches elsewhere needs no more than a laptop has, but for a base that is a GGUF, which llama.cpp must read; where
+# the whole environment is there already, it does.
+ifeq ($(origin LIGHT),undefined)
+WHOLE := $(if $(filter cloud-to-local,$(MAKECMDGOALS)),$(shell grep -lE '^ *model: *(pypi:|.*[.]gguf)' '$(CONFIG)' 2>/dev/null))
+LIGHT := $(if $(filter cloud-to-local cloud-stop reproduce,$(MAKECMDGOALS)),$(if $(WHOLE)$(wildcard .venv/ferry.json),,1))
+endif
 VENV   ?= $(if $(LIGHT),.venv-light,.venv)
 # The side that runs models has a light one of its own. A VENV that was asked for serves both sides.
 DEPLOY_VENV ?= $(if $(filter command environment%,$(origin VENV)),$(VENV),.venv-deploy)

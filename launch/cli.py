@@ -6,7 +6,7 @@ import click
 
 from contract.cli import InOrder
 
-CLOUD = click.option("--cloud", required=True, metavar="ADDRESS", help="ssh://user@box[:port][/folder]")
+CLOUD = click.option("--cloud", default="", metavar="ADDRESS", help="ssh://user@box[:port][/folder]")
 SET = click.option(
     "--set",
     "overrides",

@@ -153,6 +153,7 @@ def test_the_teardown_is_run_when_nothing_runs(laptop, box, tmp_path, code, said
 @pytest.mark.parametrize(
     ("cloud", "what"),
     [
+        ("", "it begins with ssh://"),
         ("box", "there is no launcher for that"),
         ("sky://box", "there is no launcher for that"),
         ("ssh://", "no address of a box"),

@@ -131,3 +131,19 @@ def test_what_needs_more_says_so(light, tmp_path):
     command = [light / "bin" / "python", "-m", "pipeline", "data", "configs/demo.yaml", "--run", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "which this environment does not have" in done.stderr and "LIGHT=1" in done.stderr
+
+
+def test_the_launcher_runs_in_it(light):
+    """A laptop launches with no more than that."""
+    code = "import launch.cloud, launch.reproduce, launch.verdict, launch.box, pipeline.data.fingerprint"
+    done = subprocess.run([light / "bin" / "python", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = ["make", "-n", "cloud-to-local", "CLOUD=ssh://you@box"]
+
+    def environment(*words: str) -> str:
+        said = subprocess.run([*asked, *words], cwd=ROOT, capture_output=True, text=True)
+        return next(line for line in said.stdout.splitlines() if "setup/env.py" in line)
+
+    if not (ROOT / ".venv" / "ferry.json").is_file():
+        assert ".venv-light" in environment("CONFIG=configs/gemma-2-2b-alpaca.yaml")
+    assert "--light" not in environment("CONFIG=configs/demo.yaml"), "its base is a GGUF"
