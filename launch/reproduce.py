@@ -11,12 +11,11 @@ from pathlib import Path
 from contract import files, hub, manifest, source
 from contract.errors import UserError, shown
 from contract.manifest import Manifest
-from launch import cloud, parcel, result, tree, verdict
+from launch import cloud, parcel, result, sources, tree, verdict
 from launch.bill import Session, ask
 from launch.cloud import Wish
 from launch.launcher import Job, Launcher, Machine
 from pipeline import base as bases
-from pipeline.data import fingerprint, read
 from pipeline.plan import cards
 from pipeline.plan.stage import duration
 
@@ -82,15 +81,14 @@ def trained(session: Session, job: Job, this: Asked, wish: Wish, log: Path) -> N
 
 
 def prepared(this: Asked, data: Path | None, wish: Wish) -> Job:
-    """The job: config, commit, files. Raises UserError where one of them is not to be had."""
-    commit = code_of(this.made)
-    settings = pinned(this.made)
-    found = located(this.made, settings, commit, data)
-    settings, _ = moved(settings)
-    url = this.made.provenance["git"].get("url")
-    # The name of the run stands in the files: it stays. They go to a folder, whatever they went to before.
+    """The job: code, config, files. Raises UserError where one of them is not to be had."""
+    made, commit = this.made, code_of(this.made)
+    found = sources.located(made, pinned(made), commit, data)
+    settings, _ = sources.moved(pinned(made))
+    hub.say(f"{this.repo}: {made.name}, by the code of {commit[:12]}, trained on {made.training.get('device')}")
     return Job(
-        this.name, this.made.name, tree.ROOT, commit, url, parcel.dump(settings), parcel.untold(tree.ROOT, commit, found), wish.settings
+        this.name, made.name, tree.ROOT, commit, made.provenance["git"].get("url"), parcel.dump(settings),
+        parcel.untold(tree.ROOT, commit, found), wish.settings,
     )  # fmt: skip
 
 
@@ -128,104 +126,6 @@ def pinned(made: Manifest) -> dict:
         settings["data"]["revision"] = made.dataset.revision
     settings["publish"] |= {"repo": "./hub/{run}", "tag": None}
     return settings
-
-
-def moved(settings: dict) -> tuple[dict, dict[str, str]]:
-    """Paths of the machine that trained it, as places in the tree; whether they are here is `located`'s to say."""
-    settings, moves = {section: dict(values) for section, values in settings.items()}, {}
-    for section, key in parcel.NAMING:
-        value = settings.get(section, {}).get(key)
-        if value and _path(section, key, value):
-            moves[value] = settings[section][key] = parcel.place(section, key, value)
-    return settings, moves
-
-
-def _path(section: str, key: str, value: str) -> bool:
-    """Was it a path there? What is a name on the Hub, of a package or of ours stays what it is."""
-    if key == "template":
-        return value.endswith(".jinja")
-    return not (bases.PYPI.match(value) or bases.hub_id(value)) if section == "base" else not read.is_hub(value)
-
-
-def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> dict[str, Path]:
-    """{path in the tree: file here} of the local data, each by its sha256. Raises UserError with the rows that differ."""
-    _, moves = moved(settings)
-    given = (
-        [data]
-        if data and data.is_file()
-        else sorted(path for path in data.rglob("*") if path.is_file())
-        if data
-        else []
-    )
-    if data and not given:
-        raise UserError(
-            f"DATA={data}: no such file or folder", "name the file, or the folder, that the model was trained on"
-        )
-    hashes = {path: files.sha256(path) for path in given}
-    found, missing = {}, {}
-    for name, digest in made.dataset.sha256.items():
-        path = next((path for path, its in hashes.items() if its == digest), None) or _as_named(name, digest)
-        if path:
-            found[_there(name, moves)] = path
-        elif (held := tree.content(tree.ROOT, commit, name)) is None or files.sha256_bytes(held) != digest:
-            missing[name] = digest
-    strange = [path for path, its in hashes.items() if its not in made.dataset.sha256.values()]
-    if missing or (strange and data and data.is_file()):
-        raise changed(made, commit, missing or dict(made.dataset.sha256), strange)
-    return found
-
-
-def _as_named(name: str, digest: str) -> Path | None:
-    """Where the manifest says, on this machine."""
-    path = Path(name).expanduser()
-    return path if path.is_file() and files.sha256(path) == digest else None
-
-
-def _there(name: str, moves: dict[str, str]) -> str:
-    """Its place in the tree."""
-    for value, target in moves.items():
-        if name == value:
-            return target
-        if Path(name).is_relative_to(value):
-            return f"{target}/{Path(name).relative_to(value)}"
-    return name
-
-
-def changed(made: Manifest, commit: str, missing: dict[str, str], strange: list[Path]) -> UserError:
-    """What is there instead, as far as it can be said."""
-    lines = []
-    for path in strange:
-        name = next((name for name in missing if Path(name).name == path.name), next(iter(missing)))
-        lines.append(f"{path} has sha256 {files.sha256(path)[:12]}, {name} had {made.dataset.sha256[name][:12]}")
-        lines += [f"  {line}" for line in _rows(path, name, made, commit)]
-    lines += [] if strange else [f"{name} (sha256 {digest[:12]}) is not here" for name, digest in missing.items()]
-    return UserError(
-        f"{made.name} was trained on other rows, nothing was started:\n  " + "\n  ".join(lines),
-        "DATA=the file as it was then, or the folder that holds it",
-    )
-
-
-def _rows(path: Path, name: str, made: Manifest, commit: str) -> list[str]:
-    """The first rows that differ, with what they were where the commit holds the file."""
-    try:
-        now = fingerprint.differing(path, made.dataset.fingerprints.get(name, ""))
-    except UserError as error:
-        return [error.message]
-    held = tree.content(tree.ROOT, commit, name)
-    if held is None or files.sha256_bytes(held) != made.dataset.sha256[name]:
-        return now or ["which row, its fingerprint does not show"]
-    before, after = held.decode(errors="replace").splitlines(), path.read_text(errors="replace").splitlines()
-    number = next(
-        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-    )
-    return [
-        f"{path}:{number + 1}: {_line(after, number)}",
-        f"{name}:{number + 1} of {commit[:12]}: {_line(before, number)}",
-    ]
-
-
-def _line(lines: list[str], number: int) -> str:
-    return lines[number][:300] if number < len(lines) else "(no such row)"
 
 
 def agree(this: Asked, launcher: Launcher, machine: Machine, wish: Wish) -> None:
@@ -267,6 +167,8 @@ def same_rows(this: Asked, launcher: Launcher, job: Job) -> None:
         for kind, count in there["rows"].items()
         if wanted.rows.get(kind) != count
     ]
+    base = there["base"]["revision"]
+    said += [f"base model: {this.made.base.revision} published, {base} now"] if base != this.made.base.revision else []
     if said:
         raise UserError(
             f"{this.made.name}: the same code and sources give other rows, nothing was trained:\n  "

@@ -18,7 +18,7 @@ import pytest
 from contract import files, manifest
 from contract.errors import UserError
 from deploy import trace
-from launch import address, reproduce, result, verdict
+from launch import address, reproduce, result, sources, verdict
 from launch.box import Box as launcher_of
 from tests import boxes
 from tests.boxes import Box
@@ -244,9 +244,31 @@ def test_reproduce_with_one_row_changed_stops_before_anything_and_shows_it(deliv
     )
     assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
     assert "was trained on other rows, nothing was started" in done.stdout
-    assert f"{tmp_path}/train.jsonl:322: " in done.stdout and "bokking" in done.stdout
-    assert ("configs/demo/train.jsonl:322 of" in done.stdout) == held
+    assert f"{tmp_path}/train.jsonl{', line ' if held else ':'}322: " in done.stdout and "bokking" in done.stdout
+    assert (re.search(r"configs/demo/train\.jsonl of \w{12}, line 322: ", done.stdout) is not None) == held
     assert not (tmp_path / "runs" / "reproduce" / "here").exists()
+
+
+def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, monkeypatch):
+    """Its data file is one that this machine has, and its place in the tree is none outside."""
+    monkeypatch.chdir(delivered.laptop)
+    monkeypatch.setattr(sources.tree, "ROOT", delivered.laptop)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{}\n")
+    repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
+    edit(
+        repo,
+        lambda made: made["dataset"].update(sha256={f"../{mine}": files.sha256(mine), str(mine): files.sha256(mine)}),
+    )
+    made = manifest.read(repo / manifest.NAME)
+    found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], None)
+    assert {name for name, path in found.items() if path == mine} == {"job/files/data.source/mine.jsonl"}
+
+
+def test_lines_that_differ_by_their_ends_or_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert sources.beside(path, ["a", "b"], "then", ["a", "b"]) == ["its lines are the same, their ends are not"]
+    assert sources.beside(path, ["a"], "then", ["a", "b"]) == [f"{path}, line 2: (it ends before)", "then, line 2: b"]
 
 
 def edit(repo: Path, change) -> None:
@@ -328,16 +350,16 @@ def test_a_file_goes_on_where_the_connection_was_lost(delivered, tmp_path, monke
 
 def test_data_is_found_by_its_sha256_under_any_name(delivered, tmp_path, monkeypatch):
     monkeypatch.chdir(delivered.laptop)
-    monkeypatch.setattr(reproduce.tree, "ROOT", delivered.laptop)
+    monkeypatch.setattr(sources.tree, "ROOT", delivered.laptop)
     repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
     edit(repo, lambda made: renamed(made["dataset"], "configs/demo/train.jsonl", "/home/me/rows.jsonl"))
     edit(repo, lambda made: made["config"]["data"].update(source="/home/me/rows.jsonl"))
     made = manifest.read(repo / manifest.NAME)
     mine = tmp_path / "mine.jsonl"
     shutil.copy("configs/demo/train.jsonl", mine)
-    settings, _ = reproduce.moved(reproduce.pinned(made))
+    settings, _ = sources.moved(reproduce.pinned(made))
     assert settings["data"]["source"] == "job/files/data.source/rows.jsonl"
-    found = reproduce.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
+    found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
     assert found["job/files/data.source/rows.jsonl"] == mine
 
 

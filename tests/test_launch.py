@@ -196,7 +196,8 @@ def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, t
     Path("runs/mine/rows.jsonl").write_text("{}\n")
     outside = tmp_path / "held.jsonl"
     outside.write_text("{}\n")
-    Path("secret.txt").write_text("untracked")
+    for name in ("secret.txt", "alpaca"):
+        Path(name).write_text("untracked")
     config = {
         "base": {"model": "you/base"},
         "data": {"source": "runs/mine/rows.jsonl", "validation": str(outside), "template": "alpaca"},
@@ -215,9 +216,10 @@ def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, t
     job = boxes_there.Job("x", "x", laptop, tree.head(laptop), None, parcel.dump(changed), sent)
     names = tree.hashed(tree.packed(job)).keys()
     assert {"Makefile", "launch/box.sh", "revision.json", "job/config.yaml"} <= names
-    assert not [name for name in names if name.startswith("runs/") or name == "secret.txt"]
-    assert tree.left_behind(laptop, set()) == ["secret.txt"]
-    Path("secret.txt").unlink()
+    assert not [name for name in names if name.startswith("runs/") or name in ("secret.txt", "alpaca")]
+    assert tree.left_behind(laptop, set()) == ["alpaca", "secret.txt"]
+    for name in ("secret.txt", "alpaca"):
+        Path(name).unlink()
 
 
 def test_a_folder_of_data_travels_with_the_files_that_were_read(tmp_path, monkeypatch):
@@ -272,7 +274,8 @@ def test_two_starts_at_once_are_one_job(box, laptop, tmp_path, monkeypatch):
     launcher.start(job, "train", {"HF_TOKEN": "hf_in_the_environment"})
     launcher.start(job, "train", {})
     assert launcher.state("twice").word == "running"
-    arguments = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    arguments = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True).stdout
+    assert "make train" in arguments
     assert "hf_in_the_environment" not in arguments
     until = time.monotonic() + 30
     while launcher.state("twice").word == "running" and time.monotonic() < until:
