@@ -258,7 +258,9 @@ def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, 
     repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
     edit(
         repo,
-        lambda made: made["dataset"].update(sha256={f"../{mine}": files.sha256(mine), str(mine): files.sha256(mine)}),
+        lambda made: made["dataset"].update(
+            sha256={os.path.relpath(mine): files.sha256(mine), str(mine): files.sha256(mine)}
+        ),
     )
     made = manifest.read(repo / manifest.NAME)
     found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], None)
