@@ -40,11 +40,14 @@ AMONG    := $(if $(filter deploy-mac,$(MAKECMDGOALS)),--optional)
 # What would be noticed only after hours of GPU time is asked before the first of them.
 PREFLIGHT := $(if $(filter train,$(MAKECMDGOALS)),preflight)
 
-# What goes on to the other machine: where its make runs, and how.
-ASKED    = $(foreach name,DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS,$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
-ELSEWHERE = $(foreach word,$(ASKED),--pass $(word)) $(if $(call typed,CLOUD),--cloud $(call quoted,$(CLOUD))) \
-    $(if $(call typed,TEARDOWN),--teardown $(call quoted,$(TEARDOWN))) $(if $(call typed,MAX_DOLLARS),--max-dollars $(call quoted,$(MAX_DOLLARS))) \
-    $(if $(call typed,YES),--yes)
+# How the image is asked for: here, or where the run goes.
+IMAGING  := DOCKER IMAGE DEVICE ENGINE MOUNT DOCKER_BUILD_FLAGS DOCKER_RUN_FLAGS
+ASKED    := $(foreach name,$(IMAGING),$(if $(call typed,$(name)),$(call quoted,$(name)=$($(name)))))
+# A command for a shell: its $ are not make's.
+ENDING   := $(if $(call typed,TEARDOWN),--teardown $(call quoted,$(value TEARDOWN)))
+ELSEWHERE := $(foreach name,$(IMAGING),$(if $(call typed,$(name)),--pass $(call quoted,$(name)=$($(name))))) \
+    $(if $(call typed,CLOUD),--cloud $(call quoted,$(CLOUD))) $(ENDING) \
+    $(if $(call typed,MAX_DOLLARS),--max-dollars $(call quoted,$(MAX_DOLLARS))) $(if $(call typed,YES),--yes)
 
 # Whose `make doctor` it is: what was typed decides (SIDE, or REPO for mac), else cloud in the image and where there is an
 # NVIDIA driver. `make deploy-mac` means its own, always.
@@ -141,7 +144,7 @@ cloud-to-local: env ## train CONFIG on CLOUD=ssh://user@box[:port][/folder], the
 	@$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory deploy-mac REPO="$$($(LAUNCH) repo --run $(R))"; \
 	code=$$?; $(LAUNCH) billing --run $(R); exit $$code
 cloud-stop: env ## the run there writes its state and ends; the folder stays
-	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD)) $(if $(call typed,TEARDOWN),--teardown $(call quoted,$(TEARDOWN)))
+	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD)) $(ENDING)
 reproduce: env ## REPO=you/model@tag again, from its manifest alone (CLOUD=, DATA=), and a table: the same or not
 	@$(LAUNCH) reproduce $(call quoted,$(REPO)) --runs $(call quoted,$(RUNS)) $(ELSEWHERE) $(if $(call typed,DATA),--data $(call quoted,$(DATA)))
 

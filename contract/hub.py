@@ -48,6 +48,7 @@ def budget() -> float:
 
 
 def seconds_of(name: str, default: float) -> float:
+    """A time limit from the environment. Raises UserError for what is no number."""
     said = os.environ.get(name)
     try:
         return float(said) if said else default

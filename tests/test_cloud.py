@@ -116,6 +116,7 @@ def test_a_sleeping_laptop_finds_its_job_again(delivered):
 def test_the_job_outlives_its_laptop_and_is_not_started_twice(delivered):
     said = delivered.said["second"]
     assert "root@127.0.0.1: boat runs there already" in said and "sending" not in said
+    assert "-- data" not in said, "what was seen is not shown again"
     log = (delivered.there / "job" / "log").read_text()
     assert log.count("train: natively") == 2, "the first start, and that after it was killed"
 

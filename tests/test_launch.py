@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from launch import address, parcel
 from launch import box as boxes_there
 from tests import boxes
 from tests.boxes import Box
-from tests.conftest import SHORT
+from tests.conftest import ROOT, SHORT
 from tests.hub import serving
 
 pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
@@ -148,6 +149,25 @@ def test_the_teardown_is_run_when_nothing_runs(laptop, box, tmp_path, code, said
     done = launched(laptop, box, f"TEARDOWN=echo ended >> {tmp_path}/bill; exit {code}")
     assert done.returncode == 2 and said in done.stdout and "has no NVIDIA GPU" in done.stdout
     assert (tmp_path / "bill").read_text() == "ended\n"
+
+
+def test_what_was_typed_goes_on_as_it_was_typed():
+    words = [
+        "MOUNT=/data /models",
+        "TEARDOWN=echo 'it is' $HOME; true",
+        "CLOUD=ssh://you@box",
+        "MAX_DOLLARS=5",
+        "YES=1",
+        "DOCKER=0",
+    ]
+    said = subprocess.run(
+        ["make", "-n", "reproduce", "REPO=you/model", *words], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    command = next(line for line in said.splitlines() if "launch reproduce" in line)
+    assert shlex.split(command)[3:] == [
+        *("reproduce", "you/model", "--runs", "runs", "--pass", "DOCKER=0", "--pass", "MOUNT=/data /models"),
+        *("--cloud", "ssh://you@box", "--teardown", "echo 'it is' $HOME; true", "--max-dollars", "5", "--yes"),
+    ]
 
 
 @pytest.mark.parametrize(
