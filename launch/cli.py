@@ -91,7 +91,7 @@ def reproduce(repo: str, runs: Path, cloud: str | None, data: Path | None, setti
     from launch.box import Box
     from launch.cloud import Wish
 
-    this = module.asked(repo, runs)
+    this = module.published(repo, runs)
     launcher = Box(address.read(cloud)) if cloud else Box(None, str((runs / "reproduce" / "here").absolute()))
     stop = f"`make cloud-stop CLOUD={cloud} RUN={this.name}`" if cloud else "the same command, and then Ctrl-C,"
     rows = module.stage(this, launcher, stop, data, Wish((), settings, teardown, limit, yes))
@@ -111,8 +111,12 @@ def stop(folder: Path, cloud: str, teardown: str | None) -> None:
     from launch.box import Box
 
     launcher, name = Box(address.read(cloud)), folder.name
-    session = Session(launcher, name, "", teardown, home=folder / "cloud" / "rescued")
-    if launcher.state(name).word == "running":
-        launcher.stop(name)
-        attend.through(launcher, name, folder / "cloud" / "log")
+    # until the box says otherwise
+    session = Session(launcher, name, "the same command", teardown, running=True, home=folder / "cloud" / "rescued")
+    with session.billed():
+        session.running = launcher.state(name).word == "running"
+        if session.running:
+            launcher.stop(name)
+            attend.through(launcher, name, folder / "cloud" / "log")
+            session.running = False
     click.echo(f"stop: {session.ended(well=False)}")

@@ -23,13 +23,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What was published, and where it is made again."""
+class Published:
+    """A model, and where the log and the verdict of making it again go."""
 
     repo: str
     made: Manifest
     folder: Path
-    """Of this machine, for the log and the verdict."""
 
     @property
     def name(self) -> str:
@@ -37,14 +36,14 @@ class Asked:
         return self.folder.name
 
 
-def asked(repo: str, runs: Path) -> Asked:
+def published(repo: str, runs: Path) -> Published:
     """Raises UserError when there is no such repo, or it cannot be made again."""
     content = source.find(repo).manifest()
     made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
-    return Asked(repo, made, runs / "reproduce" / f"{made.name}-{files.sha256_bytes(content)[:12]}")
+    return Published(repo, made, runs / "reproduce" / f"{made.name}-{files.sha256_bytes(content)[:12]}")
 
 
-def stage(this: Asked, launcher: Launcher, again: str, data: Path | None, wish: Wish) -> list[verdict.Row]:
+def stage(this: Published, launcher: Launcher, again: str, data: Path | None, wish: Wish) -> list[verdict.Row]:
     """Make it again and compare. again: the command that ends a running job.
 
     Raises UserError where code, data or machine are not to be had, and where the rows are others than those published.
@@ -71,7 +70,7 @@ def as_before(made: Manifest, wish: Wish) -> Wish:
     return replace(wish, settings=(*wish.settings, "DEVICE=cpu")) if on_cpu and not typed else wish
 
 
-def trained(session: Session, job: Job, this: Asked, wish: Wish, log: Path) -> None:
+def trained(session: Session, job: Job, this: Published, wish: Wish, log: Path) -> None:
     """The rows, compared; then all the rest."""
     cloud.begin(session, job, "data", wish)
     cloud.watched(session, job, log)
@@ -80,7 +79,7 @@ def trained(session: Session, job: Job, this: Asked, wish: Wish, log: Path) -> N
     cloud.watched(session, job, log)
 
 
-def prepared(this: Asked, data: Path | None, wish: Wish) -> Job:
+def prepared(this: Published, data: Path | None, wish: Wish) -> Job:
     """The job: code, config, files. Raises UserError where one of them is not to be had."""
     made, commit = this.made, code_of(this.made)
     found = sources.located(made, pinned(made), commit, data)
@@ -128,7 +127,7 @@ def pinned(made: Manifest) -> dict:
     return settings
 
 
-def agree(this: Asked, launcher: Launcher, machine: Machine, wish: Wish) -> None:
+def agree(this: Published, launcher: Launcher, machine: Machine, wish: Wish) -> None:
     """Hours and price, from how long it took before and what the two cards can do."""
     note = this.folder / "agreed.json"
     mine = {"where": launcher.where, "cards": list(machine.cards)}
@@ -153,7 +152,7 @@ def estimate(made: Manifest, machine: Machine) -> tuple[float | None, float | No
     return hours, hours * card.dollars_per_hour if card else None
 
 
-def same_rows(this: Asked, launcher: Launcher, job: Job) -> None:
+def same_rows(this: Published, launcher: Launcher, job: Job) -> None:
     """Raises UserError when the rows made there are others than those published."""
     there, wanted = result.record(launcher, job.name, job.run, "data"), this.made.dataset
     pairs = (("held-out rows", wanted.split_hash, "heldout"), ("training rows", wanted.train_sha256, "train"))

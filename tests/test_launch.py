@@ -61,6 +61,13 @@ def test_no_route(laptop, box):
     refused(launched(laptop, box), "root@127.0.0.1 is not reached: connect to host 127.0.0.1 port")
 
 
+def test_a_box_that_cannot_be_told_to_stop_is_not_said_to_have_stopped(laptop, box, tmp_path):
+    box.stop()
+    done = boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=fault", f"TEARDOWN=touch {tmp_path}/gone")
+    assert done.returncode == 2 and "still running on root@127.0.0.1: fault" in done.stdout, done.stdout
+    assert "is not reached" in done.stdout and not (tmp_path / "gone").exists()
+
+
 def test_a_key_that_the_box_does_not_know(laptop, box):
     shutil.copy(box.folder / "stranger", box.folder / "user")
     (box.folder / "user.pub").unlink()
