@@ -191,6 +191,14 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     assert "still running on root@127.0.0.1: starboard; `make cloud-stop" in done.stdout
     assert not (box.folder / "gone").exists(), "the machine of a running job"
 
+    looker = Watch(laptop, box, *words["port"], f"TEARDOWN=touch {box.folder}/gone")
+    looker.until(lambda: "finetune: step 1/30" in looker.said or "port runs there already" in looker.said)
+    os.killpg(looker.process.pid, signal.SIGINT)
+    looker.end()
+    assert "still running on root@127.0.0.1: port; `make cloud-stop" in looker.said, looker.said
+    assert "stopped; the same command goes on from here" in looker.said and "Traceback" not in looker.said
+    assert not (box.folder / "gone").exists() and watched["port"].process.poll() is None
+
     for name, watch in watched.items():
         gone = f"TEARDOWN=rm -r {there[name]}"  # the machine is given back
         stopped = boxes.make(
