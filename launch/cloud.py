@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import click
+
 from contract import files, hub, manifest
 from contract.errors import UserError
 from launch import attend, parcel, rescue, result, tree
@@ -193,6 +195,8 @@ def agree(settings: Config, work: plans.Work | None, job: Job, session: Session,
     where, note = session.launcher.where, session.home.with_name("agreed.json")
     this = {"where": where, "config": digest(job), "cards": list(machine.cards)}
     before = note.is_file() and files.read_json(note) == this
+    if plan and not before:
+        click.echo(plans.detail(plan, settings, work), err=True)
     cost = (
         f"about {plans.duration(3600 * plan.hours)} and ${plan.dollars:.2f}"
         if plan

@@ -114,6 +114,7 @@ def test_a_token_without_the_right_to_write(laptop, box, tmp_path):
 def test_a_price_over_the_limit(laptop, box):
     box.program("nvidia-smi", 'echo "NVIDIA H100 80GB HBM3"')
     out = refused(launched(laptop, box, "YES=1", "MAX_DOLLARS=0.01"), "the limit is $0.01")
+    assert "on H100 (85 GB)" in out and re.search(r"^  memory +\d", out, re.MULTILINE), "the plan"
     assert re.search(
         r"fault on root@127\.0\.0\.1 \(NVIDIA H100 80GB HBM3\): about \d+ (s|min) and \$0\.\d\d, set-up", out
     )
