@@ -52,7 +52,7 @@ def _told(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
 def _rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
     """(line, the row as text, 8 bytes of its hash)"""
     for line, payload in formats.items(path):
-        text = payload if isinstance(payload, bytes) else json.dumps(payload, sort_keys=True, default=repr).encode()
+        text = payload if isinstance(payload, bytes) else json.dumps(payload, default=repr).encode()
         yield line, text.decode(errors="replace").strip(), hashlib.blake2b(text.strip(), digest_size=8).digest()
 
 
