@@ -155,6 +155,16 @@ class Scores(TypedDict, total=False):
     notes: list[str]
 
 
+class Provenance(TypedDict, total=False):
+    """What made it, to make it again."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    git: dict | None
+    """url, commit, dirty."""
+    image: dict | None
+    packages: dict | None
+
+
 class Smoke(Part):
     """A prompt, and what the default artifact answered on the cloud side."""
 
@@ -187,10 +197,10 @@ class Manifest(Part):
     artifacts: tuple[Artifact, ...]
     files: tuple[File, ...] = ()
     """Everything else in the repo but this manifest."""
-    config: dict
+    config: dict[str, dict]
     training: dict
     scores: Scores
-    provenance: dict
+    provenance: Provenance
     golden: tuple[Golden, ...]
     smoke: tuple[Smoke, ...]
 

@@ -158,7 +158,7 @@ class Box:
         options |= {} if sys.stdin.isatty() else {"BatchMode": "yes"}  # nobody can be asked for a passphrase
         given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return [
-            *shlex.split(os.environ.get("FERRY_SSH") or "ssh"),
+            *ssh(),
             "-T",
             *given,
             *self.address.words,
@@ -240,6 +240,14 @@ class Box:
             return Missing(f"{self.where}: {why}", "the same command makes it")
         cure = "free some disk there" if full else "see to it there" + ("" if self.ours else f" (`{self.command}`)")
         return UserError(f"{self.where}: {why}", f"{cure}, then the same command goes on")
+
+
+def ssh() -> list[str]:
+    """The client: ssh, or what FERRY_SSH says."""
+    try:
+        return shlex.split(os.environ.get("FERRY_SSH") or "ssh") or ["ssh"]
+    except ValueError as error:
+        raise UserError(f"FERRY_SSH cannot be read: {error}", "FERRY_SSH='ssh -i key', or unset it") from None
 
 
 def _ended(process: subprocess.Popen) -> None:

@@ -5,18 +5,9 @@ from pathlib import Path
 import click
 
 from contract.cli import InOrder
+from pipeline.cli import RUN, SET
 
 CLOUD = click.option("--cloud", default="", metavar="ADDRESS", help="ssh://user@box[:port][/folder]")
-SET = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one value of the config; repeatable.",
-)
-RUN = click.option(
-    "--run", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the run, such as runs/demo."
-)
 PASS = click.option(
     "--pass", "settings", multiple=True, metavar="NAME=VALUE", help="A setting for the make there; repeatable."
 )

@@ -5,7 +5,7 @@ A file inside the checkout keeps its place there; one from elsewhere goes to job
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -19,26 +19,29 @@ NAMING = (
 )  # fmt: skip
 
 
-def moved(config: dict) -> tuple[dict, dict[str, str]]:
-    """The config as it is to be there, and {path as it is named here: path there} of all that it names."""
-    config, moves = copy.deepcopy(config), {}
-    for section, key in NAMING:
-        value = config.get(section, {}).get(key)
-        if value and _local(key, value):
-            moves[value] = config[section][key] = place(section, key, value)
-    return config, moves
-
-
-def _local(key: str, value: str) -> bool:
-    """A path that is there. (`alpaca` is a template of ours, whatever lies in the folder.)"""
+def here(section: str, key: str, value: str) -> bool:
+    """A path of this machine. (`alpaca` is a template of ours, whatever lies in the folder.)"""
     return (key != "template" or value.endswith(".jinja")) and os.path.exists(Path(value).expanduser())
 
 
-def place(section: str, key: str, value: str) -> str:
-    """Where it is to lie in the tree."""
-    inside = os.path.normpath(value)
+def moved(config: dict, is_path: Callable[[str, str, str], bool] = here) -> tuple[dict, dict[str, str]]:
+    """The config as it is to be there, and {path as it is named here: path there} of all that it names.
+
+    is_path: says of (section, key, value) whether it is one.
+    """
+    config, moves = copy.deepcopy(config), {}
+    for section, key in NAMING:
+        value = config.get(section, {}).get(key)
+        if isinstance(value, str) and value and is_path(section, key, value):
+            moves[value] = config[section][key] = place(value)
+    return config, moves
+
+
+def place(path: str) -> str:
+    """Where it is to lie in the tree: there too, or for one from elsewhere in a folder of its own."""
+    inside = os.path.normpath(path)
     if inside.startswith(("..", "~")) or os.path.isabs(inside):
-        return f"job/files/{section}.{key}/{Path(inside).name}"
+        return f"job/files/{files.sha256_bytes(path.encode())[:8]}/{Path(inside).name}"
     return inside
 
 

@@ -120,10 +120,10 @@ def pinned(made: Manifest) -> dict:
     """The config with every revision as it was resolved, and a folder to publish to."""
     settings = {section: dict(values) for section, values in made.config.items()}
     if bases.hub_id(made.base.model):
-        settings["base"]["revision"] = made.base.revision
+        settings.setdefault("base", {})["revision"] = made.base.revision
     if not made.dataset.sha256:
-        settings["data"]["revision"] = made.dataset.revision
-    settings["publish"] |= {"repo": "./hub/{run}", "tag": None}
+        settings.setdefault("data", {})["revision"] = made.dataset.revision
+    settings["publish"] = settings.get("publish", {}) | {"repo": "./hub/{run}", "tag": None}
     return settings
 
 

@@ -7,13 +7,19 @@ from contract import files, hub, manifest
 from contract.errors import UserError
 from launch.attend import Patience
 from launch.launcher import Launcher, Lost
+from pipeline.publish.stage import hub_folder
 
 MOST = 64 << 20  # bytes of a record
 
 
 def record(launcher: Launcher, name: str, run: str, stage: str) -> dict:
     """A record of the run there."""
-    return json.loads(small(launcher, name, f"runs/{run}/{stage}.json"))
+    try:
+        return json.loads(small(launcher, name, f"runs/{run}/{stage}.json"))
+    except ValueError as error:
+        raise UserError(
+            f"{launcher.where}: runs/{run}/{stage}.json is no record: {error}", "delete it there, then the same command"
+        ) from None
 
 
 def small(launcher: Launcher, name: str, path: str) -> bytes:
@@ -31,9 +37,9 @@ def home(launcher: Launcher, name: str, run: str, hubs: Path) -> str:
     said = record(launcher, name, run, "publish")
     if not hub.is_folder(said["repo"]):
         return f"{said['repo']}@{said['tag']}"
-    target = hubs / run
+    target = hub_folder(f"./{hubs / run}")
     brought(launcher, name, said["repo"], target)
-    return str(target) if target.is_absolute() else f"./{target}"
+    return f"./{target}"
 
 
 def brought(launcher: Launcher, name: str, there: str, target: Path) -> None:

@@ -1,5 +1,6 @@
 """The local data of a published model, found again by its sha256; and what is there instead, down to the row."""
 
+import os
 from pathlib import Path
 
 from contract import files, hub
@@ -14,12 +15,7 @@ LINES = (".jsonl", ".json", ".csv")  # of which git's copy can be shown beside o
 
 def moved(settings: dict) -> tuple[dict, dict[str, str]]:
     """The config with the paths of the machine that trained it as places in the tree; and {path there: place}."""
-    settings, moves = {section: dict(values) for section, values in settings.items()}, {}
-    for section, key in parcel.NAMING:
-        value = settings.get(section, {}).get(key)
-        if value and _path(section, key, value):
-            moves[value] = settings[section][key] = parcel.place(section, key, value)
-    return settings, moves
+    return parcel.moved(settings, _path)
 
 
 def _path(section: str, key: str, value: str) -> bool:
@@ -48,8 +44,9 @@ def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> d
     strange = [path for path in strange if path == data or path.name in names]
     if missing or strange:
         raise changed(made, commit, missing, strange)
-    others = {value: target for value, target in moves.items() if Path(value).expanduser().exists()}
-    return parcel.below({v: t for v, t in others.items() if not _read(made, v)}, ()) | found
+    # The manifest may be a stranger's: of this machine only files of the checkout go along by their names.
+    others = {target: Path(value) for value, target in moves.items() if target == value and Path(value).is_file()}
+    return {name: path for name, path in others.items() if name not in made.dataset.sha256} | found
 
 
 def _given(made: Manifest, data: Path | None) -> list[Path]:
@@ -67,11 +64,6 @@ def _given(made: Manifest, data: Path | None) -> list[Path]:
     return found
 
 
-def _read(made: Manifest, value: str) -> bool:
-    """Is it one of the data files, or the folder of some?"""
-    return any(name == value or Path(name).is_relative_to(value) for name in made.dataset.sha256)
-
-
 def _as_named(name: str, digest: str) -> Path | None:
     """Where the manifest says, on this machine."""
     path = Path(name).expanduser()
@@ -85,13 +77,12 @@ def _held(commit: str, name: str, digest: str) -> bool:
 
 
 def _there(name: str, moves: dict[str, str]) -> str:
-    """Its place in the tree; the manifest may be a stranger's, and no place is outside of it."""
+    """Its place in the tree; no name of a stranger's leads out of it."""
+    name = os.path.normpath(name)
     for value, target in moves.items():
-        if name == value:
-            return target
-        if Path(name).is_relative_to(value):
-            return f"{target}/{Path(name).relative_to(value)}"
-    return parcel.place("data", "source", name)
+        if Path(name).is_relative_to(os.path.normpath(value)):
+            return os.path.normpath(f"{target}/{os.path.relpath(name, value)}")
+    return parcel.place(name)
 
 
 def changed(made: Manifest, commit: str, missing: list[str], strange: list[Path]) -> UserError:

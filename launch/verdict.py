@@ -45,9 +45,11 @@ def exact(what: str, a, b, reason: str = "") -> Row:
     return Row(what, _short(a), _short(b), EQUAL if a == b else DIFFERENT, "" if a == b else reason)
 
 
-def near(what: str, a: float, b: float, relative: float, absolute: float, reason: str) -> Row:
+def near(what: str, a: float | None, b: float | None, relative: float, absolute: float, reason: str) -> Row:
     """Equal as they are printed, or not further apart than the larger of the two tolerances."""
     said = _short(a), _short(b)
+    if not (isinstance(a, int | float) and isinstance(b, int | float)):
+        return Row(what, *said, UNKNOWN)
     if a == b:
         return Row(what, *said, EQUAL)
     inside = abs(a - b) <= max(relative * abs(a), absolute)
@@ -78,7 +80,7 @@ def training(before: Manifest, after: Manifest, reason: str) -> list[Row]:
         exact(name, a.get(name), b.get(name), reason)
         for name in ("steps", "tokens", "train_batch_size", "learning_rate")
     ]
-    return [*counts, near("final loss", a["final_loss"], b["final_loss"], LOSS, NATS, reason)]
+    return [*counts, near("final loss", a.get("final_loss"), b.get("final_loss"), LOSS, NATS, reason)]
 
 
 def ladder(before: Manifest, after: Manifest, reason: str) -> list[Row]:

@@ -273,7 +273,13 @@ def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, 
     )
     made = manifest.read(repo / manifest.NAME)
     found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], None)
-    assert {name for name, path in found.items() if path == mine} == {"job/files/data.source/mine.jsonl"}
+    names = {name for name, path in found.items() if path == mine}
+    assert len(names) == 2 and all(re.fullmatch(r"job/files/\w{8}/mine\.jsonl", name) for name in names)
+    assert not sources._there("a/../../../etc/passwd", {"a": "a"}).startswith(("..", "/"))
+    for place in ("/", "..", str(tmp_path), "/etc/passwd", "launch"):  # nothing of this machine goes along for its name
+        edit(repo, lambda made, place=place: made["config"]["evaluate"].update(prompts=place))
+        again = manifest.read(repo / manifest.NAME)
+        assert sources.located(again, reproduce.pinned(again), made.provenance["git"]["commit"], None) == found
 
 
 def test_lines_that_differ_by_their_ends_or_number(tmp_path):
@@ -369,9 +375,10 @@ def test_data_is_found_by_its_sha256_under_any_name(delivered, tmp_path, monkeyp
     mine = tmp_path / "mine.jsonl"
     shutil.copy("configs/demo/train.jsonl", mine)
     settings, _ = sources.moved(reproduce.pinned(made))
-    assert settings["data"]["source"] == "job/files/data.source/rows.jsonl"
+    there = settings["data"]["source"]
+    assert re.fullmatch(r"job/files/\w{8}/rows\.jsonl", there)
     found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
-    assert found["job/files/data.source/rows.jsonl"] == mine
+    assert found[there] == mine
 
 
 CHANGES = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from contract import files
 from contract.errors import UserError
 from launch import address, parcel
 from launch import box as boxes_there
@@ -226,20 +227,21 @@ def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, t
     outside.write_text("{}\n")
     for name in ("secret.txt", "alpaca"):
         Path(name).write_text("untracked")
+    held = f"job/files/{files.sha256_bytes(str(outside).encode())[:8]}/held.jsonl"
     config = {
         "base": {"model": "you/base"},
         "data": {"source": "runs/mine/rows.jsonl", "validation": str(outside), "template": "alpaca"},
-        "evaluate": {"prompts": "configs/demo/heldout.jsonl", "json_schema": None},
+        "evaluate": {"prompts": str(outside), "json_schema": "configs/demo/heldout.jsonl"},
     }
     changed, moves = parcel.moved(config)
     assert changed["data"] == {
-        "source": "runs/mine/rows.jsonl", "validation": "job/files/data.validation/held.jsonl", "template": "alpaca",
+        "source": "runs/mine/rows.jsonl", "validation": held, "template": "alpaca",
     }  # fmt: skip
     found = parcel.below(moves, ["runs/mine/rows.jsonl", str(outside)])
     sent = parcel.untold(laptop, "HEAD", found)
     assert sent == {
         "runs/mine/rows.jsonl": Path("runs/mine/rows.jsonl"),
-        "job/files/data.validation/held.jsonl": outside,
+        held: outside,
     }
     job = boxes_there.Job("x", "x", laptop, tree.head(laptop), None, parcel.dump(changed), sent)
     names = tree.hashed(tree.packed(job)).keys()
@@ -257,10 +259,11 @@ def test_a_folder_of_data_travels_with_the_files_that_were_read(tmp_path, monkey
     for name in ("train.jsonl", "test.jsonl", "notes.txt"):
         (folder / name).write_text(name)
     changed, moves = parcel.moved({"data": {"source": str(folder)}})
-    assert changed["data"]["source"] == "job/files/data.source/rows"
+    there = changed["data"]["source"]
+    assert re.fullmatch(r"job/files/\w{8}/rows", there)
     assert parcel.below(moves, [str(folder / "train.jsonl"), str(folder / "test.jsonl")]) == {
-        "job/files/data.source/rows/train.jsonl": folder / "train.jsonl",
-        "job/files/data.source/rows/test.jsonl": folder / "test.jsonl",
+        f"{there}/train.jsonl": folder / "train.jsonl",
+        f"{there}/test.jsonl": folder / "test.jsonl",
     }
 
 
