@@ -303,6 +303,8 @@ def renamed(dataset: dict, old: str, new: str) -> None:
     ("change", "said"),
     [
         (lambda made: made["provenance"]["git"].update(commit=None), "names no commit"),
+        (lambda made: made["provenance"].update(git="a commit"), "is no valid manifest: provenance.git"),
+        (lambda made: made.update(config={"base": 3}), "is no valid manifest: config.base"),
         (lambda made: made["provenance"]["git"].update(commit="--upload-pack=x"), "names no commit"),
         (
             lambda made: made["provenance"]["git"].update(commit="1" * 40),

@@ -62,6 +62,10 @@ def test_no_route(laptop, box):
     refused(launched(laptop, box), "root@127.0.0.1 is not reached: connect to host 127.0.0.1 port")
 
 
+def test_an_ssh_command_that_no_shell_reads(laptop, box):
+    refused(launched(laptop, box, FERRY_SSH="ssh 'i"), "FERRY_SSH cannot be read: No closing quotation")
+
+
 def test_a_box_that_cannot_be_told_to_stop_is_not_said_to_have_stopped(laptop, box, tmp_path):
     box.stop()
     done = boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=fault", f"TEARDOWN=touch {tmp_path}/gone")
