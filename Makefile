@@ -10,6 +10,9 @@ RUNS   ?= runs
 MODELS ?= models
 REPO   ?= ./hub/$(RUN)
 QUANT  ?=
+# A private repo of the Hub that gets the newest checkpoint, so that another machine can go on; for the stages by its name.
+CHECKPOINTS ?= $(FERRY_CHECKPOINTS)
+export FERRY_CHECKPOINTS := $(if $(filter cloud-to-local cloud-stop reproduce,$(MAKECMDGOALS)),,$(CHECKPOINTS))
 # What launches elsewhere needs no more than a laptop has, but for a base that is a GGUF, which llama.cpp must read; where
 # the whole environment is there already, it does.
 ifeq ($(origin LIGHT),undefined)
@@ -60,8 +63,8 @@ endif
 # Where the cloud side runs: natively, or in Ferry's image (docker/). What was typed decides, else what this machine is;
 # setup/container.py says which and why. Inside the image FERRY_IMAGE is set, and the graph is run as it is.
 CONTAINER := $(PYTHON) setup/container.py
-IMAGED    := demo train check preflight config preview data plan finetune evaluate export verify publish $(if $(filter cloud,$(DOCTOR)),doctor)
-PASSED    := $(if $(filter cloud,$(DOCTOR)),SIDE=cloud) $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT GPU PROBE,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
+IMAGED    := demo train resume restore check preflight config preview data plan finetune evaluate export verify publish $(if $(filter cloud,$(DOCTOR)),doctor)
+PASSED    := $(if $(filter cloud,$(DOCTOR)),SIDE=cloud) $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT GPU PROBE CHECKPOINTS,$(if $(filter-out undefined file,$(origin $(name))),$(call quoted,$(name)=$(subst $$,$$$$,$($(name))))))
 ifeq ($(FERRY_IMAGE)$(FERRY_WHERE)$(LIGHT),)
 ifneq ($(filter $(IMAGED),$(MAKECMDGOALS)),)
 export FERRY_WHERE := $(shell $(CONTAINER) where $(ASKED) -- $(firstword $(MAKECMDGOALS)))
@@ -74,7 +77,7 @@ export UNSLOTH_FORCE_CPU ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train check preflight config preview data plan finetune evaluate export verify publish \
+.PHONY: help demo train resume restore check preflight config preview data plan finetune evaluate export verify publish \
         cloud-to-local cloud-stop reproduce deploy-mac doctor pull smoke modelfile ollama lmstudio summary chat serve models trace rollback prune undeploy \
         image shell env deploy-env lock lock-images test test-image lint bench
 
@@ -105,6 +108,10 @@ endif
 train: check $(R)/publish.json ## all of the following, from where it stands
 	@echo "train: complete, $(R)/publish.json"
 
+resume: env ## a run that another machine began, from its checkpoints alone (CHECKPOINTS=you/name)
+	@run=$$($(PIPELINE) resume --runs $(call quoted,$(RUNS))) && \
+	$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory train CONFIG=$(call quoted,$(RUNS))/"$$run"/config.yaml RUN="$$run" SET=
+
 preview: env ## three rows as they will be trained, what carries loss in colour; writes nothing
 	@$(PIPELINE) data $(CONFIG) --run $(R) $(SETS) --preview 3
 data: $(R)/data.json ## rows -> token ids and labels; freezes the config (LIGHT=1: no torch needed)
@@ -116,7 +123,11 @@ export: check $(R)/export.json ## merged 16 bit -> f16 GGUF -> quantized GGUF
 verify: check $(R)/verify.json ## the GGUFs in llama.cpp: same prompt, same answers
 publish: check $(R)/publish.json ## into the hub, manifest.json last
 
-check: env ## does the run still fit its config, inputs and records?
+# Where CHECKPOINTS is given and this machine has nothing of the run, it begins with what is there.
+restore: env
+	@$(PIPELINE) restore $(CONFIG) --run $(R) $(SETS)
+
+check: env $(if $(CHECKPOINTS),restore) ## does the run still fit its config, inputs and records?
 	@$(PIPELINE) check $(CONFIG) --run $(R) $(SETS)
 
 preflight: check ## token, repo, base, licence, data set, disk: asked before any GPU work

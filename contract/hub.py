@@ -187,6 +187,28 @@ def patiently(
         left, wait = left - pause, min(wait * 2, LONGEST_WAIT)
 
 
+def named(repo: str, run: str | None) -> str:
+    """`repo` with {run} and {user} filled in. Raises UserError when the Hub does not know the user."""
+    repo = repo.replace("{run}", run) if run else repo
+    if "{user}" in repo:
+        client = api()
+        repo = repo.replace("{user}", patiently("ask the Hub who you are", client.whoami)["name"])
+    return repo
+
+
+def found(what: str, ask):
+    """What the Hub says, None where it has no such repo."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def asked():
+        try:
+            return ask()
+        except RepositoryNotFoundError:
+            return None
+
+    return patiently(what, asked, seconds=QUICK)
+
+
 def say(text: str) -> None:
     import click
 

@@ -85,13 +85,38 @@ def check(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
 @CONFIG
 @RUN
 @SET
+def restore(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
+    """From $FERRY_CHECKPOINTS what it holds of this run, where this machine has nothing of it."""
+    from pipeline import config
+    from pipeline.offsite import pusher
+    from pipeline.offsite import restore as module
+    from pipeline.record import Run
+
+    module.restore(pusher.repo() or "", Run(folder), config.load(config_file, overrides))
+
+
+@cli.command()
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where runs go.")
+def resume(runs: Path) -> None:
+    """From $FERRY_CHECKPOINTS the run that it holds; prints its name."""
+    from pipeline.offsite import pusher
+    from pipeline.offsite import restore as module
+
+    click.echo(module.resume(pusher.repo() or "", runs).run)
+
+
+@cli.command()
+@CONFIG
+@RUN
+@SET
 def preflight(config_file: Path, folder: Path, overrides: tuple[str, ...]) -> None:
     """Ask before any GPU work: token, repo, base model, licence, data set, disk."""
     from pipeline import config
     from pipeline import preflight as module
+    from pipeline.offsite import pusher
     from pipeline.record import Run
 
-    for text in module.stage(config.load(config_file, overrides), Run(folder)):
+    for text in module.stage(config.load(config_file, overrides), Run(folder), checkpoints=pusher.repo()):
         click.echo(f"preflight: {text}")
 
 
@@ -254,11 +279,14 @@ def publish(folder: Path) -> None:
 def stage(name: str, folder: Path, work) -> None:
     """Run one stage unless its record says that it is done."""
     from contract.errors import UserError
+    from pipeline.offsite import pusher
     from pipeline.record import Run
 
     run = Run(folder)
     if run.done(name):
         click.echo(f"{name}: done already ({run.path(name)})")
+        if name == "publish":
+            pusher.after(run)
         return
     click.echo(f"-- {name}", err=True)
     try:
@@ -268,6 +296,7 @@ def stage(name: str, folder: Path, work) -> None:
             f"{name} needs {error.name}, which this environment does not have",
             "leave out LIGHT=1 (a light environment makes rows for a Hugging Face base, nothing else), or `make env`",
         ) from error
+    pusher.after(run)
 
 
 def page(record: dict, ladder: str) -> str:

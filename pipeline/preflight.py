@@ -6,11 +6,13 @@ from contract import files, hub
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import licences
-from pipeline.config import Config
+from pipeline.config import Config, dump
 from pipeline.data import read
+from pipeline.offsite import push
+from pipeline.offsite.state import State
 from pipeline.plan import disk as space
 from pipeline.publish import sender
-from pipeline.publish.stage import hub_folder, named
+from pipeline.publish.stage import hub_folder
 from pipeline.record import Run
 
 LARGEST = 50e9  # bytes of one file that the Hub takes: https://huggingface.co/docs/hub/storage-limits
@@ -18,20 +20,42 @@ WRITE = {"repo.write", "repo.content.write"}  # permissions of a fine-grained to
 FREE_PRIVATE = 100e9  # of a free account, from the same page
 
 
-def stage(config: Config, run: Run, here: bool = True) -> list[str]:
+def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None = None) -> list[str]:
     """Ask all that can be asked without a GPU; returns what a user should know, a sentence each.
 
-    here: whether this machine will train, so that its disk matters.
+    here: whether this machine will train, so that its disk matters. checkpoints: the repo for them.
 
     Raises UserError for the first thing that would stop the run later.
     """
     if run.done("publish"):
         return []
-    repo = named(config.publish.repo, run)
+    repo = hub.named(config.publish.repo, run.folder.name)
     said = [destination(config, repo)]
+    said += [leaving(config, run, hub.named(checkpoints, run.folder.name))] if checkpoints else []
     if not run.done("export"):
         said += [*base(config, run, repo, here), *dataset(config)]
     return said
+
+
+def writable(what: str, name: str) -> dict:
+    """Who the token's user is, who may write to that repo. Raises UserError otherwise."""
+    if not hub.token():
+        raise UserError(f"{what}: no token of the Hub is set", hub.LOGIN)
+    user = hub.patiently(what, hub.api().whoami, seconds=hub.QUICK)
+    if why := lacks(user, name):
+        raise UserError(f"{what}: {why}", hub.HINTS[403])
+    return user
+
+
+def leaving(config: Config, run: Run, repo: str) -> str:
+    """The repo for checkpoints is private, ours, and no other run's."""
+    name, _ = hub.split(repo)
+    writable(f"CHECKPOINTS {name}", name)
+    api = hub.api()
+    head = hub.found(f"CHECKPOINTS {name}", lambda: api.repo_info(name))
+    there = push.found(name, head) if head else None
+    push.refuse(name, there, State(run.folder.name, files.sha256_bytes(dump(config).encode())), behind=True)
+    return f"checkpoints go to {name} on the Hub ({f'at {there}' if there else 'there already' if head else 'new'}, private)"
 
 
 def destination(config: Config, repo: str) -> str:
@@ -39,13 +63,8 @@ def destination(config: Config, repo: str) -> str:
     if hub.is_folder(repo):
         return f"goes to the folder {hub_folder(repo)}"
     name, _ = hub.split(repo)
-    if not hub.token():
-        raise UserError(f"publish.repo {name}: no token of the Hub is set", hub.LOGIN)
-    api = hub.api()
-    user = hub.patiently(f"publish.repo {name}", api.whoami, seconds=hub.QUICK)
-    if why := lacks(user, name):
-        raise UserError(f"publish.repo {name}: {why}", hub.HINTS[403])
-    head = found(f"publish.repo {name}", lambda: api.repo_info(name))
+    user, api = writable(f"publish.repo {name}", name), hub.api()
+    head = hub.found(f"publish.repo {name}", lambda: api.repo_info(name))
     if head:
         sender.refuse_strange(head, name, config.publish.private)
         refuse_tag(api, name, config.publish.tag)
@@ -77,19 +96,6 @@ def lacks(user: dict, repo: str) -> str | None:
         return "the token may only read"
     orgs = {org.get("name", "").lower() for org in user.get("orgs") or [] if org.get("roleInOrg") != "read"}
     return None if owner in {user["name"].lower(), *orgs} else f"{user['name']} may not write to {owner}'s repos"
-
-
-def found(what: str, ask):
-    """What the Hub says, None where it has no such repo."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def asked():
-        try:
-            return ask()
-        except RepositoryNotFoundError:
-            return None
-
-    return hub.patiently(what, asked, seconds=hub.QUICK)
 
 
 def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:

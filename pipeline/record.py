@@ -99,9 +99,12 @@ def check(run: Run, config: Config) -> list[str]:
 
 def _changed(run: Run, config: Config) -> list[str]:
     frozen, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
-    faults = [f"{key}: {old!r} in the run, {new!r} now" for key, old, new in _differences(frozen, now)]
+    faults = [f"{key}: {old!r} in the run, {new!r} now" for key, old, new in differences(frozen, now)]
+    came = (run.folder / "restored.json").is_file()  # from another machine, which had the files; the rows came along
     for name, wanted in run.read("data")["inputs"].items():
         path = Path(name)
+        if not path.is_file() and came:
+            continue
         if not path.is_file():
             faults.append(f"{name}: the run was made from it and it is gone")
         elif files.sha256(path) != wanted:
@@ -109,11 +112,11 @@ def _changed(run: Run, config: Config) -> list[str]:
     return faults
 
 
-def _differences(old: dict, new: dict, place: str = ""):
+def differences(old: dict, new: dict, place: str = ""):
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{place}{key}.")
+            yield from differences(a, b, f"{place}{key}.")
         elif a != b:
             yield f"{place}{key}", a, b
 

@@ -178,6 +178,22 @@ class Storage:
     def tags(self, name: str) -> dict[str, str]:
         return self.refs(name)["tags"]
 
+    def large(self, name: str) -> dict[str, tuple[str, int]]:
+        """{sha256: (path, size)} of the LFS files of every commit."""
+        found: dict[str, tuple[str, int]] = {}
+        for commit in self.commits(name):
+            for path, entry in commit["files"].items():
+                if "sha256" in entry and self.object(entry).exists():
+                    found.setdefault(entry["sha256"], (path, entry["size"]))
+        return found
+
+    def forget(self, name: str, sha256: str) -> None:
+        """An LFS file out of history and storage. (The real Hub rewrites the commits; here they keep their ids.)"""
+        for commit in self.commits(name):
+            commit["files"] = {path: e for path, e in commit["files"].items() if e.get("sha256") != sha256}
+            save(self.folder / "repos" / name / f"{commit['id']}.json", json.dumps(commit).encode())
+        (self.folder / "objects" / sha256).unlink(missing_ok=True)
+
     def tamper(self, name: str, path: str, content: bytes) -> None:
         """Other bytes under the announced sha256: what a broken disk or a bad mirror sends."""
         save(self.object(self.files(name)[path]), content)
@@ -636,6 +652,24 @@ class Answer(BaseHTTPRequestHandler):
                 del files[name]
         elif key != "header":
             raise Refused(400, f"unknown operation {key}")
+
+    @route("GET", "{api}/lfs-files")
+    def list_lfs(self, name: str) -> None:
+        self.allow(name, write=True)
+        self.answer(
+            [{"fileOid": sha256, "filename": path, "oid": git_id(sha256.encode()), "pushedAt": now(), "ref": "main", "size": size}
+             for sha256, (path, size) in self.server.large(name).items()]
+        )  # fmt: skip
+
+    @route("POST", "{api}/lfs-files/batch")
+    def forget_lfs(self, name: str) -> None:
+        """Gone from the storage, and from every commit but those whose tree is a branch's or a tag's."""
+        self.allow(name, write=True)
+        asked = self.json()["deletions"]
+        with self.server.lock:
+            for sha256 in asked["sha"]:
+                self.server.forget(name, sha256)
+        self.answer({})
 
     @route("POST", "{api}/tag/{rev}")
     def tag(self, name: str, rev: str) -> None:

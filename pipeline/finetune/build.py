@@ -13,6 +13,7 @@ from pipeline import batches, rows, unsloth
 from pipeline.config import SEVEN, Base, Finetune
 from pipeline.finetune import survive, watch
 from pipeline.finetune.trainer import trainer_class
+from pipeline.offsite import pusher as offsite
 from pipeline.plan import cards, memory
 from pipeline.plan.choose import Choice
 from pipeline.record import Run
@@ -39,11 +40,12 @@ def build_trainer(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     folder, signals, lengths = run.folder / "finetune", survive.Signals(), batches.lengths(written)[order]
+    pusher = offsite.Pusher(run, offsite.repo(), tune.save_minutes)
     steps = batches.dataset(written, order, choice.train_batch_size)
     per_step = np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size))
     meter = watch.Meter(per_step, flops(model), *cards.of(unsloth.device()))
     callbacks = [
-        survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals),
+        survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals, pusher),
         watch.watcher(folder / "log.jsonl", meter),
     ]
     callbacks += [EarlyStoppingCallback(tune.early_stopping_patience)] if tune.early_stopping_patience else []
@@ -63,7 +65,7 @@ def build_trainer(
         trainer.remove_callback(shown)
     return trainer.prepare(
         packed=choice.packing, budget=choice.micro_batch_tokens, smallest=int(lengths.max()), signals=signals, meter=meter,
-        memory=unsloth.peak_memory_gb,
+        memory=unsloth.peak_memory_gb, pusher=pusher,
     )  # fmt: skip
 
 

@@ -139,11 +139,14 @@ def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: ch
         start_again(path, choice, str(error))
     except survive.Stop:
         trainer.save()
-    if trainer.signals:
+    if not trainer.signals:
+        trainer.pusher.close()  # the adapter is newer
+    else:
         print(
             f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}",
             file=sys.stderr,
         )
+        trainer.pusher.last(survive.last_complete(Path(trainer.args.output_dir)))
         if trainer.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -161,7 +164,7 @@ def finish(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.signals and (best := trainer.state.best_model_checkpoint):
-        take(trainer, Path(best))
+        take(trainer, Path(trainer.args.output_dir) / Path(best).name)  # its folder may be another machine's
 
 
 def stopped_early(state) -> bool:

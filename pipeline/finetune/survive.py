@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from contract import files
+from pipeline.offsite.pusher import Pusher
 
 COMPLETE = "ferry-complete"
 
@@ -54,8 +55,11 @@ class Signals:
             signal.signal(known, handler)
 
 
-def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals):
-    """A callback that asks for a checkpoint every so many minutes (and steps) and at a signal, and keeps what is whole."""
+def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals, pusher: Pusher):
+    """A callback that asks for a checkpoint every so many minutes (and steps) and at a signal, and keeps what is whole.
+
+    pusher: gets each one, and holds the one that it sends.
+    """
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):
@@ -74,7 +78,9 @@ def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals):
             path = folder / f"checkpoint-{state.global_step}"
             if path.is_dir():  # it is gone when the disk was full
                 mark(path, state.global_step)
-                keep(folder, {path, Path(state.best_model_checkpoint or path)})
+                keep(folder, {path, Path(state.best_model_checkpoint or path), pusher.busy or path})
+                if not signals:  # the last one is sent when the training has ended
+                    pusher.offer(path)
 
     return Keeper()
 

@@ -31,7 +31,7 @@ def trainer_class() -> type["SFTTrainer"]:
 
     class StepTrainer(SFTTrainer):
         """What it needs besides SFTTrainer's arguments: `packed`, `budget` (tokens of a micro-batch), `smallest` (the least
-        that holds every row), `signals`, `meter`, `memory` (a function: peak, GB)."""
+        that holds every row), `signals`, `meter`, `memory` (a function: peak, GB), `pusher`."""
 
         def prepare(self, **given) -> "StepTrainer":
             self.__dict__.update(given)

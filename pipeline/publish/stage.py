@@ -54,7 +54,7 @@ def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict
     made = lay_out(config, run, folder)
     finish(config, run, folder, made, None)  # whole, whatever the Hub says
     try:
-        repo, _ = hub.split(named(repo, run))
+        repo, _ = hub.split(hub.named(repo, run.folder.name))
         may_go(config, run, repo)
         whole = finish(config, run, folder, made, repo)
         wish = {"private": config.publish.private, "tag": config.publish.tag}
@@ -65,15 +65,6 @@ def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict
             f"  scp -r {socket.gethostname()}:{folder.absolute()} .   and then, on your Mac: make deploy-mac REPO=./{folder.name}",
             error.hint,
         ) from error
-
-
-def named(repo: str, run: Run) -> str:
-    """publish.repo with {run} and {user} filled in. Raises UserError when the Hub does not know the user."""
-    repo = repo.replace("{run}", run.folder.name)
-    if "{user}" in repo:
-        api = hub.api()
-        repo = repo.replace("{user}", hub.patiently("ask the Hub who you are", api.whoami)["name"])
-    return repo
 
 
 def may_go(config: Config, run: Run, repo: str) -> None:

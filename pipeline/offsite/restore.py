@@ -1,0 +1,90 @@
+"""A run from its repo onto a machine that has nothing of it: all of it by sha256, or none."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from contract import files, hub
+from contract.errors import UserError
+from pipeline.config import Config, build
+from pipeline.offsite import push
+from pipeline.offsite import state as states
+from pipeline.offsite.state import State
+from pipeline.record import Run, differences
+
+NOTE = "restored.json"
+
+
+def restore(repo: str, run: Run, config: Config) -> State | None:
+    """For `make train`: what the repo holds of this run, where this machine has no rows of it yet.
+
+    None: nothing is there, or this machine has the run. Raises UserError when the repo holds another run or config.
+    """
+    if run.done("data"):
+        return None
+    found = look(repo, run)
+    if not found:
+        return None
+    name, commit, state = found
+    if state.run != run.folder.name:
+        raise UserError(
+            f"{name} holds the run {state.run}, this one is {run.folder.name}",
+            f"RUN={state.run}, or CHECKPOINTS=another repo",
+        )
+    there = build(
+        yaml.safe_load(hub.read_small(name, "config.yaml", commit, states.MOST)), {}, Path(f"{name}/config.yaml")
+    )
+    pairs = differences(there.model_dump(mode="json"), config.model_dump(mode="json"))
+    if faults := [f"{key}: {old!r} there, {new!r} here" for key, old, new in pairs]:
+        raise UserError(
+            f"{name} holds the run {state.run} of another config:\n  " + "\n  ".join(faults),
+            "undo the change, or start a new run: RUN=another-name CHECKPOINTS=another repo",
+        )
+    return fetched(name, commit, state, run)
+
+
+def resume(repo: str, runs: Path) -> State:
+    """For `make resume`, which knows nothing but the repo. Raises UserError when it holds no run."""
+    found = look(repo, None)
+    if not found:
+        raise UserError(f"{repo} holds no state of a run", "correct CHECKPOINTS; a run is there once its rows are made")
+    name, commit, state = found
+    run = Run(runs / state.run)
+    if run.done("data"):
+        hub.say(f"checkpoints: {run.folder} is here already and goes on from what it has")
+        return state
+    return fetched(name, commit, state, run)
+
+
+def look(repo: str, run: Run | None) -> tuple[str, str, State] | None:
+    """(repo, commit, state) of what is there. Raises UserError for a run that has ended."""
+    name, _ = hub.split(hub.named(repo, run.folder.name if run else None))
+    api, what = hub.api(), f"checkpoints in {name}"
+    head = hub.found(what, lambda: api.repo_info(name))
+    state = head and hub.patiently(what, lambda: push.found(name, head))
+    if not state:
+        return None
+    if states.RESULT in state.files:
+        said = states.json.loads(hub.read_small(name, states.RESULT, head.sha, states.MOST))
+        where = f"{said['repo']}@{said['tag']}" if "tag" in said else said["repo"]
+        raise UserError(f"the run {state.run} has ended: it is {where}", f"make deploy-mac REPO={where}")
+    return name, head.sha, state
+
+
+def fetched(repo: str, commit: str, state: State, run: Run) -> State:
+    """The files into the run's folder, compared; they appear there all at once."""
+    from huggingface_hub import snapshot_download
+
+    with files.writing(run.folder) as part:
+        hub.patiently(
+            f"checkpoints from {repo}",
+            lambda: snapshot_download(repo, revision=commit, local_dir=part, allow_patterns=list(state.files)),
+        )
+        shutil.rmtree(part / ".cache", ignore_errors=True)
+        for name, item in state.files.items():
+            if not (part / name).is_file() or states.describe(part / name) != item:
+                raise UserError(f"{name} in {repo} is not the file that was sent", "run the same command again")
+        files.write_json(part / NOTE, {"repo": repo, "commit": commit, "at": str(state)})
+    hub.say(f"checkpoints: {run.folder} from {repo}, {state}")
+    return state

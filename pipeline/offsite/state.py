@@ -1,0 +1,129 @@
+"""What of a run leaves its machine, so that another one can go on: a private repo on the Hub that mirrors runs/<run>/.
+
+    state.json    how far the run is, and size and sha256 of every other file
+    config.yaml  data.json  data/  finetune/checkpoints/checkpoint-80/  ...    as in the run's folder
+
+Not in it: what is made again in minutes (16-bit weights, GGUFs) and records of it. Each commit holds a whole state, so
+nothing of an upload that was killed is ever gone on from.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+
+from contract import files
+from contract.errors import UserError
+from pipeline.finetune.survive import COMPLETE
+from pipeline.record import Run
+
+INDEX = "state.json"
+MOST = 16 << 20  # bytes of it
+LEAVING = ("data", "finetune", "evaluate")
+RESULT = "publish.json"  # says where the result is; no machine goes on from it
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of a run."""
+
+    run: str
+    config: str
+    """sha256 of config.yaml."""
+    done: tuple[str, ...] = ()
+    """Stages."""
+    step: int = 0
+    """Of the newest checkpoint."""
+    files: dict[str, dict] = field(default_factory=dict)
+    """{path in the run's folder: {"sha256", "bytes"}}."""
+    schema: int = SCHEMA
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """States of one run in the order in which they came."""
+        return len(self.done), self.step
+
+    def __str__(self) -> str:
+        return f"step {self.step:,}" if self.done == ("data",) else f"{self.done[-1]} done"
+
+
+def of(run: Run) -> State:
+    """The state of the run's folder as it is now."""
+    step, paths = newest(run)
+    names = sorted(path.relative_to(run.folder).as_posix() for path in paths)
+    described = {name: describe(run.folder / name) for name in names}
+    done = tuple(stage for stage in (*LEAVING, Path(RESULT).stem) if run.done(stage))
+    return State(run.folder.name, described["config.yaml"]["sha256"], done, step, described)
+
+
+def newest(run: Run) -> tuple[int, list[Path]]:
+    """Step of the newest whole checkpoint, and all files that leave. Raises UserError before `data` is done."""
+    run.read("data")
+    found = [run.config_file, *filter(Path.is_file, map(run.path, LEAVING)), *below(run.folder / "data")]
+    found += [run.folder / RESULT] if (run.folder / RESULT).is_file() else []
+    if run.done("evaluate"):
+        found += below(run.folder / "evaluate")
+    if run.done("finetune"):
+        return 0, found + [p for p in below(run.folder / "finetune") if "checkpoints" not in p.parts]
+    step, kept = checkpoints(run.folder / "finetune" / "checkpoints")
+    # the log grows meanwhile, and a checkpoint holds it
+    beside = (run.folder / "finetune" / name for name in ("source.json", "choice.json"))
+    return step, [*found, *filter(Path.is_file, beside), *(path for folder in kept for path in below(folder))]
+
+
+def checkpoints(folder: Path) -> tuple[int, list[Path]]:
+    """Step of the newest whole one, and those that are needed to go on: it, and the best so far."""
+    whole = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")}
+    if not whole:
+        return 0, []
+    last = whole[max(whole)]
+    best = files.read_json(last / "trainer_state.json").get("best_model_checkpoint")
+    also = folder / Path(best).name if best else last
+    return max(whole), [path for path in whole.values() if path in (last, also)]
+
+
+def below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+def describe(path: Path) -> dict:
+    return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+
+
+def dump(state: State) -> bytes:
+    return json.dumps(asdict(state), indent=1).encode()
+
+
+def parse(content: bytes, where: str) -> State:
+    """Raises UserError for what no Ferry wrote, and for a newer one's."""
+    try:
+        said = json.loads(content)
+        version = said.pop("schema")
+        if version != SCHEMA:
+            raise UserError(
+                f"{where} has schema {version}, this Ferry reads {SCHEMA}", "git pull, then the same command"
+            )
+        state = State(**(said | {"done": tuple(said["done"])}))
+        sound = all(
+            plain(name) and len(item["sha256"]) == 64 and item["bytes"] >= 0 for name, item in state.files.items()
+        )
+        sound = (
+            sound
+            and plain(state.run)
+            and state.step >= 0
+            and "config.yaml" in state.files
+            and "data.json" in state.files
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{where} is no state of a run", "CHECKPOINTS=another repo; this one is something else's")
+    return state
+
+
+def plain(name: str) -> bool:
+    """A path that stays inside."""
+    path = PurePosixPath(name)
+    return (
+        str(path) == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name and name != INDEX
+    )

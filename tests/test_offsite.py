@@ -1,0 +1,279 @@
+"""Checkpoints that leave the machine: another one, which knows the repo's name and nothing else, goes on from them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from contract import files
+from contract.errors import UserError
+from pipeline.offsite import push, pusher, restore
+from pipeline.offsite import state as states
+from pipeline.record import Run
+from tests import boxes
+from tests.conftest import SHORT, typed
+from tests.hub import Fault
+from tests.test_finetune import TUNE, begin, losses, made, run, trained, whole  # noqa: F401 fixtures
+
+REPO = "you/boat-checkpoints"
+NAME = f"models/{REPO}"
+
+
+def there(hub) -> states.State:
+    return states.parse(hub.read(NAME, states.INDEX), REPO)
+
+
+def at(hub, step: int, limit: float = 120) -> None:
+    """Wait until the repo holds that step or a later one."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        if hub.refs(NAME) and states.INDEX in hub.files(NAME) and there(hub).step >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} did not arrive")
+
+
+def elsewhere(folder: Path) -> Run:
+    """Another machine, which has nothing."""
+    return Run(folder / restore.resume(REPO, folder).run)
+
+
+@pytest.fixture
+def leaving(monkeypatch, online):
+    monkeypatch.setenv(pusher.REPO, REPO)
+    return online
+
+
+def test_another_machine_goes_on_as_if_nothing_had_been(run, whole, leaving, tmp_path):  # noqa: F811
+    """Killed with kill -9; what is on the Hub is some steps older, and the losses from there on are the same."""
+    process = begin(run, save_minutes=1e-6)
+    at(leaving, 1)
+    process.kill()
+    process.communicate()
+    left = there(leaving)
+    shutil.rmtree(run.folder)
+    other = elsewhere(tmp_path / "other")
+    assert other.read("data")["outputs"]["train"]["sha256"] == files.sha256(other.output("data", "train"))
+    record = trained(other)
+    assert record["resumed_from"].startswith("checkpoint-") and int(record["resumed_from"][11:]) >= left.step
+    assert losses(other) == pytest.approx(whole[1], rel=1e-6)
+    assert [record[name] for name in ("steps", "rows", "tokens")] == [
+        whole[0][name] for name in ("steps", "rows", "tokens")
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_at_a_signal_the_last_step_leaves(run, leaving, number):  # noqa: F811
+    process = begin(run, save_minutes=1000)
+    log = run.folder / "finetune" / "log.jsonl"
+    while not log.is_file() or len(log.read_text().splitlines()) < 5:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    printed = process.communicate(timeout=90)[0]
+    step = len(losses(run))
+    assert f"checkpoints: step {step}, in {REPO}" in printed, printed
+    assert there(leaving).step == step
+
+
+def test_an_upload_that_was_killed_half_way_is_never_gone_on_from(run, leaving, tmp_path):  # noqa: F811
+    """The second state dies on the wire: the first one is what another machine gets, whole."""
+    process = begin(run, save_steps=2, max_steps=6)
+    process.communicate()
+    shutil.copytree(run.folder / "finetune" / "adapter", tmp_path / "adapter")
+    (run.folder / "finetune.json").unlink()  # as it was before the end
+    state, before = there(leaving), len(leaving.commits(NAME))
+    assert state.done == ("data", "finetune")
+    (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3 << 20))
+    (run.folder / "finetune.json").write_text(json.dumps(run_record(run)))
+    leaving.faults.append(Fault("PUT /lfs", rate=1e5, times=-1))
+    sender = pusher.started(run, REPO)
+    until = time.monotonic() + 60
+    sent = leaving.sent["uploads"]
+    while leaving.sent["uploads"] < sent + 200_000 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert leaving.sent["uploads"] >= sent + 200_000 and sender.poll() is None, "it is in the middle"
+    sender.kill()
+    sender.wait()
+    assert len(leaving.commits(NAME)) == before and there(leaving) == state
+    other = elsewhere(tmp_path / "other")
+    got = other.folder / "finetune" / "adapter" / "adapter_model.safetensors"
+    assert files.sha256(got) == files.sha256(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+def run_record(run: Run) -> dict:  # noqa: F811
+    path = run.folder / "finetune" / "adapter" / "adapter_model.safetensors"
+    return {
+        "stage": "finetune",
+        "sources": {},
+        "outputs": {"adapter": {"path": str(path.relative_to(run.folder)), "bytes": 1, "sha256": "0"}},
+    }
+
+
+def test_old_checkpoints_go_from_the_storage(run, leaving):  # noqa: F811
+    sizes = []
+    for step in (4, 8):
+        trained(run, max_steps=step) if step == 4 else None
+        push.push(run, REPO)
+        sizes.append(sum(size for _, size in leaving.large(NAME).values()))
+        (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(1 << 20))
+    push.push(run, REPO)
+    kept = {item["sha256"] for item in there(leaving).files.values()}
+    assert set(leaving.large(NAME)) <= kept, "no file of an older state is stored"
+    assert len(leaving.commits(NAME)) == 4, "one commit a state, after the empty one"
+
+
+def test_what_did_not_change_is_not_sent_again(run, leaving):  # noqa: F811
+    push.push(run, REPO)
+    commits, sent = len(leaving.commits(NAME)), leaving.sent["uploads"]
+    push.push(run, REPO)
+    assert (len(leaving.commits(NAME)), leaving.sent["uploads"]) == (commits, sent)
+
+
+def test_the_repo_is_private_and_holds_nothing_but_the_state(run, leaving):  # noqa: F811
+    push.push(run, REPO)
+    assert leaving.refs(NAME)["private"]
+    assert set(leaving.files(NAME)) == {*there(leaving).files, states.INDEX, "README.md", ".gitattributes"} & set(
+        leaving.files(NAME)
+    )
+    assert f"make resume CHECKPOINTS={REPO}" in leaving.read(NAME, "README.md").decode()
+    assert not leaving.leaks
+
+
+def test_refusals(run, leaving, tmp_path, monkeypatch):  # noqa: F811
+    leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
+    leaving.add("models/you/other", folder_with(tmp_path / "b", "x.txt"), private=True)
+    for repo, said in (("you/open", "is public"), ("you/other", "is a repo of something else: it holds x.txt")):
+        with pytest.raises(UserError, match=said):
+            push.push(run, repo)
+    push.push(run, REPO)
+    tree = yaml.safe_load(run.config_file.read_text())
+    run.config_file.write_text(yaml.safe_dump(tree | {"finetune": tree["finetune"] | {"seed": 1}}))
+    with pytest.raises(UserError, match="holds the run run of another config"):
+        push.push(run, REPO)
+    with pytest.raises(UserError, match=r"another config:\n  finetune.seed: 3407 there, 1 here"):
+        restore.restore(REPO, Run(tmp_path / "elsewhere" / "run"), run.config())
+    with pytest.raises(UserError, match="holds the run run, this one is boat"):
+        restore.restore(REPO, Run(tmp_path / "elsewhere" / "boat"), run.config())
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(UserError, match="holds no state of a run"):
+        restore.resume("you/nothing", tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(UserError, match="may only read|refuses"):
+        push.push(run, "you/new")
+
+
+def folder_with(folder: Path, name: str) -> Path:
+    folder.mkdir()
+    (folder / name).write_text("x")
+    return folder
+
+
+def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leaving, tmp_path):  # noqa: F811
+    shutil.copytree(run.folder, tmp_path / "behind" / "run")
+    trained(run, max_steps=4)
+    push.push(run, REPO)
+    with pytest.raises(
+        push.Overtaken, match="is at finetune done, this machine at step 0: another one went on with run"
+    ):
+        push.push(Run(tmp_path / "behind" / "run"), REPO)
+
+
+def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):  # noqa: F811
+    push.push(run, REPO)
+    name = "data/train.parquet"
+    content = bytearray(leaving.read(NAME, name))
+    content[100] ^= 1
+    entry = leaving.files(NAME)[name]
+    leaving.object(entry).write_bytes(content)
+    with pytest.raises(UserError, match="is not the file that was sent"):
+        restore.resume(REPO, tmp_path / "other")
+    assert not list((tmp_path / "other").glob("*"))
+
+
+@pytest.mark.parametrize("content", [
+    b"[]", b"{}", b"no json", b'{"schema": 2}', b'{"schema": 1, "run": "../x", "config": "", "done": [], "step": 0, "files": {}}',
+    json.dumps({"schema": 1, "run": "x", "config": "", "done": [], "step": 0, "files": {n: {"sha256": "0" * 64, "bytes": 1} for n in ("config.yaml", "data.json", "../../etc/passwd")}}).encode(),
+], ids=["a list", "empty", "no JSON", "a newer schema", "a run that leads out", "a file that leads out"])  # fmt: skip
+def test_an_index_that_lies(content):
+    with pytest.raises(UserError):
+        states.parse(content, "you/x/state.json")
+
+
+def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # noqa: F811
+    leaving.faults.append(Fault("(POST|GET) /api/(?!whoami)", status=503, times=-1))
+    process = begin(run, save_minutes=1e-6)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    assert losses(run) == pytest.approx(whole[1], rel=1e-6)
+    assert "error: checkpoints to you/boat-checkpoints: the Hub answers 503" in printed and "Traceback" not in printed
+
+
+def test_a_sender_that_hangs_is_replaced(run, leaving, monkeypatch):  # noqa: F811
+    """Such as one over Xet, where no time limit reaches: the next is told to use plain LFS."""
+    monkeypatch.setattr(pusher, "LONGEST", 0.5)
+    told: list[bool] = []
+
+    def started(run, repo, plain):
+        told.append(plain)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    monkeypatch.setattr(pusher, "started", started)
+    sending = pusher.Pusher(run, REPO, 1e-6)
+    sending.offer(Path("checkpoint-1"))
+    first = sending.process
+    sending.offer(Path("checkpoint-2"))
+    assert sending.process is first and sending.busy == Path("checkpoint-1"), "one at a time"
+    time.sleep(0.6)
+    sending.offer(Path("checkpoint-3"))
+    assert first.poll() is not None and told == [False, True] and sending.busy == Path("checkpoint-3")
+    sending.close()
+    assert sending.busy is None
+
+
+# The whole chain, on the demo's real weights
+
+
+def machine(folder: Path) -> Path:
+    """A checkout of its own, as on a machine of its own."""
+    folder.mkdir()
+    return boxes.laptop(folder)
+
+
+def start(place: Path, *words: str) -> subprocess.Popen:
+    command = ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.executable}", *words]
+    kept = {name: value for name, value in typed().items() if not name.endswith("_OFFLINE")} | {
+        "HF_HOME": str(place / "hf")
+    }
+    return subprocess.Popen(command, cwd=place, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chain, online, tmp_path):
+    """Machine A is killed in the middle; B resumes by the repo's name, and ends as the run that nobody disturbed."""
+    words = [f"SET={SHORT} publish.repo={{user}}/{{run}}-GGUF finetune.save_minutes=0.001", "RUN=boat"]
+    a, b = machine(tmp_path / "a"), machine(tmp_path / "b")
+    first = start(a, "train", "CHECKPOINTS={user}/{run}-checkpoints", *words)
+    at(online, 8, 300)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert "checkpoints go to you/boat-checkpoints on the Hub (new, private)" in first.communicate()[0]
+    shutil.rmtree(a)  # the machine is gone
+    second = start(b, "resume", f"CHECKPOINTS={REPO}")
+    printed = second.communicate()[0]
+    assert second.returncode == 0, printed
+    tuned = files.read_json(b / "runs" / "boat" / "finetune.json")
+    assert int(tuned["resumed_from"].split("-")[1]) >= 8 and tuned["steps"] == 30, printed
+    alone = Run(chain.run).read("finetune")
+    assert tuned["final_loss"] == pytest.approx(alone["final_loss"], rel=0.005)
+    assert "publish: you/boat-GGUF@v1" in printed
+    assert json.loads(online.read(NAME, "publish.json"))["tag"] == "v1", "whoever waits for it finds where it is"
+    third = start(a.parent / "b", "resume", f"CHECKPOINTS={REPO}", "RUNS=again")
+    printed = third.communicate()[0]
+    assert third.returncode == 2 and "has ended: it is you/boat-GGUF@v1" in printed, printed
