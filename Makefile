@@ -51,6 +51,9 @@ ENDING   := $(if $(call typed,TEARDOWN),--teardown $(call quoted,$(value TEARDOW
 ELSEWHERE := $(foreach name,$(IMAGING),$(if $(call typed,$(name)),--pass $(call quoted,$(name)=$($(name))))) \
     $(if $(call typed,CLOUD),--cloud $(call quoted,$(CLOUD))) $(ENDING) \
     $(if $(call typed,MAX_DOLLARS),--max-dollars $(call quoted,$(MAX_DOLLARS))) $(if $(call typed,YES),--yes)
+# Of those that a machine is rented for.
+RENTED    := $(if $(CHECKPOINTS),--checkpoints $(call quoted,$(CHECKPOINTS))) $(if $(call typed,SPOT),--spot)
+RENTING   := $(if $(call typed,GPU),--gpu $(call quoted,$(GPU))) $(if $(call typed,HOURS),--hours $(call quoted,$(HOURS)))
 
 # Whose `make doctor` it is: what was typed decides (SIDE, or REPO for mac), else cloud in the image and where there is an
 # NVIDIA driver. `make deploy-mac` means its own, always.
@@ -150,12 +153,12 @@ endif
 
 ##@ From the laptop, on another machine
 
-cloud-to-local: env ## train CONFIG on CLOUD=ssh://user@box[:port][/folder], then deploy-mac; again: it goes on, or watches
-	@$(LAUNCH) cloud $(CONFIG) --run $(R) $(SETS) $(ELSEWHERE)
+cloud-to-local: env ## train CONFIG on CLOUD=ssh://user@box[:port][/folder], sky or hf-jobs, then deploy-mac; again: it goes on, or watches
+	@$(LAUNCH) cloud $(CONFIG) --run $(R) $(SETS) $(ELSEWHERE) $(RENTED) $(RENTING)
 	@$(MAKE) -f '$(firstword $(MAKEFILE_LIST))' --no-print-directory deploy-mac REPO="$$($(LAUNCH) repo --run $(R))"; \
 	code=$$?; $(LAUNCH) billing --run $(R); exit $$code
 cloud-stop: env ## the run there writes its state and ends; the folder stays
-	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD)) $(ENDING)
+	@$(LAUNCH) stop --run $(R) --cloud $(call quoted,$(CLOUD)) $(ENDING) $(RENTED)
 reproduce: env ## REPO=you/model@tag again, from its manifest alone (CLOUD=, DATA=), and a table: the same or not
 	@$(LAUNCH) reproduce $(call quoted,$(REPO)) --runs $(call quoted,$(RUNS)) $(ELSEWHERE) $(if $(call typed,DATA),--data $(call quoted,$(DATA)))
 
@@ -231,5 +234,6 @@ help:
 	@echo '          DOCKER=1 or 0: the cloud side in the image, or natively; IMAGE=name:tag takes a ready one,'
 	@echo '          MOUNT="/data /models" shows it more folders of this machine'
 	@echo '          CLOUD=ssh://user@box:port/folder for another machine; YES=1 does not ask, MAX_DOLLARS=5 refuses more,'
+	@echo '          CLOUD=sky (SPOT=1) or hf-jobs rents one: GPU="L4", HOURS=3 is its time limit; CHECKPOINTS=you/name for a box'
 	@echo '          TEARDOWN="command" ends what bills, whatever came of it; DEVICE=cpu takes a box without a GPU'
 	@echo '          LIGHT=1 with data and preview: an environment without torch, for a laptop'

@@ -141,14 +141,16 @@ def same_host(url: str) -> bool:
     return (ours.scheme, ours.netloc) == (there.scheme, there.netloc)
 
 
-def read_small(repo: str, name: str, revision: str, limit: int) -> bytes:
+def read_small(repo: str, name: str, revision: str, limit: int, kind: str = "model") -> bytes:
     """A file of at most `limit` bytes, whatever its sender says. Raises UserError beyond, the client's errors otherwise."""
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import hf_raise_for_status
 
     content = bytearray()
     plain = headers() | {"Accept-Encoding": "identity"}
-    with get_session().stream("GET", hf_hub_url(repo, name, revision=revision), headers=plain) as answer:
+    with get_session().stream(
+        "GET", hf_hub_url(repo, name, revision=revision, repo_type=kind), headers=plain
+    ) as answer:
         hf_raise_for_status(answer)
         for block in answer.iter_raw():
             content += block

@@ -31,17 +31,17 @@ class Address:
         return [*(["-p", str(self.port)] if self.port else []), self.destination]
 
 
-def read(cloud: str) -> Address:
-    """Raises UserError for what is no address of a box."""
+def read(cloud: str, forms: str = FORM) -> Address:
+    """forms: what CLOUD may be, for messages. Raises UserError for what is no address of a box."""
     if re.match(r"[^/]*//[^/@]*:[^/]*@", cloud):
         raise UserError("CLOUD holds a password, which others on this machine could read", "use a key: ssh-copy-id")
     try:
         url = urlsplit(cloud)
         host, port = url.hostname or "", url.port
     except ValueError as error:
-        raise UserError(f"CLOUD={shown(cloud)} is no address: {error}", FORM) from None
+        raise UserError(f"CLOUD={shown(cloud)} is no address: {error}", forms) from None
     if url.scheme != "ssh":
-        raise UserError(f"CLOUD={shown(cloud)}: there is no launcher for that; it begins with ssh://", FORM)
+        raise UserError(f"CLOUD={shown(cloud)}: there is no launcher for that", forms)
     user, folder = url.username, unquote(url.path).rstrip("/")
     if (
         not HOST.fullmatch(host)
@@ -50,9 +50,9 @@ def read(cloud: str) -> Address:
         or url.query
         or url.fragment
     ):
-        raise UserError(f"CLOUD={shown(cloud)} is no address of a box", FORM)
+        raise UserError(f"CLOUD={shown(cloud)} is no address of a box", forms)
     if not re.fullmatch(r"[A-Za-z0-9_./-]*", folder) or ".." in folder.split("/"):
-        raise UserError(f"CLOUD={shown(cloud)}: no folder has such a name", FORM)
+        raise UserError(f"CLOUD={shown(cloud)}: no folder has such a name", forms)
     # urlsplit gives the host in small letters; a name in ~/.ssh/config may have others
     given = re.search(re.escape(host), url.netloc, re.IGNORECASE)
     return Address(given[0] if given else host, user, port, folder or "ferry")

@@ -82,7 +82,7 @@ def _once(launcher: Launcher, name: str, copy: IO[bytes], out: Callable[[bytes],
     state = launcher.state(name)
     if state.word == "absent":
         return state
-    if state.log < copy.tell():  # another one's, that lay here
+    if state.log is not None and state.log < copy.tell():  # another one's, that lay here
         copy.truncate(0)
         copy.seek(0)
     if state.word != "running":

@@ -40,15 +40,15 @@ class Session:
     def ended(self, well: bool = True) -> str:
         """Tear down, unless the job runs or its work would be lost; says what is left."""
         if self.running:
-            return f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. {self.launcher.bill(self.name)}"
-        if not self.teardown:
-            return f"{self.name} does not run on {self.launcher.where}. {self.launcher.bill(self.name)}"
+            return f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. {self.launcher.bill(self.name, self.running)}"
+        if not (teardown := self.teardown or self.launcher.teardown(self.name)):
+            return f"{self.name} does not run on {self.launcher.where}. {self.launcher.bill(self.name, self.running)}"
         if self.home and not well and (why := rescue.bring(self.launcher, self.name, self.name, self.home)):
-            return f"TEARDOWN was not run: what {self.name} made cannot be brought home ({why}). {self.launcher.bill(self.name)}"
-        code = subprocess.run(["sh", "-c", self.teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
+            return f"TEARDOWN was not run: what {self.name} made cannot be brought home ({why}). {self.launcher.bill(self.name, self.running)}"
+        code = subprocess.run(["sh", "-c", teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if code:
-            return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{self.teardown}` was to end it"
-        return f"TEARDOWN has ended {self.launcher.where}: `{self.teardown}`"
+            return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{teardown}` was to end it"
+        return f"TEARDOWN has ended {self.launcher.where}: `{teardown}`"
 
 
 def ask(what: str, dollars: float | None, limit: float | None, yes: bool) -> None:
@@ -60,6 +60,7 @@ def ask(what: str, dollars: float | None, limit: float | None, yes: bool) -> Non
             "raise MAX_DOLLARS, take a cheaper card, or correct its line in configs/gpus.csv",
         )
     if yes:
+        hub.say(what)
         return
     if not sys.stdin.isatty():
         raise UserError(f"{what}: nobody is here to agree to it", "the same command with YES=1")

@@ -43,7 +43,7 @@ class Box:
 
     def __init__(self, address: Address | None, root: str | None = None):
         self.address, self.root = address, root or (address.folder if address else "")
-        self.ours = address is None
+        self.ours, self.rented = address is None, False
         self.where = address.destination if address else "this machine"
 
     @property
@@ -136,7 +136,10 @@ class Box:
     def stop(self, name: str) -> None:
         self._run("stop", self.folder(name))
 
-    def bill(self, name: str) -> str:
+    def teardown(self, name: str) -> str | None:
+        return None  # the user's own
+
+    def bill(self, name: str, running: bool) -> str:
         if self.ours:
             return f"What there is of it is in {self.folder(name)}"
         return (

@@ -7,7 +7,12 @@ import click
 from contract.cli import InOrder
 from pipeline.cli import RUN, SET
 
-CLOUD = click.option("--cloud", default="", metavar="ADDRESS", help="ssh://user@box[:port][/folder]")
+CLOUD = click.option(
+    "--cloud",
+    default="",
+    metavar="ADDRESS",
+    help="ssh://user@box[:port][/folder], sky[/infra] or hf-jobs[/organization]",
+)
 PASS = click.option(
     "--pass", "settings", multiple=True, metavar="NAME=VALUE", help="A setting for the make there; repeatable."
 )
@@ -15,6 +20,12 @@ TEARDOWN = click.option(
     "--teardown", metavar="COMMAND", help="Ends what bills; run here once no job runs, whatever came of it."
 )
 LIMIT = click.option("--max-dollars", "limit", type=click.FloatRange(0), help="Refuse what would cost more.")
+CHECKPOINTS = click.option(
+    "--checkpoints", metavar="OWNER/NAME", help="A private repo of the Hub for them; an engine has one always."
+)
+SPOT = click.option(
+    "--spot", is_flag=True, help="Of an engine, a machine that may be taken away; it goes on on the next."
+)
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
@@ -31,16 +42,32 @@ def cli() -> None:
 @PASS
 @TEARDOWN
 @LIMIT
+@CHECKPOINTS
+@SPOT
+@click.option("--gpu", metavar="NAME", help="Of an engine: this card of configs/gpus.csv, or this machine.")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), help="Time limit, of an engine's machine.")
 @YES
-def cloud(config_file: Path, folder: Path, cloud: str, overrides, settings, teardown, limit, yes) -> None:
+def cloud(
+    config_file: Path,
+    folder: Path,
+    cloud: str,
+    overrides,
+    settings,
+    teardown,
+    limit,
+    checkpoints,
+    spot,
+    gpu,
+    hours,
+    yes,
+) -> None:
     """Check here, train there, bring the result home; run again, it goes on."""
-    from launch import address
     from launch import cloud as module
-    from launch.box import Box
+    from launch import launchers
     from pipeline.record import Run
 
-    launcher = Box(address.read(cloud))
-    wish = module.Wish(overrides, settings, teardown, limit, yes)
+    launcher = launchers.of(cloud, folder, checkpoints, spot)
+    wish = module.Wish(overrides, settings, teardown, limit, yes, checkpoints, gpu, hours, spot)
     record = module.stage(config_file, Run(folder), launcher, cloud, wish)
     click.echo(f"cloud: {record['repo']}, trained on {record['where']} by the code of {record['commit'][:12]}")
 
@@ -94,14 +121,15 @@ def reproduce(repo: str, runs: Path, cloud: str | None, data: Path | None, setti
 @cli.command()
 @RUN
 @CLOUD
+@CHECKPOINTS
+@SPOT
 @TEARDOWN
-def stop(folder: Path, cloud: str, teardown: str | None) -> None:
+def stop(folder: Path, cloud: str, checkpoints: str | None, spot: bool, teardown: str | None) -> None:
     """Tell the job of that run to write its state and end."""
-    from launch import address, attend
+    from launch import attend, launchers
     from launch.bill import Session
-    from launch.box import Box
 
-    launcher, name = Box(address.read(cloud)), folder.name
+    launcher, name = launchers.of(cloud, folder, checkpoints, spot), folder.name
     # until the box says otherwise
     session = Session(launcher, name, "the same command", teardown, running=True, home=folder / "cloud" / "rescued")
     with session.billed():

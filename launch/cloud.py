@@ -14,9 +14,10 @@ import click
 
 from contract import files, hub, manifest
 from contract.errors import UserError
-from launch import attend, parcel, rescue, result, tree
+from launch import attend, parcel, rescue, result, task, tree
+from launch import order as orders
 from launch.bill import Session, ask
-from launch.launcher import Job, Launcher, Machine, State
+from launch.launcher import Job, Launcher, Machine, Order, State
 from pipeline import code, config, preflight
 from pipeline.config import Config
 from pipeline.plan import cards
@@ -43,10 +44,19 @@ class Wish:
     limit: float | None = None
     """Dollars."""
     yes: bool = False
+    checkpoints: str | None = None
+    """Repo for a box's checkpoints; a rented machine's are always sent."""
+    gpu: str | None = None
+    hours: float | None = None
+    """Time limit of a rented machine."""
+    spot: bool = False
 
     @property
     def device(self) -> str:
-        return dict(word.split("=", 1) for word in self.settings).get("DEVICE", "cuda")
+        return self.typed("DEVICE", "cuda")
+
+    def typed(self, name: str, otherwise: str) -> str:
+        return dict(word.split("=", 1) for word in self.settings).get(name, otherwise)
 
 
 def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wish) -> dict:
@@ -55,7 +65,8 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     Raises UserError with what went wrong, after the line that says what still bills.
     """
     settings, name, notes = config.load(config_file, wish.overrides), run.folder.name, run.folder / "cloud"
-    job = prepared(settings, run, wish)
+    refuse_folder(settings, launcher)
+    job = prepared(settings, run, launcher, wish)
     if record := here_already(run, job):
         return record
     stop = f"`make cloud-stop CLOUD={cloud} RUN={name}`"
@@ -64,14 +75,20 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
         state = found(session, job)
         if not session.running and state.code != 0:
             machine = launched_on(launcher, wish)
-            checked(config_file, run, wish)
+            checked(config_file, run, launcher, wish)
             job = with_files(job, settings, run)
             work = work_of(settings, run)
+            need = disk_of(settings, work, wish)
+            order, plan = (
+                ordered(machine, work, need, wish) if launcher.rented else (None, planned(settings, work, machine))
+            )
+            job = replace(job, order=order)
             if state.word == "absent":
-                refuse_full_disk(settings, work, launcher, machine, wish)
+                refuse_full_disk(need, launcher, machine)
                 job = replace(job, files=job.files | brought_home(run))
+            if state.word == "absent" or launcher.rented:
                 set_aside(notes / "log")
-            agree(settings, work, job, session, machine, wish)
+            agree(settings, work, plan, job, session, machine, wish)
             files.write_json(notes / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)
         state = watched(session, job, notes / "log")
@@ -106,12 +123,23 @@ def started(run: Run, launcher: Launcher) -> bool:
     return note.is_file() and files.read_json(note).get("where") == launcher.where
 
 
-def prepared(settings: Config, run: Run, wish: Wish) -> Job:
+def refuse_folder(settings: Config, launcher: Launcher) -> None:
+    """A machine that is given back takes its folders with it."""
+    if launcher.rented and hub.is_folder(settings.publish.repo):
+        raise UserError(
+            f"publish.repo is {settings.publish.repo}, a folder, and {launcher.where} keeps none",
+            'a repo of the Hub: SET="publish.repo={user}/{run}-GGUF"',
+        )
+
+
+def prepared(settings: Config, run: Run, launcher: Launcher, wish: Wish) -> Job:
     """The job without its files, which are known once `data` has read them."""
     changed, _ = parcel.moved(settings.model_dump(mode="json"))
     url = code.checkout()["url"]
     name, head = run.folder.name, tree.head(tree.ROOT)
-    return Job(name, name, tree.ROOT, head, url, parcel.dump(changed), settings=wish.settings)
+    typed = [word for word in wish.settings if not (launcher.rented and word.startswith("IMAGE="))]
+    typed += [f"CHECKPOINTS={wish.checkpoints}"] if wish.checkpoints and not launcher.rented else []
+    return Job(name, name, tree.ROOT, head, url, parcel.dump(changed), settings=tuple(typed))
 
 
 def found(session: Session, job: Job) -> State:
@@ -130,14 +158,15 @@ def found(session: Session, job: Job) -> State:
     return replace(state, word="died", code=None) if other else state
 
 
-def checked(config_file: Path, run: Run, wish: Wish) -> None:
+def checked(config_file: Path, run: Run, launcher: Launcher, wish: Wish) -> None:
     """What can be known here, in seconds: the config, the rows, the Hub. Raises UserError or ends with its exit code."""
     overrides = [word for text in wish.overrides for word in ("--set", text)]
     for stage in ("check", "data"):
         command = [sys.executable, "-m", "pipeline", stage, str(config_file), "--run", str(run.folder), *overrides]
         if code := subprocess.call(command):
             raise SystemExit(code)
-    for text in preflight.stage(config.load(config_file, wish.overrides), run, here=False):
+    leaving = getattr(launcher, "checkpoints", wish.checkpoints)
+    for text in preflight.stage(config.load(config_file, wish.overrides), run, here=False, checkpoints=leaving):
         hub.say(f"preflight: {text}")
 
 
@@ -183,37 +212,64 @@ def launched_on(launcher: Launcher, wish: Wish) -> Machine:
         )
     if not machine.cards and wish.device != "cpu":
         raise UserError(
-            f"{launcher.where} has no NVIDIA GPU that answers",
-            "take another box, or train on its processor: DEVICE=cpu",
+            f"{launcher.where} {'offers' if launcher.rented else 'has'} no NVIDIA GPU{'' if launcher.rented else ' that answers'}",
+            "take another one, or train on a processor: DEVICE=cpu",
         )
     return machine
 
 
-def agree(settings: Config, work: plans.Work | None, job: Job, session: Session, machine: Machine, wish: Wish) -> None:
+def ordered(machine: Machine, work: plans.Work | None, need: int, wish: Wish) -> tuple[Order, plans.Plan | None]:
+    """The machine to ask for, and the plan on it."""
+    return orders.order(
+        machine, work, need, wish.typed("IMAGE", task.IMAGE), gpu=wish.gpu, cpu=wish.device == "cpu", spot=wish.spot,
+        hours=wish.hours, dollars=wish.limit,
+    )  # fmt: skip
+
+
+def agree(
+    settings: Config,
+    work: plans.Work | None,
+    plan: plans.Plan | None,
+    job: Job,
+    session: Session,
+    machine: Machine,
+    wish: Wish,
+) -> None:
     """Hours and price of this run on that machine, agreed to once."""
-    plan, card = planned(settings, work, machine), machine.cards[0] if machine.cards else "CPU"
-    where, note = session.launcher.where, session.home.with_name("agreed.json")
-    this = {"where": where, "config": digest(job), "cards": list(machine.cards)}
+    where, note, order = session.launcher.where, session.home.with_name("agreed.json"), job.order
+    card = order.offer.name if order else machine.cards[0] if machine.cards else "CPU"
+    this = {"where": where, "config": digest(job), "cards": [card] if order else list(machine.cards)}
+    this |= {"hours": order.hours, "dollars": order.offer.dollars, "spot": order.spot} if order else {}
     before = note.is_file() and files.read_json(note) == this
     if plan and not before:
         click.echo(plans.detail(plan, settings, work), err=True)
-    cost = (
-        f"about {plans.duration(3600 * plan.hours)} and ${plan.dollars:.2f}"
-        if plan
-        else "hours and price are not known"
-    )
-    what = f"{job.run} on {where} ({card}): {cost}, set-up and downloads not counted"
-    ask(what, plan.dollars if plan else None, wish.limit, wish.yes or before)
+    hourly = order.offer.dollars if order else plan.card.dollars_per_hour if plan else None
+    dollars = plan.hours * hourly if plan and hourly is not None else None
+    about = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
+    cost = f"about {plans.duration(3600 * plan.hours)}{about}" if plan else "hours and price are not known"
+    cost += f", set-up and downloads not counted{at_most(order)}"
+    dollars = order.most if order and dollars is None else dollars
+    ask(f"{job.run} on {where} ({card}): {cost}", dollars, wish.limit, wish.yes or before)
     files.write_json(note, this)
 
 
-def refuse_full_disk(
-    settings: Config, work: plans.Work | None, launcher: Launcher, machine: Machine, wish: Wish
-) -> None:
-    """Room for the environment and for the run to its end."""
-    need = ENVIRONMENT[wish.device]
-    need += sum(plans.space_of(settings, work).values()) if work else 0
-    if machine.free < need:
+def at_most(order: Order | None) -> str:
+    """What a rented machine cannot cost more than."""
+    if not order:
+        return ""
+    most = f", ${order.most:.2f}" if order.most is not None else ""
+    hourly = f" at ${order.offer.dollars:.2f} an hour" if order.offer.dollars is not None else ""
+    return f"; at most {plans.duration(3600 * order.hours)}{most}{hourly}{', spot' if order.spot else ''}"
+
+
+def disk_of(settings: Config, work: plans.Work | None, wish: Wish) -> int:
+    """Bytes, of the environment and of the run to its end."""
+    return round(ENVIRONMENT[wish.device] + (sum(plans.space_of(settings, work).values()) if work else 0))
+
+
+def refuse_full_disk(need: int, launcher: Launcher, machine: Machine) -> None:
+    """Of a machine that is there."""
+    if not launcher.rented and machine.free < need:
         raise UserError(
             f"{launcher.where} has {machine.free / 1e9:.1f} GB of disk free where the job goes, it needs {need / 1e9:.1f} GB",
             "take a box with more disk, or name a larger folder: CLOUD=ssh://user@box/folder",
@@ -264,7 +320,8 @@ def watched(session: Session, job: Job, log: Path) -> State:
     session.running = False
     if state.word == "ended" and state.code == 0:
         return state
-    ends = {"ended": f"ended with exit code {state.code}", "absent": "is gone, with its folder"}
+    ended = f"ended: {state.why}" if state.why else f"ended with exit code {state.code}"
+    ends = {"ended": ended, "absent": "is gone, with its folder"} | ({"died": ended} if state.why else {})
     how = ends.get(state.word, "ended without a word (killed, or the machine was switched off)")
     raise UserError(
         f"`make {state.goal}` on {session.launcher.where} {how}; its log is above and in {log}",

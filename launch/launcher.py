@@ -21,6 +21,20 @@ class Missing(UserError):
 
 
 @dataclass(frozen=True)
+class Offer:
+    """A kind of machine that can be had."""
+
+    name: str
+    """As who offers it calls it."""
+    card: str
+    """As configs/gpus.csv may know it; empty: it has none."""
+    dollars: float | None
+    """An hour; None: not known."""
+    disk: int | None = None
+    """Bytes; None: as much as is asked for."""
+
+
+@dataclass(frozen=True)
 class Machine:
     """What is there."""
 
@@ -32,8 +46,30 @@ class Machine:
     """Names of its NVIDIA cards."""
     lacks: tuple[str, ...] = ()
     """Programs that a job needs and that are not there."""
+    offers: tuple[Offer, ...] = ()
+    """Instead of one that is there: those that can be had."""
     unwritable: str = ""
     """The folder where the job's would be made, when nothing can be written there."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The machine that a job asks for."""
+
+    offer: Offer
+    hours: float
+    """The job's time limit."""
+    disk: int
+    """Bytes that it needs."""
+    image: str
+    """Of a container registry."""
+    spot: bool = False
+    """May be taken away at any time."""
+
+    @property
+    def most(self) -> float | None:
+        """Dollars at the time limit."""
+        return None if self.offer.dollars is None else self.hours * self.offer.dollars
 
 
 @dataclass(frozen=True)
@@ -48,8 +84,10 @@ class State:
     config: str = ""
     """sha256 of the config that was sent."""
     commit: str = ""
-    log: int = 0
-    """Bytes."""
+    log: int | None = 0
+    """Bytes, where they are known."""
+    why: str = ""
+    """How it ended, in the words of who runs it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +109,8 @@ class Job:
     """Where it is to lie in the tree -> the local file: what the config names and the commit does not hold."""
     settings: tuple[str, ...] = ()
     """More settings of its make."""
+    order: Order | None = None
+    """The machine, where one is rented for it."""
 
 
 class Launcher(Protocol):
@@ -80,6 +120,8 @@ class Launcher(Protocol):
     """For messages."""
     ours: bool
     """Is it this machine? Then Ctrl-C means the job, too."""
+    rented: bool
+    """Is a machine rented for each job, and given back after it? Then what stays is on the Hub."""
 
     def look(self) -> Machine: ...
 
@@ -103,5 +145,8 @@ class Launcher(Protocol):
     def stop(self, name: str) -> None:
         """Tell the job to write its state and end."""
 
-    def bill(self, name: str) -> str:
+    def teardown(self, name: str) -> str | None:
+        """The command that gives back what was rented for it; None: nothing was, or it goes by itself."""
+
+    def bill(self, name: str, running: bool) -> str:
         """What costs money as long as it is there, and what holds what."""

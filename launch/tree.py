@@ -65,15 +65,15 @@ def same_locks(repository: Path, commit: str) -> bool:
     return not changed and locks(repository, commit) == locks(repository, head(repository))
 
 
-def packed(job: Job) -> bytes:
-    """The tar: the tree, revision.json (pipeline/code.py), job/{config.yaml,commit,files}."""
+def packed(job: Job, more: dict[str, str] | None = None) -> bytes:
+    """The tar: the tree, revision.json (pipeline/code.py), job/{config.yaml,commit,files}. more: {name: text} beside them."""
     archive = git(job.repository, "archive", "--format=tar", job.commit)
     hashes = hashed(archive)
     sent = {"url": job.url, "commit": job.commit, "files": {n: h for n, h in hashes.items() if n not in job.files}}
     beside = {
         "revision.json": json.dumps(sent, indent=1), "job/config.yaml": job.config, "job/commit": job.commit,
         "job/files": "".join(f"{name}\n" for name in hashes),
-    }  # fmt: skip
+    } | (more or {})  # fmt: skip
     whole = io.BytesIO(archive)
     with tarfile.open(fileobj=whole, mode="a") as tar:
         for name, text in beside.items():

@@ -28,6 +28,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.hub_card import card, many, validate
+from tests.hub_jobs import JOB_ROUTES, JobAnswers, Jobs
 
 PIECE = 1 << 20
 
@@ -229,6 +230,7 @@ class Hub(Storage, ThreadingHTTPServer):
         self.leaks: list[str] = []  # what came to the CDN's name with a token
         self.sent = {"uploads": 0, "downloads": 0}  # bytes of files, broken transfers included
         self.connections: set[socket.socket] = set()
+        self.jobs = Jobs(self.folder / "jobs")
 
     @property
     def url(self) -> str:
@@ -287,7 +289,7 @@ class Hub(Storage, ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-ROUTES: list[tuple[str, re.Pattern, str]] = []
+ROUTES: list[tuple[str, re.Pattern, str]] = [*JOB_ROUTES]
 PLACES = {
     "{api}": r"/api/(?P<kind>models|datasets)/(?P<repo>[\w.-]+/[\w.-]+)",
     "{git}": r"/(?:(?P<kind>datasets)/)?(?P<repo>(?!api/)[\w.-]+/[\w.-]+)",
@@ -310,7 +312,7 @@ def route(method: str, pattern: str):
     return register
 
 
-class Answer(BaseHTTPRequestHandler):
+class Answer(JobAnswers, BaseHTTPRequestHandler):
     """One request after another of one connection."""
 
     protocol_version = "HTTP/1.1"
@@ -319,7 +321,8 @@ class Answer(BaseHTTPRequestHandler):
 
     def dispatch(self) -> None:
         url = urlsplit(self.path)
-        self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        self.queries = parse_qs(url.query)
+        self.query = {key: values[-1] for key, values in self.queries.items()}
         asked = f"{self.command} {unquote(url.path)}"
         self.server.asked.append(asked)
         if self.headers.get("Authorization") and self.headers["Host"].startswith("localhost"):
@@ -397,6 +400,9 @@ class Answer(BaseHTTPRequestHandler):
         self.begin(status, standard | (headers or {}))
         if self.command != "HEAD":
             self.slowly(io.BytesIO(content), len(content))
+
+    def deny(self, status: int, message: str) -> None:
+        raise Refused(status, message)
 
     def refuse(self, refusal: Refused) -> None:
         headers = {"X-Error-Message": refusal.message} | refusal.headers
@@ -824,6 +830,7 @@ def serving(folder: Path, port: int = 0, **attributes) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.jobs.close()
         hub.shutdown()
         hub.server_close()
 

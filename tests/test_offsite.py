@@ -181,7 +181,7 @@ def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leavi
     trained(run, max_steps=4)
     push.push(run, REPO)
     with pytest.raises(
-        push.Overtaken, match="is at finetune done, this machine at step 0: another one went on with run"
+        push.Overtaken, match="is at finetune done, this machine at data done: another one went on with run"
     ):
         push.push(Run(tmp_path / "behind" / "run"), REPO)
 

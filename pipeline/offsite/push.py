@@ -16,7 +16,11 @@ from pipeline.offsite.pusher import BROKEN
 from pipeline.offsite.state import INDEX, State
 from pipeline.record import Run
 
-CARD = """# State of the Ferry run {run}
+CARD = """---
+tags:
+- ferry
+---
+# State of the Ferry run {run}
 
 Checkpoints and rows of a training, so that another machine can go on with it:
 
@@ -30,17 +34,21 @@ class Overtaken(UserError):
     """The repo holds a later state than this machine."""
 
 
-def push(run: Run, repo: str) -> State:
-    """Raises UserError when it cannot be done, Overtaken when another machine is further."""
+def push(run: Run, repo: str) -> State | None:
+    """The state that was sent; None when it was there already.
+
+    Raises UserError when it cannot be done, Overtaken when another machine is further.
+    """
     repo, _ = hub.split(hub.named(repo, run.folder.name))
     api, what = hub.api(), f"checkpoints to {repo}"
     hub.patiently(what, lambda: api.create_repo(repo, private=True, exist_ok=True))
     state = states.of(run)
-    if hub.patiently(what, lambda: committed(api, repo, run, state), again=(409, 412)):
-        try:
-            hub.patiently(what, lambda: forget(api, repo, state), seconds=hub.QUICK)
-        except UserError as error:
-            hub.say(f"note: old checkpoints stay in the history of {repo}: {error.message}")
+    if not hub.patiently(what, lambda: committed(api, repo, run, state), again=(409, 412)):
+        return None
+    try:
+        hub.patiently(what, lambda: forget(api, repo, state), seconds=hub.QUICK)
+    except UserError as error:
+        hub.say(f"note: old checkpoints stay in the history of {repo}: {error.message}")
     return state
 
 
@@ -138,7 +146,8 @@ def command(folder: Path, repo: str) -> None:
     except Exception as error:  # noqa: BLE001 of hf_xet, say: the next one does without
         hub.say(f"checkpoints: not sent ({type(error).__name__}: {error})")
         raise SystemExit(BROKEN) from None
-    hub.say(f"checkpoints: {state}, in {hub.named(repo, folder.name)}")
+    if state:
+        hub.say(f"checkpoints: {state}, in {hub.named(repo, folder.name)}")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def after(run: Run) -> None:
 
 def started(run: Run, repo: str, plain: bool = False) -> subprocess.Popen:
     """plain: without Xet. In a session of its own: a signal is for the training to hear."""
-    command = [sys.executable, "-m", "pipeline.offsite.push", "--run", str(run.folder), "--repo", repo]
-    settings = os.environ | ({"HF_HUB_DISABLE_XET": "1"} if plain else {})
+    # -W: the client thinks that rows belong into a data set repo
+    command = [sys.executable, "-W", "ignore", "-m", "pipeline.offsite.push", "--run", str(run.folder), "--repo", repo]
+    settings = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({"HF_HUB_DISABLE_XET": "1"} if plain else {})
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=settings, start_new_session=True)
 
 

@@ -44,7 +44,7 @@ class State:
         return len(self.done), self.step
 
     def __str__(self) -> str:
-        return f"step {self.step:,}" if self.done == ("data",) else f"{self.done[-1]} done"
+        return f"step {self.step:,}" if self.step else f"{self.done[-1] if self.done else 'nothing'} done"
 
 
 def of(run: Run) -> State:
