@@ -7,6 +7,7 @@ deploy.txt  what the side that runs models needs: the same versions, from Python
 test.txt    what the tests add to cpu.txt
 build.txt   what setup/llamacpp.py compiles, and with what
 nvcc.txt    what it adds for a GPU: the compiler and headers of the CUDA that torch brings
+sky.txt     SkyPilot, for the tests alone, in an environment of its own
 
 uv resolves for every platform at once, which pip cannot; the format of the locks follows its version.
 """
@@ -106,6 +107,7 @@ def locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
     build = compiled(uv, ["--group", "build"], None, PYTHON_DEPLOY)
     held.write_text("\n".join(from_python(PYTHON, cuda)) + "\n")
     nvcc = compiled(uv, ["--group", "nvcc"], held, PYTHON_DEPLOY)
+    sky = compiled(uv, ["--group", "sky"], None)
     cuda = [line.replace("torch==", "torch===", 1) if line.startswith("torch==") else line for line in cuda]
     return {
         "cpu": cpu,
@@ -115,6 +117,7 @@ def locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
         "deploy": deploy,
         "build": [*llama(), *build],
         "nvcc": nvcc,
+        "sky": sky,
     }
 
 

@@ -153,7 +153,7 @@ def test_a_closed_lid_and_the_same_command_watches(delivered):
 def test_cancelled_from_another_terminal(delivered):
     assert "error: `make train` on Hugging Face Jobs ended: canceled" in delivered.said["second"]
     assert "boat does not run on Hugging Face Jobs. Nothing of it bills there" in delivered.said["stop"]
-    assert "`hf repos delete you/boat-job --type dataset`" in delivered.said["second"].splitlines()[-3]
+    assert "`hf repos delete you/boat-job --type dataset`" in delivered.said["second"].splitlines()[-4]
 
 
 def test_timed_out_with_its_state_saved(delivered):

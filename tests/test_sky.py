@@ -1,0 +1,260 @@
+"""SkyPilot: its own package reads and prices each task that we make; the demo's chain on machines that are taken away."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from contract import files
+from contract.errors import UserError
+from launch import sky as launcher
+from launch import task
+from launch.launcher import Job, Machine, Offer, Order
+from launch.order import order
+from pipeline.plan import cards
+from tests import boxes, skypilot
+from tests.conftest import ROOT
+from tests.hub import Hub, serving
+from tests.skypilot import Sky
+from tests.test_rented import SECRET, SET, Watch, at_step
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory) -> Iterator[Sky]:
+    made = Sky(tmp_path_factory.mktemp("sky"))
+    yield made
+    made.close()
+
+
+def made(offer: Offer, spot: bool, image: str = task.IMAGE) -> task.Task:
+    job = Job("boat", "boat", ROOT, "0" * 40, None, "", order=Order(offer, 2.5, 60 * 10**9, image, spot))
+    return task.of(
+        job,
+        "train",
+        {"HF_TOKEN": SECRET, "HF_ENDPOINT": "https://huggingface.co"},
+        "https://huggingface.co/datasets/you/boat-job/resolve/0/",
+    )
+
+
+@pytest.mark.parametrize("spot", [False, True], ids=["on demand", "spot"])
+@pytest.mark.parametrize(("infra", "instance", "dollars"), [
+    ("aws", "g6.xlarge", (0.80, 0.30)), ("gcp", "g2-standard-4", (0.76, 0.27)), ("runpod", "1x_L4_SECURE", (0.44, 0.22)), ("", "1x_L4_SECURE", (0.44, 0.22)),
+])  # fmt: skip
+def test_the_task_is_read_and_dry_run_by_skypilot(user, tmp_path, monkeypatch, infra, instance, dollars, spot):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    asked = launcher.request(made(Offer("L4", "L4", 0.44), spot), infra)
+    (tmp_path / "sky.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+    done = user("launch", "-c", "x", "--dryrun", "-y", tmp_path / "sky.yaml", "--secret", "HF_TOKEN")
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = user.chosen()[-1]
+    assert (chosen["instance"], chosen["spot"], chosen["disk"]) == (instance, spot, 60)
+    assert chosen["dollars"] == pytest.approx(dollars[spot]) and "python:3.12-bookworm" in str(chosen["image"])
+    assert SECRET not in (tmp_path / "sky.yaml").read_text() and asked["secrets"] == {"HF_TOKEN": None}
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"resources": {"accelerators": "B200:1"}}, "ResourcesUnavailable"), ({"resourcess": {}}, "did you mean 'resources'"),
+])  # fmt: skip
+def test_skypilot_refuses_what_it_cannot_do(user, tmp_path, monkeypatch, change, said):
+    """The dry run is one: a task that is wrong does not pass."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    asked = launcher.request(made(Offer("L4", "L4", 0.44), False), "") | change
+    (tmp_path / "sky.yaml").write_text(yaml.safe_dump(asked))
+    done = user("launch", "-c", "x", "--dryrun", "-y", tmp_path / "sky.yaml", "--secret", "HF_TOKEN")
+    assert done.returncode != 0 and said in done.stdout + done.stderr
+
+
+def test_offers_are_the_cheapest_of_each_card(user, monkeypatch, tmp_path):
+    monkeypatch.setenv("FERRY_SKY", skypilot.command(user))
+    on_demand, spot = (launcher.Sky("you/x", "", spot, tmp_path).look() for spot in (False, True))
+    assert {item.name: item.dollars for item in on_demand.offers} == {
+        "CPU": None,
+        "L4": 0.44,
+        "H100": 6.0,
+        "RTX4090": 0.7,
+        "A100-80GB": 1.8,
+    }
+    assert {item.name: item.dollars for item in spot.offers}["H100"] == 2.5
+    assert launcher.Sky("you/x", "gcp", False, tmp_path).look().cards == ("L4",)
+    with pytest.raises(UserError, match="SkyPilot has no access to azure; it has to aws, gcp, runpod"):
+        launcher.Sky("you/x", "azure", False, tmp_path).look()
+
+
+@pytest.mark.parametrize(("name", "card"), [
+    ("T4", "T4"), ("RTX3090", "RTX 3090"), ("RTX4090", "RTX 4090"), ("A10", "A10"), ("A10G", "A10G"), ("L4", "L4"), ("L40S", "L40S"),
+    ("RTXA6000", "RTX A6000"), ("A6000", "RTX A6000"), ("A100", "A100 40 GB"), ("A100-80GB", "A100 80 GB"), ("A100-80GB-SXM", "A100 80 GB"),
+    ("H100", "H100"), ("H100-SXM", "H100"), ("H200", "H200"), ("B200", "B200"), ("RTX5090", "RTX 5090"), ("V100", None), ("T4g", None),
+])  # fmt: skip
+def test_skypilots_names_of_cards(name, card):
+    found = cards.find(launcher.card(name))
+    assert (found and found.name) == card
+
+
+# Which machine is asked for
+
+
+def plan_of(run_work, card: str):
+    from pipeline.plan import stage
+
+    return stage.on(stage.named(card), run_work)
+
+
+@pytest.fixture(scope="module")
+def work():
+    """An 8B model, 400 rows of 300 tokens."""
+    import numpy as np
+
+    from pipeline.config import Base, Finetune
+    from pipeline.plan import memory
+    from pipeline.plan.stage import Work
+
+    shape = memory.shape({
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    })  # fmt: skip
+    return Work(Base(model="x/y", license="mit"), Finetune(), shape, "llama", np.full(400, 300))
+
+
+OFFERS = (
+    Offer("CPU", "", 0.1), Offer("t4", "T4 16GB", 0.4, 10**12), Offer("l4", "L4 24GB", 0.8, 10**12), Offer("h100", "H100 80GB", 4.0, 10**12),
+    Offer("small", "H200 141GB", 0.1, 10**9), Offer("odd", "Radeon", 0.1, 10**12),
+)  # fmt: skip
+ASK = {"gpu": None, "cpu": False, "spot": False, "hours": None, "dollars": None}
+
+
+def test_the_machine_is_the_cheapest_for_the_whole_job(work):
+    """Not the cheapest hour: a faster card may cost less in the end. What is too small or unknown is not asked for."""
+    wish, plan = order(Machine("Linux", 0, offers=OFFERS), work, 50 * 10**9, "image", **ASK)
+    costs = {
+        item.name: plan_of(work, item.name.upper()).hours * item.dollars
+        for item in OFFERS[1:4]
+        if not isinstance(plan_of(work, item.name.upper()), str)
+    }
+    assert wish.offer.name == min(costs, key=costs.get) and plan.card.name == wish.offer.name.upper()
+    assert wish.hours == pytest.approx(1 + 1.5 * plan.hours) and wish.most == pytest.approx(
+        wish.hours * wish.offer.dollars
+    )
+
+
+def test_a_limit_in_dollars_is_a_limit_in_hours(work):
+    wish, _ = order(
+        Machine("Linux", 0, offers=OFFERS), work, 50 * 10**9, "image", **(ASK | {"dollars": 0.5, "gpu": "H100"})
+    )
+    assert wish.offer.name == "h100" and wish.hours == pytest.approx(0.125) and wish.most <= 0.5
+
+
+def test_no_machine_will_do_and_it_is_said_why(work):
+    offers = (Offer("small", "H200 141GB", 0.1, 10**9), Offer("odd", "Radeon", 0.1), Offer("CPU", "", 0.1))
+    with pytest.raises(
+        UserError,
+        match=r"(?s)no machine that is offered will do\n  small: 1 GB of disk, 50 are needed\n  odd: .* has no Radeon",
+    ):
+        order(Machine("Linux", 0, offers=offers), work, 50 * 10**9, "image", **ASK)
+
+
+# The demo, on machines that are taken away
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    with serving(tmp_path_factory.mktemp("hub")) as running:
+        running.users[SECRET] = {"name": "you", "role": "write", "orgs": []}
+        yield running
+
+
+@pytest.fixture(scope="module")
+def laptop(tmp_path_factory) -> Path:
+    return boxes.laptop(tmp_path_factory.mktemp("laptop"))
+
+
+@pytest.fixture(scope="module")
+def rented(user) -> Sky:
+    user.settings(
+        VENV=sys.prefix, FERRY_CACHE=os.environ.get("FERRY_CACHE") or str(Path("~/.cache/ferry").expanduser())
+    )
+    return user
+
+
+def start(laptop: Path, hub: Hub, user: Sky, *words: str) -> Watch:
+    return Watch(laptop, hub, *words, FERRY_SKY=skypilot.command(user))
+
+
+def test_a_spot_machine_is_taken_away_and_the_next_one_goes_on(laptop, hub, rented):
+    before = len(rented.jobs())
+    watch = start(laptop, hub, rented, "cloud-to-local", "CLOUD=sky", "SPOT=1", "RUN=boat", "DEVICE=cpu", SET, "YES=1")
+    watch.until(lambda: at_step(hub, 4))
+    number = rented.jobs()[before]["job_id"]
+    rented("evict", number)
+    assert watch.end() == 0, watch.said
+    job = rented.jobs()[before]
+    assert (job["status"], job["recovery_count"], job["managed"]) == ("SUCCEEDED", 1, True)
+    assert re.search(r"checkpoints: runs/boat from you/boat-checkpoints, step \d+", watch.said), "on the second machine"
+    assert "finetune: continuing from checkpoint-" in watch.said and "smoke: passed" in watch.said
+    assert "cloud: you/boat-GGUF@v1, trained on SkyPilot by the code of" in watch.said
+    last = watch.said.rstrip().splitlines()[-1]
+    assert (
+        "SkyPilot's controller of managed jobs bills until it is idle" in last
+        and "you/boat-checkpoints (checkpoints) stay" in last
+    )
+    homes = sorted((rented.state / "jobs" / str(number)).glob("machine*"))
+    assert len(homes) == 2 and files.read_json(homes[1] / "ferry/boat/runs/boat/finetune.json")["steps"] == 30
+
+
+def test_a_cluster_is_cancelled_goes_on_and_is_taken_down(laptop, hub, rented):
+    words = ("CLOUD=sky/runpod", "RUN=dinghy")
+    before = len(rented.jobs())
+    first = start(laptop, hub, rented, "cloud-to-local", *words, "DEVICE=cpu", SET, "YES=1")
+    first.until(lambda: "checkpoints: data done" in first.said)
+    os.killpg(first.process.pid, signal.SIGINT)
+    first.end()
+    assert (
+        "still running on SkyPilot on runpod: dinghy; `make cloud-stop CLOUD=sky/runpod RUN=dinghy` ends it. It bills until it ends"
+        in first.said
+    )
+    assert rented.jobs()[before]["status"] == "RUNNING"
+    again = start(laptop, hub, rented, "cloud-to-local", *words, "DEVICE=cpu", SET)
+    again.until(lambda: "dinghy runs there already" in again.said)
+    stop = start(laptop, hub, rented, "cloud-stop", *words)
+    assert stop.end() == 0, stop.said
+    assert (
+        again.end() == 2 and "ended: cancelled" in again.said and "Traceback" not in again.said + first.said + stop.said
+    ), again.said
+    assert "down -y ferry-dinghy" in stop.said and ["down", "-y", "ferry-dinghy"] in rented.asked()
+    chosen = rented.chosen()[-1]
+    assert chosen["cloud"] == "runpod" and not chosen["spot"]
+
+
+def test_skypilots_own_parser_takes_every_command_that_was_given(rented, laptop, hub):
+    """After the tests above: all that Ferry ever says to `sky`, but for our own word."""
+    lines = [words for words in rented.asked() if words[0] not in ("evict", "supervise")]
+    assert {words[0] for words in lines} >= {"check", "gpus", "launch", "jobs", "queue", "logs", "cancel", "down"}
+    assert rented.real_parser_takes(lines) == ""
+    assert "No such option" in rented.real_parser_takes([["launch", "--nonsense", "x.yaml"]])
+
+
+def test_the_token_is_in_no_argument_and_no_file_of_ours(rented, laptop, hub):
+    assert not any(SECRET in " ".join(words) for words in rented.asked())
+    found = subprocess.run(["grep", "-rl", SECRET, laptop / "runs", rented.state], capture_output=True, text=True)
+    assert found.returncode == 1, found.stdout
+
+
+def test_no_skypilot_is_one_line(laptop, hub, rented):
+    watch = Watch(laptop, hub, "cloud-to-local", "CLOUD=sky", "RUN=x", "DEVICE=cpu", SET, FERRY_SKY="/no/such/sky")
+    assert (
+        watch.end() == 2 and "/no/such/sky cannot be started" in watch.said and "pipx install 'skypilot" in watch.said
+    )
+    assert "Traceback" not in watch.said
+
+
+def test_no_cloud_is_one_line(laptop, hub, tmp_path):
+    bare = Sky(tmp_path / "bare", clouds=())
+    watch = start(laptop, hub, bare, "cloud-to-local", "CLOUD=sky", "RUN=x", SET)
+    assert watch.end() == 2 and "SkyPilot has access to no cloud" in watch.said and "Traceback" not in watch.said, (
+        watch.said
+    )
