@@ -1,0 +1,98 @@
+"""What sending checkpoints to the Hub costs a training on a GPU: the same one, its checkpoints kept and its checkpoints sent.
+
+    .venv/bin/python benchmarks/gpu_offsite.py [--steps 150] [--work FOLDER] [--results FOLDER]
+
+Llama 3.1 8B's shape in QLoRA, eight rows of 2,048 tokens a step, a checkpoint every 30 seconds: twenty times as often as by default.
+The Hub is one on loopback (tests/hub.py): the sender's hashing, copying and encoding run on this machine's processors as they
+would, the wire is faster than any. A step counts as beside a sender when one ran at any moment of it. Writes
+benchmarks/results/gpu_offsite.{json,md}.
+"""
+
+import os
+import statistics
+import threading
+import time
+
+import box
+
+REPO = "you/benchmark-checkpoints"
+WARM = 20  # steps: kernels are compiled, clocks settle
+PACE = 0.5  # minutes
+
+
+def one(case: str, steps: int, work) -> None:
+    """Train; tell what a step took, with and without a sender beside it."""
+    box.unsloth()
+    from pipeline.config import Base, Finetune
+    from pipeline.finetune.stage import stage
+    from pipeline.offsite import pusher
+
+    seen, sent = box.clock(tuple(range(1, steps + 1))), []
+    real = pusher.started
+
+    def started(*given, **more):
+        process, began = real(*given, **more), time.time()
+        threading.Thread(target=lambda: sent.append((began, process.wait(), time.time()))).start()
+        return process
+
+    pusher.started = started
+    tune = Finetune(max_steps=steps, train_batch_size=8, save_minutes=PACE, logging_steps=10)
+    run = box.run(case, work, box.rows("full", 8 * steps))
+    record = stage(Base(model=str(box.model("8B", work))), tune, run)
+    time.sleep(2)
+    took = {step: seen[step] - seen[step - 1] for step in range(WARM + 1, steps + 1)}
+    whole = [(began, ended) for began, code, ended in sent if code == 0]
+    beside = {step for step in took if any(began < seen[step] and ended > seen[step - 1] for began, ended in whole)}
+    saved = {step for step in took if took[step] > 1.3 * statistics.median(took.values())}  # it waits for the disk
+    quiet = [seconds for step, seconds in took.items() if step not in beside | saved]
+    busy = [seconds for step, seconds in took.items() if step in beside - saved]
+    box.tell({
+        "system": "ferry" if case == "sent" else "checkpoints kept on the disk", "case": "8B, nf4, 8 rows of 2,048", "steps": record["steps"],
+        "seconds": round(seen[steps] - seen[WARM], 1), "seconds_a_step_quiet": round(statistics.mean(quiet), 4),
+        "seconds_a_step_beside_a_sender": round(statistics.mean(busy), 4) if busy else None, "sent": len(whole),
+        "seconds_a_sender": round(statistics.mean(ended - began for began, ended in whole), 1) if whole else None,
+        "checkpoint_mb": round(size(run) / 1e6), "final_loss": record["final_loss"],
+    })  # fmt: skip
+
+
+def size(run) -> int:
+    """Bytes of the adapter; the optimizer holds half as much again in 8 bits."""
+    return (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def shares(rows: list[dict]) -> None:
+    """Of the time that a training takes: measured, and at the pace of ten minutes."""
+    kept, sent = rows
+    sent["of_kept"] = round(sent["seconds"] / kept["seconds"], 4)
+    if sent["seconds_a_step_beside_a_sender"]:
+        slower = sent["seconds_a_step_beside_a_sender"] / sent["seconds_a_step_quiet"] - 1
+        sent["slower_at_this_pace"] = round(slower * sent["seconds_a_sender"] / (60 * PACE), 5)
+        sent["slower_at_ten_minutes"] = round(slower * sent["seconds_a_sender"] / 600, 5)
+
+
+def main() -> None:
+    parser = box.arguments(__doc__, 2)
+    parser.add_argument("--steps", type=int, default=150)
+    asked = parser.parse_args()
+    if asked.one:
+        return one(asked.one[0], int(asked.one[1]), asked.work)
+    from tests.hub import serving
+
+    box.model("8B", asked.work)
+    found = [box.alone(__file__, "kept", asked.steps, work=asked.work)]
+    with serving(asked.work / "hub") as hub:
+        os.environ |= {
+            "FERRY_CHECKPOINTS": REPO,
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_writer",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        found.append(box.alone(__file__, "sent", asked.steps, work=asked.work))
+    if all(found):
+        shares(found)
+    box.write(__file__, found, asked.results, f" --steps {asked.steps}")
+
+
+if __name__ == "__main__":
+    main()
