@@ -9,6 +9,7 @@ benchmarks/results/gpu_offsite.{json,md}.
 """
 
 import os
+import shutil
 import statistics
 import threading
 import time
@@ -79,7 +80,8 @@ def main() -> None:
     from tests.hub import serving
 
     box.model("8B", asked.work)
-    found = [box.alone(__file__, "kept", asked.steps, work=asked.work)]
+    found = [box.alone(__file__, "kept", asked.steps, work=asked.work, go_on=asked.go_on)]
+    shutil.rmtree(asked.work / "hub", ignore_errors=True)  # of an earlier run, which was further
     with serving(asked.work / "hub") as hub:
         os.environ |= {
             "FERRY_CHECKPOINTS": REPO,

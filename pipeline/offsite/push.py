@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from contract import hub
+from contract import files, hub
 from contract.cli import main
 from contract.errors import UserError
 from pipeline.offsite import state as states
@@ -139,6 +139,7 @@ def forget(api, repo: str, state: State) -> None:
 def command(folder: Path, repo: str) -> None:
     """Send the state of the run to the Hub."""
     os.nice(10)  # the training comes first
+    files.BAR_FROM = float("inf")  # no bars among its lines
     try:
         state = push(Run(folder), repo)
     except UserError:
