@@ -1,7 +1,7 @@
 #!/bin/sh
 # What Ferry asks of the machine that trains: its text goes over ssh to `sh -s -- VERB FOLDER ...`, nothing of it stays
 # there. FOLDER is one job's: the committed tree, and beside it job/ with
-#   config.yaml commit files    what was sent
+#   config.yaml commit listing files/    what was sent
 #   lock    held by the job and by all that it started: while it is held, the job runs
 #   pid     of its make        group    of all its processes
 #   log     what it says       goal     of its make        exit    its exit code, written last
@@ -43,8 +43,8 @@ state() {
 
 # forget FOLDER: the files of the tree that was sent before; what the job made stays.
 forget() {
-    cd "$1" 2>/dev/null && [ -f job/files ] || return 0
-    while read -r name; do rm -f -- "$name"; done <job/files
+    cd "$1" 2>/dev/null && [ -f job/listing ] || return 0
+    while read -r name; do rm -f -- "$name"; done <job/listing
 }
 
 # have FOLDER NAME...: number and sha256 of each of these files that is there.

@@ -79,10 +79,11 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
             job = with_files(job, settings, run)
             work = work_of(settings, run)
             need = disk_of(settings, work, wish)
-            order, plan = (
-                ordered(machine, work, need, wish) if launcher.rented else (None, planned(settings, work, machine))
-            )
-            job = replace(job, order=order)
+            if launcher.rented:
+                order, plan = ordered(machine, work, need, wish)
+                job = replace(job, order=order)
+            else:
+                plan = planned(settings, work, machine)
             if state.word == "absent":
                 refuse_full_disk(need, launcher, machine)
                 job = replace(job, files=job.files | brought_home(run))
@@ -248,7 +249,8 @@ def agree(
     about = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
     cost = f"about {plans.duration(3600 * plan.hours)}{about}" if plan else "hours and price are not known"
     cost += f", set-up and downloads not counted{at_most(order)}"
-    dollars = order.most if order and dollars is None else dollars
+    if order and (dollars is None or wish.hours):  # nothing better is known, or it was asked for
+        dollars = order.most
     ask(f"{job.run} on {where} ({card}): {cost}", dollars, wish.limit, wish.yes or before)
     files.write_json(note, this)
 
@@ -302,7 +304,19 @@ def begin(session: Session, job: Job, goal: str, wish: Wish) -> None:
     passed = environment(wish)
     hub.say(f"{launcher.where}: starting `make {goal}`" + (f", with {', '.join(passed)} of here" if passed else ""))
     session.running = True  # or about to
-    launcher.start(job, goal, passed)
+    try:
+        launcher.start(job, goal, passed)
+    except UserError:
+        session.running = not launcher.rented or may_run(launcher, job.name)
+        raise
+
+
+def may_run(launcher: Launcher, name: str) -> bool:
+    """Whether an engine that refused a job has it all the same."""
+    try:
+        return launcher.state(name).word == "running"
+    except UserError:
+        return True
 
 
 def environment(wish: Wish) -> dict[str, str]:

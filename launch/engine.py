@@ -41,8 +41,15 @@ class Engine:
         """As the engine has it; a result on the Hub is a job that ended well, whether the engine remembers it or not."""
         found, note = self.found(name), self.note(name)
         known = {"goal": "train", "config": note.get("config", ""), "commit": note.get("commit", ""), "log": None}
-        if found.word == "absent" and note and self.result(note["config"]):
-            found = State("ended", 0)
+        if note and (found.word == "absent" or found.code == 0):
+            done = self.result(note["config"])
+            found = (
+                State("ended", 0)
+                if done
+                else found
+                if found.word == "absent"
+                else State("died", why="ended, and its result is not on the Hub")
+            )
         return State(**(vars(found) | known)) if found.word != "absent" else State()
 
     def found(self, name: str) -> State:

@@ -4,9 +4,11 @@ A job is found again by its label, so it needs no note here. Its logs are the Hu
 (whose own is 30 minutes) and kept by `timeout` inside, a little earlier, so that the state leaves.
 """
 
+import queue
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from contract import hub
 from launch import task
@@ -85,7 +87,7 @@ class HfJobs(Engine):
         job, api = self.job(name), hub.api()
         if job is None:
             return
-        lines = iter(api.fetch_job_logs(job_id=job.id, namespace=self.namespace or job.owner.name, follow=follow))
+        lines = beside(api.fetch_job_logs(job_id=job.id, namespace=self.namespace or job.owner.name, follow=follow))
         while (
             line := reached(lambda: hub.patiently("the log of the job", lambda: next(lines, None), seconds=0))
         ) is not None:
@@ -101,6 +103,25 @@ class HfJobs(Engine):
         if running:
             return "It bills by the minute until it ends, at its time limit at the latest (`hf jobs ls`)"
         return f"Nothing of it bills there; {self.kept(name)}"
+
+
+def beside(lines: Iterable[str]) -> Iterator[str]:
+    """The same lines, read by a thread: the client takes Ctrl-C for the end of the log."""
+    read: queue.Queue = queue.Queue()
+
+    def reader() -> None:
+        try:
+            for line in lines:
+                read.put(line)
+            read.put(None)
+        except Exception as error:  # noqa: BLE001 whoever reads on gets it
+            read.put(error)
+
+    threading.Thread(target=reader, daemon=True).start()
+    while (found := read.get()) is not None:
+        if isinstance(found, Exception):
+            raise found
+        yield found
 
 
 def offer(hardware) -> Offer | None:

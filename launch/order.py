@@ -34,7 +34,7 @@ def order(
         )
     offer, plan = min(fitting, key=cost)
     limit = hours or (SETUP + SLACK * plan.hours if plan else UNPLANNED)
-    if dollars is not None and offer.dollars:
+    if hours is None and dollars is not None and offer.dollars:
         limit = min(limit, dollars / offer.dollars)
     return Order(offer, limit, disk, image, spot), plan
 

@@ -230,8 +230,15 @@ def request(made: task.Task, infra: str) -> dict:
 def offered(listed: dict, spot: bool) -> list[Offer]:
     """Machines with one card, as `sky gpus list` has them."""
     price = "spot_price" if spot else "price"
-    rows = [(name, row[price]) for name, rows in listed.items() for row in rows if row["accelerator_count"] == 1]
-    return [Offer(name, card(name), float(dollars)) for name, dollars in rows if dollars and float(dollars) > 0]
+    rows = [
+        (name, row.get(price))
+        for name, rows in listed.items() if isinstance(rows, list)
+        for row in rows if isinstance(row, dict) and row.get("accelerator_count") == 1
+    ]  # fmt: skip
+    # on demand a machine may have no price, as one's own cluster; as spot it is then not to be had
+    return [
+        Offer(name, card(name), float(dollars) if dollars else None) for name, dollars in rows if dollars or not spot
+    ]
 
 
 def card(name: str) -> str:

@@ -66,13 +66,13 @@ def same_locks(repository: Path, commit: str) -> bool:
 
 
 def packed(job: Job, more: dict[str, str] | None = None) -> bytes:
-    """The tar: the tree, revision.json (pipeline/code.py), job/{config.yaml,commit,files}. more: {name: text} beside them."""
+    """The tar: the tree, revision.json (pipeline/code.py), job/{config.yaml,commit,listing}. more: {name: text} beside them."""
     archive = git(job.repository, "archive", "--format=tar", job.commit)
     hashes = hashed(archive)
     sent = {"url": job.url, "commit": job.commit, "files": {n: h for n, h in hashes.items() if n not in job.files}}
     beside = {
         "revision.json": json.dumps(sent, indent=1), "job/config.yaml": job.config, "job/commit": job.commit,
-        "job/files": "".join(f"{name}\n" for name in hashes),
+        "job/listing": "".join(f"{name}\n" for name in hashes),
     } | (more or {})  # fmt: skip
     whole = io.BytesIO(archive)
     with tarfile.open(fileobj=whole, mode="a") as tar:

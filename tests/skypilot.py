@@ -79,7 +79,11 @@ class Sky:
             "    except click.UsageError as error:\n"
             "        print(words, error.format_message())\n"
         )
-        environment = os.environ | {"HOME": str(self.state.parent / "home"), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+        environment = os.environ | {
+            "HOME": str(self.state.parent / "home"),
+            "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            "HF_TOKEN": "x",
+        }
         done = subprocess.run(
             [self.python, "-W", "ignore", "-c", code],
             input=json.dumps(lines),

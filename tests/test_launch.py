@@ -186,7 +186,7 @@ def test_what_was_typed_goes_on_as_it_was_typed():
 @pytest.mark.parametrize(
     ("cloud", "what"),
     [
-        ("", "it begins with ssh://"),
+        ("", "there is no launcher for that"),
         ("box", "there is no launcher for that"),
         ("sky://box", "there is no launcher for that"),
         ("ssh://", "no address of a box"),
@@ -254,6 +254,21 @@ def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, t
     assert tree.left_behind(laptop, set()) == ["alpaca", "secret.txt"]
     for name in ("secret.txt", "alpaca"):
         Path(name).unlink()
+
+
+def test_data_from_elsewhere_arrives_on_the_box(box, laptop, tmp_path, monkeypatch):
+    """Beside the list of the tree's files, which was called like its folder once."""
+    from launch import tree
+
+    monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n" * 9)
+    there = parcel.place(str(rows))
+    launcher = boxes_there.Box(address.read(box.address))
+    job = boxes_there.Job("private", "private", laptop, tree.head(laptop), None, "", {there: rows})
+    for _ in range(2):  # the second time over what lies there
+        launcher.send(job)
+        assert files.sha256(box.home / "ferry" / "private" / there) == files.sha256(rows)
 
 
 def test_a_folder_of_data_travels_with_the_files_that_were_read(tmp_path, monkeypatch):
@@ -360,3 +375,20 @@ def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, la
     box.program("tar", "exit 1")
     assert "TEARDOWN was not run" in session.ended(well=False)
     assert (tmp_path / "bill").read_text() == "ended\n"
+
+
+def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
+    from launch import cloud
+    from pipeline import config
+    from pipeline.record import Run
+
+    tree = config.load(Path("configs/demo.yaml"), ())
+    box, wish = (
+        boxes_there.Box(address.read("ssh://box")),
+        cloud.Wish(settings=("DEVICE=cpu",), checkpoints="you/boat-checkpoints"),
+    )
+    assert cloud.prepared(tree, Run(Path("runs/boat")), box, wish).settings == (
+        "DEVICE=cpu",
+        "CHECKPOINTS=you/boat-checkpoints",
+    )
+    assert cloud.prepared(tree, Run(Path("runs/boat")), box, cloud.Wish()).settings == ()

@@ -277,3 +277,47 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
     third = start(a.parent / "b", "resume", f"CHECKPOINTS={REPO}", "RUNS=again")
     printed = third.communicate()[0]
     assert third.returncode == 2 and "has ended: it is you/boat-GGUF@v1" in printed, printed
+
+
+def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch):  # noqa: F811
+    from pipeline import preflight
+
+    config, name = run.config(), run.folder.name
+    assert preflight.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (new, private)"
+    push.push(run, REPO)
+    assert preflight.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (at data done, private)"
+    leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
+    with pytest.raises(UserError, match="you/open is public"):
+        preflight.leaving(config, run, "you/open")
+    with pytest.raises(UserError, match=f"holds the run {name}$"):
+        preflight.leaving(config, Run(run.folder.with_name("other")), REPO)
+    with pytest.raises(UserError, match="may not write to strangers's repos"):
+        preflight.leaving(config, run, "strangers/x")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="no token of the Hub is set"):
+        preflight.leaving(config, run, REPO)
+
+
+def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):  # noqa: F811
+    """On the machine that made them a data file that is gone is a fault; on the next one it never was."""
+    from pipeline.record import check
+
+    config = run.config()
+    push.push(run, REPO)
+    other = elsewhere(tmp_path / "other")
+    source = Path(config.data.source)
+    aside = source.rename(source.with_name("aside.jsonl"))
+    try:
+        assert any("it is gone" in fault for fault in check(run, config))
+        assert check(other, config) == []
+    finally:
+        aside.rename(source)
+
+
+def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):  # noqa: F811
+    """A slow wire: newer ones come meanwhile, and what is being read is not removed."""
+    leaving.faults.append(Fault("PUT /lfs", rate=3e6, times=1))
+    process = begin(run, save_minutes=1e-6)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "not sent" not in printed and "Traceback" not in printed, printed
+    assert there(leaving).done == ("data", "finetune")

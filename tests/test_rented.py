@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -284,7 +285,7 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
     fault = Fault("GET /api/jobs", status=503, times=-1)
     hub.faults.append(fault)
     for connection in list(hub.connections):
-        connection.close()
+        connection.shutdown(socket.SHUT_RDWR)
     watch.until(lambda: "; again in 5 s" in watch.said, 60)
     hub.faults.remove(fault)
     watch.until(lambda: "-- finetune" in watch.said)
