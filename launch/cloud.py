@@ -335,10 +335,13 @@ def watched(session: Session, job: Job, log: Path) -> State:
     if state.word == "ended" and state.code == 0:
         return state
     ended = f"ended: {state.why}" if state.why else f"ended with exit code {state.code}"
-    ends = {"ended": ended, "absent": "is gone, with its folder"} | ({"died": ended} if state.why else {})
+    ends = {
+        "ended": ended,
+        "absent": "is not there any more" if session.launcher.rented else "is gone, with its folder",
+    } | ({"died": ended} if state.why else {})
     how = ends.get(state.word, "ended without a word (killed, or the machine was switched off)")
     raise UserError(
-        f"`make {state.goal}` on {session.launcher.where} {how}; its log is above and in {log}",
+        f"`make {state.goal or 'train'}` on {session.launcher.where} {how}; its log is above and in {log}",
         "see what it says; the same command goes on from its records",
     )
 

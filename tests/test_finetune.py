@@ -284,6 +284,22 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     ]
 
 
+def test_a_signal_told_twice_is_one_and_a_second_one_is_obeyed_at_once():
+    """Who ends a job tells every process of it, and make tells its children what it was told."""
+    obeyed, signals = [], survive.Signals()
+    before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append("at once"))
+    try:
+        with signals.heard():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.number == signal.SIGTERM and not obeyed
+            signals.since -= 2
+            signal.raise_signal(signal.SIGTERM)
+            assert obeyed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatch):
     real, there = survive.keep, []
 

@@ -289,7 +289,7 @@ def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch)
     leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
     with pytest.raises(UserError, match="you/open is public"):
         preflight.leaving(config, run, "you/open")
-    with pytest.raises(UserError, match=f"holds the run {name}$"):
+    with pytest.raises(UserError, match=f"holds the run {name}\n"):
         preflight.leaving(config, Run(run.folder.with_name("other")), REPO)
     with pytest.raises(UserError, match="may not write to strangers's repos"):
         preflight.leaving(config, run, "strangers/x")

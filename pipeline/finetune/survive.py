@@ -23,9 +23,11 @@ class Stop(Exception):
 class Signals:
     """SIGTERM (docker stop, a spot machine that is taken back) and Ctrl-C, heard and not obeyed at once.
 
-    The second one is obeyed at once.
+    The second one is obeyed at once, but for one that comes in the same second: who ends a job tells every process of it,
+    and make tells its children what it was told.
     """
 
+    ECHO = 1.0  # seconds
     PATIENCE = 10  # seconds for the step in progress; docker stop's 10 are raised to 120 by setup/container.py
 
     def __init__(self):
@@ -50,9 +52,12 @@ class Signals:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame) -> None:
-        self.number, self.since = number, time.monotonic()
-        for known, handler in self.before.items():
-            signal.signal(known, handler)
+        if not self:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > self.ECHO:
+            for known, handler in self.before.items():
+                signal.signal(known, handler)
+            signal.raise_signal(number)
 
 
 def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals, pusher: Pusher):
