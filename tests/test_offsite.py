@@ -133,7 +133,7 @@ def test_old_checkpoints_go_from_the_storage(run, leaving):  # noqa: F811
 def test_what_did_not_change_is_not_sent_again(run, leaving):  # noqa: F811
     push.push(run, REPO)
     commits, sent = len(leaving.commits(NAME)), leaving.sent["uploads"]
-    push.push(run, REPO)
+    assert push.push(run, REPO) is None
     assert (len(leaving.commits(NAME)), leaving.sent["uploads"]) == (commits, sent)
 
 

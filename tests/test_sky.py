@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -185,61 +186,83 @@ def start(laptop: Path, hub: Hub, user: Sky, *words: str) -> Watch:
     return Watch(laptop, hub, *words, FERRY_SKY=skypilot.command(user))
 
 
-def test_a_spot_machine_is_taken_away_and_the_next_one_goes_on(laptop, hub, rented):
+@dataclass
+class Evicted:
+    said: str
+    code: int
+    job: dict
+    homes: list[Path]
+
+
+@pytest.fixture(scope="module")
+def evicted(laptop, hub, rented) -> Evicted:
+    """A managed spot job, whose first machine is taken away in the middle."""
     before = len(rented.jobs())
     watch = start(laptop, hub, rented, "cloud-to-local", "CLOUD=sky", "SPOT=1", "RUN=boat", "DEVICE=cpu", SET, "YES=1")
     watch.until(lambda: at_step(hub, 4))
     number = rented.jobs()[before]["job_id"]
     rented("evict", number)
-    assert watch.end() == 0, watch.said
-    job = rented.jobs()[before]
-    assert (job["status"], job["recovery_count"], job["managed"]) == ("SUCCEEDED", 1, True)
-    assert re.search(r"checkpoints: runs/boat from you/boat-checkpoints, step \d+", watch.said), "on the second machine"
-    assert "finetune: continuing from checkpoint-" in watch.said and "smoke: passed" in watch.said
-    assert "cloud: you/boat-GGUF@v1, trained on SkyPilot by the code of" in watch.said
-    last = watch.said.rstrip().splitlines()[-1]
-    assert (
-        "SkyPilot's controller of managed jobs bills until it is idle" in last
-        and "you/boat-checkpoints (checkpoints) stay" in last
+    code = watch.end()
+    return Evicted(
+        watch.said, code, rented.jobs()[before], sorted((rented.state / "jobs" / str(number)).glob("machine*"))
     )
-    homes = sorted((rented.state / "jobs" / str(number)).glob("machine*"))
-    assert len(homes) == 2 and files.read_json(homes[1] / "ferry/boat/runs/boat/finetune.json")["steps"] == 30
 
 
-def test_a_cluster_is_cancelled_goes_on_and_is_taken_down(laptop, hub, rented):
-    words = ("CLOUD=sky/runpod", "RUN=dinghy")
-    before = len(rented.jobs())
+def test_a_spot_machine_is_taken_away_and_the_next_one_goes_on(evicted):
+    said = evicted.said
+    assert evicted.code == 0 and "Traceback" not in said, said
+    assert (evicted.job["status"], evicted.job["recovery_count"], evicted.job["managed"]) == ("SUCCEEDED", 1, True)
+    assert re.search(r"checkpoints: runs/boat from you/boat-checkpoints, step \d+", said), "on the second machine"
+    assert "finetune: continuing from checkpoint-" in said and "smoke: passed" in said
+    assert "cloud: you/boat-GGUF@v1, trained on SkyPilot by the code of" in said
+    last = said.rstrip().splitlines()[-1]
+    assert "SkyPilot's controller of managed jobs bills until it is idle" in last
+    assert "you/boat-checkpoints (checkpoints) stay" in last
+    assert len(evicted.homes) == 2
+    assert files.read_json(evicted.homes[1] / "ferry/boat/runs/boat/finetune.json")["steps"] == 30
+
+
+@pytest.fixture(scope="module")
+def cancelled(laptop, hub, rented) -> dict[str, str]:
+    """A cluster's job: its first watcher is sent away by Ctrl-C, the second sees it cancelled by a third."""
+    words, before = ("CLOUD=sky/runpod", "RUN=dinghy"), len(rented.jobs())
     first = start(laptop, hub, rented, "cloud-to-local", *words, "DEVICE=cpu", SET, "YES=1")
     first.until(lambda: "checkpoints: data done" in first.said)
     os.killpg(first.process.pid, signal.SIGINT)
     first.end()
-    assert (
-        "still running on SkyPilot on runpod: dinghy; `make cloud-stop CLOUD=sky/runpod RUN=dinghy` ends it. It bills until it ends"
-        in first.said
-    )
-    assert rented.jobs()[before]["status"] == "RUNNING"
+    assert rented.jobs()[before]["status"] == "RUNNING", "Ctrl-C ends the watching"
     again = start(laptop, hub, rented, "cloud-to-local", *words, "DEVICE=cpu", SET)
     again.until(lambda: "finetune: step 1/30" in again.said)
     stop = start(laptop, hub, rented, "cloud-stop", *words)
     assert stop.end() == 0 and again.end() == 2, stop.said
-    said = first.said + again.said + stop.said
-    assert "dinghy runs there already" in again.said and "Traceback" not in said, said
-    assert re.search("ended: cancelled|is not there any more", again.said), "its cluster may be down before it asks"
-    assert "finetune: SIGTERM after step" in said, "all of its processes were told, and one wrote the state"
-    assert "down -y ferry-dinghy" in stop.said and ["down", "-y", "ferry-dinghy"] in rented.asked()
-    chosen = rented.chosen()[-1]
-    assert chosen["cloud"] == "runpod" and not chosen["spot"]
+    return {"first": first.said, "again": again.said, "stop": stop.said}
 
 
-def test_skypilots_own_parser_takes_every_command_that_was_given(rented, laptop, hub):
-    """After the tests above: all that Ferry ever says to `sky`, but for our own word."""
+def test_a_cluster_is_watched_again_cancelled_and_taken_down(cancelled, rented):
+    assert (
+        "still running on SkyPilot on runpod: dinghy; `make cloud-stop CLOUD=sky/runpod RUN=dinghy` ends it. It bills until it ends"
+        in cancelled["first"]
+    )
+    assert "dinghy runs there already" in cancelled["again"] and "Traceback" not in "".join(cancelled.values())
+    assert re.search("ended: cancelled|is not there any more", cancelled["again"]), (
+        "its cluster may be down before it asks"
+    )
+    assert "finetune: SIGTERM after step" in "".join(cancelled.values()), (
+        "all of its processes were told, and one wrote the state"
+    )
+    assert "down -y ferry-dinghy" in cancelled["stop"] and ["down", "-y", "ferry-dinghy"] in rented.asked()
+    assert any(chosen["cloud"] == "runpod" and not chosen["spot"] for chosen in rented.chosen())
+
+
+def test_skypilots_own_parser_takes_every_command_that_was_given(rented, evicted, cancelled):
+    """All that Ferry ever says to `sky`, but for our own word."""
     lines = [words for words in rented.asked() if words[0] not in ("evict", "supervise")]
     assert {words[0] for words in lines} >= {"check", "gpus", "launch", "jobs", "queue", "logs", "cancel", "down"}
     assert rented.real_parser_takes(lines) == ""
     assert "No such option" in rented.real_parser_takes([["launch", "--nonsense", "x.yaml"]])
 
 
-def test_the_token_is_in_no_argument_and_no_file_of_ours(rented, laptop, hub):
+def test_the_token_is_in_no_argument_and_no_file_of_ours(rented, evicted, cancelled, laptop):
     assert not any(SECRET in " ".join(words) for words in rented.asked())
     found = subprocess.run(["grep", "-rl", SECRET, laptop / "runs", rented.state], capture_output=True, text=True)
     assert found.returncode == 1, found.stdout
