@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -315,9 +316,27 @@ def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_
 
 
 def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):  # noqa: F811
-    """A slow wire: newer ones come meanwhile, and what is being read is not removed."""
-    leaving.faults.append(Fault("PUT /lfs", rate=3e6, times=1))
-    process = begin(run, save_minutes=1e-6)
+    """A slow Hub: newer ones come meanwhile, and the one that is being sent is not removed."""
+    leaving.faults.append(Fault("objects/batch", stall=2, times=1))
+    process = begin(run, save_minutes=1e-6, num_train_epochs=12)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "not sent" not in printed and "Traceback" not in printed, printed
-    assert there(leaving).done == ("data", "finetune")
+    sent = re.findall(r"checkpoints: step (\d+), in", printed)
+    assert sent and there(leaving).done == ("data", "finetune"), printed
+
+
+def test_what_leaves_is_whole_checkpoints_the_newest_and_the_best(run):  # noqa: F811
+    folder = run.folder / "finetune" / "checkpoints"
+    for step, whole in ((2, True), (4, True), (6, True), (8, False)):
+        files.write_json(
+            folder / f"checkpoint-{step}" / "trainer_state.json", {"best_model_checkpoint": "elsewhere/checkpoint-2"}
+        )
+        if whole:
+            files.write_json(folder / f"checkpoint-{step}" / "ferry-complete", {"step": step})
+    (run.folder / "export").mkdir()
+    (run.folder / "export" / "run.f16.gguf").write_bytes(b"large")
+    state = states.of(run)
+    left = {name.split("/")[2] for name in state.files if name.startswith("finetune/checkpoints/")}
+    assert state.step == 6 and left == {"checkpoint-2", "checkpoint-6"}
+    assert not any("gguf" in name for name in state.files), "it is made again in minutes"
+    assert {"config.yaml", "data.json", "data/train.parquet", "data/heldout.jsonl"} <= state.files.keys()
