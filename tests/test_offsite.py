@@ -327,11 +327,11 @@ def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):  # 
 
 def test_what_leaves_is_whole_checkpoints_the_newest_and_the_best(run):  # noqa: F811
     folder = run.folder / "finetune" / "checkpoints"
-    for step, whole in ((2, True), (4, True), (6, True), (8, False)):
+    for step, marked in ((2, True), (4, True), (6, True), (8, False)):
         files.write_json(
             folder / f"checkpoint-{step}" / "trainer_state.json", {"best_model_checkpoint": "elsewhere/checkpoint-2"}
         )
-        if whole:
+        if marked:
             files.write_json(folder / f"checkpoint-{step}" / "ferry-complete", {"step": step})
     (run.folder / "export").mkdir()
     (run.folder / "export" / "run.f16.gguf").write_bytes(b"large")
