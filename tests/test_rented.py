@@ -215,8 +215,9 @@ def test_ctrl_c_ends_the_watching_and_says_what_bills(laptop, hub):
     assert stop.end() == 0 and job.stage == "CANCELED", stop.said
 
 
-def test_private_data_goes_along(laptop, hub, tmp_path):
+def test_private_data_goes_along(laptop, hub, tmp_path, monkeypatch):
     """Rows that no commit holds: from a folder of this machine, by sha256, to where the job's config names them."""
+    monkeypatch.setattr(hub, "lfs_from", 1000)  # the Hub sends who asks for it to another host
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes((laptop / "configs" / "demo" / "train.jsonl").read_bytes() + b"\n")
     words = [*(word for word in WORDS if not word.startswith("RUN=")), "RUN=raft", f"{SET} data.source={rows}"]
@@ -228,6 +229,7 @@ def test_private_data_goes_along(laptop, hub, tmp_path):
     there = next(job.home.glob("ferry/raft/job/files/*/rows.jsonl"))
     assert files.sha256(there) == files.sha256(rows)
     assert f"data/{there.relative_to(job.home / 'ferry' / 'raft')}" in hub.files("datasets/you/raft-job")
+    assert any("GET /blobs" in asked for asked in hub.asked) and not hub.leaks
 
 
 @pytest.mark.parametrize(("words", "said"), [
