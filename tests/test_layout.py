@@ -199,6 +199,21 @@ def test_the_speeds_in_the_readme_are_the_benchmarks():
     assert f"at most {max(row['seconds_to_the_end'] for row in stops)} s" in training
 
 
+def test_checkpoints_that_leave_cost_the_training_less_than_a_hundredth():
+    rows = {
+        row["system"]: row for row in json.loads((ROOT / "benchmarks/results/gpu_offsite.json").read_text())["rows"]
+    }
+    ours = rows["ferry"]
+    assert ours["sent"] >= 4 and ours["of_kept"] < 1.01
+    assert ours["seconds_a_step_beside_a_sender"] < 1.01 * ours["seconds_a_step_quiet"]
+    said = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    beside, quiet = (f"{ours[f'seconds_a_step_{name}']:.3f} s" for name in ("beside_a_sender", "quiet"))
+    assert (
+        f"took {ours['of_kept']:.3f} times the time" in said
+        and f"a step beside a sender {beside}, without one {quiet}" in said
+    )
+
+
 def test_export_is_at_most_1_3_times_the_bare_tools():
     results = json.loads((ROOT / "benchmarks" / "results" / "export.json").read_text())
     rows = {(row["system"], row["case"]): row for row in results["rows"]}

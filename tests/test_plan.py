@@ -143,7 +143,7 @@ def test_the_table_is_whole_and_finds_what_torch_calls_them():
     )
     torch_names = {
         "NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100 80 GB", "NVIDIA A100-PCIE-40GB": "A100 40 GB", "Tesla T4": "T4",
-        "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4", "NVIDIA A10G": None, "NVIDIA H200": "H200",
+        "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4", "NVIDIA A10G": "A10G", "NVIDIA H200": "H200",
     }  # fmt: skip
     found = {name: cards.find(name) for name in torch_names}
     assert {name: card and card.name for name, card in found.items()} == torch_names

@@ -273,7 +273,7 @@ def test_a_finished_environment_says_so_and_changes_nothing(setup, tmp_path):
 
 
 def test_the_locks_pin_every_line():
-    assert [path.stem for path in LOCKS] == ["build", "cpu", "cuda", "data", "deploy", "nvcc", "test"]
+    assert [path.stem for path in LOCKS] == ["build", "cpu", "cuda", "data", "deploy", "nvcc", "sky", "test"]
     for path in LOCKS:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert len(lines) >= 5
