@@ -66,6 +66,7 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     """
     settings, name, notes = config.load(config_file, wish.overrides), run.folder.name, run.folder / "cloud"
     refuse_folder(settings, launcher)
+    refuse_choice(launcher, wish)
     job = prepared(settings, run, launcher, wish)
     if record := here_already(run, job):
         return record
@@ -130,6 +131,15 @@ def refuse_folder(settings: Config, launcher: Launcher) -> None:
         raise UserError(
             f"publish.repo is {settings.publish.repo}, a folder, and {launcher.where} keeps none",
             'a repo of the Hub: SET="publish.repo={user}/{run}-GGUF"',
+        )
+
+
+def refuse_choice(launcher: Launcher, wish: Wish) -> None:
+    """What is there already is not chosen."""
+    if not launcher.rented and (wish.gpu or wish.hours):
+        raise UserError(
+            f"GPU and HOURS choose a machine that is rented, and {launcher.where} is there already",
+            "leave them out, or CLOUD=sky or hf-jobs",
         )
 
 

@@ -40,36 +40,33 @@ class Engine:
     def state(self, name: str) -> State:
         """As the engine has it; a result on the Hub is a job that ended well, whether the engine remembers it or not."""
         found, note = self.found(name), self.note(name)
+        if found.word == "absent" and self.result(note):
+            found = State("ended", 0)
+        elif found.code == 0 and not self.result(note):
+            found = State("died", why="ended, and its result is not on the Hub")
+        if found.word == "absent":
+            return found
         known = {"goal": "train", "config": note.get("config", ""), "commit": note.get("commit", ""), "log": None}
-        if note and (found.word == "absent" or found.code == 0):
-            done = self.result(note["config"])
-            found = (
-                State("ended", 0)
-                if done
-                else found
-                if found.word == "absent"
-                else State("died", why="ended, and its result is not on the Hub")
-            )
-        return State(**(vars(found) | known)) if found.word != "absent" else State()
+        return State(**(vars(found) | known))
 
     def found(self, name: str) -> State:
         """The job as the engine has it."""
         raise NotImplementedError
 
     def note(self, name: str) -> dict:
-        """What was sent."""
+        """What was sent; empty when nothing was."""
         try:
             return json.loads(self.content("dataset", self.job_repo(name), JOB))
-        except Missing:
+        except (Missing, ValueError):
             return {}
 
-    def result(self, config: str) -> bool:
-        """Has that config's run come to its end?"""
+    def result(self, note: dict) -> bool:
+        """Has the run of that note come to its end?"""
         try:
             state = states.parse(self.content("model", self.checkpoints, states.INDEX), self.checkpoints)
         except Missing:
             return False
-        return states.RESULT in state.files and state.config == config
+        return states.RESULT in state.files and state.config == note.get("config")
 
     def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
         """The log as the engine kept it, or a record from the repo."""

@@ -377,6 +377,17 @@ def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, la
     assert (tmp_path / "bill").read_text() == "ended\n"
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (["HOURS=2"], "GPU and HOURS choose a machine that is rented, and root@127.0.0.1 is there already"),
+    (["SPOT=1"], "SPOT: a box that is there is nobody's to take away"),
+])  # fmt: skip
+def test_a_box_that_is_there_is_not_chosen(laptop, box, words, said):
+    done = launched(laptop, box, *words)
+    assert done.returncode == 2 and f"error: {said}\n next: " in done.stdout and "Traceback" not in done.stdout, (
+        done.stdout
+    )
+
+
 def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
     from launch import cloud
     from pipeline import config

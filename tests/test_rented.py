@@ -292,3 +292,17 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
     watch.until(lambda: "-- finetune" in watch.said)
     stop = Watch(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=skiff")
     assert stop.end() == 0 and watch.end() == 2, stop.said
+
+
+def test_a_job_that_ended_without_a_result_did_not_end_well(online):
+    """Its machine is gone: whoever believed the exit code would ask for ever for what is not there."""
+    from contract import hub as client
+    from launch.hf_jobs import HfJobs
+
+    launcher = HfJobs("you/ghost-checkpoints")
+    assert launcher.state("ghost").word == "absent"
+    client.api().run_job(image="x", command=["true"], flavor="cpu-basic", labels={"ferry-run": "ghost"})
+    until = time.monotonic() + 20
+    while (state := launcher.state("ghost")).word == "running" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert (state.word, state.why) == ("died", "ended, and its result is not on the Hub")

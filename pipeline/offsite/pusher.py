@@ -13,9 +13,8 @@ from contract import hub
 from pipeline.record import Run
 
 REPO = "FERRY_CHECKPOINTS"
-GRACE = (
-    100  # seconds after a signal: docker stop's are raised to 120 by setup/container.py, a spot machine often has 120
-)
+# Seconds after a signal: setup/container.py raises those of docker stop to 120, and a spot machine often has so many.
+GRACE = 100
 BROKEN = 3  # exit code of push.py: the client broke in an unknown way
 LONGEST = 900  # seconds for the state after a stage
 

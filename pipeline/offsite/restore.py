@@ -1,5 +1,6 @@
 """A run from its repo onto a machine that has nothing of it: all of it by sha256, or none."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -32,9 +33,7 @@ def restore(repo: str, run: Run, config: Config) -> State | None:
             f"{name} holds the run {state.run}, this one is {run.folder.name}",
             f"RUN={state.run}, or CHECKPOINTS=another repo",
         )
-    there = build(
-        yaml.safe_load(hub.read_small(name, "config.yaml", commit, states.MOST)), {}, Path(f"{name}/config.yaml")
-    )
+    there = build(yaml.safe_load(small(name, "config.yaml", commit)), {}, Path(f"{name}/config.yaml"))
     pairs = differences(there.model_dump(mode="json"), config.model_dump(mode="json"))
     if faults := [f"{key}: {old!r} there, {new!r} here" for key, old, new in pairs]:
         raise UserError(
@@ -66,10 +65,14 @@ def look(repo: str, run: Run | None) -> tuple[str, str, State] | None:
     if not state:
         return None
     if states.RESULT in state.files:
-        said = states.json.loads(hub.read_small(name, states.RESULT, head.sha, states.MOST))
+        said = json.loads(small(name, states.RESULT, head.sha))
         where = f"{said['repo']}@{said['tag']}" if "tag" in said else said["repo"]
         raise UserError(f"the run {state.run} has ended: it is {where}", f"make deploy-mac REPO={where}")
     return name, head.sha, state
+
+
+def small(repo: str, name: str, commit: str) -> bytes:
+    return hub.patiently(f"{name} of {repo}", lambda: hub.read_small(repo, name, commit, states.MOST))
 
 
 def fetched(repo: str, commit: str, state: State, run: Run) -> State:

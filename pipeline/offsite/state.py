@@ -104,16 +104,9 @@ def parse(content: bytes, where: str) -> State:
                 f"{where} has schema {version}, this Ferry reads {SCHEMA}", "git pull, then the same command"
             )
         state = State(**(said | {"done": tuple(said["done"])}))
-        sound = all(
-            plain(name) and len(item["sha256"]) == 64 and item["bytes"] >= 0 for name, item in state.files.items()
-        )
-        sound = (
-            sound
-            and plain(state.run)
-            and state.step >= 0
-            and "config.yaml" in state.files
-            and "data.json" in state.files
-        )
+        sound = plain(state.run) and state.step >= 0 and {"config.yaml", "data.json"} <= state.files.keys()
+        sound = sound and all(map(plain, state.files))
+        sound = sound and all(len(item["sha256"]) == 64 and item["bytes"] >= 0 for item in state.files.values())
     except (ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
@@ -124,6 +117,5 @@ def parse(content: bytes, where: str) -> State:
 def plain(name: str) -> bool:
     """A path that stays inside."""
     path = PurePosixPath(name)
-    return (
-        str(path) == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name and name != INDEX
-    )
+    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    return inside and str(path) == name and name != INDEX
