@@ -299,9 +299,11 @@ def test_a_job_that_ended_without_a_result_did_not_end_well(online):
     from contract import hub as client
     from launch.hf_jobs import HfJobs
 
-    launcher = HfJobs("you/ghost-checkpoints")
+    launcher = HfJobs("you/ghost-checkpoints", "you")  # without it the client asks as it was when it was imported
     assert launcher.state("ghost").word == "absent"
-    client.api().run_job(image="x", command=["true"], flavor="cpu-basic", labels={"ferry-run": "ghost"})
+    client.api().run_job(
+        image="x", command=["true"], flavor="cpu-basic", labels={"ferry-run": "ghost"}, namespace="you"
+    )
     until = time.monotonic() + 20
     while (state := launcher.state("ghost")).word == "running" and time.monotonic() < until:
         time.sleep(0.1)
