@@ -198,6 +198,12 @@ def named(repo: str, run: str | None) -> str:
     return repo
 
 
+def strange(head, index: str) -> list[str]:
+    """Files of a repo that is something else's; none where `index` is among them, or nothing but what a new one may hold."""
+    names = sorted(sibling.rfilename for sibling in head.siblings)
+    return [] if index in names else [name for name in names if name not in (".gitattributes", "README.md")]
+
+
 def found(what: str, ask):
     """What the Hub says, None where it has no such repo."""
     from huggingface_hub.errors import RepositoryNotFoundError

@@ -5,7 +5,6 @@ command, such as `ssh -F file` or `ssh -i key`.
 """
 
 import contextlib
-import os
 import re
 import shlex
 import subprocess
@@ -19,7 +18,7 @@ from contract import files, hub
 from contract.errors import UserError, shown
 from launch import tree
 from launch.address import Address
-from launch.launcher import Job, Lost, Machine, Missing, State
+from launch.launcher import Job, Lost, Machine, Missing, State, program
 
 SCRIPT = Path(__file__).with_name("box.sh")
 REACHING = 20  # seconds for a connection to come about
@@ -161,7 +160,7 @@ class Box:
         options |= {} if sys.stdin.isatty() else {"BatchMode": "yes"}  # nobody can be asked for a passphrase
         given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return [
-            *ssh(),
+            *program("FERRY_SSH", "ssh"),
             "-T",
             *given,
             *self.address.words,
@@ -243,14 +242,6 @@ class Box:
             return Missing(f"{self.where}: {why}", "the same command makes it")
         cure = "free some disk there" if full else "see to it there" + ("" if self.ours else f" (`{self.command}`)")
         return UserError(f"{self.where}: {why}", f"{cure}, then the same command goes on")
-
-
-def ssh() -> list[str]:
-    """The client: ssh, or what FERRY_SSH says."""
-    try:
-        return shlex.split(os.environ.get("FERRY_SSH") or "ssh") or ["ssh"]
-    except ValueError as error:
-        raise UserError(f"FERRY_SSH cannot be read: {error}", "FERRY_SSH='ssh -i key', or unset it") from None
 
 
 def _ended(process: subprocess.Popen) -> None:

@@ -70,8 +70,14 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     job = prepared(settings, run, launcher, wish)
     if record := here_already(run, job):
         return record
-    stop = f"`make cloud-stop CLOUD={cloud} RUN={name}`"
-    session = Session(launcher, name, stop, wish.teardown, running=started(run, launcher), home=notes / "rescued")
+    session = Session(
+        launcher,
+        name,
+        stopping(cloud, name, wish),
+        wish.teardown,
+        running=started(run, launcher),
+        home=notes / "rescued",
+    )
     with session.billed():
         state = found(session, job)
         if not session.running and state.code != 0:
@@ -102,6 +108,12 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     }  # fmt: skip
     files.write_json(run.folder / "cloud.json", record)
     return record
+
+
+def stopping(cloud: str, name: str, wish: Wish) -> str:
+    """The command that ends the job: it must look for it where it was started."""
+    more = (" SPOT=1" if wish.spot else "") + (f" CHECKPOINTS={wish.checkpoints}" if wish.checkpoints else "")
+    return f"`make cloud-stop CLOUD={cloud} RUN={name}{more}`"
 
 
 def here_already(run: Run, job: Job) -> dict | None:

@@ -134,7 +134,7 @@ def committed(api, repo: str, job: Job) -> str:
         raise UserError(
             f"{repo} is public, and a job holds your data", "make it private on the Hub, or RUN=another-name"
         )
-    if JOB not in names and (strange := sorted(names - {".gitattributes", "README.md"})):
+    if strange := hub.strange(head, JOB):
         raise UserError(f"{repo} is a repo of something else: it holds {', '.join(strange[:4])}", "RUN=another-name")
     listed = [{"path": name, "sha256": files.sha256(path)} for name, path in sorted(job.files.items())]
     about = {"run": job.run, "config": files.sha256_bytes(job.config.encode()), "commit": job.commit}

@@ -51,7 +51,7 @@ class HfJobs(Engine):
         """Arguments of huggingface_hub's run_job."""
         return {
             "image": made.order.image, "command": ["sh", "-c", made.line], "env": made.environment, "secrets": made.secrets,
-            "flavor": made.order.offer.name, "timeout": made.seconds, "labels": {LABEL: made.name, "name": made.name}, "namespace": self.namespace,
+            "flavor": made.order.offer.name, "timeout": made.order.seconds, "labels": {LABEL: made.name, "name": made.name}, "namespace": self.namespace,
         }  # fmt: skip
 
     def found(self, name: str) -> State:
@@ -87,7 +87,7 @@ class HfJobs(Engine):
         job, api = self.job(name), hub.api()
         if job is None:
             return
-        lines = beside(api.fetch_job_logs(job_id=job.id, namespace=self.namespace or job.owner.name, follow=follow))
+        lines = beside(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=follow))
         while (
             line := reached(lambda: hub.patiently("the log of the job", lambda: next(lines, None), seconds=0))
         ) is not None:
@@ -96,7 +96,7 @@ class HfJobs(Engine):
     def stop(self, name: str) -> None:
         job = self.job(name)
         if job:
-            cancel = lambda: hub.api().cancel_job(job_id=job.id, namespace=self.namespace or job.owner.name)
+            cancel = lambda: hub.api().cancel_job(job_id=job.id, namespace=job.owner.name)
             reached(lambda: hub.patiently(f"cancel {job.url}", cancel, seconds=hub.QUICK))
 
     def bill(self, name: str, running: bool) -> str:

@@ -4,6 +4,8 @@ The job there is always the same `make train`, which goes on from its records; s
 "resume", and one that loses its machine can start the same job on another.
 """
 
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +69,11 @@ class Order:
     """May be taken away at any time."""
 
     @property
+    def seconds(self) -> int:
+        """The time limit."""
+        return round(3600 * self.hours)
+
+    @property
     def most(self) -> float | None:
         """Dollars at the time limit."""
         return None if self.offer.dollars is None else self.hours * self.offer.dollars
@@ -111,6 +118,14 @@ class Job:
     """More settings of its make."""
     order: Order | None = None
     """The machine, where one is rented for it."""
+
+
+def program(variable: str, otherwise: str) -> list[str]:
+    """The words of a command that the user may name by an environment variable. Raises UserError for what no shell reads."""
+    try:
+        return shlex.split(os.environ.get(variable) or otherwise) or [otherwise]
+    except ValueError as error:
+        raise UserError(f"{variable} cannot be read: {error}", f"correct {variable}, or unset it") from None
 
 
 class Launcher(Protocol):

@@ -8,6 +8,7 @@ from contract.errors import UserError, shown
 from launch import address
 from launch.box import Box
 from launch.launcher import Launcher
+from pipeline.offsite.state import repository
 
 FORMS = f"{address.FORM}; sky or sky/<infra> (SkyPilot), hf-jobs or hf-jobs/<organization> (Hugging Face Jobs)"
 CHECKPOINTS = "{user}/{run}-checkpoints"
@@ -31,7 +32,7 @@ def of(cloud: str, run: Path, checkpoints: str | None = None, spot: bool = False
         raise UserError(
             f"CLOUD={engine}: code, data and checkpoints go through the Hub, and no token of it is set", hub.LOGIN
         )
-    repo, _ = hub.split(hub.named(checkpoints or CHECKPOINTS, run.name))
+    repo = repository(checkpoints or CHECKPOINTS, run.name)
     if engine == "sky":
         from launch.sky import Sky
 

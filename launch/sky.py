@@ -18,19 +18,9 @@ from contract import files, hub
 from contract.errors import UserError, shown
 from launch import task
 from launch.engine import Engine, skipped
-from launch.launcher import Job, Lost, Machine, Offer, State
+from launch.launcher import Job, Lost, Machine, Offer, State, program
 
 IDLE = 10  # minutes until a cluster whose job has ended goes, if we do not end it before
-ENDED = {
-    "SUCCEEDED": 0,
-    "FAILED": 1,
-    "FAILED_SETUP": 1,
-    "FAILED_DRIVER": 1,
-    "FAILED_PRECHECKS": 1,
-    "FAILED_NO_RESOURCE": 1,
-    "FAILED_CONTROLLER": 1,
-}
-GONE = ("CANCELLED",)
 UNKNOWN = r"No in-progress managed jobs|does not exist|ClusterNotUp"
 OURS = re.compile(rb"^(\x1b\[\d*m)*\([^)]*pid=\d+\)(\x1b\[\d*m)* ?")  # what SkyPilot sets before each line of a job
 SETUP = """\
@@ -85,7 +75,7 @@ class Sky(Engine):
             if self.spot
             else ["launch", "-c", cluster(job.name), "-i", str(IDLE), "--down"]
         )
-        done = self._call(*words, "-y", "-d", str(file), *given, secrets=made.secrets, shown=True)
+        done = self._told(*words, "-y", "-d", str(file), *given, secrets=made.secrets)
         if done.returncode:
             raise UserError(
                 f"{self.where} does not start it: {last(done)}", "see what SkyPilot says above, then the same command"
@@ -97,9 +87,9 @@ class Sky(Engine):
             return State()
         self.there, status = True, job["status"]
         why = " ".join(filter(None, (status.lower(), job.get("failure_reason"))))
-        if status in ENDED:
-            return State("ended", ENDED[status], why=why)
-        return State("died" if status in GONE else "running", why=why)
+        if status == "SUCCEEDED" or status.startswith("FAILED"):
+            return State("ended", int(status != "SUCCEEDED"), why=why)
+        return State("died" if status == "CANCELLED" else "running", why=why)
 
     def _job(self, name: str) -> dict | None:
         """The newest of that name."""
@@ -157,35 +147,30 @@ class Sky(Engine):
     def _json(self, *words: str, absent: str | None = None):
         """What it says, without what it says before. absent: a pattern of errors that mean that there is nothing."""
         done = self._call(*words)
-        text = done.stdout
-        if done.returncode and absent and re.search(absent, text + done.stderr):
+        if done.returncode and absent and re.search(absent, done.stdout + done.stderr):
             return None
         if done.returncode:
             raise Lost(f"sky {words[0]}: {last(done)}", "see that `sky status` works, then the same command")
-        start = re.search(r"^[\[{]", text, re.MULTILINE)
+        start = re.search(r"^[\[{]", done.stdout, re.MULTILINE)
         try:
-            return json.loads(text[start.start() :]) if start else None
+            return json.loads(done.stdout[start.start() if start else 0 :])
         except ValueError as error:
             raise UserError(
                 f"sky {' '.join(words)} says no JSON: {error}", "Ferry was made for SkyPilot 0.14: see `sky --version`"
             ) from None
 
-    def _call(
-        self, *words: str, secrets: dict[str, str] | None = None, shown: bool = False
-    ) -> subprocess.CompletedProcess:
+    def _call(self, *words: str, secrets: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         process = self._open(*words, stderr=subprocess.PIPE, secrets=secrets)
-        if shown:
-            rows = []
-            for row in process.stdout:
-                rows.append(row.decode(errors="replace"))
-                hub.say(rows[-1].rstrip())
-            out, err = "".join(rows).encode(), process.stderr.read()
-            process.wait()
-        else:
-            out, err = process.communicate()
-        return subprocess.CompletedProcess(
-            words, process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
-        )
+        out, err = (text.decode(errors="replace") for text in process.communicate())
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def _told(self, *words: str, secrets: dict[str, str]) -> subprocess.CompletedProcess:
+        """The same, said as it comes: finding a machine takes minutes."""
+        process, rows = self._open(*words, stderr=subprocess.STDOUT, secrets=secrets), []
+        for row in process.stdout:
+            rows.append(row.decode(errors="replace").rstrip())
+            hub.say(rows[-1])
+        return subprocess.CompletedProcess(words, process.wait(), "\n".join(rows), "")
 
     def _open(self, *words: str, stderr: int, secrets: dict[str, str] | None = None) -> subprocess.Popen:
         settings = os.environ | (secrets or {})
@@ -206,7 +191,7 @@ class Sky(Engine):
 
 
 def sky() -> list[str]:
-    return shlex.split(os.environ.get("FERRY_SKY") or "sky")
+    return program("FERRY_SKY", "sky")
 
 
 def cluster(name: str) -> str:

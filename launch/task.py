@@ -32,11 +32,6 @@ class Task:
     environment: dict[str, str]
     secrets: dict[str, str]
 
-    @property
-    def seconds(self) -> int:
-        """The time limit."""
-        return round(3600 * self.order.hours)
-
 
 def of(job: Job, goal: str, passed: dict[str, str], where: str) -> Task:
     """passed: the environment that the job gets. where: of the job's repo, an address that ends in a slash."""
@@ -47,8 +42,7 @@ def of(job: Job, goal: str, passed: dict[str, str], where: str) -> Task:
 
 
 def line(job: Job, goal: str) -> str:
-    seconds = round(3600 * job.order.hours)
-    stop = max(seconds - SAVING, seconds // 2)
+    stop = max(job.order.seconds - SAVING, job.order.seconds // 2)
     words = [
         "make",
         "--no-print-directory",

@@ -9,7 +9,7 @@ from pipeline import licences
 from pipeline.config import Config, dump
 from pipeline.data import read
 from pipeline.offsite import push
-from pipeline.offsite.state import State
+from pipeline.offsite.state import State, repository
 from pipeline.plan import disk as space
 from pipeline.publish import sender
 from pipeline.publish.stage import hub_folder
@@ -31,7 +31,7 @@ def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None =
         return []
     repo = hub.named(config.publish.repo, run.folder.name)
     said = [destination(config, repo)]
-    said += [leaving(config, run, hub.named(checkpoints, run.folder.name))] if checkpoints else []
+    said += [leaving(config, run, checkpoints)] if checkpoints else []
     if not run.done("export"):
         said += [*base(config, run, repo, here), *dataset(config)]
     return said
@@ -47,9 +47,9 @@ def writable(what: str, name: str) -> dict:
     return user
 
 
-def leaving(config: Config, run: Run, repo: str) -> str:
+def leaving(config: Config, run: Run, checkpoints: str) -> str:
     """The repo for checkpoints is private, ours, and no other run's."""
-    name, _ = hub.split(repo)
+    name = repository(checkpoints, run.folder.name)
     writable(f"CHECKPOINTS {name}", name)
     api = hub.api()
     head = hub.found(f"CHECKPOINTS {name}", lambda: api.repo_info(name))

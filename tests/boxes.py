@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -177,15 +178,48 @@ def lend_environment(box: Box, laptop: Path, under: str = "ferry") -> None:
         subprocess.run(["cp", "-a", sys.prefix, there], check=True)
 
 
-def started(laptop: Path, box: Box, *words: str, **environment: str) -> subprocess.Popen:
-    """`make` on the laptop, in a process group of its own."""
+def started_at(place: Path, *words: str, **settings: str) -> subprocess.Popen:
+    """`make` in a checkout, as one who is online types it; in a process group of its own."""
     command = ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.executable}", *words]
     given = {name: value for name, value in typed().items() if not name.endswith("_OFFLINE")}
-    settings = {"FERRY_SSH": shlex.join(map(str, box.ssh)), "FERRY_SILENCE_SECONDS": "4"} | environment
     return subprocess.Popen(
-        command, cwd=laptop, env=given | settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, cwd=place, env=given | settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
+
+
+def started(laptop: Path, box: Box, *words: str, **environment: str) -> subprocess.Popen:
+    """`make` on the laptop, which reaches the box."""
+    settings = {"FERRY_SSH": shlex.join(map(str, box.ssh)), "FERRY_SILENCE_SECONDS": "4"} | environment
+    return started_at(laptop, *words, **settings)
+
+
+class Watch:
+    """A `make`, and what it has said so far."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process, self.said = process, ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.said += line
+
+    def until(self, ready, seconds: float = 300) -> None:
+        limit = time.monotonic() + seconds
+        while not ready() and self.process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert ready(), self.said
+
+    def end(self) -> int:
+        code = self.process.wait()
+        self.reader.join()
+        return code
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.end()
 
 
 def done(process: subprocess.Popen) -> subprocess.CompletedProcess:

@@ -7,8 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,40 +19,15 @@ from deploy import trace
 from launch import address, reproduce, result, sources, verdict
 from launch.box import Box as launcher_of
 from tests import boxes
-from tests.boxes import Box
+from tests.boxes import Box, Watch
 from tests.conftest import SHORT
 
 pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
 SECRET = "hf_" + "OnlyOverTheConnection"  # in two pieces: this file travels, too
 
 
-class Watch:
-    """`make` on the laptop, and what it has said so far."""
-
-    def __init__(self, laptop: Path, box: Box, *words: str, **environment: str):
-        self.process = boxes.started(laptop, box, *words, **environment)
-        self.said = ""
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.said += line
-
-    def until(self, ready, seconds: float = 300) -> None:
-        limit = time.monotonic() + seconds
-        while not ready() and self.process.poll() is None and time.monotonic() < limit:
-            time.sleep(0.05)
-        assert ready(), self.said
-
-    def end(self) -> int:
-        code = self.process.wait()
-        self.reader.join()
-        return code
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.end()
+def watched(laptop: Path, box: Box, *words: str, **environment: str) -> Watch:
+    return Watch(boxes.started(laptop, box, *words, **environment))
 
 
 @dataclass
@@ -83,7 +56,7 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
         )  # YES=1 once is enough
         there = box.home / "ferry" / "boat"
 
-        first = Watch(laptop, box, *words, "YES=1", HF_TOKEN=SECRET)
+        first = watched(laptop, box, *words, "YES=1", HF_TOKEN=SECRET)
         first.until((there / "runs" / "boat" / "data.json").is_file)
         for pid in boxes.children(box.process.pid):  # asleep: the connection is there and nothing comes through it
             os.kill(pid, signal.SIGSTOP)
@@ -94,14 +67,14 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
         first.kill()  # the lid is closed for the night
         said["first"] = first.said
 
-        second = Watch(laptop, box, *words, HF_TOKEN=SECRET)
+        second = watched(laptop, box, *words, HF_TOKEN=SECRET)
         second.until(lambda: any(there.glob("runs/boat/finetune/checkpoints/checkpoint-8/ferry-complete")))
         group = int((there / "job" / "group").read_text())
         os.killpg(group, signal.SIGKILL)
         assert second.end() == 2, second.said
         said["second"] = second.said
 
-        third = Watch(laptop, box, *words, "TEARDOWN=echo ended >> bill", HF_TOKEN=SECRET)
+        third = watched(laptop, box, *words, "TEARDOWN=echo ended >> bill", HF_TOKEN=SECRET)
         assert third.end() == 0, third.said
         said["third"] = third.said
         yield Delivered(laptop, box, words, said, there)
@@ -178,9 +151,9 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
         name: [*(word for word in delivered.words if not word.startswith("RUN=")), f"RUN={name}"]
         for name in ("port", "starboard")
     }
-    watched = {name: Watch(laptop, box, *words[name], "YES=1") for name in words}
+    watches = {name: watched(laptop, box, *words[name], "YES=1") for name in words}
     there = {name: box.home / "ferry" / name for name in words}
-    for name, watch in watched.items():
+    for name, watch in watches.items():
         watch.until(lambda log=there[name] / "job" / "log": log.is_file() and "finetune: step 1/30" in log.read_text())
 
     other = [word if not word.startswith("SET=") else f"{word} finetune.seed=7" for word in words["starboard"]]
@@ -191,15 +164,15 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     assert "still running on root@127.0.0.1: starboard; `make cloud-stop" in done.stdout
     assert not (box.folder / "gone").exists(), "the machine of a running job"
 
-    looker = Watch(laptop, box, *words["port"], f"TEARDOWN=touch {box.folder}/gone")
+    looker = watched(laptop, box, *words["port"], f"TEARDOWN=touch {box.folder}/gone")
     looker.until(lambda: "finetune: step 1/30" in looker.said or "port runs there already" in looker.said)
     os.killpg(looker.process.pid, signal.SIGINT)
     looker.end()
     assert "still running on root@127.0.0.1: port; `make cloud-stop" in looker.said, looker.said
     assert "stopped; the same command goes on from here" in looker.said and "Traceback" not in looker.said
-    assert not (box.folder / "gone").exists() and watched["port"].process.poll() is None
+    assert not (box.folder / "gone").exists() and watches["port"].process.poll() is None
 
-    for name, watch in watched.items():
+    for name, watch in watches.items():
         gone = f"TEARDOWN=rm -r {there[name]}"  # the machine is given back
         stopped = boxes.make(
             laptop, box, "cloud-stop", f"CLOUD={box.address}", f"RUN={name}", *([gone] if name == "port" else [])
@@ -210,7 +183,7 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     assert list(there["starboard"].glob("runs/starboard/finetune/checkpoints/*/ferry-complete"))
     assert not there["port"].exists()
 
-    again = Watch(laptop, box, *words["port"])
+    again = watched(laptop, box, *words["port"])
     again.until(lambda: "finetune: continuing from checkpoint-" in again.said)
     assert "port goes on there with what was brought home" in again.said
     boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=port")

@@ -403,3 +403,22 @@ def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
         "CHECKPOINTS=you/boat-checkpoints",
     )
     assert cloud.prepared(tree, Run(Path("runs/boat")), box, cloud.Wish()).settings == ()
+
+
+@pytest.mark.parametrize(("wish", "said"), [
+    ({}, "`make cloud-stop CLOUD=sky RUN=boat`"),
+    ({"spot": True}, "`make cloud-stop CLOUD=sky RUN=boat SPOT=1`"),
+    ({"checkpoints": "you/boat"}, "`make cloud-stop CLOUD=sky RUN=boat CHECKPOINTS=you/boat`"),
+])  # fmt: skip
+def test_the_command_that_ends_it_looks_where_it_was_started(wish, said):
+    from launch import cloud
+
+    assert cloud.stopping("sky", "boat", cloud.Wish(**wish)) == said
+
+
+def test_a_program_that_no_shell_reads_is_one_line(monkeypatch, tmp_path):
+    from launch.sky import Sky
+
+    monkeypatch.setenv("FERRY_SKY", "sky 'x")
+    with pytest.raises(UserError, match="FERRY_SKY cannot be read: No closing quotation"):
+        Sky("you/x", "", False, tmp_path).look()

@@ -19,7 +19,7 @@ from pipeline.offsite import push, pusher, restore
 from pipeline.offsite import state as states
 from pipeline.record import Run
 from tests import boxes
-from tests.conftest import SHORT, typed
+from tests.conftest import SHORT
 from tests.hub import Fault
 from tests.test_finetune import TUNE, begin, losses, made, run, trained, whole  # noqa: F401 fixtures
 
@@ -164,6 +164,11 @@ def test_refusals(run, leaving, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="holds the run run, this one is boat"):
         restore.restore(REPO, Run(tmp_path / "elsewhere" / "boat"), run.config())
     assert not (tmp_path / "elsewhere").exists()
+    for checkpoints in ("", "boat", "./boat", "you/boat@v1", "you/{run}"):
+        with pytest.raises(
+            UserError, match=r"^error: CHECKPOINTS=.* is no repo of the Hub\n next: CHECKPOINTS=owner/name$"
+        ):
+            restore.resume(checkpoints, tmp_path)
     with pytest.raises(UserError, match="holds no state of a run"):
         restore.resume("you/nothing", tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
@@ -249,12 +254,7 @@ def machine(folder: Path) -> Path:
 
 
 def start(place: Path, *words: str) -> subprocess.Popen:
-    command = ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.executable}", *words]
-    kept = {name: value for name, value in typed().items() if not name.endswith("_OFFLINE")} | {
-        "HF_HOME": str(place / "hf")
-    }
-    return subprocess.Popen(command, cwd=place, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)  # fmt: skip
+    return boxes.started_at(place, *words, HF_HOME=str(place / "hf"))
 
 
 def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chain, online, tmp_path):
@@ -275,7 +275,7 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
     assert tuned["final_loss"] == pytest.approx(alone["final_loss"], rel=0.005)
     assert "publish: you/boat-GGUF@v1" in printed
     assert json.loads(online.read(NAME, "publish.json"))["tag"] == "v1", "whoever waits for it finds where it is"
-    third = start(a.parent / "b", "resume", f"CHECKPOINTS={REPO}", "RUNS=again")
+    third = start(b, "resume", f"CHECKPOINTS={REPO}", "RUNS=again")
     printed = third.communicate()[0]
     assert third.returncode == 2 and "has ended: it is you/boat-GGUF@v1" in printed, printed
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import pytest
 
 from contract import files, manifest
 from tests import boxes
-from tests.conftest import SHORT, typed
+from tests.boxes import Watch
+from tests.conftest import SHORT
 from tests.hub import Fault, Hub, serving
 
 SECRET = "hf_" + "OnlyAsASecret"
@@ -25,38 +25,13 @@ WORDS = ("cloud-to-local", "CLOUD=hf-jobs", "RUN=boat", "DEVICE=cpu")
 SET = f"SET={SHORT} publish.repo={{user}}/{{run}}-GGUF finetune.save_minutes=0.001"
 
 
-class Watch:
-    """`make` on the laptop, and what it has said so far."""
-
-    def __init__(self, laptop: Path, hub: Hub, *words: str, **environment: str):
-        kept = {name: value for name, value in typed().items() if not name.endswith("_OFFLINE")}
-        settings = {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": SECRET, "HF_HOME": str(laptop / "hf"), "HF_HUB_DISABLE_XET": "1",
-            "FERRY_HUB_SECONDS": "6", "FERRY_SILENCE_SECONDS": "5",
-        }  # fmt: skip
-        self.process = subprocess.Popen(
-            ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.executable}", *words], cwd=laptop,
-            env=kept | settings | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-        self.said = ""
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.said += line
-
-    def until(self, ready, seconds: float = 300) -> None:
-        limit = time.monotonic() + seconds
-        while not ready() and self.process.poll() is None and time.monotonic() < limit:
-            time.sleep(0.05)
-        assert ready(), self.said
-
-    def end(self) -> int:
-        code = self.process.wait()
-        self.reader.join()
-        return code
+def watched(laptop: Path, hub: Hub, *words: str, **environment: str) -> Watch:
+    """`make` on the laptop, which has an account."""
+    settings = {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": SECRET, "HF_HOME": str(laptop / "hf"), "HF_HUB_DISABLE_XET": "1",
+        "FERRY_HUB_SECONDS": "6", "FERRY_SILENCE_SECONDS": "5",
+    }  # fmt: skip
+    return Watch(boxes.started_at(laptop, *words, **settings | environment))
 
 
 def at_step(hub: Hub, step: int) -> bool:
@@ -96,24 +71,23 @@ class Delivered:
 def delivered(laptop, hub) -> Delivered:
     """Launched, the lid closed, watched again, cancelled, started again, timed out, started again, deployed."""
     said = {}
-    first = Watch(laptop, hub, *WORDS, SET, "YES=1")
+    first = watched(laptop, hub, *WORDS, SET, "YES=1")
     first.until(lambda: at_step(hub, 1))
-    os.killpg(first.process.pid, signal.SIGKILL)
-    first.end()
+    first.kill()
     said["first"] = first.said
 
-    second = Watch(laptop, hub, *WORDS, SET)
+    second = watched(laptop, hub, *WORDS, SET)
     second.until(lambda: "boat runs there already" in second.said)
-    stop = Watch(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=boat")
+    stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=boat")
     assert stop.end() == 0, stop.said
     assert second.end() == 2, second.said
     said |= {"second": second.said, "stop": stop.said}
 
-    third = Watch(laptop, hub, *WORDS, SET, "YES=1", "HOURS=0.015")
+    third = watched(laptop, hub, *WORDS, SET, "YES=1", "HOURS=0.015")
     assert third.end() == 2, third.said
     said["third"] = third.said
 
-    fourth = Watch(laptop, hub, *WORDS, SET, "YES=1", "MAX_DOLLARS=0.05")
+    fourth = watched(laptop, hub, *WORDS, SET, "YES=1", "MAX_DOLLARS=0.05")
     assert fourth.end() == 0, fourth.said
     said["fourth"] = fourth.said
     return Delivered(laptop, hub, said)
@@ -193,14 +167,14 @@ def test_the_token_is_in_no_file_and_no_log(delivered):
 
 
 def test_again_it_is_deployed_not_trained(delivered):
-    again = Watch(delivered.laptop, delivered.hub, *WORDS, SET)
+    again = watched(delivered.laptop, delivered.hub, *WORDS, SET)
     assert again.end() == 0 and "smoke: passed" in again.said, again.said
     assert len(delivered.hub.jobs.of("you")) == 3
 
 
 def test_ctrl_c_ends_the_watching_and_says_what_bills(laptop, hub):
     words = [*(word for word in WORDS if not word.startswith("RUN=")), "RUN=dinghy", SET]
-    watch = Watch(laptop, hub, *words, "YES=1")
+    watch = watched(laptop, hub, *words, "YES=1")
     watch.until(lambda: "train: natively" in watch.said)
     os.killpg(watch.process.pid, signal.SIGINT)
     watch.end()
@@ -211,7 +185,7 @@ def test_ctrl_c_ends_the_watching_and_says_what_bills(laptop, hub):
     assert "Traceback" not in watch.said
     job = next(job for job in hub.jobs.of("you") if job.spec["labels"]["ferry-run"] == "dinghy")
     assert job.stage == "RUNNING"
-    stop = Watch(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=dinghy")
+    stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=dinghy")
     assert stop.end() == 0 and job.stage == "CANCELED", stop.said
 
 
@@ -221,9 +195,9 @@ def test_private_data_goes_along(laptop, hub, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes((laptop / "configs" / "demo" / "train.jsonl").read_bytes() + b"\n")
     words = [*(word for word in WORDS if not word.startswith("RUN=")), "RUN=raft", f"{SET} data.source={rows}"]
-    watch = Watch(laptop, hub, *words, "YES=1")
+    watch = watched(laptop, hub, *words, "YES=1")
     watch.until(lambda: "checkpoints: data done" in watch.said)
-    stop = Watch(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=raft")
+    stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=raft")
     assert stop.end() == 0 and watch.end() == 2, stop.said
     job = next(job for job in hub.jobs.of("you") if job.spec["labels"]["ferry-run"] == "raft")
     there = next(job.home.glob("ferry/raft/job/files/*/rows.jsonl"))
@@ -250,20 +224,20 @@ def test_refusals(laptop, hub, words, said):
         "RUN=refused",
     ]
     asked += [] if any(word.startswith("SET=") for word in words) else [SET]
-    watch = Watch(laptop, hub, *asked, *words)
+    watch = watched(laptop, hub, *asked, *words)
     assert watch.end() == 2 and re.search(said, watch.said), watch.said
     assert "Traceback" not in watch.said and len(hub.jobs.jobs) == before
 
 
 def test_no_token(laptop, hub):
-    watch = Watch(laptop, hub, *WORDS, SET, HF_TOKEN="")
+    watch = watched(laptop, hub, *WORDS, SET, HF_TOKEN="")
     assert watch.end() == 2 and "no token of it is set" in watch.said and "Traceback" not in watch.said
 
 
 def test_no_credit_is_one_line_and_nothing_bills(laptop, hub):
     hub.jobs.credit = False
     try:
-        watch = Watch(laptop, hub, *(w if w != "RUN=boat" else "RUN=poor" for w in WORDS), SET, "YES=1")
+        watch = watched(laptop, hub, *(w if w != "RUN=boat" else "RUN=poor" for w in WORDS), SET, "YES=1")
         assert watch.end() == 2, watch.said
     finally:
         hub.jobs.credit = True
@@ -274,14 +248,14 @@ def test_no_credit_is_one_line_and_nothing_bills(laptop, hub):
 def test_a_public_job_repo_is_refused(laptop, hub, tmp_path):
     (tmp_path / "x").write_text("x")
     hub.add("datasets/you/bare-job", tmp_path, private=False)
-    watch = Watch(laptop, hub, *(w if w != "RUN=boat" else "RUN=bare" for w in WORDS), SET, "YES=1")
+    watch = watched(laptop, hub, *(w if w != "RUN=boat" else "RUN=bare" for w in WORDS), SET, "YES=1")
     assert watch.end() == 2 and "you/bare-job is public, and a job holds your data" in watch.said, watch.said
 
 
 def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
     """The watch ends in nothing but a pause; the job never knows."""
     words = [*(word for word in WORDS if not word.startswith("RUN=")), "RUN=skiff", SET]
-    watch = Watch(laptop, hub, *words, "YES=1", FERRY_HUB_SECONDS="1")
+    watch = watched(laptop, hub, *words, "YES=1", FERRY_HUB_SECONDS="1")
     watch.until(lambda: "train: natively" in watch.said)
     fault = Fault("GET /api/jobs", status=503, times=-1)
     hub.faults.append(fault)
@@ -290,7 +264,7 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
     watch.until(lambda: "; again in 5 s" in watch.said, 60)
     hub.faults.remove(fault)
     watch.until(lambda: "-- finetune" in watch.said)
-    stop = Watch(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=skiff")
+    stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=skiff")
     assert stop.end() == 0 and watch.end() == 2, stop.said
 
 

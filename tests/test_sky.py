@@ -20,10 +20,11 @@ from launch.launcher import Job, Machine, Offer, Order
 from launch.order import order
 from pipeline.plan import cards
 from tests import boxes, skypilot
+from tests.boxes import Watch
 from tests.conftest import ROOT
 from tests.hub import Hub, serving
 from tests.skypilot import Sky
-from tests.test_rented import SECRET, SET, Watch, at_step
+from tests.test_rented import SECRET, SET, at_step, watched
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def rented(user) -> Sky:
 
 
 def start(laptop: Path, hub: Hub, user: Sky, *words: str) -> Watch:
-    return Watch(laptop, hub, *words, FERRY_SKY=skypilot.command(user))
+    return watched(laptop, hub, *words, FERRY_SKY=skypilot.command(user))
 
 
 @dataclass
@@ -269,7 +270,7 @@ def test_the_token_is_in_no_argument_and_no_file_of_ours(rented, evicted, cancel
 
 
 def test_no_skypilot_is_one_line(laptop, hub, rented):
-    watch = Watch(laptop, hub, "cloud-to-local", "CLOUD=sky", "RUN=x", "DEVICE=cpu", SET, FERRY_SKY="/no/such/sky")
+    watch = watched(laptop, hub, "cloud-to-local", "CLOUD=sky", "RUN=x", "DEVICE=cpu", SET, FERRY_SKY="/no/such/sky")
     assert (
         watch.end() == 2 and "/no/such/sky cannot be started" in watch.said and "pipx install 'skypilot" in watch.said
     )

@@ -39,7 +39,7 @@ def push(run: Run, repo: str) -> State | None:
 
     Raises UserError when it cannot be done, Overtaken when another machine is further.
     """
-    repo, _ = hub.split(hub.named(repo, run.folder.name))
+    repo = states.repository(repo, run.folder.name)
     api, what = hub.api(), f"checkpoints to {repo}"
     hub.patiently(what, lambda: api.create_repo(repo, private=True, exist_ok=True))
     state = states.of(run)
@@ -97,15 +97,14 @@ def found(repo: str, head) -> State | None:
             f"{repo} is public, and checkpoints hold the rows they were trained on",
             "make it private in its settings on the Hub, or choose another: CHECKPOINTS=you/name",
         )
-    names = {sibling.rfilename for sibling in head.siblings}
-    if INDEX in names:
-        return states.parse(hub.read_small(repo, INDEX, head.sha, states.MOST), f"{repo}/{INDEX}")
-    if strange := sorted(names - {".gitattributes", "README.md"}):
+    if strange := hub.strange(head, INDEX):
         raise UserError(
             f"{repo} is a repo of something else: it holds {', '.join(strange[:4])} and no {INDEX}",
             "choose another: CHECKPOINTS=you/name",
         )
-    return None
+    if INDEX not in {sibling.rfilename for sibling in head.siblings}:
+        return None
+    return states.parse(hub.read_small(repo, INDEX, head.sha, states.MOST), f"{repo}/{INDEX}")
 
 
 def refuse(repo: str, there: State | None, here: State, behind: bool = False) -> None:

@@ -58,7 +58,7 @@ def resume(repo: str, runs: Path) -> State:
 
 def look(repo: str, run: Run | None) -> tuple[str, str, State] | None:
     """(repo, commit, state) of what is there. Raises UserError for a run that has ended."""
-    name, _ = hub.split(hub.named(repo, run.folder.name if run else None))
+    name = states.repository(repo, run.folder.name if run else None)
     api, what = hub.api(), f"checkpoints in {name}"
     head = hub.found(what, lambda: api.repo_info(name))
     state = head and hub.patiently(what, lambda: push.found(name, head))

@@ -11,8 +11,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
-from contract import files
-from contract.errors import UserError
+from contract import files, hub
+from contract.errors import UserError, shown
 from pipeline.finetune.survive import COMPLETE
 from pipeline.record import Run
 
@@ -45,6 +45,14 @@ class State:
 
     def __str__(self) -> str:
         return f"step {self.step:,}" if self.step else f"{self.done[-1] if self.done else 'nothing'} done"
+
+
+def repository(checkpoints: str, run: str | None) -> str:
+    """owner/name, with {user} and {run} filled in. Raises UserError for what is none."""
+    name = hub.named(checkpoints, run)
+    if not hub.ID.fullmatch(name):
+        raise UserError(f"CHECKPOINTS={shown(name)} is no repo of the Hub", "CHECKPOINTS=owner/name")
+    return name
 
 
 def of(run: Run) -> State:

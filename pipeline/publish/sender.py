@@ -16,8 +16,6 @@ from pathlib import Path
 from contract import files, hub, manifest
 from contract.errors import UserError
 
-OURS = re.compile(r"\.gitattributes|README\.md")  # what a new repo may hold besides a manifest's files
-
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
@@ -127,8 +125,7 @@ def refuse_strange(head, repo: str, private: bool) -> None:
             f"{repo} is public, and publish.private is true",
             "make it private in its settings on the Hub, or choose another publish.repo, or set publish.private to false",
         )
-    names = [sibling.rfilename for sibling in head.siblings]
-    if manifest.NAME not in names and (strange := [name for name in names if not OURS.fullmatch(name)]):
+    if strange := hub.strange(head, manifest.NAME):
         raise UserError(
             f"{repo} is a repo of something else: it holds {', '.join(strange[:4])} and no {manifest.NAME}",
             "choose another publish.repo",
