@@ -13,6 +13,7 @@ from contract import files
 from contract.errors import UserError
 from pipeline.config import Config, build, dump
 
+RESTORED = "restored.json"  # of a run that came from another machine (pipeline/offsite/restore.py)
 STAGES = ("data", "finetune", "evaluate", "export", "verify", "publish")
 
 
@@ -100,7 +101,7 @@ def check(run: Run, config: Config) -> list[str]:
 def _changed(run: Run, config: Config) -> list[str]:
     frozen, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
     faults = [f"{key}: {old!r} in the run, {new!r} now" for key, old, new in differences(frozen, now)]
-    came = (run.folder / "restored.json").is_file()  # from another machine, which had the files; the rows came along
+    came = (run.folder / RESTORED).is_file()  # from another machine, which had the files; the rows came along
     for name, wanted in run.read("data")["inputs"].items():
         path = Path(name)
         if not path.is_file() and came:

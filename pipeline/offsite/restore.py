@@ -12,9 +12,7 @@ from pipeline.config import Config, build
 from pipeline.offsite import push
 from pipeline.offsite import state as states
 from pipeline.offsite.state import State
-from pipeline.record import Run, differences
-
-NOTE = "restored.json"
+from pipeline.record import RESTORED, Run, differences
 
 
 def restore(repo: str, run: Run, config: Config) -> State | None:
@@ -88,6 +86,6 @@ def fetched(repo: str, commit: str, state: State, run: Run) -> State:
         for name, item in state.files.items():
             if not (part / name).is_file() or states.describe(part / name) != item:
                 raise UserError(f"{name} in {repo} is not the file that was sent", "run the same command again")
-        files.write_json(part / NOTE, {"repo": repo, "commit": commit, "at": str(state)})
+        files.write_json(part / RESTORED, {"repo": repo, "commit": commit, "at": str(state)})
     hub.say(f"checkpoints: {run.folder} from {repo}, {state}")
     return state
