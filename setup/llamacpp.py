@@ -41,6 +41,7 @@ TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 MAC = sys.platform == "darwin"
 # For a build that is not for the cards of this machine: T4, A100 (its code runs on A10 and L4), H100, B200, RTX 50.
 CARDS = "75;80;90;100;120"
+NO_AMX = "-U__AMX_INT8__"  # what the kernels ask for; unlike -mno-amx-int8, every compiler knows it
 
 
 def version() -> str:
@@ -68,7 +69,17 @@ def flags() -> list[str]:
         else []
     )
     ours += ["GGML_METAL_EMBED_LIBRARY=ON"] if MAC else []
+    ours += [f"CMAKE_{language}_FLAGS={NO_AMX}" for language in ("C", "CXX")] if native_build_uses_amx() else []
     return ["-D" + flag for flag in ours] + os.environ.get("FERRY_LLAMA_FLAGS", "").split()
+
+
+def native_build_uses_amx() -> bool:
+    """Whether `-march=native` would compile llama.cpp's AMX kernels on this machine.
+
+    GCC 12 drops half of their tile configuration as dead stores (its `_tile_loadconfig` claims to read 8 of 64 bytes),
+    and the first matrix multiplication then ends the process with a general protection fault.
+    """
+    return "amx_tile" in cpu().split() and "-DGGML_NATIVE=OFF" not in os.environ.get("FERRY_LLAMA_FLAGS", "")
 
 
 def compiler() -> str:
