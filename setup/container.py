@@ -2,13 +2,13 @@
 
     python3 setup/container.py where  [SETTING=value ...] -- train      `image`, `native` or `refused`; on stderr, why
     python3 setup/container.py build  [SETTING=value ...]
-    python3 setup/container.py run    [SETTING=value ...] -- train CONFIG=...
+    python3 setup/container.py run    [SETTING=value ...] -- train configs/a.yaml    (arguments of `ferry`)
     python3 setup/container.py shell  [SETTING=value ...]
     python3 setup/container.py arguments [DEVICE=...]       the build arguments, for another builder
 
-Settings, all of them make's: DOCKER=0|1, IMAGE=name:tag, DEVICE=cpu|cuda, ENGINE=docker|podman, MOUNT="folder ...",
-DOCKER_BUILD_FLAGS, DOCKER_RUN_FLAGS. The graph runs inside; the checkout is mounted at its own path, so that what is
-printed inside is true outside. The code that runs is the image's.
+Settings, by their names in make: DOCKER=0|1, IMAGE=name:tag, DEVICE=cpu|cuda, ENGINE=docker|podman, MOUNT="folder ...",
+DOCKER_BUILD_FLAGS, DOCKER_RUN_FLAGS; and what must be mounted: CONFIG, RUNS, MODELS, REPO. The checkout and the current
+folder are mounted at their own paths, so that what is printed inside is true outside. The code that runs is the image's.
 """
 
 import hashlib
@@ -19,18 +19,21 @@ import shlex
 import subprocess
 import sys
 
-from common import cache_folder, fail
 from interpreter import said
 from packages import capability, check_card, device
+from shared import cache_folder, fail
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What the image is made from (.dockerignore lets in no more); their hash tells whether an image is this checkout's.
 SOURCES = [
+    "cli",
+    "common",
     "contract",
     "deploy",
     "pipeline",
     "setup",
     "docker",
+    "ferry",
     "Makefile",
     "Modelfile.template",
     "NOTICE",
@@ -216,8 +219,8 @@ def run(settings, command, attached):
     started += attached
     started += [word for name in PASSED if name in os.environ for word in ("--env", name)]
     # Ctrl-C must reach what make started, and not make alone.
-    started += ["--env", "TINI_KILL_PROCESS_GROUP=1", "--env", "FERRY_IMAGE_ID=" + identity, "--workdir", ROOT]
-    started += [word for place in mounts(settings, command) for word in ("--volume", place)]
+    started += ["--env", "TINI_KILL_PROCESS_GROUP=1", "--env", "FERRY_IMAGE_ID=" + identity, "--workdir", os.getcwd()]
+    started += [word for place in mounts(settings) for word in ("--volume", place)]
     started += words(settings, "DOCKER_RUN_FLAGS") + [name] + command
     sys.stdout.flush()
     os.execvp(engine, started)
@@ -243,12 +246,12 @@ def words(settings, name):
         fail(f"{name}={settings[name]}: {error}", f"correct {name}")
 
 
-def mounts(settings, goals):
+def mounts(settings):
     """Where the container sees which folder of this machine; made here, or the engine would make them as root."""
     hub = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     seen = {"/cache": cache_folder(), "/cache/huggingface": os.path.abspath(hub)}
     asked = [ROOT] + asked_for(settings)
-    seen.update((place, place) for place in asked + outside(goals, asked))
+    seen.update((place, place) for place in asked + outside(settings, asked))
     # The last one is where the engine would make a mount point.
     for folder in [*seen.values(), os.path.join(cache_folder(), "huggingface")]:
         make_folder(folder)
@@ -264,16 +267,14 @@ def asked_for(settings):
     return found
 
 
-def outside(goals, mounted):
-    """Folders that the graph writes to or reads from and that are in none of those mounted, or only by a link."""
-    given = dict(
-        {"RUNS": "runs", "MODELS": "models", "REPO": "hub"}, **dict(g.split("=", 1) for g in goals if "=" in g)
-    )
-    # A name on the Hub looks like a path in the checkout, which is mounted.
-    paths = [given["RUNS"], given["MODELS"], given["REPO"]]
+def outside(settings, mounted):
+    """Folders that a command writes to or reads from and that are in none of those mounted, or only by a link."""
+    given = dict({"RUNS": "runs", "MODELS": "models", "REPO": "hub"}, **settings)
+    # A name on the Hub looks like a path in the current folder, which is mounted.
+    paths = [".", given["RUNS"], given["MODELS"], given["REPO"]]
     config = os.path.dirname(given.get("CONFIG", ""))
-    paths += [config] if os.path.isdir(os.path.join(ROOT, config)) else []  # a mistyped one is the graph's to refuse
-    both = [resolve(os.path.join(ROOT, path)) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
+    paths += [config] if os.path.isdir(config or ".") else []  # a mistyped one is the command's to refuse
+    both = [resolve(path) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
     there = [*mounted, os.path.realpath(ROOT)]
     return sorted({path for path in both if not any(within(path, folder) for folder in there)})
 
@@ -315,7 +316,7 @@ def main():
     elif what == "shell":
         run(settings, ["bash"], ["--interactive"] + ["--tty"] * sys.stdin.isatty())
     else:
-        command = ["make", "--no-print-directory", "-f", "/opt/ferry/Makefile"] + goals
+        command = ["/opt/ferry/ferry"] + goals
         run(settings, command, ["--interactive", "--tty"] if sys.stdout.isatty() and sys.stdin.isatty() else [])
 
 

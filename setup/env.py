@@ -17,7 +17,6 @@ import os
 import shutil
 import time
 
-from common import AGAIN, DISK_FULL, cache_folder, fail, writable_folder
 from interpreter import hand_over, said
 from packages import (
     BUILT,
@@ -34,7 +33,9 @@ from packages import (
     read_lock,
     split_locks,
 )
+from shared import AGAIN, DISK_FULL, cache_folder, fail, writable_folder
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # For each side: its locks, the oldest Python it runs on, and the disk that it takes while pip unpacks.
 LOCKS = {"train": (device(), "test"), "image": (device(),), "deploy": ("deploy",), "data": ("data",)}
 OLDEST = {"train": (3, 11), "image": (3, 11), "deploy": (3, 10), "data": (3, 11)}
@@ -129,6 +130,7 @@ def set_up(venv, side, want, log):
     steps = Steps(STEPS[side])
     steps.begin("virtual environment")
     make_venv(venv, OLDEST[side], log)
+    link(os.path.join(ROOT, "ferry"), os.path.join(venv, "bin", "ferry"))
     steps.done()
 
     torch, others = split_locks(want["locks"])
@@ -190,7 +192,7 @@ def main():
     want = wanted(side)
     place = f"environment: {venv}, {describe(side, want)}"
     if ready(venv, side, want):
-        return print(place + ": all there")
+        return None if given.quiet else print(place + ": all there")
     if side in TORCH:
         check_card()
         check_headers()
@@ -209,6 +211,7 @@ def arguments():
     """What was asked for."""
     parser = argparse.ArgumentParser(description="Make one of Ferry's Python environments.")
     parser.add_argument("--venv", default=".venv", help="where (default: .venv)")
+    parser.add_argument("--quiet", action="store_true", help="say nothing where all is there")
     parser.set_defaults(side="train")
     for side, what in SIDES:
         parser.add_argument(

@@ -54,7 +54,7 @@ def stack() -> dict:
 
 def whole(described: dict) -> dict:
     """Run both programs and the graph as a user's command would; the checkout that they came from."""
-    for command in ("python -m pipeline --help", "python -m deploy --help", "make -f /opt/ferry/Makefile"):
+    for command in ("/opt/ferry/ferry --help", "/opt/ferry/ferry deploy-mac --help", "make -f /opt/ferry/Makefile"):
         subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL, cwd="/")
     git = {
         "url": os.environ.get("ORIGIN") or None,

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 
-from common import AGAIN, fail
+from shared import AGAIN, fail
 
 NEWEST = (3, 14)
 NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3.10")  # the best tried ones first

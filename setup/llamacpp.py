@@ -30,8 +30,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
 from packages import capability, device, read_lock
+from shared import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
 
 RECIPE = 2  # raise it when this file builds something else from the same inputs
 # Sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air. nvcc alone is 0.84 GB.
@@ -79,7 +79,9 @@ def native_build_uses_amx() -> bool:
     GCC 12 drops half of their tile configuration as dead stores (its `_tile_loadconfig` claims to read 8 of 64 bytes),
     and the first matrix multiplication then ends the process with a general protection fault.
     """
-    return "amx_tile" in cpu().split() and "-DGGML_NATIVE=OFF" not in os.environ.get("FERRY_LLAMA_FLAGS", "")
+    return (
+        not MAC and "amx_tile" in cpu().split() and "-DGGML_NATIVE=OFF" not in os.environ.get("FERRY_LLAMA_FLAGS", "")
+    )
 
 
 def compiler() -> str:
@@ -151,14 +153,36 @@ def locked(path: Path, say):
 
     What it started counts: pip goes on installing for a while after a kill -9 of this process.
     """
-    with open(path, "w") as file:
+    with open(path, "a+") as file:
         os.set_inheritable(file.fileno(), True)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another set-up is running: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file, say)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "since": time.time(), "command": " ".join(sys.argv)}))
+        file.flush()
         yield
+
+
+def wait_for_lock(file, say) -> None:
+    """Take the lock; while another set-up has it, say whose it is and for how long it has been running."""
+    said = 0.0
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - said > 30 or not said:
+                said = time.monotonic()
+                say(f"another set-up is running{describe_holder(file)}: waiting for it")
+            time.sleep(0.2)
+
+
+def describe_holder(file) -> str:
+    """Such as ` (pid 123, setup/env.py --venv .venv, for 42 s)`; empty where the file does not say."""
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f" (pid {holder['pid']}, {holder['command']}, for {time.time() - holder['since']:.0f} s)"
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def tell(text: str) -> None:

@@ -20,7 +20,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from common import fail
+from shared import fail
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "setup" / "locks"

@@ -12,8 +12,8 @@ import sys
 import sysconfig
 import tempfile
 
-from common import AGAIN, NETWORK, attempt, fail, give_up, run
 from interpreter import fits, said
+from shared import AGAIN, NETWORK, attempt, fail, give_up, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock

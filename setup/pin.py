@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from common import fail
 from interpreter import said
+from shared import fail
 
 FILE = Path(os.environ.get("FERRY_DOCKERFILE") or Path(__file__).resolve().parent.parent / "docker" / "Dockerfile")
 BASE = re.compile(r"^(ARG BASE_IMAGE=)([^\s@]+)(@sha256:[0-9a-f]{64})?$", re.MULTILINE)

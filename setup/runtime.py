@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import llamacpp
-from common import AGAIN, fail, telling
 from interpreter import said
 from packages import install, pip, python_of
+from shared import AGAIN, fail, telling
 
 PROJECT = "https://abetlen.github.io/llama-cpp-python/whl/"
 # What the project's README lists; its py3-none wheels fit every Python.

@@ -1,0 +1,163 @@
+"""Commands of the laptop: train on another machine, bring the result home, make a published model again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from cli.environment import ROOT, Command
+from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, find_run, several
+from cli.settings import FiniteRange, operand, setting
+from cli.train import choose_environment_for_rows, open_run
+from contract.errors import UserError
+
+CLOUD = setting(
+    "--cloud",
+    make="CLOUD",
+    metavar="ADDRESS",
+    help="ssh://user@host[:port][/folder], sky[/infra] or hf-jobs[/organization].",
+)
+TEARDOWN = setting(
+    "--teardown",
+    make="TEARDOWN",
+    metavar="COMMAND",
+    help="Ends what bills; run here once no job runs, whatever came of it.",
+)
+MAX_DOLLARS = setting(
+    "--max-dollars",
+    "limit",
+    make="MAX_DOLLARS",
+    metavar="DOLLARS",
+    type=FiniteRange(0),
+    help="Refuse what would cost more.",
+)
+SPOT = setting(
+    "--spot", make="SPOT", is_flag=True, help="A rented machine that may be taken away; the job resumes on the next."
+)
+CHECKPOINTS = setting(
+    "--checkpoints",
+    make="CHECKPOINTS",
+    metavar="OWNER/NAME",
+    help="A private repo on the Hub for checkpoints; a rented machine has one always.",
+)
+# For the `make` on the other machine.
+THERE = {
+    "docker": "DOCKER", "image": "IMAGE", "device": "DEVICE", "engine": "ENGINE", "mount": "MOUNT",
+    "docker_build_flags": "DOCKER_BUILD_FLAGS", "docker_run_flags": "DOCKER_RUN_FLAGS",
+}  # fmt: skip
+THERE_OPTIONS = several(
+    setting(
+        "--device", make="DEVICE", type=click.Choice(["cpu", "cuda"]), help="cpu: a machine without a GPU will do."
+    ),
+    setting("--image", make="IMAGE", metavar="NAME:TAG", help="The image to run in there."),
+    setting("--docker", make="DOCKER", type=click.Choice(["0", "1"]), help="Natively or in the image, there."),
+    setting("--engine", make="ENGINE", hidden=True),
+    setting("--mount", make="MOUNT", hidden=True),
+    setting("--docker-build-flags", make="DOCKER_BUILD_FLAGS", hidden=True),
+    setting("--docker-run-flags", make="DOCKER_RUN_FLAGS", hidden=True),
+)
+
+
+def settings_there(typed: dict[str, str | None]) -> tuple[str, ...]:
+    return tuple(f"{THERE[name]}={value}" for name, value in typed.items() if value is not None)
+
+
+@click.command("cloud-to-local", cls=Command, choose_environment=choose_environment_for_rows)
+@several(RUN_OPTIONS, CLOUD, MAX_DOLLARS)
+@setting("--hours", make="HOURS", type=FiniteRange(0, min_open=True), help="Time limit of a rented machine.")
+@setting(
+    "--gpu", make="GPU", metavar="NAME", help="Rent this GPU of configs/gpus.csv, or this machine of the provider's."
+)
+@several(SPOT, CHECKPOINTS, TEARDOWN, YES, THERE_OPTIONS, MODELS, START)
+@setting("--quantization", make="QUANT", metavar="NAME", help="Which GGUF comes home.")
+@setting("--name", make="NAME", help="What Ollama calls it.")
+def cloud_to_local(
+    config_file, run_name, runs, overrides, cloud, limit, hours, gpu, spot, checkpoints, teardown, yes, models, start,
+    quantization, name, **there,
+) -> None:  # fmt: skip
+    """Train on another machine, then deploy here.
+
+    The same command again watches, resumes or deploys.
+
+    \b
+    Examples:
+      ferry cloud-to-local configs/tickets.yaml --cloud ssh://root@203.0.113.7
+      ferry cloud-to-local configs/tickets.yaml --cloud hf-jobs --max-dollars 5
+    """
+    from common import console
+    from launch import cloud as module
+    from launch import launchers
+
+    if not cloud:
+        raise UserError("CLOUD is missing", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs")
+    request = find_run(config_file, run_name, runs, overrides)
+    launcher = launchers.of(cloud, request.folder, checkpoints, spot)
+    wish = module.Wish(overrides, settings_there(there), teardown, limit, yes, checkpoints, gpu, hours, spot)
+    with open_run(request, "cloud-to-local") as (run, _, lock):
+        record = module.stage(request.config_file, run, launcher, cloud, wish, lock)
+    console.show(f"cloud: {record['repo']}\n  trained on {record['where']} by the code of {record['commit'][:12]}")
+    options = ["--models", models, *(["--start"] if start else []), *(["--name", name] if name else [])]
+    options += ["--quantization", quantization] if quantization else []
+    code = subprocess.call([sys.executable, str(ROOT / "ferry"), "deploy-mac", record["repo"], *map(str, options)])
+    console.show(record["billing"])
+    raise SystemExit(code)
+
+
+@click.command("cloud-stop", cls=Command)
+@several(RUN_OPTIONS, CLOUD, CHECKPOINTS, SPOT, TEARDOWN)
+def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot, teardown) -> None:
+    """End the job of a run, which writes its state first.
+
+    Its folder on that machine stays.
+
+    \b
+    Example:
+      ferry cloud-stop --run tickets --cloud ssh://root@203.0.113.7
+    """
+    from common import console
+    from launch import cloud as module
+    from launch import launchers
+
+    if not cloud:
+        raise UserError(
+            "CLOUD is missing", "the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs"
+        )
+    folder = runs / run_name if run_name and not config_file else find_run(config_file, run_name, runs).folder
+    console.show(f"stop: {module.stop_job(launchers.of(cloud, folder, checkpoints, spot), folder, teardown)}")
+
+
+@click.command(cls=Command)
+@several(
+    operand("repo", make="REPO", metavar="REPO"),
+    RUNS,
+    setting("--cloud", make="CLOUD", metavar="ADDRESS", help="ssh://user@host[:port][/folder]; default: this machine."),
+    setting("--data", make="DATA", type=PATH, help="The local data it was trained on, a file or a folder."),
+    MAX_DOLLARS,
+    TEARDOWN,
+    YES,
+    THERE_OPTIONS,
+)
+def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **there) -> None:
+    """Make REPO again from its manifest alone, and compare.
+
+    Exit code 1 when it is not the same.
+
+    \b
+    Example:
+      ferry reproduce you/tickets-GGUF@v1 --cloud ssh://root@203.0.113.7
+    """
+    from common import console
+    from contract import files
+    from launch import address, verdict
+    from launch import reproduce as module
+    from launch.box import Box
+    from launch.cloud import Wish
+
+    this = module.published(repo, runs)
+    launcher = Box(address.read(cloud)) if cloud else Box(None, str((runs / "reproduce" / "here").absolute()))
+    stop = f"`make cloud-stop CLOUD={cloud} RUN={this.name}`" if cloud else "the same command, and then Ctrl-C,"
+    rows = module.stage(this, launcher, stop, data, Wish((), settings_there(there), teardown, limit, yes))
+    files.write_json(this.folder / "verdict.json", {"repo": repo, "rows": [vars(row) for row in rows]})
+    console.show(verdict.page(rows, repo))
+    raise SystemExit(0 if verdict.reproduced(rows) else 1)

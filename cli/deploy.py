@@ -1,0 +1,382 @@
+"""Commands of the machine that runs the model. No torch anywhere below."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from cli.environment import Command
+from cli.options import JSON, MODELS, PATH, QUANTIZATION, START, several
+from cli.settings import operand, setting
+from contract.errors import UserError
+
+REPO = operand("repo", make="REPO", required=False, metavar="[REPO]")
+NAME = setting("--name", make="NAME", help="What Ollama calls it; default: as before, else the model's name.")
+REPO_OPTIONS = several(REPO, MODELS)
+
+
+def check_model(params: dict) -> None:
+    """Find the model before any environment is set up. Raises UserError where it is not known which one is meant."""
+    resolve(params["repo"], params["models"])
+
+
+def resolve(repo: str | None, models: Path) -> str:
+    """The repo that a command is about: the one that was typed, else the only model there is."""
+    from deploy import store
+
+    return store.resolve(repo, models)
+
+
+@click.command("deploy-mac", cls=Command)
+@several(REPO, MODELS, QUANTIZATION, NAME, START)
+def deploy_mac(repo, models, quantization, name, start) -> None:
+    """Pull REPO, test it, put it into Ollama and LM Studio.
+
+    REPO is owner/name or owner/name@tag on the Hugging Face Hub, or a folder hub.
+
+    \b
+    Examples:
+      ferry deploy-mac you/tickets-GGUF
+      ferry deploy-mac ./hub/demo --quantization q8_0
+    """
+    if repo is None:
+        raise UserError("REPO is missing", "name what to deploy: owner/name on the Hub, or a folder such as ./hub/demo")
+    deploy_everywhere(repo, models, quantization, name, start)
+
+
+def deploy_everywhere(repo: str, models: Path, quantization: str | None, name: str | None, start: bool) -> None:
+    from common import console
+    from contract import checks
+    from deploy import doctor, store
+
+    found = doctor.checks(repo, models, quantization)
+    console.show(checks.page(found))
+    checks.refuse(found)
+    pull_model(repo, models, quantization)
+    version = store.current(models, repo)
+    smoke_test(version)
+    write_modelfile(version)
+    install_in_ollama(version, name, start, optional=True)
+    install_in_lmstudio(version, optional=True)
+    show_summary(version, repo)
+
+
+@click.command(cls=Command)
+@several(REPO, MODELS, QUANTIZATION)
+def pull(repo, models, quantization) -> None:
+    """Fetch one GGUF of REPO, check it against the manifest.
+
+    An interrupted download is resumed.
+
+    \b
+    Example:
+      ferry pull you/tickets-GGUF@v1
+    """
+    if repo is None:
+        raise UserError("REPO is missing", "name what to pull: owner/name on the Hub, or a folder such as ./hub/demo")
+    pull_model(repo, models, quantization)
+
+
+def pull_model(repo: str, models: Path, quantization: str | None) -> None:
+    from common import console
+    from deploy import pull as module
+
+    record = module.stage(repo, models, quantization)
+    console.show(
+        f"pull: {record['folder']}/{record['file']}\n"
+        f"  {record['bytes'] / 1e6:.0f} MB, sha256 {record['sha256'][:12]}... matches the manifest"
+    )
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@REPO_OPTIONS
+def smoke(repo, models) -> None:
+    """Ask the model the manifest's questions, compare answers.
+
+    \b
+    Example:
+      ferry smoke ./hub/demo
+    """
+    from deploy import store
+
+    smoke_test(store.current(models, resolve(repo, models)))
+
+
+def smoke_test(version: Path) -> None:
+    from common import console
+    from deploy import smoke as module
+
+    console.show(f"smoke: passed\n{module.page(module.stage(version))}")
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@REPO_OPTIONS
+def modelfile(repo, models) -> None:
+    """Write Ollama's Modelfile from manifest and template.
+
+    \b
+    Example:
+      ferry modelfile ./hub/demo
+    """
+    from deploy import store
+
+    write_modelfile(store.current(models, resolve(repo, models)))
+
+
+def write_modelfile(version: Path) -> None:
+    from common import console
+    from deploy import modelfile as module
+
+    record = module.stage(version)
+    is_cut = record["num_ctx"] < record["trained_ctx"]
+    why = f" of {record['trained_ctx']}: more does not fit in memory" if is_cut else ""
+    template = "explicit TEMPLATE" if record["template"] else "template embedded in the GGUF"
+    console.show(f"modelfile: {version / record['file']}\n  {template}, num_ctx {record['num_ctx']}{why}")
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@several(REPO, MODELS, NAME, START)
+@setting("--optional", is_flag=True, hidden=True)
+def ollama(repo, models, name, start, optional) -> None:
+    """Create the model in Ollama, prove its prompts there.
+
+    Only then it becomes NAME:latest.
+
+    \b
+    Example:
+      ferry ollama ./hub/demo --name tickets
+    """
+    from deploy import store
+
+    install_in_ollama(store.current(models, resolve(repo, models)), name, start, optional)
+
+
+def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
+    from common import console
+    from deploy.ollama import stage as module
+
+    with skip_absent_app(module.Absent, optional, "ollama"):
+        record = module.stage(version, name, start)
+        score = "" if record["score"] is None else f", {record['score']:.0%} of the answers as where it was made"
+        console.show(
+            f"ollama: {record['latest']} is {record['model']}\n"
+            f"  prompts as trained ({record['template']}, Ollama {record['server']}){score}"
+        )
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@REPO_OPTIONS
+@setting("--optional", is_flag=True, hidden=True)
+def lmstudio(repo, models, optional) -> None:
+    """Put the file into LM Studio's models folder.
+
+    It is a hard link where the disk allows it.
+
+    \b
+    Example:
+      ferry lmstudio ./hub/demo
+    """
+    from deploy import store
+
+    install_in_lmstudio(store.current(models, resolve(repo, models)), optional)
+
+
+def install_in_lmstudio(version: Path, optional: bool) -> None:
+    from common import console
+    from deploy import lmstudio as module
+
+    with skip_absent_app(module.Absent, optional, "lmstudio"):
+        record = module.stage(version)
+        listed = f", listed as {record['key']}" if record["key"] else ""
+        console.show(f"lmstudio: {record['target']} ({record['how']}){listed}")
+
+
+@contextlib.contextmanager
+def skip_absent_app(absent: type[UserError], optional: bool, app: str) -> Iterator[None]:
+    """What is not on this machine is no reason to stop, when the app is one of several."""
+    from common import console
+
+    try:
+        yield
+    except absent as error:
+        if not optional:
+            raise
+        console.show(f"{app}: skipped: {error.message}\n next: {error.hint}, then the same command again")
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@REPO_OPTIONS
+def summary(repo, models) -> None:
+    """Print scores, answers and how to talk to the model.
+
+    \b
+    Example:
+      ferry summary ./hub/demo
+    """
+    from deploy import store
+
+    repo = resolve(repo, models)
+    show_summary(store.current(models, repo), repo)
+
+
+def show_summary(version: Path, repo: str) -> None:
+    from common import console
+    from deploy import summary as module
+
+    console.show(module.text(version, repo))
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@REPO_OPTIONS
+@setting(
+    "--system",
+    make="SYSTEM",
+    takes_empty=True,
+    metavar="TEXT",
+    help='Another system prompt than the model\'s; "" for none.',
+)
+@setting(
+    "--input",
+    "input_file",
+    make="INPUT",
+    metavar="FILE",
+    type=PATH,
+    help="Goes along with the first question, as Alpaca's input.",
+)
+def chat(repo, models, system, input_file) -> None:
+    """Talk to the model here, in llama.cpp.
+
+    What is piped in is one question.
+
+    \b
+    Examples:
+      ferry chat ./hub/demo
+      echo "Can my dog come along? Booking T9034." | ferry chat ./hub/demo
+    """
+    from deploy import chat as module
+    from deploy import store
+
+    module.stage(store.current(models, resolve(repo, models)), system=system, input_file=input_file)
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@REPO_OPTIONS
+@setting("--host", make="HOST", default="127.0.0.1", show_default=True, help="Others need a key in FERRY_API_KEY.")
+@setting("--port", make="PORT", type=click.IntRange(1, 65535), default=8080, show_default=True)
+def serve(repo, models, host, port) -> None:
+    """Serve the model as OpenAI's API, for this machine.
+
+    \b
+    Example:
+      ferry serve ./hub/demo --port 8081
+    """
+    from deploy import serve as module
+    from deploy import store
+
+    module.stage(store.current(models, resolve(repo, models)), host, port)
+
+
+@click.command(cls=Command)
+@several(MODELS, JSON)
+def models(models, as_json) -> None:
+    """List the versions on this machine.
+
+    * marks those in use.
+
+    \b
+    Example:
+      ferry models
+    """
+    from common import console
+    from deploy import store
+
+    console.show(store.list_as_json(models) if as_json else store.list_for_terminal(models))
+
+
+@click.command(cls=Command)
+@several(
+    operand("what", make="FILE", required=False, metavar="[FILE]"),
+    setting("--name", make="NAME", help="A model in Ollama instead of a file."),
+    MODELS,
+    JSON,
+)
+def trace(what, name, models, as_json) -> None:
+    """Say which run, config and data made a file.
+
+    The file is a GGUF, a model in Ollama or a path in LM Studio.
+
+    \b
+    Examples:
+      ferry trace model.gguf
+      ferry trace --name tickets
+    """
+    from common import console
+    from deploy import trace as module
+
+    if not (what or name):
+        raise UserError("FILE is missing", "name a GGUF, or a model in Ollama with NAME=")
+    console.show(module.stage(what or name, models, as_json))
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@several(REPO, MODELS, START)
+def rollback(repo, models, start) -> None:
+    """Use the version before this one, or MODEL@VERSION.
+
+    In Ollama and LM Studio, too.
+
+    \b
+    Examples:
+      ferry rollback tickets
+      ferry rollback tickets@3a1c7737f1c8
+    """
+    from common import console
+    from deploy import versions
+
+    version, done = versions.rollback(resolve(repo, models), models, start)
+    console.show("\n".join([f"rollback: {version} is in use", *(f"  {line}" for line in done)]))
+
+
+@click.command(cls=Command, choose_environment=check_model)
+@several(REPO, MODELS, START)
+@setting(
+    "--keep", make="KEEP", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest stay."
+)
+def prune(repo, models, start, keep) -> None:
+    """Remove older versions; the one in use stays.
+
+    \b
+    Example:
+      ferry prune tickets --keep 2
+    """
+    from deploy import versions
+
+    show_removed("prune", versions.prune(resolve(repo, models), models, keep, start))
+
+
+@click.command(cls=Command)
+@several(REPO, MODELS, START)
+def undeploy(repo, models, start) -> None:
+    """Remove a model, or one version of it (MODEL@VERSION).
+
+    From Ollama, LM Studio and this machine.
+
+    \b
+    Examples:
+      ferry undeploy tickets@3a1c7737f1c8
+      ferry undeploy you/tickets-GGUF
+    """
+    from deploy import versions
+
+    if repo is None:
+        raise UserError("REPO is missing", "name what to remove; `ferry models` lists what is here")
+    show_removed("undeploy", versions.undeploy(resolve(repo, models), models, start))
+
+
+def show_removed(command: str, removed: list[tuple[Path, int]]) -> None:
+    from common import console
+
+    for version, _ in removed:
+        console.show(f"{command}: {version} is gone")
+    console.show(f"{command}: {sum(size for _, size in removed):,} bytes came back")

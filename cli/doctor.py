@@ -1,0 +1,62 @@
+"""The doctor of both sides: what this machine is, has and lacks, and the command that cures each lack."""
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from cli.environment import Command
+from cli.options import IMAGE_OPTIONS, JSON, MODELS, QUANTIZATION, RUNS, several
+from cli.settings import operand, setting
+
+
+def find_side(side: str | None, repo: str | None) -> str:
+    """Whose doctor it is: what was asked for, else `cloud` in the image and where there is an NVIDIA driver."""
+    if side or repo:
+        return side or "mac"
+    return "cloud" if os.environ.get("FERRY_IMAGE") or shutil.which("nvidia-smi") else "mac"
+
+
+def choose_environment(params: dict) -> str | None:
+    if find_side(params["side"], params["repo"]) == "mac" and params["repo"]:
+        return "deploy"  # a repo's manifest is read, perhaps from the Hub
+    return "image" if params.get("docker") == "1" or params.get("image") else None
+
+
+@click.command(cls=Command, choose_environment=choose_environment)
+@several(
+    operand("repo", make="REPO", required=False, metavar="[REPO]"),
+    setting(
+        "--side", make="SIDE", type=click.Choice(["cloud", "mac"]), help="The machine that trains, or that runs models."
+    ),
+    RUNS,
+    MODELS,
+    QUANTIZATION,
+    JSON,
+    IMAGE_OPTIONS,
+)
+def doctor(repo, side, runs: Path, models: Path, quantization, as_json, **image) -> None:
+    """Say what this machine is, has and lacks.
+
+    Each lack comes with the command that cures it. With REPO it also says
+    whether that model fits here. Changes nothing.
+
+    \b
+    Examples:
+      ferry doctor
+      ferry doctor you/tickets-GGUF
+    """
+    from common import console
+    from contract import checks
+
+    if find_side(side, repo) == "cloud":
+        from pipeline.doctor import stage
+
+        found = stage.checks(runs)
+    else:
+        from deploy import doctor as mac
+
+        found = mac.checks(repo, models, quantization)
+    console.show(checks.to_json(found) if as_json else checks.page(found))
+    checks.refuse(found)

@@ -1,0 +1,123 @@
+"""Run a command where it can run: in Ferry's image, in the Python environment that has its libraries, or here."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from cli.settings import settings_of
+from cli.table import IN_IMAGE
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = ROOT / "setup"
+# Of the `ferry` script to this process: the environment may be changed. Absent in `python -m cli`, which runs as it is.
+MAY_SWITCH = "FERRY_MAY_SWITCH"
+IMAGE_SETTINGS = ("DOCKER", "IMAGE", "DEVICE", "ENGINE", "MOUNT", "DOCKER_BUILD_FLAGS", "DOCKER_RUN_FLAGS")
+FOLDER_SETTINGS = ("CONFIG", "RUNS", "MODELS", "REPO")  # what the image must be shown of this machine
+OPTIONS = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}  # of setup/env.py
+
+
+class Command(click.Command):
+    """A command that knows which environment it needs (cli/table.py)."""
+
+    environment = "core"
+
+    def __init__(self, *arguments, choose_environment: Callable[[dict], str | None] | None = None, **attributes):
+        """choose_environment: from the command's parameters, another environment than the table's, or None.
+
+        It runs first, so it raises UserError for what can be known without any environment, such as a bad config.
+        """
+        super().__init__(*arguments, **attributes)
+        self.choose_environment = choose_environment
+
+    def invoke(self, ctx: click.Context):
+        if os.environ.pop(MAY_SWITCH, None) and not os.environ.get("FERRY_IMAGE"):
+            chosen = self.choose_environment(ctx.params) if self.choose_environment else None
+            enter_environment(self, ctx, chosen or self.environment)
+        return super().invoke(ctx)
+
+
+def enter_environment(command: Command, ctx: click.Context, kind: str) -> None:
+    """Return if this process may run the command; else become one that can, in the image or in another environment."""
+    if command.name in IN_IMAGE or kind == "image":
+        run_in_image_if_chosen(command, ctx)
+    if kind == "core":
+        return
+    if kind == "present":
+        python = find_environment(("train", "deploy", "data"))
+    else:
+        python = prepare_environment("data" if kind == "rows" else kind)
+    if python and not is_this_python(python):
+        os.execv(python, [str(python), "-m", "cli", *sys.argv[1:]])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for an environment of a kind."""
+
+    kind: str
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def is_finished(self) -> bool:
+        return (self.folder / "ferry.json").is_file() and self.python.exists()
+
+
+def places() -> dict[str, Place]:
+    """Where each kind of environment is, or will be."""
+    given = os.environ.get("FERRY_VENV")
+    deploy = os.environ.get("FERRY_DEPLOY_VENV") or given
+    folders = {"train": given or ".venv", "deploy": deploy or ".venv-deploy", "data": given or ".venv-light"}
+    return {kind: Place(kind, ROOT / folder) for kind, folder in folders.items()}
+
+
+def find_environment(kinds: tuple[str, ...]) -> Path | None:
+    """Python of the first of these environments that is finished."""
+    return next((places()[kind].python for kind in kinds if places()[kind].is_finished()), None)
+
+
+def prepare_environment(kind: str) -> Path:
+    """Python of an environment that can do it, set up now if need be; one for training can do all that the others can."""
+    place = places()[kind]
+    if places()["train"].is_finished() and not (kind == "deploy" and os.environ.get("FERRY_DEPLOY_VENV")):
+        place = places()["train"]
+    options = OPTIONS[place.kind]
+    code = subprocess.call([sys.executable, str(SETUP / "env.py"), "--quiet", "--venv", str(place.folder), *options])
+    if code:
+        raise SystemExit(code)
+    return place.python
+
+
+def is_this_python(python: Path) -> bool:
+    return Path(sys.prefix).resolve() == python.parent.parent.resolve()
+
+
+def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
+    """Become the container engine where the command shall run in the image; raise SystemExit where it cannot be decided."""
+    typed = typed_settings(command, ctx)
+    words = [f"{name}={typed[name]}" for name in IMAGE_SETTINGS if name in typed]
+    script = [sys.executable, str(SETUP / "container.py")]
+    decided = subprocess.run([*script, "where", *words, "--", command.name], stdout=subprocess.PIPE, text=True)
+    if decided.stdout.strip() == "native":
+        return
+    if decided.stdout.strip() != "image":
+        raise SystemExit(2)
+    words += [f"{name}={typed[name]}" for name in FOLDER_SETTINGS if name in typed]
+    os.execv(sys.executable, [*script, "run", *words, "--", *sys.argv[1:]])
+
+
+def typed_settings(command: Command, ctx: click.Context) -> dict[str, str]:
+    """{name in make: value} of what was typed, defaults left out."""
+    found = {}
+    for name, parameter in settings_of(command).items():
+        if ctx.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE:
+            value = ctx.params[parameter.name]
+            found[name] = str(int(value)) if isinstance(value, bool) else str(value)
+    return found

@@ -1,0 +1,160 @@
+"""The `ferry` command: one group of lazily loaded commands, and the one place where errors are printed."""
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+import click
+
+from cli.table import COMMANDS, SECTIONS, load_command
+from contract import files
+from contract.errors import UserError, shown
+
+# Libraries' threads wait by spinning: beside another busy program that made a training 20 times slower on two cores
+# (benchmarks/results/contention.md). So many turns cost nothing alone; beside a loop on each core it is 2.4 times.
+SPINS = "3000"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Ferry(click.Group):
+    """The commands of `cli/table.py`, imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return load_command(name) if name in COMMANDS else super().get_command(ctx, name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise unknown_command(args[0], "ferry")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, names in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name, load_command(name).get_short_help_str(60)) for name in names])
+
+
+def unknown_command(name: str, program: str) -> UserError:
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    meant = f", did you mean `{program} {close[0]}`?" if close else ""
+    return UserError(
+        f"`{program} {shown(name, 60)}` is no command{meant}",
+        f"`{program} --help` lists them" if program == "ferry" else "`make` alone lists them",
+    )
+
+
+def read_version() -> str:
+    """Ferry's own, which stands in pyproject.toml alone."""
+    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(f"ferry {read_version()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Ferry,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="ferry COMMAND --help shows an example. Tab completion: ferry completion bash.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the version and exit.",
+)
+def ferry() -> None:
+    """Fine-tune an open LLM on a GPU machine, run it on a Mac, and prove that what was trained is what runs."""
+
+
+@ferry.command("make", hidden=True, context_settings={"ignore_unknown_options": True})
+@click.argument("goals")
+@click.argument("target")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
+    """What `make TARGET NAME=VALUE ...` forwards to. goals: all targets of that call."""
+    from cli.settings import refuse_bad_value, translate_make_settings
+
+    forget_make(words)
+    targets = {goal: load_command(goal) for goal in check_goals(goals.split() or [target])}
+    for goal, command in targets.items():  # every target's settings, before the first one does anything
+        others = {name: other for name, other in targets.items() if name != goal}
+        arguments = translate_make_settings(command, words, others)
+        try:
+            command.make_context(goal, [*arguments], parent=click.get_current_context().parent)
+        except click.BadParameter as error:
+            raise refuse_bad_value(error) from error
+        if goal == target:
+            sys.argv = [sys.argv[0], target, *arguments]
+    os.environ |= {"FERRY_TYPED": f"make {target}", "FERRY_GOALS": goals}
+    ferry.main(sys.argv[1:], prog_name="ferry", standalone_mode=False)
+
+
+def forget_make(words: tuple[str, ...]) -> None:
+    """Take out of the environment what make put there for its children: a `make` that Ferry starts is one of its own."""
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", *(word.partition("=")[0] for word in words)):
+        os.environ.pop(name.removeprefix("env:"), None)
+
+
+def check_goals(goals: list[str]) -> list[str]:
+    for goal in goals:
+        if goal not in COMMANDS:
+            raise unknown_command(goal, "make")
+    return goals
+
+
+@ferry.command("completion", hidden=True)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def print_completion(shell: str) -> None:
+    """Print the script that makes SHELL complete ferry's commands and options.
+
+    \b
+    Example:
+      ferry completion zsh >> ~/.zshrc
+    """
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(ferry, {}, "ferry", "_FERRY_COMPLETE").source())
+
+
+def main() -> None:
+    """Run the command line. A UserError is two lines and exit code 2; everything else is a fault of Ferry's, with a traceback."""
+    if sys.platform == "darwin":  # Unsloth would look for MLX there; the demo's code path is the CPU one
+        os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # a terminal that has no such letter
+    try:
+        code = ferry.main(prog_name="ferry", standalone_mode=False)
+    except (UserError, click.ClickException, OSError) as error:
+        click.echo(str(translate_error(error)), err=True)
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on from here", err=True)
+        code = 130
+    sys.exit(code)
+
+
+def translate_error(error: Exception) -> UserError:
+    """Every error that a user can cure, as a UserError. Raises all others again."""
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        return UserError(
+            error.format_message(),
+            f"`{context.command_path} --help` shows what it takes" if context else "ferry --help",
+        )
+    if isinstance(error, OSError):  # where no stage knew more about it
+        if error.errno not in files.MENDABLE or error.filename is None:
+            raise error
+        hint = "correct its name, owner or permissions, then run the same command again"
+        return UserError(f"{shown(str(error.filename))}: {error.strerror}", hint)
+    return error

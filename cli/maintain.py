@@ -1,0 +1,167 @@
+"""Commands for Ferry itself: environments, images, locks, linters, tests."""
+
+import os
+import subprocess
+import sys
+
+import click
+
+from cli.environment import IMAGE_SETTINGS, ROOT, SETUP, Command, typed_settings
+from cli.options import IMAGE_OPTIONS
+
+
+def become(*command: object) -> None:
+    """End as another program, in the checkout."""
+    os.chdir(ROOT)
+    os.execv(str(command[0]), [str(word) for word in command])
+
+
+def venv(kind: str) -> str:
+    from cli.environment import places
+
+    return str(places()[kind].folder)
+
+
+@click.command(cls=Command)
+def env() -> None:
+    """Set up the environment that trains.
+
+    Locked Python packages, and llama.cpp compiled once for this machine.
+
+    \b
+    Example:
+      ferry env
+    """
+    become(sys.executable, SETUP / "env.py", "--venv", venv("train"))
+
+
+@click.command(cls=Command)
+def deploy_env() -> None:
+    """Set up the environment that runs models.
+
+    No torch; llama.cpp ready-made where there is a wheel.
+
+    \b
+    Example:
+      ferry deploy-env
+    """
+    become(sys.executable, SETUP / "env.py", "--deploy", "--venv", venv("deploy"))
+
+
+def container(verb: str) -> None:
+    context = click.get_current_context()
+    typed = typed_settings(context.command, context)
+    words = [f"{name}={typed[name]}" for name in IMAGE_SETTINGS if name in typed]
+    become(sys.executable, SETUP / "container.py", verb, *words)
+
+
+@click.command(cls=Command)
+@IMAGE_OPTIONS
+def image(**settings) -> None:
+    """Build Ferry's image by Docker.
+
+    \b
+    Example:
+      ferry image --device cuda
+    """
+    container("build")
+
+
+@click.command(cls=Command)
+@IMAGE_OPTIONS
+def shell(**settings) -> None:
+    """Open a shell in Ferry's image.
+
+    With the folders that `ferry train` would see.
+
+    \b
+    Example:
+      ferry shell
+    """
+    container("shell")
+
+
+@click.command(cls=Command)
+def lock() -> None:
+    """Refresh the pins of all packages and show what changed.
+
+    \b
+    Example:
+      ferry lock
+    """
+    become(sys.executable, SETUP / "lock.py")
+
+
+@click.command(cls=Command)
+def lock_images() -> None:
+    """Freeze the digest of each base image.
+
+    Asks a registry, by skopeo or docker.
+
+    \b
+    Example:
+      ferry lock-images
+    """
+    become(sys.executable, SETUP / "pin.py")
+
+
+@click.command(cls=Command)
+def lint() -> None:
+    """Run ruff, hadolint, shellcheck and actionlint.
+
+    \b
+    Example:
+      ferry lint
+    """
+    os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
+    become("/bin/bash", SETUP / "lint.sh")
+
+
+@click.command(cls=Command)
+def test() -> None:
+    """Run every test, the chain on real weights included.
+
+    `make test test-image` runs those of the image in the same session.
+
+    \b
+    Example:
+      make test
+    """
+    run_tests("not release" if "test-image" in other_goals() else "not image and not release")
+
+
+@click.command(cls=Command)
+def test_image() -> None:
+    """Build the CPU image and run the chain in it.
+
+    Needs root and podman.
+
+    \b
+    Example:
+      make test-image
+    """
+    if "test" not in other_goals():  # else they run together, in one session
+        run_tests("image")
+
+
+def other_goals() -> list[str]:
+    """All targets of this call of make."""
+    return os.environ.get("FERRY_GOALS", "").split()
+
+
+def run_tests(marker: str) -> None:
+    os.chdir(ROOT)
+    raise SystemExit(subprocess.call([sys.executable, "-m", "pytest", "-m", marker]))
+
+
+@click.command(cls=Command)
+def bench() -> None:
+    """Measure time and memory of the demo, stage by stage.
+
+    Writes benchmarks/results/demo.md.
+
+    \b
+    Example:
+      ferry bench
+    """
+    become("/bin/bash", ROOT / "benchmarks" / "demo.sh")

@@ -1,0 +1,118 @@
+"""Options that several commands share."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from cli.settings import operand, setting
+from contract.errors import UserError, shown
+
+PATH = click.Path(path_type=Path)
+
+
+def several(*decorators):
+    """Several decorators as one, in their order."""
+
+    def decorate(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+RUNS = setting("--runs", make="RUNS", type=PATH, default=Path("runs"), show_default=True, help="Where runs go.")
+RUN_OPTIONS = several(
+    operand("config_file", make="CONFIG", metavar="[CONFIG]", required=False, type=PATH),
+    setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: the config's."),
+    RUNS,
+    setting(
+        "--set",
+        "overrides",
+        make="SET",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Override one value of the config; repeatable.",
+    ),
+)
+CHECKPOINTS = setting(
+    "--checkpoints",
+    make="CHECKPOINTS",
+    metavar="OWNER/NAME",
+    envvar="FERRY_CHECKPOINTS",
+    help="A private repo on the Hub that gets the newest checkpoint, so that another machine can resume.",
+)
+IMAGE_OPTIONS = several(
+    setting("--docker", make="DOCKER", type=click.Choice(["0", "1"]), help="1: in Ferry's image; 0: natively."),
+    setting("--image", make="IMAGE", metavar="NAME:TAG", help="A ready image to run in."),
+    setting("--device", make="DEVICE", type=click.Choice(["cpu", "cuda"]), help="Which image."),
+    setting("--engine", make="ENGINE", metavar="NAME", help="docker or podman."),
+    setting("--mount", make="MOUNT", metavar="FOLDERS", help="More folders of this machine for the image."),
+    setting("--docker-build-flags", make="DOCKER_BUILD_FLAGS", hidden=True),
+    setting("--docker-run-flags", make="DOCKER_RUN_FLAGS", hidden=True),
+)
+MODELS = setting(
+    "--models", make="MODELS", type=PATH, default=Path("models"), show_default=True, help="Where models are kept."
+)
+QUANTIZATION = setting(
+    "--quantization", make="QUANT", metavar="NAME", help="Which GGUF of the repo; default: the manifest's."
+)
+START = setting("--start", make="START", is_flag=True, help="Start Ollama's server when none answers.")
+YES = setting("--yes", make="YES", is_flag=True, help="Do not ask.")
+JSON = setting("--json", "as_json", make="JSON", is_flag=True, help="Print JSON.")
+
+
+def typed_command(name: str) -> str:
+    """The command as the user typed it, through make or not, without its settings."""
+    return os.environ.get("FERRY_TYPED") or f"ferry {name}"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Which run a command is about. config_file: None where the run's own config.yaml is meant."""
+
+    config_file: Path
+    folder: Path
+    overrides: tuple[str, ...]
+    is_own_config: bool
+
+    def load_config(self):
+        from pipeline import config
+
+        return config.load(self.config_file, self.overrides)
+
+
+def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrides: tuple[str, ...] = ()) -> RunRequest:
+    """The run of a config, or the run of a name with the config that it has. Raises UserError when neither is known."""
+    if run_name is not None:
+        refuse_bad_name(run_name)
+    if config_file is not None:
+        folder = runs / (run_name or config_file.stem)
+        refuse_bad_name(folder.name)
+        return RunRequest(config_file, folder, overrides, False)
+    if run_name is None:
+        raise UserError("CONFIG is missing", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
+    folder = runs / run_name
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"there is no run {folder}, and no CONFIG to begin it with",
+            f"CONFIG=one of: {', '.join(list_configs()) or 'ferry init writes one'}",
+        )
+    return RunRequest(folder / "config.yaml", folder, overrides, True)
+
+
+def refuse_bad_name(name: str) -> None:
+    from contract.manifest import PLAIN
+
+    if not re.fullmatch(PLAIN, Path(name).name) or (not Path(name).is_absolute() and "/" in name):
+        raise UserError(
+            f"RUN={shown(name)!r} cannot name a folder and a model",
+            "choose another: letters, digits, dots, dashes and underscores, a letter or digit first",
+        )
+
+
+def list_configs() -> list[str]:
+    return sorted(str(path) for path in Path("configs").glob("*.yaml"))

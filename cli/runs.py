@@ -1,0 +1,137 @@
+"""Commands about the runs on this machine, and the first one: a config for one's own rows."""
+
+from pathlib import Path
+
+import click
+
+from cli.environment import Command
+from cli.options import JSON, PATH, RUNS, YES, find_run, several, typed_command
+from cli.settings import operand, setting
+from contract.errors import UserError
+
+WHICH = several(
+    operand("config_file", make="CONFIG", metavar="[CONFIG]", required=False, type=PATH),
+    setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: the config's."),
+    RUNS,
+)
+
+
+def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path):
+    from pipeline import run_status
+
+    if config_file is None and run_name is None:
+        found = run_status.list_runs(runs)
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(run.name for run in found) or "none yet"
+        raise UserError(f"which run? {runs} holds {names}", "RUN=name, or CONFIG=configs/yours.yaml")
+    folder = runs / run_name if run_name and not config_file else find_run(config_file, run_name, runs).folder
+    return run_status.require_run(folder)
+
+
+@click.command(cls=Command)
+@setting(
+    "--data", "source", make="DATA", required=True, metavar="FILE", help="Your rows: .jsonl, .json, .csv or .parquet."
+)
+@setting(
+    "--model", make="MODEL", metavar="ID", help="The base model; default: the demo's, which any machine can train."
+)
+@setting(
+    "--goal",
+    make="GOAL",
+    type=click.Choice(["label", "exact", "json", "text"]),
+    help="What an answer is; default: read off the rows.",
+)
+@setting(
+    "--config", "target", make="CONFIG", type=PATH, help="The file to write; default: configs/<name of the data>.yaml."
+)
+def init(source: str, model: str | None, goal: str | None, target: Path | None) -> None:
+    """Write a commented config for your model, rows and goal.
+
+    \b
+    Examples:
+      ferry init --data tickets.jsonl
+      ferry init --data tickets.jsonl --model Qwen/Qwen3-1.7B --goal json
+    """
+    from common import console
+    from pipeline import init_config
+
+    path, facts = init_config.write_config(source, model, goal, target)
+    console.show(
+        "\n".join([f"{path}", *(console.wrap(f"  {fact}", 4) for fact in facts), f" next: make preview CONFIG={path}"])
+    )
+
+
+@click.command(cls=Command)
+@several(RUNS, JSON)
+def list_runs(runs, as_json) -> None:
+    """List the runs on this machine and how far they are.
+
+    \b
+    Example:
+      ferry runs
+    """
+    from common import console
+    from pipeline import run_status
+
+    statuses = [run_status.read_status(run) for run in run_status.list_runs(runs)]
+    if as_json:
+        console.show(run_status.to_json(statuses))
+    elif statuses:
+        console.show(run_status.format_runs(statuses))
+    else:
+        console.show(f"{runs} holds no run yet: make demo, or make init DATA=rows.jsonl")
+
+
+@click.command(cls=Command)
+@several(WHICH, JSON)
+def status(config_file, run_name, runs, as_json) -> None:
+    """Say how far a run is, and which command works in it.
+
+    \b
+    Example:
+      ferry status --run tickets --json
+    """
+    from common import console
+    from pipeline import run_status
+
+    run = find_existing_run(config_file, run_name, runs)
+    found = run_status.read_status(run)
+    console.show(run_status.to_json(found) if as_json else run_status.format_status(found, run))
+
+
+@click.command(cls=Command)
+@several(WHICH, YES)
+@setting("--all", "everything", make="ALL", is_flag=True, help="The whole run, its adapter and records too.")
+def clean(config_file, run_name, runs, yes, everything) -> None:
+    """Remove what a run can make again.
+
+    16-bit weights, GGUFs without importance matrix, old checkpoints.
+
+    \b
+    Examples:
+      ferry clean --run tickets
+      ferry clean --run tickets --all --yes
+    """
+    from common import console
+    from contract import files
+    from pipeline import run_status
+    from pipeline.stages import lock_file, lock_run
+
+    run = find_existing_run(config_file, run_name, runs)
+    with lock_run(run, typed_command("clean")):
+        if everything:
+            size = run_status.read_status(run).bytes
+            if not yes:
+                raise UserError(
+                    f"{run.folder} holds the adapter and all records, {size / 1e9:.2f} GB",
+                    "the same command with YES=1",
+                )
+            files.remove(run.folder)
+            files.remove(lock_file(run))
+        else:
+            paths = run_status.find_removable(run)
+            for path in paths:
+                console.show(f"clean: {path}")
+            size = run_status.remove(run, paths) if paths else 0
+        console.show(f"clean: {size / 1e9:.2f} GB came back")

@@ -1,0 +1,326 @@
+"""Commands of the machine that trains: the config, the stages, and the whole chain."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from cli.environment import Command
+from cli.options import (
+    CHECKPOINTS,
+    IMAGE_OPTIONS,
+    JSON,
+    MODELS,
+    PATH,
+    QUANTIZATION,
+    RUN_OPTIONS,
+    RUNS,
+    START,
+    RunRequest,
+    find_run,
+    several,
+    typed_command,
+)
+from cli.settings import operand, setting
+
+STAGE_OPTIONS = several(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
+DEMO = Path("configs/demo.yaml")
+
+
+def check_config(params: dict):
+    """Load the config before any environment is set up. Raises UserError for a missing or bad one."""
+    from pipeline import base
+
+    request = find_run(params["config_file"], params["run_name"], params["runs"], params["overrides"])
+    config = request.load_config()
+    base.refuse_base_file(config.base.model)
+    return config
+
+
+def choose_environment_for_training(params: dict) -> None:
+    """The table's environment, once the config is known to be sound."""
+    check_config(params)
+
+
+def choose_environment_for_rows(params: dict) -> str | None:
+    """A base model that is a GGUF is read by llama.cpp, so its rows need the whole environment."""
+    model = check_config(params).base.model
+    return "train" if model.startswith("pypi:") or model.endswith(".gguf") else None
+
+
+@click.command("config", cls=Command)
+@operand("config_file", make="CONFIG", type=PATH)
+@setting("--set", "overrides", make="SET", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value.")
+def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
+    """Check a config and print it with all defaults.
+
+    \b
+    Example:
+      ferry config configs/demo.yaml --set finetune.max_steps=20
+    """
+    from common import console
+    from pipeline import base, config
+
+    tree = config.load(config_file, overrides)
+    config.refuse_missing_files(tree)
+    base.refuse_base_file(tree.base.model)
+    console.show(config.dump(tree).rstrip("\n"))
+    for text in config.warnings(tree):
+        console.note(text)
+
+
+@contextlib.contextmanager
+def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> Iterator[tuple]:
+    """Hold the run and let it go on with the request's config; yield (run, config, lock).
+
+    Raises UserError when another command works in it, or when its rows or training would be others.
+    """
+    from common import console
+    from pipeline.changes import accept_config
+    from pipeline.offsite import restore
+    from pipeline.record import Run
+    from pipeline.stages import lock_run, require_files
+
+    config, run = request.load_config(), Run(request.folder)
+    with lock_run(run, typed_command(name)) as lock:
+        if checkpoints:
+            os.environ["FERRY_CHECKPOINTS"] = checkpoints
+            restore.restore(checkpoints, run, config)
+        for text in accept_config(run, config, request.is_own_config):
+            console.note(text)
+        if not run.done("evaluate"):
+            require_files(config, run.done("data"))
+        yield run, config, lock
+
+
+def run_up_to(stage: str, request: RunRequest, checkpoints: str | None, **arguments: list[str]) -> None:
+    from pipeline.stages import run_stages
+
+    with open_run(request, stage, checkpoints) as (run, _, lock):
+        run_stages(run, stage, lock, arguments)
+
+
+@click.command(cls=Command, choose_environment=choose_environment_for_training)
+@STAGE_OPTIONS
+def train(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
+    """Run every stage, from where the run stands.
+
+    The stages: data, finetune, evaluate, export, verify, publish.
+
+    \b
+    Examples:
+      ferry train configs/demo.yaml
+      ferry train configs/tickets.yaml --set finetune.seed=1 --run tickets.v2
+    """
+    train_and_summarize(find_run(config_file, run_name, runs, overrides), checkpoints)
+
+
+def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
+    """The whole chain; returns the record of `publish`."""
+    from common import console
+    from pipeline import preflight, summary
+    from pipeline.stages import run_stages
+
+    with open_run(request, "train", checkpoints) as (run, config, lock):
+        for text in preflight.stage(config, run, checkpoints=checkpoints):
+            console.say(console.wrap(f"preflight: {text}"))
+        run_stages(run, "publish", lock)
+        console.show(summary.summarize(run))
+        return run.read("publish")
+
+
+@click.command(cls=Command)
+@several(
+    setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: demo."),
+    RUNS,
+    setting("--set", "overrides", make="SET", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value."),
+    MODELS,
+    setting("--repo", make="REPO", metavar="FOLDER", help="Default: ./hub/demo, where the run publishes."),
+    QUANTIZATION,
+    START,
+    IMAGE_OPTIONS,
+)
+def demo(run_name, runs, overrides, models, repo, quantization, start, **image) -> None:
+    """Train and deploy a 135M model on this machine's CPU.
+
+    With real weights, and without an account.
+
+    \b
+    Example:
+      ferry demo
+    """
+    from cli.deploy import deploy_everywhere
+    from pipeline.stage_results import published_name
+
+    record = train_and_summarize(find_run(DEMO, run_name, runs, overrides), None)
+    deploy_everywhere(repo or published_name(record), models, quantization, None, start)
+
+
+@click.command(cls=Command, choose_environment=choose_environment_for_rows)
+@STAGE_OPTIONS
+@setting("--processes", type=click.IntRange(1), help="How many work on the rows; default: one a core.")
+def data(config_file, run_name, runs, overrides, checkpoints, processes, **image) -> None:
+    """Make rows: read, clean, split, render, mask, tokenize.
+
+    \b
+    Example:
+      ferry data configs/tickets.yaml
+    """
+    request = find_run(config_file, run_name, runs, overrides)
+    run_up_to("data", request, checkpoints, data=[str(processes)] if processes else [])
+
+
+@click.command(cls=Command, choose_environment=choose_environment_for_rows)
+@several(RUN_OPTIONS, IMAGE_OPTIONS)
+@setting("--rows", "count", make="ROWS", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many.")
+def preview(config_file, run_name, runs, overrides, count, **image) -> None:
+    """Show the first rows as they will be trained.
+
+    The tokens that carry loss are in colour. Writes nothing.
+
+    \b
+    Example:
+      ferry preview configs/tickets.yaml --rows 5
+    """
+    from common import console
+    from pipeline.data import preview as rows_preview
+    from pipeline.record import Run
+
+    request = find_run(config_file, run_name, runs, overrides)
+    console.show(rows_preview.preview_rows(request.load_config(), Run(request.folder), count))
+
+
+@click.command(cls=Command, choose_environment=choose_environment_for_rows)
+@several(RUN_OPTIONS, IMAGE_OPTIONS)
+@setting(
+    "--gpu", make="GPU", metavar="NAME", help="A GPU of configs/gpus.csv; default: the one here, else the cheapest."
+)
+@setting(
+    "--probe", make="PROBE", is_flag=True, help="Measure a few steps on this GPU; finetune then takes the fastest."
+)
+@JSON
+def plan(config_file, run_name, runs, overrides, gpu, probe, as_json, **image) -> None:
+    """Say what the training needs on each GPU.
+
+    Memory, disk, steps, hours and dollars. It needs no GPU itself.
+
+    \b
+    Examples:
+      ferry plan configs/tickets.yaml
+      ferry plan configs/tickets.yaml --gpu "RTX 4090" --json
+    """
+    from common import console
+    from pipeline.doctor import box
+    from pipeline.plan import stage as planning
+    from pipeline.record import Run
+    from pipeline.stages import run_stages
+
+    request = find_run(config_file, run_name, runs, overrides)
+    run = Run(request.folder)
+    if probe or not run.done("data"):
+        with open_run(request, "plan") as (_, _, lock):
+            run_stages(run, "data", lock)
+    here = box.nvidia().cards
+    show = planning.to_json if as_json else planning.stage
+    console.show(show(request.load_config(), run, gpu, here[0].name if here else None))
+    if probe:
+        from pipeline.finetune import probe as probing
+
+        console.say("\nmeasured on this GPU, a few steps each, at the longest rows:")
+        console.show(probing.stage(run))
+
+
+@click.command(cls=Command, choose_environment=choose_environment_for_rows)
+@several(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
+def preflight(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
+    """Ask first what would fail at the end.
+
+    Token, repo, base model, licence, data set and disk.
+
+    \b
+    Example:
+      ferry preflight configs/tickets.yaml
+    """
+    from common import console
+    from pipeline import preflight as module
+    from pipeline.record import Run
+
+    request = find_run(config_file, run_name, runs, overrides)
+    for text in module.stage(request.load_config(), Run(request.folder), checkpoints=checkpoints):
+        console.show(console.wrap(f"preflight: {text}"))
+
+
+@click.command(cls=Command)
+@several(RUN_OPTIONS)
+def check(config_file, run_name, runs, overrides) -> None:
+    """Say which stages would run again with this config.
+
+    Changed rows are noticed too.
+
+    \b
+    Example:
+      ferry check configs/tickets.yaml --set export.quantizations=[q5_k_m]
+    """
+    from common import console
+    from pipeline.changes import describe_changes
+    from pipeline.record import Run
+
+    request = find_run(config_file, run_name, runs, overrides)
+    changes = describe_changes(Run(request.folder), request.load_config(), request.is_own_config)
+    for text in changes or [f"{request.folder} fits: nothing that is done runs again"]:
+        console.show(console.wrap(text))
+
+
+def stage_command(stage: str, summary: str) -> Command:
+    """The command that runs every stage up to this one."""
+
+    @click.command(
+        stage,
+        cls=Command,
+        choose_environment=choose_environment_for_training,
+        help=f"{summary}\n\n\b\nExample:\n  ferry {stage} configs/tickets.yaml",
+    )
+    @STAGE_OPTIONS
+    def command(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
+        run_up_to(stage, find_run(config_file, run_name, runs, overrides), checkpoints)
+
+    return command
+
+
+finetune = stage_command("finetune", "Train the LoRA adapter; resume from the last checkpoint.")
+evaluate = stage_command("evaluate", "Score base model and adapter on held-out rows, in torch.")
+export = stage_command("export", "Merge to 16 bit, convert to GGUF, quantize.")
+verify = stage_command(
+    "verify",
+    "Check and score the GGUF files in llama.cpp.\n\nA file that does not answer as the trained model is refused.",
+)
+publish = stage_command("publish", "Put GGUF, adapter and model card into the hub.")
+
+
+@click.command(cls=Command)
+@several(
+    setting(
+        "--checkpoints",
+        make="CHECKPOINTS",
+        metavar="OWNER/NAME",
+        required=True,
+        help="The private repo that has its state.",
+    ),
+    RUNS,
+    IMAGE_OPTIONS,
+)
+def resume(checkpoints, runs, **image) -> None:
+    """Resume a run that another machine began.
+
+    From its checkpoints on the Hub alone.
+
+    \b
+    Example:
+      ferry resume --checkpoints you/tickets-checkpoints
+    """
+    from pipeline.offsite import restore
+
+    state = restore.resume(checkpoints, runs)
+    train_and_summarize(find_run(None, state.run, runs), checkpoints)

@@ -1,0 +1,238 @@
+"""What the user sees: notes, progress and results.
+
+Libraries write to file descriptors 1 and 2. A stage process leads both to its log file (`send_library_output_to`), so that
+only what goes through this module reaches the terminal.
+"""
+
+import contextlib
+import os
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+WIDTH = 80
+SHOWN_FROM = 5.0  # seconds of work after which its progress is shown
+LINE_EVERY = 15.0  # seconds without any line after which there is one of progress, where there is no terminal
+REDRAW_EVERY = 0.5  # seconds between two drawings of a bar on a terminal
+TERMINAL = "FERRY_TERMINAL"  # the terminal's file descriptors, "OUT,ERR", for a process that replaces this one
+
+_streams: dict[str, TextIO] = {}
+is_progress_shown = True  # false in processes that work beside another one
+
+
+def result_stream() -> TextIO:
+    """Where results go: the terminal's stdout."""
+    return _streams.get("out") or sys.stdout
+
+
+def message_stream() -> TextIO:
+    """Where notes and progress go: the terminal's stderr."""
+    return _streams.get("err") or sys.stderr
+
+
+def send_library_output_to(log: Path) -> None:
+    """Lead file descriptors 1 and 2, and with them what libraries and child processes print, to the end of `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    inherited = os.environ.get(TERMINAL)
+    out, err = map(int, inherited.split(",")) if inherited else (os.dup(1), os.dup(2))
+    for descriptor in (out, err):
+        os.set_inheritable(descriptor, True)
+    os.environ[TERMINAL] = f"{out},{err}"
+    _streams["out"], _streams["err"] = (
+        os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+        for descriptor in (out, err)
+    )
+    log_descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(log_descriptor, descriptor)
+    os.close(log_descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    print(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
+
+
+def show(text: str) -> None:
+    """Print a result on stdout."""
+    _print(text, result_stream())
+
+
+def say(text: str) -> None:
+    """Print a line about the work on stderr."""
+    _print(text, message_stream())
+
+
+def note(text: str) -> None:
+    """Print what the user should know, wrapped, on stderr."""
+    say(wrap(f"note: {text}", indent=6))
+
+
+def wrap(text: str, indent: int = 12) -> str:
+    """`text` in lines of at most 80 columns; further lines are indented. Words are never broken: they may be paths."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def quote(label: str, text: str) -> list[str]:
+    """A whole text of a row or a model, indented under its label, without anything that a terminal would obey."""
+    lines = "".join(c if c.isprintable() or c == "\n" else "?" for c in text.strip()).split("\n")
+    return [f"  {label if not number else '':{len(label)}}{line}".rstrip() for number, line in enumerate(lines)]
+
+
+def _print(text: str, stream: TextIO) -> None:
+    with _drawing:
+        if _bars:
+            _bars[-1].clear()
+        stream.write(text + "\n")
+        stream.flush()
+        _last_printed[0] = time.monotonic()
+
+
+def style(text: str, colour: str) -> str:
+    """`text` in a colour and bold where stdout is a terminal and NO_COLOR is not set."""
+    import click
+
+    return click.style(text, fg=colour, bold=True) if uses_colour(result_stream()) else text
+
+
+def uses_colour(stream: TextIO) -> bool:
+    """Whether colours may be written: to a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def format_duration(seconds: float) -> str:
+    """Such as 45 s, 12 min or 3.4 h."""
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+_drawing = threading.RLock()
+_bars: list["_TerminalBar"] = []
+_last_printed = [0.0]  # when a line was printed, time.monotonic()
+
+
+@contextlib.contextmanager
+def progress(
+    total: float, label: str, unit: str = "rows", show: bool = True, done: float = 0
+) -> Iterator[Callable[[float], None]]:
+    """Show how far some work is and how long it will still take; yield the function that advances it.
+
+    Nothing is shown in the first five seconds. Then it is a bar on a terminal; elsewhere it is a line, and another one
+    whenever nothing was printed for 15 s.
+
+    Args:
+        total: amount of work in `unit`; 0 where it is not known, and only the time is shown.
+        unit: what is counted; "B" for bytes.
+        done: what an earlier process did of it.
+    """
+    if not (show and is_progress_shown):
+        yield lambda count: None
+        return
+    meter = (_TerminalBar if message_stream().isatty() else _ProgressLines)(total, label, unit, done)
+    with meter.running():
+        yield meter.advance
+
+
+@contextlib.contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Show for how long something of unknown length has been going on."""
+    with progress(0, label):
+        yield
+
+
+class _Meter:
+    """Counts work; a thread draws it, so that time is shown while a single item takes long."""
+
+    pause: float
+
+    def __init__(self, total: float, label: str, unit: str, done: float):
+        self.total, self.label, self.unit, self.done, self.before = total, label, unit, done, done
+        self.started, self.finished = time.monotonic(), threading.Event()
+
+    def advance(self, count: float) -> None:
+        self.done += count
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._draw_until_finished, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.finished.set()
+            thread.join()
+            self.close()
+
+    def _draw_until_finished(self) -> None:
+        wait = SHOWN_FROM
+        while not self.finished.wait(wait):
+            self.draw()
+            wait = self.pause
+
+    def draw(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def text(self) -> str:
+        """Such as `training: 34 of 120 steps, 12 s, about 30 s left`."""
+        seconds = time.monotonic() - self.started
+        parts = [f"{self._amount(self.done)} of {self._amount(self.total)}{self._unit()}"] if self.total else []
+        parts += [f"{self._amount(self.done)}{self._unit()}"] if self.done and not self.total else []
+        parts.append(format_duration(seconds))
+        if self.total and self.done > self.before:
+            left = seconds * max(0.0, self.total - self.done) / (self.done - self.before)
+            parts.append(f"about {format_duration(left)} left")
+        return f"{self.label}: {', '.join(parts)}"
+
+    def _amount(self, value: float) -> str:
+        if self.unit == "B":
+            return f"{value / 1e6:,.0f}" if self.total < 10e9 else f"{value / 1e9:,.1f}"
+        return f"{value:,.0f}"
+
+    def _unit(self) -> str:
+        if self.unit == "B":
+            return " MB" if self.total < 10e9 else " GB"
+        return f" {self.unit}"
+
+
+class _ProgressLines(_Meter):
+    pause = SHOWN_FROM
+    is_shown = False
+
+    def draw(self) -> None:
+        if not self.is_shown or time.monotonic() - _last_printed[0] >= LINE_EVERY:
+            say(self.text())
+            self.is_shown = True
+
+
+class _TerminalBar(_Meter):
+    pause = REDRAW_EVERY
+
+    def draw(self) -> None:
+        with _drawing:
+            if self not in _bars:
+                _bars.append(self)
+            if _bars[-1] is not self or self.finished.is_set():
+                return
+            width = min(WIDTH, _terminal_width()) - 1
+            message_stream().write(f"\r{self.text()[:width]:<{width}}")
+            message_stream().flush()
+
+    def clear(self) -> None:
+        message_stream().write(f"\r{'':{min(WIDTH, _terminal_width()) - 1}}\r")
+
+    def close(self) -> None:
+        with _drawing:
+            if self in _bars:
+                self.clear()
+                message_stream().flush()
+                _bars.remove(self)
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size(message_stream().fileno()).columns or WIDTH  # 0: a terminal that nobody sized
+    except (OSError, ValueError):
+        return WIDTH

@@ -1,0 +1,95 @@
+"""One process at a time works in a folder: a lock that says who holds it, and that ends with its holder, however it dies."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common import console
+from contract.errors import UserError
+
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # some network file systems have no locks
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock."""
+
+    pid: int
+    command: str
+    """As it was typed, without its settings: those may be secret."""
+    since: float
+    """Seconds since the epoch."""
+
+    def __str__(self) -> str:
+        return f"`{self.command}` (pid {self.pid}, since {time.strftime('%H:%M:%S', time.localtime(self.since))})"
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, what: str, command: str) -> Iterator[int | None]:
+    """Hold the lock file `path`; yield its descriptor, which a child process may inherit and so hold the lock too.
+
+    Args:
+        what: what is locked, for messages.
+        command: what to call this process in another one's message.
+
+    Raises UserError, with the holder's pid and command, when another process has it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        is_locked = _try_lock(descriptor, path)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise _busy(path, what) from None
+    try:
+        if is_locked:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(Holder(os.getpid(), command, time.time()))).encode(), 0)
+        yield descriptor if is_locked else None
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    """Whether the file system has locks. Raises BlockingIOError when another process holds this one."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        console.note(f"{path.parent} is on a file system without locks: do not start a second command there")
+        return False
+    return True
+
+
+def _busy(path: Path, what: str) -> UserError:
+    holder = read_holder(path)
+    stop = f"wait for it, or stop it: kill {holder.pid}" if holder else "wait for the other command"
+    return UserError(f"{what} is in use by {holder or 'another process'}", stop)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds the lock now; None when nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        try:
+            return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+        except (ValueError, TypeError):
+            return None
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)

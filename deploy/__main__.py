@@ -1,4 +1,0 @@
-from contract.cli import main
-from deploy.cli import cli
-
-main(cli)

@@ -1,4 +1,0 @@
-from contract.cli import main
-from launch.cli import cli
-
-main(cli)
