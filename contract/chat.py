@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
+ALPACA_INPUT = "\n\n### Input:\n"  # where an Alpaca row's `input` follows its instruction in one user message
+
+
 def render(
     template: str,
     messages: Sequence[dict],

@@ -3,7 +3,8 @@
 A lack stops nothing: the parts that do not need it go on. A fault does: without its cure nothing would run.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 from contract.errors import UserError
 
@@ -24,6 +25,11 @@ def page(checks: list[Check]) -> str:
         lines.append(f"{check.state:<6}{check.name:<10}{check.text}")
         lines += [f"{'':16}next: {check.cure}"] if check.cure else []
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
+
+
+def to_json(checks: list[Check]) -> str:
+    """The same for programs: a list of {name, state, text, cure}."""
+    return json.dumps([asdict(check) for check in checks], indent=2)
 
 
 def refuse(checks: list[Check]) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from common import console
 from contract.errors import UserError
 
 CHUNK = 1 << 20
@@ -17,7 +18,6 @@ MENDABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
-BAR_FROM = 50 << 20  # a bar for files that take longer than a blink
 
 
 def cache_dir() -> Path:
@@ -138,7 +138,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, with a progress bar when it is large."""
+    """Hex digest of a file; its progress is shown when it is large."""
     return copy(path, None)
 
 
@@ -153,7 +153,7 @@ def copy(source: Path, target: Path | None) -> str:
     with (
         source.open("rb") as src,
         open(target or os.devnull, "wb") as out,
-        bar(size, source.name, size >= BAR_FROM) as tick,
+        console.progress(size, f"reading {source.name}", "B") as tick,
     ):
         while block := src.read(CHUNK):
             digest.update(block)
@@ -161,12 +161,3 @@ def copy(source: Path, target: Path | None) -> str:
                 out.write(block)
             tick(len(block))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def bar(total: int, label: str, show: bool = True, unit: str = "B") -> Iterator:
-    """A progress bar with rate and ETA on stderr; yields the function that advances it."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=not show, leave=False) as progress:
-        yield progress.update

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from common import console
 from contract.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ T = TypeVar("T")
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
 LONGEST_WAIT = 30  # seconds between two tries
-QUICK = 20  # seconds of pauses where nothing is lost yet: who has no network wants to know it soon
+QUICK = 2  # seconds of pauses where nothing is lost yet: who has no network wants to know it soon
+CONNECT = 3  # seconds for a connection to be accepted
 # What passes by itself. 501 (not implemented) and 507 (no storage) do not.
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 attempts = 0  # of this process; a sign of life
@@ -64,6 +66,11 @@ def is_folder(repo: str) -> bool:
     return os.path.exists(Path(repo) / "manifest.json" if ID.fullmatch(repo) else repo)
 
 
+def is_folder_there(repo: str) -> bool:
+    """Whether the folder that `repo` names exists."""
+    return is_folder(repo) and os.path.exists(folder(repo))
+
+
 def folder(repo: str) -> Path:
     """The path of a folder hub. Raises UserError when it names nobody's home."""
     try:
@@ -92,7 +99,8 @@ def api() -> "HfApi":
 
     def limited():
         client = default_client_factory()
-        client.timeout = silence()
+        # connect, read, write, pool. A tuple, because huggingface_hub 2 has httpx2's client, which knows no httpx.Timeout.
+        client.timeout = (min(CONNECT, silence()), silence(), silence(), silence())
         return client
 
     logging.set_verbosity_error()  # its own lines quote signed URLs
@@ -218,9 +226,8 @@ def found(what: str, ask):
 
 
 def say(text: str) -> None:
-    import click
-
-    click.echo(hidden(text), err=True)
+    """Print a line on stderr, without tokens and signed addresses."""
+    console.say(hidden(text))
 
 
 def _known(error: BaseException | None) -> BaseException | None:
@@ -231,6 +238,18 @@ def _known(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, known):
         error = error.__cause__
     return error
+
+
+def explain(error: Exception, what: str) -> UserError:
+    """A failed call of the client as a UserError. Raises `error` again when neither Hub, network nor disk is to blame."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause = error if isinstance(error, LocalEntryNotFoundError) else _known(error)
+    if cause is not None:
+        return translated(cause, what)
+    if isinstance(error, OSError):
+        return UserError(f"{what}: it cannot be fetched: {hidden(str(error))}", HINTS[None])
+    raise error
 
 
 def status(error: BaseException) -> int | None:
@@ -256,30 +275,51 @@ def _asked_for(error: BaseException) -> float | None:
 
 
 def translated(error: BaseException, what: str) -> UserError:
-    """A failure of Hub or network in the words of this project."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+    """A failure of Hub or network in the words of this project.
 
-    if isinstance(error, OfflineModeIsEnabled):
+    No token, terms that are not accepted, no network and a wrong address are four different errors with four cures.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return translated(error.__cause__, what)  # it only adds that the cache has no copy
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return Unreachable(
-            f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked", "unset it, then run the same command again"
+            f"{what}: HF_HUB_OFFLINE is set, and the local cache does not have it",
+            "unset HF_HUB_OFFLINE, then run the same command again",
         )
     if isinstance(error, json.JSONDecodeError):
-        return Unreachable(
-            f"{what}: what answers is no Hub", "check the network and HF_ENDPOINT, then run the same command again"
-        )
+        return Unreachable(f"{what}: {address()} answers, and it is no Hub", CORRECT_ADDRESS)
     if isinstance(error, HFValidationError):
         return UserError(f"{what}: {_brief(error)}", "correct the name: a Hub id reads owner/name")
     if isinstance(error, GatedRepoError):
         return UserError(
             f"{what}: it is gated, and this account has not accepted its terms",
-            "accept them on its page on the Hub (and `hf auth login`), then run the same command again",
+            f"accept them on its page on the Hub, {address()} (and `hf auth login`), then run the same command again",
         )
+    if isinstance(error, RepositoryNotFoundError) and token() is None:
+        return UserError(f"{what}: it is not on the Hub, or private, and no token of the Hub is set", LOGIN)
     if isinstance(error, RevisionNotFoundError):
         return UserError(f"{what}: no such revision", "name a branch, tag or commit that the repo has")
+    if status(error) is None and os.environ.get("HF_ENDPOINT") and _passes(error, ()):
+        return Unreachable(f"{what}: nothing answers at HF_ENDPOINT={address()}: {_brief(error)}", CORRECT_ADDRESS)
     kind = Unreachable if _passes(error, ()) else UserError
     return kind(f"{what}: {_brief(error)}", HINTS.get(_code(error), "run the same command again"))
 
 
+def address() -> str:
+    """Of the Hub that is asked."""
+    return shown(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", 100)
+
+
+CORRECT_ADDRESS = "unset HF_ENDPOINT, or correct it, then run the same command again"
 LOGIN = "`hf auth login`, or set HF_TOKEN, then run the same command again"
 ROOM = "make room on the Hub (https://huggingface.co/settings/billing), then run the same command again"
 HINTS = {

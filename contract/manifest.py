@@ -15,7 +15,7 @@ from typing_extensions import Required, TypedDict  # pydantic asks for it below 
 from contract.errors import UserError, shown
 from contract.turns import Turns
 
-SCHEMA = 4
+SCHEMA = 5
 NAME = "manifest.json"
 MAX_BYTES = 8 << 20  # a manifest is text of some 20 KB; anything far larger is not one
 
@@ -84,6 +84,9 @@ class ChatFormat(Part):
     adds_bos: bool = False
     """Whether runtimes put the BOS in front of a prompt by themselves (tokenizer.ggml.add_bos_token)."""
     system: str | None
+    """The default system prompt: what runtimes put in front of a conversation that brings none."""
+    input: str | None = None
+    """What stands between an instruction and its input in one user message, where the rows have both (Alpaca)."""
     turns: Turns | None = None
     """What an Ollama TEMPLATE says of the template, proven on the golden prompts; None: no TEMPLATE says the same."""
     embedded: tuple[str, ...] = ()

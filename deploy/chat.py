@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from contract import chat
 from contract.errors import UserError, shown
 from deploy import talk
 
@@ -15,15 +16,22 @@ JOINERS = "\u200c\u200d"  # not printable by Python's rule, and part of Persian 
 HELP = """\
 /clear        forget the conversation
 /system TEXT  answer by this system prompt from now on; alone, show the one in force
+/input TEXT   go along with the next question as its input (Alpaca's); @FILE takes a file
 /bye          leave, as Ctrl-D does
 Ctrl-C stops an answer, not the program."""
 
 
-def stage(version: Path, context: int | None = None) -> None:
+def stage(version: Path, context: int | None = None, system: str | None = None, input_file: Path | None = None) -> None:
     """Answer what is typed until Ctrl-D; what is piped in is one question.
 
-    context: at most so many tokens. Raises UserError as `talk.opened` does, and for a piped question without an answer.
+    Args:
+        context: at most so many tokens.
+        system: another system prompt than the model's default one; "" for none.
+        input_file: goes along with the first question as its input (Alpaca's).
+
+    Raises UserError as `talk.opened` does, and for a piped question without an answer.
     """
+    beside = read_input(input_file) if input_file else None
     if sys.stdin is None:  # closed
         return
     sys.stdin.reconfigure(errors="replace")  # a byte that is no text
@@ -34,15 +42,16 @@ def stage(version: Path, context: int | None = None) -> None:
     if not typed:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have enough
     with talk.opened(version, context) as engine:
-        here = Chat(engine)
+        here = Chat(engine, engine.made.chat.system if system is None else system, beside)
         here.loop() if typed else here.ask(piped)
 
 
 class Chat:
     """One conversation, on stdin and stdout."""
 
-    def __init__(self, engine: talk.Talk):
-        self.engine, self.system, self.turns = engine, engine.made.chat.system, []
+    def __init__(self, engine: talk.Talk, system: str | None, input_text: str | None = None):
+        """system: None or "" for none. input_text: goes along with the next question."""
+        self.engine, self.system, self.input_text, self.turns = engine, system, input_text, []
 
     def loop(self) -> None:
         with contextlib.suppress(ImportError):
@@ -60,6 +69,8 @@ class Chat:
             self.turns = []
         elif name == "/system" and words:
             self.system = words
+        elif name == "/input" and words:
+            self.input_text = read_input(Path(words[1:])) if words.startswith("@") else words
         elif name == "/system":
             say(shown(self.system, 4000) if self.system else "none but what the template may have of its own")
         else:
@@ -70,6 +81,8 @@ class Chat:
         if not words:
             return
         system = [{"role": "system", "content": self.system}] if self.system else []
+        words += chat.ALPACA_INPUT + self.input_text if self.input_text else ""
+        self.input_text = None
         with typing() as stopped:
             asked = [*self.turns, {"role": "user", "content": words}]
             kept, ids = self.engine.fitted([*system, *asked])
@@ -81,6 +94,17 @@ class Chat:
         if sys.stdout.isatty():
             cut = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(answer.end, "")
             say(f"[{len(answer.ids)} tokens, {rate:.1f} tokens/s{cut}]")
+
+
+def read_input(path: Path) -> str:
+    """Raises UserError for a file that is not there, or holds no text."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the input {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}",
+            "name a text file",
+        ) from error
 
 
 def show(answer: talk.Answer) -> tuple[str, float]:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,9 @@ class Llama:
     why: str = ""
 
     def check(self, this: Machine) -> Check:
+        if self.version is None and not (Path(sys.prefix) / "ferry.json").is_file():
+            text = "the Python environment that runs models is not set up yet: llama.cpp and 0.2 GB of packages"
+            return Check("llama.cpp", "lack", text, f"{ENVIRONMENT}, or make deploy-mac, which does it")
         if self.version is None:
             return Check("llama.cpp", "fault", "llama-cpp-python is not in this environment", ENVIRONMENT)
         text = f"llama-cpp-python {self.version}"

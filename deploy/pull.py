@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from common import console
 from contract import files, gguf, hub, manifest, source
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
@@ -95,7 +96,7 @@ def refuse_full_disk(target: Path, artifact: Artifact) -> None:
 
 def fetch(found, path: Path, artifact: Artifact) -> None:
     with (
-        files.bar(artifact.bytes, artifact.file, artifact.bytes >= files.BAR_FROM) as tick,
+        console.progress(artifact.bytes, artifact.file, "B") as tick,
         Part(path, artifact, tick) as part,
     ):
         part.fill(found)

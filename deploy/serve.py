@@ -126,7 +126,12 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         asked = openai.parsed(openai.Chat, await body(request))
-        return await self.answered(request, asked, lambda: self.engine.prompt(asked.conversation()), openai.CHAT)
+        return await self.answered(
+            request,
+            asked,
+            lambda: self.engine.prompt(self.engine.with_default_system(asked.conversation())),
+            openai.CHAT,
+        )
 
     async def completion(self, request: Request) -> Response:
         asked = openai.parsed(openai.Completion, await body(request))

@@ -6,6 +6,7 @@ for, and another one never overwrites it. Its pull.json is written last and says
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -37,12 +38,53 @@ KINDS = {
 }
 
 
-def place(models: Path, repo: str) -> Path:
-    """The folder of a model: the name of its folder hub, or owner--name. Raises UserError for a folder without a name."""
-    name = hub.folder(repo).resolve().name if hub.is_folder(repo) else hub.split(repo)[0].replace("/", "--")
+def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
+    """(the folder of a model in the store, the version that is named or None).
+
+    repo: NAME or NAME@VERSION as `make models` lists them, a folder hub (also with @VERSION), or owner/name[@revision].
+    Raises UserError for a folder without a name.
+    """
+    name, _, version = repo.partition("@")
+    if re.fullmatch(manifest.PLAIN, name) and (models / name).is_dir():
+        return models / name, version or None
+    path, _, version = repo.rpartition("@")
+    if path and re.fullmatch(r"[0-9a-f]{7,12}", version) and hub.is_folder(path) and not hub.is_folder_there(repo):
+        return models / _name_of_folder(path), version
+    if hub.is_folder(repo):
+        return models / _name_of_folder(repo), None
+    if re.fullmatch(manifest.PLAIN, name := repo.partition("@")[0]):
+        raise UserError(
+            f"{models} holds no model {name}", "`make models` lists what it holds; owner/name is one on the Hub"
+        )
+    name, version = hub.split(repo)
+    return models / name.replace("/", "--"), version
+
+
+def _name_of_folder(repo: str) -> str:
+    name = hub.folder(repo).resolve().name
     if not name:
         raise UserError(f"REPO {shown(repo)} is no model", "write owner/name for the Hub, ./folder for a folder hub")
-    return models / name
+    return name
+
+
+def place(models: Path, repo: str) -> Path:
+    """The folder of a model in the store."""
+    return find_model(models, repo)[0]
+
+
+def resolve(repo: str | None, models: Path) -> str:
+    """The model that a command is about: the one that was typed, else the only one of the store.
+
+    Raises UserError where there is none, or more than one.
+    """
+    if repo is not None:
+        return repo
+    names = [folder.name for folder in sorted(models.glob("*/")) if versions(folder)]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UserError(f"{models} holds no model", "`make deploy-mac REPO=you/model`, or a folder such as ./hub/demo")
+    raise UserError(f"REPO is missing, and {models} holds {len(names)} models", f"REPO=one of: {', '.join(names)}")
 
 
 def which(repo: str, models: Path) -> str:
@@ -53,11 +95,8 @@ def which(repo: str, models: Path) -> str:
 
 def current(models: Path, repo: str) -> Path:
     """The version of that name, else the one in use. Raises UserError when it was not pulled."""
-    folder = place(models, repo)
-    if not hub.is_folder(repo) and hub.split(repo)[1]:
-        found = known(models, repo)
-    else:
-        found = in_use(folder)
+    folder, version = find_model(models, repo)
+    found = known(models, repo) if version else in_use(folder)
     if not found or not (found / RECORD).is_file():
         raise UserError(f"{shown(repo)} was not pulled to {models}", f"run `make pull {which(repo, models)}`")
     return found
@@ -142,7 +181,8 @@ def versions(folder: Path) -> list[Path]:
 
 def known(models: Path, repo: str) -> Path | None:
     """The version that was last pulled under this very name, or is that commit: it can be used without a network."""
-    folder, asked = place(models, repo), (None if hub.is_folder(repo) else hub.split(repo)[1]) or MAIN
+    folder, version = find_model(models, repo)
+    asked = version or MAIN
     found = names(folder).get(asked)
     if found and (folder / found / RECORD).is_file():
         return folder / found
@@ -195,13 +235,40 @@ def proven(version: Path) -> bool:
     return False
 
 
-def lines(models: Path) -> list[str]:
-    """One line a version, for `make models`; what an interrupted pull left has one too."""
-    return [
-        f"{'*' if in_use(folder) == version else ' '} {folder.name}  {version.name}  {_facts(version)}"
-        for folder in sorted(path for path in models.glob("*") if path.is_dir())
-        for version in sorted(folders(folder))
+def list_for_terminal(models: Path) -> str:
+    """Two lines a version, for `make models`; what an interrupted pull left has them too.
+
+    NAME@VERSION, as listed, is what the other commands take.
+    """
+    lines = []
+    for version in list_versions(models):
+        mark = "*" if in_use(version.parent) == version else " "
+        lines += [f"{mark} {version.parent.name}@{version.name}", f"    {_facts(version)}"]
+    return "\n".join(lines) or f"{models} holds no models: `make deploy-mac REPO=you/model`"
+
+
+def list_as_json(models: Path) -> str:
+    """The same as JSON: a list of {model, version, in_use, ...what pull.json says}."""
+    found = [
+        {"model": version.parent.name, "version": version.name, "in_use": in_use(version.parent) == version}
+        | read(version / RECORD)
+        for version in list_versions(models)
     ]
+    return json.dumps(found, indent=2)
+
+
+def list_versions(models: Path) -> list[Path]:
+    """All versions of all models, the oldest of each model first."""
+    return [
+        version
+        for folder in sorted(path for path in models.glob("*") if path.is_dir())
+        for version in sorted(folders(folder), key=_age)
+    ]
+
+
+def _age(version: Path) -> float:
+    note = version / RECORD
+    return note.stat().st_mtime if note.is_file() else version.stat().st_mtime
 
 
 def _facts(version: Path) -> str:
@@ -222,8 +289,8 @@ def matching(models: Path, repo: str) -> list[Path]:
 
     Raises UserError when there is none of that name.
     """
-    wanted = hub.split(repo)[1] if not hub.is_folder(repo) else None
-    found = [version for version in folders(place(models, repo)) if wanted is None or _is(version, wanted)]
+    folder, wanted = find_model(models, repo)
+    found = [version for version in folders(folder) if wanted is None or _is(version, wanted)]
     if not found:
         raise UserError(f"{shown(repo)} is not in {models}", "`make models` lists what is")
     return found

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from common import console
 from contract.errors import UserError
 from contract.manifest import Manifest
 from deploy import store
@@ -37,7 +38,7 @@ def _table(made: Manifest) -> list[str]:
         return ["(nothing was scored)"]
     rows = [f"  {_title(name):<28}{s['loss']:>14.3f}{_kl(s):>14}{_percent(s):>14}" for name, s in scores.items()]
     return [
-        f"{made.scores.get('used', 'held-out rows')}, rule: {made.scores.get('rule')}",
+        console.wrap(f"{made.scores.get('used', 'held-out rows')}, rule: {made.scores.get('rule')}", 2),
         f"  {'':<28}{'held-out loss':>14}{'KL to 16 bit':>14}{'right':>14}",
         *rows,
         *(f"  note: {note}" for note in made.scores.get("notes", [])),
@@ -64,7 +65,7 @@ def _percent(scores: dict) -> str:
 
 def _answers(smoke: dict) -> list[str]:
     head = f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, loaded in {smoke['load_seconds']} s, log-probabilities within {smoke['difference']} of where it was made:"
-    return [head, *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
+    return [console.wrap(head, 2), *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
 
 
 def _talk(folder: Path, repo: str) -> list[str]:

@@ -72,7 +72,9 @@ class Talk:
     def prove(self) -> None:
         """Every prompt of the manifest comes out of `ids`, as all others do. Raises UserError when one is another."""
         asked = [(golden.messages, golden.add_generation_prompt) for golden in self.made.golden]
-        asked += [(self.told([{"role": "user", "content": smoke.message}]), True) for smoke in self.made.smoke]
+        asked += [
+            (self.with_default_system([{"role": "user", "content": smoke.message}]), True) for smoke in self.made.smoke
+        ]
         wanted = [known.ids for known in (*self.made.golden, *self.made.smoke)]
         for (messages, _), found, trained in zip(asked, self.ids(asked), wanted, strict=True):
             if found != list(trained):
@@ -87,8 +89,8 @@ class Talk:
         texts = sandbox.prompts(self.template, conversations, self.bos, self.eos)
         return [runtime.tokenize(self.model, text) for text in texts]
 
-    def told(self, messages: Sequence[dict]) -> list[dict]:
-        """With the system prompt of the training in front where the conversation has none, as in the training rows.
+    def with_default_system(self, messages: Sequence[dict]) -> list[dict]:
+        """With the default system prompt in front where the conversation has none.
         A default that the template has of its own stays the template's business."""
         system = self.made.chat.system
         own = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
@@ -97,7 +99,7 @@ class Talk:
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """What the model is fed to answer. Raises UserError when its template does not take the conversation."""
         try:
-            return self.ids([(self.told(messages), True)])[0]
+            return self.ids([(messages, True)])[0]
         except UserError as error:
             why = error.message.removeprefix("the chat template is refused: ")
             raise UserError(

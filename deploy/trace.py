@@ -16,20 +16,20 @@ from deploy.ollama import server as ollama
 KEYS = "ferry."
 
 
-def stage(what: str, models: Path) -> str:
-    """The page. what: a GGUF, a folder of the store, a path in LM Studio's models folder, or a model's name in Ollama.
+def stage(what: str, models: Path, as_json: bool = False) -> str:
+    """The page, or the same as JSON. what: a GGUF, a folder of the store, a path in LM Studio's models folder, or a model's name in Ollama.
 
     Raises UserError when there is no such thing, or Ferry did not make it.
     """
     path = file_of(what, models)
     if path:
         digest, header = files.sha256(path), _header(path)
-        return page(str(path), digest, *known(models, digest, header.get("ferry.manifest_id")), header)
+        return page(str(path), digest, *known(models, digest, header.get("ferry.manifest_id")), header, as_json)
     version, header = in_ollama(what, models)
     made = (
         manifest.read(version / manifest.NAME) if version else known(models, None, header.get("ferry.manifest_id"))[0]
     )
-    return page(f"{what} in Ollama", None, made, version, header)
+    return page(f"{what} in Ollama", None, made, version, header, as_json)
 
 
 def file_of(what: str, models: Path) -> Path | None:
@@ -93,7 +93,9 @@ def in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
     return None, {key: value for key, value in info.items() if key.startswith(KEYS)}
 
 
-def page(what: str, digest: str | None, made: Manifest | None, version: Path | None, header: dict) -> str:
+def page(
+    what: str, digest: str | None, made: Manifest | None, version: Path | None, header: dict, as_json: bool = False
+) -> str:
     """Raises UserError when nothing is known of it."""
     if made is None and not header:
         raise UserError(
@@ -110,8 +112,22 @@ def page(what: str, digest: str | None, made: Manifest | None, version: Path | N
         else "its own header; `make pull` of its repo brings the manifest"
     )
     head = [("file", what), *([("sha256", digest)] if digest else []), ("known by", how)]
+    if as_json:
+        return json.dumps(_by_name([*head, *lines]), indent=2)
     text = "\n".join(f"{name:<9}{value}" for name, value in [*head, *lines] if value)
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # a stranger's words on a terminal
+
+
+def _by_name(lines: list[tuple[str, str]]) -> dict[str, str]:
+    """The page's lines by their names; a line without one belongs to the line before."""
+    found: dict[str, str] = {}
+    for name, value in lines:
+        if not name:
+            last = list(found)[-1]
+            found[last] = f"{found[last]}; {value}"
+        elif value:
+            found[name] = value
+    return found
 
 
 def from_manifest(made: Manifest) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from contract import hub
 from contract.errors import UserError, shown
 from deploy import lmstudio, store
 from deploy.ollama import stage as ollama
@@ -21,8 +20,7 @@ def rollback(repo: str, models: Path, start: bool = False) -> tuple[Path, list[s
 
 
 def _named(repo: str, models: Path) -> Path | None:
-    tagged = not hub.is_folder(repo) and hub.split(repo)[1]
-    return store.current(models, repo) if tagged else None
+    return store.current(models, repo) if store.find_model(models, repo)[1] else None
 
 
 def _older(repo: str, models: Path) -> Path:
@@ -48,12 +46,11 @@ def install(version: Path, start: bool = False) -> list[str]:
 
 def prune(repo: str, models: Path, keep: int, start: bool = False) -> list[tuple[Path, int]]:
     """Remove all but the `keep` newest versions and the one in use; returns [(version, bytes that came back)]."""
-    using, every = store.current(models, _bare(repo)), store.versions(store.place(models, repo))
+    folder = store.place(models, repo)
+    using, every = store.in_use(folder), store.versions(folder)
+    if not using:
+        raise UserError(f"{shown(repo)} is not in {models}", "`make models` lists what is")
     return [(version, _gone(version, start)) for version in every[keep:] if version != using]
-
-
-def _bare(repo: str) -> str:
-    return repo if hub.is_folder(repo) else hub.split(repo)[0]
 
 
 def undeploy(repo: str, models: Path, start: bool = False) -> list[tuple[Path, int]]:

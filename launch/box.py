@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common import console
 from contract import files, hub
 from contract.errors import UserError, shown
 from launch import tree
@@ -255,7 +256,7 @@ def _ended(process: subprocess.Popen) -> None:
 
 
 def _tar(chosen: dict[str, Path], size: int, out) -> None:
-    with files.bar(size, "data", size >= files.BAR_FROM) as tick, tarfile.open(fileobj=out, mode="w|") as tar:
+    with console.progress(size, "sending data", "B") as tick, tarfile.open(fileobj=out, mode="w|") as tar:
         for name, path in chosen.items():
             tar.add(path.resolve(), name)
             tick(path.stat().st_size)

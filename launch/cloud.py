@@ -5,13 +5,10 @@ again, and `make train` itself goes on from its records.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import click
-
+from common import console
 from contract import files, hub, manifest
 from contract.errors import UserError
 from launch import attend, parcel, rescue, result, task, tree
@@ -23,6 +20,7 @@ from pipeline.config import Config
 from pipeline.plan import cards
 from pipeline.plan import stage as plans
 from pipeline.record import Run
+from pipeline.stages import run_stages
 
 # Of this machine, for the job: over the connection, never in a file or an argument.
 PASSED = (
@@ -59,10 +57,10 @@ class Wish:
         return dict(word.split("=", 1) for word in self.settings).get(name, otherwise)
 
 
-def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wish) -> dict:
+def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wish, lock: int | None = None) -> dict:
     """From a config to a repo that `make deploy-mac` takes; returns cloud.json.
 
-    Raises UserError with what went wrong, after the line that says what still bills.
+    lock: descriptor of the run's lock, which the caller holds. Raises UserError with what went wrong, after the line that says what still bills.
     """
     settings, name, notes = config.load(config_file, wish.overrides), run.folder.name, run.folder / "cloud"
     refuse_folder(settings, launcher)
@@ -82,7 +80,7 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
         state = found(session, job)
         if not session.running and state.code != 0:
             machine = launched_on(launcher, wish)
-            checked(config_file, run, launcher, wish)
+            checked(config_file, run, launcher, wish, lock)
             job = with_files(job, settings, run)
             work = work_of(settings, run)
             need = disk_of(settings, work, wish)
@@ -108,6 +106,20 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     }  # fmt: skip
     files.write_json(run.folder / "cloud.json", record)
     return record
+
+
+def stop_job(launcher: Launcher, folder: Path, teardown: str | None) -> str:
+    """Tell the job of the run in `folder` to write its state and end; returns what still bills."""
+    name = folder.name
+    # until the machine says otherwise
+    session = Session(launcher, name, "the same command", teardown, running=True, home=folder / "cloud" / "rescued")
+    with session.billed():
+        session.running = launcher.state(name).word == "running"
+        if session.running:
+            launcher.stop(name)
+            attend.through(launcher, name, folder / "cloud" / "log")
+            session.running = False
+    return session.ended(well=False)
 
 
 def stopping(cloud: str, name: str, wish: Wish) -> str:
@@ -181,13 +193,9 @@ def found(session: Session, job: Job) -> State:
     return replace(state, word="died", code=None) if other else state
 
 
-def checked(config_file: Path, run: Run, launcher: Launcher, wish: Wish) -> None:
-    """What can be known here, in seconds: the config, the rows, the Hub. Raises UserError or ends with its exit code."""
-    overrides = [word for text in wish.overrides for word in ("--set", text)]
-    for stage in ("check", "data"):
-        command = [sys.executable, "-m", "pipeline", stage, str(config_file), "--run", str(run.folder), *overrides]
-        if code := subprocess.call(command):
-            raise SystemExit(code)
+def checked(config_file: Path, run: Run, launcher: Launcher, wish: Wish, lock: int | None) -> None:
+    """What can be known here, in seconds: the rows, the Hub. Raises UserError or ends with its exit code."""
+    run_stages(run, "data", lock)
     leaving = getattr(launcher, "checkpoints", wish.checkpoints)
     for text in preflight.stage(config.load(config_file, wish.overrides), run, here=False, checkpoints=leaving):
         hub.say(f"preflight: {text}")
@@ -265,7 +273,7 @@ def agree(
     this |= {"hours": order.hours, "dollars": order.offer.dollars, "spot": order.spot} if order else {}
     before = note.is_file() and files.read_json(note) == this
     if plan and not before:
-        click.echo(plans.detail(plan, settings, work), err=True)
+        console.say(plans.detail(plan, settings, work))
     hourly = order.offer.dollars if order else plan.card.dollars_per_hour if plan else None
     dollars = plan.hours * hourly if plan and hourly is not None else None
     about = f" and ${dollars:.2f}" if dollars is not None else ", price not known"

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.console import format_duration as duration
 from contract import files, hub, manifest, source
 from contract.errors import UserError, shown
 from contract.manifest import Manifest
@@ -17,7 +18,6 @@ from launch.cloud import Wish
 from launch.launcher import Job, Launcher, Machine
 from pipeline import base as bases
 from pipeline.plan import cards
-from pipeline.plan.stage import duration
 
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 

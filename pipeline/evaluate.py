@@ -35,7 +35,7 @@ def stage(config: Config, run: Run) -> dict:
 
     FastLanguageModel.for_inference(model)
     side = Torch(model, tokenizer, rule.max_new_tokens, run.read("data")["chat"]["end"])
-    own = own_prompts(rule.prompts, tokenizer, config.data.system)
+    own = own_prompts(rule.prompts, tokenizer, run.read("data")["default_system"])
     with model.disable_adapter():
         before, said_before = measure(side, rows, rule, "base", own)
     after, said_after = measure(side, rows, rule, "adapter", own)
@@ -66,7 +66,17 @@ def own_prompts(path: str | None, tokenizer: "PreTrainedTokenizerFast", system: 
             tokenizer.chat_template, [*messages, {"role": "user", "content": text}], tokenizer.bos_token or "", tokenizer.eos_token
         )  # fmt: skip
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        found.append({"prompt": text, "answer": None, "input_ids": ids, "prompt_tokens": len(ids), "labels": []})
+        question = [{"role": "user", "content": text}]
+        found.append(
+            {
+                "prompt": text,
+                "answer": None,
+                "input_ids": ids,
+                "prompt_tokens": len(ids),
+                "labels": [],
+                "messages": question,
+            }
+        )
     return found
 
 
@@ -109,7 +119,13 @@ def overfitting(side: Torch, train: Path, base: float, heldout: float) -> dict:
 def write_answers(folder: Path, rows: list[dict], before: list[str], after: list[str], own: int) -> dict[str, Path]:
     """Side by side: the held-out rows that were asked, and apart from them the user's own prompts (the last `own`)."""
     pairs = [
-        {"prompt": row["prompt"], "reference": row["answer"], "before": b, "after": a}
+        {
+            "prompt": row["prompt"],
+            "question": row["messages"][-1]["content"],
+            "reference": row["answer"],
+            "before": b,
+            "after": a,
+        }
         for row, b, a in zip(rows, before, after, strict=True)
     ]
     files.write_rows(folder / "answers.jsonl", pairs[: len(pairs) - own])

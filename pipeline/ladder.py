@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract import files
-from pipeline.score import response_positions
+from pipeline.score import describe_interval, response_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,6 +113,28 @@ def table(scores: dict[str, dict]) -> str:
     for name, found in scores.items():
         lines.append(f"| {name} | {' | '.join(_cell(found.get(key), key) for key in columns)} |")
     return "\n".join(lines)
+
+
+TITLES = {"base": "base model", "adapter": "adapter, torch", "merged": "merged, torch"}
+
+
+def format_for_terminal(scores: dict[str, dict]) -> str:
+    """The ladder in 80 columns."""
+    lines = [f"  {'':<23}{'loss':>6}{'KL':>9}{'top-1':>7}{'right':>18}{'MB':>8}{'tok/s':>7}"]
+    for name, found in scores.items():
+        title = (
+            TITLES.get(name)
+            or f"{name.removesuffix('-static')} GGUF{', no imatrix' if name.endswith('-static') else ''}"
+        )
+        right = describe_interval(found) if "score" in found else "-"
+        cells = [_number(found.get(key), form) for key, form in (("loss", ".3f"), ("kl", ".5f"), ("top1", ".1%"))]
+        size, speed = _number(found.get("megabytes"), ",.1f"), _number(found.get("tokens_per_second"), ",.1f")
+        lines.append(f"  {title:<23}{cells[0]:>6}{cells[1]:>9}{cells[2]:>7}{right:>18}{size:>8}{speed:>7}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _cell(value: float | None, key: str) -> str:

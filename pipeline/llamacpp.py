@@ -8,8 +8,11 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from common import console
 from contract import files
 from contract.errors import UserError
 
@@ -21,6 +24,7 @@ BITS = {
 }  # fmt: skip
 STATIC = "-static"  # a quantization without the importance matrix, to be compared; the field's word for it
 CHUNK = 512  # tokens of an imatrix chunk: llama-imatrix's own default
+CHUNK_DONE = b"save_imatrix: saving"  # what it logs after each one
 
 
 def folder() -> Path:
@@ -73,7 +77,7 @@ def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, lo
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     script = Path(__file__).parent / "export" / "convert.py"
     command = [sys.executable, script, home() / "convert", keys, model, "--outtype", kind, "--metadata", metadata]
-    _run([*command, "--outfile", target], target, size, log)
+    _run([*command, "--outfile", target], log, _growth(target, size, "16-bit GGUF"))
 
 
 def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | None = None) -> None:
@@ -82,7 +86,7 @@ def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | N
     # Only its name: llama-quantize writes the path into the file.
     weighed = ["--imatrix", imatrix.name] if imatrix else []
     command = [home() / "bin" / "llama-quantize", *weighed, source.absolute(), target.absolute(), kind.upper()]
-    _run(command, target, size, log, imatrix.parent if imatrix else None)
+    _run(command, log, _growth(target, size, kind), imatrix.parent if imatrix else None)
 
 
 def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
@@ -99,7 +103,7 @@ def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) ->
     command = [home() / "bin" / "llama-imatrix", "-m", model.absolute(), "-f", text.name, "-o", target.absolute()]
     command += ["--parse-special", "--no-ppl"]
     command += ["-c", str(CHUNK), "--chunks", str(tokens // CHUNK), "--output-frequency", "1", "-ngl", "99"]
-    _run(command, target, 0, log, text.parent)
+    _run(command, log, _passes(log, tokens // CHUNK), text.parent)
 
 
 def render(model: Path, conversations: list[dict]) -> list[dict]:
@@ -118,28 +122,48 @@ def render(model: Path, conversations: list[dict]) -> list[dict]:
 def perplexity(model: Path, text: Path, context: int, log: Path) -> float:
     """llama-perplexity's own figure for a plain text. Only to hold Ferry's method against it."""
     command = [home() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
-    _run(command, log, 0, log)
+    _run(command, log, Progress(0, "perplexity", "", lambda: 0))
     return float(re.findall(r"Final estimate: PPL = ([\d.]+)", log.read_text(encoding="utf-8", errors="replace"))[-1])
 
 
-def _run(command: list, target: Path, size: int, log: Path, folder: Path | None = None) -> None:
-    """Run a tool in `folder` with its output in `log`; the bar follows the size of the file it writes (0: no bar).
+@dataclass(frozen=True)
+class Progress:
+    """How far a tool is: `done` is asked now and then, out of `total`."""
+
+    total: float
+    label: str
+    unit: str
+    done: Callable[[], float]
+
+
+def _growth(target: Path, size: int, label: str) -> Progress:
+    """The progress of a tool that writes a file of about `size` bytes."""
+    return Progress(size, label, "B", lambda: min(target.stat().st_size, size) if target.exists() else 0)
+
+
+def _passes(log: Path, chunks: int) -> Progress:
+    """The progress of llama-imatrix, which writes a line into its log for each chunk of tokens."""
+    before = log.read_bytes().count(CHUNK_DONE) if log.is_file() else 0
+    return Progress(chunks, "importance matrix", "chunks", lambda: log.read_bytes().count(CHUNK_DONE) - before)
+
+
+def _run(command: list, log: Path, progress: Progress, folder: Path | None = None) -> None:
+    """Run a tool in `folder` with its output in `log`.
 
     Raises UserError, with the tool's last line, when it fails.
     """
     command = [str(part) for part in command]
-    with log.open("ab") as out, files.bar(size, target.name.strip(".").removesuffix(".part"), size > 0) as tick:
+    with log.open("ab") as out, console.progress(progress.total, progress.label, progress.unit) as advance:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder, env=surroundings()
         )
-        seen = 0
+        seen = 0.0
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                now = min(target.stat().st_size, size) if size and target.exists() else 0
-                if now > seen:
-                    tick(now - seen)
-                seen = now
+                done = progress.done()
+                advance(done - seen)
+                seen = done
         finally:
             if process.poll() is None:
                 process.kill()

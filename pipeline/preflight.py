@@ -1,8 +1,10 @@
 """preflight: what would be noticed only after hours of paid GPU time, asked before the first of them."""
 
+import os
 import shutil
+from pathlib import Path
 
-from contract import files, hub
+from contract import files, gguf, hub
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import licences
@@ -11,9 +13,11 @@ from pipeline.data import read
 from pipeline.offsite import push
 from pipeline.offsite.state import State, repository
 from pipeline.plan import disk as space
+from pipeline.plan import memory
 from pipeline.publish import sender
 from pipeline.publish.stage import hub_folder
 from pipeline.record import Run
+from pipeline.settings import hash_training_settings
 
 LARGEST = 50e9  # bytes of one file that the Hub takes: https://huggingface.co/docs/hub/storage-limits
 WRITE = {"repo.write", "repo.content.write"}  # permissions of a fine-grained token
@@ -29,7 +33,7 @@ def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None =
     """
     if run.done("publish"):
         return []
-    repo = hub.named(config.publish.repo, run.folder.name)
+    repo = hub.named(config.publish.repo, run.model)
     said = [destination(config, repo)]
     said += [leaving(config, run, checkpoints)] if checkpoints else []
     if not run.done("export"):
@@ -54,7 +58,12 @@ def leaving(config: Config, run: Run, checkpoints: str) -> str:
     api = hub.api()
     head = hub.found(f"CHECKPOINTS {name}", lambda: api.repo_info(name))
     there = push.found(name, head) if head else None
-    push.refuse(name, there, State(run.folder.name, files.sha256_bytes(dump(config).encode())), behind=True)
+    push.refuse(
+        name,
+        there,
+        State(run.name, files.sha256_bytes(dump(config).encode()), training=hash_training_settings(config)),
+        behind=True,
+    )
     return f"checkpoints go to {name} on the Hub ({f'at {there}' if there else 'there already' if head else 'new'}, private)"
 
 
@@ -102,7 +111,8 @@ def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
     """The base model can be fetched, its licence lets us publish, and the disk holds it."""
     model = config.base.model
     if not bases.hub_id(model):
-        return []
+        sixteen = local_weights(model)
+        return disk(config, run, sixteen, repo) if here and sixteen else []
     api, what = hub.api(), f"base.model {model}"
     try:
         info = hub.patiently(
@@ -112,7 +122,7 @@ def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
     except hub.Unreachable as error:
         return [f"{error.message}: what is in the local cache decides"]
     sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
-    said = disk(config, run, sixteen) if here else []
+    said = disk(config, run, sixteen, repo) if here else []
     if not hub.is_folder(repo):  # a folder is no publication
         said += [*licence(config, info, repo), upload(config, sixteen)]
     return said
@@ -128,10 +138,23 @@ def licence(config: Config, info, repo: str) -> list[str]:
     )  # fmt: skip
 
 
-def disk(config: Config, run: Run, sixteen: int) -> list[str]:
-    """Room for the base, the merged weights, the 16-bit GGUF and the quantizations. sixteen: bytes of the base's weights."""
+def local_weights(model: str) -> int:
+    """Bytes of a local base's weights in 16 bit; 0 where they are not known before the base is fetched."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    shape = memory.gguf_shape(gguf.read(path)) if path.is_file() else None
+    return shape.sixteen if shape else 0
+
+
+def disk(config: Config, run: Run, sixteen: int, repo: str) -> list[str]:
+    """Room for the base, the merged weights, the 16-bit GGUF and the quantizations; and for the copy in a folder hub.
+
+    sixteen: bytes of the base's weights in 16 bit. A folder hub on the run's own disk gets hard links, which take nothing.
+    """
     parts = space.parts(config, sixteen)
     need, free = sum(parts.values()), shutil.disk_usage(files.nearest(run.folder)).free
+    refuse_full_hub(config, run, sixteen, repo)
     if free < need:
         raise UserError(
             f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}), "
@@ -139,6 +162,21 @@ def disk(config: Config, run: Run, sixteen: int) -> list[str]:
             "take a machine with more disk, then run the same command again",
         )
     return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free"]
+
+
+def refuse_full_hub(config: Config, run: Run, sixteen: int, repo: str) -> None:
+    """Raises UserError where a folder hub on another disk has no room for what is published."""
+    if not hub.is_folder(repo):
+        return
+    there = files.nearest(hub.folder(repo))
+    if os.stat(there).st_dev == os.stat(files.nearest(run.folder)).st_dev:
+        return
+    need, free = sum(space.quantized(config, sixteen)) + sixteen * config.publish.merged, shutil.disk_usage(there).free
+    if free < need:
+        raise UserError(
+            f"publish.repo {repo} gets {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk",
+            "free some disk there, or name a folder on another disk in publish.repo",
+        )
 
 
 def upload(config: Config, sixteen: int) -> str:

@@ -1,9 +1,10 @@
 """Record files: `runs/<run>/<stage>.json`, each written as a stage's last act.
 
-A record names its outputs with size and sha256, and hashes the records it was made from; so Make only
-asks whether a record exists, and `check` asks whether it still holds.
+A record names its outputs with size and sha256, the settings that it depends on, and hashes the records it was made from.
+Its existence means that the stage is complete; `pipeline/changes.py` tells whether it still holds.
 """
 
+import re
 import time
 from pathlib import Path
 
@@ -12,9 +13,18 @@ import yaml
 from contract import files
 from contract.errors import UserError
 from pipeline.config import Config, build, dump
+from pipeline.settings import settings_of_stage
 
+MARKER = "run.json"  # says that a folder is a run of Ferry's, and what its config.yaml was when Ferry wrote it
 RESTORED = "restored.json"  # of a run that came from another machine (pipeline/offsite/restore.py)
+VERSION = re.compile(r"\.v(\d+)$")  # of a run's name: the run `tickets.v2` trains version 2 of the model `tickets`
 STAGES = ("data", "finetune", "evaluate", "export", "verify", "publish")
+
+
+def next_version(run: str) -> str:
+    """Name of the run that trains the next version of the same model, such as `tickets.v2` after `tickets`."""
+    version = VERSION.search(run)
+    return f"{VERSION.sub('', run)}.v{int(version[1]) + 1 if version else 2}"
 
 
 class Run:
@@ -23,6 +33,15 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.started = time.time()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def model(self) -> str:
+        """Name of the model that it trains, in file names, in {run} of publish.repo, and in Ollama."""
+        return VERSION.sub("", self.name)
 
     @property
     def config_file(self) -> Path:
@@ -49,22 +68,35 @@ class Run:
             ) from error
 
     def freeze(self, config: Config) -> None:
-        """Write the resolved config, the first thing in a run folder."""
+        """Write the resolved config, the first thing in a run folder, and the marker with its hash."""
+        text = dump(config)
         with files.writing(self.config_file) as part:
-            part.write_text(dump(config), encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
+        files.write_json(self.folder / MARKER, {"config_sha256": files.sha256_bytes(text.encode())})
+
+    def is_config_edited(self) -> bool:
+        """Whether config.yaml is another one than Ferry wrote."""
+        marker = self.folder / MARKER
+        if not marker.is_file() or not self.config_file.is_file():
+            return False
+        return files.read_json(marker).get("config_sha256") != files.sha256(self.config_file)
+
+    def log_file(self, stage: str) -> Path:
+        """What libraries print while the stage runs."""
+        return self.folder / "logs" / f"{stage}.log"
 
     def read(self, stage: str) -> dict:
         if not self.done(stage):
             raise UserError(f"{self.path(stage)} is missing", f"run `make {stage}` first")
         return files.read_json(self.path(stage))
 
-    def workspace(self, stage: str, source: str) -> Path:
-        """The stage's folder, emptied when what is in it was begun from another `source` record.
+    def workspace(self, stage: str, source: str, **settings) -> Path:
+        """The stage's folder, emptied when what is in it was begun from another `source` record or with other settings.
 
         So an interrupted stage goes on with its own half-done work, never with that of other data or another adapter.
         """
         folder = self.folder / stage
-        begun, now = folder / "source.json", {source: files.sha256(self.path(source))}
+        begun, now = folder / "source.json", {source: files.sha256(self.path(source))} | settings
         if not begun.is_file() or files.read_json(begun) != now:
             files.remove(folder)
             files.write_json(begun, now)
@@ -75,6 +107,7 @@ class Run:
         value = {
             "stage": stage,
             "seconds": round(time.time() - self.started, 1),
+            "settings": settings_of_stage(self.config(), stage),
             "sources": {name: files.sha256(self.path(name)) for name in sources},
             "outputs": {name: self._described(path) for name, path in outputs.items()},
             **facts,
@@ -88,50 +121,3 @@ class Run:
     def output(self, stage: str, name: str) -> Path:
         """The path of one output of a finished stage."""
         return self.folder / self.read(stage)["outputs"][name]["path"]
-
-
-def check(run: Run, config: Config) -> list[str]:
-    """What no longer holds, as sentences; empty when the run can go on with this config.
-
-    A run whose `data` never came to its end belongs to no config yet.
-    """
-    return [*(_changed(run, config) if run.done("data") else []), *_stale(run)]
-
-
-def _changed(run: Run, config: Config) -> list[str]:
-    frozen, now = run.config().model_dump(mode="json"), config.model_dump(mode="json")
-    faults = [f"{key}: {old!r} in the run, {new!r} now" for key, old, new in differences(frozen, now)]
-    came = (run.folder / RESTORED).is_file()  # from another machine, which had the files; the rows came along
-    for name, wanted in run.read("data")["inputs"].items():
-        path = Path(name)
-        if not path.is_file() and came:
-            continue
-        if not path.is_file():
-            faults.append(f"{name}: the run was made from it and it is gone")
-        elif files.sha256(path) != wanted:
-            faults.append(f"{name}: its content has changed")
-    return faults
-
-
-def differences(old: dict, new: dict, place: str = ""):
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from differences(a, b, f"{place}{key}.")
-        elif a != b:
-            yield f"{place}{key}", a, b
-
-
-def _stale(run: Run) -> list[str]:
-    faults = []
-    for stage in filter(run.done, STAGES):
-        record = run.read(stage)
-        faults += [f"{run.path(stage)} was made from another {name}.json (delete it to make it again)"
-                   for name, digest in record["sources"].items() if not run.done(name) or files.sha256(run.path(name)) != digest]  # fmt: skip
-        for output in record["outputs"].values():
-            path = run.folder / output["path"]
-            if not path.is_file() or path.stat().st_size != output["bytes"]:
-                faults.append(
-                    f"{path}: gone or of another size than {stage}.json says (delete {run.path(stage)} to make it again)"
-                )
-    return faults

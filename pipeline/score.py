@@ -33,7 +33,7 @@ def asked(rows: list[dict], rule: Evaluate) -> list[dict]:
 
 
 def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Sequence[str]) -> dict:
-    """{loss, perplexity, positions, rows[, score, answered]} of one system.
+    """{loss, perplexity, positions, rows[, score, interval]} of one system.
 
     losses: of each row, summed over its response positions; answers: greedy, to `asked(rows, rule)`.
     """
@@ -42,8 +42,23 @@ def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Se
     result = {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 4), "positions": positions, "rows": len(rows)}  # fmt: skip
     if right := judge(rule):
         points = [right(said, row["answer"]) for said, row in zip(answers, rows, strict=True)]
-        result |= {"score": round(sum(points) / len(points), 4)}
+        share = sum(points) / len(points)
+        result |= {"score": round(share, 4), "interval": confidence_interval(share, len(points))}
     return result
+
+
+def confidence_interval(share: float, count: int) -> list[float]:
+    """95 % interval of a share of `count` answers, by Wilson's formula (https://doi.org/10.1080/01621459.1927.10502953)."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+
+
+def describe_interval(scores: dict) -> str:
+    """Such as `96.0% (90-98 %)` of a system's scores."""
+    low, high = scores["interval"]
+    return f"{scores['score']:.1%} ({100 * low:.0f}-{100 * high:.0f} %)"
 
 
 def prompt_ids(row: dict) -> list[int]:

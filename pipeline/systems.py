@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract import files, runtime
+from common import console
+from contract import runtime
 from pipeline.config import Evaluate
 from pipeline.score import answer_positions, asked, prompt_ids, response_positions, score
 
@@ -123,7 +124,7 @@ class Torch:
         """`work` on as many items at a time as `most` tokens allow, padding and answers included."""
         size = max(1, most // (max(map(len, ids)) + self.max_new_tokens))
         done: list = []
-        with files.bar(len(items), label, bool(label), unit="rows") as tick:
+        with console.progress(len(items), label, show=bool(label)) as tick:
             for start in range(0, len(items), size):
                 done += work(items[start : start + size])
                 tick(len(items[start : start + size]))
@@ -205,7 +206,7 @@ class Gguf:
         return distributions(self, rows, label, runtime.ends(self.model))
 
     def generate(self, prompts: list[list[int]], label: str = "") -> list[list[int]]:
-        with files.bar(len(prompts), label, bool(label), unit="rows") as tick:
+        with console.progress(len(prompts), label, show=bool(label)) as tick:
             return [ids for ids, _ in runtime.answers(self.model, prompts, self.max_new_tokens, tick=tick)]
 
     def text(self, ids: list[int]) -> str:
@@ -219,7 +220,7 @@ def distributions(
     side: "Torch | Gguf", rows: list[dict], label: str, ends: Sequence[int]
 ) -> "Iterator[tuple[Reading, np.ndarray]]":
     """Row by row: its Reading, and the log-probabilities at its response positions, shape (positions, vocabulary)."""
-    with files.bar(len(rows), label, unit="rows") as tick:
+    with console.progress(len(rows), label) as tick:
         for row in rows:
             positions = response_positions(row)
             values = side.log_probs(row["input_ids"], [p - 1 for p in positions])

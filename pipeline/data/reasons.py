@@ -12,6 +12,7 @@ class Unfit(Exception):
 # Broken rows: something is wrong with the file, the format or the template. Too many of them stop the stage.
 BROKEN = {
     "wrong_format": "lacks the fields of the detected format",
+    "broken_json": "a line that is no JSON",
     "duplicate_keys": "a JSON object names a key twice",
     "columns": "a CSV row with more columns than its header",
     "not_text": "a field is no text (a number, null, bytes, an image, ...)",

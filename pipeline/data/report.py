@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import console
 from contract.errors import UserError
+from contract.turns import unsayable
 from pipeline.config import Clean, Config, Finetune
 from pipeline.data.reasons import BROKEN, REASONS
 from pipeline.rows import IGNORED
 
 if TYPE_CHECKING:
     from pipeline.data.spool import Spool
+    from pipeline.data.system_prompt import SystemPrompt
     from pipeline.data.template import Chat
     from pipeline.data.work import Tally
 
@@ -28,13 +31,47 @@ def refuse_broken(tally: "Tally", clean: Clean, rejected: Path) -> None:
     count = sum(broken.values())
     if count > clean.max_rejected * tally.rows or count == tally.rows:
         lines = [
-            f"  {number} {reason} ({BROKEN[reason]}), the first: {tally.examples[reason]}"
+            f"  {number} {reason} ({BROKEN[reason]}): {list_places(tally.places[reason], number)}; "
+            f"the first: {tally.examples[reason].partition(': ')[2]}"
             for reason, number in Counter(broken).most_common()
         ]
         raise UserError(
             f"{count} of {tally.rows} rows cannot be used:\n" + "\n".join(lines),
             f"correct them (each is listed in {rejected}), or allow more with clean.max_rejected, a share of the rows",
         )
+
+
+def list_places(places: list[str], count: int) -> str:
+    """`rows.jsonl:3, 7-12`: line numbers, the file's name once."""
+    by_file: dict[str, list[int]] = {}
+    for place in places:
+        name, _, line = place.rpartition(":")
+        by_file.setdefault(name, []).append(int(line))
+    text = "; ".join(f"{name}:{', '.join(runs_of(lines))}" for name, lines in by_file.items())
+    return text + (f" and {count - len(places)} more" if count > len(places) else "")
+
+
+def runs_of(lines: list[int]) -> list[str]:
+    """[3, 7, 8, 9] as 3 and 7-9."""
+    runs: list[list[int]] = []
+    for line in lines:
+        if runs and line == runs[-1][1] + 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+
+
+def describe_system(system: "SystemPrompt", chat: "Chat") -> list[str]:
+    """What a user should know of the default system prompt."""
+    said = [system.note] if system.note else []
+    if system.default and not chat.system:
+        said.append("the chat template drops system prompts, so the default one has no effect")
+    if system.default and (why := unsayable(system.default)):
+        said.append(
+            f"Ollama's Modelfile {why}: the default system prompt needs a chat template that a TEMPLATE can hold (docs/templates.md)"
+        )
+    return said
 
 
 def refuse_empty(rows: "Spool", config: Config) -> None:
@@ -60,7 +97,7 @@ def facts(rows: "Spool", config: Config) -> dict:
             "dropped": sum(rows.tally.dropped.values()),
         },
         "dropped": dict(rows.tally.dropped.most_common()), "changed": dict(rows.tally.changed.most_common()),
-        "findings": dict(rows.tally.findings.most_common()), "truncated": dict(rows.tally.truncated),
+        "findings": dict(rows.tally.findings.most_common()), "unused": dict(rows.tally.unused.most_common()), "truncated": dict(rows.tally.truncated),
         "tokens": {
             "train": total, "loss": learned, "p50": int(_at(lengths, 0.5)), "p95": int(_at(lengths, 0.95)), "max": int(lengths[-1]),
         },
@@ -127,8 +164,10 @@ def cautions(facts: dict, config: Config, chat: "Chat") -> list[str]:
         )
     if facts["findings"]:
         said.append(
-            f"found: {_counts(facts['findings'])}; clean.secrets and clean.personal: mask or drop takes them out"
+            f"found in rows: {_counts(facts['findings'])}; clean.secrets and clean.personal: mask or drop takes them out"
         )
+    if facts["unused"]:
+        said.append(f"not trained on: {_counts(facts['unused'])}; the rows are used without them")
     too_long = facts["dropped"].get("too_long", 0)
     if too_long:
         said.append(
@@ -138,7 +177,7 @@ def cautions(facts: dict, config: Config, chat: "Chat") -> list[str]:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    return ", ".join(f"{name} ({count:,})" for name, count in counts.items() if count)
 
 
 def table(record: dict) -> str:
@@ -151,7 +190,7 @@ def table(record: dict) -> str:
         ("dropped" if not i else "", f"{count:,} {name:{width}}  {REASONS[name]}")
         for i, (name, count) in enumerate(record["dropped"].items())
     ]
-    lines += [("changed", f"rows with {_counts(record['changed'])}")] if record["changed"] else []
+    lines += [("changed", f"rows, by what was changed: {_counts(record['changed'])}")] if record["changed"] else []
     lines.append(("kept", f"{rows['train']:,} to train on, {rows['heldout']:,} held out"))
     lines.append(
         (
@@ -173,7 +212,10 @@ def table(record: dict) -> str:
             else "as the card allows (finetune.train_batch_size: auto)",
         )
     )
-    return "\n".join([*(f"  {name:8} {text}" for name, text in lines), *bars(record["histogram"])])
+    wrapped = [
+        console.wrap(f"  {name:8} {text}", 11) if len(text) > 69 else f"  {name:8} {text}" for name, text in lines
+    ]
+    return "\n".join([*wrapped, *bars(record["histogram"])])
 
 
 def bars(histogram: list[list[int]]) -> list[str]:
@@ -189,14 +231,13 @@ def bars(histogram: list[list[int]]) -> list[str]:
 
 def preview(rows: list[dict], tokenizer) -> str:
     """Rows as text; what carries loss is green, or stands in »« without colour."""
-    import click
 
     def shown(row: dict, number: int) -> str:
         pieces = []
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
             text = tokenizer.decode([token for token, _ in group])
-            pieces.append(click.style(f"»{text}«", fg="green", bold=True) if learned else text)
+            pieces.append(console.style(f"»{text}«", "green") if learned else text)
         learned = sum(label != IGNORED for label in row["labels"])
         return f"--- row {number}: {len(row['input_ids'])} tokens, {learned} carry loss (»green«)\n" + "".join(
             pieces

@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from contract.chat import ALPACA_INPUT
 from contract.errors import UserError
 from pipeline.config import Data
 from pipeline.data.formats import DuplicateKeys, distinct
 from pipeline.data.reasons import Unfit
 
-ALPACA_INPUT = "\n\n### Input:\n"  # where an Alpaca row's `input` follows its instruction in one user message
 HEAD = 200  # rows that the format is read off
 
 # In order of trust: what a row has besides does not matter (many chat data sets also carry `prompt`).
@@ -125,6 +125,28 @@ def _listed(value: object) -> object:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+# Fields that other trainers use, and this one does not: their rows are trained on without them.
+UNUSED_IN_ROW = ("tools", "functions", "reasoning_content", "reasoning", "thinking", "weight")
+UNUSED_IN_TURN = (*UNUSED_IN_ROW, "tool_calls", "function_call", "tool_call_id")
+
+
+def unused_fields(row: object, schema: Schema) -> set[str]:
+    """Names of fields that hold something and that no part of the training reads."""
+    if not isinstance(row, dict):
+        return set()
+    found = {
+        name
+        for name in UNUSED_IN_ROW
+        if row.get(name) not in (None, "", [], {}) and name not in schema.columns.values()
+    }
+    for field in ("messages", "conversations", "prompt", "completion"):
+        turns = _listed(row.get(schema.columns.get(field, field)))
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                found |= {name for name in UNUSED_IN_TURN if turn.get(name) not in (None, "", [], {})}
+    return found
 
 
 def conversation(row: dict, schema: Schema) -> list[dict]:

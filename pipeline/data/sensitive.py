@@ -1,4 +1,4 @@
-"""Secrets and personal data in text: detect-secrets' patterns, check digits by python-stdnum."""
+"""Secrets and personal data in text: detect-secrets' patterns, check digits by python-stdnum, phonenumbers' numbering plans."""
 
 import functools
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # What every secret that is looked for here has: a long run of these characters, a URL or a PEM header. Rows without one,
-# nearly all, cost one pass; the patterns behind it take ten times as long. tests/test_sensitive.py holds one of each kind.
+# nearly all, cost one pass; the patterns behind it take ten times as long. tests/test_bad_data.py holds one of each kind.
 MAYBE = re.compile(r"(?<![\w+/=.-])[\w+/=.-]{20}|://|BEGIN |PuTTY")
 NUMBER = re.compile(r"\d\d[ -]?\d")  # in every number that is looked for
 # Left out: entropy and keyword plugins, which take hex ids and prose for secrets; Artifactory (its AP... matches
@@ -30,6 +30,7 @@ NEWER = {
 EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 CARD = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-]*\d)")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+PHONE = re.compile(r"\+\d|\(\d{3}\)|\d{3}[-. ]\d{3}[-. ]\d{4}")  # in every telephone number that is looked for
 SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
 
 
@@ -62,7 +63,7 @@ def secrets(text: str) -> list[Finding]:
 
 
 def personal(text: str) -> list[Finding]:
-    """E-mail addresses; card numbers, IBANs and US social security numbers whose check digits hold."""
+    """E-mail addresses; card numbers, IBANs and US social security numbers whose check digits hold; telephone numbers."""
     return _apart(_personal(text))
 
 
@@ -82,6 +83,18 @@ def _personal(text: str) -> Iterator[Finding]:
     yield from (
         Finding("social security number", *match.span()) for match in SSN.finditer(text) if ssn.is_valid(match[0])
     )
+    if PHONE.search(text):
+        yield from _phone_numbers(text)
+
+
+def _phone_numbers(text: str) -> Iterator[Finding]:
+    """International ones (+49 ...), and North American ones that are written with separators: ten bare digits may be an id."""
+    from phonenumbers import Leniency, PhoneNumberMatcher
+
+    for match in PhoneNumberMatcher(text, "US", Leniency.STRICT_GROUPING):
+        if match.raw_string.startswith("+") or re.search(r"[ ().-]", match.raw_string):
+            opened = match.raw_string.startswith("(") and ")" not in match.raw_string  # a bracket of the sentence
+            yield Finding("phone number", match.start + opened, match.end)
 
 
 def _apart(findings) -> list[Finding]:

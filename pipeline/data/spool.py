@@ -35,6 +35,7 @@ class Spool:
         self.at = folder / "spool"
         self.at.mkdir(parents=True)
         self._texts: list[bytes] = []  # of held-out rows
+        self.questions_asked: list[str] = []  # of the first training rows
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self._rows = pa.ipc.new_file(str(self.at / "rows.arrow"), trained.schema())
         self._signatures = (self.at / "signatures").open("wb")
@@ -50,6 +51,7 @@ class Spool:
         for name in COLUMNS:
             self._columns[name].append(more[name] if name in more else getattr(done, name))
         self._texts += [json.dumps(text, ensure_ascii=False).encode() for text in done.texts]
+        self.questions_asked += done.questions_asked
         self._signatures.write(done.signatures.tobytes())
         self._rows.write_batch(_batch(done, ends))
 

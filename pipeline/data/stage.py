@@ -12,22 +12,22 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from common import console
 from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import licences
 from pipeline.config import Base, Config, Data, warnings
-from pipeline.data import fingerprint, read, report, schema, spool, template, work
+from pipeline.data import fingerprint, read, report, schema, spool, synthetic_prompts, system_prompt, template, work
 from pipeline.record import Run
 
 
 def stage(config: Config, run: Run, processes: int | None = None) -> dict:
-    """Freeze the config, write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and the record.
+    """Write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and the record.
 
     processes: how many work on the rows (none: one a core); the result does not depend on it. Raises UserError when the
     source, the template or too many of the rows cannot be used.
     """
-    run.freeze(config)
     folder = run.folder / "data"
     files.remove(folder)
     base = bases.fetch(config.base.model, config.base.revision, weights=False)
@@ -40,20 +40,27 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
         tokenizer.save_pretrained(part)
     rows = gathered(sources, settings, folder, processes or os.cpu_count() or 1)
     report.refuse_broken(rows.tally, config.clean, folder / "rejected.jsonl")
+    system = system_prompt.choose_default(config.data.system, rows.tally.system_prompts)
     rows.decide(config.clean, split=settings.validation_share is not None)
     report.refuse_empty(rows, config)
     outputs = rows.write(tokenizer)
+    smoke_prompts = synthetic_prompts.make_smoke_prompts(rows.questions_asked) or synthetic_prompts.GENERAL
     facts = report.facts(rows, config)
+    fallback = bases.describe_fallback(base)
     said = [
+        *([fallback] if fallback else []),
         *changed,
         *report.cautions(facts, config, chat),
+        *report.describe_system(system, chat),
         *warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
     ]
     beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
     return run.write(
         "data", (), outputs | beside | licence(base, folder / "licence"), inputs=sources.inputs, dataset=sources.facts,
         formats=sources.formats(), fingerprints={name: fingerprint.of(Path(name)) for name in sources.inputs}, base=describe_base(config.base, base), warnings=said,
-        chat={"end": chat.ends, "scaffold": chat.scaffolds[0], "system": chat.system, "joined": chat.joined}, **facts,
+        chat={"end": chat.ends, "scaffold": chat.scaffolds[0], "system": chat.system, "joined": chat.joined},
+        default_system=system.default, rows_keep_their_system=config.data.system == system_prompt.NONE, has_input=sources.has_input(),
+        smoke_prompts=list(smoke_prompts), **facts,
     )  # fmt: skip
 
 
@@ -67,7 +74,8 @@ def settings_of(config: Config, chat: template.Chat, tokenizer: Path, sources: "
         )
     return work.Settings(
         tokenizer=tokenizer, chat=chat, clean=config.clean, every_turn=config.data.labels == "all",
-        system=config.data.system, limit=config.base.max_seq_length,
+        system=None if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE) else config.data.system,
+        limit=config.base.max_seq_length,
         validation_share=None if sources.held else config.data.validation_share,
     )  # fmt: skip
 
@@ -75,7 +83,7 @@ def settings_of(config: Config, chat: template.Chat, tokenizer: Path, sources: "
 def gathered(sources: "Sources", settings: work.Settings, folder: Path, processes: int) -> spool.Spool:
     """All rows, cleaned and masked, in the spool."""
     rows = spool.Spool(folder, [part.name for part, _, _ in sources.parts])
-    with files.bar(0, "clean and mask", unit=" rows") as tick:
+    with console.progress(0, "cleaning and tokenizing") as tick:
         for done in work.through(sources.chunks(), settings, processes):
             rows.add(done)
             tick(done.tally.rows)
@@ -105,6 +113,10 @@ class Sources:
         """One sentence a part: which format, and why."""
         return [f"{part.name}: {found.format} ({found.evidence})" for part, _, found in self.parts]
 
+    def has_input(self) -> bool:
+        """Do rows have an instruction and an input, which go into one user message?"""
+        return any(found.format == "alpaca" and "input" in found.columns for _, _, found in self.parts)
+
     def reasoning(self) -> bool:
         """Do answers hold a thinking block of their own?"""
         return any("</think>" in json.dumps(row, default=repr, skipkeys=True) for head in self.heads for row in head)
@@ -121,7 +133,7 @@ def heads(part: read.Part) -> list[dict]:
     rows, faults = [], []
     for line, payload in islice(part.items(), schema.HEAD):
         try:
-            row = work.parsed(payload, part.name, line)
+            row = work.parsed(payload)
             faults += [] if isinstance(row, dict) else [f"{part.name}:{line}: {type(row).__name__}, not an object"]
             rows += [row] if isinstance(row, dict) else []
         except work.Unfit as unfit:

@@ -20,15 +20,18 @@ import numpy as np
 from pipeline.config import Clean
 from pipeline.data import duplicates, sensitive
 from pipeline.data.clean import Cleaner
-from pipeline.data.formats import DuplicateKeys, Item, distinct, no_json
+from pipeline.data.formats import DuplicateKeys, Item, distinct
 from pipeline.data.mask import Masker, Rendered, Row
 from pipeline.data.reasons import Unfit
-from pipeline.data.schema import Schema, conversation
+from pipeline.data.schema import Schema, conversation, unused_fields
 from pipeline.data.template import Chat
 
 CHUNK = 500  # rows; the same in one and in many processes
 SMALL = 4 * CHUNK  # rows that are done before a pool has started
+SAMPLED_QUESTIONS = 2000  # of the first lines of each part; more make a smoke prompt no better
 SAMPLED = 10  # every tenth row's prompt is tokenized alone too, and each held-out one's: `verify` will ask for it
+LISTED = 50  # rows of each reason that an error names
+MANY_PROMPTS = 2000  # system prompts that are counted apart; where there are more, none is shared by many rows
 QUOTED = 2000  # characters of a dropped row that rejected.jsonl repeats
 
 
@@ -41,6 +44,7 @@ class Settings:
     clean: Clean
     every_turn: bool
     system: str | None
+    """A system prompt for rows that have none."""
     limit: int
     """base.max_seq_length, in tokens."""
     validation_share: float | None
@@ -70,18 +74,32 @@ class Tally:
     truncated: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """The first dropped row of each reason."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """Where the dropped rows of each reason stand, the first LISTED of them."""
+    unused: Counter = field(default_factory=Counter)
+    """Rows that have a field which is not trained on, by its name."""
+    system_prompts: Counter = field(default_factory=Counter)
+    """Rows by their own system prompt; None: they have none."""
 
     def drop(self, where: str, reason: str, detail: str, **more) -> None:
         self.dropped[reason] += 1
         self.examples.setdefault(reason, f"{where}: {detail}")
+        self.places.setdefault(reason, []).append(where)
         self.notes.append({"where": where, "action": "dropped", "reason": reason, "detail": detail, **more})
 
     def add(self, other: "Tally") -> None:
         """Another tally's counts, not its notes."""
         self.rows += other.rows
-        for name in ("dropped", "changed", "findings", "truncated"):
+        for name in ("dropped", "changed", "findings", "truncated", "unused", "system_prompts"):
             getattr(self, name).update(getattr(other, name))
         self.examples = other.examples | self.examples
+        for reason, places in other.places.items():
+            self.places[reason] = [*self.places.get(reason, []), *places][:LISTED]
+        if len(self.system_prompts) > MANY_PROMPTS:
+            self.system_prompts = Counter(dict(self.system_prompts.most_common(MANY_PROMPTS // 2)))
+
+    def count_system_prompt(self, messages: list[dict]) -> None:
+        self.system_prompts[messages[0]["content"] if messages[0]["role"] == "system" else None] += 1
 
     def note(self, where: str, changes: set[str], found: Counter) -> None:
         self.changed.update(changes)
@@ -106,6 +124,8 @@ class Done:
     questions: np.ndarray
     signatures: np.ndarray
     texts: list[dict]
+    questions_asked: list[str] = field(default_factory=list)
+    """The last question of training rows, of the first chunks only: what smoke prompts are made to look like."""
 
 
 class Fit(NamedTuple):
@@ -152,10 +172,13 @@ class Worker:
         """One row up to its text; None when it is dropped."""
         where, row = f"{chunk.name}:{line}", None
         try:
-            row = parsed(payload, chunk.name, line)
+            row = parsed(payload)
+            tally.unused.update(unused_fields(row, chunk.schema))
             messages, changes, findings = self.cleaner(conversation(row, chunk.schema))
             asked = duplicates.question(messages)
-            rendered = self.masker.rendered(self.with_system(messages), self.longest())
+            tally.count_system_prompt(messages)
+            messages = self.with_system(messages)
+            rendered = self.masker.rendered(messages, self.longest())
         except Unfit as unfit:
             self.drop(tally, where, unfit, row)
             return None
@@ -228,21 +251,25 @@ class Worker:
             questions=np.array([fit.question for fit in fits], dtype=np.uint64),
             signatures=duplicates.signatures([duplicates.plain(fit.messages) for fit in compared]),
             texts=[
-                {"prompt": row.prompt, "prompt_tokens": row.prompt_tokens, "answer": row.answer}
+                {"prompt": row.prompt, "prompt_tokens": row.prompt_tokens, "answer": row.answer, "messages": fit.messages[:-1]}
                 for fit, row in kept if fit.held
+            ],
+            questions_asked=[
+                fit.messages[-2]["content"] for fit, _ in kept
+                if not fit.held and fit.line <= SAMPLED_QUESTIONS and len(fit.messages) > 1
             ],
         )  # fmt: skip
 
 
-def parsed(payload: bytes | dict, name: str, line: int) -> dict:
-    """A row as an object. Raises Unfit for a bad row, UserError for a line that is no JSON: then the file is damaged."""
+def parsed(payload: bytes | dict) -> dict:
+    """A row as an object. Raises Unfit for a bad row and for a line that is no JSON."""
     if isinstance(payload, bytes):
         try:
             payload = json.loads(payload.decode(), object_pairs_hook=distinct)
         except UnicodeDecodeError as error:
             raise Unfit("broken_encoding", f"no UTF-8: {error.reason} at byte {error.start + 1} of the line") from None
         except (ValueError, RecursionError) as error:
-            raise no_json(name, line, error) from error
+            raise Unfit("broken_json", str(error)) from None
     if isinstance(payload, DuplicateKeys):
         raise Unfit("duplicate_keys", f"its keys are {', '.join(map(str, payload))}, and one stands there twice")
     return payload

@@ -4,6 +4,7 @@ Facts only; card.py, libraries.py and stage.py judge them.
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -178,6 +179,11 @@ def where(ask: Ask = ask, engine: str = "docker") -> Where:
     if said.state == "ok" and word in ("image", "native") and why:
         return Where(word, why[1])
     return Where("", "it hangs" if said.state == "hangs" else last(Said(said.state, "", said.err)))
+
+
+def is_set_up() -> bool:
+    """Whether this Python has the libraries that train; the doctor also runs before they are there."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def memory() -> int:

@@ -27,9 +27,21 @@ def checks(runs: Path, ask: Ask = box.ask) -> list[Check]:
     found, where = box.nvidia(ask), box.where(ask)
     tools = [compiler(found, ask), headers(found)]
     return [
-        *card.checks(found, where), *libraries.checks(found, tools, ask), *tools, llama(found), *disks(runs, found), memory(found),
-        container(where, ask),
+        *card.checks(found, where), *environment(), *libraries.checks(found, tools, ask), *tools, *llama(found),
+        *disks(runs, found), memory(found), container(where, ask),
     ]  # fmt: skip
+
+
+def environment() -> list[Check]:
+    """Before anything is set up, what that will take."""
+    if box.is_set_up():
+        return []
+    text = "the Python environment that trains is not set up yet: torch, Unsloth and llama.cpp, about 2 GB (8 GB for a GPU)"
+    return [
+        Check(
+            "packages", "lack", text, "make env (about 6 minutes on 2 cores), or any target that trains, which does it"
+        )
+    ]
 
 
 # What Triton compiles with when the training runs, and llama.cpp
@@ -58,7 +70,11 @@ def needed(found: Nvidia) -> str:
     return "fault" if found.cards else "lack"
 
 
-def llama(found: Nvidia) -> Check:
+def llama(found: Nvidia) -> list[Check]:
+    return [llama_cpp(found)] if box.is_set_up() else []
+
+
+def llama_cpp(found: Nvidia) -> Check:
     if not llamacpp.there():
         return Check("llama.cpp", "fault", f"not set up ({llamacpp.folder()}); export and verify need it", "make env")
     flags = files.read_json(llamacpp.folder() / "build.json").get("flags", [])
@@ -72,12 +88,10 @@ def llama(found: Nvidia) -> Check:
 
 def disks(runs: Path, found: Nvidia) -> list[Check]:
     """Free space, a line for each disk. With a card a model of 8B shall fit, without one the demo."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     ours, cached = (2 * SIXTEEN + 2 * QUANTIZED, SIXTEEN) if found.cards else (DEMO, 0)
     wanted = (
         ("runs", runs, ours),
-        ("the Hub's cache", Path(HF_HUB_CACHE), cached),
+        ("the Hub's cache", hub_cache(), cached),
         ("Ferry's cache", files.cache_dir(), 0),
     )
     places: dict[int, list[tuple[str, Path, float]]] = {}
@@ -85,6 +99,12 @@ def disks(runs: Path, found: Nvidia) -> list[Check]:
         there = files.nearest(folder)
         places.setdefault(os.stat(there).st_dev, []).append((name, there, need))
     return [disk(place, what(found)) for place in places.values()]
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads (its constants.py; the library may not be there yet)."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
 def disk(place: list[tuple[str, Path, float]], model: str) -> Check:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import console
 from contract import files
 from contract.errors import UserError
 
@@ -95,7 +96,7 @@ def merge(weights: Path, adapter: Path, target: Path, dtype: str) -> None:
     names = {name for shard in shards for name in header(shard)}
     lora = Adapter(adapter, names)
     target.mkdir(parents=True, exist_ok=True)
-    with files.bar(sum(shard.stat().st_size for shard in shards), "merge") as tick:
+    with console.progress(sum(shard.stat().st_size for shard in shards), "merging", "B") as tick:
         for shard in shards:
             with safe_open(shard, framework="pt") as source:
                 tensors = (_merged(name, source.get_tensor(name), lora, dtype) for name in header(shard))
@@ -196,7 +197,7 @@ def check(weights: Path, adapter: Path, merged: Path, dtype: str) -> list[dict]:
         Adapter(adapter, names),
         [{"tensor": n, "what": "the base has none"} for n in sorted(where.keys() - names)],
     )
-    with files.bar(sum(shard.stat().st_size for shard in shards), "merge gate") as tick:
+    with console.progress(sum(shard.stat().st_size for shard in shards), "checking the merge", "B") as tick:
         for shard in shards:
             with safe_open(shard, framework="pt") as source:
                 for name, item in header(shard).items():

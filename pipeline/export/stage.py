@@ -12,11 +12,12 @@ from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import code, llamacpp, rows
-from pipeline.config import Config
+from pipeline.config import Config, Export
 from pipeline.export import merge
 from pipeline.record import Run
 
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
+IMATRIX_SHARE = 0.1  # of the training's time, where there is no GPU
 
 
 def stage(config: Config, run: Run) -> dict:
@@ -25,16 +26,17 @@ def stage(config: Config, run: Run) -> dict:
     Raises UserError when the disk is too small, or when the merged weights are not W + scale * B @ A.
     """
     export = config.export
-    kind, folder = KINDS[export.dtype], run.workspace("export", "evaluate")
+    kind, folder = KINDS[export.dtype], run.workspace("export", "finetune", dtype=export.dtype)
+    remove_outdated_ggufs(run, export, folder)
     weights, adapter = Path(run.read("finetune")["weights"]), run.output("finetune", "adapter").parent
     files.remove(folder / "evidence.json")  # of a try that failed
     refuse_full_disk(weights, folder, export)
     merged = merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, export.dtype)
-    base = folder / f"{run.folder.name}.{kind}.gguf"
+    base = folder / f"{run.model}.{kind}.gguf"
     metadata, keys = described(config, run, merged, folder)
     files.once(base, lambda part: llamacpp.convert(merged, part, kind, metadata, keys, folder / "convert.log"))
     outputs = {kind: base}
-    matrix = importance_matrix(base, run, folder, export.imatrix_tokens) if export.imatrix else None
+    matrix = importance_matrix(base, run, folder, imatrix_tokens(run, export)) if export.imatrix else None
     for name in export.quantizations:
         outputs[name] = llamacpp.quantized(base, name, matrix, folder)
         if matrix:
@@ -44,6 +46,16 @@ def stage(config: Config, run: Run) -> dict:
         llama_cpp=llamacpp.version(), default=export.quantizations[0], sixteen=kind, id=identity(run),
         imatrix=files.sha256(matrix) if matrix else None,
     )  # fmt: skip
+
+
+def remove_outdated_ggufs(run: Run, export: Export, folder: Path) -> None:
+    """Remove what was made with another importance matrix, or whose header holds scores of another evaluation."""
+    begun = folder / "ggufs.json"
+    now = {"evaluate": files.sha256(run.path("evaluate"))} | export.model_dump(include={"imatrix", "imatrix_tokens"})
+    if begun.is_file() and files.read_json(begun) != now:
+        for path in folder.glob("*.gguf"):
+            files.remove(path)
+    files.write_json(begun, now)
 
 
 def merged_weights(weights: Path, adapter: Path, tokenizer: Path, folder: Path, dtype: str) -> Path:
@@ -89,7 +101,7 @@ def general_name(run: Run, merged: Path) -> str:
     """The run's name; llama.cpp reads Phi 3's token rules off general.name, so 'phi-3' stands in its files and no others."""
     tokens = files.read_json(merged / "tokenizer_config.json")["added_tokens_decoder"].values()
     stripping = any(token["rstrip"] and token["special"] for token in tokens)
-    name = re.sub(r"(?i)phi-?3", "phi 3", run.folder.name)
+    name = re.sub(r"(?i)phi-?3", "phi 3", run.model)
     return f"{name} (phi-3)" if stripping and any(token["content"] == "<|endoftext|>" for token in tokens) else name
 
 
@@ -130,8 +142,19 @@ def importance_matrix(base: Path, run: Run, folder: Path, tokens: int) -> Path:
     )
 
 
+def imatrix_tokens(run: Run, export: Export) -> int:
+    """As many as configured, at most what the training rows hold; on a CPU at most what a tenth of the training's time reads.
+
+    (Training reads a token in about three times the time: forward, and backward through it.) At least one chunk.
+    """
+    tune = run.read("finetune")
+    most = [export.imatrix_tokens, run.read("data")["tokens"]["train"]]
+    most += [int(IMATRIX_SHARE * 3 * tune["tokens"])] if tune["device"].startswith("CPU") else []
+    return max(llamacpp.CHUNK, min(most))
+
+
 def training_text(run: Run, tokens: int) -> str:
-    """Evenly spaced training rows of at least `tokens` tokens together; few rows are said again until it is enough."""
+    """Evenly spaced training rows of at least `tokens` tokens together; rows of less than one chunk are repeated."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import console
 from contract import files
 from contract.errors import UserError
 from pipeline import base as bases
@@ -19,7 +20,7 @@ from pipeline import batches, rows, unsloth
 from pipeline.config import Base, Finetune
 from pipeline.finetune import checks, survive, watch
 from pipeline.finetune.build import build_model, build_trainer
-from pipeline.finetune.trainer import OutOfMemory
+from pipeline.finetune.trainer import LAST_LOSS, OutOfMemory
 from pipeline.plan import cards, choose, disk, memory
 from pipeline.plan.stage import POLICIES
 from pipeline.record import Run
@@ -47,8 +48,9 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
         written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
     )
     checkpoint = survive.last_complete(folder / "checkpoints")
-    print(f"finetune: {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}, {said(trainer, choice)}",
-          file=sys.stderr)  # fmt: skip
+    console.say(console.wrap(
+        f"  {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}: {said(trainer, choice)}", 2
+    ))  # fmt: skip
     train(trainer, checkpoint, folder / "choice.json", choice)
     record = write(trainer, run, choice, order, len(written), weights, tune.seed, checkpoint)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only after the record: a kill before it resumes here
@@ -93,10 +95,7 @@ def prepared(
         choice, order = fitting(tune, packed=False)
         trainer = build_trainer(model, base, tune, run, choice, written, order)
     if wanted and not choice.packing:
-        print(
-            f"finetune: Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead",
-            file=sys.stderr,
-        )
+        console.note(f"Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead")
     files.write_json(path, begun | asdict(choice))
     return trainer, choice, order
 
@@ -142,14 +141,11 @@ def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: ch
     if not trainer.signals:
         trainer.pusher.close()  # the adapter is newer
     else:
-        print(
-            f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}",
-            file=sys.stderr,
-        )
+        console.say(f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}")
         trainer.pusher.last(survive.last_complete(Path(trainer.args.output_dir)))
         if trainer.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        console.say("stopped; the same command goes on from here")
         raise SystemExit(128 + trainer.signals.number)
 
 
@@ -161,8 +157,10 @@ def finish(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
     if state and (state.global_step >= state.max_steps or stopped_early(state)):
         take(trainer, checkpoint)
         trainer.state = state
+        trainer.last_loss = read_last_loss(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with watch.showing_steps(trainer, state.global_step if state else 0):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.signals and (best := trainer.state.best_model_checkpoint):
         take(trainer, Path(trainer.args.output_dir) / Path(best).name)  # its folder may be another machine's
 
@@ -190,7 +188,7 @@ def start_again(path: Path, choice: choose.Choice, said: str) -> None:
             "a larger card goes on from the last checkpoint; or a smaller base.max_seq_length with a new RUN=name",
         )
     files.write_json(path, files.read_json(path) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}})
-    print("finetune: once more, with Unsloth's gradient checkpointing", file=sys.stderr)
+    console.note("the stage starts once more, with Unsloth's gradient checkpointing")
     os.execv(sys.executable, sys.orig_argv)
 
 
@@ -214,12 +212,26 @@ def write(
         "finetune", ("data",),
         {"adapter": folder / "adapter" / "adapter_model.safetensors", "adapter_config": folder / "adapter" / "adapter_config.json", "log": folder / "log.jsonl"},
         steps=step, epochs=round(trained / there, 2), rows=trained,
-        final_loss=next(entry["loss"] for entry in reversed(history) if "loss" in entry),
+        final_loss=final_loss(trainer),
         best_step=trainer.state.best_global_step, best_loss=trainer.state.best_metric,
         resumed_from=checkpoint.name if checkpoint else None, device=unsloth.device(), peak_memory_gb=unsloth.peak_memory_gb(),
         tokens=int(trainer.meter.tokens[:step].sum()), trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=seed, weights=str(weights), **asdict(choice),
     )  # fmt: skip
+
+
+def read_last_loss(checkpoint: Path):
+    import torch
+
+    path = checkpoint / LAST_LOSS
+    return torch.tensor(files.read_json(path)["loss"]) if path.is_file() else None
+
+
+def final_loss(trainer: "SFTTrainer") -> float:
+    """Of the last step; in a checkpoint that does not say it, the mean of the last steps that were logged."""
+    if trainer.last_loss is not None:
+        return round(trainer.last_loss.item(), 5)
+    return next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
 
 
 def save_adapter(trainer: "SFTTrainer", path: Path) -> None:

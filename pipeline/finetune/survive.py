@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from contract import files
+from contract.errors import UserError
 from pipeline.offsite.pusher import Pusher
 
 COMPLETE = "ferry-complete"
@@ -91,9 +92,9 @@ def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals, pu
 
 
 def mark(path: Path, step: int) -> None:
-    """All of it is on disk, and then it says so."""
+    """All of it is on disk, and then it says so, with the names of its files."""
     files.sync(path)
-    files.write_json(path / COMPLETE, {"step": step})
+    files.write_json(path / COMPLETE, {"step": step, "files": sorted(item.name for item in path.iterdir())})
 
 
 def keep(folder: Path, kept: set[Path]) -> None:
@@ -105,9 +106,23 @@ def keep(folder: Path, kept: set[Path]) -> None:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The newest marked checkpoint; unmarked ones are removed."""
+    """The newest marked checkpoint; unmarked ones are removed.
+
+    Raises UserError when a file of it is gone: without its optimizer state, say, another training would go on from it.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in found:
         if not (path / COMPLETE).is_file():
             shutil.rmtree(path)
-    return next((path for path in reversed(found) if path.is_dir()), None)
+    newest = next((path for path in reversed(found) if path.is_dir()), None)
+    lost = (
+        [name for name in files.read_json(newest / COMPLETE).get("files", []) if not (newest / name).exists()]
+        if newest
+        else []
+    )
+    if lost:
+        raise UserError(
+            f"{newest} lacks {', '.join(lost)}: a training that resumes without would be another one",
+            f"put the file back, or remove {newest} to resume from the checkpoint before it, or from the start",
+        )
+    return newest

@@ -6,17 +6,21 @@ dealt. So gradient_accumulation_steps is always 1 for the library.
 """
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import console
+from contract import files
 from contract.errors import UserError
 from pipeline import batches
 from pipeline.finetune.survive import Stop, last_complete
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
+
+
+LAST_LOSS = "last-loss.json"  # of the step that a checkpoint was written after
 
 
 class OutOfMemory(Stop):
@@ -36,6 +40,7 @@ def trainer_class() -> type["SFTTrainer"]:
         def prepare(self, **given) -> "StepTrainer":
             self.__dict__.update(given)
             self.losses: list[tuple[batches.Rows, torch.Tensor]] = []
+            self.last_loss: torch.Tensor | None = None
             self.collate, self.data_collator = self.data_collator, lambda items: items[0]
             return self
 
@@ -45,6 +50,7 @@ def trainer_class() -> type["SFTTrainer"]:
                 try:
                     loss = self._step(model, rows)
                     self.losses.append((rows, loss))
+                    self.last_loss = loss
                     return loss
                 except torch.OutOfMemoryError as error:
                     said = str(error).splitlines()[0]
@@ -72,8 +78,9 @@ def trainer_class() -> type["SFTTrainer"]:
             if used <= self.smallest:
                 raise OutOfMemory(said)
             self.budget = max(self.smallest, used // 2)
-            print(f"finetune: out of GPU memory with {used:,} tokens at once ({said}); the same step again with {self.budget:,}",
-                  file=sys.stderr)  # fmt: skip
+            console.note(
+                f"out of GPU memory with {used:,} tokens at once ({said}); the same step again with {self.budget:,}"
+            )
 
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             if self.control.should_log or self.control.should_save or self.control.should_evaluate:
@@ -107,12 +114,16 @@ def trainer_class() -> type["SFTTrainer"]:
             began, path = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             try:
                 super()._save_checkpoint(model, trial)
+                if self.last_loss is not None:
+                    files.write_json(path / LAST_LOSS, {"loss": self.last_loss.item()})
             except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
                 if shutil.disk_usage(self.args.output_dir).free > 100e6 and not isinstance(error, OSError):
                     raise
                 shutil.rmtree(path, ignore_errors=True)
-                print(f"finetune: no checkpoint at step {self.state.global_step} ({error}); the one before is kept, and the "
-                      "training goes on: free some disk", file=sys.stderr)  # fmt: skip
+                console.note(
+                    f"no checkpoint at step {self.state.global_step} ({error}); the one before is kept, and the training goes "
+                    "on: free some disk"
+                )
             self.meter.pause(time.monotonic() - began)
 
         def save(self) -> None:

@@ -5,12 +5,12 @@ Everything is read at the logging steps, where the trainer waits for the card an
 
 import contextlib
 import json
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from common import console
 from contract import files
-from pipeline.plan.stage import duration
 
 
 class Meter:
@@ -55,7 +55,7 @@ def line(step: int, steps: int, entry: dict) -> str:
         if name in entry:
             parts.append(form.format(entry[name]))
     if "seconds_left" in entry:
-        parts.append(f"{duration(entry['seconds_left'])} left")
+        parts.append(f"{console.format_duration(entry['seconds_left'])} left")
     return "finetune: " + ", ".join(parts)
 
 
@@ -72,9 +72,24 @@ def watcher(log: Path, meter: Meter):
             with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the end writes all of it
                 file.write(json.dumps(state.log_history[-1]) + "\n")
             if "loss" in logs or "eval_loss" in logs:
-                print(line(state.global_step, state.max_steps, logs), file=sys.stderr, flush=True)
+                console.say(line(state.global_step, state.max_steps, logs))
 
     return Watcher()
+
+
+@contextlib.contextmanager
+def showing_steps(trainer, done: int) -> Iterator[None]:
+    """Show how far the training is, by time, as long as the block runs. done: steps of an earlier process."""
+    from transformers import TrainerCallback
+
+    with console.progress(trainer.args.max_steps, "finetune", "steps", done=done) as advance:
+
+        class StepCounter(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                advance(1)
+
+        trainer.add_callback(StepCounter)
+        yield
 
 
 def write(log: Path, history: list[dict]) -> None:

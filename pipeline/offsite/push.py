@@ -4,12 +4,11 @@ A process of its own, so that the training waits for nothing of it, and one that
 """
 
 import os
+import sys
 from pathlib import Path
 
-import click
-
-from contract import files, hub
-from contract.cli import main
+from common import console
+from contract import hub
 from contract.errors import UserError
 from pipeline.offsite import state as states
 from pipeline.offsite.pusher import BROKEN
@@ -112,7 +111,7 @@ def refuse(repo: str, there: State | None, here: State, behind: bool = False) ->
 
     behind: this one may be behind it, for it will begin with what is there.
     """
-    if there and (there.run, there.config) != (here.run, here.config):
+    if there and not there.is_same_training(here):
         raise UserError(
             f"{repo} holds the run {there.run}" + (" of another config" if there.run == here.run else ""),
             "CHECKPOINTS=another repo, or delete that one on the Hub",
@@ -132,23 +131,22 @@ def forget(api, repo: str, state: State) -> None:
         api.permanently_delete_lfs_files(repo, old)
 
 
-@click.command()
-@click.option("--run", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--repo", required=True)
-def command(folder: Path, repo: str) -> None:
-    """Send the state of the run to the Hub."""
+def main(folder: str, repo: str) -> int:
+    """Send the state of the run to the Hub; returns the exit code."""
     os.nice(10)  # the training comes first
-    files.BAR_FROM = float("inf")  # no bars among its lines
+    console.is_progress_shown = False  # among the lines of the training
     try:
-        state = push(Run(folder), repo)
-    except UserError:
-        raise
+        state = push(Run(Path(folder)), repo)
+    except UserError as error:
+        console.say(str(error))
+        return 2
     except Exception as error:  # noqa: BLE001 of hf_xet, say: the next one does without
         hub.say(f"checkpoints: not sent ({type(error).__name__}: {error})")
-        raise SystemExit(BROKEN) from None
+        return BROKEN
     if state:
-        hub.say(f"checkpoints: {state}, in {hub.named(repo, folder.name)}")
+        hub.say(f"checkpoints: {state}, in {hub.named(repo, Path(folder).name)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(command)
+    sys.exit(main(*sys.argv[1:]))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from common import console
 from contract import hub
 from pipeline.record import Run
 
@@ -88,9 +89,10 @@ def after(run: Run) -> None:
 def started(run: Run, repo: str, plain: bool = False) -> subprocess.Popen:
     """plain: without Xet. In a session of its own: a signal is for the training to hear."""
     # -W: the client thinks that rows belong into a data set repo
-    command = [sys.executable, "-W", "ignore", "-m", "pipeline.offsite.push", "--run", str(run.folder), "--repo", repo]
+    command = [sys.executable, "-W", "ignore", "-m", "pipeline.offsite.push", str(run.folder), repo]
     settings = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({"HF_HUB_DISABLE_XET": "1"} if plain else {})
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=settings, start_new_session=True)
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console.message_stream(), stderr=console.message_stream(),
+                            env=settings, start_new_session=True)  # fmt: skip
 
 
 def waited(process: subprocess.Popen, seconds: float) -> bool:

@@ -8,11 +8,13 @@ import yaml
 
 from contract import files, hub
 from contract.errors import UserError
+from pipeline.changes import KEPT, describe_differences
 from pipeline.config import Config, build
 from pipeline.offsite import push
 from pipeline.offsite import state as states
 from pipeline.offsite.state import State
-from pipeline.record import RESTORED, Run, differences
+from pipeline.record import RESTORED, Run
+from pipeline.settings import settings_of_stage
 
 
 def restore(repo: str, run: Run, config: Config) -> State | None:
@@ -32,8 +34,11 @@ def restore(repo: str, run: Run, config: Config) -> State | None:
             f"RUN={state.run}, or CHECKPOINTS=another repo",
         )
     there = build(yaml.safe_load(small(name, "config.yaml", commit)), {}, Path(f"{name}/config.yaml"))
-    pairs = differences(there.model_dump(mode="json"), config.model_dump(mode="json"))
-    if faults := [f"{key}: {old!r} there, {new!r} here" for key, old, new in pairs]:
+    faults = []
+    for stage in KEPT:
+        both = (settings_of_stage(tree, stage) for tree in (there, config))
+        faults += describe_differences(*both, there="there", here="here")
+    if faults:
         raise UserError(
             f"{name} holds the run {state.run} of another config:\n  " + "\n  ".join(faults),
             "undo the change, or start a new run: RUN=another-name CHECKPOINTS=another repo",

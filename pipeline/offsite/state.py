@@ -15,12 +15,13 @@ from contract import files, hub
 from contract.errors import UserError, shown
 from pipeline.finetune.survive import COMPLETE
 from pipeline.record import Run
+from pipeline.settings import hash_training_settings
 
 INDEX = "state.json"
 MOST = 16 << 20  # bytes of it
 LEAVING = ("data", "finetune", "evaluate")
 RESULT = "publish.json"  # says where the result is; no machine goes on from it
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,15 @@ class State:
     """Of the newest checkpoint."""
     files: dict[str, dict] = field(default_factory=dict)
     """{path in the run's folder: {"sha256", "bytes"}}."""
+    training: str = ""
+    """Hash of the settings that rows and training depend on (pipeline/settings.py); empty in a state of schema 1."""
     schema: int = SCHEMA
+
+    def is_same_training(self, other: "State") -> bool:
+        """Whether both are states of one run with the same rows and training settings."""
+        known = bool(self.training and other.training)
+        same = self.training == other.training if known else self.config == other.config
+        return same and self.run == other.run
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -61,7 +70,8 @@ def of(run: Run) -> State:
     names = sorted(path.relative_to(run.folder).as_posix() for path in paths)
     described = {name: describe(run.folder / name) for name in names}
     done = tuple(stage for stage in (*LEAVING, Path(RESULT).stem) if run.done(stage))
-    return State(run.folder.name, described["config.yaml"]["sha256"], done, step, described)
+    config = described["config.yaml"]["sha256"]
+    return State(run.name, config, done, step, described, hash_training_settings(run.config()))
 
 
 def newest(run: Run) -> tuple[int, list[Path]]:
@@ -107,9 +117,9 @@ def parse(content: bytes, where: str) -> State:
     try:
         said = json.loads(content)
         version = said.pop("schema")
-        if version != SCHEMA:
+        if version > SCHEMA:
             raise UserError(
-                f"{where} has schema {version}, this Ferry reads {SCHEMA}", "git pull, then the same command"
+                f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "git pull, then the same command"
             )
         state = State(**(said | {"done": tuple(said["done"])}))
         sound = plain(state.run) and state.step >= 0 and {"config.yaml", "data.json"} <= state.files.keys()

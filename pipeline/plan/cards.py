@@ -12,7 +12,7 @@ from pathlib import Path
 
 from contract.errors import UserError
 
-TABLE = Path("configs/gpus.csv")
+TABLE = Path("configs/gpus.csv")  # of the current folder; where it has none, the checkout's
 OLDEST, BF16 = 7.5, 8.0  # compute capabilities: the first that CUDA 13 compiles for (T4), the first with bf16 (A100)
 
 
@@ -30,6 +30,7 @@ class Card:
 
 def table(path: Path = TABLE) -> list[Card]:
     """All cards. Raises UserError for a line that cannot be read."""
+    path = path if path.is_file() else Path(__file__).parents[2] / path
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [

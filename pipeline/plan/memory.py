@@ -70,10 +70,24 @@ def shape(config: dict) -> Shape | None:
         size = text.get("head_dim") or hidden // heads
         return Shape(
             text["num_hidden_layers"], hidden, heads * size, (text.get("num_key_value_heads") or heads) * size,
-            text["intermediate_size"], heads, text["vocab_size"], bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            text["intermediate_size"], heads, text["vocab_size"], is_tied(config, text),
         )  # fmt: skip
     except (KeyError, TypeError, ZeroDivisionError):
         return None
+
+
+def is_tied(config: dict, text: dict) -> bool:
+    """Whether input and output embeddings are one matrix. A config.json leaves out what is its class's default, and for Gemma
+    that is true."""
+    for place in (text, config):
+        if "tie_word_embeddings" in place:
+            return bool(place["tie_word_embeddings"])
+    try:
+        from transformers import CONFIG_MAPPING
+
+        return bool(CONFIG_MAPPING[text.get("model_type") or config["model_type"]]().tie_word_embeddings)
+    except (ImportError, KeyError, TypeError, ValueError):
+        return False
 
 
 def gguf_shape(header: gguf.Header) -> Shape | None:

@@ -1,17 +1,19 @@
 """plan: memory, disk, steps, hours and money of a training, before any of it is paid. Needs the rows that `data` made, no torch."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common.console import format_duration as duration
 from contract import files, gguf
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import batches, rows
 from pipeline.config import Base, Config, Finetune
-from pipeline.plan import cards, disk, memory
+from pipeline.plan import cards, disk, memory, this_machine
 from pipeline.plan.cards import Card
 from pipeline.plan.choose import Choice, choose, packs
 from pipeline.record import Run
@@ -82,14 +84,48 @@ def stage(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
         raise UserError(f"{gpu}: {shown}", "`make plan` without GPU= names the cards that fit")
     shown = cheapest if isinstance(shown, str) else shown
     pages = [detail(shown, config, found)] if shown else []
-    return "\n".join([*pages, *table(made, cheapest)])
+    return "\n".join([*pages, *table(made, cheapest, cards.find(here or "")), *describe_processor(found)])
+
+
+def to_json(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
+    """The same for programs: a list of {gpu, fits, ...}, this machine's processor last."""
+    found = work(config, run)
+    rows = []
+    for card in cards.table():
+        plan = on(card, found)
+        facts = {"fits": False, "why": plan} if isinstance(plan, str) else {"fits": True} | facts_of(plan)
+        rows.append({"gpu": card.name, "memory_gb": card.memory_gb, "is_here": card == cards.find(here or "")} | facts)
+    wanted = [row for row in rows if gpu is None or row["gpu"] == named(gpu).name]
+    processor = this_machine.plan_on_processor(found)
+    if isinstance(processor, str):
+        wanted.append({"gpu": None, "fits": False, "why": processor})
+    else:
+        wanted.append({"gpu": None, "fits": True, "hours": round(processor.seconds / 3600, 3), "dollars": 0.0})
+    return json.dumps(wanted, indent=2)
+
+
+def facts_of(plan: Plan) -> dict:
+    return {
+        "peak_gb": round(plan.peak / 1e9, 2), "train_batch_size": plan.choice.train_batch_size,
+        "micro_batch_tokens": plan.choice.micro_batch_tokens, "steps": plan.steps, "tokens": plan.tokens,
+        "hours": round(plan.hours, 3), "dollars": round(plan.dollars, 2),
+    }  # fmt: skip
+
+
+def describe_processor(found: Work) -> list[str]:
+    """A line for this machine without its GPU."""
+    processor = this_machine.plan_on_processor(found)
+    if isinstance(processor, str):
+        return [f"  this machine's processor: {processor}"]
+    time = f"about {duration(processor.seconds)} of training, no cost"
+    return [f"  this machine's processor ({processor.cores} cores, {processor.memory_gb:.0f} GB): {time}"]
 
 
 def work(config: Config, run: Run) -> Work:
     if not run.done("data"):
         raise UserError(
-            f"{run.folder} has no rows yet, and the plan hangs on their lengths",
-            "make data CONFIG=... (LIGHT=1 on a laptop)",
+            f"there is no prepared data in {run.folder} yet, and the plan depends on the rows' lengths",
+            "run `make data CONFIG=...` first",
         )
     model, kind = described(bases.fetch(config.base.model, run.read("data")["base"]["revision"], weights=False))
     if model is None:
@@ -156,7 +192,8 @@ def detail(plan: Plan, config: Config, found: Work) -> str:
     batch = f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, learning rate {choice.learning_rate:.3g}"
     once = f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; gradient checkpointing: {shown}"
     lines = [
-        ("rows", f"{len(found.lengths):,}, {plan.tokens:,} tokens to train on, the longest row has {found.lengths.max():,}"),
+        ("rows", f"{len(found.lengths):,} with {found.lengths.sum():,} tokens, the longest has {found.lengths.max():,}"),
+        ("visits", f"{describe_visits(plan, found)}"),
         ("batch", batch), ("at once", once), ("steps", f"{plan.steps:,}"),
         ("memory", f"{plan.peak / 1e9:.1f} GB at its peak"), *sizes(plan.parts), ("", "    -  logits (the loss is computed without holding them)"),
         ("disk", f"{sum(space.values()) / 1e9:.1f} GB at its end"), *sizes(space),
@@ -165,6 +202,16 @@ def detail(plan: Plan, config: Config, found: Work) -> str:
     return "\n".join(
         [f"on {plan.card.name} ({plan.card.memory_gb:.0f} GB)", *(f"  {name:8} {text}" for name, text in lines)]
     )
+
+
+def describe_visits(plan: Plan, found: Work) -> str:
+    """How often the rows are seen: a row that is trained on twice is two visits."""
+    visits = (
+        found.tune.max_steps * plan.choice.train_batch_size
+        if found.tune.max_steps
+        else found.tune.num_train_epochs * len(found.lengths)
+    )
+    return f"{visits:,.0f} rows in {visits / len(found.lengths):.2f} epochs: {plan.tokens:,} tokens to train on"
 
 
 def space_of(config: Config, found: Work) -> dict[str, float]:
@@ -176,14 +223,16 @@ def sizes(parts: dict[str, float]) -> list[tuple[str, str]]:
     return [("", f"{size / 1e9:5.1f}  {name}") for name, size in parts.items()]
 
 
-def table(made: list[Plan | str], cheapest: Plan | None) -> list[str]:
-    """A line a card, and the cheapest that fits."""
+def table(made: list[Plan | str], cheapest: Plan | None, here: Card | None = None) -> list[str]:
+    """A line a GPU, and the cheapest that fits. here: the GPU of this machine."""
     lines = [
         "",
-        f"  {'card':<13}{'GB':>5}{'peak':>7}{'at once':>9}{'rows':>6}  {'checkpointing':<15}{'hours':>7}{'$':>8}",
+        f"  {'GPU':<13}{'GB':>5}{'peak':>7}{'at once':>9}{'rows':>6}  {'checkpointing':<15}{'hours':>7}{'$':>8}",
     ]
     lines += [
-        f"  {card.name:<13}{card.memory_gb:>5.0f}" + (f"  {plan}" if isinstance(plan, str) else figures(plan))
+        f"  {card.name:<13}{card.memory_gb:>5.0f}"
+        + (f"  {plan}" if isinstance(plan, str) else figures(plan))
+        + ("  <- here" if card == here else "")
         for card, plan in zip(cards.table(), made, strict=True)
     ]
     said = (
@@ -197,9 +246,3 @@ def table(made: list[Plan | str], cheapest: Plan | None) -> list[str]:
 def figures(plan: Plan) -> str:
     choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
     return f"{plan.peak / 1e9:>7.1f}{choice.micro_batch_tokens:>9,}{choice.train_batch_size:>6}  {shown:<15}{plan.hours:>7.2f}{plan.dollars:>8.2f}"
-
-
-def duration(seconds: float) -> str:
-    """In the unit that a reader would take."""
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"

@@ -256,8 +256,22 @@ def _quality(made: Manifest, ladder: str) -> str:
         fit.get("warning") and plain(fit["warning"]),
         _say("Conversion: the 16-bit GGUF in llama.cpp is {} nats (mean KL divergence; worst position {}) from the merged weights in "
              "Transformers, over {} positions.", *map(conversion.get, ("kl", "worst", "positions"))),
+        _served(scores.get("as_served") or {}),
         "\n".join(f"- {plain(note)}" for note in scores.get("notes") or ()),
     )  # fmt: skip
+
+
+def _served(facts: dict) -> str | None:
+    """How the default file answers when it is asked as its runtimes ask it."""
+    if "same_prompts" not in facts or "rows" not in facts:
+        return None
+    if facts["same_prompts"] == facts["rows"]:
+        return "Runtimes send the prompts that were scored, for every held-out row."
+    result = f"score {facts['score']:.1%}" if "score" in facts else f"held-out loss {shown(facts.get('loss'))}"
+    return (
+        f"Asked as runtimes ask it (the default system prompt, sampling off): {result}; the prompt is another one than the row's "
+        f"for {shown(facts['rows'] - facts['same_prompts'])} of {shown(facts['rows'])} rows."
+    )
 
 
 def _files(made: Manifest) -> str:
@@ -286,7 +300,12 @@ def _prompt(made: Manifest) -> str:
         example and fenced(example.prompt),
         "Stop strings, as JSON:" if chat.stop else None,
         fenced("\n".join(json.dumps(stop, ensure_ascii=False) for stop in chat.stop), "json") if chat.stop else None,
-        chat.system and f"It was trained with this system prompt where a row had none:\n\n{fenced(chat.system)}",
+        chat.system
+        and "The default system prompt, which `make deploy-mac` puts in front of a conversation that brings none. Other runtimes "
+        f"must be told to send it: without it the model answers otherwise than it was scored.\n\n{fenced(chat.system)}",
+        chat.input
+        and "A row's input followed its instruction in the same user message:\n\n"
+        + fenced(f"INSTRUCTION{chat.input}INPUT"),
     )
 
 

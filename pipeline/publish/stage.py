@@ -36,7 +36,7 @@ def stage(config: Config, run: Run) -> dict:
 
     Raises UserError when it does not arrive; everything stays in the folder.
     """
-    repo = config.publish.repo.replace("{run}", run.folder.name)
+    repo = config.publish.repo.replace("{run}", run.model)
     if hub.is_folder(repo):
         folder, sent = hub_folder(repo), {"repo": repo}
         made = finish(config, run, folder, lay_out(config, run, folder), None)
@@ -50,11 +50,11 @@ def stage(config: Config, run: Run) -> dict:
 
 def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict]:
     """The manifest, and {repo, commit, tag} of what is on the Hub now."""
-    folder = run.workspace("publish", "verify") / run.folder.name
+    folder = run.workspace("publish", "verify") / run.model
     made = lay_out(config, run, folder)
     finish(config, run, folder, made, None)  # whole, whatever the Hub says
     try:
-        repo, _ = hub.split(hub.named(repo, run.folder.name))
+        repo, _ = hub.split(hub.named(repo, run.model))
         may_go(config, run, repo)
         whole = finish(config, run, folder, made, repo)
         wish = {"private": config.publish.private, "tag": config.publish.tag}
@@ -211,7 +211,7 @@ def build(
     scores = run.read("evaluate")["scores"] | run.read("verify")["scores"]
     return manifest.Manifest(
         id=run.read("export")["id"],
-        name=run.folder.name,
+        name=run.model,
         base=manifest.BaseModelInfo(**data["base"]),
         dataset=manifest.Dataset(
             source=config.data.source, revision=data["dataset"]["training"].get("revision") or config.data.revision, sha256=data["inputs"], rows=data["rows"],
@@ -243,6 +243,7 @@ def thresholds(run: Run, config: Config) -> dict:
         "conversion": verify["conversion"],
         "training": run.read("evaluate")["training"],
         "notes": verify["notes"],
+        "as_served": verify["as_served"],
     }
 
 

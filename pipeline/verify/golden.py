@@ -12,10 +12,13 @@ def _user(words: str) -> dict:
     return {"role": "user", "content": words}
 
 
-def conversations(eos: str) -> list[list[dict]]:
-    """eos: the text of the tokenizer's own end token, for a user who writes it."""
+def conversations(eos: str, default_system: str | None = None) -> list[list[dict]]:
+    """eos: the text of the tokenizer's own end token, for a user who writes it. default_system: what runtimes put in front."""
     turns = [_user("First question?"), {"role": "assistant", "content": "First answer."}, _user("And then?")]
+    default = [{"role": "system", "content": default_system}] if default_system else []
+    served = [[*default, _user("Hello! Who are you?")], [*default, *turns]] if default else []
     return [
+        *served,
         [_user("Hello! Who are you?")],
         [_user("  Two spaces, a\ttab,\n\na blank line and digits 1234567890.  \n")],
         [_user("Ünïcödé, 日本語, العربية, Ωμέγα, emoji 🚢👩‍👩‍👧, and ½ “quotes”…")],
@@ -30,12 +33,12 @@ def conversations(eos: str) -> list[list[dict]]:
     ]
 
 
-def golden(tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
+def golden(tokenizer: "PreTrainedTokenizerFast", default_system: str | None = None) -> list[dict]:
     """{messages, add_generation_prompt, prompt, ids}: those that the template takes (some refuse a system message)."""
     from jinja2 import TemplateError
 
     found = []
-    for messages in conversations(tokenizer.eos_token):
+    for messages in conversations(tokenizer.eos_token, default_system):
         for asks in (True, False):
             try:
                 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)

@@ -17,9 +17,9 @@ from contract.errors import UserError
 from pipeline import ladder, llamacpp, unsloth
 from pipeline.config import Config, Generation
 from pipeline.record import Run
-from pipeline.score import held_out, prompt_ids
+from pipeline.score import describe_interval, held_out, prompt_ids
 from pipeline.systems import Gguf, Reading, Torch, finish
-from pipeline.verify import parity
+from pipeline.verify import parity, served
 from pipeline.verify.golden import golden
 
 if TYPE_CHECKING:
@@ -48,14 +48,16 @@ def stage(config: Config, run: Run) -> dict:
             climb.step(name, path)
     default, extra = choose(config, run, climb, run.read("export")["default"], sixteen)
     refuse_score(config, climb.scores, default)
-    smoke = smoke_prompts(files_.get(default) or extra[default], config)
+    default_file, data = files_.get(default) or extra[default], run.read("data")
+    as_served = served.score(config, data, rows, default_file, climb.scores[default])
+    smoke = smoke_prompts(default_file, data, config)
     contract, page = folder / "contract.json", folder / "ladder.md"
     chat_format = described(config, run, trained, adds) | {"turns": turns and turns.model_dump(), "embedded": reasons}
     files.write_json(contract, {"chat": chat_format, "golden": list(trained.golden), "smoke": smoke})
     page.write_text(ladder.table(climb.all_scores()) + "\n", encoding="utf-8")
     return run.write(
         "verify", ("data", "evaluate", "export"), {"contract": contract, "ladder": page, **extra},
-        scores=climb.scores, default=default, used=used, conversion=climb.conversion, compared=climb.reference.positions,
+        scores=climb.scores, default=default, as_served=as_served, used=used, conversion=climb.conversion, compared=climb.reference.positions,
         notes=climb.notes, sixteen=sixteen, template="derived" if turns and not reasons else "embedded", reasons=reasons,
     )  # fmt: skip
 
@@ -70,7 +72,9 @@ def as_trained(run: Run, rows: list[dict]) -> parity.Trained:
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
     # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there, whoever wrote it
     held = [(row["prompt"], prompt_ids(row)) for row in rows if unicodedata.is_normalized("NFC", row["prompt"])]
-    return parity.Trained(tokenizer, golden(tokenizer), run.read("data")["chat"]["end"], held)
+    return parity.Trained(
+        tokenizer, golden(tokenizer, run.read("data")["default_system"]), run.read("data")["chat"]["end"], held
+    )
 
 
 def prompts(paths: dict[str, Path], trained: parity.Trained, folder: Path):
@@ -192,9 +196,17 @@ def too_coarse(config: Config, scores: dict, sixteen: dict) -> str | None:
     if not extra <= config.verify.max_extra_loss:
         return f"costs {extra:.3f} nats a token (verify.max_extra_loss {config.verify.max_extra_loss:g})"
     drop = sixteen.get("score", 0) - scores.get("score", 0)
-    if drop > config.verify.max_score_drop + 1e-9:
-        return f"costs {100 * drop:.1f} points of its score (verify.max_score_drop {config.verify.max_score_drop:g})"
+    if drop > allowed_drop(config, scores) + 1e-9:
+        return (
+            f"costs {100 * drop:.1f} points of its score: {describe_interval(sixteen)} before, {describe_interval(scores)} now "
+            f"(verify.max_score_drop {config.verify.max_score_drop:g}, or one answer)"
+        )
     return None
+
+
+def allowed_drop(config: Config, scores: dict) -> float:
+    """Points of the score that may be lost: verify.max_score_drop, or one answer where that is more."""
+    return max(config.verify.max_score_drop, 1 / scores["rows"])
 
 
 def refuse_score(config: Config, scores: dict, default: str) -> None:
@@ -217,14 +229,16 @@ def described(config: Config, run: Run, trained: parity.Trained, adds: bool) -> 
         "bos": bos,
         "bos_in_template": bool(bos) and trained.golden[0]["prompt"].startswith(bos),
         "adds_bos": adds,
-        "system": config.data.system,
+        "system": run.read("data")["default_system"],
+        "input": chat.ALPACA_INPUT if run.read("data")["has_input"] else None,
     }
 
 
-def smoke_prompts(path: Path, config: Config) -> list[dict]:
-    """What the default file answers to the config's synthetic messages."""
+def smoke_prompts(path: Path, data: dict, config: Config) -> list[dict]:
+    """What the default file answers to the config's messages, else to those that look like the rows. data: its record."""
     model = runtime.load(path, config.base.max_seq_length + config.generation.max_tokens)
-    answers = [smoke_prompt(model, m, config.data.system, config.generation) for m in config.generation.smoke_prompts]
+    messages = config.generation.smoke_prompts or data["smoke_prompts"]
+    answers = [smoke_prompt(model, message, data["default_system"], config.generation) for message in messages]
     model.close()
     return answers
 

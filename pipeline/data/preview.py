@@ -1,0 +1,25 @@
+"""The first rows of a run as they will be trained; nothing of the run is written."""
+
+import tempfile
+from pathlib import Path
+
+from common import console
+from pipeline.config import Config
+from pipeline.record import Run
+
+
+def preview_rows(config: Config, run: Run, count: int) -> str:
+    """The first rows; those of a run that has none yet are made in a folder that goes again."""
+    from transformers import AutoTokenizer
+
+    from pipeline import rows
+    from pipeline.data import report, stage
+
+    with tempfile.TemporaryDirectory() as empty:
+        if not run.done("data"):
+            run = Run(Path(empty) / run.name)
+            run.freeze(config)
+            for warning in stage.stage(config, run)["warnings"]:
+                console.note(warning)
+        tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+        return report.preview(rows.first(run.output("data", "train"), count), tokenizer)

@@ -1,0 +1,105 @@
+"""Smoke prompts that look like the rows, and hold no row's text.
+
+A smoke prompt enters the manifest, so it may not repeat a user's words. It is a chain of words that each occur in several
+rows; no three words in a row are taken from fewer rows than that; digits and codes are drawn anew. Of many such chains the
+most usual ones are taken.
+"""
+
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
+from contract.chat import ALPACA_INPUT
+from pipeline.data import sensitive
+
+SHARED_BY = 5  # rows that must have a word, and three words that stand together
+TRIES = 20_000  # 0.3 s for 2,000 rows
+LEAST, MOST = 4, 25  # words of a prompt
+START, END = "<start>", "<end>"
+GENERAL = ("What can you do?", "Say hello in one sentence.", "Name three colours.")
+
+
+@dataclass(frozen=True)
+class WordStatistics:
+    """Of the rows: how many have a word, three words together; and how often a word follows another."""
+
+    rows_with: Counter
+    rows_with_three: Counter
+    followers: dict[str, Counter]
+
+
+def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
+    """Up to `count` prompts in the manner of `questions`, which begin differently; fewer where the rows share too little.
+
+    A question with a secret or personal data lends no words: an address in everybody's signature is in many rows.
+    """
+    plain = [question for question in questions if not (sensitive.secrets(question) or sensitive.personal(question))]
+    statistics = count_words([to_words(question) for question in plain])
+    generator = random.Random(3407)
+    chains = {tuple(words) for _ in range(TRIES) if (words := draw_chain(statistics, generator))}
+    found: dict[str, str] = {}
+    for words in sorted(chains, key=lambda words: (-usualness(words, statistics), words)):
+        found.setdefault(words[0], to_text(list(words), generator))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def count_words(rows: list[list[str]]) -> WordStatistics:
+    rows_with = Counter(word for row in rows for word in {START, END, *row})
+    rows_with_three: Counter = Counter()
+    followers: dict[str, Counter] = defaultdict(Counter)
+    for row in rows:
+        whole = [START, *row, END]
+        rows_with_three.update(set(zip(whole, whole[1:], whole[2:], strict=False)))
+        for word, after in pairwise(whole):
+            if min(rows_with[word], rows_with[after]) >= SHARED_BY:
+                followers[word][after] += 1
+    return WordStatistics(rows_with, rows_with_three, followers)
+
+
+def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str] | None:
+    """A chain of words from START to END; None where it ends nowhere, repeats itself, or would quote a row."""
+    words, word = [], START
+    while len(words) <= MOST:
+        choices = statistics.followers.get(word)
+        if not choices:
+            return None
+        word = generator.choices(list(choices), list(choices.values()))[0]
+        if word == END:
+            break
+        words.append(word)
+    whole = [START, *words, END]
+    quotes = any(
+        0 < statistics.rows_with_three[three] < SHARED_BY for three in zip(whole, whole[1:], whole[2:], strict=False)
+    )
+    usual = LEAST <= len(words) <= MOST and len(set(words)) == len(words)
+    return words if usual and not quotes else None
+
+
+def usualness(words: tuple[str, ...], statistics: WordStatistics) -> float:
+    """Mean log-probability of a word after the one before it."""
+    whole = [START, *words, END]
+    logs = [math.log(statistics.followers[a][b] / statistics.rows_with[a]) for a, b in pairwise(whole)]
+    return sum(logs) / len(logs)
+
+
+def to_words(text: str) -> list[str]:
+    """Words and line breaks, with every digit as 0 and the letters of a code as A: `K4821` is `A0000`."""
+    words = re.findall(r"\n+|[^\s]+", text.replace(ALPACA_INPUT, f" {ALPACA_INPUT.strip()} "))
+    return [re.sub(r"\d", "0", re.sub(r"[A-Z]", "A", word)) if re.search(r"\d", word) else word for word in words]
+
+
+def to_text(words: list[str], generator: random.Random) -> str:
+    """The words as text, with new digits and letters in codes."""
+
+    def draw(match: re.Match) -> str:
+        return str(generator.randrange(10)) if match[0] == "0" else generator.choice("BCDFGHKLMNPRTVWX")
+
+    drawn = [re.sub("[0A]", draw, word) if "0" in word else word for word in words]
+    text = re.sub(r" ?(\n+) ?", r"\1", " ".join(drawn))
+    marker = ALPACA_INPUT.strip()
+    return re.sub(rf"\s*{re.escape(marker)}\s*", lambda match: ALPACA_INPUT, text).strip()

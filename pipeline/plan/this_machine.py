@@ -1,0 +1,44 @@
+"""How long a training takes on this machine's processor, from a short measurement of what it computes."""
+
+import os
+import time
+from dataclasses import dataclass
+
+from pipeline.doctor import box
+from pipeline.plan.choose import Choice, choose
+
+MEASURED_SECONDS = 0.3
+# Of numpy's matrix multiplication, what a training reaches: 160 of 260 GFLOP/s with the demo's model on two cores.
+EFFICIENCY = 0.6
+
+
+@dataclass(frozen=True)
+class ProcessorPlan:
+    """The training on the processor. seconds: of the training alone."""
+
+    choice: Choice
+    seconds: float
+    cores: int
+    memory_gb: float
+
+
+def plan_on_processor(work) -> ProcessorPlan | str:
+    """The plan, or why there is none. work: a plan.stage.Work."""
+    if work.base.load_in_4bit:
+        return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
+    choice, order = choose(work.model, work.base, work.tune, work.lengths, None, packed=False)
+    seconds = int(work.lengths[order].sum()) * work.model.flops() / (EFFICIENCY * measure_processor())
+    return ProcessorPlan(choice, seconds, os.cpu_count() or 1, box.memory() / 1e9)
+
+
+def measure_processor() -> float:
+    """FLOP/s of numpy's 32-bit matrix multiplication on all cores."""
+    import numpy as np
+
+    matrix = np.ones((1024, 1024), dtype=np.float32)
+    matrix @ matrix  # the first one starts the threads
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < MEASURED_SECONDS:
+        matrix @ matrix
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - started)
