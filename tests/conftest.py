@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -37,7 +38,9 @@ MAKE = ["make", "--no-print-directory", f"VENV={sys.prefix}", f"PYTHON={sys.exec
 def typed() -> dict[str, str]:
     """The environment of a `make` that a user types, without what the `make` that runs these tests left in it."""
     return {
-        name: value for name, value in os.environ.items() if not re.match("FERRY_WHERE|M(AKE)?FLAGS|MAKELEVEL", name)
+        name: value
+        for name, value in os.environ.items()
+        if not re.match("FERRY_(TYPED|GOALS|VENV|TERMINAL)|M(AKE)?FLAGS|MAKELEVEL", name)
     }
 
 
@@ -54,12 +57,18 @@ class Chain:
         self.hub, self.model = folder / "hub" / run, folder / "models" / run / "current"
         near = os.path.relpath(folder, ROOT)  # as a user's `make` has it: relative to the checkout
         self.settings = [
-            f"RUN={run}", f"RUNS={near}/runs", f"MODELS={near}/models", f"REPO={self.hub}",
-            f"SET={SHORT} publish.repo={folder}/hub/{{run}}",
+            "CONFIG=configs/demo.yaml", f"RUN={run}", f"RUNS={near}/runs", f"SET={SHORT} publish.repo={folder}/hub/{{run}}",
         ]  # fmt: skip
+        self.deploy_settings = [f"MODELS={near}/models", f"REPO={self.hub}"]
 
-    def make(self, *arguments: str) -> subprocess.CompletedProcess:
-        return make(*self.settings, *arguments, prefix=self.prefix)
+    def make(self, target: str, *arguments: str, change: str = "") -> subprocess.CompletedProcess:
+        """change: settings of the config that are other than the chain's, as SET= takes them."""
+        settings = (
+            self.deploy_settings
+            if target == "deploy-mac"
+            else [*self.settings[:-1], f"{self.settings[-1]} {change}".strip()]
+        )
+        return make(*settings, target, *arguments, prefix=self.prefix)
 
     def start(self, *arguments: str) -> subprocess.Popen:
         """The same in a process group of its own, to be killed."""
@@ -75,13 +84,45 @@ class Chain:
         )
 
 
+@dataclass
+class Intrusion:
+    """A second `make` on the run while the first one works in a stage."""
+
+    stage: str
+    done: subprocess.CompletedProcess
+    pid: int  # of the first one's `make`
+    before: dict[str, tuple[int, int]]
+    after: dict[str, tuple[int, int]]
+
+
+def list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """{path: (time of change, bytes)}"""
+    found = [(path, path.stat()) for path in sorted(folder.rglob("*"))]
+    return {str(path): (state.st_mtime_ns, state.st_size) for path, state in found}
+
+
+def train_with_intrusions(chain: Chain) -> tuple[str, list[Intrusion]]:
+    """`make train`, held still at the beginning of each stage while a second `make train` is tried."""
+    process, printed, intrusions = chain.start("train"), [], []
+    for line in process.stdout:
+        printed.append(line)
+        if found := re.match(r"\[\d/6\] ([a-z]+)$", line):
+            os.killpg(process.pid, signal.SIGSTOP)
+            before = list_files(chain.run)
+            done = chain.make("train")
+            intrusions.append(Intrusion(found[1], done, process.pid, before, list_files(chain.run)))
+            os.killpg(process.pid, signal.SIGCONT)
+    assert process.wait() == 0, "".join(printed)
+    return "".join(printed), intrusions
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> Chain:
     """`make demo` with a shorter training, once for all tests."""
     made = Chain(tmp_path_factory.mktemp("chain"))
-    for target in ("train", "deploy-mac"):
-        done = made.make(target)
-        assert done.returncode == 0, done.stdout + done.stderr
+    made.printed, made.intrusions = train_with_intrusions(made)
+    done = made.make("deploy-mac")
+    assert done.returncode == 0, done.stdout + done.stderr
     made.output = done.stdout
     return made
 
@@ -165,7 +206,11 @@ def online(tmp_path, monkeypatch):
 
 
 def ferry(*command: object, **settings: str) -> subprocess.CompletedProcess:
-    """`python -m` one of the two sides, as the Makefile does; the checkout is the current folder."""
+    """The `ferry` command in this environment; the checkout is the current folder."""
     return subprocess.run(
-        [sys.executable, "-m", *map(str, command)], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+        [sys.executable, "-m", "cli", *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
     )

@@ -149,7 +149,9 @@ def target(folder: Path) -> Callable[[str, bytes], int]:
                 assert isinstance(number, int) and number > 0
                 count += 1
                 with suppress(Unfit):
-                    messages, _, _ = cleaner(schema.conversation(work.parsed(payload, part.name, number), found))
+                    row = work.parsed(payload)
+                    schema.unused_fields(row, found)
+                    messages, _, _ = cleaner(schema.conversation(row, found))
                     assert messages[-1]["role"] == "assistant" and all(type(m["content"]) is str for m in messages)
                     json.dumps(messages, ensure_ascii=False).encode()
         return count

@@ -119,7 +119,9 @@ def made(base: Path, folder: Path, source: Path | str, name: str = "run", proces
         section, key = key.split("__")
         tree[section][key] = value
     built = config.build(tree, {}, Path("test.yaml"))
-    record = data.stage(built, Run(folder / name), processes)
+    run = Run(folder / name)
+    run.freeze(built)
+    record = data.stage(built, run, processes)
     day = built.data.date
     tokenizer, *_ = template.load(base, built.data.template, day, False)
     return Made(record, folder / name / "data", tokenizer).check()
@@ -213,24 +215,27 @@ WIDE = "".join(f"{p['question']};{p['answer']}\n" for p in pairs())
 P0, P1 = pair("x"), pair("y")
 BASIC = {"question": "who steers the big ship?", "answer": "the captain does"}
 
+# Lines of a file that are no JSON, one rejected row each: (name, content, the line).
+BROKEN_LINES = [
+    ("last line cut off", GOOD + b'{"question": "wh', 41),
+    ("a line cut off in the middle", jsonl(*pairs(9), '{"question": "a", "ans', *pairs()), 10),
+    ("two objects on a line", jsonl(*pairs(9), '{"question": "a", "answer": "b"} {}'), 10),
+    ("text behind the last line", GOOD + b"Process finished with exit code 0\n", 41),
+    ("comments", jsonl(*pairs(5), "// more", *pairs()), 6),
+    ("a trailing comma", jsonl('{"question": "a", "answer": "b",}', *pairs()), 1),
+    ("a raw line break in a string", GOOD + b'{"question": "a\nb", "answer": "c"}\n', 41),
+    ("a raw tab in a string", GOOD + b'{"question": "a\tb", "answer": "c"}\n', 41),
+    ("10,000 levels", jsonl(*pairs(), nested(10_000)), 41),
+    ("a number of 5,000 digits", jsonl(*pairs(), '{"question": "n", "answer": 1' + "0" * 5000 + "}"), 41),
+    ("a BOM in the middle", GOOD + BOM + GOOD, 41),
+]  # fmt: skip
 # Files that cannot be used at all: (name, file, content, what is said, settings).
 REFUSED = [
-    ("last line cut off", "r.jsonl", GOOD + b'{"question": "wh', r"r\.jsonl:41: no JSON"),
-    ("a line cut off in the middle", "r.jsonl", jsonl(*pairs(9), '{"question": "a", "ans', *pairs()), r"r\.jsonl:10: no JSON"),
-    ("two objects on a line", "r.jsonl", jsonl(*pairs(9), '{"question": "a", "answer": "b"} {}'), r"r\.jsonl:10: no JSON: Extra"),
-    ("text behind the last line", "r.jsonl", GOOD + b"Process finished with exit code 0\n", r"r\.jsonl:41: no JSON"),
-    ("comments", "r.jsonl", jsonl(*pairs(5), "// more", *pairs()), r"r\.jsonl:6: no JSON"),
-    ("Python's repr", "r.jsonl", jsonl(*(repr(p) for p in pairs())), r"r\.jsonl:1: no JSON"),
-    ("a trailing comma", "r.jsonl", jsonl('{"question": "a", "answer": "b",}', *pairs()), r"r\.jsonl:1: no JSON"),
-    ("a comma between lines", "r.jsonl", jsonl(*pairs(), end=b",\n"), r"r\.jsonl:1: no JSON"),
-    ("one object over many lines", "r.jsonl", json.dumps(pairs()[0], indent=1).encode(), r"r\.jsonl:1: no JSON"),
-    ("a raw line break in a string", "r.jsonl", GOOD + b'{"question": "a\nb", "answer": "c"}\n', r"r\.jsonl:41: no JSON"),
-    ("a raw tab in a string", "r.jsonl", GOOD + b'{"question": "a\tb", "answer": "c"}\n', r"r\.jsonl:41: no JSON: Invalid control"),
-    ("10,000 levels", "r.jsonl", jsonl(*pairs(), nested(10_000)), r"r\.jsonl:41: no JSON: .*recursion"),
+    ("Python's repr", "r.jsonl", jsonl(*(repr(p) for p in pairs())), r"r\.jsonl:1: .*(Expecting|Extra)"),
+    ("a comma between lines", "r.jsonl", jsonl(*pairs(), end=b",\n"), r"r\.jsonl:1: .*(Expecting|Extra)"),
+    ("one object over many lines", "r.jsonl", json.dumps(pairs()[0], indent=1).encode(), r"r\.jsonl:1: Expecting"),
     ("10,000 levels in an array", "r.json", array(*pairs(), nested(10_000)), r"r\.json:41: no JSON: .*recursion"),
-    ("a number of 5,000 digits", "r.jsonl", jsonl(*pairs(), '{"question": "n", "answer": 1' + "0" * 5000 + "}"), r"r\.jsonl:41: no JSON"),
-    ("carriage returns only", "r.jsonl", jsonl(*pairs(), end=b"\r"), r"r\.jsonl:1: no JSON: Extra"),
-    ("a BOM in the middle", "r.jsonl", GOOD + BOM + GOOD, r"r\.jsonl:41: no JSON: .*BOM"),
+    ("carriage returns only", "r.jsonl", jsonl(*pairs(), end=b"\r"), r"r\.jsonl:1: Extra"),
     ("array cut off", "r.json", array(*pairs())[:-30], r"r\.json:40: no JSON"),
     ("array never closed", "r.json", array(*pairs())[:-1], r"r\.json:40: no JSON: the array is not closed|does not go on"),
     ("object cut off", "r.json", b'{"data": ' + array(*pairs())[:-30], r"r\.json:\d+: no JSON"),
@@ -285,7 +290,7 @@ REFUSED = [
     ("Parquet damaged", "r.parquet", spoiled(table(columns()), 60, 260), r"r\.parquet.*(no readable Parquet|cannot be read)"),
     ("Parquet without rows", "r.parquet", table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), r"r\.parquet"),
     ("Parquet of null columns", "r.parquet", table({"question": pa.nulls(40), "answer": pa.nulls(40)}), "40 of 40 rows cannot be used"),
-    ("Parquet of bytes", "r.parquet", table(columns(answer=[b"yes"] * 40)), r"40 of 40 rows cannot be used.*\n.*40 not_text.*r\.parquet:1: assistant is bytes"),
+    ("Parquet of bytes", "r.parquet", table(columns(answer=[b"yes"] * 40)), r"40 of 40 rows cannot be used.*\n.*40 not_text.*r\.parquet:1-40; the first: assistant is bytes"),
     ("Parquet of maps", "r.parquet", table({"messages": pa.array([[("user", "a")]] * 40, pa.map_(pa.string(), pa.string()))}), r"r\.parquet: no known format"),
     ("Parquet with a column twice", "r.parquet", table(pa.Table.from_arrays([pa.array(c) for c in [*columns().values(), ["other"] * 40]], ["question", "answer", "answer"])), r"r\.parquet.*answer"),
     ("Parquet with an unknown time zone", "r.parquet", table(columns(at=pa.array([1] * 40, pa.timestamp("us", "Mars/Crater")))), r"r\.parquet: no readable Parquet"),
@@ -315,7 +320,7 @@ REFUSED = [
     ("unknown keys", "r.jsonl", jsonl(*({"q": "a", "a": "b"} for _ in range(9))), r"r\.jsonl: no known format: the first 9 rows have the keys q, a"),
     ("text and a chat template", "r.jsonl", jsonl(*({"text": words(str(i))} for i in range(40))), r"plain text, and a chat template"),
     ("a template that is not there", "r.jsonl", GOOD, r"none\.jinja", {"data__template": "/nowhere/none.jinja"}),
-    ("only duplicates", "r.jsonl", jsonl(*[P0] * 40), r"rows are left of 40 \(1 different questions; dropped: .*39 duplicate"),
+    ("only duplicates", "r.jsonl", jsonl(*[P0] * 40), r"rows are left of 40 \(1 different questions; dropped: .*duplicate \(39\)"),
     ("only rows that are too short", "r.jsonl", GOOD, r"0 training and 0 held-out rows are left", {"clean__min_words": 9}),
     ("only rows that are too long", "r.jsonl", GOOD, r"40 too_long", {"base__max_seq_length": 16}),
     ("a quarter broken", "r.jsonl", jsonl(*pairs(30), *[{"question": "q", "answer": None}] * 10), r"10 of 40 rows cannot be used:\n  10 empty .*r\.jsonl:31"),
@@ -654,9 +659,27 @@ def test_what_normalizing_makes_is_clean_itself():
         clean.encodable(clean.normalized(text, set()))
 
 
+@pytest.mark.parametrize(
+    ("content", "line"), [item[1:] for item in BROKEN_LINES], ids=[item[0] for item in BROKEN_LINES]
+)
+def test_a_broken_line_is_one_rejected_row(run, tmp_path, content, line):
+    (tmp_path / "r.jsonl").write_bytes(content)
+    got = run(tmp_path / "r.jsonl", **FEW)
+    assert got.record["dropped"]["broken_json"] in (1, 2) and got.record["rows"]["train"] >= 7
+    rejected = [note for note in got.rejected if note["reason"] == "broken_json"]
+    assert rejected[0]["where"].endswith(f"r.jsonl:{line}")
+
+
+def test_all_broken_lines_are_listed_at_once(run, tmp_path):
+    lines = [b"{" if number % 3 == 0 else line(pair(str(number))) for number in range(1, 61)]
+    (tmp_path / "r.jsonl").write_bytes(b"\n".join(lines))
+    refused(run, tmp_path / "r.jsonl", r"20 of 60 rows cannot be used.*\n.*r\.jsonl:3, 6, 9, 12, .*57, 60; the first: ")
+
+
 def test_a_damaged_line_far_down_is_found_by_every_worker(run, tmp_path):
     (tmp_path / "r.jsonl").write_bytes(jsonl(*pairs(2500), '{"question": '))
-    refused(run, tmp_path / "r.jsonl", r"r\.jsonl:2501: no JSON", processes=2)
+    got = run(tmp_path / "r.jsonl", processes=2, **FEW)
+    assert got.record["dropped"]["broken_json"] == 1
 
 
 def test_deep_rows_reach_every_worker(run, tmp_path):
@@ -698,7 +721,8 @@ def test_a_broken_validation_file(run, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(GOOD)
     (tmp_path / "set" / "test.jsonl").write_bytes(jsonl(*pairs(5), "{"))
-    refused(run, tmp_path / "set", r"test\.jsonl:6: no JSON")
+    got = run(tmp_path / "set", **FEW)
+    assert got.record["dropped"]["broken_json"] == 1 and got.record["rows"]["heldout"] == 5
 
 
 def test_rows_cut_from_several_files(run, tmp_path):
@@ -779,7 +803,7 @@ def command(folder: Path, base: Path, source: Path) -> subprocess.CompletedProce
     """`python -m pipeline data`, which refuses."""
     (folder / "c.yaml").write_text(f"base: {{model: {base}}}\ndata: {{source: '{source}', validation_share: 0.2}}\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "data", str(folder / "c.yaml"), "--run", str(folder / "cli")],
+        [sys.executable, "-m", "cli", "data", str(folder / "c.yaml"), "--run", str(folder / "cli")],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
@@ -792,7 +816,7 @@ def command(folder: Path, base: Path, source: Path) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("r.jsonl", GOOD + b'{"question": "wh', "r.jsonl:41: no JSON"),
+        ("r.jsonl", b"{\n" * 30 + GOOD, "r.jsonl:1-30; the first: Expecting"),
         ("r.parquet", GOOD, "r.parquet: no readable Parquet"),
         ("r.csv", csv(header="question,question"), "r.csv:1: the header names a column twice"),
         ("r.jsonl", jsonl(*pairs(30), *[{"question": "q", "answer": None}] * 10), "10 of 40 rows cannot be used"),
@@ -888,7 +912,8 @@ PERSONAL = [
     (CARD, "card number"), (CARD.replace(" ", ""), "card number"), (CARD.replace(" ", "-"), "card number"),
     ("5500 0055 5555 " + "5559", "card number"), ("3782 822463 " + "10005", "card number"),
     (IBAN, "IBAN"), (IBAN.replace(" ", ""), "IBAN"), ("GB82 WEST 1234 5698 " + "7654 32", "IBAN"),
-    (SSN, "social security number"),
+    (SSN, "social security number"), ("+49 30 " + "901820", "phone number"), ("(202) 456-" + "1111", "phone number"),
+    ("202-456-" + "1111", "phone number"), ("+44 20 7946 " + "0958", "phone number"),
 ]  # fmt: skip
 
 
@@ -904,7 +929,7 @@ def test_personal_data_is_found_and_masked(sample, kind, around):
 @pytest.mark.parametrize(
     "text",
     ["on 2024-07-26 at 12:30:59", "26/07/2024, 26.07.2024", "version 4.11.111.1111", "v1.2.3-rc.4", "order 4111111111111112",
-     "card 4111 1111 1111 1112", "0000 0000 0000 0000", "4444444444444444", "call +49 30 1234567 or (555) 010-9999", "555-010-9999",
+     "card 4111 1111 1111 1112", "0000 0000 0000 0000", "4444444444444444", "555-010-9999",
      "123e4567-e89b-12d3-a456-426614174000", "d41d8cd98f00b204e9800998ecf8427e", "da39a3ee5e6b4b0d3255bfef95601890afd80709",
      "1,234,567.89 EUR", "$ 19.99", "12:30 - 14:45", "1700000000000", "192.168.100.200", "ISBN 978-3-16-148410-0", "666-12-3456",
      "000-12-3456", "DE89 3704 0044 0532 0130 01", "a @ b", "@ann", "user@localhost", "x@y.1", "3.14159265358979323846",

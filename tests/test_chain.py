@@ -10,6 +10,7 @@ import pytest
 from contract import files, manifest
 from contract.errors import UserError
 from deploy import modelfile, pull, smoke
+from pipeline.changes import find_changes
 from pipeline.record import STAGES, Run
 from pipeline.rows import read as rows_of
 from tests.conftest import make
@@ -63,7 +64,8 @@ def test_every_stage_wrote_its_record_after_its_outputs(chain):
             assert files.sha256(chain.run / f"{name}.json") == digest
 
 
-def test_a_record_without_its_outputs_cannot_be_written(tmp_path):
+def test_a_record_without_its_outputs_cannot_be_written(chain, tmp_path):
+    shutil.copy(chain.run / "config.yaml", tmp_path)
     with pytest.raises(FileNotFoundError):
         Run(tmp_path).write("data", (), {"train": tmp_path / "train.jsonl"})
     assert not (tmp_path / "data.json").exists()
@@ -184,38 +186,29 @@ def test_again_repeats_nothing_but_the_smoke_test(chain):
 
 
 def test_a_stage_asked_for_again_says_so(chain):
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "finetune", "--run", str(chain.run)], capture_output=True, text=True
-    )
-    assert "done already" in done.stdout and done.returncode == 0
+    done = chain.make("finetune")
+    assert done.returncode == 0 and re.search(r"^\[2/6\] finetune: done already", done.stderr, re.MULTILINE)
+    assert "evaluate" not in done.stderr, "a target runs what comes before it and nothing after it"
 
 
-def test_a_changed_config_is_refused_with_the_difference(chain):
-    settings = [s if not s.startswith("SET=") else s + " finetune.r=8" for s in chain.settings]
-    done = make(*settings, "train")
-    assert done.returncode == 2
-    assert (
-        "finetune.r: 16 in the run, 8 now" in done.stderr
-        and "RUN=chain-2" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+def test_a_changed_training_is_refused_with_the_difference(chain):
+    done = chain.make("train", change="finetune.r=8")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "finetune.r: 16 in the run, 8 now" in done.stderr and "RUN=chain.v2" in done.stderr
 
 
-def test_changed_inputs_and_outputs_are_refused(chain, tmp_path):
-    from pipeline.record import check
-
+def test_changed_inputs_and_outputs_are_noticed(chain, tmp_path):
     copy = Run(Path(shutil.copytree(chain.run, tmp_path / "chain", ignore=shutil.ignore_patterns("merged", "*.gguf"))))
-    faults = check(copy, copy.config())
-    assert (
-        all("gguf: gone" in fault for fault in faults) and len(faults) == 4
-    )  # f16, q4_k_m, the one without imatrix, imatrix
+    changes = find_changes(copy, copy.config())
+    assert list(changes.stale) == ["export", "verify", "publish"] and not changes.faults
+    assert all("gguf: gone" in reason for reason in changes.stale["export"])
+    assert len(changes.stale["export"]) == 4, "f16, q4_k_m, the one without imatrix, imatrix"
     record = files.read_json(copy.path("data"))
     files.write_json(copy.path("data"), record | {"inputs": {name: "0" * 64 for name in record["inputs"]}})
-    said = "\n".join(check(copy, copy.config()))
-    assert "train.jsonl: its content has changed" in said and "finetune.json was made from another data.json" in said
+    faults = "\n".join(find_changes(copy, copy.config()).faults)
+    assert (
+        "train.jsonl: its content has changed" in faults and "finetune.json was made from another data.json" in faults
+    )
 
 
 def test_a_pull_notices_a_flipped_byte(hub, tmp_path):
@@ -271,19 +264,23 @@ def test_another_models_answers_fail_the_smoke_test(chain, source, tmp_path):
 
 
 def test_bad_arguments_end_with_exit_code_2_and_no_traceback(chain):
+    demo = "CONFIG=configs/demo.yaml"
     for arguments, expected in (
         (["train", "CONFIG=configs/none.yaml"], "cannot read the config configs/none.yaml"),
-        (["train", "SET=finetune.rr=1"], "unknown key, did you mean r?"),
+        ([demo, "train", "SET=finetune.rr=1"], "unknown key, did you mean r?"),
         (["deploy-mac", "REPO=./nowhere/at-all"], "no such folder"),
-        (["train", "RUN=a+b"], "cannot name files and a model"),
+        ([demo, "train", "RUN=a+b"], "cannot name a folder and a model"),
         # files of `evaluate`, before anything is trained
-        (["train", "RUN=none", "SET=evaluate.prompts=none.txt"], "evaluate.prompts none.txt: No such file"),
         (
-            ["train", "RUN=none", "SET=evaluate.rule=json_schema evaluate.json_schema=LICENSE"],
+            [demo, "train", "RUN=none", "SET=evaluate.prompts=none.txt"],
+            "evaluate.prompts: none.txt is missing (looked for /",
+        ),
+        (
+            [demo, "train", "RUN=none", "SET=evaluate.rule=json_schema evaluate.json_schema=LICENSE"],
             "evaluate.json_schema LICENSE",
         ),
         (["finetune", "CONFIG=configs/gemma-2-2b-alpaca.yaml", f"RUNS={chain.folder / 'other'}"], "google/gemma-2-2b"),
-        (["data", f"RUNS={chain.run / 'data.json'}"], "cannot write"),
+        ([demo, "data", f"RUNS={chain.run / 'data.json'}"], "cannot write"),
     ):
         done = make(*arguments)
         assert done.returncode == 2, arguments

@@ -76,18 +76,22 @@ def test_every_golden_prompt_is_answered_as_by_contract_runtime_token_for_token(
 def test_the_manifests_smoke_prompt_is_what_a_user_asks(engine):
     for known in engine.made.smoke:
         engine.model.reset()
-        found = answer(engine, engine.prompt([{"role": "user", "content": known.message}]))
+        asked = engine.with_default_system([{"role": "user", "content": known.message}])
+        found = answer(engine, engine.prompt(asked))
         assert found.prompt == list(known.ids) and found.ids == runtime.greedy(engine.model, known.ids, 24)[0]
 
 
 def test_the_system_prompt_of_the_training_is_told_where_a_conversation_has_none(engine):
     own = [{"role": "system", "content": "Own."}, *HI]
-    assert engine.told(HI) == [{"role": "system", "content": SYSTEM}, *HI] and engine.told(own) == own
-    assert engine.prompt(HI) == runtime.tokenize(engine.model, template.prompt(engine.model, engine.told(HI)))
+    whole = engine.with_default_system(HI)
+    assert whole == [{"role": "system", "content": SYSTEM}, *HI] and engine.with_default_system(own) == own
+    assert engine.prompt(whole) == runtime.tokenize(engine.model, template.prompt(engine.model, whole))
     # Without one in the manifest the template's own default is the template's business.
     without = talk.Talk(engine.made.model_copy(update={"chat": engine.made.chat.model_copy(update={"system": None})}), engine.model, 1024)  # fmt: skip
-    assert without.told(HI) == HI
-    assert b"named SmolLM" in engine.model.detokenize(without.prompt(HI)) != engine.model.detokenize(engine.prompt(HI))
+    assert without.with_default_system(HI) == HI
+    assert (
+        b"named SmolLM" in engine.model.detokenize(without.prompt(HI)) != engine.model.detokenize(engine.prompt(whole))
+    )
 
 
 @pytest.mark.parametrize("what", ["golden", "smoke"])
@@ -229,7 +233,7 @@ def test_a_model_that_adds_a_bos_gets_the_one_of_its_template_and_no_second(with
     assert ids.count(bos) == 1 and ids[0] == bos
     assert all(list(golden.ids).count(bos) == 1 for golden in with_bos.made.golden)
     # The trap (llama-cpp-python#1501): the library, given the same text, puts a second one there.
-    text = template.prompt(with_bos.model, with_bos.told(HI))
+    text = template.prompt(with_bos.model, with_bos.with_default_system(HI))
     assert with_bos.model.tokenize(text.encode(), special=True)[:2] == [bos, bos]
     assert with_bos.raw(text) == ids and with_bos.raw("Once")[0] == bos
     assert likely(with_bos, answer(with_bos, ids, max_tokens=12))
@@ -306,7 +310,7 @@ def test_nothing_that_moves_a_terminal_is_printed(said, printed):
 
 
 class Terminal:
-    """`python -m deploy chat` on a terminal of its own, and somebody who types."""
+    """`ferry chat` on a terminal of its own, and somebody who types."""
 
     def __init__(self, version: Path):
         self.master, slave = pty.openpty()
@@ -350,7 +354,7 @@ class Terminal:
 
 def command(version: Path) -> list[str]:
     name, models = version.parent.name, version.parent.parent
-    return [sys.executable, "-m", "deploy", "chat", f"./{name}", "--models", str(models)]
+    return [sys.executable, "-m", "cli", "chat", f"./{name}", "--models", str(models)]
 
 
 @pytest.fixture
@@ -401,7 +405,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talkative):
 
 
 def test_a_full_context_is_said_and_the_oldest_turns_are_forgotten(engine, capsys):
-    here = chat.Chat(engine)
+    here = chat.Chat(engine, SYSTEM)
     here.turns = [{"role": role, "content": "word " * 60} for _ in range(12) for role in ("user", "assistant")]
     here.ask("Say hello.")
     said = capsys.readouterr().out

@@ -49,6 +49,7 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
         boxes.lend_environment(box, laptop)
         words = (
             "cloud-to-local",
+            "CONFIG=configs/demo.yaml",
             f"CLOUD={box.address}",
             "RUN=boat",
             "DEVICE=cpu",
@@ -83,13 +84,13 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
 def test_a_sleeping_laptop_finds_its_job_again(delivered):
     said = delivered.said["first"]
     assert re.search(r"root@127\.0\.0\.1 is not reached: .*; again in 5 s", said)
-    assert "Traceback" not in said and "-- finetune" in said.split("again in 5 s")[1]
+    assert "Traceback" not in said and "[2/6] finetune" in said.split("again in 5 s")[1]
 
 
 def test_the_job_outlives_its_laptop_and_is_not_started_twice(delivered):
     said = delivered.said["second"]
     assert "root@127.0.0.1: boat runs there already" in said and "sending" not in said
-    assert "-- data" not in said, "what was seen is not shown again"
+    assert "[1/6] data" not in said, "what was seen is not shown again"
     log = (delivered.there / "job" / "log").read_text()
     assert log.count("train: natively") == 2, "the first start, and that after it was killed"
 
@@ -98,14 +99,14 @@ def test_a_job_killed_on_the_box_is_one_clear_line_and_starts_again_where_it_sto
     said = delivered.said["second"]
     assert "error: `make train` on root@127.0.0.1 ended without a word" in said and "Traceback" not in said
     assert "boat does not run on root@127.0.0.1. root@127.0.0.1 bills until" in said
-    assert "finetune: continuing from checkpoint-" in delivered.said["third"]
+    assert "  continuing from checkpoint-" in delivered.said["third"]
     tuned = files.read_json(delivered.there / "runs" / "boat" / "finetune.json")
     assert tuned["resumed_from"].startswith("checkpoint-") and tuned["steps"] == 30
 
 
 def test_it_ends_deployed_and_says_what_bills(delivered):
     said, laptop = delivered.said["third"], delivered.laptop
-    assert "cloud: ./hub/boat, trained on root@127.0.0.1 by the code of" in said
+    assert "cloud: ./hub/boat\n  trained on root@127.0.0.1 by the code of" in said
     assert "smoke: passed" in said and "make chat REPO=./hub/boat" in said
     assert said.rstrip().splitlines()[-1] == "TEARDOWN has ended root@127.0.0.1: `echo ended >> bill`"
     assert (laptop / "bill").read_text() == "ended\n"
@@ -156,21 +157,31 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     for name, watch in watches.items():
         watch.until(lambda log=there[name] / "job" / "log": log.is_file() and "finetune: step 1/30" in log.read_text())
 
+    (laptop / "aside").mkdir()
     other = [word if not word.startswith("SET=") else f"{word} finetune.seed=7" for word in words["starboard"]]
-    shutil.move(laptop / "runs" / "starboard", laptop / "runs" / "aside")  # as on another laptop
+    for name in ("starboard", ".starboard.lock"):  # as on another laptop
+        shutil.move(laptop / "runs" / name, laptop / "aside" / name)
     done = boxes.make(laptop, box, *other, f"TEARDOWN=touch {box.folder}/gone")
-    shutil.move(laptop / "runs" / "aside", laptop / "runs" / "starboard")
+    files.remove(laptop / "runs" / "starboard")
+    for name in ("starboard", ".starboard.lock"):
+        (laptop / "aside" / name).rename(laptop / "runs" / name)
     assert done.returncode == 2 and "runs starboard already, with another config" in done.stdout, done.stdout
     assert "still running on root@127.0.0.1: starboard; `make cloud-stop" in done.stdout
     assert not (box.folder / "gone").exists(), "the machine of a running job"
 
+    second = boxes.make(laptop, box, *words["port"])
+    assert second.returncode == 2 and "the run runs/port is in use by `make cloud-to-local` (pid " in second.stdout
+    os.killpg(watches["port"].process.pid, signal.SIGINT)
+    watches["port"].end()
     looker = watched(laptop, box, *words["port"], f"TEARDOWN=touch {box.folder}/gone")
-    looker.until(lambda: "finetune: step 1/30" in looker.said or "port runs there already" in looker.said)
+    looker.until(lambda: "port runs there already" in looker.said)
     os.killpg(looker.process.pid, signal.SIGINT)
     looker.end()
     assert "still running on root@127.0.0.1: port; `make cloud-stop" in looker.said, looker.said
     assert "stopped; the same command goes on from here" in looker.said and "Traceback" not in looker.said
-    assert not (box.folder / "gone").exists() and watches["port"].process.poll() is None
+    assert not (box.folder / "gone").exists()
+    watches["port"] = last = watched(laptop, box, *words["port"])
+    last.until(lambda: "port runs there already" in last.said)
 
     for name, watch in watches.items():
         gone = f"TEARDOWN=rm -r {there[name]}"  # the machine is given back
@@ -184,7 +195,7 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     assert not there["port"].exists()
 
     again = watched(laptop, box, *words["port"])
-    again.until(lambda: "finetune: continuing from checkpoint-" in again.said)
+    again.until(lambda: "  continuing from checkpoint-" in again.said)
     assert "port goes on there with what was brought home" in again.said
     boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=port")
     again.end()
@@ -303,7 +314,7 @@ def test_reproduce_with_other_rows_than_published_trains_nothing(delivered, tmp_
     assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
     assert "boat cannot be reproduced exactly: its checkout had changes" in done.stdout
     assert re.search("error: boat: the same code and sources give other rows, nothing was trained", done.stdout)
-    assert "training rows: 000000000000 published" in done.stdout and "-- finetune" not in done.stdout
+    assert "training rows: 000000000000 published" in done.stdout and "[2/6] finetune" not in done.stdout
 
 
 def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered, tmp_path, monkeypatch):

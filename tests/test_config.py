@@ -160,7 +160,7 @@ def test_a_costly_choice_is_said_aloud(tmp_path):
     tree = load(
         written(
             tmp_path,
-            'base: {model: unsloth/x-bnb-4bit, max_seq_length: 8192}\ndata: {source: a.jsonl, system: "x\\u202f!"}\nfinetune: {lora_dropout: 0.1, bias: all, r: 128, learning_rate: 1.0e-3, num_train_epochs: 5}\n',
+            "base: {model: unsloth/x-bnb-4bit, max_seq_length: 8192}\ndata: {source: a.jsonl, system: kind}\nfinetune: {lora_dropout: 0.1, bias: all, r: 128, learning_rate: 1.0e-3, num_train_epochs: 5}\n",
         )
     )
     said = "\n".join(warnings(tree, rows=40, longest=100))
@@ -170,7 +170,6 @@ def test_a_costly_choice_is_said_aloud(tmp_path):
         "rank 128",
         "learning_rate",
         "quantized already",
-        "drops U+202F",
         "40 training rows",
         "5.0 epochs",
         "max_seq_length 8192",

@@ -54,7 +54,9 @@ def run(base, tmp_path):
         for key, value in settings.items():
             section, key = key.split("__")
             tree.setdefault(section, {})[key] = value
-        record = data.stage(config.build(tree, {}, Path("test.yaml")), Run(tmp_path / name))
+        run, built = Run(tmp_path / name), config.build(tree, {}, Path("test.yaml"))
+        run.freeze(built)
+        record = data.stage(built, run)
         return record, tmp_path / name / "data"
 
     return made
@@ -189,7 +191,8 @@ def test_too_many_broken_rows_stop_the_stage_before_anything_is_paid(run, tmp_pa
     with pytest.raises(UserError) as caught:
         run(given)
     assert "18 of 78 rows cannot be used" in caught.value.message
-    assert "10 empty" in caught.value.message and "rows.jsonl:61: assistant is null" in caught.value.message
+    assert "10 empty" in caught.value.message and "rows.jsonl:61-70; " in caught.value.message
+    assert "the first: assistant is null" in caught.value.message
     assert not (tmp_path / "run" / "data.json").exists() and (tmp_path / "run" / "data" / "rejected.jsonl").exists()
     assert run(given, name="allowed", clean__max_rejected=0.3)[0]["rows"]["dropped"] == 18
 
@@ -259,15 +262,15 @@ def test_the_table_shows_every_number(run):
 
 
 def test_preview_shows_what_carries_loss(base, tmp_path):
-    from pipeline.cli import cli
+    from cli.main import ferry
 
     write(tmp_path / "rows.jsonl", pairs(60))
     (tmp_path / "c.yaml").write_text(
         f"base: {{model: {base}}}\ndata: {{source: {tmp_path}/rows.jsonl, validation_share: 0.2}}\n"
     )
     said = CliRunner().invoke(
-        cli,
-        ["data", str(tmp_path / "c.yaml"), "--run", str(tmp_path / "run"), "--preview", "2"],
+        ferry,
+        ["preview", str(tmp_path / "c.yaml"), "--run", str(tmp_path / "run"), "--rows", "2"],
         catch_exceptions=False,
     )
     assert said.exit_code == 0 and said.output.count("--- row") == 2
@@ -303,7 +306,7 @@ def test_an_interrupted_pool_leaves_no_process_and_no_traceback(base, tmp_path, 
     command = [
         sys.executable,
         "-m",
-        "pipeline",
+        "cli",
         "data",
         str(tmp_path / "c.yaml"),
         "--run",
@@ -315,7 +318,7 @@ def test_an_interrupted_pool_leaves_no_process_and_no_traceback(base, tmp_path, 
     spooled = tmp_path / "run" / "data" / "spool" / "rows.arrow"
     until(lambda: spooled.is_file() and spooled.stat().st_size > 300_000)
     workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2
+    assert len(workers) >= 3, "the stage's own process, and its pool"
     if kind == signal.SIGINT:  # as a terminal sends it: to the whole group
         os.killpg(process.pid, kind)
         assert (

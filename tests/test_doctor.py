@@ -311,9 +311,9 @@ def test_the_page_is_a_table_with_every_cure_below_its_lack():
 
 
 def test_lacks_are_no_failure_and_a_fault_is(tmp_path, unknown):
-    done = ferry("deploy", "doctor", "--models", tmp_path / "models")
+    done = ferry("doctor", "--models", tmp_path / "models")
     assert done.returncode == 0 and not done.stderr and done.stdout.count("lack  ") >= 2
-    done = ferry("deploy", "doctor", unknown, "--models", tmp_path / "models")
+    done = ferry("doctor", unknown, "--models", tmp_path / "models")
     assert done.returncode == 2 and "fault file      real.q4_k_m.gguf: the architecture lamma" in done.stdout
     assert "Traceback" not in done.stderr and not (tmp_path / "models").exists()
 

@@ -60,7 +60,7 @@ def made(tmp_path_factory) -> Path:
         "finetune": TUNE,
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    done = subprocess.run([sys.executable, "-m", "pipeline", "data", str(folder / "config.yaml"), "--run", str(folder / "run")],
+    done = subprocess.run([sys.executable, "-m", "cli", "data", str(folder / "config.yaml"), "--run", str(folder / "run")],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -245,7 +245,7 @@ def begin(run: Run, **settings) -> subprocess.Popen:
     tree = yaml.safe_load(run.config_file.read_text())
     tree["finetune"] |= settings
     run.config_file.write_text(yaml.safe_dump(tree))
-    return subprocess.Popen([sys.executable, "-m", "pipeline", "finetune", "--run", str(run.folder)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, "-m", "pipeline", "finetune", str(run.folder)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
@@ -376,7 +376,7 @@ def test_out_of_memory_trains_the_same_step_with_less_at_once(run, small_card, c
     run.path("finetune").unlink()
     sizes = small_card(200)
     again = trained(run, lora_dropout=0.0)
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
     before, after = map(
         int, re.search(r"out of GPU memory with (\d+) tokens .*; the same step again with (\d+)", said).groups()
     )

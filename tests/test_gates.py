@@ -17,7 +17,7 @@ from pipeline.export import stage as export
 from pipeline.finetune import checks
 from pipeline.publish import stage as publish
 from pipeline.record import Run
-from pipeline.score import held_out
+from pipeline.score import confidence_interval, held_out
 from pipeline.verify import derive, parity
 from pipeline.verify import stage as verify
 
@@ -252,11 +252,18 @@ def test_a_quantization_that_costs_too_much_is_followed_by_a_larger_one_and_keep
 
 def test_the_gate_looks_at_loss_and_at_score(run):
     config = changed(run, max_score_drop=0.02)
-    good = {"loss": 0.1, "score": 0.95}
-    assert verify.too_coarse(config, {"loss": 0.149, "score": 0.93}, good) is None
-    assert "0.051 nats" in verify.too_coarse(config, {"loss": 0.151, "score": 0.95}, good)
-    assert "3.0 points" in verify.too_coarse(config, {"loss": 0.1, "score": 0.92}, good)
-    assert "nan nats" in verify.too_coarse(config, {"loss": float("nan"), "score": 0.95}, good)
+
+    def scores(loss: float, right: int, rows: int = 1000) -> dict:
+        return {"loss": loss, "score": right / rows, "rows": rows, "interval": confidence_interval(right / rows, rows)}
+
+    good = scores(0.1, 950)
+    assert verify.too_coarse(config, scores(0.149, 930), good) is None
+    assert "0.051 nats" in verify.too_coarse(config, scores(0.151, 950), good)
+    assert "3.0 points" in verify.too_coarse(config, scores(0.1, 920), good)
+    assert "nan nats" in verify.too_coarse(config, scores(float("nan"), 950), good)
+    # of 40 rows one answer is 2.5 points, and one answer may always turn
+    assert verify.too_coarse(config, scores(0.1, 37, 40), scores(0.1, 38, 40)) is None
+    assert "5.0 points" in verify.too_coarse(config, scores(0.1, 36, 40), scores(0.1, 38, 40))
 
 
 def test_nothing_is_published_below_the_score(run):

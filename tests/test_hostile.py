@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cli.main import main
 from contract import files, manifest
-from contract.cli import main
-from deploy.cli import cli
 from tests import repos
 from tests.conftest import ferry
 from tests.repos import rewrite
@@ -147,9 +146,9 @@ def test_it_is_refused_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, 
     folder = repos.make(tmp_path / "repo", 1 << 20)
     change(folder)
     before = {path for path in tmp_path.rglob("*")}
-    monkeypatch.setattr("sys.argv", ["deploy", "pull", str(folder), "--models", str(tmp_path / "models")])
+    monkeypatch.setattr("sys.argv", ["ferry", "pull", str(folder), "--models", str(tmp_path / "models")])
     with pytest.raises(SystemExit) as caught:
-        main(cli)
+        main()
     said = capsys.readouterr()
     assert caught.value.code == 2, said
     assert expected in said.err and "next:" in said.err and "Traceback" not in said.err, said.err
@@ -165,7 +164,7 @@ def test_over_http_too(online, tmp_path, case):
     folder = repos.make(tmp_path / "repo", 1 << 20)
     HOSTILE[case][0](folder)
     online.add("models/you/tiny", folder, private=True)
-    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "models")
+    done = ferry("pull", "you/tiny", "--models", tmp_path / "models")
     assert done.returncode == 2 and "next:" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "models").exists() or not list((tmp_path / "models").rglob("*"))
     assert online.sent["downloads"] < 20_000_000, "a manifest is never read without end"
@@ -176,7 +175,7 @@ def test_a_file_changed_under_the_same_name(online, tmp_path):
     folder = repos.make(tmp_path / "repo", 6 << 20)
     repos.write_gguf(folder / GGUF, 6 << 20, seed=9)
     online.add("models/you/tiny", folder, private=True)
-    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "models")
+    done = ferry("pull", "you/tiny", "--models", tmp_path / "models")
     assert done.returncode == 2 and "was replaced after it was published" in done.stderr
     assert online.sent["downloads"] < 100_000
 
@@ -185,6 +184,6 @@ def test_a_file_changed_under_the_same_name(online, tmp_path):
     "repo", ["../x", "https://evil.example/you/model", "you/../model", "you/model@", "you/model@../x", "you/mo del", "-x/y", "", "a/b/c", "hf_token@evil/x", "~nobody/x", "a" * 300]
 )  # fmt: skip
 def test_a_repo_that_is_none(tmp_path, repo):
-    done = ferry("deploy", "pull", "--models", tmp_path / "models", "--", repo)
+    done = ferry("pull", "--models", tmp_path / "models", "--", repo)
     assert done.returncode == 2 and "next:" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "models").exists()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +19,7 @@ from launch import address, parcel
 from launch import box as boxes_there
 from tests import boxes
 from tests.boxes import Box
-from tests.conftest import ROOT, SHORT
+from tests.conftest import SHORT
 from tests.hub import serving
 
 pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
@@ -41,8 +41,14 @@ def launched(
 ) -> subprocess.CompletedProcess:
     """The command that most faults happen to."""
     return boxes.make(
-        laptop, box, "cloud-to-local", f"CLOUD={box.address}", f"RUN={run}", f"SET={SHORT}", *words, **environment
-    )
+        laptop, box, "cloud-to-local", *config_of(words), f"CLOUD={box.address}", f"RUN={run}", f"SET={SHORT}", *words,
+        **environment,
+    )  # fmt: skip
+
+
+def config_of(words: tuple[str, ...]) -> list[str]:
+    """The demo's, unless another one is named."""
+    return [] if any(word.startswith("CONFIG=") for word in words) else ["CONFIG=configs/demo.yaml"]
 
 
 def refused(done: subprocess.CompletedProcess, what: str) -> str:
@@ -164,23 +170,25 @@ def test_the_teardown_is_run_when_nothing_runs(laptop, box, tmp_path, code, said
     assert (tmp_path / "bill").read_text() == "ended\n"
 
 
-def test_what_was_typed_goes_on_as_it_was_typed():
-    words = [
-        "MOUNT=/data /models",
-        "TEARDOWN=echo 'it is' $HOME; true",
-        "CLOUD=ssh://you@box",
-        "MAX_DOLLARS=5",
-        "YES=1",
-        "DOCKER=0",
-    ]
-    said = subprocess.run(
-        ["make", "-n", "reproduce", "REPO=you/model", *words], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    command = next(line for line in said.splitlines() if "launch reproduce" in line)
-    assert shlex.split(command)[3:] == [
-        *("reproduce", "you/model", "--runs", "runs", "--pass", "DOCKER=0", "--pass", "MOUNT=/data /models"),
-        *("--cloud", "ssh://you@box", "--teardown", "echo 'it is' $HOME; true", "--max-dollars", "5", "--yes"),
-    ]
+def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
+    """Every option of the command line arrives where the job is made."""
+    from cli.main import ferry
+    from launch import cloud as module
+
+    came = {}
+    monkeypatch.setattr("launch.reproduce.published", lambda repo, runs: SimpleNamespace(name="x", folder=runs))
+    monkeypatch.setattr("launch.reproduce.stage", lambda this, launcher, stop, data, wish: came.update(wish=wish) or [])
+    monkeypatch.setattr("contract.files.write_json", lambda path, value: None)
+    monkeypatch.setattr("launch.verdict.page", lambda rows, repo: "")
+    monkeypatch.setattr("launch.verdict.reproduced", lambda rows: True)
+    words = ["MOUNT=/data /models", "TEARDOWN=echo 'it is' $HOME; true", "CLOUD=ssh://you@box", "MAX_DOLLARS=5", "YES=1",
+             "DOCKER=0"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["ferry"])
+    with pytest.raises(SystemExit) as ended:
+        ferry.main(["make", "reproduce", "reproduce", "REPO=you/model", *words], standalone_mode=False)
+    assert ended.value.code == 0
+    there = ("MOUNT=/data /models", "DOCKER=0")
+    assert came["wish"] == module.Wish((), there, "echo 'it is' $HOME; true", 5.0, True)
 
 
 @pytest.mark.parametrize(

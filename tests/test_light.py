@@ -20,9 +20,9 @@ ROWS = [{"question": f"What is {i} plus {i}? Case {i * 7}.", "answer": f"It is {
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory) -> Path:
-    """The environment of `make data LIGHT=1`."""
+    """The environment that `make data` sets up on a laptop."""
     venv = tmp_path_factory.mktemp("light") / "venv"
-    command = ["make", "--no-print-directory", "env", "LIGHT=1", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    command = [sys.executable, "setup/env.py", "--light", "--venv", str(venv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return venv
@@ -58,7 +58,7 @@ def data(
         "data": {"source": "you/rows", "subset": "large", "split": "train[:2500]"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [str(python), "-m", "pipeline", stage, str(folder / "config.yaml"), "--run", str(folder / "run")]
+    command = [str(python), "-m", "cli", stage, str(folder / "config.yaml"), "--run", str(folder / "run")]
     # An import of Unsloth in another test turns HF_HUB_OFFLINE into three variables of this process.
     online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     environment = online | {
@@ -91,7 +91,7 @@ def test_rows_made_on_a_laptop_are_those_made_on_the_gpu_box(light, hub, tmp_pat
     for name, python in (("laptop", light / "bin" / "python"), ("box", sys.executable)):
         done = data(python, hub.url, tmp_path / name)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "question-answer (200 of the first 200 rows have question, answer)" in done.stdout
+    assert "question-answer (200 of the first 200 rows have question, answer)" in " ".join(done.stdout.split())
     assert hub.asked and not any("safetensors" in path for path in hub.asked), "the weights stay on the Hub"
     made = [json.loads((tmp_path / name / "run" / "data.json").read_text()) for name in ("laptop", "box")]
     for item in ("rows", "dropped", "tokens", "outputs", "base", "dataset"):
@@ -117,8 +117,8 @@ def test_the_plan_of_an_8b_model_is_made_on_a_laptop(light, hub, tmp_path):
         ("data.subset=medium", "the data set you/rows cannot be loaded: BuilderConfig 'medium' not found"),
         ("data.split=nonsense", "the data set you/rows cannot be loaded: Unknown split"),
         ("data.revision=v9", "the data set you/rows cannot be loaded"),
-        ("base.model=you/gone", "you/gone is not on the Hub"),
-        ("base.revision=v9", "you/base has no revision 'v9'"),
+        ("base.model=you/gone", "base.model you/gone: it is not on the Hub, or private"),
+        ("base.revision=v9", "base.model you/base, base.revision v9: no such revision"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_clear_error(hub, tmp_path, setting, expected):
@@ -128,22 +128,45 @@ def test_what_the_hub_does_not_have_is_one_clear_error(hub, tmp_path, setting, e
 
 
 def test_what_needs_more_says_so(light, tmp_path):
-    command = [light / "bin" / "python", "-m", "pipeline", "data", "configs/demo.yaml", "--run", str(tmp_path)]
+    command = [light / "bin" / "python", "-m", "cli", "data", "configs/demo.yaml", "--run", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "which this environment does not have" in done.stderr and "LIGHT=1" in done.stderr
+    assert done.returncode == 2 and "which this environment does not have" in done.stderr and "make env" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["data", "configs/gemma-2-2b-alpaca.yaml"], "data"), (["data", "configs/demo.yaml"], "train"),
+        (["plan", "configs/gemma-2-2b-alpaca.yaml"], "data"), (["train", "configs/gemma-2-2b-alpaca.yaml"], "train"),
+        (["cloud-to-local", "configs/gemma-2-2b-alpaca.yaml", "--cloud", "ssh://you@box"], "data"),
+        (["cloud-to-local", "configs/demo.yaml", "--cloud", "ssh://you@box"], "train"), (["models"], None), (["runs"], None),
+        (["config", "configs/demo.yaml"], None), (["pull", "./hub/demo"], "deploy"),
+    ],
+)  # fmt: skip
+def test_a_command_sets_up_no_more_than_it_needs(words, environment, monkeypatch):
+    """A base that is a GGUF is read by llama.cpp; every other one's rows are made without torch."""
+    from cli import environment as module
+    from cli.main import ferry
+
+    class Prepared(Exception):
+        pass
+
+    def prepare(kind: str):
+        raise Prepared(kind)
+
+    monkeypatch.setenv(module.MAY_SWITCH, "1")
+    monkeypatch.setenv("DOCKER", "0")
+    monkeypatch.setattr(module, "prepare_environment", prepare)
+    monkeypatch.setattr(module, "run_in_image_if_chosen", lambda command, ctx: None)
+    if environment is None:
+        ferry.main(words, standalone_mode=False)
+        return
+    with pytest.raises(Prepared, match=environment):
+        ferry.main(words, standalone_mode=False)
 
 
 def test_the_launcher_runs_in_it(light):
     """A laptop launches with no more than that."""
-    code = "import launch.cloud, launch.reproduce, launch.verdict, launch.box, pipeline.data.fingerprint"
+    code = "import launch.cloud, launch.reproduce, launch.verdict, launch.box, pipeline.data.fingerprint, cli.cloud"
     done = subprocess.run([light / "bin" / "python", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    asked = ["make", "-n", "cloud-to-local", "CLOUD=ssh://you@box"]
-
-    def environment(*words: str) -> str:
-        said = subprocess.run([*asked, *words], cwd=ROOT, capture_output=True, text=True)
-        return next(line for line in said.stdout.splitlines() if "setup/env.py" in line)
-
-    if not (ROOT / ".venv" / "ferry.json").is_file():
-        assert ".venv-light" in environment("CONFIG=configs/gemma-2-2b-alpaca.yaml")
-    assert "--light" not in environment("CONFIG=configs/demo.yaml"), "its base is a GGUF"

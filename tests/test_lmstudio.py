@@ -178,9 +178,9 @@ def test_a_file_of_this_model_whose_record_was_lost_is_replaced(pair, lms):
 def test_without_lm_studio_the_rest_goes_on(pair, tmp_path):
     environment = apps.without(tmp_path / "none")
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
-    done = ferry("deploy", "lmstudio", repo, "--models", models, "--optional", **environment)
+    done = ferry("lmstudio", repo, "--models", models, "--optional", **environment)
     assert done.returncode == 0 and "skipped: LM Studio is not installed" in done.stdout
-    assert ferry("deploy", "lmstudio", repo, "--models", models, **environment).returncode == 2
+    assert ferry("lmstudio", repo, "--models", models, **environment).returncode == 2
 
 
 def test_rollback_and_undeploy(pair, lms):
@@ -201,7 +201,7 @@ def test_undeploy_says_how_many_bytes_came_back(pair, lms):
     alone = path.with_suffix(".alone")
     alone.write_bytes(path.read_bytes())  # the test's stores share their file: here it is the only one
     os.replace(alone, path)
-    said = ferry("deploy", "undeploy", repo, "--models", models).stdout
+    said = ferry("undeploy", repo, "--models", models).stdout
     back = int(said.split("undeploy: ")[-1].split(" bytes")[0].replace(",", ""))
     assert 98_000_000 <= back < 110_000_000, "once, though two folders had it"
 
@@ -217,7 +217,7 @@ def test_a_home_that_cannot_be_written_is_one_clear_error(pair, lms):
     except OSError:
         pytest.skip("no unshare here")
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
-    command = [*prefix, sys.executable, "-m", "deploy", "lmstudio", repo, "--models", str(models)]
+    command = [*prefix, sys.executable, "-m", "cli", "lmstudio", repo, "--models", str(models)]
     done = subprocess.run(command, env=os.environ | lms.env, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot write" in done.stderr, done.stderr
     assert store.passed(pair[1])[1].is_file() and inside(lms) == []

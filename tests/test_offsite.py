@@ -257,9 +257,14 @@ def start(place: Path, *words: str) -> subprocess.Popen:
     return boxes.started_at(place, *words, HF_HOME=str(place / "hf"))
 
 
+@pytest.mark.release
 def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chain, online, tmp_path):
     """Machine A is killed in the middle; B resumes by the repo's name, and ends as the run that nobody disturbed."""
-    words = [f"SET={SHORT} publish.repo={{user}}/{{run}}-GGUF finetune.save_minutes=0.001", "RUN=boat"]
+    words = [
+        f"SET={SHORT} publish.repo={{user}}/{{run}}-GGUF finetune.save_minutes=0.001",
+        "RUN=boat",
+        "CONFIG=configs/demo.yaml",
+    ]
     a, b = machine(tmp_path / "a"), machine(tmp_path / "b")
     first = start(a, "train", "CHECKPOINTS={user}/{run}-checkpoints", *words)
     at(online, 8, 300)
@@ -273,7 +278,7 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
     assert int(tuned["resumed_from"].split("-")[1]) >= 8 and tuned["steps"] == 30, printed
     alone = Run(chain.run).read("finetune")
     assert tuned["final_loss"] == pytest.approx(alone["final_loss"], rel=0.005)
-    assert "publish: you/boat-GGUF@v1" in printed
+    assert "  you/boat-GGUF@v1\n" in printed
     assert json.loads(online.read(NAME, "publish.json"))["tag"] == "v1", "whoever waits for it finds where it is"
     third = start(b, "resume", f"CHECKPOINTS={REPO}", "RUNS=again")
     printed = third.communicate()[0]
@@ -301,7 +306,7 @@ def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch)
 
 def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):  # noqa: F811
     """On the machine that made them a data file that is gone is a fault; on the next one it never was."""
-    from pipeline.record import check
+    from pipeline.changes import find_changes
 
     config = run.config()
     push.push(run, REPO)
@@ -309,8 +314,8 @@ def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_
     source = Path(config.data.source)
     aside = source.rename(source.with_name("aside.jsonl"))
     try:
-        assert any("it is gone" in fault for fault in check(run, config))
-        assert check(other, config) == []
+        assert any("it is gone" in fault for fault in find_changes(run, config).faults)
+        assert not find_changes(other, config).faults and not find_changes(other, config).stale
     finally:
         aside.rename(source)
 

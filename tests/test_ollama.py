@@ -358,14 +358,14 @@ def test_prune_keeps_the_newest_and_the_one_in_use(pair, server):
 def test_without_ollama_the_rest_goes_on(pair, tmp_path):
     environment = apps.without(tmp_path / "none")
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
-    done = ferry("deploy", "ollama", repo, "--models", models, "--optional", **environment)
+    done = ferry("ollama", repo, "--models", models, "--optional", **environment)
     assert (
         done.returncode == 0
         and "skipped: Ollama is not installed" in done.stdout
         and "https://ollama.com/download" in done.stdout
         and ("brew" in done.stdout) == (sys.platform == "darwin")
     )
-    done = ferry("deploy", "ollama", repo, "--models", models, **environment)
+    done = ferry("ollama", repo, "--models", models, **environment)
     assert done.returncode == 2 and "error: Ollama is not installed" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -373,10 +373,10 @@ def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch):
     with apps.ollama(tmp_path / "apps", running=False, mac=True) as app:
         enter(monkeypatch, app.env)
         repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
-        done = ferry("deploy", "ollama", repo, "--models", models, "--optional")
+        done = ferry("ollama", repo, "--models", models, "--optional")
         assert done.returncode == 0 and "skipped: Ollama is installed, but no server answers" in done.stdout
         assert "START=1" in done.stdout and not app.woken and api.version() is None
-        done = ferry("deploy", "ollama", repo, "--models", models, "--start", FERRY_CACHE=str(tmp_path / "cache"))
+        done = ferry("ollama", repo, "--models", models, "--start", FERRY_CACHE=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
         assert "it goes on running (pid" in done.stderr and api.version() is not None
         pid = int(done.stderr.split("(pid ")[1].split(",")[0])

@@ -188,7 +188,7 @@ def test_unsloth_still_does_not_pack_what_we_think_it_does_not():
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plan") / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "data", "configs/demo.yaml", "--run", folder],
+        [sys.executable, "-m", "cli", "data", "configs/demo.yaml", "--run", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -199,7 +199,7 @@ def run(tmp_path_factory) -> Path:
 
 def asked(run: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", "plan", "configs/demo.yaml", "--run", run, *arguments],
+        [sys.executable, "-m", "cli", "plan", "configs/demo.yaml", "--run", run, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -224,7 +224,9 @@ def test_the_page_names_each_part_and_the_cheapest_card(run):
         "export",
     ):
         assert word in page, word
-    assert re.search(r"steps +120\n", page) and re.search(r"rows +550, 4\d,\d{3} tokens", page)
+    assert (
+        re.search(r"steps +120\n", page) and "rows     550 with 32,726 tokens" in page and "visits   720 rows" in page
+    )
     lines = {
         card.name: line for card in cards.table() for line in page.splitlines() if line.startswith(f"  {card.name:<13}")
     }
@@ -237,7 +239,7 @@ def test_the_page_names_each_part_and_the_cheapest_card(run):
 def test_it_needs_no_torch(run):
     code = (
         "import runpy, sys; sys.modules['torch'] = sys.modules['unsloth'] = None; "
-        f"sys.argv = ['x', 'plan', 'configs/demo.yaml', '--run', {str(run)!r}]; runpy.run_module('pipeline', run_name='__main__')"
+        f"sys.argv = ['x', 'plan', 'configs/demo.yaml', '--run', {str(run)!r}]; runpy.run_module('cli', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "cheapest that fits" in done.stdout, done.stderr
@@ -246,8 +248,6 @@ def test_it_needs_no_torch(run):
 def test_bad_input_is_one_error(run, tmp_path):
     unknown = asked(run, "--gpu", "H1000")
     assert unknown.returncode == 2 and "has no card 'H1000'" in unknown.stderr and "GPU=one of: T4, " in unknown.stderr
-    none = asked(tmp_path / "none")
-    assert none.returncode == 2 and "has no rows yet" in none.stderr and "make data" in none.stderr
     probe = asked(run, "--probe")
     assert probe.returncode == 2 and "PROBE measures a GPU" in probe.stderr
 

@@ -27,9 +27,7 @@ def world(online, base, tmp_path):
 
     def ask(*overrides: str, **environment: str):
         sets = [word for override in overrides for word in ("--set", override)]
-        return ferry(
-            "pipeline", "preflight", tmp_path / "config.yaml", "--run", tmp_path / "runs" / "run", *sets, **environment
-        )
+        return ferry("preflight", tmp_path / "config.yaml", "--run", tmp_path / "runs" / "run", *sets, **environment)
 
     return ask
 
@@ -52,6 +50,8 @@ FINE = {"hf_fine": {"name": "you", "role": "fineGrained", "fineGrained": {"scope
     ("overrides", "environment", "expected"),
     [
         ((), {"HF_TOKEN": ""}, "no token"),
+        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
+        ((), {"HF_ENDPOINT": "huggingface.co"}, "is no address of a Hub"),
         ((), {"HF_TOKEN": "hf_wrong"}, "does not know this token"),
         ((), {"HF_TOKEN": "hf_reader"}, "may only read"),
         ((), {"HF_TOKEN": "hf_fine"}, "fine-grained; it may write to other"),
@@ -106,7 +106,6 @@ def swell(online) -> None:
 
 def test_a_folder_hub_and_local_files_ask_nobody(online, tmp_path):
     done = ferry(
-        "pipeline",
         "preflight",
         "configs/demo.yaml",
         "--run",

@@ -260,7 +260,7 @@ def trained(chain, tmp_path) -> Path:
 
 
 def test_the_whole_way_over_the_hub(online, trained, tmp_path):
-    done = ferry("pipeline", "publish", "--run", trained)
+    done = ferry("publish", "--run", trained)
     assert done.returncode == 0, done.stderr
     assert "make deploy-mac REPO=you/chain-GGUF@v1" in done.stdout
     record, repo = files.read_json(trained / "publish.json"), "models/you/chain-GGUF"
@@ -279,7 +279,7 @@ def test_the_whole_way_over_the_hub(online, trained, tmp_path):
     assert {"merged/config.json", "merged/model.safetensors"} <= set(online.files(repo))
     models = ("you/chain-GGUF@v1", "--models", tmp_path / "models")
     for command in (("pull", *models), ("smoke", *models), ("modelfile", *models), ("summary", *models)):
-        done = ferry("deploy", *command)
+        done = ferry(*command)
         assert done.returncode == 0, done.stderr
     assert not online.leaks
     said = [
@@ -293,12 +293,12 @@ def test_the_whole_way_over_the_hub(online, trained, tmp_path):
 @pytest.mark.parametrize("fault", [Fault("POST .*/commit/", status=403), Fault("GET /api/whoami", status=401)])
 def test_a_failed_publish_says_how_to_save_it(online, trained, fault):
     online.faults.append(Fault(**{**vars(fault), "struck": 0}))
-    done = ferry("pipeline", "publish", "--run", trained)
+    done = ferry("publish", "--run", trained)
     folder = trained / "publish" / "chain"
     assert done.returncode == 2 and "Traceback" not in done.stderr and "hf_writer" not in done.stderr + done.stdout
     for words in (f"all of it is in {folder}", f"{folder} .", "deploy-mac REPO=./chain"):
         assert words in done.stderr
-    assert ferry("deploy", "pull", folder, "--models", trained.parent / "models").returncode == 0
+    assert ferry("pull", folder, "--models", trained.parent / "models").returncode == 0
 
 
 @pytest.mark.parametrize("token", ["hf_verysecret", "not-of-the-usual-form"])

@@ -70,7 +70,7 @@ PASSING = [
 def test_what_passes_by_itself_is_waited_for(server, tiny, tmp_path, number, fault):
     fault = Fault(**{**vars(fault), "struck": 0})
     server.faults.append(fault)
-    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m", **client("12"[number % 2]))
+    done = ferry("pull", "you/tiny", "--models", tmp_path / "m", **client("12"[number % 2]))
     assert done.returncode == 0, done.stderr
     assert fault.struck, "the fault never struck"
     right(tmp_path / "m", tiny)
@@ -94,7 +94,7 @@ LASTING = [
 @pytest.mark.parametrize(("number", "fault", "expected"), [(i, *case) for i, case in enumerate(LASTING)])
 def test_what_does_not_pass_is_one_clear_error(server, tiny, tmp_path, number, fault, expected):
     server.faults.append(Fault(**{**vars(fault), "struck": 0}))
-    command = ("deploy", "pull", "you/tiny", "--models", tmp_path / "m")
+    command = ("pull", "you/tiny", "--models", tmp_path / "m")
     done = ferry(*command, **client("21"[number % 2]))
     assert done.returncode == 2 and expected in done.stderr and "next:" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "hf_writer" not in done.stderr
@@ -107,7 +107,7 @@ def test_what_does_not_pass_is_one_clear_error(server, tiny, tmp_path, number, f
 @pytest.mark.parametrize("seed", range(8))
 def test_kill_9_at_a_random_moment_then_again(server, tiny, tmp_path, seed):
     server.faults.append(Fault("GET (?!.*resolve).*gguf", rate=6e6))
-    command = [sys.executable, "-m", "deploy", "pull", "you/tiny", "--models", str(tmp_path / "m")]
+    command = [sys.executable, "-m", "cli", "pull", "you/tiny", "--models", str(tmp_path / "m")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(random.Random(seed).uniform(0.3, 1.8))
     process.send_signal(signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_kill_9_at_a_random_moment_then_again(server, tiny, tmp_path, seed):
 
 def test_two_pulls_at_once_fetch_it_once(server, tiny, tmp_path):
     server.faults.append(Fault("GET (?!.*resolve).*gguf", rate=6e6))
-    command = [sys.executable, "-m", "deploy", "pull", "you/tiny", "--models", str(tmp_path / "m")]
+    command = [sys.executable, "-m", "cli", "pull", "you/tiny", "--models", str(tmp_path / "m")]
     running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in running] == [0, 0]
     right(tmp_path / "m", tiny)
@@ -164,19 +164,17 @@ def test_versions_stand_side_by_side_offline_too(server, tiny, tmp_path, monkeyp
     assert first != second and str(store.current(models, "you/tiny")) == second
     assert pull.stage(f"you/tiny@{commit}", models)["folder"] == second
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    offline = ferry("deploy", "pull", "you/tiny@v1", "--models", models)
+    offline = ferry("pull", "you/tiny@v1", "--models", models)
     assert offline.returncode == 0 and "using what was pulled before" in offline.stderr
     assert str(store.current(models, "you/tiny")) == first
-    assert ferry("deploy", "pull", "you/tiny@v7", "--models", models).returncode == 2
-    listed = ferry("deploy", "list", "--models", models).stdout.splitlines()
-    assert (
-        len(listed) == 2 and [line[0] for line in sorted(listed)] == [" ", "*"] and any("v1" in line for line in listed)
-    )
-    assert ferry("deploy", "undeploy", "you/tiny@v1", "--models", models).returncode == 0
+    assert ferry("pull", "you/tiny@v7", "--models", models).returncode == 2
+    listed = ferry("models", "--models", models).stdout.splitlines()
+    assert len(listed) == 4 and [line[0] for line in listed[::2]] == ["*", " "] and any("v1" in line for line in listed)
+    assert ferry("undeploy", "you/tiny@v1", "--models", models).returncode == 0
     assert not Path(first).exists() and Path(second).exists()
-    assert ferry("deploy", "undeploy", "you/tiny", "--models", models).returncode == 0
+    assert ferry("undeploy", "you/tiny", "--models", models).returncode == 0
     assert not (models / "you--tiny").exists()
-    done = ferry("deploy", "undeploy", "you/tiny", "--models", models)
+    done = ferry("undeploy", "you/tiny", "--models", models)
     assert done.returncode == 2 and "is not in" in done.stderr
 
 
@@ -200,8 +198,8 @@ def test_only_the_artifact_asked_for_is_fetched(server, tiny, tmp_path):
 
 def test_a_private_repo_without_a_token_says_so(server, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m")
-    assert done.returncode == 2 and "private and no token" in done.stderr and "hf auth login" in done.stderr
+    done = ferry("pull", "you/tiny", "--models", tmp_path / "m")
+    assert done.returncode == 2 and "private, and no token" in done.stderr and "hf auth login" in done.stderr
     assert not (tmp_path / "m").exists()
 
 
@@ -244,7 +242,7 @@ def test_the_token_follows_no_redirect_to_another_port(server, tiny, tmp_path):
     with serving(tmp_path / "elsewhere") as other:
         moved = {"Location": f"{other.url}/you/tiny/resolve/main/{NAME}"}
         server.faults.append(Fault("HEAD .*gguf", status=307, headers=moved))
-        done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m")
+        done = ferry("pull", "you/tiny", "--models", tmp_path / "m")
         assert done.returncode == 2 and not any(asked.startswith("HEAD") for asked in other.asked), done.stderr
 
 
@@ -262,22 +260,22 @@ def test_a_damaged_record_is_said_and_pulled_again(server, tiny, tmp_path, recor
     version = Path(pull.stage("you/tiny", models)["folder"])
     (version / "pull.json").write_text(record)
     (version.parent / "names.json").write_text('{"main": 5}')
-    assert "damaged" in ferry("deploy", "list", "--models", models).stdout
+    assert "damaged" in ferry("models", "--models", models).stdout
     for command in ("smoke", "summary"):
-        done = ferry("deploy", command, "you/tiny", "--models", models)
+        done = ferry(command, "you/tiny", "--models", models)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert ferry("deploy", "pull", "you/tiny", "--models", models).returncode == 0
+    assert ferry("pull", "you/tiny", "--models", models).returncode == 0
     right(models, tiny)
     (version / "pull.json").write_text(record)
-    assert ferry("deploy", "undeploy", "you/tiny", "--models", models).returncode == 0 and not version.exists()
+    assert ferry("undeploy", "you/tiny", "--models", models).returncode == 0 and not version.exists()
 
 
 def test_an_unfinished_download_is_listed_and_can_be_removed(server, tiny, tmp_path):
     version = tmp_path / "m" / "you--tiny" / "0123456789ab"
     version.mkdir(parents=True)
     (version / f".{NAME}.part").write_bytes(b"x" * 1000)
-    assert "unfinished" in ferry("deploy", "list", "--models", tmp_path / "m").stdout
-    assert ferry("deploy", "undeploy", "you/tiny", "--models", tmp_path / "m").returncode == 0
+    assert "unfinished" in ferry("models", "--models", tmp_path / "m").stdout
+    assert ferry("undeploy", "you/tiny", "--models", tmp_path / "m").returncode == 0
     assert not (tmp_path / "m").exists()
 
 
@@ -285,7 +283,7 @@ def test_a_copied_store_whose_link_became_a_folder(server, tiny, tmp_path):
     pull.stage("you/tiny", tmp_path / "m")
     shutil.copytree(tmp_path / "m", tmp_path / "copy")
     assert not (tmp_path / "copy" / "you--tiny" / "current").is_symlink()
-    assert len(store.lines(tmp_path / "copy")) == 1
+    assert len(store.list_versions(tmp_path / "copy")) == 1
     pull.stage("you/tiny", tmp_path / "copy")
     assert (tmp_path / "copy" / "you--tiny" / "current").is_symlink()
 
@@ -293,9 +291,9 @@ def test_a_copied_store_whose_link_became_a_folder(server, tiny, tmp_path):
 def test_offline_gives_the_quantization_asked_for_or_none(server, tiny, tmp_path, monkeypatch):
     pull.stage("you/tiny", tmp_path / "m")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = ferry("deploy", "pull", "you/tiny", "--quantization", "q8_0", "--models", tmp_path / "m")
+    done = ferry("pull", "you/tiny", "--quantization", "q8_0", "--models", tmp_path / "m")
     assert done.returncode == 2 and "no q8_0 GGUF" in done.stderr
-    assert ferry("deploy", "pull", "you/tiny", "--quantization", "Q4_K_M", "--models", tmp_path / "m").returncode == 0
+    assert ferry("pull", "you/tiny", "--quantization", "Q4_K_M", "--models", tmp_path / "m").returncode == 0
 
 
 def test_a_named_version_is_not_the_one_in_use(server, tiny, tmp_path):
@@ -321,7 +319,7 @@ def test_a_named_version_is_not_the_one_in_use(server, tiny, tmp_path):
     ],
 )
 def test_settings_that_are_none(online, tmp_path, settings, expected):
-    done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m", **settings)
+    done = ferry("pull", "you/tiny", "--models", tmp_path / "m", **settings)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -340,6 +338,6 @@ def test_what_answers_is_no_hub(online, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
         threading.Thread(target=page.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{page.server_port}"
-        done = ferry("deploy", "pull", "you/tiny", "--models", tmp_path / "m", HF_ENDPOINT=address)
+        done = ferry("pull", "you/tiny", "--models", tmp_path / "m", HF_ENDPOINT=address)
         page.shutdown()
     assert done.returncode == 2 and "is no Hub" in done.stderr and "Traceback" not in done.stderr, done.stderr

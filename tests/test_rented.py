@@ -21,7 +21,7 @@ from tests.conftest import SHORT
 from tests.hub import Fault, Hub, serving
 
 SECRET = "hf_" + "OnlyAsASecret"
-WORDS = ("cloud-to-local", "CLOUD=hf-jobs", "RUN=boat", "DEVICE=cpu")
+WORDS = ("cloud-to-local", "CONFIG=configs/demo.yaml", "CLOUD=hf-jobs", "RUN=boat", "DEVICE=cpu")
 SET = f"SET={SHORT} publish.repo={{user}}/{{run}}-GGUF finetune.save_minutes=0.001"
 
 
@@ -93,9 +93,10 @@ def delivered(laptop, hub) -> Delivered:
     return Delivered(laptop, hub, said)
 
 
+@pytest.mark.release
 def test_the_whole_demo(delivered):
     said = delivered.said["fourth"]
-    assert "cloud: you/boat-GGUF@v1, trained on Hugging Face Jobs by the code of" in said, said
+    assert "cloud: you/boat-GGUF@v1\n  trained on Hugging Face Jobs by the code of" in said, said
     assert "smoke: passed" in said and "Traceback" not in "".join(delivered.said.values())
     made = manifest.parse(delivered.hub.read("models/you/boat-GGUF", manifest.NAME), "")
     assert (
@@ -104,6 +105,7 @@ def test_the_whole_demo(delivered):
     )
 
 
+@pytest.mark.release
 def test_the_request_is_the_clients_own_and_says_all(delivered):
     """Image, machine, command of one line, an explicit time limit; the token among the secrets and nowhere else."""
     jobs = delivered.hub.jobs.of("you")
@@ -118,47 +120,54 @@ def test_the_request_is_the_clients_own_and_says_all(delivered):
     assert [job.spec["timeoutSeconds"] for job in jobs] == [10800, 54, 10800]
 
 
+@pytest.mark.release
 def test_a_closed_lid_and_the_same_command_watches(delivered):
     assert "sending" in delivered.said["first"] and "scheduling, http" in delivered.said["first"]
     second = delivered.said["second"]
     assert "Hugging Face Jobs: boat runs there already" in second and "sending" not in second
-    assert second.count("-- data") == 0, "what was seen is not shown again"
+    assert second.count("[1/6] data\n") == 0, "what was seen is not shown again"
 
 
+@pytest.mark.release
 def test_cancelled_from_another_terminal(delivered):
     assert "error: `make train` on Hugging Face Jobs ended: canceled" in delivered.said["second"]
     assert "boat does not run on Hugging Face Jobs. Nothing of it bills there" in delivered.said["stop"]
     assert "`hf repos delete you/boat-job --type dataset`" in delivered.said["second"].splitlines()[-4]
 
 
+@pytest.mark.release
 def test_timed_out_with_its_state_saved(delivered):
     """`timeout` inside is earlier than the Hub's own: the stage is told, and what it has leaves the machine."""
     said = delivered.said["third"]
     assert "at most 54 s, $0.00 at $0.01 an hour" in said
     assert "error: `make train` on Hugging Face Jobs ended: error Job failed with exit code: 124" in said
-    assert re.search("SIGTERM after step|-- finetune|-- evaluate", said), "wherever it was by then"
+    assert re.search(r"SIGTERM after step|\[2/6\] finetune|\[3/6\] evaluate", said), "wherever it was by then"
 
 
+@pytest.mark.release
 def test_each_machine_goes_on_where_the_last_one_was(delivered):
     for name in ("third", "fourth"):
         said = delivered.said[name].split("starting `make train`")[1]
         where = re.search(r"checkpoints: runs/boat from you/boat-checkpoints, (step \d+|finetune done)", said)
-        assert where and "-- data" not in said, said
-        assert where[1] == "finetune done" or "finetune: continuing from checkpoint-" in said or name == "third"
+        assert where and "[1/6] data" not in said.replace("[1/6] data: done already", ""), said
+        assert where[1] == "finetune done" or "  continuing from checkpoint-" in said or name == "third"
 
 
+@pytest.mark.release
 def test_the_log_here_is_that_of_the_last_machine(delivered):
     folder = delivered.laptop / "runs" / "boat" / "cloud"
     assert (folder / "log").read_bytes() == delivered.hub.jobs.of("you")[-1].log.read_bytes()
     assert "exit code" not in (folder / "log").read_text() and (folder / "log.before").is_file()
 
 
+@pytest.mark.release
 def test_code_and_data_went_through_a_private_repo(delivered):
     name = "datasets/you/boat-job"
     assert delivered.hub.refs(name)["private"] and {"job.tar", "job.json"} <= set(delivered.hub.files(name))
     assert not delivered.hub.leaks, "the token went to the Hub's own host only"
 
 
+@pytest.mark.release
 def test_the_token_is_in_no_file_and_no_log(delivered):
     places = [delivered.laptop / "runs", delivered.laptop / "models", delivered.hub.folder]
     found = subprocess.run(["grep", "-rl", SECRET, *places], capture_output=True, text=True)
@@ -166,6 +175,7 @@ def test_the_token_is_in_no_file_and_no_log(delivered):
     assert not any(SECRET in said for said in delivered.said.values())
 
 
+@pytest.mark.release
 def test_again_it_is_deployed_not_trained(delivered):
     again = watched(delivered.laptop, delivered.hub, *WORDS, SET)
     assert again.end() == 0 and "smoke: passed" in again.said, again.said
@@ -263,7 +273,7 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
         connection.shutdown(socket.SHUT_RDWR)
     watch.until(lambda: "; again in 5 s" in watch.said, 60)
     hub.faults.remove(fault)
-    watch.until(lambda: "-- finetune" in watch.said)
+    watch.until(lambda: "[2/6] finetune" in watch.said)
     stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=skiff")
     assert stop.end() == 0 and watch.end() == 2, stop.said
 

@@ -30,13 +30,13 @@ def free_port() -> int:
 
 
 def command(model: Path, *arguments: str) -> list[str]:
-    """`python -m deploy serve`, of a version in a store."""
+    """`ferry serve`, of a version in a store."""
     name, models = model.parent.name, model.parent.parent
-    return [sys.executable, "-m", "deploy", "serve", f"./{name}", "--models", str(models), *arguments]
+    return [sys.executable, "-m", "cli", "serve", f"./{name}", "--models", str(models), *arguments]
 
 
 class Served:
-    """`python -m deploy serve`, from its first line to Ctrl-C."""
+    """`ferry serve`, from its first line to Ctrl-C."""
 
     def __init__(self, model: Path, *arguments: str, **settings: str):
         self.port = free_port()

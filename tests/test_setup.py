@@ -202,15 +202,17 @@ def test_two_set_ups_build_once(setup, tmp_path):
 def test_the_lock_outlives_its_holder_while_what_it_started_runs(setup, tmp_path):
     """A killed set-up leaves a pip behind that still writes: the next one waits for it."""
     code = (
-        "import llamacpp, common, os, sys\n"
+        "import llamacpp, shared, os, sys\n"
         "with llamacpp.locked(sys.argv[1], print):\n"
         "    child = [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(1)']\n"
-        "    common.run(child, sys.argv[2], '', '', each_line=lambda line: os.kill(os.getpid(), 9))\n"
+        "    shared.run(child, sys.argv[2], '', '', each_line=lambda line: os.kill(os.getpid(), 9))\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "lock", tmp_path / "log"], cwd=SETUP)
     said = []
     with setup.llamacpp.locked(tmp_path / "lock", said.append):
-        assert said == ["another set-up is running: waiting for it"]
+        assert len(said) == 1 and re.fullmatch(
+            r"another set-up is running \(pid \d+, .*, for \d s\): waiting for it", said[0]
+        )
 
 
 def test_the_record_is_gone_while_an_environment_is_changed(setup, monkeypatch, tmp_path):

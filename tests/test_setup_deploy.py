@@ -162,7 +162,7 @@ def test_the_question_for_the_processor_is_answered_by_a_real_python(setup):
     assert fits(sys.executable, (3, 10), apple_silicon=True) == (platform.machine() == "arm64")
 
 
-@pytest.mark.parametrize("name", ["env.py", "common.py", "interpreter.py", "packages.py"])
+@pytest.mark.parametrize("name", ["env.py", "shared.py", "command_line.py", "interpreter.py", "packages.py"])
 def test_what_runs_before_the_version_check_is_old_syntax(name):
     ast.parse((SETUP / name).read_text(), feature_version=(3, 6))
 
@@ -175,7 +175,7 @@ def test_what_runs_before_the_version_check_is_old_syntax(name):
     ],
 )
 def test_what_runs_on_a_mac_runs_on_python_3_10(check):
-    command = [Path(sys.executable).with_name(check[0]), *check[1:], "deploy", "contract", "setup"]
+    command = [Path(sys.executable).with_name(check[0]), *check[1:], "cli", "common", "contract", "deploy", "setup"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -355,22 +355,29 @@ def test_the_other_sides_environment_serves_this_one_and_keeps_its_torch(setup, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
+    ("environment", "expected"),
     [
-        ([], {}, ".venv-deploy"),
-        (["VENV=/a/venv"], {}, "/a/venv"),
-        ([], {"VENV": "/a/venv"}, "/a/venv"),
-        (["VENV=/a/venv", "DEPLOY_VENV=/another"], {}, "/another"),
+        ({}, ".venv-deploy"),
+        ({"FERRY_VENV": "/a/venv"}, "/a/venv"),
+        ({"FERRY_VENV": "/a/venv", "FERRY_DEPLOY_VENV": "/another"}, "/another"),
     ],
 )
-def test_make_gives_it_a_folder_of_its_own_unless_one_was_asked_for(arguments, environment, expected):
-    without = {name: value for name, value in os.environ.items() if name not in ("VENV", "MAKEFLAGS")}
-    command = ["make", "--no-print-directory", "-n", "models", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=without | environment, capture_output=True, text=True)
-    assert (
-        f"setup/env.py --deploy --venv '{expected}'" in done.stdout
-        and f"'{expected}/bin/python' -m deploy" in done.stdout
-    )
+def test_it_has_a_folder_of_its_own_unless_one_was_asked_for(monkeypatch, environment, expected):
+    from cli import environment as module
+
+    for name in ("FERRY_VENV", "FERRY_DEPLOY_VENV"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert module.places()["deploy"].folder == ROOT / expected
+
+
+def test_make_hands_the_folder_on(tmp_path):
+    """VENV= of make, typed or of the environment, is the command's FERRY_VENV."""
+    done = subprocess.run(
+        ["make", "-s", "deploy-env", f"VENV={tmp_path}/venv", "PYTHON=printenv FERRY_VENV #"], cwd=ROOT, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout.strip() == f"{tmp_path}/venv", done.stderr
 
 
 # llama-cpp-python

@@ -199,7 +199,19 @@ class Evicted:
 def evicted(laptop, hub, rented) -> Evicted:
     """A managed spot job, whose first machine is taken away in the middle."""
     before = len(rented.jobs())
-    watch = start(laptop, hub, rented, "cloud-to-local", "CLOUD=sky", "SPOT=1", "RUN=boat", "DEVICE=cpu", SET, "YES=1")
+    watch = start(
+        laptop,
+        hub,
+        rented,
+        "cloud-to-local",
+        "CONFIG=configs/demo.yaml",
+        "CLOUD=sky",
+        "SPOT=1",
+        "RUN=boat",
+        "DEVICE=cpu",
+        SET,
+        "YES=1",
+    )
     watch.until(lambda: at_step(hub, 4))
     number = rented.jobs()[before]["job_id"]
     rented("evict", number)
@@ -209,13 +221,14 @@ def evicted(laptop, hub, rented) -> Evicted:
     )
 
 
+@pytest.mark.release
 def test_a_spot_machine_is_taken_away_and_the_next_one_goes_on(evicted):
     said = evicted.said
     assert evicted.code == 0 and "Traceback" not in said, said
     assert (evicted.job["status"], evicted.job["recovery_count"], evicted.job["managed"]) == ("SUCCEEDED", 1, True)
     assert re.search(r"checkpoints: runs/boat from you/boat-checkpoints, step \d+", said), "on the second machine"
-    assert "finetune: continuing from checkpoint-" in said and "smoke: passed" in said
-    assert "cloud: you/boat-GGUF@v1, trained on SkyPilot by the code of" in said
+    assert "  continuing from checkpoint-" in said and "smoke: passed" in said
+    assert "cloud: you/boat-GGUF@v1\n  trained on SkyPilot by the code of" in said
     last = said.rstrip().splitlines()[-1]
     assert "SkyPilot's controller of managed jobs bills until it is idle" in last
     assert "you/boat-checkpoints (checkpoints) stay" in last
@@ -227,18 +240,19 @@ def test_a_spot_machine_is_taken_away_and_the_next_one_goes_on(evicted):
 def cancelled(laptop, hub, rented) -> dict[str, str]:
     """A cluster's job: its first watcher is sent away by Ctrl-C, the second sees it cancelled by a third."""
     words, before = ("CLOUD=sky/runpod", "RUN=dinghy"), len(rented.jobs())
-    first = start(laptop, hub, rented, "cloud-to-local", *words, "DEVICE=cpu", SET, "YES=1")
+    first = start(laptop, hub, rented, "cloud-to-local", "CONFIG=configs/demo.yaml", *words, "DEVICE=cpu", SET, "YES=1")
     first.until(lambda: "checkpoints: data done" in first.said)
     os.killpg(first.process.pid, signal.SIGINT)
     first.end()
     assert rented.jobs()[before]["status"] == "RUNNING", "Ctrl-C ends the watching"
-    again = start(laptop, hub, rented, "cloud-to-local", *words, "DEVICE=cpu", SET)
+    again = start(laptop, hub, rented, "cloud-to-local", "CONFIG=configs/demo.yaml", *words, "DEVICE=cpu", SET)
     again.until(lambda: "finetune: step 1/30" in again.said)
     stop = start(laptop, hub, rented, "cloud-stop", *words)
     assert stop.end() == 0 and again.end() == 2, stop.said
     return {"first": first.said, "again": again.said, "stop": stop.said}
 
 
+@pytest.mark.release
 def test_a_cluster_is_watched_again_cancelled_and_taken_down(cancelled, rented):
     assert (
         "still running on SkyPilot on runpod: dinghy; `make cloud-stop CLOUD=sky/runpod RUN=dinghy` ends it. It bills until it ends"
@@ -255,6 +269,7 @@ def test_a_cluster_is_watched_again_cancelled_and_taken_down(cancelled, rented):
     assert any(chosen["cloud"] == "runpod" and not chosen["spot"] for chosen in rented.chosen())
 
 
+@pytest.mark.release
 def test_skypilots_own_parser_takes_every_command_that_was_given(rented, evicted, cancelled):
     """All that Ferry ever says to `sky`, but for our own word."""
     lines = [words for words in rented.asked() if words[0] not in ("evict", "supervise")]
@@ -263,6 +278,7 @@ def test_skypilots_own_parser_takes_every_command_that_was_given(rented, evicted
     assert "No such option" in rented.real_parser_takes([["launch", "--nonsense", "x.yaml"]])
 
 
+@pytest.mark.release
 def test_the_token_is_in_no_argument_and_no_file_of_ours(rented, evicted, cancelled, laptop):
     assert not any(SECRET in " ".join(words) for words in rented.asked())
     found = subprocess.run(["grep", "-rl", SECRET, laptop / "runs", rented.state], capture_output=True, text=True)
@@ -270,7 +286,17 @@ def test_the_token_is_in_no_argument_and_no_file_of_ours(rented, evicted, cancel
 
 
 def test_no_skypilot_is_one_line(laptop, hub, rented):
-    watch = watched(laptop, hub, "cloud-to-local", "CLOUD=sky", "RUN=x", "DEVICE=cpu", SET, FERRY_SKY="/no/such/sky")
+    watch = watched(
+        laptop,
+        hub,
+        "cloud-to-local",
+        "CONFIG=configs/demo.yaml",
+        "CLOUD=sky",
+        "RUN=x",
+        "DEVICE=cpu",
+        SET,
+        FERRY_SKY="/no/such/sky",
+    )
     assert (
         watch.end() == 2 and "/no/such/sky cannot be started" in watch.said and "pipx install 'skypilot" in watch.said
     )
@@ -279,7 +305,7 @@ def test_no_skypilot_is_one_line(laptop, hub, rented):
 
 def test_no_cloud_is_one_line(laptop, hub, tmp_path):
     bare = Sky(tmp_path / "bare", clouds=())
-    watch = start(laptop, hub, bare, "cloud-to-local", "CLOUD=sky", "RUN=x", SET)
+    watch = start(laptop, hub, bare, "cloud-to-local", "CONFIG=configs/demo.yaml", "CLOUD=sky", "RUN=x", SET)
     assert watch.end() == 2 and "SkyPilot has access to no cloud" in watch.said and "Traceback" not in watch.said, (
         watch.said
     )
