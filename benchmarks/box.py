@@ -31,7 +31,7 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "u
 def prepared(folder: Path) -> Path:
     """A run of the demo whose `data` is done: its tokenizer and records serve all of them."""
     if not (folder / "data.json").is_file():
-        command = [sys.executable, "-m", "pipeline", "data", "configs/demo.yaml", "--run", folder.resolve()]
+        command = [sys.executable, "-m", "cli", "data", "configs/demo.yaml", "--run", folder.resolve()]
         subprocess.run(command, cwd=ROOT, check=True)
     return folder
 

@@ -109,7 +109,7 @@ def ferry(source: Path, base: Path, work: Path, clean: dict) -> dict:
         "base": {"model": str(base), "max_seq_length": LIMIT, "load_in_4bit": False}, "data": {"source": str(source)}, "clean": clean,
     }  # fmt: skip
     (work / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "pipeline", "data", "config.yaml", "--run", "run", "--processes", str(PROCESSES)]
+    command = [sys.executable, "-m", "cli", "data", "config.yaml", "--run", "run", "--processes", str(PROCESSES)]
     result = measure(command, {"PYTHONPATH": str(ROOT)}, work)
     record = json.loads((work / "run" / "data.json").read_text())
     held = (work / "run" / "data" / "heldout.jsonl").read_text().splitlines()

@@ -26,15 +26,13 @@ def demo(case: str, seed: int) -> None:
     label = f"{case}, seed {seed}"
     work = Path(tempfile.mkdtemp(prefix="ferry-bench-"))
     environment = dict(os.environ)
-    settings = [
-        f"RUNS={work / 'runs'}",
-        f"MODELS={work / 'models'}",
-        f"REPO={work / 'hub' / 'demo'}",
-        f"SET=finetune.seed={seed} publish.repo={work}/hub/{{run}}",
-    ]
+    settings = {
+        "train": ["CONFIG=configs/demo.yaml", f"RUNS={work / 'runs'}", f"SET=finetune.seed={seed} publish.repo={work}/hub/{{run}}"],
+        "deploy-mac": [f"MODELS={work / 'models'}", f"REPO={work / 'hub' / 'demo'}"],
+        "env": [],
+    }  # fmt: skip
     if case == "fresh":
-        environment["FERRY_CACHE"] = str(work / "cache")
-        settings.append(f"VENV={work / 'venv'}")
+        environment |= {"FERRY_CACHE": str(work / "cache"), "FERRY_VENV": str(work / "venv")}
     try:
         rows = [measure(label, stage, settings, environment) for stage in STAGES]
         rows.append(total(label, rows))
@@ -47,13 +45,19 @@ def demo(case: str, seed: int) -> None:
         shutil.rmtree(work)
 
 
-def measure(case: str, stage: str, settings: list[str], environment: dict, targets: list[str] | None = None) -> dict:
-    """One make target: wall and CPU seconds, peak memory of its largest process (Linux: kilobytes, macOS: bytes)."""
+def measure(
+    case: str, stage: str, settings: dict[str, list[str]], environment: dict, targets: list[str] | None = None
+) -> dict:
+    """One make target: wall and CPU seconds, peak memory of its largest process (Linux: kilobytes, macOS: bytes).
+
+    settings: what is typed after a target; a stage takes those of `train`.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     peak = 0.0
     for target in targets or [stage]:
-        peak = max(peak, peak_gb(["make", "--no-print-directory", *settings, target], environment))
+        typed = settings.get(target, settings["train"])
+        peak = max(peak, peak_gb(["make", "--no-print-directory", *typed, target], environment))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     row = {
         "system": "ferry", "case": f"{case}: {stage}", "wall_s": round(time.monotonic() - started, 1),

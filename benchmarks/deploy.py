@@ -135,9 +135,9 @@ def measured(repo: str, work: Path, repeat: int) -> list[tuple[str, str, dict]]:
     smoke.stage(version)
     tool = llama_bench(work)
     pairs = [(ours(version), bench(tool, gguf)) for _ in range(repeat)]
-    deploy = [sys.executable, "-m", "deploy"]
+    ferry = [sys.executable, "-m", "cli"]
     ways = {
-        "ferry": ([*deploy, "pull", repo, "--models", models], [*deploy, "chat", repo, "--models", models]),
+        "ferry": ([*ferry, "pull", repo, "--models", models], [*ferry, "chat", repo, "--models", models]),
         "llama-cpp-python": ([sys.executable, "-c", BARE, gguf],),
     }
     words = [{name: until_word(*commands) for name, commands in ways.items()} for _ in range(repeat)]

@@ -65,13 +65,15 @@ def prepare(size: str, work: Path) -> Path:
     tree["evaluate"] |= {"max_rows": 1, "max_new_tokens": 1}
     (work / "config.yaml").write_text(yaml.safe_dump(tree))
     run = work / "run"
-    for stage in (["data", work / "config.yaml"], ["finetune"], ["evaluate"]):
-        measure([ferry(*stage, "--run", run)], work)
+    measure([[sys.executable, "-m", "cli", "data", str(work / "config.yaml"), "--run", str(run)]], work)
+    for stage in ("finetune", "evaluate"):
+        measure([stage_command(stage, run)], work)
     return run
 
 
-def ferry(*arguments) -> list[str]:
-    return [sys.executable, "-m", "pipeline", *map(str, arguments)]
+def stage_command(stage: str, run: Path) -> list[str]:
+    """The process that `ferry` starts for a stage."""
+    return [sys.executable, "-m", "pipeline", stage, str(run)]
 
 
 def measure(commands: list[list[str]], work: Path) -> dict:
@@ -104,7 +106,7 @@ def anonymous(process: psutil.Process) -> int:
 
 
 def exported(run: Path, work: Path, imatrix: bool = False, merged: bool = False) -> dict:
-    """`make export` from its beginning, or from the merged weights on, as after an interruption."""
+    """The export stage from its beginning, or from the merged weights on, as after an interruption."""
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["export"]["imatrix"] = imatrix
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -112,7 +114,7 @@ def exported(run: Path, work: Path, imatrix: bool = False, merged: bool = False)
         if not (merged and path.name in ("merged", "source.json")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run / "export.json").unlink(missing_ok=True)
-    return measure([ferry("export", "--run", run)], work)
+    return measure([stage_command("export", run)], work)
 
 
 def bare(run: Path, work: Path) -> dict:

@@ -46,7 +46,7 @@ UP = {
     ("ferry", "publish, and put's sha256"): f"{PUT}; {SEND}",
 }
 DOWN = {
-    ("ferry", "pull"): f"from deploy.cli import cli; cli(['pull', '{REPO}', '--models', sys.argv[2]])",
+    ("ferry", "pull"): f"from cli.main import ferry; ferry(['pull', '{REPO}', '--models', sys.argv[2]])",
     ("huggingface_hub", "hf_hub_download"): DOWNLOAD,
     ("huggingface_hub", "hf_hub_download, then sha256"): f"{DOWNLOAD}; {DIGEST}",
 }
