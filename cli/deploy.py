@@ -137,8 +137,7 @@ def write_modelfile(version: Path) -> None:
 
 @click.command(cls=Command, choose_environment=check_model)
 @several(REPO, MODELS, NAME, START)
-@setting("--optional", is_flag=True, hidden=True)
-def ollama(repo, models, name, start, optional) -> None:
+def ollama(repo, models, name, start) -> None:
     """Create the model in Ollama, prove its prompts there.
 
     Only then it becomes NAME:latest.
@@ -149,7 +148,7 @@ def ollama(repo, models, name, start, optional) -> None:
     """
     from deploy import store
 
-    install_in_ollama(store.current(models, resolve(repo, models)), name, start, optional)
+    install_in_ollama(store.current(models, resolve(repo, models)), name, start, optional=False)
 
 
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
@@ -167,8 +166,7 @@ def install_in_ollama(version: Path, name: str | None, start: bool, optional: bo
 
 @click.command(cls=Command, choose_environment=check_model)
 @REPO_OPTIONS
-@setting("--optional", is_flag=True, hidden=True)
-def lmstudio(repo, models, optional) -> None:
+def lmstudio(repo, models) -> None:
     """Put the file into LM Studio's models folder.
 
     It is a hard link where the disk allows it.
@@ -179,7 +177,7 @@ def lmstudio(repo, models, optional) -> None:
     """
     from deploy import store
 
-    install_in_lmstudio(store.current(models, resolve(repo, models)), optional)
+    install_in_lmstudio(store.current(models, resolve(repo, models)), optional=False)
 
 
 def install_in_lmstudio(version: Path, optional: bool) -> None:

@@ -31,7 +31,7 @@ class Command(click.Command):
 
         It runs first, so it raises UserError for what can be known without any environment, such as a bad config.
         """
-        super().__init__(*arguments, **attributes)
+        super().__init__(*arguments, context_settings={"help_option_names": ["-h", "--help"]}, **attributes)
         self.choose_environment = choose_environment
 
     def invoke(self, ctx: click.Context):

@@ -152,9 +152,4 @@ def translate_error(error: Exception) -> UserError:
             error.format_message(),
             f"`{context.command_path} --help` shows what it takes" if context else "ferry --help",
         )
-    if isinstance(error, OSError):  # where no stage knew more about it
-        if error.errno not in files.MENDABLE or error.filename is None:
-            raise error
-        hint = "correct its name, owner or permissions, then run the same command again"
-        return UserError(f"{shown(str(error.filename))}: {error.strerror}", hint)
-    return error
+    return files.explain_unhandled(error) if isinstance(error, OSError) else error

@@ -25,19 +25,20 @@ def several(*decorators):
 
 
 RUNS = setting("--runs", make="RUNS", type=PATH, default=Path("runs"), show_default=True, help="Where runs go.")
-RUN_OPTIONS = several(
+SET = setting(
+    "--set",
+    "overrides",
+    make="SET",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override one value of the config; repeatable.",
+)
+WHICH_RUN = several(
     operand("config_file", make="CONFIG", metavar="[CONFIG]", required=False, type=PATH),
     setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: the config's."),
     RUNS,
-    setting(
-        "--set",
-        "overrides",
-        make="SET",
-        multiple=True,
-        metavar="SECTION.KEY=VALUE",
-        help="Override one value of the config; repeatable.",
-    ),
 )
+RUN_OPTIONS = several(WHICH_RUN, SET)
 CHECKPOINTS = setting(
     "--checkpoints",
     make="CHECKPOINTS",

@@ -5,15 +5,9 @@ from pathlib import Path
 import click
 
 from cli.environment import Command
-from cli.options import JSON, PATH, RUNS, YES, find_run, several, typed_command
-from cli.settings import operand, setting
+from cli.options import JSON, PATH, RUNS, WHICH_RUN, YES, find_run, several, typed_command
+from cli.settings import setting
 from contract.errors import UserError
-
-WHICH = several(
-    operand("config_file", make="CONFIG", metavar="[CONFIG]", required=False, type=PATH),
-    setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: the config's."),
-    RUNS,
-)
 
 
 def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path):
@@ -84,7 +78,7 @@ def list_runs(runs, as_json) -> None:
 
 
 @click.command(cls=Command)
-@several(WHICH, JSON)
+@several(WHICH_RUN, JSON)
 def status(config_file, run_name, runs, as_json) -> None:
     """Say how far a run is, and which command works in it.
 
@@ -101,7 +95,7 @@ def status(config_file, run_name, runs, as_json) -> None:
 
 
 @click.command(cls=Command)
-@several(WHICH, YES)
+@several(WHICH_RUN, YES)
 @setting("--all", "everything", make="ALL", is_flag=True, help="The whole run, its adapter and records too.")
 def clean(config_file, run_name, runs, yes, everything) -> None:
     """Remove what a run can make again.

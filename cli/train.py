@@ -17,6 +17,7 @@ from cli.options import (
     QUANTIZATION,
     RUN_OPTIONS,
     RUNS,
+    SET,
     START,
     RunRequest,
     find_run,
@@ -52,7 +53,7 @@ def choose_environment_for_rows(params: dict) -> str | None:
 
 @click.command("config", cls=Command)
 @operand("config_file", make="CONFIG", type=PATH)
-@setting("--set", "overrides", make="SET", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value.")
+@SET
 def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
     """Check a config and print it with all defaults.
 
@@ -78,7 +79,7 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
     Raises UserError when another command works in it, or when its rows or training would be others.
     """
     from common import console
-    from pipeline.changes import accept_config
+    from pipeline.changes import accept_config, find_changes
     from pipeline.offsite import restore
     from pipeline.record import Run
     from pipeline.stages import lock_run, require_files
@@ -88,10 +89,10 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
         if checkpoints:
             os.environ["FERRY_CHECKPOINTS"] = checkpoints
             restore.restore(checkpoints, run, config)
+        if not run.done("evaluate") or "evaluate" in find_changes(run, config).stale:
+            require_files(config, run.done("data"))
         for text in accept_config(run, config, request.is_own_config):
             console.note(text)
-        if not run.done("evaluate"):
-            require_files(config, run.done("data"))
         yield run, config, lock
 
 
@@ -135,7 +136,7 @@ def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
 @several(
     setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: demo."),
     RUNS,
-    setting("--set", "overrides", make="SET", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value."),
+    SET,
     MODELS,
     setting("--repo", make="REPO", metavar="FOLDER", help="Default: ./hub/demo, where the run publishes."),
     QUANTIZATION,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import console
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 CHUNK = 1 << 20
 # What is wrong with a place that a user named, or with its rights.
@@ -70,6 +70,14 @@ def translated(error: OSError, path: Path) -> Exception:
             f"cannot write {path}: {error.strerror}", f"make {path.parent} a writable folder, or choose another"
         )
     return error
+
+
+def explain_unhandled(error: OSError) -> UserError:
+    """An OSError that no stage knew more about, as a UserError. Raises it again where a user cannot cure it."""
+    if error.errno not in MENDABLE or error.filename is None:
+        raise error
+    hint = "correct its name, owner or permissions, then run the same command again"
+    return UserError(f"{shown(str(error.filename))}: {error.strerror}", hint)
 
 
 def nearest(path: Path) -> Path:
@@ -138,7 +146,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file; its progress is shown when it is large."""
+    """Hex digest of a file; its progress is shown when it takes long."""
     return copy(path, None)
 
 

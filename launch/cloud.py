@@ -60,7 +60,8 @@ class Wish:
 def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wish, lock: int | None = None) -> dict:
     """From a config to a repo that `make deploy-mac` takes; returns cloud.json.
 
-    lock: descriptor of the run's lock, which the caller holds. Raises UserError with what went wrong, after the line that says what still bills.
+    lock: descriptor of the run's lock, which the caller holds. Raises UserError with what went wrong, after the line that
+    says what still bills.
     """
     settings, name, notes = config.load(config_file, wish.overrides), run.folder.name, run.folder / "cloud"
     refuse_folder(settings, launcher)

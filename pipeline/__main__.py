@@ -36,10 +36,10 @@ def main(stage: str, folder: str, *arguments: str) -> int:
     except UserError as error:
         return report(run, stage, error)
     except OSError as error:
-        if error.errno not in files.MENDABLE or error.filename is None:
+        try:
+            return report(run, stage, files.explain_unhandled(error))
+        except OSError:
             return report_bug(run, stage)
-        hint = "correct its name, owner or permissions, then run the same command again"
-        return report(run, stage, UserError(f"{error.filename}: {error.strerror}", hint))
     except KeyboardInterrupt:
         console.say("stopped; the same command goes on from here")
         return 130

@@ -285,6 +285,7 @@ def test_bad_arguments_end_with_exit_code_2_and_no_traceback(chain):
         done = make(*arguments)
         assert done.returncode == 2, arguments
         assert expected in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not Path("runs/none").exists(), "refused before anything is done"
 
 
 def test_qlora_without_a_gpu_is_one_clear_error(chain):

@@ -172,8 +172,6 @@ def test_every_target_in_the_readme_is_one_that_tests_run():
 
 
 def test_the_readmes_output_is_what_was_measured():
-    from pipeline import ladder  # noqa: F401 the table below is of its making
-
     rows = {row["case"]: row for row in results_of("demo")}
     text = README.read_text(encoding="utf-8")
     fresh = rows["fresh, seed 3407: make demo, all"]
