@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.deploy import install_in_ollama
 from contract import files
 from contract.errors import UserError
 from deploy import store, trace, versions
@@ -355,27 +356,26 @@ def test_prune_keeps_the_newest_and_the_one_in_use(pair, server):
     assert set(digests()) == {f"real:{pair[1].name}", "real:latest"} and store.current(models, repo) == pair[1]
 
 
-def test_without_ollama_the_rest_goes_on(pair, tmp_path):
+def test_without_ollama_the_rest_goes_on(pair, tmp_path, monkeypatch, capsys):
     environment = apps.without(tmp_path / "none")
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
-    done = ferry("ollama", repo, "--models", models, "--optional", **environment)
-    assert (
-        done.returncode == 0
-        and "skipped: Ollama is not installed" in done.stdout
-        and "https://ollama.com/download" in done.stdout
-        and ("brew" in done.stdout) == (sys.platform == "darwin")
-    )
     done = ferry("ollama", repo, "--models", models, **environment)
     assert done.returncode == 2 and "error: Ollama is not installed" in done.stderr and "Traceback" not in done.stderr
+    enter(monkeypatch, environment)
+    install_in_ollama(pair[1], None, start=False, optional=True)
+    shown = capsys.readouterr().out
+    assert "skipped: Ollama is not installed" in shown and "https://ollama.com/download" in shown
+    assert ("brew" in shown) == (sys.platform == "darwin")
 
 
-def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch):
+def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch, capsys):
     with apps.ollama(tmp_path / "apps", running=False, mac=True) as app:
         enter(monkeypatch, app.env)
         repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
-        done = ferry("ollama", repo, "--models", models, "--optional")
-        assert done.returncode == 0 and "skipped: Ollama is installed, but no server answers" in done.stdout
-        assert "START=1" in done.stdout and not app.woken and api.version() is None
+        install_in_ollama(pair[1], None, start=False, optional=True)
+        shown = capsys.readouterr().out
+        assert "skipped: Ollama is installed, but no server answers" in shown and "START=1" in shown
+        assert not app.woken and api.version() is None
         done = ferry("ollama", repo, "--models", models, "--start", FERRY_CACHE=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
         assert "it goes on running (pid" in done.stderr and api.version() is not None
