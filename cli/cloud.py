@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.environment import ROOT, Command
-from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, find_run, several
+from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, find_run, find_run_folder, several
 from cli.settings import FiniteRange, operand, setting
 from cli.train import choose_environment_for_rows, open_run
 from contract.errors import UserError
@@ -123,7 +123,7 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
         raise UserError(
             "CLOUD is missing", "the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs"
         )
-    folder = runs / run_name if run_name and not config_file else find_run(config_file, run_name, runs).folder
+    folder = find_run_folder(config_file, run_name, runs)
     console.show(f"stop: {module.stop_job(launchers.of(cloud, folder, checkpoints, spot), folder, teardown)}")
 
 

@@ -28,6 +28,13 @@ def resolve(repo: str | None, models: Path) -> str:
     return store.resolve(repo, models)
 
 
+def find_version(repo: str | None, models: Path) -> Path:
+    """The folder of the version in use. Raises UserError where it was not pulled, or several models could be meant."""
+    from deploy import store
+
+    return store.current(models, resolve(repo, models))
+
+
 @click.command("deploy-mac", cls=Command)
 @several(REPO, MODELS, QUANTIZATION, NAME, START)
 def deploy_mac(repo, models, quantization, name, start) -> None:
@@ -98,9 +105,7 @@ def smoke(repo, models) -> None:
     Example:
       ferry smoke ./hub/demo
     """
-    from deploy import store
-
-    smoke_test(store.current(models, resolve(repo, models)))
+    smoke_test(find_version(repo, models))
 
 
 def smoke_test(version: Path) -> None:
@@ -119,9 +124,7 @@ def modelfile(repo, models) -> None:
     Example:
       ferry modelfile ./hub/demo
     """
-    from deploy import store
-
-    write_modelfile(store.current(models, resolve(repo, models)))
+    write_modelfile(find_version(repo, models))
 
 
 def write_modelfile(version: Path) -> None:
@@ -146,9 +149,7 @@ def ollama(repo, models, name, start) -> None:
     Example:
       ferry ollama ./hub/demo --name tickets
     """
-    from deploy import store
-
-    install_in_ollama(store.current(models, resolve(repo, models)), name, start, optional=False)
+    install_in_ollama(find_version(repo, models), name, start, optional=False)
 
 
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
@@ -175,9 +176,7 @@ def lmstudio(repo, models) -> None:
     Example:
       ferry lmstudio ./hub/demo
     """
-    from deploy import store
-
-    install_in_lmstudio(store.current(models, resolve(repo, models)), optional=False)
+    install_in_lmstudio(find_version(repo, models), optional=False)
 
 
 def install_in_lmstudio(version: Path, optional: bool) -> None:
@@ -212,10 +211,7 @@ def summary(repo, models) -> None:
     Example:
       ferry summary ./hub/demo
     """
-    from deploy import store
-
-    repo = resolve(repo, models)
-    show_summary(store.current(models, repo), repo)
+    show_summary(find_version(repo, models), resolve(repo, models))
 
 
 def show_summary(version: Path, repo: str) -> None:
@@ -253,9 +249,8 @@ def chat(repo, models, system, input_file) -> None:
       echo "Can my dog come along? Booking T9034." | ferry chat ./hub/demo
     """
     from deploy import chat as module
-    from deploy import store
 
-    module.stage(store.current(models, resolve(repo, models)), system=system, input_file=input_file)
+    module.stage(find_version(repo, models), system=system, input_file=input_file)
 
 
 @click.command(cls=Command, choose_environment=check_model)
@@ -270,9 +265,8 @@ def serve(repo, models, host, port) -> None:
       ferry serve ./hub/demo --port 8081
     """
     from deploy import serve as module
-    from deploy import store
 
-    module.stage(store.current(models, resolve(repo, models)), host, port)
+    module.stage(find_version(repo, models), host, port)
 
 
 @click.command(cls=Command)

@@ -101,23 +101,23 @@ def is_this_python(python: Path) -> bool:
 
 def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
     """Become the container engine where the command shall run in the image; raise SystemExit where it cannot be decided."""
-    typed = typed_settings(command, ctx)
-    words = [f"{name}={typed[name]}" for name in IMAGE_SETTINGS if name in typed]
+    words = typed_words(command, ctx, IMAGE_SETTINGS)
     script = [sys.executable, str(SETUP / "container.py")]
     decided = subprocess.run([*script, "where", *words, "--", command.name], stdout=subprocess.PIPE, text=True)
     if decided.stdout.strip() == "native":
         return
     if decided.stdout.strip() != "image":
         raise SystemExit(2)
-    words += [f"{name}={typed[name]}" for name in FOLDER_SETTINGS if name in typed]
+    words += typed_words(command, ctx, FOLDER_SETTINGS)
     os.execv(sys.executable, [*script, "run", *words, "--", *sys.argv[1:]])
 
 
-def typed_settings(command: Command, ctx: click.Context) -> dict[str, str]:
-    """{name in make: value} of what was typed, defaults left out."""
-    found = {}
-    for name, parameter in settings_of(command).items():
-        if ctx.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE:
-            value = ctx.params[parameter.name]
-            found[name] = str(int(value)) if isinstance(value, bool) else str(value)
-    return found
+def typed_words(command: Command, ctx: click.Context, names: tuple[str, ...]) -> list[str]:
+    """NAME=VALUE of the settings with these names in make that were typed, as setup/container.py takes them."""
+    parameters = settings_of(command)
+    return [
+        f"{name}={ctx.params[parameters[name].name]}"
+        for name in names
+        if name in parameters
+        and ctx.get_parameter_source(parameters[name].name) == click.core.ParameterSource.COMMANDLINE
+    ]

@@ -81,7 +81,7 @@ def ferry() -> None:
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
     """What `make TARGET NAME=VALUE ...` forwards to. goals: all targets of that call."""
-    from cli.settings import refuse_bad_value, translate_make_settings
+    from cli.settings import explain_bad_value, translate_make_settings
 
     forget_make(words)
     targets = {goal: load_command(goal) for goal in check_goals(goals.split() or [target])}
@@ -91,7 +91,7 @@ def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
         try:
             command.make_context(goal, [*arguments], parent=click.get_current_context().parent)
         except click.BadParameter as error:
-            raise refuse_bad_value(error) from error
+            raise explain_bad_value(error) from error
         if goal == target:
             sys.argv = [sys.argv[0], target, *arguments]
     os.environ |= {"FERRY_TYPED": f"make {target}", "FERRY_GOALS": goals}
@@ -144,8 +144,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def translate_error(error: Exception) -> UserError:
-    """Every error that a user can cure, as a UserError. Raises all others again."""
+def translate_error(error: UserError | click.ClickException | OSError) -> UserError:
+    """The error with the next command. Raises an OSError again that a user cannot cure."""
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         return UserError(

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from cli.environment import IMAGE_SETTINGS, ROOT, SETUP, Command, typed_settings
+from cli.environment import IMAGE_SETTINGS, ROOT, SETUP, Command, places, typed_words
 from cli.options import IMAGE_OPTIONS
 
 
@@ -14,12 +14,6 @@ def become(*command: object) -> None:
     """End as another program, in the checkout."""
     os.chdir(ROOT)
     os.execv(str(command[0]), [str(word) for word in command])
-
-
-def venv(kind: str) -> str:
-    from cli.environment import places
-
-    return str(places()[kind].folder)
 
 
 @click.command(cls=Command)
@@ -32,7 +26,7 @@ def env() -> None:
     Example:
       ferry env
     """
-    become(sys.executable, SETUP / "env.py", "--venv", venv("train"))
+    become(sys.executable, SETUP / "env.py", "--venv", places()["train"].folder)
 
 
 @click.command(cls=Command)
@@ -45,14 +39,12 @@ def deploy_env() -> None:
     Example:
       ferry deploy-env
     """
-    become(sys.executable, SETUP / "env.py", "--deploy", "--venv", venv("deploy"))
+    become(sys.executable, SETUP / "env.py", "--deploy", "--venv", places()["deploy"].folder)
 
 
-def container(verb: str) -> None:
+def run_container_script(verb: str) -> None:
     context = click.get_current_context()
-    typed = typed_settings(context.command, context)
-    words = [f"{name}={typed[name]}" for name in IMAGE_SETTINGS if name in typed]
-    become(sys.executable, SETUP / "container.py", verb, *words)
+    become(sys.executable, SETUP / "container.py", verb, *typed_words(context.command, context, IMAGE_SETTINGS))
 
 
 @click.command(cls=Command)
@@ -64,7 +56,7 @@ def image(**settings) -> None:
     Example:
       ferry image --device cuda
     """
-    container("build")
+    run_container_script("build")
 
 
 @click.command(cls=Command)
@@ -78,7 +70,7 @@ def shell(**settings) -> None:
     Example:
       ferry shell
     """
-    container("shell")
+    run_container_script("shell")
 
 
 @click.command(cls=Command)

@@ -73,12 +73,13 @@ def typed_command(name: str) -> str:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """Which run a command is about. config_file: None where the run's own config.yaml is meant."""
+    """Which run a command is about, and with which config."""
 
     config_file: Path
     folder: Path
     overrides: tuple[str, ...]
     is_own_config: bool
+    """config_file is the config.yaml in the run's folder."""
 
     def load_config(self):
         from pipeline import config
@@ -86,17 +87,20 @@ class RunRequest:
         return config.load(self.config_file, self.overrides)
 
 
+def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
+    """The folder that the run has or will have. Raises UserError for a bad name, and when neither is known."""
+    if run_name is None and config_file is None:
+        raise UserError("CONFIG is missing", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
+    name = config_file.stem if run_name is None else run_name
+    refuse_bad_name(name)
+    return runs / name
+
+
 def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrides: tuple[str, ...] = ()) -> RunRequest:
     """The run of a config, or the run of a name with the config that it has. Raises UserError when neither is known."""
-    if run_name is not None:
-        refuse_bad_name(run_name)
+    folder = find_run_folder(config_file, run_name, runs)
     if config_file is not None:
-        folder = runs / (run_name or config_file.stem)
-        refuse_bad_name(folder.name)
         return RunRequest(config_file, folder, overrides, False)
-    if run_name is None:
-        raise UserError("CONFIG is missing", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
-    folder = runs / run_name
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"there is no run {folder}, and no CONFIG to begin it with",

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from cli.environment import Command
-from cli.options import JSON, PATH, RUNS, WHICH_RUN, YES, find_run, several, typed_command
+from cli.options import JSON, PATH, RUNS, WHICH_RUN, YES, find_run_folder, several, typed_command
 from cli.settings import setting
 from contract.errors import UserError
 
@@ -19,8 +19,7 @@ def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path
             return found[0]
         names = ", ".join(run.name for run in found) or "none yet"
         raise UserError(f"which run? {runs} holds {names}", "RUN=name, or CONFIG=configs/yours.yaml")
-    folder = runs / run_name if run_name and not config_file else find_run(config_file, run_name, runs).folder
-    return run_status.require_run(folder)
+    return run_status.require_run(find_run_folder(config_file, run_name, runs))
 
 
 @click.command(cls=Command)

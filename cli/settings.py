@@ -65,8 +65,7 @@ def translate_make_settings(
     """NAME=VALUE words as the command's own arguments; what only commands of `others` take is left out.
 
     others: the other targets of the same `make` call. A word `env:NAME=VALUE` is from the shell's environment, and left out
-    where no target takes it. Raises UserError for a name that none of them takes, and for a
-    switch that is neither yes nor no.
+    where no target takes it. Raises UserError for a name that none of them takes, and for a switch that is neither yes nor no.
     """
     arguments, operands = [], []
     mine = settings_of(command)
@@ -95,7 +94,7 @@ def _arguments_of(parameter: click.Parameter, name: str, value: str) -> list[str
     return [f"{option}={item}" for item in values]
 
 
-def refuse_bad_value(error: click.BadParameter) -> UserError:
+def explain_bad_value(error: click.BadParameter) -> UserError:
     """A value that an option does not take, in make's words."""
     name = getattr(error.param, "make", None) or error.param.name
     return UserError(f"{name}: {error.message.replace('float range', 'number').replace('integer range', 'whole number')}",

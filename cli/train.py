@@ -79,7 +79,7 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
     Raises UserError when another command works in it, or when its rows or training would be others.
     """
     from common import console
-    from pipeline.changes import accept_config, find_changes
+    from pipeline.changes import accept_config, find_allowed_changes
     from pipeline.offsite import restore
     from pipeline.record import Run
     from pipeline.stages import lock_run, require_files
@@ -89,9 +89,11 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
         if checkpoints:
             os.environ["FERRY_CHECKPOINTS"] = checkpoints
             restore.restore(checkpoints, run, config)
-        if not run.done("evaluate") or "evaluate" in find_changes(run, config).stale:
+        changes = find_allowed_changes(run, config, request.is_own_config)
+        if not run.done("evaluate") or "evaluate" in changes.stale:
             require_files(config, run.done("data"))
-        for text in accept_config(run, config, request.is_own_config):
+        accept_config(run, config, changes)
+        for text in changes.describe():
             console.note(text)
         yield run, config, lock
 
@@ -265,12 +267,12 @@ def check(config_file, run_name, runs, overrides) -> None:
       ferry check configs/tickets.yaml --set export.quantizations=[q5_k_m]
     """
     from common import console
-    from pipeline.changes import describe_changes
+    from pipeline.changes import find_allowed_changes
     from pipeline.record import Run
 
     request = find_run(config_file, run_name, runs, overrides)
-    changes = describe_changes(Run(request.folder), request.load_config(), request.is_own_config)
-    for text in changes or [f"{request.folder} fits: nothing that is done runs again"]:
+    changes = find_allowed_changes(Run(request.folder), request.load_config(), request.is_own_config)
+    for text in changes.describe() or [f"{request.folder} fits: nothing that is done runs again"]:
         console.show(console.wrap(text))
 
 

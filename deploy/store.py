@@ -42,7 +42,7 @@ def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
     """(the folder of a model in the store, the version that is named or None).
 
     repo: NAME or NAME@VERSION as `make models` lists them, a folder hub (also with @VERSION), or owner/name[@revision].
-    Raises UserError for a folder without a name.
+    Raises UserError for a name that the store does not hold, and for a folder without a name.
     """
     name, _, version = repo.partition("@")
     if re.fullmatch(manifest.PLAIN, name) and (models / name).is_dir():
@@ -52,7 +52,7 @@ def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
         return models / _name_of_folder(path), version
     if hub.is_folder(repo):
         return models / _name_of_folder(repo), None
-    if re.fullmatch(manifest.PLAIN, name := repo.partition("@")[0]):
+    if re.fullmatch(manifest.PLAIN, name):
         raise UserError(
             f"{models} holds no model {name}", "`make models` lists what it holds; owner/name is one on the Hub"
         )

@@ -25,6 +25,13 @@ class Changes:
     stale: dict[str, list[str]] = field(default_factory=dict)
     """{stage: why}, in the stages' order."""
 
+    def describe(self) -> list[str]:
+        """Which stages run again and why, as sentences for the user."""
+        if not self.stale:
+            return []
+        reasons = next(iter(self.stale.values()))
+        return [f"{', '.join(self.stale)} {'run' if len(self.stale) > 1 else 'runs'} again: {'; '.join(reasons)}"]
+
     def add(self, stage: str, reasons: list[str]) -> None:
         if not reasons:
             return
@@ -113,8 +120,8 @@ def describe_differences(before: dict, now: dict, there: str = "in the run", her
     ]
 
 
-def describe_changes(run: Run, config: Config, is_own_config: bool) -> list[str]:
-    """What would run again with `config`, as sentences. Raises UserError when the rows or the training would be others.
+def find_allowed_changes(run: Run, config: Config, is_own_config: bool) -> Changes:
+    """What would run again with `config`. Raises UserError when the rows or the training would be others.
 
     is_own_config: `config` was read from the run's own config.yaml, so an edit there is meant.
     """
@@ -129,20 +136,12 @@ def describe_changes(run: Run, config: Config, is_own_config: bool) -> list[str]
             f"the run {run.folder} does not fit any more:\n  " + "\n  ".join(changes.faults),
             f"undo the change, or train the next version of the model: RUN={next_version(run.name)}",
         )
-    if not changes.stale:
-        return []
-    reasons = next(iter(changes.stale.values()))
-    return [f"{', '.join(changes.stale)} {'run' if len(changes.stale) > 1 else 'runs'} again: {'; '.join(reasons)}"]
+    return changes
 
 
-def accept_config(run: Run, config: Config, is_own_config: bool) -> list[str]:
-    """Let the run go on with `config`: remove the records of stale stages, freeze the config, and return what is said.
-
-    Raises UserError as `describe_changes` does; nothing is changed then.
-    """
-    sentences = describe_changes(run, config, is_own_config)
-    for stage in reversed(find_changes(run, config).stale):
+def accept_config(run: Run, config: Config, changes: Changes) -> None:
+    """Let the run go on with `config`: remove the records of stale stages and freeze the config."""
+    for stage in reversed(changes.stale):
         files.remove(run.path(stage))
     if not run.config_file.is_file() or run.is_config_edited() or run.config() != config:
         run.freeze(config)
-    return sentences

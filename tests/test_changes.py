@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from contract.errors import UserError
-from pipeline.changes import accept_config, describe_changes, find_changes
+from pipeline.changes import accept_config, find_allowed_changes, find_changes
 from pipeline.config import Config
 from pipeline.finetune import survive
 from pipeline.record import STAGES, Run
@@ -96,7 +96,7 @@ def test_a_changed_setting_runs_again_what_depends_on_it(run, name):
     if expected is None:
         assert any(fault.startswith(f"{name}: ") for fault in changes.faults)
         with pytest.raises(UserError, match=r"RUN=chain\.v2"):
-            describe_changes(run, change(config, name), is_own_config=False)
+            find_allowed_changes(run, change(config, name), is_own_config=False)
     else:
         assert list(changes.stale) == expected and not changes.faults
 
@@ -107,7 +107,9 @@ def test_only_stale_records_go_and_the_new_config_is_frozen(chain, tmp_path, nam
     shutil.copytree(chain.run, copy, copy_function=lambda a, b: Path(b).hardlink_to(a))
     run = Run(copy)
     config = change(run.config(), name)
-    [sentence] = accept_config(run, config, is_own_config=False)
+    changes = find_allowed_changes(run, config, is_own_config=False)
+    accept_config(run, config, changes)
+    [sentence] = changes.describe()
     stale = AGAIN[name.split(".")[0]]
     assert [stage for stage in STAGES if not run.done(stage)] == stale and name in sentence
     assert run.config() == config and (chain.run / "publish.json").is_file()
@@ -129,8 +131,8 @@ def test_an_edit_of_the_frozen_config_is_noticed(run, tmp_path):
     copy.config_file.write_text(text.replace("top_p: 0.9", "top_p: 0.8"))
     edited = copy.config()
     with pytest.raises(UserError, match=r"config\.yaml was edited"):
-        describe_changes(copy, run.config(), is_own_config=False)
-    assert "publish runs again" in describe_changes(copy, edited, is_own_config=True)[0]
+        find_allowed_changes(copy, run.config(), is_own_config=False)
+    assert "publish runs again" in find_allowed_changes(copy, edited, is_own_config=True).describe()[0]
 
 
 def test_a_second_make_changes_nothing_and_names_the_first(chain):

@@ -111,9 +111,9 @@ def test_clean_removes_what_can_be_made_again_and_the_run_stays_complete(runs, c
 def test_a_whole_run_is_removed_after_a_yes_only(runs):
     refused = ferry("clean", "--runs", runs, "--run", "chain", "--all")
     assert refused.returncode == 2 and "YES=1" in refused.stderr and (runs / "chain" / "data.json").is_file()
-    for name in ("taxes", "nothing"):
+    for name in ("taxes", "nothing", "../runs/chain", ""):
         assert ferry("clean", "--runs", runs, "--run", name, "--all", "--yes").returncode == 2
-    assert (runs / "taxes" / "config.yaml").read_text() == "mine"
+    assert (runs / "taxes" / "config.yaml").read_text() == "mine" and (runs / "chain" / "data.json").is_file()
     assert ferry("clean", "--runs", runs, "--run", "chain", "--all", "--yes").returncode == 0
     assert not (runs / "chain").exists() and (runs / "chain.v2").is_dir()
 
