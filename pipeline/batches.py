@@ -6,6 +6,7 @@ tokens at once cost time and save memory, and nothing else changes. That is why 
 with another card, still trains the same steps.
 """
 
+import functools
 import heapq
 import math
 from dataclasses import dataclass
@@ -22,10 +23,38 @@ if TYPE_CHECKING:
 PACKED, PADDED = 64, 8  # tokens that a micro-batch's length is rounded up to: what the kernels like, and its cost
 
 
-def order(rows: int, count: int, seed: int) -> np.ndarray:
-    """The first `count` row numbers of epoch after epoch, each shuffled by its own seed; int64 [count]."""
-    epochs = math.ceil(count / rows)
-    return np.concatenate([np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(epochs)])[:count]
+@dataclass(frozen=True)
+class ShuffledRows:
+    """The rows of a training in order: epoch after epoch, each shuffled by its own seed.
+
+    A slice of it is an array of row numbers, int64. Only epochs in use are in memory, so a hundred optimizer steps and a
+    million take the same.
+    """
+
+    rows: int
+    visits: int
+    """Rows trained on; a row that is trained on twice counts twice."""
+    seed: int
+
+    def __len__(self) -> int:
+        return self.visits
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.visits)
+        epochs = range(start // self.rows, math.ceil(max(start + 1, stop) / self.rows))
+        numbers = np.concatenate([_shuffled_epoch(self.rows, self.seed, epoch) for epoch in epochs])
+        return numbers[start - epochs[0] * self.rows : stop - epochs[0] * self.rows]
+
+    def count_tokens(self, lengths: np.ndarray, visits: int) -> int:
+        """Return the tokens of the first `visits` rows. lengths: tokens of each row, int [rows]."""
+        epochs, rest = divmod(min(visits, self.visits), self.rows)
+        begun = lengths[_shuffled_epoch(self.rows, self.seed, epochs)[:rest]] if rest else lengths[:0]
+        return epochs * int(lengths.sum()) + int(begun.sum())
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled_epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 @dataclass(frozen=True)
@@ -62,7 +91,7 @@ def step_rows(table: "pa.Table", numbers: np.ndarray) -> Rows:
     return Rows(numbers.tolist(), *columns)
 
 
-def dataset(table: "pa.Table", order: np.ndarray, per_step: int) -> "Dataset":
+def dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, per_step: int) -> "Dataset":
     """One item a step, {"rows": Rows}, made when it is asked for: it costs no memory, whatever the number of epochs."""
     from datasets import Dataset
 
@@ -70,7 +99,7 @@ def dataset(table: "pa.Table", order: np.ndarray, per_step: int) -> "Dataset":
         return {"rows": [step_rows(table, order[k * per_step : (k + 1) * per_step]) for k in batch["step"]]}
 
     steps = math.ceil(len(order) / per_step)
-    return Dataset.from_dict({"step": range(steps)}).with_transform(items)
+    return Dataset.from_dict({"step": np.arange(steps)}).with_transform(items)
 
 
 def micro_batches(lengths: list[int], budget: int, packed: bool) -> list[list[int]]:
@@ -107,7 +136,7 @@ def _padded(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed: bool) -> int:
-    """Tokens of the largest one of a training, padding counted. lengths: of the rows in the order of training."""
+    """Tokens of the largest one of these steps, padding counted. lengths: of the rows in the order of training."""
     largest = 0
     for start in range(0, len(lengths), per_step):
         step = lengths[start : start + per_step]

@@ -1,5 +1,6 @@
 """The model with its LoRA matrices, and the trainer around it."""
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -33,17 +34,17 @@ def build_model(weights: Path, base: Base, tune: Finetune, choice: Choice):
 
 
 def build_trainer(
-    model, base: Base, tune: Finetune, run: Run, choice: Choice, written: "pa.Table", order: np.ndarray
+    model, base: Base, tune: Finetune, run: Run, choice: Choice, written: "pa.Table", order: batches.ShuffledRows
 ) -> "SFTTrainer":
     """TRL's trainer on these rows, in this order; checkpoints and log in finetune/."""
     from transformers import AutoTokenizer, EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    folder, signals, lengths = run.folder / "finetune", survive.Signals(), batches.lengths(written)[order]
+    folder, signals, lengths = run.folder / "finetune", survive.Signals(), batches.lengths(written)
     pusher = offsite.Pusher(run, offsite.repo(), tune.save_minutes)
     steps = batches.dataset(written, order, choice.train_batch_size)
-    per_step = np.add.reduceat(lengths, np.arange(0, len(order), choice.train_batch_size))
-    meter = watch.Meter(per_step, flops(model), *cards.of(unsloth.device()))
+    count_tokens = functools.partial(count_tokens_until, order, lengths, choice.train_batch_size)
+    meter = watch.Meter(count_tokens, len(steps), flops(model), *cards.of(unsloth.device()))
     callbacks = [
         survive.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals, pusher),
         watch.watcher(folder / "log.jsonl", meter),
@@ -67,6 +68,11 @@ def build_trainer(
         packed=choice.packing, budget=choice.micro_batch_tokens, smallest=int(lengths.max()), signals=signals, meter=meter,
         memory=unsloth.peak_memory_gb, pusher=pusher,
     )  # fmt: skip
+
+
+def count_tokens_until(order: batches.ShuffledRows, lengths: np.ndarray, per_step: int, step: int) -> int:
+    """Return the tokens of the first `step` optimizer steps."""
+    return order.count_tokens(lengths, step * per_step)
 
 
 def reporters(names: tuple[str, ...]) -> list:

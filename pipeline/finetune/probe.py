@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from pipeline.finetune.trainer import OutOfMemory
 from pipeline.plan.choose import CHECKPOINTED, TOKENS, Choice
 from pipeline.plan.stage import POLICIES
 from pipeline.record import Run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 STEPS = 6  # the first ones compile; the last is looked at
 TOLD = "probed: "
@@ -76,7 +80,7 @@ def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
         model = model or build.build_model(weights, base, tune, choice)
         found.append(
             {"load_in_4bit": base.load_in_4bit, "use_gradient_checkpointing": policy, "micro_batch_tokens": tokens}
-            | steps(model, base, tune, run, choice, written, order)
+            | steps(model, base, tune, run, choice, written.take(order))
         )
         print(TOLD + json.dumps(found[-1]), flush=True)
     return found
@@ -89,8 +93,8 @@ def longest(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
     return order[:count]
 
 
-def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, written, order: np.ndarray) -> dict:
-    """Train them by the stage's own trainer, in a folder that goes again."""
+def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa.Table") -> dict:
+    """Train a full micro-batch by the stage's own trainer, in a folder that goes again."""
     from pipeline import unsloth
     from pipeline.finetune.build import build_trainer
 
@@ -102,7 +106,8 @@ def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, written, 
         quiet = tune.model_copy(
             update={"logging_steps": 1, "eval_strategy": "no", "report_to": (), "early_stopping_patience": None}
         )
-        trainer = build_trainer(model, base, quiet, beside, choice, written, np.tile(order, STEPS))
+        order = batches.ShuffledRows(len(full), STEPS * len(full), tune.seed)
+        trainer = build_trainer(model, base, quiet, beside, choice, full, order)
         trainer.packed = trainer.args.packing  # Unsloth does not pack every model
         trainer.smallest = trainer.budget  # what does not fit is not made to
         try:

@@ -6,7 +6,7 @@ Everything is read at the logging steps, where the trainer waits for the card an
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import console
@@ -16,12 +16,14 @@ from contract import files
 class Meter:
     """Real tokens a second, MFU, memory, time left and cost since the last entry.
 
-    tokens: of the rows of each step, int64 [steps]. flops: of one token, forward and backward, recomputation not counted.
-    peak: FLOP/s of the card, price: dollars an hour; None where they are not known.
+    count_tokens: of the first so many steps. steps: of the whole training. flops: of one token, forward and backward,
+    recomputation not counted. peak: FLOP/s of the card, price: dollars an hour; None where they are not known.
     """
 
-    def __init__(self, tokens, flops: float, peak: float | None, price: float | None):
-        self.tokens, self.flops, self.peak, self.price = tokens, flops, peak, price
+    def __init__(
+        self, count_tokens: Callable[[int], int], steps: int, flops: float, peak: float | None, price: float | None
+    ):
+        self.count_tokens, self.steps, self.flops, self.peak, self.price = count_tokens, steps, flops, peak, price
         self.began = self.last = time.monotonic()
         self.first = self.step = 0
 
@@ -36,12 +38,13 @@ class Meter:
 
     def read(self, step: int, memory_gb: float) -> dict:
         now = time.monotonic()
-        seconds, done = now - self.last, int(self.tokens[self.step : step].sum())
-        spent, trained = now - self.began, int(self.tokens[self.first : step].sum())
+        tokens = self.count_tokens(step)
+        seconds, done = now - self.last, tokens - self.count_tokens(self.step)
+        spent, trained = now - self.began, tokens - self.count_tokens(self.first)
         speed = done / seconds if seconds > 0 else 0.0
-        left = int(self.tokens[step:].sum()) * spent / trained if trained else None
+        left = (self.count_tokens(self.steps) - tokens) * spent / trained if trained else None
         self.last, self.step = now, step
-        found = {"tokens": int(self.tokens[:step].sum()), "tokens_per_second": round(speed, 1), "memory_gb": memory_gb}
+        found = {"tokens": tokens, "tokens_per_second": round(speed, 1), "memory_gb": memory_gb}
         found |= {"mfu": round(speed * self.flops / self.peak, 4)} if self.peak else {}
         found |= {"seconds_left": round(left)} if left is not None else {}
         return found | ({"dollars": round(spent / 3600 * self.price, 3)} if self.price else {})

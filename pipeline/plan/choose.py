@@ -21,6 +21,9 @@ USUAL = 8  # rows a step that a learning rate is given for
 # Model types whose rows Unsloth does not pack (its PADDING_FREE_BLOCKLIST): rows of similar length are padded.
 PADDED = ("gemma2", "gpt_oss")
 STEPS = 100  # optimizer steps that a free batch leaves at least, where the rows suffice
+# Rows whose batches are looked at: the first ones of a longer training stand for all, so that a plan takes as long for a
+# million steps as for two thousand.
+SAMPLE = 16_384
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Choice:
 def choose(
     model: memory.Shape | None, base: Base, tune: Finetune, lengths: np.ndarray, card: float | None, packed: bool,
     begun: int | None = None,
-) -> tuple[Choice, np.ndarray]:  # fmt: skip
-    """The first of the candidates that fits the card, and the row numbers in the order of training.
+) -> tuple[Choice, batches.ShuffledRows]:  # fmt: skip
+    """The first of the candidates that fits the card, and the rows in the order of training.
 
     model: None where the arithmetic does not know the shape. lengths: tokens of each row, int [rows]. card: its memory in
     bytes, None on a CPU. begun: rows a step of a training that goes on. Raises UserError where nothing fits.
@@ -82,13 +85,18 @@ def candidates(tune: Finetune, longest: int, card: float | None) -> list[tuple[i
 
 def with_tokens(
     tune: Finetune, lengths: np.ndarray, tokens: int, policy: memory.Checkpointing, packed: bool, begun: int | None
-) -> tuple[Choice, np.ndarray]:
+) -> tuple[Choice, batches.ShuffledRows]:
     """The choice that goes with so many tokens at once, and the order of training."""
-    seen = batches.order(len(lengths), rows_seen(tune, len(lengths), tokens), tune.seed)
-    per_step = begun or rows_per_step(tune, lengths[seen], tokens, packed)
-    order = batches.order(len(lengths), rows_seen(tune, len(lengths), per_step), tune.seed)
-    largest = batches.largest_micro_batch(lengths[order], per_step, tokens, packed)
-    return Choice(per_step, learning_rate(tune, per_step), tokens, largest, policy, packed), order
+    per_step = begun or rows_per_step(tune, lengths, tokens, packed)
+    order = batches.ShuffledRows(len(lengths), rows_seen(tune, len(lengths), per_step), tune.seed)
+    largest = batches.largest_micro_batch(lengths[sample(order, per_step)], per_step, tokens, packed)
+    longest = batches.size(lengths[[lengths.argmax()]], packed)  # it may stand behind the sample
+    return Choice(per_step, learning_rate(tune, per_step), tokens, max(largest, longest), policy, packed), order
+
+
+def sample(order: batches.ShuffledRows, per_step: int) -> np.ndarray:
+    """Return the row numbers of the first steps: all of them up to about SAMPLE rows, and one step at least."""
+    return order[: max(1, SAMPLE // per_step) * per_step]
 
 
 def rows_seen(tune: Finetune, count: int, per_step: int) -> int:
@@ -97,10 +105,12 @@ def rows_seen(tune: Finetune, count: int, per_step: int) -> int:
 
 
 def rows_per_step(tune: Finetune, lengths: np.ndarray, tokens: int, packed: bool) -> int:
-    """As configured; or, left free, as many as one micro-batch holds. lengths: in the order of training, int [rows seen]."""
+    """As configured; or, left free, as many as one micro-batch holds. lengths: of each row, int [rows]."""
     if tune.train_batch_size != "auto":
         return tune.train_batch_size
-    return max(USUAL, min(batches.largest_step(lengths, tokens, packed), len(lengths) // STEPS))
+    visits = rows_seen(tune, len(lengths), tokens)
+    first = batches.ShuffledRows(len(lengths), visits, tune.seed)[:SAMPLE]
+    return max(USUAL, min(batches.largest_step(lengths[first], tokens, packed), visits // STEPS))
 
 
 def learning_rate(tune: Finetune, rows: int) -> float:

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from common.console import format_duration as duration
-from contract import files, gguf
+from contract import gguf
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import batches, rows
 from pipeline.config import Base, Config, Finetune
 from pipeline.plan import cards, disk, memory, this_machine
 from pipeline.plan.cards import Card
-from pipeline.plan.choose import Choice, choose, packs
+from pipeline.plan.choose import Choice, choose, packs, sample
 from pipeline.record import Run
 
 # Measured on an H200 (benchmarks/results/gpu.md), applied to other cards by their dense bf16 peak.
@@ -139,7 +139,7 @@ def work(config: Config, run: Run) -> Work:
 def described(source: Path) -> tuple[memory.Shape | None, str]:
     """Shape and model type of a folder or a GGUF."""
     if source.is_dir():
-        config = files.read_json(source / "config.json")
+        config = bases.read_config(source)
         return memory.shape(config), config.get("model_type", "")
     header = gguf.read(source)
     return memory.gguf_shape(header), str(header.metadata.get(gguf.ARCHITECTURE, ""))
@@ -165,25 +165,28 @@ def on(card: Card, found: Work) -> Plan | str:
         choice, order = choose(found.model, found.base, found.tune, found.lengths, card.memory_gb * 1e9, packed)
     except UserError as error:
         return error.message.removeprefix(f"{found.base.model} ").partition(",")[0]
-    lengths = found.lengths[order]
     parts = memory.parts(
         found.model, found.base, found.tune, choice.largest_micro_batch, choice.use_gradient_checkpointing, packed
     )
     return Plan(
-        card, choice, parts | {"CUDA itself": memory.CONTEXT}, math.ceil(len(order) / choice.train_batch_size), int(lengths.sum()),
-        seconds(found.model, choice, lengths, card), EXPORT * found.model.sixteen,
+        card, choice, parts | {"CUDA itself": memory.CONTEXT}, math.ceil(len(order) / choice.train_batch_size), order.count_tokens(found.lengths, len(order)),
+        seconds(found, choice, order, card), EXPORT * found.model.sixteen,
     )  # fmt: skip
 
 
-def seconds(model: memory.Shape, choice: Choice, lengths: np.ndarray, card: Card) -> float:
-    """Of the training: what the card computes, or what the processor takes to start its kernels, whichever is longer."""
+def seconds(found: Work, choice: Choice, order: batches.ShuffledRows, card: Card) -> float:
+    """Of the training: what the card computes, or what the processor takes to start its kernels, whichever is longer.
+
+    The steps of a sample are added up; the rest takes as long for each token.
+    """
+    model, lengths = found.model, found.lengths[sample(order, choice.train_batch_size)]
     speed = EFFICIENCY * card.tflops * 1e12 / model.flops() * (RECOMPUTED if choice.use_gradient_checkpointing else 1)
     total = 0.0
     for start in range(0, len(lengths), choice.train_batch_size):
         step = lengths[start : start + choice.train_batch_size]
         for group in batches.micro_batches(step.tolist(), choice.micro_batch_tokens, choice.packing):
             total += max(batches.size(step[group], choice.packing) / speed, LAUNCH * model.layers)
-    return START + total
+    return START + total * order.count_tokens(found.lengths, len(order)) / int(lengths.sum())
 
 
 def detail(plan: Plan, config: Config, found: Work) -> str:

@@ -27,7 +27,7 @@ def plan_on_processor(work) -> ProcessorPlan | str:
     if work.base.load_in_4bit:
         return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
     choice, order = choose(work.model, work.base, work.tune, work.lengths, None, packed=False)
-    seconds = int(work.lengths[order].sum()) * work.model.flops() / (EFFICIENCY * measure_processor())
+    seconds = order.count_tokens(work.lengths, len(order)) * work.model.flops() / (EFFICIENCY * measure_processor())
     return ProcessorPlan(choice, seconds, os.cpu_count() or 1, box.memory() / 1e9)
 
 
