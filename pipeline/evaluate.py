@@ -9,6 +9,7 @@ from contract.errors import UserError
 from pipeline import rows as training_rows
 from pipeline import unsloth
 from pipeline.config import Config, Evaluate
+from pipeline.finite import refuse_broken_adapter, refuse_broken_losses
 from pipeline.judge import judge
 from pipeline.record import Run
 from pipeline.score import asked, held_out, response_positions
@@ -30,7 +31,9 @@ def stage(config: Config, run: Run) -> dict:
     rule, heldout = config.evaluate, run.output("data", "heldout")
     rows, used = held_out(heldout, rule)
     usable(rule)  # before the model is read
-    model, tokenizer = unsloth.load(run.output("finetune", "adapter").parent, config.base)
+    adapter = run.output("finetune", "adapter")
+    refuse_broken_adapter(adapter)
+    model, tokenizer = unsloth.load(adapter.parent, config.base)
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
@@ -83,6 +86,7 @@ def own_prompts(path: str | None, tokenizer: "PreTrainedTokenizerFast", system: 
 def read_prompts(path: Path) -> list[str]:
     """One a line; in a .jsonl the "prompt" of each object."""
     try:
+        files.refuse_no_file(path)
         # not splitlines(): U+2028 and the like may stand inside a prompt
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
@@ -105,9 +109,9 @@ def overfitting(side: Torch, train: Path, base: float, heldout: float) -> dict:
     table = training_rows.read(train)
     rows = table.take(list(range(0, len(table), max(1, len(table) // TRAINING_ROWS)))).to_pylist()[:TRAINING_ROWS]
     rows = [row | {"prompt_tokens": len(row["input_ids"])} for row in rows]  # not asked
-    loss = sum(reading.loss for reading in side.read(rows, "training rows")) / sum(
-        len(response_positions(row)) for row in rows
-    )
+    losses = [reading.loss for reading in side.read(rows, "training rows")]
+    refuse_broken_losses(losses, "adapter")
+    loss = sum(losses) / sum(len(response_positions(row)) for row in rows)
     says = None
     if heldout >= base:
         says = f"held-out loss did not fall: {base} before, {heldout} after"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from common import console
 from contract import runtime
 from pipeline.config import Evaluate
+from pipeline.finite import refuse_broken_losses
 from pipeline.score import answer_positions, asked, prompt_ids, response_positions, score
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def finish(
     label: str,
     own: Sequence[dict] = (),
 ) -> tuple[dict, list[str]]:
-    """The same, from readings that are there already."""
+    """The same, from readings that are there already. Raises UserError when a loss is no number."""
+    refuse_broken_losses((reading.loss for reading in readings), label)
     questions = [*asked(rows, rule), *own]
     known = [reading.says_reference for reading in readings][: len(questions) - len(own)] + [False] * len(own)
     open_ = [prompt_ids(row) for row, there in zip(questions, known, strict=True) if not there]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from contract import files
 from contract.errors import UserError
-from pipeline import batches
+from pipeline import batches, finite
 from pipeline.config import Finetune
 from pipeline.finetune import survive, watch
 from pipeline.record import Run
@@ -96,16 +96,22 @@ def whole(made, tmp_path_factory) -> tuple[dict, list[float]]:
 
 @given(st.integers(1, 50), st.integers(1, 200), st.integers(0, 2**32))
 def test_the_order_is_epoch_after_epoch_and_the_seeds_alone(rows, count, seed):
-    found = batches.order(rows, count, seed)
-    assert len(found) == count
+    order = batches.ShuffledRows(rows, count, seed)
+    found = order[:]
+    assert len(found) == len(order) == count
     for start in range(0, count, rows):
         epoch = found[start : start + rows]
         assert len(set(epoch)) == len(epoch) and (len(epoch) < rows or set(epoch) == set(range(rows)))
-    assert list(batches.order(rows, max(1, count // 2), seed)) == list(found[: max(1, count // 2)])
+    assert list(batches.ShuffledRows(rows, max(1, count // 2), seed)[:]) == list(found[: max(1, count // 2)])
+    for start, stop in ((0, 1), (count // 3, 2 * count // 3), (rows - 1, rows + 2), (count - 1, count)):
+        assert list(order[start:stop]) == list(found[start:stop])
+    tokens = np.arange(1, rows + 1)
+    for visits in (0, 1, count // 2, rows, count, 2 * count):
+        assert order.count_tokens(tokens, visits) == tokens[found[:visits]].sum()
     if rows > 20 and count >= 2 * rows:
         assert list(found[:rows]) != list(found[rows : 2 * rows]), "an epoch has its own order"
     if rows > 20:
-        assert list(batches.order(rows, rows, seed + 1)) != list(batches.order(rows, rows, seed))
+        assert list(batches.ShuffledRows(rows, rows, seed + 1)[:]) != list(batches.ShuffledRows(rows, rows, seed)[:])
 
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -145,11 +151,11 @@ def test_steps_hold_the_tables_rows(made):
     from pipeline import rows
 
     table = rows.read(Run(made).output("data", "train"))
-    order = batches.order(len(table), 2 * len(table) + 5, 7)
+    order = batches.ShuffledRows(len(table), 2 * len(table) + 5, 7)
     steps = batches.dataset(table, order, 6)
     seen = [item["rows"] for item in steps]
     assert [len(step.numbers) for step in seen[:-1]] == [6] * (len(steps) - 1)
-    assert list(itertools.chain(*(step.numbers for step in seen))) == order.tolist()
+    assert list(itertools.chain(*(step.numbers for step in seen))) == order[:].tolist()
     written = table.to_pylist()
     for step in seen:
         for number, ids, labels in zip(step.numbers, step.ids, step.labels, strict=True):
@@ -430,7 +436,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(run):
     model = AutoModelForCausalLM.from_pretrained(record["weights"], dtype=torch.bfloat16).eval()
     table = rows.read(run.output("data", "train"))
     sums, counts = 0.0, 0
-    for row in table.take(batches.order(len(table), 6, 3407)).to_pylist():
+    for row in table.take(batches.ShuffledRows(len(table), 6, 3407)[:]).to_pylist():
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
         labels = torch.tensor(row["labels"][1:])
@@ -503,12 +509,101 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(run, monkeypat
     monkeypatch.setattr(stage, "build_model", build)
     with pytest.raises(UserError) as caught:
         trained(run, save_steps=4, logging_steps=5)
-    order = batches.order(43, 129, 3407)
+    order = batches.ShuffledRows(43, 129, 3407)[:]
     assert f"the loss of step 10 is nan: rows {', '.join(map(str, order[54:60]))} of" in caught.value.message
     assert "last good checkpoint is checkpoint-8" in caught.value.message
     assert survive.last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
     monkeypatch.setattr(stage, "build_model", real)
     assert trained(run, save_steps=4)["resumed_from"] == "checkpoint-8"
+
+
+def poison(monkeypatch, when):
+    """when(step): what the adapter's first tensor holds after that optimizer step; None: what was trained."""
+    from transformers import TrainerCallback
+
+    from pipeline.finetune import survive
+
+    class Poison(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            value = when(state.global_step + 1)
+            tensor = next(tensor for tensor in model.parameters() if tensor.requires_grad)
+            if value is not None:
+                tensor.data.view(-1)[0] = value
+
+    real = survive.keeper
+    monkeypatch.setattr(survive, "keeper", lambda *arguments: pair(real(*arguments), Poison()))
+
+
+def pair(keeper, poison):
+    keeper.on_optimizer_step = poison.on_optimizer_step
+    return keeper
+
+
+BROKEN = {
+    "every step, logged at the first alone": ({"max_steps": 3, "learning_rate": "inf"}, None, "step 2"),
+    "a rate that overflows": ({"max_steps": 3, "learning_rate": 1e38}, None, "step"),
+    "the last step's weights": ({"max_steps": 3}, lambda step: float("nan") if step == 3 else None, "after step 3"),
+    "infinity in the last step's weights": (
+        {"max_steps": 3},
+        lambda step: float("inf") if step == 3 else None,
+        "after step 3",
+    ),
+    "the only step": ({"max_steps": 1}, lambda step: float("nan"), "after step 1"),
+    "weights at a checkpoint": (
+        {"max_steps": 4, "save_steps": 2},
+        lambda step: float("nan") if step == 2 else None,
+        "after step 2",
+    ),
+    "a step between two logged ones": (
+        {"max_steps": 6, "logging_steps": 100},
+        lambda step: float("nan") if step == 3 else None,
+        "step 4",
+    ),
+    "held-out losses": (
+        {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2},
+        lambda step: float("nan") if step == 2 else None,
+        "step 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_no_training_with_broken_numbers_is_a_success(run, monkeypatch, case):
+    changes, when, words = BROKEN[case]
+    rate = changes.get("learning_rate")
+    changes = {name: value for name, value in changes.items() if name != "learning_rate"}
+    if when:
+        poison(monkeypatch, when)
+    from pipeline.finetune.stage import stage
+
+    tune = Finetune(**(TUNE | changes)).model_copy(update={"learning_rate": float(rate)} if rate else {})
+    with pytest.raises(UserError) as caught:
+        stage(run.config().base, tune, run)
+    assert words in caught.value.message, caught.value.message
+    cure = float(re.search(r"learning_rate=([\d.e+-]+)", caught.value.hint)[1])
+    assert 0 < cure <= 2e-4, "a cure is one"
+    assert not run.done("finetune") and not (run.folder / "finetune" / "adapter").exists()
+    for path in (run.folder / "finetune").glob("checkpoints/*/adapter_model.safetensors"):
+        finite.refuse_broken_adapter(path)
+
+
+@pytest.mark.parametrize("rate", [".inf", "-.inf", ".nan", "1e999", "2", "1e38"])
+def test_a_rate_that_is_no_rate_is_refused_by_the_config(rate):
+    from pipeline import config
+
+    with pytest.raises(UserError, match="learning_rate"):
+        config.load(ROOT / "configs" / "demo.yaml", (f"finetune.learning_rate={rate}",))
+
+
+def test_the_losses_of_a_long_training_are_looked_at_now_and_then(run, monkeypatch):
+    """Their tensors stay on the GPU, and their rows in memory, until then."""
+    from pipeline.finetune import trainer
+
+    monkeypatch.setattr(trainer, "CHECKED_EVERY", 2)
+    poison(monkeypatch, lambda step: float("nan") if step == 1 else None)
+    with pytest.raises(UserError, match="the loss of step 2 is nan"):
+        trained(run, max_steps=40, logging_steps=1000)
+    assert len(losses(run)) <= 1, "it ended soon after"
 
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(run, monkeypatch):
@@ -668,7 +763,7 @@ def test_compiled_kernels_are_kept_between_runs(monkeypatch):
 def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    meter = watch.Meter(np.array([1000] * 10), flops=2e9, peak=1e13, price=3.6)
+    meter = watch.Meter(lambda step: 1000 * step, 10, flops=2e9, peak=1e13, price=3.6)
     meter.start(0)
     now[0] += 4
     meter.pause(2)
@@ -688,7 +783,7 @@ def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
 
 
 def test_a_resumed_run_counts_its_own_speed_only():
-    meter = watch.Meter(np.array([1000] * 10), 1.0, None, None)
+    meter = watch.Meter(lambda step: 1000 * step, 10, 1.0, None, None)
     meter.start(5)
     found = meter.read(6, 1.0)
     assert found["tokens"] == 6000 and "mfu" not in found and "dollars" not in found

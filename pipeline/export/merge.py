@@ -116,6 +116,11 @@ def _merged(name: str, base: "torch.Tensor", lora: Adapter, dtype: str) -> "torc
         base = base.float() + (b.float() @ a.float()) * scale
     merged = base.to(getattr(torch, dtype))
     if not bool(merged.isfinite().all()):
+        if not bool(base.isfinite().all()):
+            raise UserError(
+                f"{name} of the base model holds NaN or infinity",
+                "fetch the base model again, or name another base.model with a new RUN=name",
+            )
         raise UserError(
             f"{name} does not fit {dtype} (largest value {base.abs().max():.4g})",
             'start a new run: RUN=another-name SET="export.dtype=bfloat16"',

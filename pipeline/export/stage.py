@@ -14,6 +14,7 @@ from pipeline import base as bases
 from pipeline import code, llamacpp, rows
 from pipeline.config import Config, Export
 from pipeline.export import merge
+from pipeline.finite import refuse_broken_adapter
 from pipeline.record import Run
 
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
@@ -29,6 +30,7 @@ def stage(config: Config, run: Run) -> dict:
     kind, folder = KINDS[export.dtype], run.workspace("export", "finetune", dtype=export.dtype)
     remove_outdated_ggufs(run, export, folder)
     weights, adapter = Path(run.read("finetune")["weights"]), run.output("finetune", "adapter").parent
+    refuse_broken_adapter(run.output("finetune", "adapter"))
     files.remove(folder / "evidence.json")  # of a try that failed
     refuse_full_disk(weights, folder, export)
     merged = merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, export.dtype)

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common import console
 from contract import files
 from contract.errors import UserError
@@ -38,7 +36,7 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     data = run.read("data")
     folder = run.workspace("finetune", "data")
     weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
-    described = files.read_json(weights / "config.json")
+    described = bases.read_config(weights)
     refuse_disk(memory.shape(described), tune, folder)
     written = rows.read(run.output("data", "train"))
     with room(base):
@@ -73,8 +71,8 @@ def room(base: Base):
 
 def prepared(
     weights: Path, described: dict, base: Base, tune: Finetune, run: Run, written: "pa.Table"
-) -> tuple["SFTTrainer", choose.Choice, np.ndarray]:
-    """The trainer, what it was chosen to run with, and the row numbers in the order of training. described: config.json.
+) -> tuple["SFTTrainer", choose.Choice, batches.ShuffledRows]:
+    """The trainer, what it was chosen to run with, and the rows in the order of training. described: config.json.
 
     What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
     """
@@ -161,8 +159,10 @@ def finish(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
     else:
         with watch.showing_steps(trainer, state.global_step if state else 0):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.refuse_broken_losses()
     if not trainer.signals and (best := trainer.state.best_model_checkpoint):
         take(trainer, Path(trainer.args.output_dir) / Path(best).name)  # its folder may be another machine's
+    trainer.refuse_broken_weights()
 
 
 def stopped_early(state) -> bool:
@@ -196,7 +196,7 @@ def write(
     trainer,
     run: Run,
     choice: choose.Choice,
-    order: np.ndarray,
+    order: batches.ShuffledRows,
     there: int,
     weights: Path,
     seed: int,
@@ -215,7 +215,7 @@ def write(
         final_loss=final_loss(trainer),
         best_step=trainer.state.best_global_step, best_loss=trainer.state.best_metric,
         resumed_from=checkpoint.name if checkpoint else None, device=unsloth.device(), peak_memory_gb=unsloth.peak_memory_gb(),
-        tokens=int(trainer.meter.tokens[:step].sum()), trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        tokens=trainer.meter.count_tokens(step), trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=seed, weights=str(weights), **asdict(choice),
     )  # fmt: skip
 

@@ -5,22 +5,25 @@ their gradients, each weighed by its share of the step's tokens: the step's loss
 dealt. So gradient_accumulation_steps is always 1 for the library.
 """
 
+import math
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from common import console
 from contract import files
 from contract.errors import UserError
 from pipeline import batches
 from pipeline.finetune.survive import Stop, last_complete
+from pipeline.finite import find_broken_tensor
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
 
 LAST_LOSS = "last-loss.json"  # of the step that a checkpoint was written after
+CHECKED_EVERY = 100  # steps whose losses are kept on the GPU at most; looking at them waits for it
 
 
 class OutOfMemory(Stop):
@@ -39,7 +42,7 @@ def trainer_class() -> type["SFTTrainer"]:
 
         def prepare(self, **given) -> "StepTrainer":
             self.__dict__.update(given)
-            self.losses: list[tuple[batches.Rows, torch.Tensor]] = []
+            self.losses: list[tuple[list[int], torch.Tensor]] = []
             self.last_loss: torch.Tensor | None = None
             self.collate, self.data_collator = self.data_collator, lambda items: items[0]
             return self
@@ -49,7 +52,7 @@ def trainer_class() -> type["SFTTrainer"]:
             while True:
                 try:
                     loss = self._step(model, rows)
-                    self.losses.append((rows, loss))
+                    self.losses.append((rows.numbers, loss))
                     self.last_loss = loss
                     return loss
                 except torch.OutOfMemoryError as error:
@@ -83,11 +86,17 @@ def trainer_class() -> type["SFTTrainer"]:
             )
 
         def _maybe_log_save_evaluate(self, *args, **kwargs):
-            if self.control.should_log or self.control.should_save or self.control.should_evaluate:
-                self.refuse_broken_numbers()
+            control = self.control
+            if (
+                control.should_log
+                or control.should_save
+                or control.should_evaluate
+                or len(self.losses) >= CHECKED_EVERY
+            ):
+                self.refuse_broken_losses()
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
-        def refuse_broken_numbers(self) -> None:
+        def refuse_broken_losses(self) -> None:
             """Before anything is logged or saved. Raises UserError with the first step whose loss is no number."""
             losses, self.losses = self.losses, []
             if not losses:
@@ -95,14 +104,24 @@ def trainer_class() -> type["SFTTrainer"]:
             finite = torch.isfinite(torch.stack([loss for _, loss in losses]))
             if not finite.all():
                 at = int((~finite).nonzero()[0])
-                raise UserError(*self._broken(self.state.global_step - len(losses) + 1 + at, *losses[at]))
+                numbers, loss = losses[at]
+                rows = ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
+                step = self.state.global_step - len(losses) + 1 + at
+                self._stop_broken(
+                    f"the loss of step {step:,} is {loss.item()}: rows {rows} of data/train.parquet, or the step before"
+                )
 
-        def _broken(self, step: int, rows, loss) -> tuple[str, str]:
-            good = last_complete(Path(self.args.output_dir))
-            named = ", ".join(map(str, rows.numbers))
-            return (
-                f"the loss of step {step:,} is {loss.item()}: rows {named} of data/train.parquet, or the step before; the last good checkpoint is {good.name if good else 'none yet'}",
-                "a new RUN=name with half the finetune.learning_rate, or without these rows",
+        def refuse_broken_weights(self) -> None:
+            """Raises UserError when a trained tensor is not finite: the last step's, which no later loss can show."""
+            trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+            if broken := find_broken_tensor(trained):
+                self._stop_broken(f"after step {self.state.global_step:,} {broken} holds NaN or infinity")
+
+        def _stop_broken(self, what: str) -> NoReturn:
+            good, rate = last_complete(Path(self.args.output_dir)), min(self.args.learning_rate / 4, 2e-4)
+            raise UserError(
+                f"{what}; the last good checkpoint is {good.name if good else 'none yet'}",
+                f'a new RUN=name and SET="finetune.learning_rate={rate:.1e}", or without these rows',
             )
 
         def log(self, logs, start_time=None):
@@ -112,6 +131,7 @@ def trainer_class() -> type["SFTTrainer"]:
 
         def _save_checkpoint(self, model, trial):
             began, path = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self.refuse_broken_weights()
             try:
                 super()._save_checkpoint(model, trial)
                 if self.last_loss is not None:
@@ -145,6 +165,8 @@ def trainer_class() -> type["SFTTrainer"]:
                             raise Stop
                         total = total + self._loss(inputs, max(1, rows.targets)) * rows.targets
             metrics = {"eval_loss": float(total) / max(1, count)}
+            if not math.isfinite(metrics["eval_loss"]):
+                self._stop_broken(f"the held-out loss after step {self.state.global_step:,} is {metrics['eval_loss']}")
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             self.model.train()
