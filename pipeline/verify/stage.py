@@ -12,10 +12,11 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract import chat, files, runtime
+from contract import chat, files, limits, manifest, runtime
 from contract.errors import UserError
 from pipeline import ladder, llamacpp, unsloth
 from pipeline.config import Config, Generation
+from pipeline.finite import refuse_broken_losses
 from pipeline.record import Run
 from pipeline.score import describe_interval, held_out, prompt_ids
 from pipeline.systems import Gguf, Reading, Torch, finish
@@ -53,7 +54,9 @@ def stage(config: Config, run: Run) -> dict:
     smoke = smoke_prompts(default_file, data, config)
     contract, page = folder / "contract.json", folder / "ladder.md"
     chat_format = described(config, run, trained, adds) | {"turns": turns and turns.model_dump(), "embedded": reasons}
-    files.write_json(contract, {"chat": chat_format, "golden": list(trained.golden), "smoke": smoke})
+    parts = {"chat": chat_format, "golden": list(trained.golden), "smoke": smoke}
+    manifest.refuse_invalid(parts)
+    files.write_json(contract, parts)
     page.write_text(ladder.table(climb.all_scores()) + "\n", encoding="utf-8")
     return run.write(
         "verify", ("data", "evaluate", "export"), {"contract": contract, "ladder": page, **extra},
@@ -236,7 +239,8 @@ def described(config: Config, run: Run, trained: parity.Trained, adds: bool) -> 
 
 def smoke_prompts(path: Path, data: dict, config: Config) -> list[dict]:
     """What the default file answers to the config's messages, else to those that look like the rows. data: its record."""
-    model = runtime.load(path, config.base.max_seq_length + config.generation.max_tokens)
+    longest = min(config.generation.max_tokens, limits.MAX_ANSWER_TOKENS)
+    model = runtime.load(path, config.base.max_seq_length + longest)
     messages = config.generation.smoke_prompts or data["smoke_prompts"]
     answers = [smoke_prompt(model, message, data["default_system"], config.generation) for message in messages]
     model.close()
@@ -247,12 +251,14 @@ def smoke_prompt(model: "Llama", message: str, system: str | None, generation: G
     """What this file answers to a synthetic message, with the log-probability of each token."""
     before = [{"role": "system", "content": system}] if system else []
     ids = runtime.tokenize(model, chat.prompt(model, [*before, {"role": "user", "content": message}]))
-    said, ended = runtime.greedy(model, ids, generation.max_tokens)
+    said, ended = runtime.greedy(model, ids, min(generation.max_tokens, limits.MAX_ANSWER_TOKENS))
     answer = said + ended
+    log_probs = runtime.answer_log_probs(model, ids, answer)
+    refuse_broken_losses(log_probs, "smoke prompts")
     return {
         "message": message,
         "ids": ids,
         "answer": runtime.text(model, said),
         "answer_ids": answer,
-        "log_probs": runtime.answer_log_probs(model, ids, answer),
+        "log_probs": log_probs,
     }

@@ -1,0 +1,27 @@
+"""Bounds that the config and the manifest share: what a config accepts, a manifest may hold.
+
+A manifest is a stranger's, so every number in it that costs memory or time has a bound; each is far beyond what models have.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+MAX_CONTEXT = 1 << 24  # tokens; the longest contexts of models have 10 million
+MAX_PROMPT_TOKENS = 1 << 15  # of a smoke prompt
+MAX_GOLDEN_TOKENS = 1 << 16  # of a golden prompt: a conversation behind the same system prompt
+MAX_ANSWER_TOKENS = 1024  # of a recorded answer: reading one takes a laptop seconds
+MAX_SMOKE_PROMPTS = 32
+MAX_GOLDEN_PROMPTS = 256
+MAX_FILES = 4096  # of a published model, and of its data
+MAX_BYTES = 1 << 44  # of a file
+MAX_TEXT = 1 << 12  # characters of a name, a path or a pattern
+MAX_MESSAGE = 1 << 15  # characters of a message or a system prompt
+MAX_TEMPLATE = 1 << 20  # characters of a chat template; the longest of the real ones has some 20,000
+MAX_SEED = (1 << 32) - 1  # numpy's and torch's
+
+Temperature = Annotated[float, Field(ge=0, le=100, strict=True)]
+TopP = Annotated[float, Field(gt=0, le=1, strict=True)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_CONTEXT, strict=True)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Message = Annotated[str, Field(max_length=MAX_MESSAGE)]
