@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from cli.table import COMMANDS, SECTIONS, load_command
+from common import console
 from contract import files
 from contract.errors import UserError, shown
 
@@ -136,10 +137,10 @@ def main() -> None:
     try:
         code = ferry.main(prog_name="ferry", standalone_mode=False)
     except (UserError, click.ClickException, OSError) as error:
-        click.echo(str(translate_error(error)), err=True)
+        console.say(str(translate_error(error)))
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on from here", err=True)
+        console.say("stopped; the same command goes on from here")
         code = 130
     sys.exit(code)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from common.text import make_printable, make_printable_but_styles
+
 WIDTH = 80
 SHOWN_FROM = 5.0  # seconds of work after which its progress is shown
 LINE_EVERY = 15.0  # seconds without any line after which there is one of progress, where there is no terminal
@@ -76,12 +78,13 @@ def wrap(text: str, indent: int = 12) -> str:
 
 
 def quote(label: str, text: str) -> list[str]:
-    """A whole text of a row or a model, indented under its label, without anything that a terminal would obey."""
-    lines = "".join(c if c.isprintable() or c == "\n" else "?" for c in text.strip()).split("\n")
+    """A whole text of a row or a model, indented under its label."""
+    lines = make_printable(text.strip()).split("\n")
     return [f"  {label if not number else '':{len(label)}}{line}".rstrip() for number, line in enumerate(lines)]
 
 
 def _print(text: str, stream: TextIO) -> None:
+    text = make_printable_but_styles(text) if uses_colour(stream) else make_printable(text)
     with _drawing:
         if _bars:
             _bars[-1].clear()
@@ -217,7 +220,7 @@ class _TerminalBar(_Meter):
             if _bars[-1] is not self or self.finished.is_set():
                 return
             width = min(WIDTH, _terminal_width()) - 1
-            message_stream().write(f"\r{self.text()[:width]:<{width}}")
+            message_stream().write(f"\r{make_printable(self.text())[:width]:<{width}}")
             message_stream().flush()
 
     def clear(self) -> None:

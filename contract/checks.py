@@ -24,7 +24,7 @@ def page(checks: list[Check]) -> str:
     for check in checks:
         lines.append(f"{check.state:<6}{check.name:<10}{check.text}")
         lines += [f"{'':16}next: {check.cure}"] if check.cure else []
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
+    return "\n".join(lines)
 
 
 def to_json(checks: list[Check]) -> str:

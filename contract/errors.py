@@ -1,5 +1,9 @@
 """The one error a user is meant to see."""
 
+from common.text import indent_further_lines, make_printable
+
+LONGEST = 20_000  # characters of a message: a config may have many faults, a stranger's text no end
+
 
 class UserError(Exception):
     """Something the user can mend. Printed without traceback, exit code 2.
@@ -14,9 +18,10 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"error: {self.message}\n next: {self.hint}"
+        message, hint = (indent_further_lines(text[:LONGEST]) for text in (self.message, self.hint))
+        return f"error: {message}\n next: {hint}"
 
 
 def shown(text: str, most: int = 400) -> str:
     """Text of a stranger for a message: one printable line of at most `most` characters, no escape sequences, no novel."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * most].split())[:most])
+    return make_printable(" ".join(text[: 4 * most].split())[:most])

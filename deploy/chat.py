@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.text import make_printable
 from contract import chat
 from contract.errors import UserError, shown
 from deploy import talk
 
-JOINERS = "\u200c\u200d"  # not printable by Python's rule, and part of Persian words and of emoji
 HELP = """\
 /clear        forget the conversation
 /system TEXT  answer by this system prompt from now on; alone, show the one in force
@@ -44,6 +44,11 @@ def stage(version: Path, context: int | None = None, system: str | None = None, 
     with talk.opened(version, context) as engine:
         here = Chat(engine, engine.made.chat.system if system is None else system, beside)
         here.loop() if typed else here.ask(piped)
+
+
+def stage_of(version: str, system: str | None, input_file: str | None) -> None:
+    """`stage` for a child process, whose arguments are JSON."""
+    stage(Path(version), system=system, input_file=Path(input_file) if input_file else None)
 
 
 class Chat:
@@ -113,18 +118,13 @@ def show(answer: talk.Answer) -> tuple[str, float]:
     for piece in answer:
         first = first or time.perf_counter()
         said += piece
-        print(printable(piece), end="", flush=True)
+        print(make_printable(piece), end="", flush=True)
     print(flush=True)
     return said, max(0, len(answer.ids) - 1) / (time.perf_counter() - first)
 
 
-def printable(text: str) -> str:
-    """A stranger's model on a terminal: no escape sequence, no character that turns the line around."""
-    return "".join(c if c.isprintable() or c in "\n\t" or c in JOINERS else " " if c.isspace() else "" for c in text)
-
-
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(make_printable(text), flush=True)
 
 
 def read() -> str | None:

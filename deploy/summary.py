@@ -18,10 +18,9 @@ def text(folder: Path, repo: str) -> str:
         raise UserError(
             f"{folder / 'smoke.json'} is damaged", f"run `make smoke {store.which(repo, folder.parent.parent)}`"
         )
-    page = "\n".join(
+    return "\n".join(
         ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)]
     )
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in page)  # a stranger's words on a terminal
 
 
 def _made(made: Manifest, path: Path, folder: Path) -> list[str]:

@@ -114,8 +114,7 @@ def page(
     head = [("file", what), *([("sha256", digest)] if digest else []), ("known by", how)]
     if as_json:
         return json.dumps(_by_name([*head, *lines]), indent=2)
-    text = "\n".join(f"{name:<9}{value}" for name, value in [*head, *lines] if value)
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # a stranger's words on a terminal
+    return "\n".join(f"{name:<9}{shown(value, 2000)}" for name, value in [*head, *lines] if value)
 
 
 def _by_name(lines: list[tuple[str, str]]) -> dict[str, str]:
