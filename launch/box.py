@@ -72,7 +72,7 @@ class Box:
 
     def send(self, job: Job) -> None:
         folder = self.folder(job.name)
-        self._run("forget", folder)
+        self._claim(folder)
         unpack = f"mkdir -p {shlex.quote(folder)} && tar -xof - -C {shlex.quote(folder)}"
         self._feed(unpack, lambda out: out.write(tree.packed(job)))
         wanted = {name: files.sha256(path) for name, path in job.files.items()}
@@ -83,6 +83,14 @@ class Box:
             self._feed(unpack, lambda out: _tar({name: job.files[name] for name in missing}, size, out))
         if lost := self._missing(folder, wanted):
             raise UserError(f"{lost[0]} did not arrive whole on {self.where}", "run the same command again")
+
+    def _claim(self, folder: str) -> None:
+        """Make the folder the job's, without the tree that was sent before. Raises UserError where it is none."""
+        if strange := self._run("claim", folder).splitlines():
+            raise UserError(
+                f"{self.where}: {folder} holds {shown(', '.join(strange[:4]))}, which Ferry did not send",
+                "RUN=another-name, or another folder: CLOUD=ssh://user@box/folder",
+            )
 
     def start(self, job: Job, goal: str, secrets: dict[str, str]) -> None:
         settings = [

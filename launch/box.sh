@@ -41,10 +41,35 @@ state() {
     fi
 }
 
-# forget FOLDER: the files of the tree that was sent before; what the job made stays.
+# claim FOLDER: make it a job's, by job/commit and job/listing, before anything is sent; the tree that was sent before
+# goes. Where it is something else's: say what lies there, a name a line, and leave it.
+claim() {
+    if [ ! -f "$1/job/commit" ] || [ ! -f "$1/job/listing" ]; then
+        names=
+        if [ -e "$1" ] || [ -L "$1" ]; then names=$(ls -A -- "$1"); fi
+        # a claim that was interrupted
+        if [ "$names" = job ] && [ -d "$1/job" ]; then
+            names=$(ls -A -- "$1/job")
+            if [ "$names" = listing ] && [ ! -s "$1/job/listing" ]; then names=; fi
+        fi
+        if [ -n "$names" ]; then
+            echo "$names"
+            return 0
+        fi
+        mkdir -p "$1/job"
+        : >>"$1/job/listing"
+        : >>"$1/job/commit"
+    fi
+    forget "$1"
+}
+
+# forget FOLDER: the files of the tree that was sent before; what the job made stays. No tree has a file outside of it.
 forget() {
     cd "$1" 2>/dev/null && [ -f job/listing ] || return 0
-    while read -r name; do rm -f -- "$name"; done <job/listing
+    while IFS= read -r name; do
+        case $name in /* | *..*) continue ;; esac
+        rm -f -- "$name"
+    done <job/listing
 }
 
 # have FOLDER NAME...: number and sha256 of each of these files that is there.

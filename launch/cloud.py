@@ -94,14 +94,14 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
                 refuse_full_disk(need, launcher, machine)
                 job = replace(job, files=job.files | brought_home(run))
             if state.word == "absent" or launcher.rented:
-                set_aside(notes / "log")
+                rescue.set_aside(notes / "log")  # another machine's: the log here is that of the one machine
             agree(settings, work, plan, job, session, machine, wish)
             files.write_json(notes / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)
         state = watched(session, job, notes / "log")
         files.remove(notes / STARTED)
         repo = delivered(launcher, job, run)
-        files.remove(session.home)
+        rescue.remove_copies(session.home)
     record = {
         "repo": repo, "where": launcher.where, "commit": state.commit, "config": digest(job), "billing": session.ended(),
     }  # fmt: skip
@@ -211,12 +211,6 @@ def with_files(job: Job, settings: Config, run: Run) -> Job:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         hub.say(f"note: {', '.join(left[:5])}{more}: not committed as they are here; what travels is {job.commit[:12]}")
     return replace(job, files=sent)
-
-
-def set_aside(log: Path) -> None:
-    """What another machine said: the log here is that of the one machine."""
-    if log.is_file():
-        log.replace(log.with_name("log.before"))
 
 
 def brought_home(run: Run) -> dict[str, Path]:

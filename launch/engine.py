@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from contract import files, hub
-from contract.errors import UserError
+from contract.errors import UserError, shown
 from launch import task, tree
 from launch.launcher import Job, Lost, Missing, State
 from pipeline.offsite import state as states
@@ -56,8 +56,8 @@ class Engine:
     def note(self, name: str) -> dict:
         """What was sent; empty when nothing was."""
         try:
-            return json.loads(self.content("dataset", self.job_repo(name), JOB))
-        except (Missing, ValueError):
+            return parse_note(self.content("dataset", self.job_repo(name), JOB))
+        except Missing:
             return {}
 
     def result(self, note: dict) -> bool:
@@ -124,6 +124,32 @@ def skipped(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:
         count = max(0, count - len(block))
 
 
+def parse_note(content: bytes) -> dict:
+    """Return what a job.json says: {"run", "config", "commit", "data"}; empty where no Ferry wrote it."""
+    try:
+        note = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    known = isinstance(note, dict) and all(isinstance(note.get(key), str) for key in ("run", "config", "commit"))
+    return note if known else {}
+
+
+def read_note(repo: str, revision: str, run: str) -> dict:
+    """Return what the job.json of a repo says. Raises UserError where it is not that of a job of this run."""
+    note = parse_note(hub.read_small(repo, JOB, revision, states.MOST, "dataset"))
+    if not note:
+        raise UserError(f"{repo} is a repo of something else: no Ferry wrote its {JOB}", "RUN=another-name")
+    if note["run"] != run:
+        raise UserError(f"{repo} holds the job of the run {shown(note['run'])}, this one is {run}", "RUN=another-name")
+    return note
+
+
+def data_of_note(note: dict) -> set[str]:
+    """Return the names of that job's data files in its repo; none for an older Ferry's, which did not note them."""
+    names = note.get("data")
+    return {n for n in names if isinstance(n, str) and n.startswith("data/")} if isinstance(names, list) else set()
+
+
 def committed(api, repo: str, job: Job) -> str:
     """The commit that holds the job. Raises UserError for a repo that is public or something else's."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -136,16 +162,17 @@ def committed(api, repo: str, job: Job) -> str:
         )
     if strange := hub.strange(head, JOB):
         raise UserError(f"{repo} is a repo of something else: it holds {', '.join(strange[:4])}", "RUN=another-name")
+    old = data_of_note(read_note(repo, head.sha, job.run)) if JOB in names else set()
+    data = {f"data/{name}": path for name, path in job.files.items()}
     listed = [{"path": name, "sha256": files.sha256(path)} for name, path in sorted(job.files.items())]
     about = {"run": job.run, "config": files.sha256_bytes(job.config.encode()), "commit": job.commit}
+    about |= {"data": sorted(data)}
     written = {
         "job.tar": tree.packed(job, {"job/data.json": json.dumps(listed)}), JOB: json.dumps(about, indent=1).encode(),
         "README.md": CARD.format(run=job.run).encode(),
     }  # fmt: skip
-    data = {f"data/{name}": path for name, path in job.files.items()}
     operations = [CommitOperationAdd(name, content) for name, content in (written | data).items()]
-    gone = sorted(name for name in names if name.startswith("data/") and name not in data)
-    operations += [CommitOperationDelete(name) for name in gone]
+    operations += [CommitOperationDelete(name) for name in sorted(old & names - data.keys())]
     return api.create_commit(
         repo, operations, repo_type="dataset", commit_message=job.commit[:12], parent_commit=head.sha
     ).oid

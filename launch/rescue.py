@@ -16,19 +16,47 @@ from launch.launcher import Launcher, Lost, Missing
 
 def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
     """The run's folder there into `target`; None, or why it cannot be had though it may be there."""
+    stream = _Stream(_pack(launcher, name, run))
     try:
         with files.writing(target) as part:
-            part.mkdir()
-            # hard links of one file stay inside; nothing lands outside of `part`
-            with tarfile.open(fileobj=io.BufferedReader(_Stream(launcher.pack(name, run))), mode="r|") as tar:
-                tar.extractall(part, filter="data")
-        size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-        hub.say(f"{run}: {size / 1e6:.0f} MB of it brought home to {target}")
-    except (Lost, Missing):  # out of reach, or it made nothing
-        return None
+            extract_tree(stream, part)
+            older = set_aside(target)
+    except (Lost, Missing) as error:  # out of reach, or it made nothing; unless some of it came
+        return error.message if stream.count else None
     except (UserError, OSError, tarfile.TarError) as error:
         return getattr(error, "message", str(error))
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    before = f"; what was there is in {older}" if older else ""
+    hub.say(f"{run}: {size / 1e6:.0f} MB of it brought home to {target}{before}")
     return None
+
+
+def extract_tree(stream: "_Stream", target: Path) -> None:
+    """Write the files of a tar into a new folder. Raises what the stream raises, also after the tar's end mark."""
+    target.mkdir()
+    # hard links of one file stay inside; nothing lands outside of `target`
+    with tarfile.open(fileobj=io.BufferedReader(stream), mode="r|") as tar:
+        tar.extractall(target, filter="data")
+    stream.drain()
+    files.sync(target)  # before the copy from an earlier machine gives up its name
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename `path` to the first free name of path.before, path.before.2, ... and return it; None: nothing is there."""
+    if not path.exists():
+        return None
+    older, number = path.with_name(f"{path.name}.before"), 1
+    while older.exists():
+        number += 1
+        older = path.with_name(f"{path.name}.before.{number}")
+    path.rename(older)
+    return older
+
+
+def remove_copies(target: Path) -> None:
+    """Remove what was brought home, and what was set aside for it."""
+    for path in (target, *target.parent.glob(f"{target.name}.before*")):
+        files.remove(path)
 
 
 def along(target: Path, run: str) -> dict[str, Path]:
@@ -36,17 +64,32 @@ def along(target: Path, run: str) -> dict[str, Path]:
     return {f"runs/{run}/{path.relative_to(target)}": path for path in sorted(target.rglob("*")) if path.is_file()}
 
 
+def _pack(launcher: Launcher, name: str, run: str) -> Iterator[bytes]:
+    """The blocks of the run's tar. Raises when the first one is asked for, whatever the launcher does."""
+    yield from launcher.pack(name, run)
+
+
 class _Stream(io.RawIOBase):
-    """Blocks as a file."""
+    """Blocks as a file. count: bytes that came."""
 
     def __init__(self, blocks: Iterator[bytes]):
-        self.blocks, self.rest = blocks, b""
+        self.blocks, self.rest, self.count = blocks, b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        self.rest = self.rest or next(self.blocks, b"")
+        self.rest = self.rest or self._read_block()
         count = min(len(buffer), len(self.rest))
         buffer[:count], self.rest = self.rest[:count], self.rest[count:]
         return count
+
+    def drain(self) -> None:
+        """Read what is left: a tar's reader stops at its end mark, and its exit code is known after it only."""
+        while self._read_block():
+            pass
+
+    def _read_block(self) -> bytes:
+        block = next(self.blocks, b"")
+        self.count += len(block)
+        return block

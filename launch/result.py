@@ -8,7 +8,7 @@ from contract import files, hub, manifest
 from contract.errors import UserError
 from launch.attend import Patience
 from launch.launcher import Launcher, Lost
-from pipeline.publish.stage import hub_folder
+from pipeline.publish.stage import claim_hub_folder, hub_folder
 from pipeline.record import Run
 
 MOST = 64 << 20  # bytes of a record
@@ -39,7 +39,9 @@ def home(launcher: Launcher, name: str, run: str, hubs: Path) -> str:
     said = record(launcher, name, run, "publish")
     if not hub.is_folder(said["repo"]):
         return f"{said['repo']}@{said['tag']}"
-    target = hub_folder(f"./{hubs / Run(Path(run)).model}")
+    model = Run(Path(run)).model
+    target = hub_folder(f"./{hubs / model}", model)
+    claim_hub_folder(target, model)
     brought(launcher, name, said["repo"], target)
     return f"./{target}"
 

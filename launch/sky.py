@@ -4,6 +4,7 @@ SPOT=1 makes it a managed job, which SkyPilot starts again elsewhere when its ma
 a cluster of its own, which is taken down when it ends, by us or by its autostop. SkyPilot chooses the cloud.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -195,8 +196,10 @@ def sky() -> list[str]:
 
 
 def cluster(name: str) -> str:
-    """A name that every cloud takes."""
-    return "ferry-" + re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
+    """A name that every cloud takes, and no other run has: `tickets.v2` and `tickets-v2` are two runs."""
+    plain = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"ferry-{plain}" if plain == name else "-".join(filter(None, ("ferry", plain, digest)))
 
 
 def request(made: task.Task, infra: str) -> dict:

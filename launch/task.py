@@ -13,9 +13,16 @@ from launch.launcher import Job, Order
 IMAGE = "python:3.12-bookworm"  # Python 3.11 or newer with headers, make and g++: what `make env` needs
 SECRET = ("HF_TOKEN", "WANDB_API_KEY")
 SAVING = 180  # seconds before the engine's own time limit: the state is written and leaves
+# As box.sh's claim: a folder with both marks is a job's, and so is a new one; nothing is unpacked over anything else.
 # The token goes to the Hub only, never to where it sends us.
 UNPACK = (
-    "import os, tarfile, urllib.request as u; q = u.Request(os.environ['FERRY_JOB'] + 'job.tar'); "
+    "import os, sys, tarfile, urllib.request as u; marks = ['job/commit', 'job/listing']; "
+    "names = os.listdir() + (os.listdir('job') if os.path.isdir('job') else []); "
+    "strange = sorted({*names} - {'job', 'commit', 'listing'}) if not all(map(os.path.isfile, marks)) else []; "
+    "strange and sys.exit("
+    "f'error: {os.getcwd()} holds {strange[0]}, which Ferry did not send\\n next: RUN=another-name'); "
+    "os.makedirs('job', exist_ok=True); [open(mark, 'a').close() for mark in marks]; "
+    "q = u.Request(os.environ['FERRY_JOB'] + 'job.tar'); "
     "q.add_unredirected_header('Authorization', 'Bearer ' + os.environ['HF_TOKEN']); "
     "tarfile.open(fileobj=u.urlopen(q), mode='r|').extractall('.')"
 )

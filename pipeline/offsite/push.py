@@ -41,18 +41,21 @@ def push(run: Run, repo: str) -> State | None:
     repo = states.repository(repo, run.folder.name)
     api, what = hub.api(), f"checkpoints to {repo}"
     hub.patiently(what, lambda: api.create_repo(repo, private=True, exist_ok=True))
-    state = states.of(run)
-    if not hub.patiently(what, lambda: committed(api, repo, run, state), again=(409, 412)):
+    state, before = states.of(run), []
+    if not hub.patiently(what, lambda: committed(api, repo, run, state, before), again=(409, 412)):
         return None
     try:
-        hub.patiently(what, lambda: forget(api, repo, state), seconds=hub.QUICK)
+        hub.patiently(what, lambda: forget(api, repo, state, before), seconds=hub.QUICK)
     except UserError as error:
         hub.say(f"note: old checkpoints stay in the history of {repo}: {error.message}")
     return state
 
 
-def committed(api, repo: str, run: Run, state: State) -> bool:
-    """The commit, in which a new state takes the place of the old one. False: it was there already."""
+def committed(api, repo: str, run: Run, state: State, before: list[State]) -> bool:
+    """The commit, in which a new state takes the place of the old one. False: it was there already.
+
+    before: gets the state that is there at each try; a commit whose answer was lost is there at the next.
+    """
     from huggingface_hub import CommitOperationDelete
 
     head = api.repo_info(repo)
@@ -60,7 +63,8 @@ def committed(api, repo: str, run: Run, state: State) -> bool:
     refuse(repo, there, state)
     operations = additions(run, state, there)
     if there and not operations and there.files.keys() == state.files.keys():
-        return False
+        return bool(before)
+    before += [there] if there else []
     operations += [
         CommitOperationDelete(name)
         for name in sorted((there.files if there else {}).keys() - state.files.keys())
@@ -123,11 +127,17 @@ def refuse(repo: str, there: State | None, here: State, behind: bool = False) ->
         )
 
 
-def forget(api, repo: str, state: State) -> None:
-    """Large files of older states: a file that no commit names any more still counts as storage."""
-    kept = {item["sha256"] for item in state.files.values()}
-    old = [item for item in api.list_lfs_files(repo) if item.file_oid not in kept]
-    if old:
+def forget(api, repo: str, state: State, before: list[State]) -> None:
+    """Large files of the states before: a file that no commit names any more still counts as storage.
+
+    What no state names is somebody's own, and so is what still stands in the repo under another name.
+    """
+    named = {item["sha256"] for old in before for item in old.files.values()}
+    named -= {item["sha256"] for item in state.files.values()}
+    if not named:
+        return
+    named -= {item.lfs.sha256 for item in api.repo_info(repo, files_metadata=True).siblings if item.lfs}
+    if old := [item for item in api.list_lfs_files(repo) if item.file_oid in named]:
         api.permanently_delete_lfs_files(repo, old)
 
 

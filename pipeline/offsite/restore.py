@@ -1,20 +1,22 @@
 """A run from its repo onto a machine that has nothing of it: all of it by sha256, or none."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
-import yaml
-
+from common import console
 from contract import files, hub
 from contract.errors import UserError
+from pipeline import yaml_tree
 from pipeline.changes import KEPT, describe_differences
 from pipeline.config import Config, build
 from pipeline.offsite import push
 from pipeline.offsite import state as states
 from pipeline.offsite.state import State
-from pipeline.record import RESTORED, Run
+from pipeline.record import RESTORED, Run, refuse_foreign_folder
 from pipeline.settings import settings_of_stage
+from pipeline.stages import lock_run
 
 
 def restore(repo: str, run: Run, config: Config) -> State | None:
@@ -33,7 +35,8 @@ def restore(repo: str, run: Run, config: Config) -> State | None:
             f"{name} holds the run {state.run}, this one is {run.folder.name}",
             f"RUN={state.run}, or CHECKPOINTS=another repo",
         )
-    there = build(yaml.safe_load(small(name, "config.yaml", commit)), {}, Path(f"{name}/config.yaml"))
+    text = small(name, "config.yaml", commit).decode("utf-8", "replace")
+    there = build(*yaml_tree.parse(text, f"{name}/config.yaml"), Path(f"{name}/config.yaml"))
     faults = []
     for stage in KEPT:
         both = (settings_of_stage(tree, stage) for tree in (there, config))
@@ -56,7 +59,8 @@ def resume(repo: str, runs: Path) -> State:
     if run.done("data"):
         hub.say(f"checkpoints: {run.folder} is here already and goes on from what it has")
         return state
-    return fetched(name, commit, state, run)
+    with lock_run(run, f"make resume CHECKPOINTS={repo}"):
+        return fetched(name, commit, state, run)
 
 
 def look(repo: str, run: Run | None) -> tuple[str, str, State] | None:
@@ -78,10 +82,22 @@ def small(repo: str, name: str, commit: str) -> bytes:
     return hub.patiently(f"{name} of {repo}", lambda: hub.read_small(repo, name, commit, states.MOST))
 
 
+def keep_aside(folder: Path) -> None:
+    """Rename a run that was begun here and has no rows yet: the restored one takes its place."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.before-{n}").exists())
+    kept = folder.with_name(f"{folder.name}.before-{number}")
+    folder.rename(kept)
+    console.note(f"what was in {folder} is in {kept} now")
+
+
 def fetched(repo: str, commit: str, state: State, run: Run) -> State:
     """The files into the run's folder, compared; they appear there all at once."""
     from huggingface_hub import snapshot_download
 
+    refuse_foreign_folder(run.folder)
+    keep_aside(run.folder)
     with files.writing(run.folder) as part:
         hub.patiently(
             f"checkpoints from {repo}",

@@ -8,11 +8,13 @@ nothing of an upload that was killed is ever gone on from.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from contract import files, hub
 from contract.errors import UserError, shown
+from contract.manifest import PLAIN
 from pipeline.finetune.survive import COMPLETE
 from pipeline.record import Run
 from pipeline.settings import hash_training_settings
@@ -122,7 +124,11 @@ def parse(content: bytes, where: str) -> State:
                 f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "git pull, then the same command"
             )
         state = State(**(said | {"done": tuple(said["done"])}))
-        sound = plain(state.run) and state.step >= 0 and {"config.yaml", "data.json"} <= state.files.keys()
+        sound = (
+            bool(re.fullmatch(PLAIN, state.run))
+            and state.step >= 0
+            and {"config.yaml", "data.json"} <= state.files.keys()
+        )
         sound = sound and all(map(plain, state.files))
         sound = sound and all(len(item["sha256"]) == 64 and item["bytes"] >= 0 for item in state.files.values())
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from contract import files, hub, manifest
-from contract.errors import UserError
+from contract.errors import UserError, shown
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def committed(api, folder: Path, repo: str, private: bool, made: manifest.Manife
     refuse_strange(head, repo, private)
     there = {sibling.rfilename for sibling in head.siblings}
     names = {item.file for item in (*made.artifacts, *made.files)} | {manifest.NAME}
-    old = outdated(repo, head.sha) if manifest.NAME in there else set()
+    old = outdated(repo, head.sha, made.name) if manifest.NAME in there else set()
     operations = [addition(folder, name, digest) for name, digest in digests(folder, made).items()]
     operations += [CommitOperationDelete(name) for name in sorted(old & there - names)]
     done = api.create_commit(repo, operations, commit_message=f"Ferry: {made.name}", parent_commit=head.sha)
@@ -132,21 +132,40 @@ def refuse_strange(head, repo: str, private: bool) -> None:
         )
 
 
-def outdated(repo: str, revision: str) -> set[str]:
+def outdated(repo: str, revision: str, name: str) -> set[str]:
     """Files that the manifest on the Hub names: they go when the new one does not name them (tags keep them).
 
-    Raises UserError when that manifest is another program's, or a newer Ferry's.
+    name: of the model that is published. Raises UserError when that manifest is another program's, another model's, or
+    a newer Ferry's.
     """
     content = hub.read_small(repo, manifest.NAME, revision, manifest.MAX_BYTES)
     try:
         made = manifest.parse(content, f"{repo}/{manifest.NAME}")
     except UserError as error:
-        if (version := manifest.schema(content)) is None:
-            raise UserError(f"{repo} holds another program's {manifest.NAME}", "choose another publish.repo") from error
-        if version > manifest.SCHEMA:
+        if (manifest.schema(content) or 0) > manifest.SCHEMA:
             raise
+        if (older := read_older_manifest(content)) is None:
+            raise UserError(f"{repo} holds another program's {manifest.NAME}", "choose another publish.repo") from error
+        refuse_other_model(repo, older.get("name", name), name)
         return set()  # of an older Ferry, which this one cannot read: its files stay
+    refuse_other_model(repo, made.name, name)
     return {item.file for item in (*made.artifacts, *made.files)}
+
+
+def read_older_manifest(content: bytes) -> dict | None:
+    """Return the JSON of a manifest that an older Ferry may have written; None: no Ferry did."""
+    if manifest.schema(content) is None:
+        return None
+    value = json.loads(content)
+    return value if {"artifacts", "golden"} <= value.keys() else None
+
+
+def refuse_other_model(repo: str, published: object, name: str) -> None:
+    """Raise UserError where the repo holds a model of another name: its files would leave the main branch."""
+    if published != name:
+        raise UserError(
+            f"{repo} holds the model {shown(str(published))}, and this one is {name}", "choose another publish.repo"
+        )
 
 
 def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) -> None:

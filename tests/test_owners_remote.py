@@ -1,0 +1,444 @@
+"""Nothing of a user's is deleted or replaced without proof that it is Ferry's: on machines, on the Hub, in a rescue."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from contract import files, hub, manifest
+from contract.errors import UserError
+from launch import cloud, rescue, sky, task, tree
+from launch.bill import Session
+from launch.box import Box
+from launch.engine import Engine
+from launch.launcher import Job, Lost, Machine, Offer, Order, State
+from pipeline.offsite import push
+from pipeline.offsite import state as states
+from pipeline.publish import sender
+from pipeline.record import Run
+from tests import boxes, repos
+from tests.hub import Fault, Hub, lfs_entry
+
+MODEL, CHECKPOINTS, JOB = "models/you/tickets-GGUF", "models/you/tickets-checkpoints", "datasets/you/tickets-job"
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """Of the machine where jobs lie."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def box(home) -> Box:
+    """That machine, with box.sh, but without a network between."""
+    return Box(None, str(home))
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    """A run `website` of a tree of two files."""
+    checkout = tmp_path / "checkout"
+    fill(checkout, {"Makefile": "train:\n", "README.md": "of Ferry\n"})
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it is"]):
+        boxes.git(checkout, *words)
+    order = Order(Offer("CPU", "", None), 1, 1, task.IMAGE)
+    return Job("website", "website", checkout, tree.head(checkout), None, "base: {}\n", order=order)
+
+
+def fill(folder: Path, contents: dict[str, str | bytes]) -> Path:
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+# A machine that ssh reaches, or a rented one: what lies where the job is to go
+
+
+FOREIGN = {
+    "a site": {"README.md": "of my site\n", "Makefile": "site:\n", "src/index.html": "mine\n"},
+    "hidden files": {".git/config": "mine\n"},
+    "half of a mark": {"job/commit": "0" * 40, "README.md": "of my site\n"},
+    "another job": {"job/listing": "README.md\n", "README.md": "of my site\n"},
+    "a folder called job": {"job/offer.pdf": "mine\n"},
+}
+OURS = {
+    "nothing": None,
+    "an empty folder": {},
+    "a claim that was interrupted": {"job/listing": ""},
+    "an older Ferry's": {
+        "job/commit": "0" * 40,
+        "job/listing": "old.py\n",
+        "old.py": "",
+        "runs/website/data.json": "{}",
+    },
+}
+
+
+@pytest.mark.parametrize("there", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_of_something_else_is_left_alone_and_named(box, home, job, there):
+    fill(home / "website", there)
+    names = "|".join(re.escape(part) for name in there for part in name.split("/"))
+    with pytest.raises(UserError, match=rf"website holds .*({names}).*, which Ferry did not send") as error:
+        box.send(job)
+    assert "RUN=another-name" in error.value.hint
+    assert contents_of(home / "website") == {name: content.encode() for name, content in there.items()}
+
+
+@pytest.mark.parametrize("there", OURS.values(), ids=OURS)
+def test_a_new_folder_and_that_of_a_job_are_sent_to(box, home, job, there):
+    fill(home / "website", there or {})
+    if there == {}:
+        (home / "website").mkdir(parents=True)
+    box.send(job)
+    now = contents_of(home / "website")
+    assert now["README.md"] == b"of Ferry\n" and now["job/commit"].decode() == job.commit
+    assert "old.py" not in now and ("runs/website/data.json" in now) == ("runs/website/data.json" in (there or {}))
+
+
+def test_a_send_that_was_interrupted_is_sent_again(box, home, job, monkeypatch):
+    def break_off(remote, write) -> None:
+        fill(home / "website", {"README.md": "of Ferry, ha"})
+        raise Lost("the connection was closed", "the same command")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(box, "_feed", break_off)
+        with pytest.raises(Lost):
+            box.send(job)
+    box.send(job)
+    assert contents_of(home / "website")["README.md"] == b"of Ferry\n"
+
+
+def test_a_listing_that_leads_out_deletes_nothing_there(box, home, job):
+    diary = fill(home, {"diary.txt": "mine", "notes/diary.txt": "mine"})
+    listing = f"{diary}/diary.txt\n../notes/diary.txt\nold.py\n"
+    fill(home / "website", {"job/commit": "0" * 40, "job/listing": listing, "old.py": ""})
+    box.send(job)
+    assert (home / "diary.txt").exists() and (home / "notes/diary.txt").exists()
+    assert not (home / "website/old.py").exists(), "what was sent before goes"
+
+
+def unpack(job: Job, home: Path, archive: Path) -> subprocess.CompletedProcess:
+    """Run the beginning of a rented machine's line, up to where it fetches the data."""
+    line = task.line(job, "train").partition(" && python3 launch/fetch.py")[0]
+    settings = {
+        "HOME": str(home),
+        "PATH": f"{archive}:/usr/bin:/bin",
+        "FERRY_JOB": f"file://{archive}/",
+        "HF_TOKEN": "hf_x",
+    }
+    return subprocess.run(["sh", "-c", line], env=settings, cwd=archive, capture_output=True, text=True)
+
+
+@pytest.fixture
+def archive(job, tmp_path) -> Path:
+    """The folder of job.tar, and of the machine's python3."""
+    folder = fill(tmp_path / "archive", {"job.tar": tree.packed(job)})
+    (folder / "python3").symlink_to(sys.executable)
+    return folder
+
+
+@pytest.mark.parametrize("there", FOREIGN.values(), ids=FOREIGN)
+def test_a_rented_machine_unpacks_over_nothing_of_anothers(job, archive, home, there):
+    fill(home / "ferry" / "website", there)
+    done = unpack(job, home, archive)
+    assert done.returncode == 1 and "error: " in done.stderr and " next: RUN=" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents_of(home / "ferry" / "website") == {name: content.encode() for name, content in there.items()}
+
+
+@pytest.mark.parametrize("there", OURS.values(), ids=OURS)
+def test_a_rented_machine_unpacks_into_a_new_folder_and_a_jobs(job, archive, home, there):
+    fill(home / "ferry" / "website", there or {})
+    done = unpack(job, home, archive)
+    assert done.returncode == 0, done.stderr
+    assert contents_of(home / "ferry" / "website")["job/commit"].decode() == job.commit
+
+
+def test_what_was_unpacked_by_half_is_unpacked_again(job, archive, home):
+    whole = (archive / "job.tar").read_bytes()
+    (archive / "job.tar").write_bytes(whole[: whole.index(b"of Ferry") + 2])
+    assert unpack(job, home, archive).returncode == 1
+    assert "Makefile" in contents_of(home / "ferry" / "website")
+    (archive / "job.tar").write_bytes(whole)
+    assert unpack(job, home, archive).returncode == 0
+
+
+# What a run made, before its machine goes
+
+
+def pack(contents: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+class Failing(Box):
+    """A machine of which so many bytes come before it is gone."""
+
+    def __init__(self, home: Path, count: int):
+        super().__init__(None, str(home))
+        self.count = count
+
+    def pack(self, name: str, run: str):
+        content = pack({"config.yaml": b"x" * 2000, "finetune/adapter.safetensors": b"x" * 90_000})
+        yield from filter(None, [content[: self.count]])
+        raise Lost("the connection was closed", "the same command")
+
+
+def tear_down(launcher, tmp_path: Path) -> tuple[str, bool]:
+    """What is said at the end, and whether the machine was given back."""
+    session = Session(launcher, "website", "", f"echo ended >> {tmp_path}/bill", home=tmp_path / "cloud" / "rescued")
+    said = session.ended(well=False)
+    return said, (tmp_path / "bill").exists()
+
+
+def test_a_tar_that_fails_at_its_end_is_no_rescue(box, home, tmp_path, monkeypatch):
+    fill(home / "website" / "runs" / "website", {"config.yaml": "x", "finetune/adapter.safetensors": "x" * 1000})
+    fill(tmp_path / "cloud" / "rescued", {"config.yaml": "the one before"})
+    program = fill(tmp_path / "bin", {"tar": f'#!/bin/sh\n{shutil.which("tar")} "$@"\nexit 2\n'}) / "tar"
+    program.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+        said, ended = tear_down(box, tmp_path)
+    assert "TEARDOWN was not run" in said and not ended, said
+    assert contents_of(tmp_path / "cloud") == {"rescued/config.yaml": b"the one before"}
+    assert tear_down(box, tmp_path)[1], "a tar that ends well is one"
+    assert "finetune/adapter.safetensors" in contents_of(tmp_path / "cloud" / "rescued")
+
+
+@pytest.mark.parametrize("count", [1, 3000, 80_000])
+def test_a_machine_that_is_lost_in_the_middle_is_not_given_back(home, tmp_path, count):
+    said, ended = tear_down(Failing(home, count), tmp_path)
+    assert "TEARDOWN was not run" in said and "the connection was closed" in said and not ended
+    assert not (tmp_path / "cloud" / "rescued").exists()
+
+
+def test_a_machine_that_is_out_of_reach_is_given_back(home, tmp_path):
+    assert tear_down(Failing(home, 0), tmp_path)[1]
+
+
+def test_what_was_brought_home_before_is_kept_beside_it(box, home, tmp_path, capfd):
+    rescued, there = tmp_path / "cloud" / "rescued", home / "website" / "runs" / "website"
+    fill(rescued, {"finetune/checkpoints/checkpoint-2000/adapter.safetensors": "hours of work"})
+    for text in ("first", "second"):
+        fill(there, {"log": text})
+        assert rescue.bring(box, "website", "website", rescued) is None
+    assert contents_of(rescued) == {"log": b"second"}
+    assert contents_of(rescued.with_name("rescued.before")) == {
+        "finetune/checkpoints/checkpoint-2000/adapter.safetensors": b"hours of work"
+    }
+    assert contents_of(rescued.with_name("rescued.before.2")) == {"log": b"first"}
+    assert str(rescued.with_name("rescued.before.2")) in capfd.readouterr().err
+
+
+@pytest.fixture
+def launched(box, job, tmp_path, monkeypatch):
+    """cloud.stage with a job that ends well, without the checks before it. Called with what is found there."""
+    run = Run(tmp_path / "runs" / "website")
+    answers = {
+        "refuse_folder": None, "prepared": job, "here_already": None, "launched_on": Machine("Linux", 0),
+        "checked": None, "with_files": job, "work_of": None, "disk_of": 0, "planned": None,
+        "refuse_full_disk": None, "agree": None, "begin": None, "watched": State("ended", 0),
+        "delivered": "./hub/website",
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(cloud, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(cloud.config, "load", lambda *_: None)
+
+    def launch(found: State) -> Path:
+        monkeypatch.setattr(cloud, "found", lambda *_: found)
+        cloud.stage(Path("config.yaml"), run, box, "ssh://box", cloud.Wish())
+        return run.folder / "cloud"
+
+    return launch
+
+
+def test_when_it_is_delivered_all_that_was_brought_home_goes(launched, tmp_path):
+    notes = tmp_path / "runs" / "website" / "cloud"
+    fill(notes, {"rescued/log": "x", "rescued.before/adapter": "x", "rescued.before.2/log": "x", "log": "kept"})
+    launched(State("ended", 0))
+    assert contents_of(notes) == {"log": b"kept"}
+
+
+def test_the_log_of_each_machine_is_kept(launched, tmp_path):
+    notes = tmp_path / "runs" / "website" / "cloud"
+    for text in ("first", "second", "third"):
+        fill(notes, {"log": text})
+        launched(State("absent"))
+    assert {path.name: path.read_text() for path in notes.glob("log*")} == {
+        "log.before": "first", "log.before.2": "second", "log.before.3": "third",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tickets.v2", "Tickets_v2", "TICKETS-v2", "-tickets-v2", "..."])
+def test_no_two_runs_share_a_cluster(name):
+    others = {"tickets-v2", "tickets.v2", "Tickets_v2", "tickets_v2", "tickets-v2-", "_"} - {name}
+    assert sky.cluster(name) not in {sky.cluster(other) for other in others}
+    assert sky.cluster(name) == sky.cluster(name) and "--" not in sky.cluster(name)
+    assert set(sky.cluster(name)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_a_cluster_whose_run_has_a_plain_name_is_called_like_it():
+    assert sky.cluster("tickets-v2") == "ferry-tickets-v2"
+
+
+# Repos of the Hub
+
+
+def add(server: Hub, name: str, contents: dict[str, bytes]) -> None:
+    """Files that a user adds to a repo, by the site or another program."""
+    stored = {path: store(server, path, content) for path, content in contents.items()}
+    if server.refs(name) is None:
+        server.create(name, True, stored, "by hand")
+    else:
+        server.commit(name, "main", server.files(name) | stored, "by hand")
+
+
+def store(server: Hub, path: str, content: bytes) -> dict:
+    """A file's entry in a tree, for LFS where the Hub would do so."""
+    if not server.is_lfs(path, len(content), content):
+        return server.store(content)
+    digest = files.sha256_bytes(content)
+    (server.folder / "objects" / digest).write_bytes(content)
+    return lfs_entry(digest, len(content))
+
+
+def contents_on(server: Hub, name: str) -> dict[str, bytes]:
+    return {path: server.read(name, path) for path in server.files(name)}
+
+
+@pytest.fixture
+def push_state(online, tmp_path, monkeypatch):
+    """Push a run whose checkpoint holds these bytes."""
+    run = Run(tmp_path / "runs" / "tickets")
+    checkpoint = "finetune/checkpoints/checkpoint-8/adapter.safetensors"
+
+    def snapshot(_) -> states.State:
+        described = {name: states.describe(run.folder / name) for name in contents_of(run.folder)}
+        return states.State("tickets", described["config.yaml"]["sha256"], ("data",), 8, described)
+
+    def send(content: bytes) -> states.State | None:
+        fill(run.folder, {"config.yaml": "base: {}\n", "data.json": "{}", checkpoint: content})
+        return push.push(run, "you/tickets-checkpoints")
+
+    monkeypatch.setattr(states, "of", snapshot)
+    return send
+
+
+def test_only_files_of_the_state_before_leave_the_storage(push_state, online):
+    """Not what a user put there, nor a checkpoint that he copied to keep it."""
+    first, second, notes = b"first" * 500, b"second" * 500, b"%PDF\0" * 500
+    push_state(first)
+    add(online, CHECKPOINTS, {"my-notes.pdf": notes})
+    push_state(second)
+    assert files.sha256_bytes(first) not in online.large(CHECKPOINTS), "the state before"
+    add(online, CHECKPOINTS, {"best/adapter.safetensors": second})
+    push_state(b"third" * 500)
+    there = contents_on(online, CHECKPOINTS)
+    assert (there["my-notes.pdf"], there["best/adapter.safetensors"]) == (notes, second)
+
+
+def test_a_push_whose_answer_was_lost_still_clears_the_state_before(push_state, online):
+    first = b"first" * 500
+    push_state(first)
+    online.faults.append(Fault("POST .*/commit/", lose=True))
+    assert push_state(b"second" * 500) is not None
+    assert files.sha256_bytes(first) not in online.large(CHECKPOINTS)
+
+
+def send_job(job: Job, *names: str) -> None:
+    """To the Hub, as a launcher does that rents a machine."""
+    data = fill(job.repository.parent / "rows", {name: name for name in names})
+    whole = Job("tickets", "tickets", job.repository, job.commit, None, "", {name: data / name for name in names})
+    Engine("there", "you/tickets-checkpoints").send(whole)
+
+
+NOTE = {"run": "tickets", "config": "0" * 64, "commit": "0" * 40}
+NOT_OURS = {
+    "a list": [], "another program's": {"cron": "* * * * *"}, "another run's": NOTE | {"run": "letters"},
+    "without a commit": {"run": "tickets", "config": "0" * 64}, "no text": NOTE | {"commit": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("note", [*map(json.dumps, NOT_OURS.values()), "no JSON"], ids=[*NOT_OURS, "no JSON"])
+def test_a_data_set_with_a_job_file_of_something_else_is_left_alone(job, online, note):
+    mine = {"job.json": note.encode(), "data/rows.csv": b"mine", "README.md": b"mine"}
+    add(online, JOB, mine)
+    with pytest.raises(UserError, match="you/tickets-job (is a repo of something else|holds the job of)") as error:
+        send_job(job, "rows.jsonl")
+    assert error.value.hint == "RUN=another-name" and contents_on(online, JOB) == mine
+    if "letters" not in note:
+        assert Engine("there", "you/tickets-checkpoints").note("tickets") == {}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["sent", "an older Ferry's"])
+def test_of_an_older_job_goes_the_data_that_it_named(job, online, older):
+    if older:
+        add(online, JOB, {"job.json": json.dumps(NOTE).encode(), "data/first.jsonl": b"x"})
+    else:
+        send_job(job, "first.jsonl")
+    add(online, JOB, {"data/mine.csv": b"mine"})
+    send_job(job, "second.jsonl")
+    data = {name for name in online.files(JOB) if name.startswith("data/")}
+    assert data == {"data/mine.csv", "data/second.jsonl"} | ({"data/first.jsonl"} if older else set())
+    assert Engine("there", "you/tickets-checkpoints").note("tickets")["commit"] == job.commit
+
+
+def publish(folder: Path) -> None:
+    """One commit of what the folder's manifest names."""
+    api = hub.api()
+    api.create_repo("you/tickets-GGUF", private=True, exist_ok=True)
+    sender.committed(api, folder, "you/tickets-GGUF", True, manifest.read(folder / manifest.NAME))
+
+
+def test_a_model_does_not_take_the_place_of_another(online, tmp_path):
+    publish(repos.make(tmp_path / "tickets", 1 << 16, name="tickets"))
+    before = online.files(MODEL)
+    with pytest.raises(UserError, match="holds the model tickets, and this one is letters") as error:
+        publish(repos.make(tmp_path / "letters", 1 << 16, name="letters"))
+    assert "another publish.repo" in error.value.hint and online.files(MODEL) == before
+    publish(repos.make(tmp_path / "again", 1 << 16, seed=2, name="tickets"))
+    assert online.files(MODEL) != before, "its own next version does"
+
+
+OLDER = {"schema_version": 1, "name": "tickets", "artifacts": [], "golden": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"schema_version": 1}, "another program's"),
+        ({"schema_version": 2, "packages": {"a": "1.0"}}, "another program's"),
+        ({"schema_version": 2, "artifacts": []}, "another program's"),
+        ([{"schema_version": 1}], "another program's"),
+        (OLDER | {"name": "letters"}, "holds the model letters"),
+        (OLDER, None),
+    ],
+)
+def test_a_manifest_that_this_ferry_cannot_read_must_be_a_ferrys_and_this_models(online, tmp_path, content, said):
+    mine = {manifest.NAME: json.dumps(content).encode(), "README.md": b"mine"}
+    add(online, MODEL, mine)
+    folder = repos.make(tmp_path / "tickets", 1 << 16, name="tickets")
+    if said is None:
+        publish(folder)
+        assert online.read(MODEL, manifest.NAME) == (folder / manifest.NAME).read_bytes()
+    else:
+        with pytest.raises(UserError, match=said):
+            publish(folder)
+        assert contents_on(online, MODEL) == mine
