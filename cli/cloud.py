@@ -118,12 +118,14 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
     from common import console
     from launch import cloud as module
     from launch import launchers
+    from pipeline.record import refuse_foreign_folder
 
     if not cloud:
         raise UserError(
             "CLOUD is missing", "the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs"
         )
     folder = find_run_folder(config_file, run_name, runs)
+    refuse_foreign_folder(folder)
     console.show(f"stop: {module.stop_job(launchers.of(cloud, folder, checkpoints, spot), folder, teardown)}")
 
 

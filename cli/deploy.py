@@ -112,7 +112,8 @@ def smoke_test(version: Path) -> None:
     from common import console
     from deploy import smoke as module
 
-    console.show(f"smoke: passed\n{module.page(module.stage(version))}")
+    record = module.run_in_child(version)
+    console.show(f"smoke: passed\n{module.page(record)}")
 
 
 @click.command(cls=Command, choose_environment=check_model)
@@ -248,9 +249,10 @@ def chat(repo, models, system, input_file) -> None:
       ferry chat ./hub/demo
       echo "Can my dog come along? Booking T9034." | ferry chat ./hub/demo
     """
-    from deploy import chat as module
+    from deploy import talk
 
-    module.stage(find_version(repo, models), system=system, input_file=input_file)
+    question = [system, str(input_file) if input_file else None]
+    raise SystemExit(talk.run_in_child("deploy.chat:stage_of", find_version(repo, models), question))
 
 
 @click.command(cls=Command, choose_environment=check_model)
@@ -264,9 +266,9 @@ def serve(repo, models, host, port) -> None:
     Example:
       ferry serve ./hub/demo --port 8081
     """
-    from deploy import serve as module
+    from deploy import talk
 
-    module.stage(find_version(repo, models), host, port)
+    raise SystemExit(talk.run_in_child("deploy.serve:stage_of", find_version(repo, models), [host, port]))
 
 
 @click.command(cls=Command)

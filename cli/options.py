@@ -11,6 +11,7 @@ from cli.settings import operand, setting
 from contract.errors import UserError, shown
 
 PATH = click.Path(path_type=Path)
+LONGEST_RUN = 96  # characters: files of the model have its name and an ending, and a manifest takes 128
 
 
 def several(*decorators):
@@ -112,10 +113,14 @@ def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrid
 def refuse_bad_name(name: str) -> None:
     from contract.manifest import PLAIN
 
-    if not re.fullmatch(PLAIN, Path(name).name) or (not Path(name).is_absolute() and "/" in name):
+    if (
+        not re.fullmatch(PLAIN, Path(name).name)
+        or len(Path(name).name) > LONGEST_RUN
+        or (not Path(name).is_absolute() and "/" in name)
+    ):
         raise UserError(
             f"RUN={shown(name)!r} cannot name a folder and a model",
-            "choose another: letters, digits, dots, dashes and underscores, a letter or digit first",
+            f"choose another: up to {LONGEST_RUN} letters, digits, dots, dashes and underscores, a letter or digit first",
         )
 
 

@@ -112,6 +112,8 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
     from pipeline.stages import lock_file, lock_run
 
     run = find_existing_run(config_file, run_name, runs)
+    if everything and config_file is None and run_name is None:
+        raise UserError(f"ALL=1 removes a whole run, and none is named; {runs} holds {run.name}", f"RUN={run.name}")
     with lock_run(run, typed_command("clean")):
         if everything:
             size = run_status.read_status(run).bytes

@@ -16,6 +16,8 @@ from contract.errors import UserError, shown
 
 # Settings of the command line itself, for every target: make and the `ferry` script read them from the environment.
 EVERYWHERE = {"VENV": "FERRY_VENV", "DEPLOY_VENV": "FERRY_DEPLOY_VENV", "PYTHON": None}
+# An empty one is a variable of a script that was not set; without it the command would take another run or model.
+NEVER_EMPTY = ("RUN", "CONFIG", "REPO", "RUNS", "MODELS")
 YES, NO = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
 
 
@@ -73,6 +75,8 @@ def translate_make_settings(
     for word in words:
         name, _, value = word.removeprefix("env:").partition("=")
         if name in mine:
+            if name in NEVER_EMPTY and not value and not word.startswith("env:"):
+                raise UserError(f"{name}= is empty", f"write {name}=..., or leave it out")
             target = operands if isinstance(mine[name], click.Argument) else arguments
             target += _arguments_of(mine[name], name, value)
         elif name not in elsewhere and name not in EVERYWHERE and not word.startswith("env:"):

@@ -80,12 +80,15 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
     """
     from common import console
     from pipeline.changes import accept_config, find_allowed_changes
+    from pipeline.config import refuse_files_inside
     from pipeline.offsite import restore
-    from pipeline.record import Run
+    from pipeline.record import Run, refuse_foreign_folder
     from pipeline.stages import lock_run, require_files
 
     config, run = request.load_config(), Run(request.folder)
     with lock_run(run, typed_command(name)) as lock:
+        refuse_foreign_folder(run.folder)
+        refuse_files_inside(config, run.folder)
         if checkpoints:
             os.environ["FERRY_CHECKPOINTS"] = checkpoints
             restore.restore(checkpoints, run, config)

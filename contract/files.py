@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[Path]:
         remove(part)
         yield part
         sync(part)
-        if path.is_dir():
+        if path.is_dir() and part.is_dir():  # a folder in a file's place is somebody else's, and rename refuses it
             remove(path)
         part.rename(path)
         _sync(path.parent)  # the name itself; what else is in there is not ours
@@ -65,7 +65,7 @@ def translated(error: OSError, path: Path) -> Exception:
             f"no space left while writing {path} ({free:.1f} GB free)",
             "free some disk, then run the same command again",
         )
-    if error.errno in MENDABLE:
+    if error.errno in (*MENDABLE, errno.ENOENT):
         return UserError(
             f"cannot write {path}: {error.strerror}", f"make {path.parent} a writable folder, or choose another"
         )
@@ -78,6 +78,20 @@ def explain_unhandled(error: OSError) -> UserError:
         raise error
     hint = "correct its name, owner or permissions, then run the same command again"
     return UserError(f"{shown(str(error.filename))}: {error.strerror}", hint)
+
+
+def user_path(text: str, setting: str) -> Path:
+    """Return the path that a user wrote, `~` expanded. Raises UserError, which names the setting, for the home of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{setting}: {shown(text, 100)}: {error}", "write the path of the file") from None
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raise FileNotFoundError or OSError for what is no plain file: a pipe would be waited for without end."""
+    if not path.is_file():
+        raise OSError(errno.ENOENT, "it is no file" if path.exists() else "no such file", str(path))
 
 
 def nearest(path: Path) -> Path:
@@ -113,10 +127,12 @@ def _sync(path: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """`value` as JSON under `path`, whole or not at all."""
     with writing(path) as part:
-        # A file name that is no UTF-8 holds half characters: they become JSON's own escapes.
-        part.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
-        )
+        part.write_bytes(to_json(value))
+
+
+def to_json(value: dict) -> bytes:
+    """Return `value` as JSON. A file name that is no UTF-8 holds half characters: they become JSON's own escapes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path) -> dict:

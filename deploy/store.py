@@ -114,6 +114,7 @@ def use(version: Path) -> None:
     if in_use(version.parent) == version:
         return
     try:
+        refuse_foreign_link(link)
         files.remove(part)
         part.symlink_to(version.name)
         if not link.is_symlink():
@@ -121,6 +122,13 @@ def use(version: Path) -> None:
         os.replace(part, link)
     except OSError as error:
         raise files.translated(error, link) from error
+
+
+def refuse_foreign_link(link: Path) -> None:
+    """Raise UserError where `current` is neither our link nor the copy of a version that it became in a copied store."""
+    ours = in_use(link.parent) is not None if link.is_symlink() else not link.exists() or bool(read(link / RECORD))
+    if not ours:
+        raise UserError(f"{link} is not Ferry's", "move it away, or choose another store: MODELS=folder")
 
 
 def names(folder: Path) -> dict[str, str]:
@@ -151,7 +159,17 @@ def beside(folder: Path, name: str) -> dict[Path, dict]:
 
 def folders(folder: Path) -> list[Path]:
     """A model's versions, unfinished ones too."""
-    return [path for path in folder.glob("*/") if VERSION.fullmatch(path.name)]
+    return [path for path in folder.glob("*/") if VERSION.fullmatch(path.name) and is_ours(path)]
+
+
+def is_ours(version: Path) -> bool:
+    """Whether Ferry made the folder: its record, its manifest's hash, or nothing in it but an unfinished download."""
+    if version.is_symlink():
+        return False
+    beside = version / manifest.NAME
+    if read(version / RECORD) or (beside.is_file() and files.sha256(beside).startswith(version.name)):
+        return True
+    return all(path.name.startswith(".") and path.name.endswith(".part") for path in version.iterdir())
 
 
 def remember(version: Path, pulled: dict, asked: str) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from contract import files, gguf, hub
+from contract import files, gguf, hub, manifest
 from contract.errors import UserError
 from pipeline import base as bases
 from pipeline import licences
@@ -34,7 +34,7 @@ def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None =
     if run.done("publish"):
         return []
     repo = hub.named(config.publish.repo, run.model)
-    said = [destination(config, repo)]
+    said = [destination(config, repo, run.model)]
     said += [leaving(config, run, checkpoints)] if checkpoints else []
     if not run.done("export"):
         said += [*base(config, run, repo, here), *dataset(config)]
@@ -67,15 +67,21 @@ def leaving(config: Config, run: Run, checkpoints: str) -> str:
     return f"checkpoints go to {name} on the Hub ({f'at {there}' if there else 'there already' if head else 'new'}, private)"
 
 
-def destination(config: Config, repo: str) -> str:
+def destination(config: Config, repo: str, model: str) -> str:
     """The repo is ours to write."""
     if hub.is_folder(repo):
-        return f"goes to the folder {hub_folder(repo)}"
+        folder = hub_folder(repo, model)
+        above = files.nearest(folder)
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"publish.repo {folder} cannot be written: see to {above}", "name another folder")
+        return f"goes to the folder {folder}"
     name, _ = hub.split(repo)
     user, api = writable(f"publish.repo {name}", name), hub.api()
     head = hub.found(f"publish.repo {name}", lambda: api.repo_info(name))
     if head:
         sender.refuse_strange(head, name, config.publish.private)
+        if manifest.NAME in {sibling.rfilename for sibling in head.siblings}:
+            sender.outdated(name, head.sha, model)
         refuse_tag(api, name, config.publish.tag)
     return f"goes to {name} on the Hub ({'there already' if head else 'new'}, {'private' if config.publish.private else 'public'}), as {user['name']}"
 

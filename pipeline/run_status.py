@@ -9,7 +9,7 @@ from common.lock import read_holder
 from contract import files
 from contract.errors import UserError
 from pipeline.changes import CLEANED
-from pipeline.record import MARKER, STAGES, Run
+from pipeline.record import STAGES, Run, is_run_folder
 from pipeline.stages import lock_file
 
 
@@ -64,12 +64,10 @@ def _size(folder: Path) -> int:
 
 
 def list_runs(runs: Path) -> list[Run]:
-    """All folders that are a run of Ferry's, in order of their names."""
-    return [Run(folder) for folder in sorted(runs.glob("*/")) if is_run(folder)]
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / MARKER).is_file() or ((folder / "config.yaml").is_file() and (folder / "data.json").is_file())
+    """All folders that are a run of Ferry's, in order of their names. Raises UserError where `runs` is no folder."""
+    if runs.exists() and not runs.is_dir():
+        raise UserError(f"RUNS={runs} is no folder", "name the folder that runs are in")
+    return [Run(folder) for folder in sorted(runs.glob("*/")) if is_run_folder(folder)]
 
 
 def format_runs(statuses: list[RunStatus]) -> str:
@@ -119,7 +117,12 @@ def find_removable(run: Run) -> list[Path]:
             for name, item in run.read("export")["outputs"].items()
             if name != default and (name == run.read("export")["sixteen"] or name.endswith("-static"))
         ]
-    return [path for path in found if path.exists()]
+    return [path for path in found if path.exists() and _is_inside(path, run.folder)]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """A record names paths; one from elsewhere may name any."""
+    return path.resolve().is_relative_to(folder.resolve()) and path.resolve() != folder.resolve()
 
 
 def remove(run: Run, paths: list[Path]) -> int:
@@ -136,6 +139,6 @@ def remove(run: Run, paths: list[Path]) -> int:
 
 def require_run(folder: Path) -> Run:
     """Raises UserError for a folder that is no run of Ferry's."""
-    if not is_run(folder):
+    if not is_run_folder(folder):
         raise UserError(f"{folder} is no run of Ferry's", "`ferry runs` lists them")
     return Run(folder)

@@ -59,7 +59,8 @@ FINE = {"hf_fine": {"name": "you", "role": "fineGrained", "fineGrained": {"scope
         (("publish.repo=you/strange",), {}, "is a repo of something else"),
         (("publish.repo=you/open",), {}, "is public, and publish.private is true"),
         (("publish.repo=you/a b",), {}, "no Hub id"),
-        (("publish.repo=you/tiny", "publish.tag=v1"), {}, "has a tag v1 already"),
+        (("publish.repo=you/own", "publish.tag=v1"), {}, "has a tag v1 already"),
+        (("publish.repo=you/tiny",), {}, "holds the model tiny"),
         (("base.model=you/gone",), {}, "not on the Hub"),
         (("base.model=acme/gated",), {}, "gated"),
         (("base.model=you/nd",), {}, "forbids passing on a changed model"),
@@ -88,7 +89,8 @@ def test_what_would_fail_later_is_one_clear_error_now(world, online, tmp_path, o
     online.users["hf_writer"] = {"name": "you", "role": "write"}
     online.gated |= {"models/acme/gated", "datasets/acme/gatedrows"}
     online.add("models/you/tiny", repos.make(tmp_path / "tiny", 4096), private=True)
-    online.write_refs("models/you/tiny", online.refs("models/you/tiny") | {"tags": {"v1": "0" * 40}})
+    online.add("models/you/own", repos.make(tmp_path / "own", 4096, name="run"), private=True)
+    online.write_refs("models/you/own", online.refs("models/you/own") | {"tags": {"v1": "0" * 40}})
     swell(online)
     done = world(*overrides, **environment)
     assert done.returncode == 2 and expected in done.stderr and "next:" in done.stderr, done.stderr + done.stdout

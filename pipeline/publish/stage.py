@@ -6,8 +6,9 @@ import socket
 from importlib.metadata import version
 from pathlib import Path
 
+from common import console
 from contract import files, gguf, hub, manifest
-from contract.errors import UserError
+from contract.errors import UserError, shown
 from pipeline import code, licences, llamacpp
 from pipeline.config import Config
 from pipeline.doctor import box
@@ -15,6 +16,7 @@ from pipeline.publish import card, courier
 from pipeline.record import STAGES, Run
 
 CARD = "README.md"
+HUB_MARKER = ".ferry-hub.json"  # {"model": name}
 LOCKS = Path(__file__).resolve().parents[2] / "setup" / "locks"
 
 STACK = (
@@ -38,7 +40,9 @@ def stage(config: Config, run: Run) -> dict:
     """
     repo = config.publish.repo.replace("{run}", run.model)
     if hub.is_folder(repo):
-        folder, sent = hub_folder(repo), {"repo": repo}
+        folder, sent = hub_folder(repo, run.model), {"repo": repo}
+        claim_hub_folder(folder, run.model)
+        keep_edited_card(folder)
         made = finish(config, run, folder, lay_out(config, run, folder), None)
     else:
         made, sent = to_hub(config, run, repo)
@@ -95,7 +99,7 @@ def finish(config: Config, run: Run, folder: Path, made: manifest.Manifest, repo
     with files.writing(folder / CARD) as part:
         part.write_text(card.text(made, ladder, repo, config.publish.private), encoding="utf-8")
     whole = made.model_copy(update={"files": (*made.files, described(folder, CARD))})
-    files.write_json(folder / manifest.NAME, whole.model_dump(mode="json"))
+    manifest.write(folder / manifest.NAME, whole)
     return whole
 
 
@@ -103,17 +107,59 @@ def described(folder: Path, name: str) -> manifest.File:
     return manifest.File(file=name, sha256=files.sha256(folder / name), bytes=(folder / name).stat().st_size)
 
 
-def hub_folder(repo: str) -> Path:
-    """Raises UserError when the folder holds something that is not a hub repo."""
+def hub_folder(repo: str, model: str) -> Path:
+    """Return the folder hub of a model. Raises UserError when Ferry did not make the folder, or made it for another model.
+
+    Its own manifest proves that it is ours, or the marker that `claim_hub_folder` writes before anything else.
+    """
     folder = hub.folder(repo)
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in (manifest.NAME, "README.md"))
-        and not list(folder.glob("*.gguf"))
-    ):
-        raise UserError(f"publish.repo {folder} is a folder with other things in it", "name an empty or new folder")
+    if not folder.exists():
+        return folder
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    owner = hub_owner(folder)
+    if owner is None and (names or not folder.is_dir()):
+        raise UserError(
+            f"publish.repo {folder} holds files that Ferry did not put there: {', '.join(map(shown, names[:3]))}",
+            "name an empty or new folder in publish.repo",
+        )
+    if owner not in (None, model):
+        raise UserError(
+            f"publish.repo {folder} holds the model {shown(owner)}, this one is {model}",
+            "name another folder in publish.repo, such as ./hub/{run}",
+        )
+    if links := [name for name in names if (folder / name).is_symlink()]:
+        raise UserError(f"publish.repo {folder}: {links[0]} is a symbolic link", "a hub holds plain files: remove it")
     return folder
+
+
+def hub_owner(folder: Path) -> str | None:
+    """Name of the model that a folder hub is for; None where the folder is no hub of Ferry's."""
+    try:
+        return manifest.read(folder / manifest.NAME).name
+    except UserError:
+        pass
+    try:
+        return str(files.read_json(folder / HUB_MARKER).get("model"))
+    except UserError:
+        return None
+
+
+def claim_hub_folder(folder: Path, model: str) -> None:
+    """Mark the folder as a hub of Ferry's: while files are exchanged it has no manifest."""
+    if not (folder / HUB_MARKER).is_file():
+        files.write_json(folder / HUB_MARKER, {"model": model})
+
+
+def keep_edited_card(folder: Path) -> None:
+    """Keep a model card that was edited after it was published: the new one replaces it."""
+    try:
+        written = {item.file: item.sha256 for item in manifest.read(folder / manifest.NAME).files}
+    except UserError:
+        return
+    path = folder / CARD
+    if path.is_file() and files.sha256(path) != written.get(CARD):
+        path.replace(folder / "README.before.md")
+        console.note(f"{path} was edited: it is kept as README.before.md")
 
 
 def published(run: Run) -> list[tuple[str, str]]:
