@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from contract.errors import UserError
@@ -58,13 +59,27 @@ def load(
 def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool) -> "Llama":
     from llama_cpp import Llama, _logger
 
-    model = Llama(
-        str(gguf), n_ctx=context, n_batch=context, n_gpu_layers=layers, n_threads=os.cpu_count(), vocab_only=vocab_only,
-        flash_attn=True, verbose=verbose,
-    )  # fmt: skip
+    with _templates_ignored():
+        model = Llama(
+            str(gguf), n_ctx=context, n_batch=context, n_gpu_layers=layers, n_threads=os.cpu_count(), vocab_only=vocab_only,
+            flash_attn=True, verbose=verbose,
+        )  # fmt: skip
     model.verbose = False
     _logger.set_verbose(False)
     return model
+
+
+@contextlib.contextmanager
+def _templates_ignored() -> Iterator[None]:
+    """The library compiles every chat template in a file; those are a stranger's programs, and Ferry renders its own way."""
+    from llama_cpp import llama_chat_format
+
+    formatter = llama_chat_format.Jinja2ChatFormatter
+    llama_chat_format.Jinja2ChatFormatter = lambda **_: SimpleNamespace(to_chat_handler=lambda: None)
+    try:
+        yield
+    finally:
+        llama_chat_format.Jinja2ChatFormatter = formatter
 
 
 def backend() -> str:

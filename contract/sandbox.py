@@ -31,7 +31,7 @@ FILES = 64  # open at once; imports open one at a time
 # Time zone: a template may print today's date. Library paths: some Pythons do not start without them.
 KEPT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 HINT = "this repo's template is not one that Ferry publishes: do not use it"
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deploy import sandbox; sandbox.child()"
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from contract import sandbox; sandbox.child()"
 
 
 def prompts(

@@ -8,8 +8,10 @@ and LM Studio turn on by themselves: without it every head needs 2 kB more for e
 
 import bisect
 
+from common.child import Limits
 from contract.gguf import Header
 
+PYTHON = 2 << 30  # bytes: the interpreter, numpy, llama.cpp's threads; 0.3 GB measured
 STEP = 256  # tokens: llama.cpp rounds a context up to this
 BATCH = 512  # tokens computed at a time: llama.cpp's default n_ubatch
 MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; a header may claim any number
@@ -20,6 +22,12 @@ PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "gemma3n": 5, "
 def need(header: Header, file_bytes: int, context: int) -> int:
     """Bytes to run it with `context` tokens, all weights in memory."""
     return file_bytes + cache(header, context) + state(header) + compute(header, context)
+
+
+def limits(header: Header, file_bytes: int, context: int, seconds: float) -> Limits:
+    """What a process may take that runs it: half as much again as it needs, the logits of a whole context, and Python."""
+    logits = 4 * _rounded(context) * _Facts(header).vocabulary()
+    return Limits(seconds, int(1.5 * need(header, file_bytes, context)) + logits + PYTHON)
 
 
 def context(header: Header, file_bytes: int, budget: int, wanted: int) -> int:

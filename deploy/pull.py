@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from common import console
-from contract import files, gguf, hub, manifest, source
+from contract import files, gguf, hub, manifest, model_header, sandbox, source
 from contract.errors import UserError, shown
 from contract.manifest import Artifact, Manifest
-from deploy import sandbox, store, support
+from deploy import store, support
 from deploy.part import Part
 
 
@@ -109,6 +109,7 @@ def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
     """
     try:
         header = gguf.read(part, artifact.file)
+        model_header.refuse_impossible(header, artifact.file)
         if artifact.tensor_types and gguf.tensor_types(header) != artifact.tensor_types:
             raise UserError(f"{artifact.file} holds other tensors than its manifest says", "do not use this repo")
         if header.metadata.get("tokenizer.chat_template") != made.chat.template:

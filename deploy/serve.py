@@ -56,6 +56,11 @@ def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int
             Server(api, guarded(api, host, key)).listen(door)
 
 
+def stage_of(version: str, host: str, port: int) -> None:
+    """`stage` for a child process, whose arguments are JSON."""
+    stage(Path(version), host, port)
+
+
 def listening(host: str, port: int) -> socket.socket:
     """Raises UserError when nothing can listen there."""
     try:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from contract import gguf, hub
+from contract import gguf, hub, model_header
 from contract.errors import UserError, shown
 from contract.manifest import Artifact
 
@@ -58,7 +58,7 @@ def check(header_bytes: bytes, size: int, name: str) -> None:
     if not importlib.util.find_spec("llama_cpp"):
         return
     with sparse(header_bytes, size) as path:
-        gguf.read(path, name)  # what llama.cpp's parser in C++ need not see
+        model_header.refuse_impossible(gguf.read(path, name), name)  # what llama.cpp's parser in C++ need not see
         said = _asked(path, name)
     if said:
         raise _refusal(said, name)

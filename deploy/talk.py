@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract import chat, runtime
+from common import child
+from contract import chat, gguf, runtime, sandbox
 from contract.errors import UserError, shown
 from contract.manifest import Manifest
-from deploy import modelfile, sandbox, store
+from deploy import memory, modelfile, store
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
+START_SECONDS, SECONDS_OF_BYTE = 120, 60e-9  # until it answers: a busy machine, a cold disk
 BATCH = 256  # tokens of a prompt that are read at a time: so long, at most, waits who gives an answer up
 
 
@@ -38,6 +40,17 @@ class Sampling:
     seed: int | None = None
 
 
+def run_in_child(function: str, version: Path, arguments: list) -> int:
+    """Run `function(version, *arguments)` in a process that has this terminal; return its exit code.
+
+    Raises UserError when llama.cpp crashes there, takes too long to start or too much memory.
+    """
+    made, path = store.passed(version)
+    size = path.stat().st_size
+    limits = memory.limits(gguf.read(path), size, made.generation.num_ctx, START_SECONDS + size * SECONDS_OF_BYTE)
+    return child.run_attached(function, [str(version), *arguments], limits, f"llama.cpp with {path.name}")
+
+
 @contextlib.contextmanager
 def opened(version: Path, context: int | None = None) -> Iterator["Talk"]:
     """The pulled model, loaded and proven. context: at most so many tokens; never more than the manifest's, nor than fit in memory.
@@ -50,6 +63,7 @@ def opened(version: Path, context: int | None = None) -> Iterator["Talk"]:
     try:
         talk = Talk(made, model, size)
         talk.prove()
+        child.report_ready()
         yield talk
     finally:
         model.close()

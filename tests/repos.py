@@ -36,12 +36,16 @@ def write_gguf(path: Path, size: int, seed: int, template: str = TEMPLATE) -> No
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(256)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<|im_start|>", "<|im_end|>", *map(chr, range(97, 123))])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(template)
-    writer.add_tensor("output.weight", np.random.default_rng(seed).random((size // 4096 or 1, 1024), dtype=np.float32))
+    writer.add_tensor(
+        "blk.0.ffn_up.weight", np.random.default_rng(seed).random((size // 4096 or 1, 1024), dtype=np.float32)
+    )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,9 +10,8 @@ from datetime import datetime
 
 import pytest
 
-from contract import chat
+from contract import chat, sandbox
 from contract.errors import UserError
-from deploy import sandbox
 from pipeline import llamacpp
 from tests.conftest import ROOT
 

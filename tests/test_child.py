@@ -1,0 +1,178 @@
+"""A library that crashes, hangs or takes all memory over a stranger's file is one error line; nothing of it stays."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import child
+from common.child import Limits, call, run_attached
+from contract.errors import UserError
+
+HERE = "tests.test_child"
+ENOUGH = Limits(60, 2 << 30)
+
+
+def give(value):
+    return value
+
+
+def refuse(what: str) -> None:
+    raise UserError(what, "mend it")
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def leave(code: int) -> None:
+    os._exit(code)
+
+
+def fail() -> None:
+    raise RuntimeError("a fault of ours")
+
+
+def sleep_for(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def take_memory(size: int) -> None:
+    held = bytearray(size)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    time.sleep(60)
+
+
+def start_another(path: str) -> None:
+    Path(path).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    time.sleep(60)
+
+
+def answer_without_end() -> str:
+    return "x" * (child.MAX_ANSWER + 1)
+
+
+def write_large_file(path: str) -> None:
+    with open(path, "wb") as file:
+        file.write(bytes(child.MAX_WRITTEN + 1))
+
+
+def tell_environment() -> dict:
+    return {name: os.environ.get(name) for name in ("HF_TOKEN", "OPENAI_API_KEY", "HOME", child.SECRET_OF_SERVER)}
+
+
+def test_values_and_errors_of_its_own_come_back():
+    assert call(f"{HERE}:give", [{"a": [1, "é\ud83d\ude00"[0]]}], ENOUGH, "x") == {"a": [1, "é"]}
+    with pytest.raises(UserError) as caught:
+        call(f"{HERE}:refuse", ["it is wrong"], ENOUGH, "x")
+    assert (caught.value.message, caught.value.hint) == ("it is wrong", "mend it")
+
+
+FAULTS = {
+    "a crash": ("die", [signal.SIGSEGV], ENOUGH, "llama.cpp crashed"),
+    "an assertion": ("die", [signal.SIGABRT], ENOUGH, "broke off"),
+    "a bus error": ("die", [signal.SIGBUS], ENOUGH, "crashed"),
+    "the OOM killer": ("die", [signal.SIGKILL], ENOUGH, "memory ran out"),
+    "another processor's code": ("die", [signal.SIGILL], ENOUGH, "another processor"),
+    "a rare signal": ("die", [signal.SIGUSR1], ENOUGH, f"signal {int(signal.SIGUSR1)}"),
+    "an exit": ("leave", [3], ENOUGH, "exit code 3"),
+    "a fault of ours": ("fail", [], ENOUGH, "RuntimeError: a fault of ours"),
+    "a hang": ("sleep_for", [60], Limits(2, 2 << 30), "took more than 2 s"),
+    "hunger": ("take_memory", [900 << 20], Limits(60, 600 << 20), "at most 0.6 GB"),
+    "an answer without end": ("answer_without_end", [], ENOUGH, "larger than"),
+    "a file without end": ("write_large_file", ["{tmp}/x"], ENOUGH, "exit code"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_whatever_befalls_it_is_one_error(case, tmp_path):
+    function, arguments, limits, words = FAULTS[case]
+    arguments = [a.replace("{tmp}", str(tmp_path)) if isinstance(a, str) else a for a in arguments]
+    with pytest.raises(UserError) as caught:
+        call(f"{HERE}:{function}", arguments, limits, "the smoke test of x.gguf")
+    assert words in caught.value.message and caught.value.message.startswith("the smoke test of x.gguf")
+    assert "\n" not in caught.value.message and caught.value.hint
+    assert not any(path.stat().st_size > child.MAX_WRITTEN for path in tmp_path.iterdir())
+
+
+def test_what_it_started_ends_with_it(tmp_path):
+    with pytest.raises(UserError, match="took more than"):
+        call(f"{HERE}:start_another", [str(tmp_path / "pid")], Limits(3, 2 << 30), "x")
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+def test_it_gets_no_secrets(monkeypatch):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", child.SECRET_OF_SERVER):
+        monkeypatch.setenv(name, "secret")
+    told = call(f"{HERE}:tell_environment", [], ENOUGH, "x")
+    assert told == {
+        "HF_TOKEN": None,
+        "OPENAI_API_KEY": None,
+        "HOME": os.environ.get("HOME"),
+        child.SECRET_OF_SERVER: "secret",
+    }
+
+
+def ended(pid: int) -> bool:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# With the terminal: chat and serve
+
+
+def be_ready_and_stay(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    child.report_ready()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "limits", "words"),
+    [
+        ("die", [signal.SIGSEGV], ENOUGH, "crashed"),
+        ("sleep_for", [60], Limits(2, 2 << 30), "took more than 2 s"),
+        ("take_memory", [900 << 20], Limits(60, 600 << 20), "at most 0.6 GB"),
+    ],
+)
+def test_a_server_that_crashes_or_never_starts_is_one_error(function, arguments, limits, words):
+    with pytest.raises(UserError, match=words):
+        run_attached(f"{HERE}:{function}", arguments, limits, "llama.cpp with x.gguf")
+
+
+def test_a_server_that_has_started_has_no_time_limit_and_passes_its_exit_code_on(capfd):
+    assert run_attached(f"{HERE}:sleep_after_ready", [2.5], Limits(2, 2 << 30), "x") == 0
+    assert run_attached(f"{HERE}:refuse", ["the port is taken"], ENOUGH, "x") == 2
+    assert "error: the port is taken\n next: mend it" in capfd.readouterr().err
+
+
+def sleep_after_ready(seconds: float) -> None:
+    child.report_ready()
+    time.sleep(seconds)
+
+
+PARENT = "import sys; from common import child; sys.exit(child.run_attached(sys.argv[1], sys.argv[2:], child.Limits(60, 2 << 30), 'x'))"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_it_ends_with_the_command_that_started_it(tmp_path, number, code):
+    place = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, f"{HERE}:be_ready_and_stay", str(place)])
+    until = time.monotonic() + 30
+    while not (place.is_file() and place.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    parent.send_signal(number)
+    assert parent.wait(20) == code
+    assert ended(int(place.read_text()))

@@ -1,0 +1,106 @@
+"""What a stranger's GGUF may say: files that llama.cpp would end its process over are refused by their header alone."""
+
+import gguf as gguf_py
+import pytest
+
+from contract import gguf, model_header, runtime
+from contract.errors import UserError
+from tests import fuzz_inputs
+from tests.fuzz_inputs import SHAPES, model_facts, write_model
+
+TOKENS = model_facts()["tokenizer.ggml.tokens"]
+MANY = 1 << 40
+HOSTILE = {
+    "a second template": ({"tokenizer.chat_template.tool_use": "{{ 1 }}"}, "tokenizer.chat_template.tool_use is none"),
+    "templates by a list": ({"tokenizer.chat_templates": ["a", "b"]}, "tokenizer.chat_templates is none"),
+    "a template that is a number": ({"tokenizer.chat_template": 5}, "is int, not str"),
+    "a key of nobody's": ({"run.this": "x"}, "run.this is none"),
+    "another architecture's key": ({"gemma2.block_count": 1}, "gemma2.block_count is none"),
+    "a tokenizer of a program": ({"tokenizer.huggingface.json": "{}"}, "tokenizer.huggingface.json is none"),
+    "a template of 2 MB": ({"tokenizer.chat_template": "x" * (2 << 20)}, "characters, at most"),
+    "an end beyond the vocabulary": ({"tokenizer.ggml.eos_token_id": len(TOKENS)}, "eos_token_id"),
+    "a beginning far beyond": ({"tokenizer.ggml.bos_token_id": (1 << 32) - 1}, "bos_token_id"),
+    "an unknown token below nought": ({"tokenizer.ggml.unknown_token_id": -1}, "unknown_token_id"),
+    "a turn's end that is text": ({"tokenizer.ggml.eot_token_id": "</s>"}, "eot_token_id"),
+    "a prefix beyond the vocabulary": ({"tokenizer.ggml.fim_pre_token_id": 9999}, "fim_pre_token_id"),
+    "tokens to suppress beyond it": ({"tokenizer.ggml.suppress_tokens": [1, 9999]}, "suppress_tokens"),
+    "a token twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], TOKENS[0]]}, "a text twice"),
+    "tokens that are numbers": ({"tokenizer.ggml.tokens": [1, 2, 3]}, "no list of texts"),
+    "too few token types": ({"tokenizer.ggml.token_type": [1, 1]}, "not one item for each"),
+    "too many scores": ({"tokenizer.ggml.scores": [0.5] * 65}, "not one item for each"),
+    "embeddings of another vocabulary": ({"tokenizer.ggml.tokens": TOKENS[:-1], "tokenizer.ggml.token_type": [1] * 63}, "64 rows for 63"),
+    "no layer": ({"llama.block_count": 0}, "block_count is 0"),
+    "a billion layers": ({"llama.block_count": MANY}, "block_count"),
+    "layers without tensors": ({"llama.block_count": 32}, "tensors of 1 layers"),
+    "layers that are text": ({"llama.block_count": "1"}, "block_count is 1"),
+    "a context without end": ({"llama.context_length": 1 << 31}, "context_length"),
+    "an infinite base of RoPE": ({"llama.rope.freq_base": float("inf")}, "freq_base is inf"),
+    "an epsilon that is no number": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "epsilon is nan"),
+    "a width beyond all": ({"llama.embedding_length": MANY}, "embedding_length"),
+    "a list for each of a million layers": ({"llama.attention.head_count_kv": [1] * 5000}, "5,000 items"),
+    "more experts than used": ({"llama.expert_used_count": 2}, "experts"),
+    "too many experts": ({"llama.expert_count": 513, "llama.expert_used_count": 1}, "513 experts"),
+    "drafts of layers that are not there": ({"llama.nextn_predict_layers": 512}, "nextn_predict_layers"),
+    "a scaling that is none": ({"llama.rope.scaling.type": "t5"}, "rope.scaling.type"),
+    "an architecture with a slash": ({"general.architecture": "../x"}, "general.architecture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_it_is_refused(tmp_path, case):
+    changes, words = HOSTILE[case]
+    path = tmp_path / "tiny.gguf"
+    write_model(path, model_facts() | changes)
+    with pytest.raises(UserError) as caught:
+        model_header.refuse_impossible(gguf.read(path), path.name)
+    assert words in caught.value.message and "\n" not in caught.value.message
+
+
+def test_the_model_itself_is_taken_and_answers(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_model(path, model_facts())
+    model_header.refuse_impossible(gguf.read(path), path.name)
+    assert fuzz_inputs.load_in_fork(path) == "answers"
+
+
+def test_a_layer_of_another_number_is_refused(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_model(path, model_facts(), SHAPES | {"blk.7.attn_norm.weight": (32,)})
+    with pytest.raises(UserError, match="tensors of 2 layers"):
+        model_header.refuse_impossible(gguf.read(path), path.name)
+
+
+def test_a_base_model_may_hold_other_keys_but_no_impossible_number(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_model(path, model_facts() | {"tokenizer.chat_template.tool_use": "{{ 1 }}", "some.body": "x"})
+    model_header.refuse_impossible(gguf.read(path), path.name, made_by_ferry=False)
+    write_model(path, model_facts() | {"tokenizer.ggml.eos_token_id": 9999})
+    with pytest.raises(UserError, match="eos_token_id"):
+        model_header.refuse_impossible(gguf.read(path), path.name, made_by_ferry=False)
+
+
+def test_every_key_of_a_tokenizer_that_gguf_py_knows_is_decided_about():
+    known = {value for name, value in vars(gguf_py.Keys.Tokenizer).items() if isinstance(value, str) and name[0] != "_"}
+    open_ = {key for key in known if key not in model_header.TOKENIZER and not model_header.IDS.fullmatch(key)}
+    assert open_ == {
+        "tokenizer.huggingface.json", "tokenizer.rwkv.world", "tokenizer.chat_template.{name}", "tokenizer.chat_templates",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+def test_no_library_compiles_a_template_in_our_process(tmp_path, key, monkeypatch):
+    """llama-cpp-python compiles every template of a file when it opens it."""
+    from jinja2 import Environment
+
+    compiled = []
+    monkeypatch.setattr(Environment, "from_string", lambda self, text, **_: compiled.append(text))
+    path = tmp_path / "tiny.gguf"
+    write_model(path, model_facts() | {key: "{% for a in range(9) %}x{% endfor %}"})
+    runtime.load(path, 64).close()
+    assert compiled == []
+
+
+def test_bent_headers_are_refused_or_loaded_by_a_child():
+    counts = fuzz_inputs.fuzz_model(60, seed=11, most=150)
+    assert counts["tried"] == 150 and counts["refused by the header"] > 50 and counts["answers"] > 3
+    assert not any(how.startswith("hangs") for how in counts), counts
