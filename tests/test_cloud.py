@@ -212,6 +212,7 @@ def test_what_came_home_is_deployed_without_its_box(delivered):
     assert again.returncode == 0 and "smoke: passed" in again.stdout, again.stdout
 
 
+@pytest.mark.release  # a whole training again, 3 to 5 minutes; the other tests of reproduce stop before it
 def test_reproduce_makes_the_same_model_again(delivered):
     done = boxes.make(delivered.laptop, delivered.box, "reproduce", "REPO=./hub/boat")
     assert done.returncode == 0, done.stdout
