@@ -18,6 +18,7 @@ from deploy import store
 BREW = "brew install --cask lm-studio, or " if sys.platform == "darwin" else ""
 INSTALL = f"{BREW}https://lmstudio.ai, and start it once"
 RECORD = "lmstudio.json"
+FOUND = "found"  # how a file came there that was there before Ferry: the user's own download
 PATIENCE = 30  # seconds for a word of the app's
 COPYING = 1800  # seconds for `lms import`, which may copy 100 GB to a slow disk
 
@@ -60,6 +61,8 @@ def stage(version: Path) -> dict:
         raise Absent("LM Studio is not installed", INSTALL)
     artifact, target = made.artifact(path.name), place(version, path)
     how = there(path, target, artifact.sha256)
+    if how and set(list_origins(target, version.parent)) <= {FOUND}:
+        how = FOUND
     if how is None:
         refuse_anothers(target, version.parent)
         files.remove(target)
@@ -89,6 +92,21 @@ def there(path: Path, target: Path, sha256: str) -> str | None:
     return "copy" if same else None
 
 
+def list_origins(target: Path, folder: Path) -> list[str | None]:
+    """Return how the file came there, by each record of this model's versions that names it; None: Ferry began to."""
+    return [r.get("how") for r in store.records(folder, RECORD).values() if r["target"] == str(target)]
+
+
+def is_inside(target: Path) -> bool:
+    """Whether it is <models>/<publisher>/<model>/<file>.gguf, the one kind of place that Ferry puts a file to.
+
+    <models> is where LM Studio looks now, or its usual folder, where it looked before a change of its settings.
+    """
+    roots = [root for root in (models(), home() / "models") if target.is_relative_to(root)]
+    parts = [target.relative_to(root).parts for root in roots]
+    return target.suffix == ".gguf" and any(len(each) == 3 and ".." not in each for each in parts)
+
+
 def refuse_anothers(target: Path, folder: Path) -> None:
     """A file that Ferry did not put there stays. folder: the model's in the store, which says what is ours."""
     if os.path.lexists(target) and not ours(target, folder):
@@ -99,8 +117,10 @@ def refuse_anothers(target: Path, folder: Path) -> None:
 
 
 def ours(target: Path, folder: Path) -> bool:
-    """Did Ferry put this file there: an import that did not come to its end, or a file of one of the model's versions?"""
-    if not target.is_file():
+    """Did Ferry put this file there? A record says so, and it is an import that did not come to its end, or still a file of
+    one of the model's versions. (Without a record such a file is the user's own download.)"""
+    origins = list_origins(target, folder)
+    if not target.is_file() or not origins or FOUND in origins:
         return False
     begun = any(r["target"] == str(target) and not r["done"] for r in store.records(folder, RECORD).values())
     linked = any(target.samefile(path) for path in folder.glob("*/*.gguf"))
@@ -177,8 +197,8 @@ def _away(target: Path, folder: Path) -> int:
     """Remove a file of ours and its empty folders; returns the bytes that came back (0 for one of several hard links)."""
     if not target.is_file():
         return 0
-    if not ours(target, folder):
-        hub.say(f"lmstudio: {target} is no longer the file that Ferry put there: it stays")
+    if reason := reason_to_keep(target, folder):
+        hub.say(f"lmstudio: {target} {reason}: it stays")
         return 0
     facts = target.stat()
     files.remove(target)
@@ -186,6 +206,15 @@ def _away(target: Path, folder: Path) -> int:
         with contextlib.suppress(OSError):  # not empty
             empty.rmdir()
     return facts.st_size if facts.st_nlink == 1 else 0
+
+
+def reason_to_keep(target: Path, folder: Path) -> str | None:
+    """Return why a recorded file is not to be removed; None where it is Ferry's."""
+    if FOUND in list_origins(target, folder):
+        return "was there before Ferry"
+    if not is_inside(target):
+        return "is no model's place in LM Studio's models folder"
+    return None if ours(target, folder) else "is no longer the file that Ferry put there"
 
 
 def gone(version: Path) -> int:

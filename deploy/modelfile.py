@@ -1,17 +1,20 @@
 """modelfile: Ollama's Modelfile from the manifest of what was trained, never from a base model's name."""
 
+import itertools
+import os
 import re
 from pathlib import Path
 from string import Template
 
-from contract import files, gguf, runtime
+from contract import files, gguf, hub, runtime
 from contract.errors import UserError
 from contract.manifest import Artifact, Manifest
 from contract.turns import Turns, unsayable
-from deploy import machine, memory
+from deploy import machine, memory, store
 from deploy.store import passed
 
 TEMPLATE = Path(__file__).parent.parent / "Modelfile.template"
+RECORD = "modelfile.json"
 LEAST = 2048  # tokens of context, should the estimate leave room for none
 
 
@@ -20,14 +23,33 @@ def stage(folder: Path) -> dict:
     made, path = passed(folder)
     num_ctx = fitting(made, path)
     text = render(made, made.artifact(path.name), num_ctx)
+    keep_edited(folder, text)
     with files.writing(folder / "Modelfile") as part:
         part.write_text(text, encoding="utf-8")
     record = {
         "stage": "modelfile", "file": "Modelfile", "sha256": files.sha256(folder / "Modelfile"),
         "template": bool(made.chat.turns), "num_ctx": num_ctx, "trained_ctx": made.generation.num_ctx,
     }  # fmt: skip
-    files.write_json(folder / "modelfile.json", record)
+    files.write_json(folder / RECORD, record)
     return record
+
+
+def keep_edited(folder: Path, text: str) -> None:
+    """Rename a Modelfile that is neither what modelfile.json says that Ferry wrote nor the one to be written now."""
+    path, known = folder / "Modelfile", store.read(folder / RECORD).get("sha256")
+    if not os.path.lexists(path):
+        return
+    if path.is_file() and files.sha256(path) in (known, files.sha256_bytes(text.encode())):
+        return
+    kept = free_name(folder)
+    path.rename(kept)
+    hub.say(f"modelfile: {path} was edited: it is kept as {kept.name}; an edit of {TEMPLATE.name} is in every new one")
+
+
+def free_name(folder: Path) -> Path:
+    """Return Modelfile.before, or one with a number where an earlier edit has that name."""
+    names = itertools.chain(["Modelfile.before"], (f"Modelfile.before-{number}" for number in itertools.count(2)))
+    return next(folder / name for name in names if not os.path.lexists(folder / name))
 
 
 def fitting(made: Manifest, path: Path) -> int:

@@ -18,6 +18,8 @@ class Part:
         self.path, self.artifact, self.tick = path, artifact, tick
         self.size, self.digest = 0, hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():  # what it leads to is not this download
+            path.unlink()
         self.file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
         while block := self.file.read(files.CHUNK):
             self._count(block)

@@ -40,6 +40,7 @@ SOURCES = [
     "LICENSE",
     "pyproject.toml",
 ]
+DEFAULT_NAMES = ("ferry:cpu", "ferry:cuda")
 ASK = '{{index .Config.Labels "ferry.sources"}} {{.Id}}'
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # By name: the value never stands on a command line, in a log or in the image.
@@ -174,6 +175,7 @@ def arguments(kind, own):
 
 def build(settings, engine, kind, name):
     """`docker build`, with the sources' hash as a label."""
+    refuse_others_image(settings, engine, name)
     command = [engine, "build", "--file", "docker/Dockerfile", "--tag", name]
     command += [
         word for item in arguments(kind, not settings.get("IMAGE")).items() for word in ("--build-arg", "=".join(item))
@@ -183,6 +185,15 @@ def build(settings, engine, kind, name):
     code = subprocess.call(command, cwd=ROOT, env=dict(os.environ, DOCKER_BUILDKIT="1"))
     if code:
         fail(f"the image {name} could not be built (exit {code})", "read what is above, then make image")
+
+
+def refuse_others_image(settings, engine, name):
+    """A name that was typed and that another image has stays with it: Ferry's images carry a label, others do not."""
+    if not settings.get("IMAGE") or name in DEFAULT_NAMES or not said([engine, "image", "inspect", name]):
+        return
+    if len(said([engine, "image", "inspect", "--format", ASK, name]).split()) < 2:  # no more than its id
+        told = f"{engine} has an image {name} that Ferry did not build: the build would take its name"
+        fail(told, "choose another IMAGE=name:tag, or leave it out for {} or {}".format(*DEFAULT_NAMES))
 
 
 def image(settings, engine, kind):

@@ -24,6 +24,7 @@ from packages import (
     TORCH_INDEX,
     check_card,
     check_headers,
+    check_owner,
     device,
     elsewhere,
     install,
@@ -33,7 +34,7 @@ from packages import (
     read_lock,
     split_locks,
 )
-from shared import AGAIN, DISK_FULL, cache_folder, fail, writable_folder
+from shared import AGAIN, DISK_FULL, cache_folder, fail, writable_folder, write_whole
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # For each side: its locks, the oldest Python it runs on, and the disk that it takes while pip unpacks.
@@ -115,15 +116,12 @@ def link(target, path):
 
 def write_last(path, content):
     """The record, in one piece or not at all."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    write_whole(path, json.dumps(content, indent=2))
 
 
 def set_up(venv, side, want, log):
     """All steps of one side. Each can be repeated."""
+    check_owner(venv)
     record = os.path.join(venv, "ferry.json")
     if os.path.exists(record):
         os.remove(record)

@@ -204,8 +204,7 @@ def ensure(say=tell, only_wheel: bool = False) -> Path:
 
 def build(target: Path, say, only_wheel: bool) -> None:
     """Make everything under a temporary name beside the target, and rename it at the end."""
-    for left in target.parent.glob("*.part-*"):  # of a build that was killed; we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(target.parent)
     if (free := shutil.disk_usage(target.parent).free) < DISK:
         fail(
             f"too little disk: {free / 1e9:.1f} GB free in {target.parent}, {DISK / 1e9:.1f} GB needed for llama.cpp",
@@ -226,6 +225,17 @@ def build(target: Path, say, only_wheel: bool) -> None:
         fail(f"llama.cpp could not be built: {error}", f"free some disk, or FERRY_CACHE=/some/other/folder {AGAIN}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what builds of this version that were killed have left, by the exact name that `build` gives it.
+
+    Nothing works in them: the caller holds the lock.
+    """
+    ours = re.compile(re.escape(version()) + r"-[0-9a-f]{8}(-wheel)?\.part-\w+")
+    for path in folder.glob(f"{version()}-*.part-*"):
+        if ours.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def make(work: Path, log: Path, say, only_wheel: bool) -> str:

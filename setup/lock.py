@@ -20,7 +20,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from shared import fail
+from shared import fail, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "setup" / "locks"
@@ -83,7 +83,7 @@ def write(name: str, lines: list[str]) -> list[str]:
     path = LOCKS / name
     old, new = pins(path.read_text().splitlines() if path.exists() else []), pins(lines)
     LOCKS.mkdir(exist_ok=True)
-    path.write_text(HEADER + "\n".join(lines) + "\n")
+    write_whole(path, HEADER + "\n".join(lines) + "\n")
     return [
         f"{key} {old.get(key, 'none')} -> {new.get(key, 'none')}"
         for key in sorted(old | new)

@@ -19,6 +19,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
 CUDA = (13, 0)  # of the torch in cuda.txt
 OLDEST_CARD = 75  # for which CUDA 13 compiles
+MARK = "ferry-environment"  # in each environment that Ferry made or took over; it stays when the rest is removed
+# What a new environment of venv, virtualenv or uv holds: nobody's work.
+NEW = re.compile(
+    r"pyvenv\.cfg|\.gitignore|\.lock|\.DS_Store|CACHEDIR\.TAG|lib64"
+    r"|bin/(python[\d.]*t?|\U0001D70Bthon|pip[\d.]*|wheel[\d.]*|[Aa]ctivate[\w.]*|deactivate[\w.]*|pydoc\.bat)"
+    r"|lib/(python|pypy)[\d.]+t?/site-packages/"
+    r"((pip|setuptools|wheel|pkg_resources|_distutils_hack)(-[\w.]+\.dist-info)?/.*"
+    r"|distutils-precedence\.pth|_virtualenv\.(py|pth)|__pycache__/_virtualenv\.[\w.-]+)"
+)
 # What of CUDA a llama.cpp for a GPU loads. torch brings it where there is a torch.
 CUDA_RUNTIME = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
 # pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
@@ -93,16 +102,77 @@ def python_of(venv):
 
 def make_venv(venv, oldest, log):
     """The environment that is there if it can be built upon, else an empty one."""
-    python, config = python_of(venv), os.path.join(venv, "pyvenv.cfg")
-    whole = os.path.exists(config) and not os.path.exists(marker(venv)) and os.path.exists(python)
-    if whole and fits(python, oldest, "pip"):
-        return
-    if os.listdir(venv) and not os.path.exists(config):  # --clear would empty it, whatever it is
-        fail(f"{venv} is there and is no virtual environment", f"move it away, or {elsewhere()}")
+    check_owner(venv)
+    if not can_build_upon(venv, oldest):
+        empty_venv(venv)
+        create_venv(venv, log)
+    write_mark(venv)
+
+
+def check_owner(venv):
+    """Return where Ferry may change what is in the folder; end with an error where it is the user's.
+
+    One that an older Ferry made gets the mark now: its record is about to be removed.
+    """
+    if is_ours(venv):
+        write_mark(venv)
+    elif not is_new(venv):
+        what = "an environment of yours, not made by Ferry" if is_venv(venv) else "there and is no virtual environment"
+        fail(f"{venv} is {what}", f"move it away, or {elsewhere()}")
+
+
+def is_ours(venv):
+    """Did Ferry make it? The mark says so, or what a Ferry without marks left: record, pip's marker, its own link."""
+    left = [os.path.join(venv, name) for name in (MARK, "ferry.json")] + [marker(venv)]
+    link = os.path.join(venv, "bin", "ferry")
+    return any(map(os.path.isfile, left)) or (os.path.islink(link) and os.readlink(link).endswith("/ferry"))
+
+
+def is_new(venv):
+    """Is nothing in it but what a new environment holds? A folder that is empty or not there is new too."""
+    walked = ((folder, name) for folder, folders, files in os.walk(venv) for name in files + links(folder, folders))
+    return all(NEW.fullmatch(os.path.relpath(os.path.join(*found), venv)) for found in walked)
+
+
+def links(folder, names):
+    """Those of the names that are symbolic links: os.walk takes one to a folder for a folder."""
+    return [name for name in names if os.path.islink(os.path.join(folder, name))]
+
+
+def is_venv(venv):
+    """Is it a virtual environment, whoever made it?"""
+    return os.path.exists(os.path.join(venv, "pyvenv.cfg"))
+
+
+def write_mark(venv):
+    """Say in the environment whose it is."""
+    with open(os.path.join(venv, MARK), "w", encoding="utf-8") as file:
+        file.write("Ferry made this environment: `make env` changes and removes what is in it.\n")
+
+
+def can_build_upon(venv, oldest):
+    """Is there a whole environment with a fitting Python that has pip?"""
+    python = python_of(venv)
+    whole = is_venv(venv) and not os.path.exists(marker(venv)) and os.path.exists(python)
+    return whole and fits(python, oldest, "pip")
+
+
+def empty_venv(venv):
+    """Remove all but the mark: killed half way, the rest is still known as Ferry's. (`venv --clear` removes it too.)"""
+    for name in os.listdir(venv):
+        path = os.path.join(venv, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif name != MARK:
+            os.remove(path)
+
+
+def create_venv(venv, log):
+    """A new environment in an empty folder."""
     hint = "sudo apt-get install python{}.{}-venv   (Debian, Ubuntu), then {}".format(*sys.version_info[:2], AGAIN)
     if not importlib.util.find_spec("venv") or not importlib.util.find_spec("ensurepip"):
         fail(f"this Python ({sys.executable}) has no venv module", hint)
-    run([sys.executable, "-m", "venv", "--clear", venv], log, f"no virtual environment could be made in {venv}", hint)
+    run([sys.executable, "-m", "venv", venv], log, f"no virtual environment could be made in {venv}", hint)
 
 
 def elsewhere():

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from interpreter import said
-from shared import fail
+from shared import fail, write_whole
 
 FILE = Path(os.environ.get("FERRY_DOCKERFILE") or Path(__file__).resolve().parent.parent / "docker" / "Dockerfile")
 BASE = re.compile(r"^(ARG BASE_IMAGE=)([^\s@]+)(@sha256:[0-9a-f]{64})?$", re.MULTILINE)
@@ -37,7 +37,7 @@ def main() -> None:
             fail(f"not pinned by a digest: {', '.join(loose)}", "make lock-images, then commit docker/Dockerfile")
         return
     pinned = BASE.sub(lambda found: f"{found[1]}{found[2]}@{digest(found[2].split('@')[0])}", text)
-    FILE.write_text(pinned)
+    write_whole(FILE, pinned)
     print("\n".join("".join(found[1:3]) for found in BASE.findall(pinned)) if pinned != text else "no change")
 
 

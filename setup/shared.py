@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -30,6 +31,23 @@ def writable_folder(path, hint):
         os.remove(probe)
     except OSError as error:
         fail(f"cannot write to {path}: {error.strerror}", hint)
+
+
+def write_whole(path, text):
+    """Write the text beside the file and put it in its place: whatever ends this, there is never half a file."""
+    path = os.path.realpath(path)  # a link stays one
+    part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, part)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def attempt(command, log, env=None, each_line=None):

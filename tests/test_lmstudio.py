@@ -163,9 +163,10 @@ def test_an_import_that_hangs_or_cannot_be_run_is_done_by_hand(pair, lms, monkey
         lmstudio.gone(pair[1])
 
 
-def test_a_file_of_this_model_whose_record_was_lost_is_replaced(pair, lms):
+def test_a_file_of_this_model_is_replaced_where_a_record_says_that_ferry_put_it_there(pair, lms):
+    """Without the record it could be the user's own download: it stays."""
     target = Path(lmstudio.stage(pair[1])["target"])
-    (pair[1] / lmstudio.RECORD).unlink()
+    record = (pair[1] / lmstudio.RECORD).rename(pair[1] / "kept")
     # As an older version with other weights left it: hashed there, and in that version's manifest.
     target.unlink()
     target.write_bytes(b"older weights")
@@ -173,6 +174,10 @@ def test_a_file_of_this_model_whose_record_was_lost_is_replaced(pair, lms):
     older["artifacts"][0]["sha256"] = files.sha256(target)
     (pair[0] / "manifest.json").unlink()
     files.write_json(pair[0] / "manifest.json", older)
+    with pytest.raises(UserError, match="Ferry did not put it there"):
+        lmstudio.stage(pair[1])
+    assert target.read_bytes() == b"older weights"
+    record.rename(pair[1] / lmstudio.RECORD)
     assert lmstudio.stage(pair[1])["how"] == "hard link"
 
 

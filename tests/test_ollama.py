@@ -227,9 +227,16 @@ def test_a_rollback_passes_by_what_did_not_pass_its_smoke_test(pair):
     assert store.current(models, "you/model").name == pair[1].name
 
 
-def test_a_lost_record_makes_no_stranger_of_our_own_latest(pair, server):
+def test_where_the_record_is_lost_nothing_proves_what_is_there_and_the_hint_cures_it(pair, server):
     ollama.stage(pair[1], "MiXed")
     (pair[1] / ollama.RECORD).unlink()
+    before = digests()
+    for name in ("mixed:latest", f"mixed:{pair[1].name}"):
+        with pytest.raises(UserError, match=f"Ollama holds a model {name} already") as caught:
+            ollama.stage(pair[1], "mixed")
+        assert digests() == before and "`ollama rm mixed" in caught.value.hint
+        before = {kept: digest for kept, digest in before.items() if kept != name}
+        api.Server(server.url).delete(name)
     assert ollama.stage(pair[1], "mixed")["latest"] == "mixed:latest"
     assert set(digests()) == {f"mixed:{pair[1].name}", "mixed:latest"}
 

@@ -253,8 +253,10 @@ def test_an_environment_in_which_pip_was_killed_is_made_anew(setup, monkeypatch,
         patch.setattr(packages, "attempt", killed)
         with pytest.raises(KeyboardInterrupt):
             packages.pip(str(tmp_path), "log", ["install"])
+    assert packages.marker(str(tmp_path)) in map(str, tmp_path.iterdir())
     packages.make_venv(str(tmp_path), (3, 11), "log")
-    assert "--clear" in made[0]
+    assert made == [[sys.executable, "-m", "venv", str(tmp_path)]]
+    assert [path.name for path in tmp_path.iterdir()] == [packages.MARK], "and nothing of the old one is in it"
 
 
 def test_a_folder_that_is_no_environment_is_never_emptied(setup, capsys, tmp_path):

@@ -64,6 +64,13 @@ def local(url: str) -> bool:
     return False
 
 
+def port_of(url: str) -> int | None:
+    """The port of an address as `host` writes it."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(url).port
+    return None
+
+
 def version() -> str | None:
     """Of the server that answers; None: none does. With the standard library: the doctor runs before httpx is there."""
     handlers = [urllib.request.ProxyHandler({})] if local(host()) else []  # a proxy is for other machines
@@ -100,6 +107,13 @@ class Server:
                 f"Ollama at {self.url} answers {path} with {answer.status_code}: {shown(str(why))}", cure(str(why))
             )
         return said
+
+    def header_of(self, model: str) -> dict:
+        """Return the key-values of a model's GGUF; {} where the server does not say them."""
+        try:
+            return self.ask("POST", "/api/show", {"model": model}).get("model_info") or {}
+        except UserError:
+            return {}
 
     def models(self) -> dict[str, dict]:
         """{name:tag: its facts (digest, size, modified_at)}"""

@@ -1,7 +1,7 @@
 """ollama: the model goes into Ollama under a name of its own, is asked there, and only then becomes NAME:latest.
 
-The server is the one record of what it holds: the versions of a model are its tags of twelve hex digits (the store's own
-names), and NAME:latest is ours when its digest is that of one of them. What another one made is never overwritten.
+What is Ferry's there is what ollama.json says: a model by its name, its digest and the server's address. NAME:latest is
+ours when its digest is that of a record. Whatever else the server holds is never overwritten and never deleted.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from contract import files, gguf, hub, rules
+from contract import files, gguf, hub, rules, sandbox
 from contract.errors import UserError, shown
 from contract.manifest import Golden, Manifest
-from deploy import pull, sandbox, store
-from deploy.ollama.server import INSTALL, Absent, Server, cure, held, host, local, program, serving
+from deploy import pull, store
+from deploy.ollama.server import INSTALL, Absent, Server, cure, held, host, local, port_of, program, serving
 
 RECORD = "ollama.json"
 # A name's part in Ollama (types/model/name.go): letters, digits, _ - . and no other, 80 of them at most.
@@ -38,10 +38,12 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
         raise UserError(f"{version} holds no Modelfile", "run `make modelfile` (part of `make deploy-mac`)")
     server, before = serving(start), store.read(version / RECORD)
     model = f"{named(name or remembered(version) or made.name)}:{version.name}"
-    there = server.models()
-    refuse_anothers(there, model, version.parent)
+    there, known = server.models(), before if is_on_server(before, server.url) else {}
+    proven = list_proven(server, there, bare(model), version.parent)
+    refuse_anothers(there, model, version.parent, server.url, proven)
+    refuse_unknown(there, model, known, proven)
     recipe = files.sha256(version / "Modelfile")
-    new = not (model in there and before.get("modelfile") == recipe and before.get("digest") == there[model]["digest"])
+    new = not (model in there and known.get("modelfile") == recipe and known.get("digest") == there[model]["digest"])
     if new:
         create(server, model, version)
     with withdrawn(server, model, version, before, new):
@@ -49,10 +51,13 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
         answers = asked(server, model, made)
     latest = latest_of(model)
     server.copy(model, latest)
-    if before and before["model"] != model:  # the name that it had before
-        leave(server, before)
+    if before and not is_on_server(before, server.url):
+        say_elsewhere(before, server.url)
+    elif before and before["model"] != model:  # the name that it had before
+        leave(server, before, version)
     record = {
-        "stage": "ollama", "model": model, "latest": latest, "digest": server.models()[model]["digest"], "created": new,
+        "stage": "ollama", "host": server.url, "model": model, "latest": latest,
+        "digest": server.models()[model]["digest"], "created": new,
         "modelfile": recipe, "server": version_of(server), "template": template, **answers,
     }  # fmt: skip
     files.write_json(version / RECORD, record)
@@ -89,14 +94,63 @@ def named(name: str) -> str:
     return name.lower()
 
 
-def ours(there: dict[str, dict], name: str) -> dict[str, str]:
-    """{version: digest} of the models called `name` that were made by Ferry."""
-    tags = {full.partition(":")[2]: facts["digest"] for full, facts in there.items() if bare(full) == name}
-    return {tag: digest for tag, digest in tags.items() if store.VERSION.fullmatch(tag)}
+def list_records(folder: Path, url: str) -> dict[Path, dict]:
+    """Return {version: its ollama.json} of a model's versions that are on the server at `url`."""
+    return {v: record for v, record in store.records(folder, RECORD).items() if is_on_server(record, url)}
 
 
-def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
-    """A name that another model has stays what it is. folder: of this one in the store."""
+def is_on_server(record: dict, url: str) -> bool:
+    """Whether a record is about the server at `url`. One of an older Ferry names none and counts."""
+    known = record.get("host")
+    if known is None or known == url:
+        return True
+    return isinstance(known, str) and local(known) and local(url) and port_of(known) == port_of(url)
+
+
+def list_digests(records: dict[Path, dict], there: dict[str, dict]) -> set[str]:
+    """Return the digests of what records say was made; of one that was interrupted, of what has and had its name."""
+    found = [record.get(key) for record in records.values() for key in ("digest", "replaces")]
+    begun = [record["model"] for version, record in records.items() if is_interrupted(version, record)]
+    found += [there[model]["digest"] for model in begun if model in there]
+    return {digest for digest in found if isinstance(digest, str)}
+
+
+def is_interrupted(version: Path, record: dict) -> bool:
+    """Whether a `create` of this version began and was not proven: what has its name on the server is Ferry's."""
+    return record.get("digest") is None and record["model"].partition(":")[2] == version.name
+
+
+def list_proven(server: Server, there: dict[str, dict], name: str, folder: Path) -> set[str]:
+    """Return the digests of models NAME:<version> that no record here knows and whose own header says that Ferry made them.
+
+    So a store that was deleted, or another checkout, finds its versions again.
+    """
+    recorded = list_digests(list_records(folder, server.url), there)
+    unknown = {
+        full: facts["digest"]
+        for full, facts in there.items()
+        if bare(full) == name and store.VERSION.fullmatch(full.partition(":")[2]) and facts["digest"] not in recorded
+    }
+    return {digest for full, digest in unknown.items() if server.header_of(full).get("ferry.manifest_id")}
+
+
+def refuse_unknown(there: dict[str, dict], model: str, known: dict, proven: set[str]) -> None:
+    """A version's own name is overwritten where its record knows what is there, or began to make it, or it proves itself.
+
+    known: the version's record of this server, or {}. Raises UserError where another one made what is there.
+    """
+    if model not in there or (known.get("model") == model and known.get("digest") in (None, there[model]["digest"])):
+        return
+    if there[model]["digest"] in proven:
+        return
+    raise UserError(
+        f"Ollama holds a model {model} already, and this machine has no record of making it",
+        f"the same command with NAME=another-name; or, if nobody needs it, `ollama rm {model}`",
+    )
+
+
+def refuse_anothers(there: dict[str, dict], model: str, folder: Path, url: str, proven: set[str]) -> None:
+    """A name that another model has stays what it is. folder: of this one in the store. url: the server's."""
     name = bare(model)
     for other, record in store.beside(folder, RECORD).items():
         if bare(record["model"]) == name and record["model"] in there:
@@ -106,8 +160,7 @@ def refuse_anothers(there: dict[str, dict], model: str, folder: Path) -> None:
                 f"the same command with NAME=another-name; or `make undeploy {again}` first",
             )
     latest = there.get(latest_of(model))
-    made = {record.get("digest") for record in store.records(folder, RECORD).values()}
-    if latest and latest["digest"] not in made.union(ours(there, name).values()):
+    if latest and latest["digest"] not in proven | list_digests(list_records(folder, url), there):
         raise UserError(
             f"Ollama holds a model {name}:latest already that Ferry did not make",
             f"the same command with NAME=another-name; or, if you do not need it, `ollama rm {name}`",
@@ -120,7 +173,7 @@ def create(server: Server, model: str, version: Path) -> None:
     if command is None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
     hub.say(f"ollama: creating {model} (Ollama makes a copy of its own)")
-    with begun(version, model):
+    with begun(version, model, server.url):
         try:
             done = subprocess.run(
                 [command, "create", model, "-f", str((version / "Modelfile").absolute())],
@@ -144,10 +197,15 @@ def refusal(model: str, done: subprocess.CompletedProcess) -> UserError:
 
 
 @contextlib.contextmanager
-def begun(version: Path, model: str) -> Iterator[None]:
-    """Said before it begins, without a digest: what is there after a kill is ours to remove, and not proven."""
+def begun(version: Path, model: str, url: str) -> Iterator[None]:
+    """Said before it begins, without a digest: what is there after a kill is ours to remove, and not proven.
+
+    `replaces` is the digest of what was there before: latest may still be a copy of that.
+    """
     before = store.read(version / RECORD)
-    files.write_json(version / RECORD, {"stage": "ollama", "model": model, "latest": latest_of(model)})
+    record = {"stage": "ollama", "host": url, "model": model, "latest": latest_of(model)}
+    replaced = before.get("digest") or before.get("replaces") if is_on_server(before, url) else None
+    files.write_json(version / RECORD, record | ({"replaces": replaced} if replaced else {}))
     try:
         yield
     except UserError:
@@ -261,6 +319,10 @@ def gone(version: Path, start: bool = False) -> int:
     record = store.read(version / RECORD)
     if not record:
         return 0
+    if not is_on_server(record, host()):
+        say_elsewhere(record, host())
+        files.remove(version / RECORD)
+        return 0
     try:
         server = serving(start)
     except Absent as error:
@@ -270,21 +332,32 @@ def gone(version: Path, start: bool = False) -> int:
         files.remove(version / RECORD)
         return 0
     before = held(server)
-    leave(server, record)
+    leave(server, record, version)
     files.remove(version / RECORD)
     return before - held(server)
 
 
-def leave(server: Server, record: dict) -> None:
-    """Delete what a record says was made."""
-    for name in going(server.models(), record):
+def say_elsewhere(record: dict, url: str) -> None:
+    hub.say(f"ollama: {record['model']} was put on the server at {record['host']}; this is {url}: it stays there")
+
+
+def leave(server: Server, record: dict, version: Path) -> None:
+    """Delete what a version's record says was made, where the server still holds that very thing."""
+    there, records = server.models(), list_records(version.parent, server.url)
+    kept = list_digests({other: r for other, r in records.items() if other != version}, there)
+    own = list_own(there, record, version, kept)
+    for name in own:
         server.delete(name)
+    if record["model"] in there and record["model"] not in own:
+        hub.say(f"ollama: {record['model']} is no longer what Ferry put there: it stays")
 
 
-def going(there: dict[str, dict], record: dict) -> list[str]:
-    """The version of this record and the latest that was copied from it, unless that is another version's copy as well."""
+def list_own(there: dict[str, dict], record: dict, version: Path, kept: set[str]) -> list[str]:
+    """Return the version of this record and the latest that was copied from it.
+
+    kept: digests of the other versions: a latest that is one of those stays.
+    """
     model, latest = record["model"], record["latest"]
-    rest = ours({name: facts for name, facts in there.items() if name != model}, bare(model))
-    digest = there[model]["digest"] if model in there else record.get("digest")
-    same = latest in there and there[latest]["digest"] == digest and digest not in rest.values()
-    return [model] * (model in there) + [latest] * same
+    own = model in there and (is_interrupted(version, record) or there[model]["digest"] == record.get("digest"))
+    copied = latest in there and there[latest]["digest"] in list_digests({version: record}, there) - kept
+    return [model] * own + [latest] * copied

@@ -4,6 +4,7 @@ A checkpoint is whole once it is marked. Older ones go only after that, so there
 full costs the new one, never the last.
 """
 
+import re
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ from contract.errors import UserError
 from pipeline.offsite.pusher import Pusher
 
 COMPLETE = "ferry-complete"
+NAME = re.compile(r"checkpoint-[0-9]+")  # checkpoint-best, checkpoint-8-mine: a user's own copies
 
 
 class Stop(Exception):
@@ -100,9 +102,15 @@ def mark(path: Path, step: int) -> None:
 def keep(folder: Path, kept: set[Path]) -> None:
     """Remove all checkpoints but these."""
     names = {path.name for path in kept}
-    for path in folder.glob("checkpoint-*"):
+    for path in list_checkpoints(folder):
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints, the oldest first: folders that are called as the trainer calls them, and no others."""
+    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def last_complete(folder: Path) -> Path | None:
@@ -110,7 +118,7 @@ def last_complete(folder: Path) -> Path | None:
 
     Raises UserError when a file of it is gone: without its optimizer state, say, another training would go on from it.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = list_checkpoints(folder)
     for path in found:
         if not (path / COMPLETE).is_file():
             shutil.rmtree(path)

@@ -94,8 +94,9 @@ def gguf_shape(header: gguf.Header) -> Shape | None:
     """From a GGUF's header."""
     name = header.metadata.get(gguf.ARCHITECTURE)
 
-    def of(key: str):
-        return header.metadata.get(f"{name}.{key}")
+    def of(key: str) -> int | None:
+        value = header.metadata.get(f"{name}.{key}")
+        return value if type(value) is int and value > 0 else None
 
     if of("expert_count"):
         return None

@@ -141,7 +141,7 @@ def described(source: Path) -> tuple[memory.Shape | None, str]:
     if source.is_dir():
         config = bases.read_config(source)
         return memory.shape(config), config.get("model_type", "")
-    header = gguf.read(source)
+    header = bases.read_gguf_header(source)
     return memory.gguf_shape(header), str(header.metadata.get(gguf.ARCHITECTURE, ""))
 
 
