@@ -68,6 +68,8 @@ def call(function: str, arguments: list, limits: Limits, subject: str) -> object
         try:
             answer = _read_answer(process, reader, limits, subject)
             code = process.wait(limits.seconds)
+        except subprocess.TimeoutExpired:
+            raise _too_slow(limits.seconds, subject) from None
         finally:
             _kill(process)
         return _result(answer, code, log, subject)
@@ -138,14 +140,18 @@ def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject:
 
 def _refuse_beyond(process: subprocess.Popen, memory: int, until: float, seconds: float, subject: str) -> None:
     if time.monotonic() > until:
-        raise UserError(
-            f"{subject} took more than {seconds:.0f} s",
-            "close other programs and run the same command again; if it stays so, do not use this model",
-        )
+        raise _too_slow(seconds, subject)
     if (taken := resident_bytes(process.pid)) > memory:
         raise UserError(
             f"{subject} took {taken / 1e9:.1f} GB of memory, at most {memory / 1e9:.1f} GB are expected of it", AGAIN
         )
+
+
+def _too_slow(seconds: float, subject: str) -> UserError:
+    return UserError(
+        f"{subject} took more than {seconds:.0f} s",
+        "close other programs and run the same command again; if it stays so, do not use this model",
+    )
 
 
 def resident_bytes(pid: int) -> int:

@@ -1,5 +1,6 @@
 """A library that crashes, hangs or takes all memory over a stranger's file is one error line; nothing of it stays."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -52,6 +53,13 @@ def start_another(path: str) -> None:
     time.sleep(60)
 
 
+def hang_after_the_answer() -> None:
+    for number in range(3, 64):  # the pipe among them
+        with contextlib.suppress(OSError):
+            os.close(number)
+    time.sleep(60)
+
+
 def answer_without_end() -> str:
     return "x" * (child.MAX_ANSWER + 1)
 
@@ -82,6 +90,7 @@ FAULTS = {
     "an exit": ("leave", [3], ENOUGH, "exit code 3"),
     "a fault of ours": ("fail", [], ENOUGH, "RuntimeError: a fault of ours"),
     "a hang": ("sleep_for", [60], Limits(2, 2 << 30), "took more than 2 s"),
+    "a hang behind the answer": ("hang_after_the_answer", [], Limits(2, 2 << 30), "took more than 2 s"),
     "hunger": ("take_memory", [900 << 20], Limits(60, 600 << 20), "at most 0.6 GB"),
     "an answer without end": ("answer_without_end", [], ENOUGH, "larger than"),
     "a file without end": ("write_large_file", ["{tmp}/x"], ENOUGH, "exit code"),
