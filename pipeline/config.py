@@ -26,7 +26,8 @@ QUANTIZATIONS = (
 NEED_IMATRIX = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses them without one
 
 
-MANY = 10**9  # of rows, steps, tokens: beyond any training
+MANY = 10**9  # of rows and tokens: beyond any training
+MOST_STEPS = 10**7  # of one: their numbers take 80 MB
 
 
 def _refuse_blank(text: str) -> str:
@@ -185,7 +186,7 @@ class Finetune(Section):
 
     num_train_epochs: Annotated[Number, Field(gt=0, le=10_000)] = 1
     """How often each row is seen."""
-    max_steps: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
+    max_steps: Annotated[Whole, Field(ge=1, le=MOST_STEPS)] | None = None
     """Optimizer steps; overrides the epochs."""
     train_batch_size: Annotated[Whole, Field(ge=1, le=1_000_000)] | Literal["auto"] = 8
     """Rows of an optimizer step, exactly. auto: as many as one micro-batch of the card holds, at least 8; `learning_rate` is

@@ -32,7 +32,7 @@ TREES = st.fixed_dictionaries({
     "data": st.fixed_dictionaries({"source": TEXT}, optional={"system": LONG_TEXT, "split": TEXT, "validation": TEXT, "date": st.dates().map(str)}),
     "finetune": st.fixed_dictionaries({}, optional={
         "r": st.integers(1, 4096), "learning_rate": st.floats(0, 1, exclude_min=True), "seed": st.integers(0, (1 << 32) - 1),
-        "max_steps": st.none() | st.integers(1, 10**9), "lora_alpha": st.floats(0, 1e6, exclude_min=True),
+        "max_steps": st.none() | st.integers(1, 10**7), "lora_alpha": st.floats(0, 1e6, exclude_min=True),
     }),
     "evaluate": st.fixed_dictionaries({}, optional={"rule": st.sampled_from(["exact", "accuracy", "f1", "loss"]), "max_new_tokens": st.integers(1, 1 << 24)}),
     "generation": GENERATION,

@@ -50,6 +50,11 @@ def test_a_plan_of_many_steps_says_as_many_tokens_and_hours_as_they_are():
         assert after.training - plan.START == pytest.approx(10 * (before.training - plan.START), rel=0.1)
 
 
+def test_more_steps_than_are_ever_trained_are_refused():
+    with pytest.raises(UserError, match="at most 10,000,000"):
+        choose.with_tokens(Finetune(num_train_epochs=10_000), np.full(100_000, 10), 4096, False, True, None)
+
+
 def test_the_rows_of_a_step_are_found_without_those_before_it():
     order = batches.ShuffledRows(2000, 8_000_000, 7)
     few = peak_bytes(lambda: order[:8])

@@ -11,7 +11,7 @@ import numpy as np
 
 from contract.errors import UserError
 from pipeline import batches
-from pipeline.config import Base, Finetune
+from pipeline.config import MOST_STEPS, Base, Finetune
 from pipeline.plan import memory
 
 TOKENS = (16384, 12288, 8192, 6144, 4096)
@@ -89,6 +89,11 @@ def with_tokens(
     """The choice that goes with so many tokens at once, and the order of training."""
     per_step = begun or rows_per_step(tune, lengths, tokens, packed)
     order = batches.ShuffledRows(len(lengths), rows_seen(tune, len(lengths), per_step), tune.seed)
+    if len(order) > MOST_STEPS * per_step:
+        raise UserError(
+            f"finetune.num_train_epochs {tune.num_train_epochs:g} makes {len(order) // per_step:,} steps, at most {MOST_STEPS:,} are trained",
+            "set fewer epochs, or finetune.max_steps, with a new RUN=name",
+        )
     largest = batches.largest_micro_batch(lengths[sample(order, per_step)], per_step, tokens, packed)
     longest = batches.size(lengths[[lengths.argmax()]], packed)  # it may stand behind the sample
     return Choice(per_step, learning_rate(tune, per_step), tokens, max(largest, longest), policy, packed), order
