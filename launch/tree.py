@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def git(repository: Path, *arguments: str) -> bytes:
     """What git says. Raises UserError with its own words when it fails or is not there."""
     try:
-        done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True)
+        done = subprocess.run(["git", "--no-optional-locks", "-C", str(repository), *arguments], capture_output=True)
     except OSError:
         raise UserError("git is not here, and what travels is what it has committed", "install git") from None
     if done.returncode:

@@ -33,9 +33,9 @@ def _same(path: Path, digest: str) -> bool:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says in the current folder; None when it fails, says nothing or is not there."""
+    """What git says in the current folder, which it does not change; None when it fails, says nothing or is not there."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+        done = subprocess.run(["git", "--no-optional-locks", *arguments], capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

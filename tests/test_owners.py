@@ -262,7 +262,9 @@ def changed_paths(line: str) -> list[Path]:
     found = CHANGES.match(line)
     if not found or int(found[3]) < 0 or (found[1].startswith("open") and not WRITING.search(found[2])):
         return []
-    return [Path(os.path.normpath(Path(here or there or ROOT) / name)) for here, there, name in NAMES.findall(found[2])]
+    names = NAMES.findall(found[2])
+    made = names[-1:] if found[1].startswith(("link", "symlink")) else names  # what a link leads to is not changed
+    return [Path(os.path.normpath(Path(here or there or ROOT) / name)) for here, there, name in made]
 
 
 def can_trace() -> bool:
