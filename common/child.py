@@ -78,8 +78,8 @@ def call(function: str, arguments: list, limits: Limits, subject: str) -> object
 def run_attached(function: str, arguments: list, limits: Limits, subject: str) -> int:
     """Run `function` in a child process that has this terminal, until it ends; return its exit code.
 
-    limits.seconds: until it calls `report_ready`. Ctrl-C reaches the child by itself, SIGTERM is passed on, and the child ends
-    when this process does. Raises UserError when it crashed or went beyond its limits.
+    limits.seconds: until it calls `report_ready`. Ctrl-C reaches the child, SIGTERM is passed on, and the child ends when
+    this process does. Raises UserError when it crashed or went beyond its limits.
     """
     with _pipe() as (ready, writer), _pipe() as (alive, _):
         words = ["attached", str(writer.fileno()), str(alive.fileno()), json.dumps([function, arguments])]
@@ -195,15 +195,28 @@ def _kill(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def _passing_signals(process: subprocess.Popen) -> Iterator[None]:
+    """SIGTERM always; SIGINT where no terminal sends it to the child by itself."""
+
+    def pass_on(number: int, frame) -> None:
+        process.send_signal(number)
+
     before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number)),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if is_in_foreground() else pass_on),
     }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_in_foreground() -> bool:
+    """Whether this process belongs to those that a terminal's Ctrl-C ends."""
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            return os.tcgetpgrp(descriptor) == os.getpgrp()
+    return False
 
 
 def _wait_attached(process: subprocess.Popen, ready: IO, limits: Limits, subject: str) -> int:
