@@ -89,9 +89,9 @@ def user_path(text: str, setting: str) -> Path:
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raise FileNotFoundError or OSError for what is no plain file: a pipe would be waited for without end."""
-    if not path.is_file():
-        raise OSError(errno.ENOENT, "it is no file" if path.exists() else "no such file", str(path))
+    """Raise OSError for a pipe or a device, which would be waited for without end. (Reading says what else is wrong.)"""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
 
 
 def nearest(path: Path) -> Path:

@@ -75,7 +75,7 @@ def test_a_stranger_s_name_is_shown_without_control_characters(smollm):
 
 def test_an_environment_without_llama_cpp_refuses_nothing(smollm, monkeypatch):
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
-    support.check(start(changed(smollm, b"llama", b"lamma")), len(smollm), "m.gguf")
+    support.check(start(smollm.replace(b"llama", b"lamma")), len(smollm), "m.gguf")
 
 
 def test_an_environment_that_is_broken_is_not_the_repo_s_fault(smollm, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_source_that_ends_early_is_refused(smollm):
 
 
 def test_a_small_file_is_not_asked_about(smollm):
-    found = Counted(changed(smollm, b"llama", b"lamma"))
+    found = Counted(smollm.replace(b"llama", b"lamma"))
     support.probe(found, artifact(len(smollm)))
     assert found.read == 0
 
@@ -240,7 +240,7 @@ def test_a_large_one_is_refused_before_it_is_fetched(smollm, tmp_path):
     found = sources.find(str(folder))
     wanted = artifact(path.stat().st_size, path.name)
     found.refuse(wanted)
-    with pytest.raises(UserError, match=f"tiny.q4_k_m.gguf: the architecture lamma is {PINNED}"):
+    with pytest.raises(UserError, match=r"tiny\.q4_k_m\.gguf is no model that can be loaded"):
         support.probe(found, wanted)
 
 
@@ -249,7 +249,7 @@ def hub_repo(smollm, tmp_path, online):
     """you/real: a folder hub with an unknown architecture, on the Hub."""
     folder = repos.make(tmp_path / "real")
     path: Path = folder / "tiny.q4_k_m.gguf"
-    path.write_bytes(changed(smollm, b"llama", b"lamma"))
+    path.write_bytes(smollm.replace(b"llama", b"lamma"))
     repos.rewrite(folder, lambda value: value["artifacts"][0].update(sha256=files.sha256(path), bytes=len(smollm)))
     online.add("models/you/real", folder)
     return manifest.read(folder / manifest.NAME).default()
