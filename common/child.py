@@ -7,6 +7,7 @@ child's memory, kills it beyond its limits, and says in one line what happened.
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import select
@@ -25,7 +26,8 @@ from common import console
 from contract.errors import UserError, shown
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOK_EVERY = 0.1  # seconds between two looks at a child: 12 GB a second are allocated at most
+LOOK_EVERY = 0.1  # seconds between two looks at a child
+LOOK_AT_SERVER_EVERY = 2.0  # once it runs; on macOS a look starts `ps`
 QUIET = {"GGML_NO_BACKTRACE": "1"}  # else llama.cpp starts a debugger when it breaks off
 MAX_ANSWER = 64 << 20  # bytes of JSON
 MAX_WRITTEN = 128 << 20  # bytes of a file
@@ -71,7 +73,7 @@ def call(function: str, arguments: list, limits: Limits, subject: str) -> object
         except subprocess.TimeoutExpired:
             raise _too_slow(limits.seconds, subject) from None
         finally:
-            _kill(process)
+            kill_with_children(process)
         return _result(answer, code, log, subject)
 
 
@@ -185,8 +187,8 @@ def _death(code: int, subject: str, last: str = "") -> UserError:
     return UserError(f"{subject} ended without a result: {why}", AGAIN)
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """With all that it started."""
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Kill the leader of a session with all that it started, whether or not it has ended by itself."""
     with contextlib.suppress(OSError):  # nobody is left; macOS calls that forbidden
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -220,13 +222,13 @@ def is_in_foreground() -> bool:
 
 
 def _wait_attached(process: subprocess.Popen, ready: IO, limits: Limits, subject: str) -> int:
-    until = time.monotonic() + limits.seconds
+    until, pause = time.monotonic() + limits.seconds, LOOK_EVERY
     while process.poll() is None:
-        if until != float("inf") and select.select([ready], [], [], 0)[0]:
-            until = float("inf")
+        if until < math.inf and select.select([ready], [], [], 0)[0]:
+            until, pause = math.inf, LOOK_AT_SERVER_EVERY
         _refuse_beyond(process, limits.memory, until, limits.seconds, subject)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(LOOK_EVERY)
+            process.wait(pause)
     code = process.returncode
     if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGHUP):
         raise _death(code, subject)

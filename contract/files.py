@@ -110,6 +110,18 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def set_aside(path: Path) -> Path | None:
+    """Rename `path` to the first free name of path.before, path.before.2, ... and return it; None: nothing is there."""
+    if not os.path.lexists(path):
+        return None
+    older, number = path.with_name(f"{path.name}.before"), 1
+    while os.path.lexists(older):
+        number += 1
+        older = path.with_name(f"{path.name}.before.{number}")
+    path.rename(older)
+    return older
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a folder and all that is in it."""
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:

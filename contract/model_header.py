@@ -17,7 +17,6 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")  # llama.cpp ends its process over another one
 MAX_NUMBER = 1 << 31  # of a model's dimensions; a vocabulary has 262,144, a context 10 million tokens
-MAX_STRING = 1 << 20  # characters of a value; a chat template is the longest one
 MAX_PER_LAYER = 4096  # items of a list under the architecture's name: one a layer, or factors of RoPE
 NAMESPACES = ("general.", "ferry.", "quantize.")
 TEMPLATE, TOKENS = "tokenizer.chat_template", "tokenizer.ggml.tokens"
@@ -69,8 +68,8 @@ def _faults_of_key(key: str, value: object, architecture: str) -> Iterator[str]:
             yield f"{name} is {type(value).__name__}, not {TOKENIZER[key].__name__}"
     elif not key.startswith((*NAMESPACES, f"{architecture}.")) and not IDS.fullmatch(key) and key != SPLITS:
         yield f"the key {name} is none that Ferry writes"
-    if isinstance(value, str) and len(value) > MAX_STRING:
-        yield f"{name} has {len(value):,} characters, at most {MAX_STRING:,}"
+    if isinstance(value, str) and len(value) > limits.MAX_TEMPLATE:
+        yield f"{name} has {len(value):,} characters, at most {limits.MAX_TEMPLATE:,}"
 
 
 def _faults_of_dimension(name: str, value: object) -> Iterator[str]:

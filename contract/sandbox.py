@@ -9,7 +9,6 @@ import json
 import math
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from common.child import kill_with_children
 from contract import chat, files
 from contract.errors import UserError, shown
 
@@ -104,10 +104,7 @@ def _heard(pipe: IO[bytes], until: float) -> bytes:
 
 def _killed(process: subprocess.Popen) -> None:
     """Dead, with all that it may have started, whether or not it had ended by itself."""
-    with contextlib.suppress(OSError):  # nobody is left; macOS calls that forbidden
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
+    kill_with_children(process)
     process.stdout.close()
 
 

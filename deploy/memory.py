@@ -10,11 +10,11 @@ import bisect
 
 from common.child import Limits
 from contract.gguf import Header
+from contract.model_header import MAX_LAYERS
 
 PYTHON = 2 << 30  # bytes: the interpreter, numpy, llama.cpp's threads; 0.3 GB measured
 STEP = 256  # tokens: llama.cpp rounds a context up to this
 BATCH = 512  # tokens computed at a time: llama.cpp's default n_ubatch
-MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; a header may claim any number
 # Every n-th layer sees the whole text, the others a window; where the header does not say it (llama.cpp, src/models).
 PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "gemma3n": 5, "olmo2": 4}
 

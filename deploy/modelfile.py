@@ -1,6 +1,5 @@
 """modelfile: Ollama's Modelfile from the manifest of what was trained, never from a base model's name."""
 
-import itertools
 import os
 import re
 from pathlib import Path
@@ -41,15 +40,8 @@ def keep_edited(folder: Path, text: str) -> None:
         return
     if path.is_file() and files.sha256(path) in (known, files.sha256_bytes(text.encode())):
         return
-    kept = free_name(folder)
-    path.rename(kept)
+    kept = files.set_aside(path)
     hub.say(f"modelfile: {path} was edited: it is kept as {kept.name}; an edit of {TEMPLATE.name} is in every new one")
-
-
-def free_name(folder: Path) -> Path:
-    """Return Modelfile.before, or one with a number where an earlier edit has that name."""
-    names = itertools.chain(["Modelfile.before"], (f"Modelfile.before-{number}" for number in itertools.count(2)))
-    return next(folder / name for name in names if not os.path.lexists(folder / name))
 
 
 def fitting(made: Manifest, path: Path) -> int:

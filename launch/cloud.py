@@ -94,7 +94,7 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
                 refuse_full_disk(need, launcher, machine)
                 job = replace(job, files=job.files | brought_home(run))
             if state.word == "absent" or launcher.rented:
-                rescue.set_aside(notes / "log")  # another machine's: the log here is that of the one machine
+                files.set_aside(notes / "log")  # another machine's: the log here is that of the one machine
             agree(settings, work, plan, job, session, machine, wish)
             files.write_json(notes / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)

@@ -20,7 +20,7 @@ def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
     try:
         with files.writing(target) as part:
             extract_tree(stream, part)
-            older = set_aside(target)
+            older = files.set_aside(target)
     except (Lost, Missing) as error:  # out of reach, or it made nothing; unless some of it came
         return error.message if stream.count else None
     except (UserError, OSError, tarfile.TarError) as error:
@@ -39,18 +39,6 @@ def extract_tree(stream: "_Stream", target: Path) -> None:
         tar.extractall(target, filter="data")
     stream.drain()
     files.sync(target)  # before the copy from an earlier machine gives up its name
-
-
-def set_aside(path: Path) -> Path | None:
-    """Rename `path` to the first free name of path.before, path.before.2, ... and return it; None: nothing is there."""
-    if not path.exists():
-        return None
-    older, number = path.with_name(f"{path.name}.before"), 1
-    while older.exists():
-        number += 1
-        older = path.with_name(f"{path.name}.before.{number}")
-    path.rename(older)
-    return older
 
 
 def remove_copies(target: Path) -> None:

@@ -121,8 +121,7 @@ class Run:
     def claim(self) -> None:
         """Mark the folder as Ferry's before anything is written into it; keep a config.yaml that the user put there."""
         refuse_foreign_folder(self.folder)
-        if self.config_file.exists():
-            self.config_file.rename(self.folder / "config.before.yaml")
+        files.set_aside(self.config_file)
         files.write_json(self.folder / MARKER, {"made_by": "ferry"})
 
     def is_config_edited(self) -> bool:

@@ -6,10 +6,11 @@
     python tests/fuzz_inputs.py model 1200                       # seconds; GGUFs, really loaded by llama.cpp in a child
     python tests/fuzz_inputs.py requests 1200 http://127.0.0.1:8080    # against a `ferry serve` that runs
 
-tests/test_hardening.py drives the first four with seeded mutations, without atheris.
+tests/test_model_header.py drives `model` with a fixed seed.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -26,6 +27,8 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from tests.fuzz_readers import bent, mutated
 
 YAML_PIECES = [
     b"base:", b"  model: ", b"data:", b"finetune:", b"generation:", b"- ", b"? ", b": ", b"{", b"}", b"[", b"]", b"'", b'"', b"&a ", b"*a",
@@ -47,37 +50,11 @@ ODD = [
 
 
 def mutate(rng: random.Random, content: bytes, pieces: list[bytes]) -> bytes:
-    """A few cuts, copies, flips and insertions."""
-    data = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at, to = sorted(rng.randint(0, len(data)) for _ in range(2))
-        match rng.randrange(6):
-            case 0:
-                data[at : min(to, at + 40)] = b""
-            case 1 | 2:
-                data[at:at] = rng.choice(pieces)
-            case 3:
-                data[at : at + 1] = bytes([rng.randrange(256)])
-            case 4:
-                data[at:at] = data[at:to]
-            case 5:
-                end = data.find(b"\n", at)
-                start = data.rfind(b": ", 0, at)
-                data[max(0, start) + 2 : end if end > start else at] = rng.choice(pieces)
-    return bytes(data[: 1 << 16])
+    return mutated(rng, content, pieces)[: 1 << 16]
 
 
 def bend(rng: random.Random, value: object) -> object:
-    """JSON with one of its values, or a key, replaced by something odd."""
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = rng.choice(list(value))
-        if rng.random() < 0.1:
-            return {name: below for name, below in value.items() if name != key}
-        return value | {rng.choice(["extra", "a\x1bb", "stage"]) if rng.random() < 0.05 else key: bend(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.9:
-        at = rng.randrange(len(value))
-        return [*value[:at], bend(rng, value[at]), *value[at + rng.randrange(2) :]]
-    return rng.choice(ODD)
+    return bent(rng, value, ODD, ["extra", "a\x1bb", "stage"])
 
 
 # Targets: a function of bytes, True where the input was accepted
@@ -110,11 +87,8 @@ def config_target(folder: Path) -> Callable[[bytes], bool]:
 def publish_and_read(tree) -> None:
     """What a config becomes after the training: a manifest that every reader takes."""
     from contract import manifest
-    from tests import repos
 
-    with contextlib.suppress(UnicodeEncodeError):
-        tree.publish.repo.encode()
-    value = MANIFEST() | {
+    value = json.loads(manifest_text()) | {
         "config": tree.model_dump(mode="json"),
         "generation": {
             "temperature": tree.generation.temperature, "top_p": tree.generation.top_p, "max_tokens": tree.generation.max_tokens,
@@ -127,20 +101,15 @@ def publish_and_read(tree) -> None:
     value["smoke"] = [{"message": text} | smoke for text in tree.generation.smoke_prompts or ()]
     value["chat"] |= {"system": None if tree.data.system in ("from-rows", "none") else tree.data.system}
     manifest.parse(json.dumps(value).encode(), "published")
-    assert repos
 
 
-_manifest: dict = {}
+@functools.cache
+def manifest_text() -> str:
+    """The manifest of a tiny folder hub, as JSON."""
+    from tests import repos
 
-
-def MANIFEST() -> dict:
-    if not _manifest:
-        from tests import repos
-
-        with tempfile.TemporaryDirectory() as name:
-            repos.make(Path(name) / "tiny", 1 << 14)
-            _manifest.update(json.loads((Path(name) / "tiny" / "manifest.json").read_text()))
-    return json.loads(json.dumps(_manifest))
+    with tempfile.TemporaryDirectory() as name:
+        return (repos.make(Path(name) / "tiny", 1 << 14) / "manifest.json").read_text()
 
 
 def settings_target(folder: Path) -> Callable[[bytes], bool]:
@@ -178,7 +147,7 @@ def settings_target(folder: Path) -> Callable[[bytes], bool]:
 
 
 def manifest_target(folder: Path) -> Callable[[bytes], bool]:
-    from contract import manifest, turns
+    from contract import manifest
     from contract.errors import UserError
     from deploy import summary, trace
     from pipeline.publish import card
@@ -197,7 +166,7 @@ def manifest_target(folder: Path) -> Callable[[bytes], bool]:
         ]
         if made.chat.turns:
             pages.append(made.chat.turns.prompt([{"role": "user", "content": "x"}]))
-        assert all(isinstance(page, str) for page in pages) and turns
+        assert all(isinstance(page, str) for page in pages)
         manifest.parse(json.dumps(made.model_dump(mode="json")).encode(), "again")
         return True
 
@@ -227,12 +196,12 @@ def seeds_of(kind: str) -> list[bytes]:
             bytes([number]) + "\n".join(words).encode()
             for number, words in enumerate((WORDS[:3], WORDS[6:10], WORDS[20:24]))
         ]
-    return [json.dumps(MANIFEST()).encode(), json.dumps(published()).encode()]
+    return [json.dumps(json.loads(manifest_text())).encode(), json.dumps(published()).encode()]
 
 
 def published() -> dict:
     """A manifest of everything: scores, turns, smoke prompts."""
-    value = MANIFEST()
+    value = json.loads(manifest_text())
     value["scores"] = {
         "rule": "exact",
         "used": "9 rows",
@@ -421,9 +390,8 @@ def fuzz_model(seconds: float, seed: int = 3407, most: int = 10**9) -> Counter:
 
 def load_in_fork(path: Path, seconds: int = 20) -> str:
     """Load and ask the model in a fork with limits, as common/child.py does in a fresh process; how that ended."""
-    import llama_cpp
+    import llama_cpp  # noqa: F401  once, before the fork
 
-    assert llama_cpp
     child = os.fork()
     if not child:
         _load_and_ask(path, seconds)
@@ -507,9 +475,7 @@ def fuzz_requests(seconds: float, url: str, seed: int = 3407) -> Counter:
                 ["Expect: 100-continue"],
             ]
         )
-        raw = f"{method} {path} HTTP/1.1\r\n{chr(13) + chr(10)}".replace("\r\n\r\n", "\r\n") + "\r\n".join(
-            [*heads, "Connection: close", "", ""]
-        )
+        raw = "\r\n".join([f"{method} {path} HTTP/1.1", *heads, "Connection: close", "", ""])
         try:
             status = _send(address, raw.encode("utf-8", "replace") + body, rng.random() < 0.05)
         except TimeoutError:

@@ -78,8 +78,8 @@ def gguf_seeds() -> list[tuple[str, bytes]]:
     return [(".gguf", test_gguf.whole()), (".gguf", test_gguf.whole(tensors=[], data=b""))]
 
 
-def mutated(rng: random.Random, content: bytes) -> bytes:
-    """A few cuts, flips, swaps and insertions."""
+def mutated(rng: random.Random, content: bytes, pieces: list[bytes] = PIECES) -> bytes:
+    """A few cuts, flips, swaps and insertions of `pieces`."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         at, to = sorted(rng.randint(0, len(data)) for _ in range(2))
@@ -87,7 +87,7 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
             case 0:
                 data[at:to] = b""
             case 1:
-                data[at:at] = rng.choice(PIECES)
+                data[at:at] = rng.choice(pieces)
             case 2:
                 data[at : at + 1] = bytes([rng.randrange(256)])
             case 3:
@@ -97,21 +97,22 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
             case 5:
                 data[at : at + 4] = rng.randbytes(4)
             case 6:
-                data[at : at + rng.randint(1, 9)] = rng.choice(PIECES)
+                data[at : at + rng.randint(1, 9)] = rng.choice(pieces)
     return bytes(data)
 
 
-def bent(rng: random.Random, value: object) -> object:
-    """A row with one of its values, keys or turns replaced by something odd."""
+def bent(rng: random.Random, value: object, odd: list = ODD, odd_keys: list[str] = ODD_KEYS) -> object:
+    """JSON with one of its values, keys or items replaced by something odd."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(list(value))
         if rng.random() < 0.1:
             return {name: below for name, below in value.items() if name != key}
-        return value | {rng.choice([*value, *ODD_KEYS]) if rng.random() < 0.1 else key: bent(rng, value[key])}
+        name = rng.choice([*value, *odd_keys]) if rng.random() < 0.1 else key
+        return value | {name: bent(rng, value[key], odd, odd_keys)}
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
-        return [*value[:at], bent(rng, value[at]), *value[at + rng.randrange(2) :]]
-    return rng.choice(ODD)
+        return [*value[:at], bent(rng, value[at], odd, odd_keys), *value[at + rng.randrange(2) :]]
+    return rng.choice(odd)
 
 
 def odd_lines(rng: random.Random, content: bytes) -> bytes:

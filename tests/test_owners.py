@@ -18,7 +18,6 @@ from contract.errors import UserError
 from deploy import store, versions
 from pipeline import record, run_status
 from pipeline.config import Config, refuse_files_inside
-from pipeline.offsite import restore
 from pipeline.offsite import state as states
 from pipeline.publish.stage import HUB_MARKER, claim_hub_folder, hub_folder, keep_edited_card
 from tests import repos
@@ -76,7 +75,10 @@ def test_a_model_card_that_was_edited_is_kept(tmp_path):
     assert (tmp_path / "README.md").is_file()
     (tmp_path / "README.md").write_text("with my own words")
     keep_edited_card(tmp_path)
-    assert (tmp_path / "README.before.md").read_text() == "with my own words" and not (tmp_path / "README.md").exists()
+    assert (tmp_path / "README.md.before").read_text() == "with my own words" and not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text("and more")
+    keep_edited_card(tmp_path)
+    assert (tmp_path / "README.md.before").read_text() == "with my own words", "an earlier one stays"
 
 
 # The folder of a run
@@ -119,7 +121,7 @@ def test_a_run_marks_its_folder_before_anything_else_and_keeps_a_config_that_was
     folder.mkdir()
     (folder / "config.yaml").write_text("# mine\n")
     record.Run(folder).freeze(demo(tmp_path))
-    assert record.is_run_folder(folder) and (folder / "config.before.yaml").read_text() == "# mine\n"
+    assert record.is_run_folder(folder) and (folder / "config.yaml.before").read_text() == "# mine\n"
     assert not record.Run(folder).is_config_edited()
     (folder / "config.yaml").unlink()
     assert record.is_run_folder(folder), "a kill between marker and config leaves a run"
@@ -190,11 +192,13 @@ def test_a_state_from_elsewhere_names_no_other_folder(name):
         states.parse(json.dumps(said).encode(), "you/checkpoints")
 
 
-def test_what_was_begun_here_is_kept_when_a_run_is_restored(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "notes.md").write_text("mine")
-    restore.keep_aside(tmp_path / "x")
-    assert (tmp_path / "x.before-1" / "notes.md").read_text() == "mine" and not (tmp_path / "x").exists()
+def test_what_is_set_aside_takes_the_place_of_nothing(tmp_path):
+    for number in range(3):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "notes.md").write_text(str(number))
+        files.set_aside(tmp_path / "x")
+    kept = {path.name: (path / "notes.md").read_text() for path in tmp_path.iterdir()}
+    assert kept == {"x.before": "0", "x.before.2": "1", "x.before.3": "2"} and files.set_aside(tmp_path / "x") is None
 
 
 # The store of models

@@ -517,7 +517,7 @@ def test_a_modelfile_that_was_edited_is_kept_aside(write, capsys):
         edited = path.read_text() + edit
         path.write_text(edited)
         write()
-        kept = path.with_name("Modelfile.before" + (f"-{number + 1}" if number else ""))
+        kept = path.with_name("Modelfile.before" + (f".{number + 1}" if number else ""))
         assert kept.read_text() == edited and edit not in path.read_text()
         assert capsys.readouterr().err.count(f"was edited: it is kept as {kept.name}") == 1
 

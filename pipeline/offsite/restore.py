@@ -1,6 +1,5 @@
 """A run from its repo onto a machine that has nothing of it: all of it by sha256, or none."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -82,22 +81,11 @@ def small(repo: str, name: str, commit: str) -> bytes:
     return hub.patiently(f"{name} of {repo}", lambda: hub.read_small(repo, name, commit, states.MOST))
 
 
-def keep_aside(folder: Path) -> None:
-    """Rename a run that was begun here and has no rows yet: the restored one takes its place."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.before-{n}").exists())
-    kept = folder.with_name(f"{folder.name}.before-{number}")
-    folder.rename(kept)
-    console.note(f"what was in {folder} is in {kept} now")
-
-
 def fetched(repo: str, commit: str, state: State, run: Run) -> State:
     """The files into the run's folder, compared; they appear there all at once."""
     from huggingface_hub import snapshot_download
 
     refuse_foreign_folder(run.folder)
-    keep_aside(run.folder)
     with files.writing(run.folder) as part:
         hub.patiently(
             f"checkpoints from {repo}",
@@ -108,5 +96,7 @@ def fetched(repo: str, commit: str, state: State, run: Run) -> State:
             if not (part / name).is_file() or states.describe(part / name) != item:
                 raise UserError(f"{name} in {repo} is not the file that was sent", "run the same command again")
         files.write_json(part / RESTORED, {"repo": repo, "commit": commit, "at": str(state)})
+        if kept := files.set_aside(run.folder):  # begun here, and without rows yet
+            console.note(f"what was in {run.folder} is in {kept} now")
     hub.say(f"checkpoints: {run.folder} from {repo}, {state}")
     return state

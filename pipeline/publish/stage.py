@@ -158,8 +158,7 @@ def keep_edited_card(folder: Path) -> None:
         return
     path = folder / CARD
     if path.is_file() and files.sha256(path) != written.get(CARD):
-        path.replace(folder / "README.before.md")
-        console.note(f"{path} was edited: it is kept as README.before.md")
+        console.note(f"{path} was edited: it is kept as {files.set_aside(path).name}")
 
 
 def published(run: Run) -> list[tuple[str, str]]:
