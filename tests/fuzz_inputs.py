@@ -388,13 +388,13 @@ def fuzz_model(seconds: float, seed: int = 3407, most: int = 10**9) -> Counter:
     return counts
 
 
-def load_in_fork(path: Path, seconds: int = 20) -> str:
+def load_in_fork(path: str | Path, seconds: int = 20) -> str:
     """Load and ask the model in a fork with limits, as common/child.py does in a fresh process; how that ended."""
     import llama_cpp  # noqa: F401  once, before the fork
 
     child = os.fork()
     if not child:
-        _load_and_ask(path, seconds)
+        _load_and_ask(Path(path), seconds)
     until = time.monotonic() + seconds + 10
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -428,7 +428,7 @@ NASTY = {
     "heading": "\n\n# Evil\n\n- x", "html": "<script>alert(1)</script><!-- <pre>", "code": "</code><img src=x onerror=1>",
     "link": "](http://evil.example) ![x](http://evil.example/x.png)", "jinja": "{{ 7*7 }}{% x %}", "maths": "$$x$$ \\(y\\)",
     "control": "a\x00\x1b[31m\x07b", "direction": "a\u202eb\u2066", "emphasis": "**a** _b_ ~~c~~", "entity": "&lt;b&gt;", "yaml": "x: [y, *z",
-    "list": "- 1. x", "number": "1. x", "long": "x" * 5000, "url": "https://evil.example/ <https://evil.example>",
+    "list": "- 1. x", "number": "1. x", "long": "x" * 3000, "url": "https://evil.example/ <https://evil.example>",
 }  # fmt: skip
 # Where a stranger's or a user's words come in: base, data set, config, GPU, remote, libraries.
 PLACES = (
@@ -438,6 +438,8 @@ PLACES = (
     "provenance__git__url provenance__llama_cpp provenance__python provenance__packages__torch chat__system chat__stop__0 "
     "config__finetune__target_modules__0 golden__2__prompt"
 )
+
+MOST = {"chat__stop__0": 256}  # characters that a manifest may hold there, where it is less than for a name
 
 
 def rendered(said: str) -> str:
@@ -450,6 +452,7 @@ def rendered(said: str) -> str:
 
 
 def same_structure(nasty: dict, tame: dict) -> None:
+    nasty = {place: value[: MOST.get(place)] for place, value in nasty.items()}
     said, plain = text(manifest(**nasty)), text(manifest(**tame))
     assert front(said) == front(plain)
     assert shape(said) == shape(plain)

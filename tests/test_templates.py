@@ -168,15 +168,15 @@ EMBEDDED = {
 # A template that no row could be trained with faithfully, and what the refusal says.
 REFUSED = {
     "Cohere2MoE": "<|START_THINKING|>', and the conversation it trains on does not go on from there",
-    "CohereForAI-c4ai-command-r-plus-tool_use": "cannot render user: 'NoneType' object is not iterable",
+    "CohereForAI-c4ai-command-r-plus-tool_use": "is refused: 'NoneType' object is not iterable",
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|END_THINKING|>', and the conversation",
     "MiniMax-M2": r"<think>\n', and the conversation",
-    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "cannot render user: 'NoneType' object is not iterable",
-    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "cannot render user: 'NoneType' object is not iterable",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "is refused: 'NoneType' object is not iterable",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "is refused: 'NoneType' object is not iterable",
     "StepFun3.5-Flash": r"<think>\n', and the conversation",
     "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": r"<think>\n', and the conversation",
     "deepseek-ai-DeepSeek-V3.2": "<think></think>', and the conversation",
-    "fireworks-ai-llama-3-firefunction-v2": "cannot render user: 'functions' is undefined",
+    "fireworks-ai-llama-3-firefunction-v2": "is refused: 'functions' is undefined",
     "llama-cpp-deepseek-r1": r"<think>\n', and the conversation",
     "llama-cpp-rwkv-world": "ends an answer without a special token",
 }
@@ -467,7 +467,7 @@ TURN = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     [
         ("{{ bos_token + bos_token }}" + SAYS + TURN, "begins with <s> twice"),
         ("{{ functions }}" + SAYS + TURN, "needs functions, which no row has"),
-        ("{% for m in messages %}{{ m.content }}", "no valid Jinja"),
+        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
         ("{% set form = '%Y' %}{{ strftime_now(form) }}" + SAYS + TURN, "cannot be frozen"),
         ("{{ strftime_now('%Y' + '-%m') }}" + SAYS + TURN, "cannot be frozen"),
         (SAYS.replace("eos_token", "'\n'") + TURN, "without a special token"),
