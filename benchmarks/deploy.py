@@ -59,7 +59,7 @@ def llama_bench(work: Path) -> Path:
 
 def bench(tool: Path, gguf: Path) -> dict:
     """{prompt_tokens_per_s, answer_tokens_per_s}"""
-    from deploy import smoke
+    from deploy.stages import smoke
 
     lengths = ["-p", str(smoke.SPEED_PROMPT), "-n", str(smoke.SPEED_ANSWER), "-t", str(os.cpu_count())]
     done = subprocess.run(
@@ -73,7 +73,7 @@ def bench(tool: Path, gguf: Path) -> dict:
 
 def ours(version: Path) -> dict:
     """The same of the smoke test, in a process of its own."""
-    code = "import sys; from pathlib import Path; from deploy import smoke; import json; print(json.dumps(smoke.stage(Path(sys.argv[1]))))"
+    code = "import sys; from pathlib import Path; from deploy.stages import smoke; import json; print(json.dumps(smoke.stage(Path(sys.argv[1]))))"
     done = subprocess.run([sys.executable, "-c", code, version], cwd=ROOT, capture_output=True, text=True, check=True)
     record = json.loads(done.stdout)
     return {
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def measured(repo: str, work: Path, repeat: int) -> list[tuple[str, str, dict]]:
-    from deploy import pull, smoke
+    from deploy.stages import pull, smoke
 
     models = work / "models"
     pulled = pull.stage(repo, models)

@@ -47,9 +47,9 @@ def random_base(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline import base
+    from pipeline.base_model import fetch, restore_gguf
 
-    tokenizer = base.tokenizer(base.fetch(BASE))
+    tokenizer = restore_gguf.prepare_tokenizer(fetch.fetch_base_model(BASE))
     shutil.copytree(tokenizer, folder)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=49152, **SHAPE, **ids)).to(torch.float16).save_pretrained(folder)
@@ -119,9 +119,9 @@ def exported(run: Path, work: Path, imatrix: bool = False, merged: bool = False)
 
 def bare(run: Path, work: Path) -> dict:
     """What a user would type instead, on the weights that Ferry merged."""
-    from pipeline import llamacpp
+    from pipeline.toolchain import llama_tools
 
-    home, f16 = llamacpp.home(), work / "bare.f16.gguf"
+    home, f16 = llama_tools.home(), work / "bare.f16.gguf"
     convert = [sys.executable, home / "convert" / "convert_hf_to_gguf.py", run / "export" / "merged", "--outtype", "f16", "--outfile", f16]  # fmt: skip
     quantize = [home / "bin" / "llama-quantize", f16, work / "bare.q4_k_m.gguf", "Q4_K_M"]
     return measure([[str(part) for part in command] for command in (convert, quantize)], work)

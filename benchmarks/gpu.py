@@ -51,14 +51,14 @@ def one(system: str, case: str, per_step: str, shape: str, work: Path) -> None:
         tokens, more = library(*RIVALS[system](weights), weights, made, per_step, first, last, work), {}
     import torch
 
-    from pipeline.plan import cards, memory
+    from pipeline.plan import gpu_table, memory_need
 
     speed = tokens / (seen[last] - seen[first])
-    built = memory.shape(box.SHAPES[shape] | {"vocab_size": 128256})
+    built = memory_need.shape(box.SHAPES[shape] | {"vocab_size": 128256})
     box.tell({
         "system": system, "case": case, "rows_per_step": int(per_step) if per_step.isdecimal() else per_step,
         "real_tokens_per_second": round(speed), "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-        "mfu": round(speed * built.flops() / cards.of(torch.cuda.get_device_name())[0], 3),
+        "mfu": round(speed * built.flops() / gpu_table.of(torch.cuda.get_device_name())[0], 3),
         "load_s": round(seen["begin"] - box.started(), 1), "first_step_s": round(seen[1] - seen["begin"], 1), **more,
     })  # fmt: skip
 
@@ -103,7 +103,7 @@ def library(base, more: dict, weights: Path, made: list[dict], per_step: str, fi
 
 
 def ferry(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
-    from pipeline.config import Base, Finetune
+    from pipeline.config.schema import Base, Finetune
     from pipeline.finetune.stage import stage
 
     run = box.run(f"gpu-{per_step}", work, made)

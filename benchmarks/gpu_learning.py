@@ -74,7 +74,7 @@ def one(system: str, per_step: str, rate: str, epochs: str, base: str, work: Pat
     box.unsloth()
     from transformers import AutoTokenizer
 
-    from contract import files
+    from common import files
 
     demo = box.prepared(work / "demo")
     rows = [
@@ -104,21 +104,22 @@ def tutorial(per_step: str, rate: float, epochs: float, base: str, work: Path) -
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from pipeline import base as bases
-    from pipeline import rows
+    from pipeline.base_model import fetch as bases
+    from pipeline.base_model import restore_gguf
+    from pipeline.run import training_rows
 
-    weights = bases.weights(bases.fetch(base))
+    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base))
     model, _ = built(weights, 256)
     data = work / "demo" / "data"
     args = SFTConfig(**(SETTINGS | {"learning_rate": rate, "max_length": 256, "train_sampling_strategy": "random"}),
                      num_train_epochs=epochs, output_dir=str(work / "trainer"))  # fmt: skip
-    SFTTrainer(model=model, args=args, train_dataset=Dataset(rows.read(data / "train.parquet")),
+    SFTTrainer(model=model, args=args, train_dataset=Dataset(training_rows.read(data / "train.parquet")),
                processing_class=AutoTokenizer.from_pretrained(data / "tokenizer")).train()  # fmt: skip
     return {"learning_rate": rate, "rows": 8}
 
 
 def ferry(per_step: str, rate: float, epochs: float, base: str, work: Path) -> dict:
-    from pipeline.config import Finetune
+    from pipeline.config.schema import Finetune
     from pipeline.finetune.stage import stage
 
     tune = Finetune(

@@ -25,10 +25,10 @@ CASES = {
 def one(name: str, work: Path) -> None:
     box.unsloth()
 
-    from contract import files
-    from pipeline.config import Base, Finetune
+    from common import files
+    from pipeline.config.schema import Base, Finetune
     from pipeline.finetune.stage import stage
-    from pipeline.plan import memory
+    from pipeline.plan import memory_need
 
     shape, case, base, tune = CASES[name]
     folder = box.model(shape, work)
@@ -36,9 +36,9 @@ def one(name: str, work: Path) -> None:
     base, tune = Base(model=str(folder), **base), Finetune(max_steps=3, train_batch_size="auto", **tune)
     record = stage(base, tune, run)
 
-    built = memory.shape(files.read_json(folder / "config.json"))
+    built = memory_need.shape(files.read_json(folder / "config.json"))
     tokens = record["largest_micro_batch"]
-    told = memory.peak(built, base, tune, tokens, record["use_gradient_checkpointing"], record["packing"]) / 1e9
+    told = memory_need.peak(built, base, tune, tokens, record["use_gradient_checkpointing"], record["packing"]) / 1e9
     box.tell({"system": "ferry", "case": name, "tokens": tokens, "predicted_gb": round(told, 2), "measured_gb": record["peak_memory_gb"],
               "error": round(told / record["peak_memory_gb"] - 1, 4)})  # fmt: skip
 

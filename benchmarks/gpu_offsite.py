@@ -32,19 +32,19 @@ PACE = 0.5  # minutes
 def one(case: str, steps: int, work: Path) -> None:
     """Train; tell what a step took, with and without a sender beside it."""
     box.unsloth()
-    from pipeline.config import Base, Finetune
+    from pipeline.checkpoint_sync import background_push
+    from pipeline.config.schema import Base, Finetune
     from pipeline.finetune.stage import stage
-    from pipeline.offsite import pusher
 
     seen, sent = box.clock(tuple(range(1, steps + 1))), []
-    real = pusher.started
+    real = background_push.started
 
     def started(*given, **more):
         process, began = real(*given, **more), time.time()
         threading.Thread(target=lambda: sent.append((began, process.wait(), time.time()))).start()
         return process
 
-    pusher.started = started
+    background_push.started = started
     tune = Finetune(max_steps=steps, train_batch_size=8, save_minutes=PACE, logging_steps=10)
     run = box.run(case, work, box.rows("full", 8 * steps))
     record = stage(Base(model=str(box.model("8B", work))), tune, run)
@@ -67,10 +67,10 @@ def one(case: str, steps: int, work: Path) -> None:
 def learn(name: str, base: str, work: Path) -> None:
     """Train the run of that name to its end; one that is not there is taken from the repo."""
     box.unsloth()
-    from pipeline.config import Finetune
+    from pipeline.checkpoint_sync import restore
+    from pipeline.config.schema import Finetune
     from pipeline.finetune.stage import stage
-    from pipeline.offsite import restore
-    from pipeline.record import Run
+    from pipeline.run.run_folder import Run
 
     run = Run(work / "runs" / name)
     if not run.done("data"):

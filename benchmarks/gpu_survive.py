@@ -26,9 +26,9 @@ def one(name: str, base: str, work: Path) -> None:
     """Train the run of that name, or go on with it; in a process that can be killed."""
     box.unsloth()
 
-    from pipeline.config import Finetune
+    from pipeline.config.schema import Finetune
     from pipeline.finetune.stage import stage
-    from pipeline.record import Run
+    from pipeline.run.run_folder import Run
 
     stage(box.smol(base), Finetune(**TUNE), Run(work / "runs" / name))
 
@@ -65,7 +65,7 @@ def reached(run) -> int:
 def short_of_memory(work: Path) -> None:
     box.unsloth()
 
-    from pipeline.config import Base, Finetune
+    from pipeline.config.schema import Base, Finetune
     from pipeline.finetune.stage import stage
 
     run = box.run("oom", work, box.rows("full", 300))

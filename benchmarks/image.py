@@ -43,7 +43,7 @@ def cold() -> None:
 
 def after_a_change() -> None:
     """One line of a stage is another."""
-    path = ROOT / "pipeline" / "preflight.py"
+    path = ROOT / "pipeline" / "preflight" / "check_run.py"
     text = path.read_text()
     try:
         path.write_text(text + f"\n# {time.time()}\n")

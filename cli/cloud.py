@@ -10,7 +10,7 @@ from cli.environment import ROOT, Command
 from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, find_run, find_run_folder, several
 from cli.settings import FiniteRange, operand, setting
 from cli.train import choose_environment_for_rows, open_run
-from contract.errors import UserError
+from common.errors import UserError
 
 CLOUD = setting(
     "--cloud",
@@ -86,13 +86,13 @@ def cloud_to_local(
       ferry cloud-to-local configs/tickets.yaml --cloud hf-jobs --max-dollars 5
     """
     from common import console
-    from launch import cloud as module
-    from launch import launchers
+    from launch import cloud_to_local as module
+    from launch.providers import create
 
     if not cloud:
         raise UserError("CLOUD is missing", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs")
     request = find_run(config_file, run_name, runs, overrides)
-    launcher = launchers.of(cloud, request.folder, checkpoints, spot)
+    launcher = create.of(cloud, request.folder, checkpoints, spot)
     wish = module.Wish(overrides, settings_there(there), teardown, limit, yes, checkpoints, gpu, hours, spot)
     with open_run(request, "cloud-to-local") as (run, _, lock):
         record = module.stage(request.config_file, run, launcher, cloud, wish, lock)
@@ -116,9 +116,9 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
       ferry cloud-stop --run tickets --cloud ssh://root@203.0.113.7
     """
     from common import console
-    from launch import cloud as module
-    from launch import launchers
-    from pipeline.record import refuse_foreign_folder
+    from launch import cloud_to_local as module
+    from launch.providers import create
+    from pipeline.run.run_folder import refuse_foreign_folder
 
     if not cloud:
         raise UserError(
@@ -126,7 +126,7 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
         )
     folder = find_run_folder(config_file, run_name, runs)
     refuse_foreign_folder(folder)
-    console.show(f"stop: {module.stop_job(launchers.of(cloud, folder, checkpoints, spot), folder, teardown)}")
+    console.show(f"stop: {module.stop_job(create.of(cloud, folder, checkpoints, spot), folder, teardown)}")
 
 
 @click.command(cls=Command)
@@ -149,15 +149,15 @@ def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **there) -> N
     Example:
       ferry reproduce you/tickets-GGUF@v1 --cloud ssh://root@203.0.113.7
     """
-    from common import console
-    from contract import files
-    from launch import address, verdict
+    from common import console, files
     from launch import reproduce as module
-    from launch.box import Box
-    from launch.cloud import Wish
+    from launch import verdict
+    from launch.cloud_to_local import Wish
+    from launch.providers import ssh_address
+    from launch.providers.ssh import Box
 
     this = module.published(repo, runs)
-    launcher = Box(address.read(cloud)) if cloud else Box(None, str((runs / "reproduce" / "here").absolute()))
+    launcher = Box(ssh_address.read(cloud)) if cloud else Box(None, str((runs / "reproduce" / "here").absolute()))
     stop = f"`make cloud-stop CLOUD={cloud} RUN={this.name}`" if cloud else "the same command, and then Ctrl-C,"
     rows = module.stage(this, launcher, stop, data, Wish((), settings_there(there), teardown, limit, yes))
     files.write_json(this.folder / "verdict.json", {"repo": repo, "rows": [vars(row) for row in rows]})

@@ -9,7 +9,7 @@ import click
 from cli.environment import Command
 from cli.options import JSON, MODELS, PATH, QUANTIZATION, START, several
 from cli.settings import operand, setting
-from contract.errors import UserError
+from common.errors import UserError
 
 REPO = operand("repo", make="REPO", required=False, metavar="[REPO]")
 NAME = setting("--name", make="NAME", help="What Ollama calls it; default: as before, else the model's name.")
@@ -53,8 +53,7 @@ def deploy_mac(repo, models, quantization, name, start) -> None:
 
 
 def deploy_everywhere(repo: str, models: Path, quantization: str | None, name: str | None, start: bool) -> None:
-    from common import console
-    from contract import checks
+    from common import checks, console
     from deploy import doctor, store
 
     found = doctor.checks(repo, models, quantization)
@@ -87,7 +86,7 @@ def pull(repo, models, quantization) -> None:
 
 def pull_model(repo: str, models: Path, quantization: str | None) -> None:
     from common import console
-    from deploy import pull as module
+    from deploy.stages import pull as module
 
     record = module.stage(repo, models, quantization)
     console.show(
@@ -110,7 +109,7 @@ def smoke(repo, models) -> None:
 
 def smoke_test(version: Path) -> None:
     from common import console
-    from deploy import smoke as module
+    from deploy.stages import smoke as module
 
     record = module.run_in_child(version)
     console.show(f"smoke: passed\n{module.page(record)}")
@@ -130,7 +129,7 @@ def modelfile(repo, models) -> None:
 
 def write_modelfile(version: Path) -> None:
     from common import console
-    from deploy import modelfile as module
+    from deploy.stages import modelfile as module
 
     record = module.stage(version)
     is_cut = record["num_ctx"] < record["trained_ctx"]
@@ -155,7 +154,7 @@ def ollama(repo, models, name, start) -> None:
 
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
     from common import console
-    from deploy.ollama import stage as module
+    from deploy.apps import ollama as module
 
     with skip_absent_app(module.Absent, optional, "ollama"):
         record = module.stage(version, name, start)
@@ -182,7 +181,7 @@ def lmstudio(repo, models) -> None:
 
 def install_in_lmstudio(version: Path, optional: bool) -> None:
     from common import console
-    from deploy import lmstudio as module
+    from deploy.apps import lmstudio as module
 
     with skip_absent_app(module.Absent, optional, "lmstudio"):
         record = module.stage(version)
@@ -249,10 +248,10 @@ def chat(repo, models, system, input_file) -> None:
       ferry chat ./hub/demo
       echo "Can my dog come along? Booking T9034." | ferry chat ./hub/demo
     """
-    from deploy import talk
+    from deploy.serving import conversation
 
     question = [system, str(input_file) if input_file else None]
-    raise SystemExit(talk.run_in_child("deploy.chat:stage_of", find_version(repo, models), question))
+    raise SystemExit(conversation.run_in_child("deploy.serving.chat:stage_of", find_version(repo, models), question))
 
 
 @click.command(cls=Command, choose_environment=check_model)
@@ -266,9 +265,11 @@ def serve(repo, models, host, port) -> None:
     Example:
       ferry serve ./hub/demo --port 8081
     """
-    from deploy import talk
+    from deploy.serving import conversation
 
-    raise SystemExit(talk.run_in_child("deploy.serve:stage_of", find_version(repo, models), [host, port]))
+    raise SystemExit(
+        conversation.run_in_child("deploy.serving.server:stage_of", find_version(repo, models), [host, port])
+    )
 
 
 @click.command(cls=Command)

@@ -47,13 +47,12 @@ def doctor(repo, side, runs: Path, models: Path, quantization, as_json, **image)
       ferry doctor
       ferry doctor you/tickets-GGUF
     """
-    from common import console
-    from contract import checks
+    from common import checks, console
 
     if find_side(side, repo) == "cloud":
-        from pipeline.doctor import stage
+        from pipeline.preflight import doctor
 
-        found = stage.checks(runs)
+        found = doctor.checks(runs)
     else:
         from deploy import doctor as mac
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 
 from cli.table import COMMANDS, SECTIONS, load_command
-from common import console
-from contract import files
-from contract.errors import UserError, shown
+from common import console, files
+from common.errors import UserError, shown
 
 # Libraries' threads wait by spinning: beside another busy program that made a training 20 times slower on two cores
 # (benchmarks/results/contention.md). So many turns cost nothing alone; beside a loop on each core it is 2.4 times.

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cli.settings import operand, setting
-from contract.errors import UserError, shown
+from common.errors import UserError, shown
 
 PATH = click.Path(path_type=Path)
 LONGEST_RUN = 96  # characters: files of the model have its name and an ending, and a manifest takes 128
@@ -83,9 +83,12 @@ class RunRequest:
     """config_file is the config.yaml in the run's folder."""
 
     def load_config(self):
-        from pipeline import config
+        from pipeline.base_model.model_config import refuse_unsupported_base
+        from pipeline.config import load
 
-        return config.load(self.config_file, self.overrides)
+        config = load.load_config(self.config_file, self.overrides)
+        refuse_unsupported_base(config.base)
+        return config
 
 
 def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:

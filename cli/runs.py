@@ -7,19 +7,19 @@ import click
 from cli.environment import Command
 from cli.options import JSON, PATH, RUNS, WHICH_RUN, YES, find_run_folder, several, typed_command
 from cli.settings import setting
-from contract.errors import UserError
+from common.errors import UserError
 
 
 def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path):
-    from pipeline import run_status
+    from pipeline.run import status
 
     if config_file is None and run_name is None:
-        found = run_status.list_runs(runs)
+        found = status.list_runs(runs)
         if len(found) == 1:
             return found[0]
         names = ", ".join(run.name for run in found) or "none yet"
         raise UserError(f"which run? {runs} holds {names}", "RUN=name, or CONFIG=configs/yours.yaml")
-    return run_status.require_run(find_run_folder(config_file, run_name, runs))
+    return status.require_run(find_run_folder(config_file, run_name, runs))
 
 
 @click.command(cls=Command)
@@ -47,9 +47,9 @@ def init(source: str, model: str | None, goal: str | None, target: Path | None) 
       ferry init --data tickets.jsonl --model Qwen/Qwen3-1.7B --goal json
     """
     from common import console
-    from pipeline import init_config
+    from pipeline.preflight import new_config
 
-    path, facts = init_config.write_config(source, model, goal, target)
+    path, facts = new_config.write_config(source, model, goal, target)
     console.show(
         "\n".join([f"{path}", *(console.wrap(f"  {fact}", 4) for fact in facts), f" next: make preview CONFIG={path}"])
     )
@@ -65,13 +65,13 @@ def list_runs(runs, as_json) -> None:
       ferry runs
     """
     from common import console
-    from pipeline import run_status
+    from pipeline.run import status
 
-    statuses = [run_status.read_status(run) for run in run_status.list_runs(runs)]
+    statuses = [status.read_status(run) for run in status.list_runs(runs)]
     if as_json:
-        console.show(run_status.to_json(statuses))
+        console.show(status.to_json(statuses))
     elif statuses:
-        console.show(run_status.format_runs(statuses))
+        console.show(status.format_runs(statuses))
     else:
         console.show(f"{runs} holds no run yet: make demo, or make init DATA=rows.jsonl")
 
@@ -86,11 +86,11 @@ def status(config_file, run_name, runs, as_json) -> None:
       ferry status --run tickets --json
     """
     from common import console
-    from pipeline import run_status
+    from pipeline.run import status
 
     run = find_existing_run(config_file, run_name, runs)
-    found = run_status.read_status(run)
-    console.show(run_status.to_json(found) if as_json else run_status.format_status(found, run))
+    found = status.read_status(run)
+    console.show(status.to_json(found) if as_json else status.format_status(found, run))
 
 
 @click.command(cls=Command)
@@ -106,17 +106,16 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
       ferry clean --run tickets
       ferry clean --run tickets --all --yes
     """
-    from common import console
-    from contract import files
-    from pipeline import run_status
-    from pipeline.stages import lock_file, lock_run
+    from common import console, files
+    from pipeline.run import status
+    from pipeline.run.run_stages import lock_file, lock_run
 
     run = find_existing_run(config_file, run_name, runs)
     if everything and config_file is None and run_name is None:
         raise UserError(f"ALL=1 removes a whole run, and none is named; {runs} holds {run.name}", f"RUN={run.name}")
     with lock_run(run, typed_command("clean")):
         if everything:
-            size = run_status.read_status(run).bytes
+            size = status.read_status(run).bytes
             if not yes:
                 raise UserError(
                     f"{run.folder} holds the adapter and all records, {size / 1e9:.2f} GB",
@@ -125,8 +124,8 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
             files.remove(run.folder)
             files.remove(lock_file(run))
         else:
-            paths = run_status.find_removable(run)
+            paths = status.find_removable(run)
             for path in paths:
                 console.show(f"clean: {path}")
-            size = run_status.remove(run, paths) if paths else 0
+            size = status.remove(run, paths) if paths else 0
         console.show(f"clean: {size / 1e9:.2f} GB came back")

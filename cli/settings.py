@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import click
 
 from cli.table import all_commands
-from contract.errors import UserError, shown
+from common.errors import UserError, shown
 
 # Settings of the command line itself, for every target: make and the `ferry` script read them from the environment.
 EVERYWHERE = {"VENV": "FERRY_VENV", "DEPLOY_VENV": "FERRY_DEPLOY_VENV", "PYTHON": None}
@@ -110,7 +110,7 @@ def split_overrides(text: str) -> list[str]:
 
     An override begins where `section.key=` follows white space, outside of a value in quotes; so a value may hold spaces.
     """
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
     starts, quote = [], ""
     for at, character in enumerate(text):

@@ -32,11 +32,11 @@ DEMO = Path("configs/demo.yaml")
 
 def check_config(params: dict):
     """Load the config before any environment is set up. Raises UserError for a missing or bad one."""
-    from pipeline import base
+    from pipeline.base_model import restore_gguf
 
     request = find_run(params["config_file"], params["run_name"], params["runs"], params["overrides"])
     config = request.load_config()
-    base.refuse_base_file(config.base.model)
+    restore_gguf.refuse_unusable_gguf(config.base.model)
     return config
 
 
@@ -62,13 +62,15 @@ def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
       ferry config configs/demo.yaml --set finetune.max_steps=20
     """
     from common import console
-    from pipeline import base, config
+    from pipeline.base_model import model_config, restore_gguf
+    from pipeline.config import advice, load, user_files
 
-    tree = config.load(config_file, overrides)
-    config.refuse_missing_files(tree)
-    base.refuse_base_file(tree.base.model)
-    console.show(config.dump(tree).rstrip("\n"))
-    for text in config.warnings(tree):
+    tree = load.load_config(config_file, overrides)
+    model_config.refuse_unsupported_base(tree.base)
+    user_files.refuse_missing_files(tree)
+    restore_gguf.refuse_unusable_gguf(tree.base.model)
+    console.show(load.dump_config(tree).rstrip("\n"))
+    for text in advice.list_warnings(tree):
         console.note(text)
 
 
@@ -79,11 +81,12 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
     Raises UserError when another command works in it, or when its rows or training would be others.
     """
     from common import console
-    from pipeline.changes import accept_config, find_allowed_changes
-    from pipeline.config import refuse_files_inside
-    from pipeline.offsite import restore
-    from pipeline.record import Run, refuse_foreign_folder
-    from pipeline.stages import lock_run, require_files
+    from pipeline.checkpoint_sync import restore
+    from pipeline.config.user_files import refuse_files_inside
+    from pipeline.preflight.user_inputs import refuse_unusable_inputs
+    from pipeline.run.changes import accept_config, find_allowed_changes
+    from pipeline.run.run_folder import Run, refuse_foreign_folder
+    from pipeline.run.run_stages import lock_run
 
     config, run = request.load_config(), Run(request.folder)
     with lock_run(run, typed_command(name)) as lock:
@@ -94,7 +97,7 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
             restore.restore(checkpoints, run, config)
         changes = find_allowed_changes(run, config, request.is_own_config)
         if not run.done("evaluate") or "evaluate" in changes.stale:
-            require_files(config, run.done("data"))
+            refuse_unusable_inputs(config, run.done("data"))
         accept_config(run, config, changes)
         for text in changes.describe():
             console.note(text)
@@ -102,7 +105,7 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
 
 
 def run_up_to(stage: str, request: RunRequest, checkpoints: str | None, **arguments: list[str]) -> None:
-    from pipeline.stages import run_stages
+    from pipeline.run.run_stages import run_stages
 
     with open_run(request, stage, checkpoints) as (run, _, lock):
         run_stages(run, stage, lock, arguments)
@@ -125,15 +128,16 @@ def train(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
 
 def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
     """The whole chain; returns the record of `publish`."""
+    from cli import train_summary
     from common import console
-    from pipeline import preflight, summary
-    from pipeline.stages import run_stages
+    from pipeline.preflight import check_run
+    from pipeline.run.run_stages import run_stages
 
     with open_run(request, "train", checkpoints) as (run, config, lock):
-        for text in preflight.stage(config, run, checkpoints=checkpoints):
+        for text in check_run.stage(config, run, checkpoints=checkpoints):
             console.say(console.wrap(f"preflight: {text}"))
         run_stages(run, "publish", lock)
-        console.show(summary.summarize(run))
+        console.show(train_summary.summarize(run))
         return run.read("publish")
 
 
@@ -158,7 +162,7 @@ def demo(run_name, runs, overrides, models, repo, quantization, start, **image) 
       ferry demo
     """
     from cli.deploy import deploy_everywhere
-    from pipeline.stage_results import published_name
+    from pipeline.run.records import published_name
 
     record = train_and_summarize(find_run(DEMO, run_name, runs, overrides), None)
     deploy_everywhere(repo or published_name(record), models, quantization, None, start)
@@ -192,7 +196,7 @@ def preview(config_file, run_name, runs, overrides, count, **image) -> None:
     """
     from common import console
     from pipeline.data import preview as rows_preview
-    from pipeline.record import Run
+    from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
     console.show(rows_preview.preview_rows(request.load_config(), Run(request.folder), count))
@@ -218,17 +222,17 @@ def plan(config_file, run_name, runs, overrides, gpu, probe, as_json, **image) -
       ferry plan configs/tickets.yaml --gpu "RTX 4090" --json
     """
     from common import console
-    from pipeline.doctor import box
-    from pipeline.plan import stage as planning
-    from pipeline.record import Run
-    from pipeline.stages import run_stages
+    from pipeline.plan import estimate as planning
+    from pipeline.run.run_folder import Run
+    from pipeline.run.run_stages import run_stages
+    from pipeline.toolchain import machine
 
     request = find_run(config_file, run_name, runs, overrides)
     run = Run(request.folder)
     if probe or not run.done("data"):
         with open_run(request, "plan") as (_, _, lock):
             run_stages(run, "data", lock)
-    here = box.nvidia().cards
+    here = machine.nvidia().cards
     show = planning.to_json if as_json else planning.stage
     console.show(show(request.load_config(), run, gpu, here[0].name if here else None))
     if probe:
@@ -250,8 +254,8 @@ def preflight(config_file, run_name, runs, overrides, checkpoints, **image) -> N
       ferry preflight configs/tickets.yaml
     """
     from common import console
-    from pipeline import preflight as module
-    from pipeline.record import Run
+    from pipeline.preflight import check_run as module
+    from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
     for text in module.stage(request.load_config(), Run(request.folder), checkpoints=checkpoints):
@@ -270,8 +274,8 @@ def check(config_file, run_name, runs, overrides) -> None:
       ferry check configs/tickets.yaml --set export.quantizations=[q5_k_m]
     """
     from common import console
-    from pipeline.changes import find_allowed_changes
-    from pipeline.record import Run
+    from pipeline.run.changes import find_allowed_changes
+    from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
     changes = find_allowed_changes(Run(request.folder), request.load_config(), request.is_own_config)
@@ -326,7 +330,7 @@ def resume(checkpoints, runs, **image) -> None:
     Example:
       ferry resume --checkpoints you/tickets-checkpoints
     """
-    from pipeline.offsite import restore
+    from pipeline.checkpoint_sync import restore
 
     state = restore.resume(checkpoints, runs)
     train_and_summarize(find_run(None, state.run, runs), checkpoints)

@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Required, TypedDict  # pydantic asks for it below Python 3.12
 
-from contract import files, limits
-from contract.errors import UserError, shown
+from common import files
+from common.errors import UserError, shown
+from contract import limits
 from contract.limits import Message, Temperature, Text, Tokens, TopP
-from contract.turns import Turns
+from contract.ollama_template import Turns
 
 SCHEMA = 5
 NAME = "manifest.json"

@@ -1,4 +1,4 @@
-"""What the header of a model must say to be loaded: `contract.gguf` reads the bytes, this looks at their meaning.
+"""What the header of a model must say to be loaded: `common.gguf_reader` reads the bytes, this looks at their meaning.
 
 llama.cpp looks up what it knows and trusts it: a token id beyond the vocabulary ends its process, a number of layers decides
 how much memory it takes, and llama-cpp-python compiles every chat template that a file holds. A file of Ferry's has one
@@ -9,9 +9,9 @@ import math
 import re
 from collections.abc import Iterator
 
+from common.errors import UserError, shown
+from common.gguf_reader import ARCHITECTURE, SPLITS, Header
 from contract import limits
-from contract.errors import UserError, shown
-from contract.gguf import ARCHITECTURE, SPLITS, Header
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS

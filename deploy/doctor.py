@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract import files, gguf, hub, manifest, runtime, source
-from contract.checks import Check
-from contract.errors import UserError, shown
+from common import files, gguf_reader, hub, llama_runtime
+from common.checks import Check
+from common.errors import UserError, shown
+from contract import manifest, published_model
 from contract.manifest import Artifact, Manifest
-from deploy import lmstudio, machine, memory, pull, store, support
+from deploy import machine, store
+from deploy.apps import lmstudio
+from deploy.apps import ollama_server as ollama
 from deploy.machine import Machine
-from deploy.ollama import server as ollama
+from deploy.stages import header_check, memory_need, pull
 
 ENVIRONMENT = "make deploy-env"
 ARM = (
@@ -38,7 +41,7 @@ class File:
 
     made: Manifest
     artifact: Artifact
-    header: gguf.Header
+    header: gguf_reader.Header
     path: Path
     """Its place in the store."""
 
@@ -98,7 +101,7 @@ def llama() -> Llama:
         return Llama(None, None)
     version = importlib.metadata.version("llama_cpp_python")
     try:
-        return Llama(version, runtime.backend())
+        return Llama(version, llama_runtime.backend())
     except (ImportError, OSError, RuntimeError) as error:
         return Llama(version, None, str(error))
 
@@ -117,13 +120,13 @@ def tools(this: Machine, computes: Llama) -> list[Check]:
 def wanted(repo: str, models: Path, quantization: str | None) -> tuple[list[Check], File | None]:
     """What is known of the repo's file, from its manifest and header."""
     try:
-        found = source.find(repo)
+        found = published_model.find(repo)
         content = found.manifest()
         made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
         artifact = pull.chosen(made, quantization)
         found.refuse(artifact)
-        head, header = support.header(found, artifact)
-        support.check(head, artifact.bytes, artifact.file)
+        head, header = header_check.header(found, artifact)
+        header_check.check(head, artifact.bytes, artifact.file)
     except hub.Unreachable as error:
         return [Check("file", "lack", f"{error.message}; what was pulled before can be used", error.hint)], None
     except UserError as error:
@@ -131,7 +134,7 @@ def wanted(repo: str, models: Path, quantization: str | None) -> tuple[list[Chec
     except OSError as error:
         return [Check("file", "fault", f"{shown(repo)} cannot be read: {error.strerror}", "make it readable")], None
     path = models / found.name / files.sha256_bytes(content)[:12] / artifact.file
-    kinds = [str(header.metadata.get(key, "none")) for key in (gguf.ARCHITECTURE, "tokenizer.ggml.pre")]
+    kinds = [str(header.metadata.get(key, "none")) for key in (gguf_reader.ARCHITECTURE, "tokenizer.ggml.pre")]
     text = f"{artifact.file}, {disk(artifact.bytes)}; llama.cpp knows it (architecture {kinds[0]}, pre-tokenizer {kinds[1]})"
     return [Check("file", "ok", shown(text))], File(made, artifact, header, path)
 
@@ -186,8 +189,8 @@ def memory_of(this: Machine, room: int) -> Check:
 def context(room: int, file: File) -> Check:
     """How much of the trained context fits."""
     trained, weights = file.made.generation.num_ctx, file.artifact.bytes
-    fits = memory.context(file.header, weights, room, trained)
-    need = memory.need(file.header, weights, fits or memory.STEP)
+    fits = memory_need.context(file.header, weights, room, trained)
+    need = memory_need.need(file.header, weights, fits or memory_need.STEP)
     if fits == trained:
         return Check("context", "ok", f"{fits} tokens, as trained, need {size(need)}")
     smaller = sorted(
@@ -203,17 +206,19 @@ def typical(room: int) -> Check:
     """Without a file: what usual ones could have."""
     told = []
     for name, (weights, *shape) in TYPICAL.items():
-        fits = memory.context(usual(*shape), int(weights), room, LONGEST)
+        fits = memory_need.context(usual(*shape), int(weights), room, LONGEST)
         told.append(f"{name} {f'{fits} tokens' if fits else 'does not fit'}")
     return Check("context", "ok", f"{', '.join(told)}, as q4_k_m")
 
 
-def usual(layers: int, width: int, wide: int, heads: int, kept: int) -> gguf.Header:
+def usual(layers: int, width: int, wide: int, heads: int, kept: int) -> gguf_reader.Header:
     facts = {
         "block_count": layers, "embedding_length": width, "feed_forward_length": wide, "vocab_size": WORDS,
         "attention.head_count": heads, "attention.head_count_kv": kept,
     }  # fmt: skip
-    return gguf.Header(3, {gguf.ARCHITECTURE: "llama"} | {f"llama.{key}": value for key, value in facts.items()}, ())
+    return gguf_reader.Header(
+        3, {gguf_reader.ARCHITECTURE: "llama"} | {f"llama.{key}": value for key, value in facts.items()}, ()
+    )
 
 
 # The apps

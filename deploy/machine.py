@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract import linux
+from common import linux
 
 PATIENCE = 10  # seconds for one fact
 MARGIN = 1 << 30  # bytes of a GPU's memory that llama.cpp leaves free when it fits a model by itself (common.h, --fit)

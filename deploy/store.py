@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from contract import files, hub, manifest
-from contract.errors import UserError, shown
+from common import files, hub
+from common.errors import UserError, shown
+from contract import manifest
 
 NAMES = "names.json"
 MAIN = "main"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common import console
-from contract.errors import UserError
+from common.errors import UserError
 from contract.manifest import Manifest
 from deploy import store
 

@@ -7,11 +7,13 @@ stands in its own header (ferry.*).
 import json
 from pathlib import Path
 
-from contract import files, gguf, manifest
-from contract.errors import UserError, shown
+from common import files, gguf_reader
+from common.errors import UserError, shown
+from contract import manifest
 from contract.manifest import Manifest
-from deploy import lmstudio, store
-from deploy.ollama import server as ollama
+from deploy import store
+from deploy.apps import lmstudio
+from deploy.apps import ollama_server as ollama
 
 KEYS = "ferry."
 
@@ -49,7 +51,7 @@ def file_of(what: str, models: Path) -> Path | None:
 
 def _header(path: Path) -> dict:
     """Ferry's keys in it."""
-    return {key: value for key, value in gguf.read(path).metadata.items() if key.startswith(KEYS)}
+    return {key: value for key, value in gguf_reader.read(path).metadata.items() if key.startswith(KEYS)}
 
 
 def known(models: Path, digest: str | None, identity: object) -> tuple[Manifest | None, Path | None]:

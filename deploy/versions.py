@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from contract.errors import UserError, shown
-from deploy import lmstudio, store
-from deploy.ollama import stage as ollama
+from common.errors import UserError, shown
+from deploy import store
+from deploy.apps import lmstudio, ollama
 
 
 def rollback(repo: str, models: Path, start: bool = False) -> tuple[Path, list[str]]:

@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from cli.main import ferry
 from cli.settings import settings_of
 from cli.table import SECTIONS, load_command
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"<!-- table: (\w+)(?:, ([^>]*?))? -->\n.*?<!-- /table -->", re.DOTALL)

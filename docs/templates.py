@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from contract.errors import UserError
-from contract.turns import Turns
-from pipeline.data import template
-from pipeline.verify import golden, parity
+from common.errors import UserError
+from contract.ollama_template import Turns
+from pipeline.data import chat_template
+from pipeline.verify import golden_prompts, prompt_parity
 from tests import test_templates, vocabularies
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -33,7 +33,7 @@ class Case:
     """A real template, as it would be trained, and what was derived from it."""
 
     name: str
-    trained: parity.Trained | None
+    trained: prompt_parity.Trained | None
     """None: Ferry refuses to train it, and `reasons` says why."""
     adds: bool
     turns: Turns | None
@@ -42,7 +42,7 @@ class Case:
     @property
     def asking(self) -> list[dict]:
         """The golden conversations that want an answer, with the prompt that a TEMPLATE must give."""
-        return parity.asking(self.trained.golden, self.trained.tokenizer.bos_token, self.adds)
+        return prompt_parity.asking(self.trained.golden, self.trained.tokenizer.bos_token, self.adds)
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def cases() -> tuple[Case, ...]:
         text = vocabularies.header(name)["tokenizer.chat_template"]
         found.append(case(f"{name} (inside its vocabulary's GGUF)", family, text))
     for name, family in test_templates.NAMED.items():
-        found.append(case(f"{name} (Ferry's)", family, template.source(name, None)))
+        found.append(case(f"{name} (Ferry's)", family, chat_template.source(name, None)))
     return tuple(found)
 
 
@@ -62,17 +62,17 @@ def case(name: str, family: "test_templates.Family | None", text: str) -> Case:
     with tempfile.TemporaryDirectory() as folder:
         stand_in(family or test_templates.WILLING, text).save_pretrained(folder)
         try:
-            tokenizer, facts, _ = template.load(Path(folder), "tokenizer", test_templates.DAY)
+            tokenizer, facts, _ = chat_template.load(Path(folder), "tokenizer", test_templates.DAY)
         except UserError as error:
             return Case(name, None, False, None, [str(error).splitlines()[0].removeprefix("error: ")])
     return derived(name, tokenizer, facts)
 
 
-def derived(name: str, tokenizer: PreTrainedTokenizerFast, facts: template.Chat) -> Case:
+def derived(name: str, tokenizer: PreTrainedTokenizerFast, facts: chat_template.Chat) -> Case:
     """What `verify` would derive."""
-    trained = parity.Trained(tokenizer, golden.golden(tokenizer), facts.ends, ())
+    trained = prompt_parity.Trained(tokenizer, golden_prompts.golden(tokenizer), facts.ends, ())
     adds = bool(tokenizer.bos_token) and tokenizer.bos_token_id in tokenizer("").input_ids
-    return Case(name, trained, adds, *parity.ollama(trained, adds))
+    return Case(name, trained, adds, *prompt_parity.ollama(trained, adds))
 
 
 def stand_in(family: "test_templates.Family", text: str) -> PreTrainedTokenizerFast:

@@ -8,16 +8,17 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common import files, hub
 from common.console import format_duration as duration
-from contract import files, hub, manifest, source
-from contract.errors import UserError, shown
+from common.errors import UserError, shown
+from contract import manifest, published_model
 from contract.manifest import Manifest
-from launch import cloud, parcel, result, sources, tree, verdict
-from launch.bill import Session, ask
-from launch.cloud import Wish
-from launch.launcher import Job, Launcher, Machine
-from pipeline import base as bases
-from pipeline.plan import cards
+from launch import cloud_to_local, fetch_result, published_sources, source_archive, upload_files, verdict
+from launch.cloud_to_local import Wish
+from launch.costs import Session, ask
+from launch.provider import Job, Launcher, Machine
+from pipeline.config import references
+from pipeline.plan import gpu_table
 
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -38,7 +39,7 @@ class Published:
 
 def published(repo: str, runs: Path) -> Published:
     """Raises UserError when there is no such repo, or it cannot be made again."""
-    content = source.find(repo).manifest()
+    content = published_model.find(repo).manifest()
     made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
     return Published(repo, made, runs / "reproduce" / f"{made.name}-{files.sha256_bytes(content)[:12]}")
 
@@ -52,11 +53,11 @@ def stage(this: Published, launcher: Launcher, again: str, data: Path | None, wi
     job = prepared(this, data, wish)
     session, log = Session(launcher, this.name, again, wish.teardown), this.folder / "log"
     with session.billed():
-        state = cloud.found(session, job)
+        state = cloud_to_local.found(session, job)
         if session.running:
-            state = cloud.watched(session, job, log)
+            state = cloud_to_local.watched(session, job, log)
         if (state.goal, state.code) != ("train", 0):
-            agree(this, launcher, cloud.launched_on(launcher, wish), wish)
+            agree(this, launcher, cloud_to_local.launched_on(launcher, wish), wish)
             trained(session, job, this, wish, log)
         rows = verdict.rows(this.made, remade(launcher, job))
     hub.say(session.ended())
@@ -72,22 +73,22 @@ def as_before(made: Manifest, wish: Wish) -> Wish:
 
 def trained(session: Session, job: Job, this: Published, wish: Wish, log: Path) -> None:
     """The rows, compared; then all the rest."""
-    cloud.begin(session, job, "data", wish)
-    cloud.watched(session, job, log)
+    cloud_to_local.begin(session, job, "data", wish)
+    cloud_to_local.watched(session, job, log)
     same_rows(this, session.launcher, job)
-    cloud.begin(session, job, "train", wish)
-    cloud.watched(session, job, log)
+    cloud_to_local.begin(session, job, "train", wish)
+    cloud_to_local.watched(session, job, log)
 
 
 def prepared(this: Published, data: Path | None, wish: Wish) -> Job:
     """The job: code, config, files. Raises UserError where one of them is not to be had."""
     made, commit = this.made, code_of(this.made)
-    found = sources.located(made, pinned(made), commit, data)
-    settings, _ = sources.moved(pinned(made))
+    found = published_sources.located(made, pinned(made), commit, data)
+    settings, _ = published_sources.moved(pinned(made))
     hub.say(f"{this.repo}: {made.name}, by the code of {commit[:12]}, trained on {made.training.get('device')}")
     return Job(
-        this.name, made.name, tree.ROOT, commit, made.provenance["git"].get("url"), parcel.dump(settings),
-        parcel.untold(tree.ROOT, commit, found), wish.settings,
+        this.name, made.name, source_archive.ROOT, commit, made.provenance["git"].get("url"), upload_files.dump(settings),
+        upload_files.untold(source_archive.ROOT, commit, found), wish.settings,
     )  # fmt: skip
 
 
@@ -104,9 +105,9 @@ def code_of(made: Manifest) -> str:
         hub.say(
             f"note: {made.name} cannot be reproduced exactly: its checkout had changes that {commit[:12]} does not have"
         )
-    if not tree.has(tree.ROOT, commit):
+    if not source_archive.has(source_archive.ROOT, commit):
         try:
-            tree.git(tree.ROOT, "fetch", "--quiet", "origin", commit)
+            source_archive.git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
         except UserError as error:
             # Not fetched from where the manifest says: whoever wrote it would choose what runs here.
             raise UserError(
@@ -119,7 +120,7 @@ def code_of(made: Manifest) -> str:
 def pinned(made: Manifest) -> dict:
     """The config with every revision as it was resolved, and a folder to publish to."""
     settings = {section: dict(values) for section, values in made.config.items()}
-    if bases.hub_id(made.base.model):
+    if references.is_hub_model(made.base.model):
         settings.setdefault("base", {})["revision"] = made.base.revision
     if not made.dataset.sha256:
         settings.setdefault("data", {})["revision"] = made.dataset.revision
@@ -144,8 +145,8 @@ def agree(this: Published, launcher: Launcher, machine: Machine, wish: Wish) -> 
 
 def estimate(made: Manifest, machine: Machine) -> tuple[float | None, float | None]:
     """(hours, dollars), None where a card is not in the table."""
-    seconds, before = made.training.get("seconds"), cards.find(str(made.training.get("device", "")))
-    card = cards.find(machine.cards[0]) if machine.cards else None
+    seconds, before = made.training.get("seconds"), gpu_table.find(str(made.training.get("device", "")))
+    card = gpu_table.find(machine.cards[0]) if machine.cards else None
     if not isinstance(seconds, int | float) or (card is None) != (before is None):
         return None, None
     hours = seconds / 3600 * (before.tflops / card.tflops if card and before else 1)
@@ -154,7 +155,7 @@ def estimate(made: Manifest, machine: Machine) -> tuple[float | None, float | No
 
 def same_rows(this: Published, launcher: Launcher, job: Job) -> None:
     """Raises UserError when the rows made there are others than those published."""
-    there, wanted = result.record(launcher, job.name, job.run, "data"), this.made.dataset
+    there, wanted = fetch_result.record(launcher, job.name, job.run, "data"), this.made.dataset
     pairs = (("held-out rows", wanted.split_hash, "heldout"), ("training rows", wanted.train_sha256, "train"))
     said = [
         f"{what}: {before[:12]} published, {there['outputs'][name]['sha256'][:12]} now"
@@ -178,7 +179,7 @@ def same_rows(this: Published, launcher: Launcher, job: Job) -> None:
 
 def remade(launcher: Launcher, job: Job) -> Manifest:
     """The manifest of what was made there."""
-    there = result.record(launcher, job.name, job.run, "publish")["repo"]
+    there = fetch_result.record(launcher, job.name, job.run, "publish")["repo"]
     return manifest.parse(
-        result.small(launcher, job.name, f"{there}/{manifest.NAME}"), f"{launcher.where}:{there}/{manifest.NAME}"
+        fetch_result.small(launcher, job.name, f"{there}/{manifest.NAME}"), f"{launcher.where}:{there}/{manifest.NAME}"
     )

@@ -9,9 +9,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from contract import files, hub
-from contract.errors import UserError
-from launch.launcher import Launcher, Lost, Missing
+from common import files, hub
+from common.errors import UserError
+from launch.provider import Launcher, Lost, Missing
 
 
 def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:

@@ -10,14 +10,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from common import console
-from contract import files
-from contract.errors import UserError
-from pipeline import stage_results
-from pipeline.offsite import pusher
-from pipeline.record import Run
+from common import console, files
+from common.errors import UserError
+from pipeline.checkpoint_sync import background_push
+from pipeline.run.records import published_name
+from pipeline.run.run_folder import Run
+from pipeline.scoring.heldout_scores import describe_interval
 
 
 def main(stage: str, folder: str, *arguments: str) -> int:
@@ -25,8 +26,8 @@ def main(stage: str, folder: str, *arguments: str) -> int:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     console.send_library_output_to(run.log_file(stage))
     try:
-        stage_results.RUN[stage](run, *arguments)
-        pusher.after(run)
+        RUN_STAGE[stage](run, *arguments)
+        background_push.after(run)
         return 0
     except ModuleNotFoundError as error:
         traceback.print_exc()
@@ -66,6 +67,111 @@ def report_bug(run: Run, stage: str) -> int:
     console.say(f"error: {stage} failed, and this is a fault of Ferry's: {last[:300]}\n"
                 f" next: report it with {run.log_file(stage)}; the same command goes on from the stage's beginning")  # fmt: skip
     return 1
+
+
+# Run a stage and show what came of it, in at most 80 columns
+
+
+def run_data(run: Run, processes: str | None = None) -> None:
+    from pipeline.data import stage as data
+    from pipeline.data import statistics
+
+    record = data.stage(run.config(), run, int(processes) if processes else None)
+    for warning in record["warnings"]:
+        console.note(warning)
+    console.show(statistics.table(record))
+
+
+def run_finetune(run: Run) -> None:
+    from pipeline.finetune import stage as finetune
+
+    config = run.config()
+    record = finetune.stage(config.base, config.finetune, run)
+    console.show(
+        f"  {record['steps']:,} steps in {console.format_duration(record['seconds'])}, final loss {record['final_loss']:.4f}, "
+        f"peak memory {record['peak_memory_gb']} GB\n  on {record['device']}"
+    )
+
+
+def run_evaluate(run: Run) -> None:
+    from pipeline.evaluate import stage
+    from pipeline.scoring import quality_ladder
+
+    record = stage.stage(run.config(), run)
+    console.show(f"{console.wrap(record['used'], 2)}\n{quality_ladder.format_for_terminal(record['scores'])}")
+    console.show(format_samples(files.read_rows(run.output("evaluate", "answers"))))
+    if record["training"]["warning"]:
+        console.note(record["training"]["warning"])
+
+
+def format_samples(answers: list[dict], count: int = 3) -> str:
+    """The first answers before and after training, whole."""
+    lines = []
+    for row in answers[:count]:
+        lines += ["", *console.quote("> ", row["question"]), *console.quote("before  ", row["before"])]
+        lines += console.quote("after   ", row["after"])
+        lines += console.quote("wanted  ", row["reference"]) if row["reference"] != row["after"] else []
+    return "\n".join(lines)
+
+
+def run_export(run: Run) -> None:
+    from pipeline.export import stage as export
+
+    outputs = export.stage(run.config(), run)["outputs"]
+    console.show("\n".join(f"  {name:<16}{item['bytes'] / 1e6:>10,.1f} MB" for name, item in outputs.items()))
+
+
+def run_verify(run: Run) -> None:
+    from pipeline.scoring import quality_ladder
+    from pipeline.verify import stage as verify
+
+    record = verify.stage(run.config(), run)
+    for text in record["notes"]:
+        console.note(text)
+    console.show(console.wrap(record["used"], 2))
+    console.show(quality_ladder.format_for_terminal(run.read("evaluate")["scores"] | record["scores"]))
+    console.show("\n".join(console.wrap(line) for line in describe_gates(record)))
+
+
+def describe_gates(record: dict) -> list[str]:
+    """What verify has shown, a line a gate."""
+    conversion = record["conversion"]
+    template = "derived, equal on all golden conversations"
+    if record["template"] != "derived":
+        template = f"the one inside the GGUF; {'; '.join(record['reasons'])}"
+    parity = "Transformers, llama.cpp's server and every file agree on all golden conversations, text and token ids"
+    positions = (
+        f"{conversion['positions']} positions of the merged weights in torch and {record['sixteen']} in llama.cpp"
+    )
+    return [
+        f"prompts     {parity}",
+        f"conversion  mean KL {conversion['kl']:.2g} nats over {positions}, same top-1 {conversion['top1']:.1%}",
+        f"TEMPLATE    {template}",
+        f"default     {record['default']}",
+        f"as served   {describe_served(record['as_served'])}",
+    ]
+
+
+def describe_served(served: dict) -> str:
+    """How the default file answers with the prompts that runtimes send."""
+    if served["same_prompts"] == served["rows"]:
+        return f"runtimes send the prompts that were scored, all {served['rows']}"
+    result = describe_interval(served) if "score" in served else f"held-out loss {served['loss']:.3f}"
+    other = served["rows"] - served["same_prompts"]
+    return f"{result}; runtimes send another prompt than the row's for {other} of {served['rows']}"
+
+
+def run_publish(run: Run) -> None:
+    from pipeline.publish import stage as publish
+
+    record = publish.stage(run.config(), run)
+    console.show(f"  {published_name(record)}\n  on your Mac: make deploy-mac REPO={published_name(record)}")
+
+
+RUN_STAGE: dict[str, Callable[..., None]] = {
+    "data": run_data, "finetune": run_finetune, "evaluate": run_evaluate, "export": run_export, "verify": run_verify,
+    "publish": run_publish,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

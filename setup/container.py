@@ -137,7 +137,7 @@ def revision():
     """The checkout's commit, whether it was changed since, and where it came from, for provenance."""
     sent = os.path.join(
         ROOT, "revision.json"
-    )  # a tree that `make cloud-to-local` sent: it has no repository (pipeline/code.py)
+    )  # a tree that `make cloud-to-local` sent: it has no repository (pipeline/toolchain/git.py)
     if os.path.isfile(sent):
         return revision_sent(sent)
     git = ["git", "-C", ROOT]

@@ -12,6 +12,6 @@ done
 ruff check --quiet .
 ruff format --check --quiet .
 hadolint --no-color docker/Dockerfile
-shellcheck .ci/run benchmarks/*.sh docker/*.sh launch/*.sh setup/*.sh
+shellcheck .ci/run benchmarks/*.sh docker/*.sh launch/providers/*.sh setup/*.sh
 actionlint -no-color .github/workflows/*.yml
 echo "lint: clean"

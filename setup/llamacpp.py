@@ -57,7 +57,7 @@ def cuda() -> str:
 def flags() -> list[str]:
     """CMake's arguments. Libraries find each other by their own place, so that the folder can be moved and packed."""
     ours = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
-    # In an environment llama_cpp finds the CUDA libraries that torch uses; pipeline/llamacpp.py shows them to the tools.
+    # In an environment llama_cpp finds the CUDA libraries that torch uses; pipeline/toolchain/llama_tools.py shows them to the tools.
     beside = ";$ORIGIN/../../nvidia/cu13/lib" if cuda() else ""
     ours += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if MAC else "$ORIGIN" + beside)]
     ours += ["LLAMA_OPENSSL=OFF", "GGML_CCACHE=OFF"]

@@ -169,9 +169,9 @@ def git(folder: Path, *words: str) -> str:
 
 def lend_environment(box: Box, laptop: Path, under: str = "ferry") -> None:
     """The locked environment, as if an earlier job had made it there."""
-    from launch import tree
+    from launch import source_archive
 
-    there = box.home / under / f"venv-{tree.locks(laptop, 'HEAD')}"
+    there = box.home / under / f"venv-{source_archive.locks(laptop, 'HEAD')}"
     there.parent.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["cp", "-al", sys.prefix, there], capture_output=True).returncode:
         shutil.rmtree(there, ignore_errors=True)

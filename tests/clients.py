@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from contract import files
+from common import files
 
 # huggingface_hub 2 and what it needs that an environment with 1.x lacks; h11, anyio, idna and the rest are there.
 PINS = ("huggingface_hub==2.4.0", "httpx2==2.16.2", "httpcore2==2.16.2", "truststore==0.10.5")

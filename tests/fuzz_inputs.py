@@ -61,23 +61,23 @@ def bend(rng: random.Random, value: object) -> object:
 
 
 def config_target(folder: Path) -> Callable[[bytes], bool]:
-    from contract.errors import UserError
-    from pipeline import config, yaml_tree
-    from pipeline.data import report
+    from common.errors import UserError
+    from pipeline.config import advice, load, yaml_tree
+    from pipeline.data import statistics
 
     path = folder / "config.yaml"
 
     def target(content: bytes) -> bool:
         path.write_bytes(content)
         try:
-            tree = config.load(path)
+            tree = load.load_config(path)
         except UserError as error:
             check_error(error)
             return False
-        text = config.dump(tree)
-        assert config.build(*yaml_tree.parse(text, "dump"), path) == tree, "it reads otherwise what it wrote"
-        config.warnings(tree, 1000, 64)
-        report.steps(tree.finetune, 1000)
+        text = load.dump_config(tree)
+        assert load.build_config(*yaml_tree.parse(text, "dump"), path) == tree, "it reads otherwise what it wrote"
+        advice.list_warnings(tree, 1000, 64)
+        statistics.steps(tree.finetune, 1000)
         publish_and_read(tree)
         return True
 
@@ -117,8 +117,8 @@ def settings_target(folder: Path) -> Callable[[bytes], bool]:
 
     from cli import settings
     from cli.table import COMMANDS, load_command
-    from contract.errors import UserError
-    from pipeline import config
+    from common.errors import UserError
+    from pipeline.config import load
 
     names, path = sorted(COMMANDS), folder / "config.yaml"
     path.write_bytes((ROOT / "configs" / "demo.yaml").read_bytes())
@@ -137,7 +137,7 @@ def settings_target(folder: Path) -> Callable[[bytes], bool]:
             pass
         overrides = tuple(word.removeprefix("SET=") for word in words if word.startswith("SET="))
         try:
-            config.load(path, overrides)
+            load.load_config(path, overrides)
             return True
         except UserError as error:
             check_error(error)
@@ -147,10 +147,10 @@ def settings_target(folder: Path) -> Callable[[bytes], bool]:
 
 
 def manifest_target(folder: Path) -> Callable[[bytes], bool]:
+    from common.errors import UserError
     from contract import manifest
-    from contract.errors import UserError
     from deploy import summary, trace
-    from pipeline.publish import card
+    from pipeline.publish import model_card
 
     def target(content: bytes) -> bool:
         try:
@@ -162,7 +162,7 @@ def manifest_target(folder: Path) -> Callable[[bytes], bool]:
         pages = [
             trace.page("x", None, made, folder, {}),
             "\n".join(summary._table(made)),
-            card.text(made, "ladder", "you/x", True),
+            model_card.text(made, "ladder", "you/x", True),
         ]
         if made.chat.turns:
             pages.append(made.chat.turns.prompt([{"role": "user", "content": "x"}]))
@@ -354,8 +354,9 @@ def fuzz_model(seconds: float, seed: int = 3407, most: int = 10**9) -> Counter:
 
     Raises AssertionError when something else than UserError comes out, or a file that was accepted hangs.
     """
-    from contract import gguf, model_header
-    from contract.errors import UserError
+    from common import gguf_reader
+    from common.errors import UserError
+    from contract import model_header
 
     counts, rng, until = Counter(), random.Random(seed), time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
@@ -370,7 +371,7 @@ def fuzz_model(seconds: float, seed: int = 3407, most: int = 10**9) -> Counter:
                 path.write_bytes(mutate(rng, path.read_bytes(), [b"\xff" * 8, b"\0" * 4, b"llama", b"\x08\0\0\0"]))
             counts["tried"] += 1
             try:
-                model_header.refuse_impossible(gguf.read(path), path.name)
+                model_header.refuse_impossible(gguf_reader.read(path), path.name)
             except UserError as error:
                 check_error(error)
                 counts["refused by the header"] += 1
@@ -389,7 +390,7 @@ def fuzz_model(seconds: float, seed: int = 3407, most: int = 10**9) -> Counter:
 
 
 def load_in_fork(path: str | Path, seconds: int = 20) -> str:
-    """Load and ask the model in a fork with limits, as common/child.py does in a fresh process; how that ended."""
+    """Load and ask the model in a fork with limits, as common/child_process.py does in a fresh process; how that ended."""
     import llama_cpp  # noqa: F401  once, before the fork
 
     child = os.fork()
@@ -410,8 +411,8 @@ def load_in_fork(path: str | Path, seconds: int = 20) -> str:
 
 
 def _load_and_ask(path: Path, seconds: int) -> None:
-    from contract import runtime
-    from contract.errors import UserError
+    from common import llama_runtime
+    from common.errors import UserError
 
     os.environ["GGML_NO_BACKTRACE"] = "1"
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -421,9 +422,9 @@ def _load_and_ask(path: Path, seconds: int) -> None:
         os.dup2(nothing.fileno(), 2)
     code = 3
     try:
-        model = runtime.load(path, 64)
-        ids = runtime.tokenize(model, "a b <s> c")[:8] or [0]
-        runtime.greedy(model, ids, 4)
+        model = llama_runtime.load(path, 64)
+        ids = llama_runtime.tokenize(model, "a b <s> c")[:8] or [0]
+        llama_runtime.greedy(model, ids, 4)
         code = 0
     except UserError:
         code = 2
@@ -519,7 +520,7 @@ def _send(address, raw: bytes, leave: bool) -> str:
 def fuzz(kind: str) -> None:
     import atheris
 
-    instrumented = ["pipeline.config", "pipeline.yaml_tree", "cli.settings", "contract.manifest", "yaml"]
+    instrumented = ["pipeline.config.schema", "pipeline.config.yaml_tree", "cli.settings", "contract.manifest", "yaml"]
     with atheris.instrument_imports(include=instrumented), tempfile.TemporaryDirectory() as name:
         target, mutator = TARGETS[kind](Path(name)), mutator_of(kind)
         corpus = Path(name) / "corpus"

@@ -126,13 +126,13 @@ def odd_lines(rng: random.Random, content: bytes) -> bytes:
 
 def target(folder: Path) -> Callable[[str, bytes], int]:
     """target(suffix, content): how many rows, or values of a GGUF, were read. Raises what is neither UserError nor Unfit."""
-    from contract import gguf
-    from contract.errors import UserError
-    from pipeline.config import Clean, Data
-    from pipeline.data import schema, stage, work
+    from common import gguf_reader
+    from common.errors import UserError
+    from pipeline.config.schema import Clean, Data
+    from pipeline.data import process_rows, row_formats, stage
     from pipeline.data.clean import Cleaner
-    from pipeline.data.read import Part
-    from pipeline.data.reasons import Unfit
+    from pipeline.data.drop_reasons import Unfit
+    from pipeline.data.sources import Part
 
     cleaner, data = Cleaner(Clean(secrets="mask", personal="mask"), ("<|im_end|>",), False), Data(source="x")
 
@@ -141,18 +141,18 @@ def target(folder: Path) -> Callable[[str, bytes], int]:
         path.write_bytes(content)
         if suffix == ".gguf":
             with suppress(UserError):
-                count = len(gguf.read(path).metadata)
+                count = len(gguf_reader.read(path).metadata)
             return count
         part = Part(path.name, path)
         with suppress(UserError):
-            found = schema.detect(stage.heads(part), data, part.name)
+            found = row_formats.detect(stage.heads(part), data, part.name)
             for number, payload in islice(part.items(), ROWS):
                 assert isinstance(number, int) and number > 0
                 count += 1
                 with suppress(Unfit):
-                    row = work.parsed(payload)
-                    schema.unused_fields(row, found)
-                    messages, _, _ = cleaner(schema.conversation(row, found))
+                    row = process_rows.parsed(payload)
+                    row_formats.unused_fields(row, found)
+                    messages, _, _ = cleaner(row_formats.conversation(row, found))
                     assert messages[-1]["role"] == "assistant" and all(type(m["content"]) is str for m in messages)
                     json.dumps(messages, ensure_ascii=False).encode()
         return count
@@ -164,7 +164,7 @@ def main() -> None:
     import atheris
 
     with (
-        atheris.instrument_imports(include=["pipeline.data", "contract.gguf", "json", "csv", "gzip"]),
+        atheris.instrument_imports(include=["pipeline.data", "common.gguf_reader", "json", "csv", "gzip"]),
         tempfile.TemporaryDirectory() as name,
     ):
         one = target(Path(name))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from contract import files
+from common import files
 from tests.conftest import MAKE, ROOT, typed
 
 BASE, LLAMA, IMAGE = "localhost/ferry-stand-in:bookworm", "localhost/ferry-llama.cpp:native", "ferry:cpu"

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from deploy import modelfile, pull, smoke
+from deploy.stages import modelfile, pull, smoke
 from tests import repos
 
 

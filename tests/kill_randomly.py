@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from contract import files, gguf
+from common import files, gguf_reader
 from deploy import store
 from tests.conftest import MAKE, ROOT, Chain, typed
 
@@ -27,7 +27,7 @@ def weights_of(chain: Chain) -> dict[str, str]:
     """sha256 of the adapter, and of the tensor data of each GGUF: headers hold times and scores."""
     found = {"adapter": files.sha256(chain.run / "finetune" / "adapter" / "adapter_model.safetensors")}
     for path in sorted(chain.hub.glob("*.gguf")):
-        found[path.name] = gguf.weights_sha256(path, gguf.read(path))
+        found[path.name] = gguf_reader.weights_sha256(path, gguf_reader.read(path))
     return found
 
 

@@ -4,7 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from contract import chat, files, manifest
+from common import files
+from contract import chat_format, manifest
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -70,7 +71,7 @@ def described(folder: Path, name: str = "tiny", template: str = TEMPLATE) -> dic
         ],
         "files": [file("README.md"), file("LICENSE")],
         "config": {}, "training": {}, "scores": {}, "provenance": {},
-        "golden": [{"messages": HELLO, "prompt": chat.render(TEMPLATE, HELLO), "ids": [0, 1]}],
+        "golden": [{"messages": HELLO, "prompt": chat_format.render(TEMPLATE, HELLO), "ids": [0, 1]}],
         "smoke": [],
     })  # fmt: skip
     return made.model_dump(mode="json")
@@ -91,28 +92,32 @@ def real(
 
     seed: another one is another version, of the same weights.
     """
-    from contract import runtime
-    from pipeline.config import Generation
-    from pipeline.verify import derive, golden, stage
+    from common import llama_runtime
+    from pipeline.config.schema import Generation
+    from pipeline.verify import derive_template, golden_prompts, stage
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.q4_k_m.gguf"
     path.write_bytes(source.read_bytes())
     write_rest(folder, seed)
-    model = runtime.load(path, 2048)
-    template, bos, eos = chat.embedded(model), chat.special(model, "bos"), chat.special(model, "eos")
+    model = llama_runtime.load(path, 2048)
+    template, bos, eos = (
+        chat_format.embedded(model),
+        chat_format.special(model, "bos"),
+        chat_format.special(model, "eos"),
+    )
 
     def render(messages, asks=True):
-        return chat.render(template, messages, bos, eos, asks)
+        return chat_format.render(template, messages, bos, eos, asks)
 
     rows = [
         {"messages": messages, "add_generation_prompt": asks, "prompt": render(messages, asks)}
-        for messages in golden.conversations(eos) for asks in (True, False)
+        for messages in golden_prompts.conversations(eos) for asks in (True, False)
     ]  # fmt: skip
-    turns, left_out = derive.derive(render, template, [row for row in rows if row["add_generation_prompt"]])
+    turns, left_out = derive_template.derive(render, template, [row for row in rows if row["add_generation_prompt"]])
     generation = Generation(max_tokens=24, num_ctx=1024, temperature=0)
     value = described(folder, name, template) | {
-        "golden": [row | {"ids": runtime.tokenize(model, row["prompt"])} for row in rows],
+        "golden": [row | {"ids": llama_runtime.tokenize(model, row["prompt"])} for row in rows],
         "smoke": [stage.smoke_prompt(model, m, system, generation) for m in SMOKE[:smoke]],
         "scores": {"rule": "exact", "used": "none", "heldout": {}, "notes": []},
         "training": {"seed": seed},

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from contract import files
+from common import files
 from tests.conftest import ROOT
 
 LOCK = ROOT / "setup" / "locks" / "sky.txt"

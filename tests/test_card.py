@@ -7,10 +7,11 @@ import re
 
 import pytest
 
-from contract.errors import UserError
+from common.errors import UserError
 from contract.manifest import Manifest
-from pipeline import ladder, licences
-from pipeline.publish import card
+from pipeline.base_model import licences
+from pipeline.publish import model_card
+from pipeline.scoring import quality_ladder
 from tests.hub_card import validate
 
 COMMIT, DIGEST, TEMPLATE = (
@@ -99,7 +100,7 @@ def manifest(**changes) -> Manifest:
 
 def text(made: Manifest | None = None, repo: str | None = "you/tickets", private: bool = True) -> str:
     made = made or manifest()
-    return card.text(made, ladder.table(made.scores["heldout"]), repo, private)
+    return model_card.text(made, quality_ladder.table(made.scores["heldout"]), repo, private)
 
 
 def front(said: str) -> dict:
@@ -258,7 +259,7 @@ def test_every_section_says_what_the_manifest_says():
 
 def test_quality_is_the_ladder_with_its_rule_rows_and_notes():
     said = section(text(), "Quality")
-    assert ladder.table(MADE["scores"]["heldout"]) in said
+    assert quality_ladder.table(MADE["scores"]["heldout"]) in said
     assert "Scoring rule: `exact` (the answer equals the reference)." in said
     assert "Rows: 100 of 120 held-out rows, 1574 tokens (evaluate.max_rows 100)." in said
     assert "the loss on 64 training rows: 0.1528." in said
@@ -302,7 +303,7 @@ def test_no_number_stands_in_the_card_that_is_not_the_manifests():
     made = manifest()
     prose = re.sub(r"```.*?```", "", body(text()), flags=re.DOTALL)
     prose = re.sub(r"https://\S+", "", prose)
-    there = json.dumps(made.model_dump(mode="json")) + ladder.table(made.scores["heldout"])
+    there = json.dumps(made.model_dump(mode="json")) + quality_ladder.table(made.scores["heldout"])
     there += " ".join(item.sha256[:12] for item in (*made.artifacts, *made.files))
     sizes = {"4.92", "270.9", "19.6", "270", "11.4", "911"}
     ours = {"16", "256", "4", "1"}  # "16-bit", "sha256", "4 bit", top-1
@@ -458,7 +459,7 @@ def same_structure(nasty: dict, tame: dict) -> None:
     assert shape(said) == shape(plain)
     html = {inner.content for token in tokens(said) for inner in token.children or () if inner.type == "html_inline"}
     assert html <= {"<code>", "</code>"}
-    assert not card.CONTROL.search(said)
+    assert not model_card.CONTROL.search(said)
 
 
 @pytest.mark.parametrize("nasty", NASTY)
@@ -475,7 +476,7 @@ def test_no_place_lets_any_of_them_through(place):
 @pytest.mark.parametrize("nasty", [name for name in NASTY if name != "long"])
 @pytest.mark.parametrize("place", ["base__name", "base__architecture", "training__device", "scores__notes__0"])
 def test_a_name_is_still_read_as_it_is(place, nasty):
-    assert card.printable(NASTY[nasty]) in rendered(text(manifest(**{place: NASTY[nasty]})))
+    assert model_card.printable(NASTY[nasty]) in rendered(text(manifest(**{place: NASTY[nasty]})))
 
 
 @pytest.mark.parametrize("nasty", NASTY)

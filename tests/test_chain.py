@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, manifest
-from contract.errors import UserError
-from deploy import modelfile, pull, smoke
-from pipeline.changes import find_changes
-from pipeline.record import STAGES, Run
-from pipeline.rows import read as rows_of
+from common import files
+from common.errors import UserError
+from contract import manifest
+from deploy.stages import modelfile, pull, smoke
+from pipeline.run.changes import find_changes
+from pipeline.run.run_folder import STAGES, Run
+from pipeline.run.training_rows import read as rows_of
 from tests.conftest import make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,9 +98,9 @@ def test_the_manifest_holds_what_the_mac_needs_and_no_rows_of_the_user(chain):
 
 
 def test_file_type_and_template_of_the_gguf(chain, tokenizer):
-    from pipeline import base
+    from pipeline.base_model import restore_gguf
 
-    meta = base.header(chain.hub / "chain.q4_k_m.gguf")
+    meta = restore_gguf.read_all_metadata(chain.hub / "chain.q4_k_m.gguf")
     assert meta["general.file_type"] == 15, "LLAMA_FTYPE_MOSTLY_Q4_K_M"
     assert meta["tokenizer.chat_template"] == tokenizer.chat_template
     assert (meta["tokenizer.ggml.pre"], meta["tokenizer.ggml.eos_token_id"]) == ("smollm", tokenizer.eos_token_id)
@@ -129,8 +130,8 @@ def test_a_dropped_label_mask_is_noticed(chain):
     import numpy
     import torch
 
-    from pipeline import batches
-    from pipeline.finetune import checks
+    from pipeline.finetune import row_checks
+    from pipeline.plan import batches
 
     table = rows_of(chain.run / "data" / "train.parquet")
 
@@ -150,13 +151,13 @@ def test_a_dropped_label_mask_is_noticed(chain):
             packed=packed, get_train_dataloader=lambda: [{"rows": rows}], dealt=lambda rows: [change(batch)]
         )
 
-    checks.first_batch(trainer(lambda batch: batch), table)
+    row_checks.first_batch(trainer(lambda batch: batch), table)
     with pytest.raises(RuntimeError, match="a row that data did not write"):
-        checks.first_batch(trainer(lambda batch: batch | {"labels": batch["input_ids"]}), table)
+        row_checks.first_batch(trainer(lambda batch: batch | {"labels": batch["input_ids"]}), table)
     with pytest.raises(RuntimeError, match="has 1 rows instead of 2"):
-        checks.first_batch(trainer(lambda batch: {name: value[:1] for name, value in batch.items()}), table)
+        row_checks.first_batch(trainer(lambda batch: {name: value[:1] for name, value in batch.items()}), table)
     with pytest.raises(RuntimeError, match="Unsloth does not pack"):
-        checks.first_batch(trainer(lambda batch: batch, packed=True), table)
+        row_checks.first_batch(trainer(lambda batch: batch, packed=True), table)
 
 
 def test_most_labels_are_masked(chain):
@@ -291,10 +292,10 @@ def test_bad_arguments_end_with_exit_code_2_and_no_traceback(chain):
 def test_qlora_without_a_gpu_is_one_clear_error(chain):
     import torch
 
-    from pipeline import unsloth
-    from pipeline.config import Base
+    from pipeline.config.schema import Base
+    from pipeline.toolchain import unsloth_loader
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        unsloth.load(chain.run / "finetune" / "adapter", Base(model="m"))
+        unsloth_loader.load(chain.run / "finetune" / "adapter", Base(model="m"))

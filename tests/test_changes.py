@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from contract.errors import UserError
-from pipeline.changes import accept_config, find_allowed_changes, find_changes
-from pipeline.config import Config
-from pipeline.finetune import survive
-from pipeline.record import STAGES, Run
+from common.errors import UserError
+from pipeline.config.schema import Config
+from pipeline.run import checkpoint_files
+from pipeline.run.changes import accept_config, find_allowed_changes, find_changes
+from pipeline.run.run_folder import STAGES, Run
 
 # What the issue of each section is: the stages that a change of it makes again; None where it makes another model.
 AGAIN = {
@@ -149,8 +149,8 @@ def test_a_checkpoint_without_its_optimizer_is_refused(tmp_path):
     checkpoint.mkdir()
     for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
         (checkpoint / name).write_bytes(b"x")
-    survive.mark(checkpoint, 8)
-    assert survive.last_complete(tmp_path) == checkpoint
+    checkpoint_files.mark_complete(checkpoint, 8)
+    assert checkpoint_files.find_last_complete(tmp_path) == checkpoint
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(UserError, match=r"lacks optimizer\.pt"):
-        survive.last_complete(tmp_path)
+        checkpoint_files.find_last_complete(tmp_path)

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from common import llama_runtime
+from common.errors import UserError
 from common.text import make_printable
-from contract import chat as template
-from contract import runtime
-from contract.errors import UserError
-from deploy import chat, talk
+from contract import chat_format as template
+from deploy.serving import chat, conversation
 from tests import repos
 from tests.conftest import ROOT
 from tests.installed import another, ready
@@ -40,23 +40,23 @@ def version(real, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(version) -> Iterator[talk.Talk]:
-    with talk.opened(version) as opened:
+def engine(version) -> Iterator[conversation.Talk]:
+    with conversation.opened(version) as opened:
         yield opened
 
 
-def answer(engine: talk.Talk, ids: list[int], **how) -> talk.Answer:
+def answer(engine: conversation.Talk, ids: list[int], **how) -> conversation.Answer:
     """One that was read to its end; its text is in `.text`."""
     stopped = how.pop("stopped", lambda: False)
-    found = talk.Answer(engine, ids, replace(engine.sampling, **how), stopped)
+    found = conversation.Answer(engine, ids, replace(engine.sampling, **how), stopped)
     found.text = "".join(found)
     return found
 
 
-def likely(engine: talk.Talk, found: talk.Answer) -> bool:
+def likely(engine: conversation.Talk, found: conversation.Answer) -> bool:
     """No token is far from the likeliest one (another batch size rounds otherwise): the cache held what it should."""
     places = range(len(found.prompt) - 1, len(found.prompt) + len(found.ids) - 1)
-    rows = runtime.log_probs(engine.model, [*found.prompt, *found.ids], places)
+    rows = llama_runtime.log_probs(engine.model, [*found.prompt, *found.ids], places)
     return all(row[token] > row.max() - 0.5 for row, token in zip(rows, found.ids, strict=True))
 
 
@@ -69,9 +69,9 @@ def test_every_golden_prompt_is_answered_as_by_contract_runtime_token_for_token(
     for golden in asked:
         engine.model.reset()
         found = answer(engine, engine.ids([(golden.messages, True)])[0], max_tokens=16)
-        said, ended = runtime.greedy(engine.model, golden.ids, 16)
+        said, ended = llama_runtime.greedy(engine.model, golden.ids, 16)
         assert (found.prompt, found.ids) == (list(golden.ids), said)
-        assert found.text == runtime.text(engine.model, said) and found.end == ("stop" if ended else "length")
+        assert found.text == llama_runtime.text(engine.model, said) and found.end == ("stop" if ended else "length")
 
 
 def test_the_manifests_smoke_prompt_is_what_a_user_asks(engine):
@@ -79,16 +79,16 @@ def test_the_manifests_smoke_prompt_is_what_a_user_asks(engine):
         engine.model.reset()
         asked = engine.with_default_system([{"role": "user", "content": known.message}])
         found = answer(engine, engine.prompt(asked))
-        assert found.prompt == list(known.ids) and found.ids == runtime.greedy(engine.model, known.ids, 24)[0]
+        assert found.prompt == list(known.ids) and found.ids == llama_runtime.greedy(engine.model, known.ids, 24)[0]
 
 
 def test_the_system_prompt_of_the_training_is_told_where_a_conversation_has_none(engine):
     own = [{"role": "system", "content": "Own."}, *HI]
     whole = engine.with_default_system(HI)
     assert whole == [{"role": "system", "content": SYSTEM}, *HI] and engine.with_default_system(own) == own
-    assert engine.prompt(whole) == runtime.tokenize(engine.model, template.prompt(engine.model, whole))
+    assert engine.prompt(whole) == llama_runtime.tokenize(engine.model, template.prompt(engine.model, whole))
     # Without one in the manifest the template's own default is the template's business.
-    without = talk.Talk(engine.made.model_copy(update={"chat": engine.made.chat.model_copy(update={"system": None})}), engine.model, 1024)  # fmt: skip
+    without = conversation.Talk(engine.made.model_copy(update={"chat": engine.made.chat.model_copy(update={"system": None})}), engine.model, 1024)  # fmt: skip
     assert without.with_default_system(HI) == HI
     assert (
         b"named SmolLM" in engine.model.detokenize(without.prompt(HI)) != engine.model.detokenize(engine.prompt(whole))
@@ -100,7 +100,7 @@ def test_a_prompt_that_is_not_the_manifests_is_refused(engine, what):
     first, *rest = getattr(engine.made, what)
     changed = engine.made.model_copy(update={what: (first.model_copy(update={"ids": (1, *first.ids)}), *rest)})
     with pytest.raises(UserError, match="is not the trained one"):
-        talk.Talk(changed, engine.model, 1024).prove()
+        conversation.Talk(changed, engine.model, 1024).prove()
 
 
 def test_only_what_is_new_is_read(engine, monkeypatch):
@@ -119,7 +119,11 @@ def test_a_long_prompt_is_read_in_parts_and_can_be_given_up(engine, monkeypatch)
     monkeypatch.setattr(engine.model, "eval", lambda tokens: (read.append(len(tokens)), evaluate(tokens))[1])
     ids = engine.raw("one two three " * 300)[:900]
     found = answer(engine, ids, stopped=lambda: sum(read) > 300)
-    assert (found.text, found.ids, found.end) == ("", [], "stopped") and max(read) <= talk.BATCH and sum(read) <= 512
+    assert (
+        (found.text, found.ids, found.end) == ("", [], "stopped")
+        and max(read) <= conversation.BATCH
+        and sum(read) <= 512
+    )
     read.clear()
     found = answer(engine, ids, max_tokens=4)
     assert sum(read) <= 900 - 512 + 4 and likely(engine, found)
@@ -145,7 +149,7 @@ def test_the_end_of_the_context_ends_an_answer(engine):
     ids = engine.raw("one two three " * 400)
     found = answer(engine, ids[:1020], max_tokens=48, temperature=1.5)
     assert (len(found.ids), found.end) == (4, "length") or found.end == "stop"
-    with pytest.raises(talk.TooLong, match="that makes 1024 tokens, the context has 1024"):
+    with pytest.raises(conversation.TooLong, match="that makes 1024 tokens, the context has 1024"):
         answer(engine, ids[:1024])
     with pytest.raises(UserError, match="the prompt is empty"):
         answer(engine, [])
@@ -167,7 +171,7 @@ def test_the_oldest_turns_are_left_out_of_a_full_context_but_never_the_system_pr
     assert (
         len(ids)
         <= 1024 - 24
-        < len(engine.prompt(talk.without_oldest([*kept[:1], *turns[-len(kept) - 1 :]]) or kept)) + 100
+        < len(engine.prompt(conversation.without_oldest([*kept[:1], *turns[-len(kept) - 1 :]]) or kept)) + 100
     )
     assert len(kept) > 10
     alone = [system, {"role": "user", "content": "word " * 2000}]
@@ -175,11 +179,11 @@ def test_the_oldest_turns_are_left_out_of_a_full_context_but_never_the_system_pr
 
 
 def test_a_smaller_context_than_the_manifests_is_kept(version):
-    with talk.opened(version, 300) as small:
+    with conversation.opened(version, 300) as small:
         assert small.context == 300
         found = answer(small, small.raw("one two three " * 400)[:298], stop=(), max_tokens=100, temperature=1.0)
         assert len(found.ids) <= 2
-    with talk.opened(version, 5000) as large:
+    with conversation.opened(version, 5000) as large:
         assert large.context == 1024
 
 
@@ -189,13 +193,13 @@ def test_a_file_that_did_not_pass_its_smoke_test_is_refused(version, tmp_path):
     for path in version.iterdir():
         if path.name != "smoke.json":
             os.link(path, untested / path.name)
-    with pytest.raises(UserError, match="has not passed its smoke test") as caught, talk.opened(untested):
+    with pytest.raises(UserError, match="has not passed its smoke test") as caught, conversation.opened(untested):
         pass
     assert "make smoke" in caught.value.hint
 
 
 def test_a_template_that_does_not_take_a_conversation_is_one_clear_error(engine):
-    strict = talk.Talk(engine.made, engine.model, 1024)
+    strict = conversation.Talk(engine.made, engine.model, 1024)
     strict.template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UserError, match="does not take this conversation: System role not supported"):
         strict.prompt(HI)
@@ -208,7 +212,7 @@ BOS_TEMPLATE = "{{ bos_token }}" + repos.TEMPLATE
 
 
 @pytest.fixture(scope="module")
-def with_bos(source, tmp_path_factory) -> Iterator[talk.Talk]:
+def with_bos(source, tmp_path_factory) -> Iterator[conversation.Talk]:
     """A model that tells runtimes to add a BOS, with a template that writes one."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
@@ -224,7 +228,9 @@ def with_bos(source, tmp_path_factory) -> Iterator[talk.Talk]:
         },
         ["tokenizer.ggml.add_bos_token", "tokenizer.ggml.bos_token_id"],
     )  # fmt: skip
-    with talk.opened(ready(repos.real(folder / "bos", folder / "bos.gguf", "bos"), folder / "models")) as opened:
+    with conversation.opened(
+        ready(repos.real(folder / "bos", folder / "bos.gguf", "bos"), folder / "models")
+    ) as opened:
         yield opened
 
 
@@ -264,7 +270,7 @@ def stopped(pieces: list[bytes], stops: list[str]) -> str:
 )
 @example("\naa", [2], ["a", "\naa"])
 def test_words_are_the_text_up_to_the_first_stop_string_however_they_come(text, cuts, stops):
-    words, said, pieces = talk.Words(stops), [], in_pieces(text.encode(), cuts)
+    words, said, pieces = conversation.Words(stops), [], in_pieces(text.encode(), cuts)
     for piece in pieces:
         said.append(words.add(piece))
         if words.ended:
@@ -275,20 +281,20 @@ def test_words_are_the_text_up_to_the_first_stop_string_however_they_come(text, 
 
 
 def test_half_a_character_is_not_shown_and_at_the_end_replaced():
-    words = talk.Words(())
+    words = conversation.Words(())
     assert [words.add(piece) for piece in (b"\xf0\x9f", b"\x9a", b"\xa2\xe2\x82")] == ["", "", "🚢"]
     assert words.add(b"", last=True) == "\ufffd"
 
 
 def test_a_token_of_more_than_32_bytes_is_not_lost():
-    from pipeline import llamacpp
+    from pipeline.toolchain import llama_tools
 
-    model = runtime.load(llamacpp.folder() / "models" / "ggml-vocab-llama-bpe.gguf", vocab_only=True)
-    pieces = {token: runtime.piece(model, token) for token in range(model.n_vocab())}
+    model = llama_runtime.load(llama_tools.folder() / "models" / "ggml-vocab-llama-bpe.gguf", vocab_only=True)
+    pieces = {token: llama_runtime.piece(model, token) for token in range(model.n_vocab())}
     long = {token: piece for token, piece in pieces.items() if len(piece) > 32}
     assert len(long) > 20 and max(map(len, long.values())) >= 128
-    assert all(runtime.piece(model, token, 1) == piece for token, piece in long.items())
-    assert runtime.text(model, list(long)) == b"".join(long.values()).decode()
+    assert all(llama_runtime.piece(model, token, 1) == piece for token, piece in long.items())
+    assert llama_runtime.text(model, list(long)) == b"".join(long.values()).decode()
     model.close()
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from common import child
-from common.child import Limits, call, run_attached
-from contract.errors import UserError
+from common import child_process
+from common.child_process import Limits, call, run_attached
+from common.errors import UserError
 
 HERE = "tests.test_child"
 ENOUGH = Limits(60, 2 << 30)
@@ -61,16 +61,18 @@ def hang_after_the_answer() -> None:
 
 
 def answer_without_end() -> str:
-    return "x" * (child.MAX_ANSWER + 1)
+    return "x" * (child_process.MAX_ANSWER + 1)
 
 
 def write_large_file(path: str) -> None:
     with open(path, "wb") as file:
-        file.write(bytes(child.MAX_WRITTEN + 1))
+        file.write(bytes(child_process.MAX_WRITTEN + 1))
 
 
 def tell_environment() -> dict:
-    return {name: os.environ.get(name) for name in ("HF_TOKEN", "OPENAI_API_KEY", "HOME", child.SECRET_OF_SERVER)}
+    return {
+        name: os.environ.get(name) for name in ("HF_TOKEN", "OPENAI_API_KEY", "HOME", child_process.SECRET_OF_SERVER)
+    }
 
 
 def test_values_and_errors_of_its_own_come_back():
@@ -105,7 +107,7 @@ def test_whatever_befalls_it_is_one_error(case, tmp_path):
         call(f"{HERE}:{function}", arguments, limits, "the smoke test of x.gguf")
     assert words in caught.value.message and caught.value.message.startswith("the smoke test of x.gguf")
     assert "\n" not in caught.value.message and caught.value.hint
-    assert not any(path.stat().st_size > child.MAX_WRITTEN for path in tmp_path.iterdir())
+    assert not any(path.stat().st_size > child_process.MAX_WRITTEN for path in tmp_path.iterdir())
 
 
 def test_what_it_started_ends_with_it(tmp_path):
@@ -115,14 +117,14 @@ def test_what_it_started_ends_with_it(tmp_path):
 
 
 def test_it_gets_no_secrets(monkeypatch):
-    for name in ("HF_TOKEN", "OPENAI_API_KEY", child.SECRET_OF_SERVER):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", child_process.SECRET_OF_SERVER):
         monkeypatch.setenv(name, "secret")
     told = call(f"{HERE}:tell_environment", [], ENOUGH, "x")
     assert told == {
         "HF_TOKEN": None,
         "OPENAI_API_KEY": None,
         "HOME": os.environ.get("HOME"),
-        child.SECRET_OF_SERVER: "secret",
+        child_process.SECRET_OF_SERVER: "secret",
     }
 
 
@@ -144,7 +146,7 @@ def ended(pid: int) -> bool:
 
 def be_ready_and_stay(path: str) -> None:
     Path(path).write_text(str(os.getpid()))
-    child.report_ready()
+    child_process.report_ready()
     time.sleep(60)
 
 
@@ -168,11 +170,11 @@ def test_a_server_that_has_started_has_no_time_limit_and_passes_its_exit_code_on
 
 
 def sleep_after_ready(seconds: float) -> None:
-    child.report_ready()
+    child_process.report_ready()
     time.sleep(seconds)
 
 
-PARENT = "import sys; from common import child; sys.exit(child.run_attached(sys.argv[1], sys.argv[2:], child.Limits(60, 2 << 30), 'x'))"
+PARENT = "import sys; from common import child_process; sys.exit(child_process.run_attached(sys.argv[1], sys.argv[2:], child_process.Limits(60, 2 << 30), 'x'))"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])

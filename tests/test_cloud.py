@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, manifest
-from contract.errors import UserError
+from common import files
+from common.errors import UserError
+from contract import manifest
 from deploy import trace
-from launch import address, reproduce, result, sources, verdict
-from launch.box import Box as launcher_of
+from launch import fetch_result, published_sources, reproduce, verdict
+from launch.providers import ssh_address
+from launch.providers.ssh import Box as launcher_of
 from tests import boxes
 from tests.boxes import Box, Watch
 from tests.conftest import SHORT
@@ -246,7 +248,7 @@ def test_reproduce_with_one_row_changed_stops_before_anything_and_shows_it(deliv
 def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, monkeypatch):
     """Its data file is one that this machine has, and its place in the tree is none outside."""
     monkeypatch.chdir(delivered.laptop)
-    monkeypatch.setattr(sources.tree, "ROOT", delivered.laptop)
+    monkeypatch.setattr(published_sources.tree, "ROOT", delivered.laptop)
     mine = tmp_path / "mine.jsonl"
     mine.write_text("{}\n")
     repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
@@ -257,20 +259,27 @@ def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, 
         ),
     )
     made = manifest.read(repo / manifest.NAME)
-    found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], None)
+    found = published_sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], None)
     names = {name for name, path in found.items() if path.resolve() == mine}
     assert len(names) == 2 and all(re.fullmatch(r"job/files/\w{8}/mine\.jsonl", name) for name in names)
-    assert not sources._there("a/../../../etc/passwd", {"a": "a"}).startswith(("..", "/"))
+    assert not published_sources._there("a/../../../etc/passwd", {"a": "a"}).startswith(("..", "/"))
     for place in ("/usr", "/etc/passwd", "launch"):  # nothing of this machine goes along for its name
         edit(repo, lambda made, place=place: made["config"]["evaluate"].update(prompts=place))
         again = manifest.read(repo / manifest.NAME)
-        assert sources.located(again, reproduce.pinned(again), made.provenance["git"]["commit"], None) == found
+        assert (
+            published_sources.located(again, reproduce.pinned(again), made.provenance["git"]["commit"], None) == found
+        )
 
 
 def test_lines_that_differ_by_their_ends_or_number(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert sources.beside(path, ["a", "b"], "then", ["a", "b"]) == ["its lines are the same, their ends are not"]
-    assert sources.beside(path, ["a"], "then", ["a", "b"]) == [f"{path}, line 2: (it ends before)", "then, line 2: b"]
+    assert published_sources.beside(path, ["a", "b"], "then", ["a", "b"]) == [
+        "its lines are the same, their ends are not"
+    ]
+    assert published_sources.beside(path, ["a"], "then", ["a", "b"]) == [
+        f"{path}, line 2: (it ends before)",
+        "then, line 2: b",
+    ]
 
 
 def edit(repo: Path, change) -> None:
@@ -320,7 +329,7 @@ def test_reproduce_with_other_rows_than_published_trains_nothing(delivered, tmp_
 
 def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered, tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_SSH", shlex.join(map(str, delivered.box.ssh)))
-    launcher = launcher_of(address.read(delivered.box.address))
+    launcher = launcher_of(ssh_address.read(delivered.box.address))
     bad = shutil.copytree(delivered.there / "hub" / "boat", delivered.there / "hub" / "bad")
     with (bad / "boat.q4_k_m.gguf").open("r+b") as file:
         file.seek(5000)
@@ -328,9 +337,9 @@ def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered
     with pytest.raises(
         UserError, match=r"boat\.q4_k_m\.gguf from root@127\.0\.0\.1 is not the file that was published"
     ):
-        result.brought(launcher, "boat", "hub/bad", tmp_path / "boat")
+        fetch_result.brought(launcher, "boat", "hub/bad", tmp_path / "boat")
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob(manifest.NAME))
-    result.brought(launcher, "boat", "./hub/boat", tmp_path / "boat")
+    fetch_result.brought(launcher, "boat", "./hub/boat", tmp_path / "boat")
     assert files.sha256(tmp_path / "boat" / "boat.q4_k_m.gguf") == files.sha256(
         delivered.there / "hub" / "boat" / "boat.q4_k_m.gguf"
     )
@@ -339,7 +348,7 @@ def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered
 def test_a_file_goes_on_where_the_connection_was_lost(delivered, tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_SSH", shlex.join(map(str, delivered.box.ssh)))
     launcher, made = (
-        launcher_of(address.read(delivered.box.address)),
+        launcher_of(ssh_address.read(delivered.box.address)),
         manifest.read(delivered.there / "hub" / "boat" / manifest.NAME),
     )
     item, target = made.default(), tmp_path / "boat.q4_k_m.gguf"
@@ -348,23 +357,23 @@ def test_a_file_goes_on_where_the_connection_was_lost(delivered, tmp_path, monke
     asked = []
     rest = launcher.rest
     monkeypatch.setattr(launcher, "rest", lambda name, path, start=0: asked.append(start) or rest(name, path, start))
-    result.fetch(launcher, "boat", f"hub/boat/{target.name}", target, item)
+    fetch_result.fetch(launcher, "boat", f"hub/boat/{target.name}", target, item)
     assert asked == [50_000_000] and files.sha256(target) == item.sha256 and not part.exists()
 
 
 def test_data_is_found_by_its_sha256_under_any_name(delivered, tmp_path, monkeypatch):
     monkeypatch.chdir(delivered.laptop)
-    monkeypatch.setattr(sources.tree, "ROOT", delivered.laptop)
+    monkeypatch.setattr(published_sources.tree, "ROOT", delivered.laptop)
     repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
     edit(repo, lambda made: renamed(made["dataset"], "configs/demo/train.jsonl", "/home/me/rows.jsonl"))
     edit(repo, lambda made: made["config"]["data"].update(source="/home/me/rows.jsonl"))
     made = manifest.read(repo / manifest.NAME)
     mine = tmp_path / "mine.jsonl"
     shutil.copy("configs/demo/train.jsonl", mine)
-    settings, _ = sources.moved(reproduce.pinned(made))
+    settings, _ = published_sources.moved(reproduce.pinned(made))
     there = settings["data"]["source"]
     assert re.fullmatch(r"job/files/\w{8}/rows\.jsonl", there)
-    found = sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
+    found = published_sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
     assert found[there] == mine
 
 

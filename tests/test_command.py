@@ -12,7 +12,7 @@ import yaml
 
 from cli.settings import settings_of, split_overrides
 from cli.table import COMMANDS, all_commands
-from contract.errors import UserError
+from common.errors import UserError
 from tests.conftest import ROOT, make, typed
 
 DEMO = "CONFIG=configs/demo.yaml"

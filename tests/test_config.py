@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from contract.errors import UserError
-from pipeline.config import Config, Finetune, load, warnings
+from common.errors import UserError
+from pipeline.config.advice import list_warnings
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config, Finetune
 from tests.conftest import ROOT
 
 GOOD = "base:\n  model: some/model\ndata:\n  source: rows.jsonl\n"
@@ -20,7 +22,7 @@ def written(tmp_path, text):
 
 def fault(tmp_path, text, *overrides) -> str:
     with pytest.raises(UserError) as caught:
-        load(written(tmp_path, text), overrides)
+        load_config(written(tmp_path, text), overrides)
     assert caught.value.hint
     return str(caught.value)
 
@@ -54,7 +56,7 @@ def test_a_bad_config_is_one_clear_error(tmp_path, text, expected):
 
 def test_overrides(tmp_path):
     path = written(tmp_path, GOOD)
-    assert load(path, ("finetune.max_steps=20", "finetune.learning_rate=2e-4")).finetune.learning_rate == 2e-4
+    assert load_config(path, ("finetune.max_steps=20", "finetune.learning_rate=2e-4")).finetune.learning_rate == 2e-4
     assert 'SET="finetune.r=x"' in fault(tmp_path, GOOD, "finetune.r=x")
     assert "cannot read the override" in fault(tmp_path, GOOD, "max_steps")
 
@@ -65,10 +67,10 @@ def test_an_unknown_architecture_is_refused_before_anything_is_downloaded(tmp_pa
 
 
 def test_known_architectures_are_the_converters_own():
-    from pipeline import llamacpp
+    from pipeline.toolchain import llama_tools
 
     done = subprocess.run(
-        [sys.executable, str(llamacpp.home() / "convert" / "convert_hf_to_gguf.py"), "--print-supported-models"],
+        [sys.executable, str(llama_tools.home() / "convert" / "convert_hf_to_gguf.py"), "--print-supported-models"],
         capture_output=True,
         text=True,
     )
@@ -78,19 +80,19 @@ def test_known_architectures_are_the_converters_own():
         if line.strip().startswith("-") or ":  -" in line
     }
     assert {"LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen3ForCausalLM"} <= listed
-    assert listed <= llamacpp.architectures()
+    assert listed <= llama_tools.architectures()
 
 
 def test_the_named_knobs_reach_the_library():
     """Each with a value that is not its default, looked up in what the library is given."""
-    from pipeline import unsloth
+    from pipeline.toolchain import unsloth_loader
 
-    unsloth.start()
+    unsloth_loader.start()
     from unittest.mock import patch
 
-    from pipeline.config import Base
-    from pipeline.finetune.build import lora_arguments, trainer_arguments
-    from pipeline.plan.choose import Choice
+    from pipeline.config.schema import Base
+    from pipeline.finetune.build_trainer import lora_arguments, trainer_arguments
+    from pipeline.plan.choose_batch import Choice
 
     tune = Finetune(
         r=8, lora_alpha=24, lora_dropout=0.1, bias="all", target_modules=("q_proj",), use_rslora=True, loftq_bits=4, lr_scheduler_type="cosine",
@@ -157,13 +159,13 @@ def test_the_named_knobs_reach_the_library():
 
 
 def test_a_costly_choice_is_said_aloud(tmp_path):
-    tree = load(
+    tree = load_config(
         written(
             tmp_path,
             "base: {model: unsloth/x-bnb-4bit, max_seq_length: 8192}\ndata: {source: a.jsonl, system: kind}\nfinetune: {lora_dropout: 0.1, bias: all, r: 128, learning_rate: 1.0e-3, num_train_epochs: 5}\n",
         )
     )
-    said = "\n".join(warnings(tree, rows=40, longest=100))
+    said = "\n".join(list_warnings(tree, rows=40, longest=100))
     for word in (
         "lora_dropout",
         "bias",
@@ -175,7 +177,7 @@ def test_a_costly_choice_is_said_aloud(tmp_path):
         "max_seq_length 8192",
     ):
         assert word in said
-    assert warnings(load(written(tmp_path, GOOD)), rows=5000, longest=2000) == []
+    assert list_warnings(load_config(written(tmp_path, GOOD)), rows=5000, longest=2000) == []
     assert isinstance(tree, Config)
 
 
@@ -188,4 +190,4 @@ def test_a_name_of_the_library_that_means_something_else_here_is_explained(name,
     with pytest.raises(
         UserError, match=f"finetune.{name}: unknown key: .*(rows of a whole step|save_minutes|the best)"
     ):
-        load(path)
+        load_config(path)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from contract.errors import UserError
-from pipeline import rows
-from pipeline.config import Clean
-from pipeline.data import duplicates, work
+from common.errors import UserError
+from pipeline.config.schema import Clean
+from pipeline.data import duplicates, process_rows
 from pipeline.data.clean import Cleaner, normalized
-from pipeline.data.reasons import Unfit
+from pipeline.data.drop_reasons import Unfit
+from pipeline.run import training_rows
 from tests import fuzz_readers
 from tests.test_bad_data import jsonl, lines, made, pair, quick, words
 
@@ -175,7 +175,7 @@ def test_the_result_does_not_depend_on_chunks_or_processes(base, quick, tmp_path
     given_rows, more = every_kind(2600), {"clean__max_rejected": 1, "clean__personal": "mask"}
     found = {"one": stage_of(base, given_rows, tmp_path, name="one", **more)}
     found["two"] = stage_of(base, given_rows, tmp_path, name="two", processes=2, **more)
-    monkeypatch.setattr(work, "CHUNK", 37)
+    monkeypatch.setattr(process_rows, "CHUNK", 37)
     found["small"] = stage_of(base, given_rows, tmp_path, name="small", **more)
     assert {"empty", "not_text", "too_long", "duplicate", "near_duplicate", "leaked"} <= found["one"].record[
         "dropped"
@@ -185,7 +185,9 @@ def test_the_result_does_not_depend_on_chunks_or_processes(base, quick, tmp_path
         assert contents["one"] == contents["two"], name
         if name != "train.parquet":  # whose pages follow the chunks
             assert contents["one"] == contents["small"], name
-    assert rows.read(found["one"].folder / "train.parquet") == rows.read(found["small"].folder / "train.parquet")
+    assert training_rows.read(found["one"].folder / "train.parquet") == training_rows.read(
+        found["small"].folder / "train.parquet"
+    )
 
 
 def alike(a: str, b: str) -> float:
@@ -255,7 +257,9 @@ def test_adding_rows_moves_no_row_across_the_split(base, quick, seed, count):
 
 def text_of(got, row: dict) -> str:
     """The prompt of a trained row of one exchange."""
-    return got.tokenizer.decode(row["input_ids"][: next(i for i, n in enumerate(row["labels"]) if n != rows.IGNORED)])
+    return got.tokenizer.decode(
+        row["input_ids"][: next(i for i, n in enumerate(row["labels"]) if n != training_rows.IGNORED)]
+    )
 
 
 @settings(max_examples=300, **ONCE)

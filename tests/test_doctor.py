@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from contract import checks, files, runtime
-from contract.checks import Check
-from deploy import doctor, lmstudio, pull, store
+from common import checks, files, llama_runtime
+from common.checks import Check
+from deploy import doctor, store
+from deploy.apps import lmstudio
+from deploy.apps import ollama_server as ollama
 from deploy.machine import Machine
-from deploy.ollama import server as ollama
+from deploy.stages import pull
 from tests import repos
 from tests.conftest import ferry
 
@@ -41,7 +43,7 @@ def bare(tmp_path, monkeypatch):
 
 @pytest.fixture
 def metal(monkeypatch):
-    monkeypatch.setattr(runtime, "backend", lambda: "Metal")
+    monkeypatch.setattr(llama_runtime, "backend", lambda: "Metal")
 
 
 def of(models: Path, repo: Path | str | None = None, machine: Machine = MAC, **more) -> dict[str, Check]:
@@ -91,7 +93,7 @@ def test_a_gpu_that_is_not_used_is_a_lack(tmp_path):
 
 
 def test_where_cuda_computes_the_card_s_memory_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "backend", lambda: "CUDA")
+    monkeypatch.setattr(llama_runtime, "backend", lambda: "CUDA")
     found = of(tmp_path, machine=BOX)
     assert found["llama.cpp"].state == "ok" and "a model may take 79.0 GB" in found["memory"].text
 
@@ -109,7 +111,7 @@ def test_a_llama_cpp_that_does_not_load_is_a_fault(tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("Failed to load shared library: \x1b[31mwrong architecture")
 
-    monkeypatch.setattr(runtime, "backend", broken)
+    monkeypatch.setattr(llama_runtime, "backend", broken)
     found = of(tmp_path)["llama.cpp"]
     assert found.state == "fault" and "does not load: Failed to load shared library: ?[31m" in found.text
 

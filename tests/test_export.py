@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contract import files
-from contract.errors import UserError
-from pipeline import base, llamacpp
-from pipeline.config import Export
+from common import files
+from common.errors import UserError
+from pipeline.base_model import restore_gguf
+from pipeline.config.schema import Export
 from pipeline.export import merge, stage
-from pipeline.record import Run
+from pipeline.run.run_folder import Run
+from pipeline.toolchain import llama_tools
 from tests import tiny
 from tests.conftest import ROOT
 
 
 def test_every_target_is_w_plus_scale_b_a_and_everything_else_the_base(chain, source):
-    weights = load_file(base.weights(source) / "model.safetensors")
+    weights = load_file(restore_gguf.prepare_weights(source) / "model.safetensors")
     merged = load_file(chain.run / "export" / "merged" / "model.safetensors")
     assert merged.keys() == weights.keys()
     deltas = trained(chain)
@@ -35,7 +36,7 @@ def test_every_target_is_w_plus_scale_b_a_and_everything_else_the_base(chain, so
 
 def test_float16_keeps_the_change_that_bfloat16_loses(chain, source):
     """Why export does not merge into bfloat16, on the run's own weights: cosine of the kept and the trained change."""
-    weights = load_file(base.weights(source) / "model.safetensors")
+    weights = load_file(restore_gguf.prepare_weights(source) / "model.safetensors")
     merged = load_file(chain.run / "export" / "merged" / "model.safetensors")
     kept, lost = [], []
     for name, delta in trained(chain).items():
@@ -221,7 +222,7 @@ def many_layers(folder: Path, layers: int) -> None:
 
 
 def test_the_gguf_says_where_it_comes_from(chain):
-    meta = base.header(chain.hub / "chain.q4_k_m.gguf")
+    meta = restore_gguf.read_all_metadata(chain.hub / "chain.q4_k_m.gguf")
     made = files.read_json(chain.hub / "manifest.json")
     assert meta["ferry.run"] == meta["general.name"] == "chain"
     assert meta["ferry.manifest_id"] == made["id"] and len(made["id"]) == 64
@@ -257,7 +258,7 @@ def test_few_training_rows_are_said_again_until_the_matrix_has_enough(chain):
 def test_the_disk_is_asked_before_anything_is_written(chain, source, monkeypatch):
     from types import SimpleNamespace
 
-    weights = base.weights(source)
+    weights = restore_gguf.prepare_weights(source)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(0.1e9)))
     with pytest.raises(UserError, match=r"(?s)export needs 1\.\d GB .* 0\.1 GB are free"):
         stage.refuse_full_disk(weights, chain.folder / "empty", Export(quantizations=("q4_k_m", "q8_0")))
@@ -274,10 +275,10 @@ def test_every_quantization_of_the_config_is_one_that_llama_cpp_makes():
     import typing
 
     kinds = typing.get_args(typing.get_args(Export.model_fields["quantizations"].annotation)[0])
-    known = subprocess.run([llamacpp.home() / "bin" / "llama-quantize", "--help"], capture_output=True, text=True)
+    known = subprocess.run([llama_tools.home() / "bin" / "llama-quantize", "--help"], capture_output=True, text=True)
     offered = (known.stdout + known.stderr).lower()
-    assert len(kinds) > 10 and all(f" {kind} " in offered and kind in llamacpp.BITS for kind in kinds)
-    sizes = [llamacpp.BITS[kind] for kind in kinds]
+    assert len(kinds) > 10 and all(f" {kind} " in offered and kind in llama_tools.BITS for kind in kinds)
+    sizes = [llama_tools.BITS[kind] for kind in kinds]
     assert sizes == sorted(sizes)
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from contract import files
-from contract.errors import UserError
+from common import files
+from common.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -26,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, kill):
     code = (
-        "import sys, time; from pathlib import Path; from contract import files\n"
+        "import sys, time; from pathlib import Path; from common import files\n"
         "with files.writing(Path(sys.argv[1])) as part:\n    part.write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

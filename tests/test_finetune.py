@@ -21,12 +21,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contract import files
-from contract.errors import UserError
-from pipeline import batches, finite
-from pipeline.config import Finetune
-from pipeline.finetune import survive, watch
-from pipeline.record import Run
+from common import files
+from common.errors import UserError
+from pipeline.config.schema import Finetune
+from pipeline.finetune import checkpoints, training_log
+from pipeline.plan import batches
+from pipeline.run import checkpoint_files
+from pipeline.run.run_folder import Run
+from pipeline.toolchain import finite_numbers
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -148,9 +150,9 @@ def test_a_free_step_is_the_largest_that_fits(lengths, budget, packed):
 
 
 def test_steps_hold_the_tables_rows(made):
-    from pipeline import rows
+    from pipeline.run import training_rows
 
-    table = rows.read(Run(made).output("data", "train"))
+    table = training_rows.read(Run(made).output("data", "train"))
     order = batches.ShuffledRows(len(table), 2 * len(table) + 5, 7)
     steps = batches.dataset(table, order, 6)
     seen = [item["rows"] for item in steps]
@@ -184,10 +186,10 @@ def test_smaller_micro_batches_train_the_same(run, whole):
 
 
 def test_the_record_counts_rows_and_tokens(made, whole):
-    from pipeline import rows
+    from pipeline.run import training_rows
 
     record, _ = whole
-    table = rows.read(Run(made).output("data", "train"))
+    table = training_rows.read(Run(made).output("data", "train"))
     assert record["rows"] == 3 * len(table) and record["epochs"] == 3
     assert record["steps"] == -(-3 * len(table) // 6) and record["train_batch_size"] == 6
     assert record["tokens"] == 3 * sum(len(ids) for ids in table["input_ids"].to_pylist())
@@ -275,7 +277,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     process.send_signal(kill)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kill], printed
-    left = survive.last_complete(run.folder / "finetune" / "checkpoints")
+    left = checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints")
     step = int(left.name.split("-")[1])
     if kill == signal.SIGKILL:
         assert step % 4 == 0
@@ -292,7 +294,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
 
 def test_a_signal_told_twice_is_one_and_a_second_one_is_obeyed_at_once():
     """Who ends a job tells every process of it, and make tells its children what it was told."""
-    obeyed, signals = [], survive.Signals()
+    obeyed, signals = [], checkpoints.Signals()
     before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append("at once"))
     try:
         with signals.heard():
@@ -307,13 +309,13 @@ def test_a_signal_told_twice_is_one_and_a_second_one_is_obeyed_at_once():
 
 
 def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatch):
-    real, there = survive.keep, []
+    real, there = checkpoint_files.remove_all_but, []
 
     def keep(folder, kept):
         real(folder, kept)
         there.append(sorted(path.name for path in folder.glob("checkpoint-*")))
 
-    monkeypatch.setattr(survive, "keep", keep)
+    monkeypatch.setattr(checkpoint_files, "remove_all_but", keep)
     record = trained(run, save_minutes=1e-6)
     assert there == [[f"checkpoint-{step}"] for step in range(1, record["steps"] + 1)]
 
@@ -321,7 +323,7 @@ def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatc
 def test_a_checkpoint_that_cannot_be_written_costs_nothing(run, whole, monkeypatch, capsys):
     """From step 8 until the adapter is written no file can grow over 4 kB, as on a disk that is full."""
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    mark, writing, left = survive.mark, files.writing, []
+    mark, writing, left = checkpoint_files.mark_complete, files.writing, []
 
     def full(path, step):
         mark(path, step)
@@ -330,10 +332,10 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing(run, whole, monkeypat
     def free(path):
         if path.name == "adapter":
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            left.append(survive.last_complete(run.folder / "finetune" / "checkpoints").name)
+            left.append(checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints").name)
         return writing(path)
 
-    monkeypatch.setattr(survive, "mark", full)
+    monkeypatch.setattr(checkpoint_files, "mark_complete", full)
     monkeypatch.setattr("pipeline.finetune.stage.files.writing", free)
     try:
         record = trained(run, save_steps=8)
@@ -430,11 +432,11 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(run):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline import rows
+    from pipeline.run import training_rows
 
     record = trained(run, max_steps=1, lora_dropout=0.0)
     model = AutoModelForCausalLM.from_pretrained(record["weights"], dtype=torch.bfloat16).eval()
-    table = rows.read(run.output("data", "train"))
+    table = training_rows.read(run.output("data", "train"))
     sums, counts = 0.0, 0
     for row in table.take(batches.ShuffledRows(len(table), 6, 3407)[:]).to_pylist():
         with torch.no_grad():
@@ -481,9 +483,9 @@ def test_a_card_that_is_taken_is_one_error(run, monkeypatch):
 
 def test_a_model_that_unsloth_does_not_pack_is_padded_and_it_is_said(run, monkeypatch, capsys):
     """As on a GPU: memory enough for anything, and the CPU backend, which packs nothing."""
-    from pipeline import unsloth
+    from pipeline.toolchain import unsloth_loader
 
-    monkeypatch.setattr(unsloth, "gpu_bytes", lambda: 80e9)
+    monkeypatch.setattr(unsloth_loader, "gpu_bytes", lambda: 80e9)
     record = trained(run, max_steps=2)
     assert record["packing"] is False and record["use_gradient_checkpointing"] is False
     assert "Unsloth does not pack llama: rows of similar length are padded instead" in capsys.readouterr().err
@@ -512,7 +514,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(run, monkeypat
     order = batches.ShuffledRows(43, 129, 3407)[:]
     assert f"the loss of step 10 is nan: rows {', '.join(map(str, order[54:60]))} of" in caught.value.message
     assert "last good checkpoint is checkpoint-8" in caught.value.message
-    assert survive.last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
+    assert checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
     monkeypatch.setattr(stage, "build_model", real)
     assert trained(run, save_steps=4)["resumed_from"] == "checkpoint-8"
 
@@ -521,7 +523,7 @@ def poison(monkeypatch, when):
     """when(step): what the adapter's first tensor holds after that optimizer step; None: what was trained."""
     from transformers import TrainerCallback
 
-    from pipeline.finetune import survive
+    from pipeline.finetune import checkpoints
 
     class Poison(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -530,8 +532,8 @@ def poison(monkeypatch, when):
             if value is not None:
                 tensor.data.view(-1)[0] = value
 
-    real = survive.keeper
-    monkeypatch.setattr(survive, "keeper", lambda *arguments: pair(real(*arguments), Poison()))
+    real = checkpoints.keeper
+    monkeypatch.setattr(checkpoints, "keeper", lambda *arguments: pair(real(*arguments), Poison()))
 
 
 def pair(keeper, poison):
@@ -584,15 +586,15 @@ def test_no_training_with_broken_numbers_is_a_success(run, monkeypatch, case):
     assert 0 < cure <= 2e-4, "a cure is one"
     assert not run.done("finetune") and not (run.folder / "finetune" / "adapter").exists()
     for path in (run.folder / "finetune").glob("checkpoints/*/adapter_model.safetensors"):
-        finite.refuse_broken_adapter(path)
+        finite_numbers.refuse_broken_adapter(path)
 
 
 @pytest.mark.parametrize("rate", [".inf", "-.inf", ".nan", "1e999", "2", "1e38"])
 def test_a_rate_that_is_no_rate_is_refused_by_the_config(rate):
-    from pipeline import config
+    from pipeline.config import load
 
     with pytest.raises(UserError, match="learning_rate"):
-        config.load(ROOT / "configs" / "demo.yaml", (f"finetune.learning_rate={rate}",))
+        load.load_config(ROOT / "configs" / "demo.yaml", (f"finetune.learning_rate={rate}",))
 
 
 def test_the_losses_of_a_long_training_are_looked_at_now_and_then(run, monkeypatch):
@@ -674,22 +676,22 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_first(run, monkeypatch)
 def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(run, monkeypatch):
     """No file can grow over 4 kB from the last checkpoint on; then the same command ends it without another step."""
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    mark = survive.mark
+    mark = checkpoint_files.mark_complete
 
     def full(path, step):
         mark(path, step)
         if step == 22:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    monkeypatch.setattr(survive, "mark", full)
+    monkeypatch.setattr(checkpoint_files, "mark_complete", full)
     try:
         with pytest.raises(UserError, match="the adapter cannot be written: .*"):
             trained(run, save_steps=22)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert survive.last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-22"
-    monkeypatch.setattr(survive, "mark", mark)
+    assert checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-22"
+    monkeypatch.setattr(checkpoint_files, "mark_complete", mark)
     assert trained(run, save_steps=22)["resumed_from"] == "checkpoint-22"
 
 
@@ -726,10 +728,10 @@ def test_a_probe_measures_the_longest_rows_and_finetune_takes_the_fastest(run, m
 
 
 def test_a_probe_says_what_does_not_fit(run, small_card, monkeypatch):
-    from pipeline.finetune import build, probe, stage
+    from pipeline.finetune import build_trainer, probe, stage
 
     small_card(300)
-    monkeypatch.setattr(build, "build_model", stage.build_model)
+    monkeypatch.setattr(build_trainer, "build_model", stage.build_model)
     config = run.config()
     found = probe.measure(run, config.base, config.finetune.model_copy(update={"micro_batch_tokens": 512}), False)
     assert [(row["micro_batch_tokens"], row["tokens_per_second"]) for row in found] == [(512, None)]
@@ -746,14 +748,14 @@ def test_the_longest_rows_fill_a_micro_batch(packed, tokens):
 
 
 def test_compiled_kernels_are_kept_between_runs(monkeypatch):
-    from pipeline import unsloth
+    from pipeline.toolchain import unsloth_loader
 
-    for name in unsloth.COMPILED:
+    for name in unsloth_loader.COMPILED:
         monkeypatch.delenv(name, raising=False)
-    unsloth.start()
-    assert all(Path(os.environ[name]).is_relative_to(files.cache_dir()) for name in unsloth.COMPILED)
+    unsloth_loader.start()
+    assert all(Path(os.environ[name]).is_relative_to(files.cache_dir()) for name in unsloth_loader.COMPILED)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    unsloth.start()
+    unsloth_loader.start()
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere", "as the image sets it"
 
 
@@ -762,8 +764,8 @@ def test_compiled_kernels_are_kept_between_runs(monkeypatch):
 
 def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    meter = watch.Meter(lambda step: 1000 * step, 10, flops=2e9, peak=1e13, price=3.6)
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now[0])
+    meter = training_log.Meter(lambda step: 1000 * step, 10, flops=2e9, peak=1e13, price=3.6)
     meter.start(0)
     now[0] += 4
     meter.pause(2)
@@ -778,12 +780,12 @@ def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
     }
     now[0] += 8
     assert meter.read(4, 5.5)["tokens_per_second"] == 250.0
-    said = watch.line(4, 10, entry | {"loss": 0.5})
+    said = training_log.line(4, 10, entry | {"loss": 0.5})
     assert said == "finetune: step 4/10, loss 0.5000, 1,000 tokens/s, MFU 20%, 5.5 GB, $0.00, 16 s left"
 
 
 def test_a_resumed_run_counts_its_own_speed_only():
-    meter = watch.Meter(lambda step: 1000 * step, 10, 1.0, None, None)
+    meter = training_log.Meter(lambda step: 1000 * step, 10, 1.0, None, None)
     meter.start(5)
     found = meter.read(6, 1.0)
     assert found["tokens"] == 6000 and "mfu" not in found and "dollars" not in found
@@ -791,13 +793,13 @@ def test_a_resumed_run_counts_its_own_speed_only():
 
 
 def test_a_resumed_trainings_speed_starts_where_it_goes_on(run, monkeypatch):
-    real, began = watch.Meter.start, []
+    real, began = training_log.Meter.start, []
 
     def start(meter, step):
         began.append(step)
         real(meter, step)
 
-    monkeypatch.setattr(watch.Meter, "start", start)
+    monkeypatch.setattr(training_log.Meter, "start", start)
     process = begin(run, save_steps=4)
     until(process, logged(run, 7))
     process.kill()
@@ -824,7 +826,7 @@ def test_report_to_gets_what_the_log_gets(run, monkeypatch):
 @pytest.mark.parametrize("name, words", [("tensorbored", "tensorbored"), ("tensorboard", "tensorboard")])
 def test_a_reporter_that_is_not_there_is_one_error(name, words):
     """tensorboard is not among the locked packages."""
-    from pipeline.finetune.build import reporters
+    from pipeline.finetune.build_trainer import reporters
 
     with pytest.raises(UserError, match=f"finetune.report_to: .*{words}") as caught:
         reporters((name,))

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from contract import files, manifest, runtime
-from contract.errors import UserError
-from pipeline import base, llamacpp
-from pipeline import rows as training_rows
-from pipeline.config import Config
+from common import files, llama_runtime
+from common.errors import UserError
+from contract import manifest
+from pipeline.base_model import restore_gguf
+from pipeline.config.schema import Config
 from pipeline.export import merge
 from pipeline.export import stage as export
-from pipeline.finetune import checks
+from pipeline.finetune import row_checks
 from pipeline.publish import stage as publish
-from pipeline.record import Run
-from pipeline.score import confidence_interval, held_out
-from pipeline.verify import derive, parity
+from pipeline.run import training_rows
+from pipeline.run.run_folder import Run
+from pipeline.scoring.heldout_scores import confidence_interval, held_out
+from pipeline.toolchain import llama_tools
+from pipeline.verify import derive_template, prompt_parity
 from pipeline.verify import stage as verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -119,7 +121,7 @@ def test_a_changed_template_beside_the_merged_weights_stops_the_run(run):
     target = run.output("export", "f16")
     target.unlink()
     folder = run.folder / "export"
-    llamacpp.convert(merged, target, "f16", folder / "metadata.json", folder / "keys.json", folder / "again.log")
+    llama_tools.convert(merged, target, "f16", folder / "metadata.json", folder / "keys.json", folder / "again.log")
     with pytest.raises(UserError, match="template is not the one that was trained"):
         parity_of(run)
     assert evidence(run)["gate"] == "parity" and evidence(run)["expected"] == template
@@ -144,28 +146,28 @@ def test_a_wrong_vocabulary_stops_the_run(run, values, says):
 
 
 def test_a_doubled_bos_is_seen(run):
-    model = runtime.load(run.output("export", "f16"), vocab_only=True)
+    model = llama_runtime.load(run.output("export", "f16"), vocab_only=True)
     bos = model.token_bos()
-    parity.one_bos(model, [[bos, 5, 6], [5, bos]])
-    with pytest.raises(parity.Different, match="BOS"):
-        parity.one_bos(model, [[bos, bos, 5, 6]])
+    prompt_parity.one_bos(model, [[bos, 5, 6], [5, bos]])
+    with pytest.raises(prompt_parity.Different, match="BOS"):
+        prompt_parity.one_bos(model, [[bos, bos, 5, 6]])
 
 
 def test_a_template_with_one_newline_more_stops_the_run(run, monkeypatch):
-    plain = derive.derive
+    plain = derive_template.derive
 
     def wrong(*arguments):
         turns, reasons = plain(*arguments)
         return turns.model_copy(update={"generate": turns.generate + "\n"}), reasons
 
-    monkeypatch.setattr(derive, "derive", wrong)
+    monkeypatch.setattr(derive_template, "derive", wrong)
     with pytest.raises(UserError, match="TEMPLATE gives another prompt"):
         parity_of(run)
     assert evidence(run)["found"] == evidence(run)["expected"] + "\n"
 
 
 def test_a_manifest_whose_template_was_changed_makes_no_modelfile(chain):
-    from deploy import modelfile
+    from deploy.stages import modelfile
 
     made = manifest.read(chain.hub / manifest.NAME)
     modelfile.render(made, made.default())
@@ -178,15 +180,15 @@ def test_a_manifest_whose_template_was_changed_makes_no_modelfile(chain):
 
 def test_an_end_without_loss_stops_the_training(chain):
     table = training_rows.read(chain.run / "data" / "train.parquet")
-    checks.ends(table, {2})
+    row_checks.ends(table, {2})
     rows = table.to_pylist()
     rows[7]["labels"] = [-100 if label == 2 else label for label in rows[7]["labels"]]
     import pyarrow as pa
 
     endless = pa.Table.from_pylist(rows, schema=table.schema)
     with pytest.raises(RuntimeError, match="training row 7 teaches no end"):
-        checks.ends(endless, {2})
-    checks.ends(endless, {2}, cut=1)  # of a row that clean.too_long cut, `data` says so
+        row_checks.ends(endless, {2})
+    row_checks.ends(endless, {2}, cut=1)  # of a row that clean.too_long cut, `data` says so
 
 
 # --- the conversion
@@ -282,4 +284,4 @@ def test_the_ladder_has_every_rung_and_says_its_caps(chain):
     page = (chain.run / "verify" / "ladder.md").read_text()
     assert all(f"| {name} |" in page for name in ("base", "adapter", *record["scores"]))
     assert not list((chain.run / "verify").glob("*.f32")), "the distributions are gone again"
-    assert base.header(chain.hub / "chain.q4_k_m.gguf")["general.file_type"] == 15
+    assert restore_gguf.read_all_metadata(chain.hub / "chain.q4_k_m.gguf")["general.file_type"] == 15

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from contract import files, manifest
+from common import files
+from contract import manifest
 from tests import repos
 from tests.conftest import ferry
 from tests.repos import rewrite

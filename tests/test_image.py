@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contract import files
+from common import files
 from tests import images
 from tests.conftest import ROOT, Chain, typed
 from tests.images import podman

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from contract import rules
-from contract.errors import UserError
-from pipeline import judge
-from pipeline.config import Evaluate, load
-from pipeline.evaluate import read_prompts
+from common.errors import UserError
+from contract import answer_rules
+from pipeline.config.load import load_config
+from pipeline.config.schema import Evaluate
+from pipeline.evaluate.stage import read_prompts
+from pipeline.scoring import judges
 
 BASE = "base:\n  model: some/model\ndata:\n  source: rows.jsonl\n"
 SCHEMA = {"type": "object", "required": ["desk"], "properties": {"desk": {"enum": ["a", "b"]}, "n": {"multipleOf": 0.1}}}  # fmt: skip
@@ -37,24 +38,24 @@ def refused(call, path, why: str = "") -> None:
 def schema(tmp_path):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
-    return judge.json_schema(path)
+    return judges.json_schema(path)
 
 
 @pytest.mark.parametrize(
     ("rule", "said", "reference", "points"),
     [
-        (rules.exact, " Yes\n", "Yes", 1),
-        (rules.exact, "yes", "Yes", 0),
-        (rules.exact, "Yes.", "Yes", 0),
-        (rules.accuracy, '"YES!" ', "yes", 1),
-        (rules.accuracy, "yes and no", "yes", 0),
-        (rules.accuracy, "co-op", "coop", 0),
-        (rules.f1, "The cat sat.", "a cat", 2 / 3),
-        (rules.f1, "cat cat", "cat", 2 / 3),
-        (rules.f1, "the", "", 1),
-        (rules.f1, "cat", "", 0),
-        (judge.regex("b.*d"), "a b\nc d", "", 1),
-        (judge.regex("^b"), "a b", "", 0),
+        (answer_rules.exact, " Yes\n", "Yes", 1),
+        (answer_rules.exact, "yes", "Yes", 0),
+        (answer_rules.exact, "Yes.", "Yes", 0),
+        (answer_rules.accuracy, '"YES!" ', "yes", 1),
+        (answer_rules.accuracy, "yes and no", "yes", 0),
+        (answer_rules.accuracy, "co-op", "coop", 0),
+        (answer_rules.f1, "The cat sat.", "a cat", 2 / 3),
+        (answer_rules.f1, "cat cat", "cat", 2 / 3),
+        (answer_rules.f1, "the", "", 1),
+        (answer_rules.f1, "cat", "", 0),
+        (judges.regex("b.*d"), "a b\nc d", "", 1),
+        (judges.regex("^b"), "a b", "", 0),
     ],
 )
 def test_an_answer_gets_the_points_its_rule_promises(rule, said, reference, points):
@@ -68,33 +69,33 @@ def test_the_json_schema_rule_wants_json_that_fits(schema):
 
 def test_the_config_chooses_the_rule(tmp_path):
     (tmp_path / "s.json").write_text("true")
-    assert judge.judge(Evaluate()) is None
-    assert judge.judge(Evaluate(rule="exact")) is rules.exact
-    assert judge.judge(Evaluate(rule="accuracy")) is rules.accuracy
-    assert judge.judge(Evaluate(rule="f1")) is rules.f1
-    assert judge.judge(Evaluate(rule="regex", pattern="^x"))("x", "") == 1
-    assert judge.judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "s.json")))("{", "") == 0
+    assert judges.judge(Evaluate()) is None
+    assert judges.judge(Evaluate(rule="exact")) is answer_rules.exact
+    assert judges.judge(Evaluate(rule="accuracy")) is answer_rules.accuracy
+    assert judges.judge(Evaluate(rule="f1")) is answer_rules.f1
+    assert judges.judge(Evaluate(rule="regex", pattern="^x"))("x", "") == 1
+    assert judges.judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "s.json")))("{", "") == 0
 
 
 @given(ANY | WORDS, ANY | WORDS)
 def test_every_rule_gives_0_to_1(said, reference):
-    for rule in (rules.exact, rules.accuracy, rules.f1, judge.regex("a+")):
+    for rule in (answer_rules.exact, answer_rules.accuracy, answer_rules.f1, judges.regex("a+")):
         assert 0 <= rule(said, reference) <= 1
 
 
 @given(ANY | WORDS)
 def test_a_text_equals_itself_by_every_rule(text):
-    assert rules.exact(text, text) == rules.accuracy(text, text) == rules.f1(text, text) == 1
+    assert answer_rules.exact(text, text) == answer_rules.accuracy(text, text) == answer_rules.f1(text, text) == 1
 
 
 @given(ANY, st.text(string.punctuation + string.whitespace), st.text(string.punctuation + string.whitespace))
 def test_accuracy_ignores_case_and_punctuation_at_the_ends(text, before, behind):
-    assert rules.accuracy(before + text.casefold() + behind, text) == 1
+    assert answer_rules.accuracy(before + text.casefold() + behind, text) == 1
 
 
 @given(st.text("ab"), st.text(string.punctuation, min_size=1), st.text("ab"))
 def test_accuracy_heeds_punctuation_inside(left, mark, right):
-    assert rules.accuracy(f"x{left}{mark}{right}y", f"x{left}{right}y") == 0
+    assert answer_rules.accuracy(f"x{left}{mark}{right}y", f"x{left}{right}y") == 0
 
 
 def squad(said: str, reference: str) -> float:
@@ -122,21 +123,21 @@ def squad(said: str, reference: str) -> float:
 @given(ANY | WORDS, ANY | WORDS)
 @example("a–b the…an", "b a")
 def test_f1_is_squads_and_symmetric(said, reference):
-    assert rules.f1(said, reference) == pytest.approx(squad(said, reference))
-    assert rules.f1(said, reference) == rules.f1(reference, said)
+    assert answer_rules.f1(said, reference) == pytest.approx(squad(said, reference))
+    assert answer_rules.f1(said, reference) == answer_rules.f1(reference, said)
 
 
 @same_file
 @given(said=ANY | JSON)
 def test_no_answer_makes_regex_or_json_schema_raise(schema, said):
-    for rule in (schema, judge.regex(r"\bdesk\b")):
+    for rule in (schema, judges.regex(r"\bdesk\b")):
         assert rule(said, "") in (0, 1)
 
 
 @pytest.mark.parametrize("said", ANSWERS, ids=range(len(ANSWERS)))
 def test_no_hostile_answer_makes_regex_or_json_schema_raise(schema, said):
     assert schema(said, "") == 0
-    assert judge.regex("^x")(said, "") == 0
+    assert judges.regex("^x")(said, "") == 0
 
 
 @pytest.mark.parametrize(
@@ -160,25 +161,25 @@ def test_a_broken_schema_file_is_one_error_that_names_it(tmp_path, content, why)
     path = tmp_path / "schema.json"
     if content is not None:
         path.write_bytes(content)
-    refused(judge.json_schema, path, why)
+    refused(judges.json_schema, path, why)
 
 
 def test_a_folder_is_no_schema_file(tmp_path):
-    refused(judge.json_schema, tmp_path, "Is a directory")
+    refused(judges.json_schema, tmp_path, "Is a directory")
 
 
 @pytest.mark.parametrize("ref", ["#/$defs/none", "none.json", "file:///etc/hostname", "http://127.0.0.1:9/s.json"])
 def test_a_ref_that_leads_out_of_the_schema_is_one_error_and_nothing_is_fetched(tmp_path, ref, recwarn):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps({"properties": {"a": {"$ref": ref}}}))
-    refused(lambda path: judge.json_schema(path)('{"a": 1}', ""), path, "$ref")
+    refused(lambda path: judges.json_schema(path)('{"a": 1}', ""), path, "$ref")
     assert not [w for w in recwarn if "remote" in str(w.message).lower()]
 
 
 def test_a_schema_may_begin_with_a_bom_and_name_a_draft(tmp_path):
     path = tmp_path / "schema.json"
     path.write_text('\ufeff{"$schema": "http://json-schema.org/draft-07/schema#", "items": {"$ref": "#/definitions/n"}, "definitions": {"n": {"type": "number"}}}')  # fmt: skip
-    assert [judge.json_schema(path)(said, "") for said in ("[1]", '["x"]')] == [1, 0]
+    assert [judges.json_schema(path)(said, "") for said in ("[1]", '["x"]')] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_the_config_refuses_an_unusable_rule_with_its_line(tmp_path, text, expec
     path = tmp_path / "c.yaml"
     path.write_text(BASE + "evaluate:\n" + text)
     with pytest.raises(UserError) as caught:
-        load(path)
+        load_config(path)
     line = 6 if expected.startswith("evaluate.rule") else 5
     assert f"c.yaml:{line}: {expected}" in caught.value.message and caught.value.hint
 

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, manifest
-from deploy import pull
+from common import files
+from contract import manifest
+from deploy.stages import pull
 from tests.conftest import Chain
 
 
 @pytest.fixture(scope="module")
 def offline(source, request) -> list[str]:
     """What stands before a command to take the network away from it (Linux, if it lets us): set-up is over by now."""
-    from pipeline import base
+    from pipeline.base_model import restore_gguf
 
-    base.weights(source)
+    restore_gguf.prepare_weights(source)
     alone = ["unshare", "--map-root-user", "--net"]
     try:
         return alone if subprocess.run([*alone, "true"], capture_output=True).returncode == 0 else []

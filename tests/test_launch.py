@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from contract import files
-from contract.errors import UserError
-from launch import address, parcel
-from launch import box as boxes_there
+from common import files
+from common.errors import UserError
+from launch import upload_files
+from launch.providers import ssh as boxes_there
+from launch.providers import ssh_address
 from tests import boxes
 from tests.boxes import Box
 from tests.conftest import SHORT
@@ -173,12 +174,12 @@ def test_the_teardown_is_run_when_nothing_runs(laptop, box, tmp_path, code, said
 def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
     """Every option of the command line arrives where the job is made."""
     from cli.main import ferry
-    from launch import cloud as module
+    from launch import cloud_to_local as module
 
     came = {}
     monkeypatch.setattr("launch.reproduce.published", lambda repo, runs: SimpleNamespace(name="x", folder=runs))
     monkeypatch.setattr("launch.reproduce.stage", lambda this, launcher, stop, data, wish: came.update(wish=wish) or [])
-    monkeypatch.setattr("contract.files.write_json", lambda path, value: None)
+    monkeypatch.setattr("common.files.write_json", lambda path, value: None)
     monkeypatch.setattr("launch.verdict.page", lambda rows, repo: "")
     monkeypatch.setattr("launch.verdict.reproduced", lambda rows: True)
     words = ["MOUNT=/data /models", "TEARDOWN=echo 'it is' $HOME; true", "CLOUD=ssh://you@box", "MAX_DOLLARS=5", "YES=1",
@@ -211,7 +212,7 @@ def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
 )
 def test_what_is_no_address(cloud, what):
     with pytest.raises(UserError, match=what) as error:
-        address.read(cloud)
+        ssh_address.read(cloud)
     assert "secret" not in str(error.value)
 
 
@@ -224,13 +225,13 @@ def test_what_is_no_address(cloud, what):
     ],
 )
 def test_an_address(cloud, words, folder):
-    found = address.read(cloud)
+    found = ssh_address.read(cloud)
     assert (found.words, found.folder) == (words, folder)
 
 
 def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, tmp_path, monkeypatch):
     """Ignored, untracked and changed files stay; a data file goes whatever git thinks of it."""
-    from launch import tree
+    from launch import source_archive
 
     monkeypatch.chdir(laptop)
     Path("runs/mine").mkdir(parents=True)
@@ -245,35 +246,35 @@ def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, t
         "data": {"source": "runs/mine/rows.jsonl", "validation": str(outside), "template": "alpaca"},
         "evaluate": {"prompts": str(outside), "json_schema": "configs/demo/heldout.jsonl"},
     }
-    changed, moves = parcel.moved(config)
+    changed, moves = upload_files.moved(config)
     assert changed["data"] == {
         "source": "runs/mine/rows.jsonl", "validation": held, "template": "alpaca",
     }  # fmt: skip
-    found = parcel.below(moves, ["runs/mine/rows.jsonl", str(outside)])
-    sent = parcel.untold(laptop, "HEAD", found)
+    found = upload_files.below(moves, ["runs/mine/rows.jsonl", str(outside)])
+    sent = upload_files.untold(laptop, "HEAD", found)
     assert sent == {
         "runs/mine/rows.jsonl": Path("runs/mine/rows.jsonl"),
         held: outside,
     }
-    job = boxes_there.Job("x", "x", laptop, tree.head(laptop), None, parcel.dump(changed), sent)
-    names = tree.hashed(tree.packed(job)).keys()
-    assert {"Makefile", "launch/box.sh", "revision.json", "job/config.yaml"} <= names
+    job = boxes_there.Job("x", "x", laptop, source_archive.head(laptop), None, upload_files.dump(changed), sent)
+    names = source_archive.hashed(source_archive.packed(job)).keys()
+    assert {"Makefile", "launch/providers/ssh_box.sh", "revision.json", "job/config.yaml"} <= names
     assert not [name for name in names if name.startswith("runs/") or name in ("secret.txt", "alpaca")]
-    assert tree.left_behind(laptop, set()) == ["alpaca", "secret.txt"]
+    assert source_archive.left_behind(laptop, set()) == ["alpaca", "secret.txt"]
     for name in ("secret.txt", "alpaca"):
         Path(name).unlink()
 
 
 def test_data_from_elsewhere_arrives_on_the_box(box, laptop, tmp_path, monkeypatch):
     """Beside the list of the tree's files, which was called like its folder once."""
-    from launch import tree
+    from launch import source_archive
 
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n" * 9)
-    there = parcel.place(str(rows))
-    launcher = boxes_there.Box(address.read(box.address))
-    job = boxes_there.Job("private", "private", laptop, tree.head(laptop), None, "", {there: rows})
+    there = upload_files.place(str(rows))
+    launcher = boxes_there.Box(ssh_address.read(box.address))
+    job = boxes_there.Job("private", "private", laptop, source_archive.head(laptop), None, "", {there: rows})
     for _ in range(2):  # the second time over what lies there
         launcher.send(job)
         assert files.sha256(box.home / "ferry" / "private" / there) == files.sha256(rows)
@@ -285,10 +286,10 @@ def test_a_folder_of_data_travels_with_the_files_that_were_read(tmp_path, monkey
     folder.mkdir(parents=True)
     for name in ("train.jsonl", "test.jsonl", "notes.txt"):
         (folder / name).write_text(name)
-    changed, moves = parcel.moved({"data": {"source": str(folder)}})
+    changed, moves = upload_files.moved({"data": {"source": str(folder)}})
     there = changed["data"]["source"]
     assert re.fullmatch(r"job/files/\w{8}/rows", there)
-    assert parcel.below(moves, [str(folder / "train.jsonl"), str(folder / "test.jsonl")]) == {
+    assert upload_files.below(moves, [str(folder / "train.jsonl"), str(folder / "test.jsonl")]) == {
         f"{there}/train.jsonl": folder / "train.jsonl",
         f"{there}/test.jsonl": folder / "test.jsonl",
     }
@@ -299,13 +300,15 @@ def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_pat
     import io
     import tarfile
 
-    from launch import tree
-    from launch.launcher import Job
+    from launch import source_archive
+    from launch.provider import Job
 
-    packed = tree.packed(Job("x", "x", laptop, tree.head(laptop), "https://example.org/ferry.git", "base: {}\n"))
+    packed = source_archive.packed(
+        Job("x", "x", laptop, source_archive.head(laptop), "https://example.org/ferry.git", "base: {}\n")
+    )
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         tar.extractall(tmp_path, filter="data")
-    code = "from pipeline import code; print(code.checkout())"
+    code = "from pipeline.toolchain import git; print(git.checkout())"
     image = "import container; print(container.revision())"
 
     def said(code: str, folder: Path) -> dict:
@@ -313,10 +316,10 @@ def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_pat
         assert out.returncode == 0, out.stderr
         return eval(out.stdout)
 
-    wanted = {"url": "https://example.org/ferry.git", "commit": tree.head(laptop), "dirty": False}
+    wanted = {"url": "https://example.org/ferry.git", "commit": source_archive.head(laptop), "dirty": False}
     assert said(code, tmp_path) == wanted
     assert said(image, tmp_path / "setup") == {"COMMIT": wanted["commit"], "DIRTY": "false", "ORIGIN": wanted["url"]}
-    with (tmp_path / "pipeline" / "rows.py").open("a") as file:
+    with (tmp_path / "pipeline" / "run" / "training_rows.py").open("a") as file:
         file.write("# changed\n")
     assert said(code, tmp_path)["dirty"] is True and said(image, tmp_path / "setup")["DIRTY"] == "true"
 
@@ -324,7 +327,7 @@ def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_pat
 def test_two_starts_at_once_are_one_job(box, laptop, tmp_path, monkeypatch):
     """Also when neither has seen the other: the lock on the box decides."""
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
-    launcher = boxes_there.Box(address.read(box.address))
+    launcher = boxes_there.Box(ssh_address.read(box.address))
     folder = box.home / "ferry" / "twice"
     (folder / "job").mkdir(parents=True)
     (folder / "Makefile").write_text("train:\n\t@echo begun; sleep 8\n")
@@ -344,7 +347,7 @@ def test_two_starts_at_once_are_one_job(box, laptop, tmp_path, monkeypatch):
 
 def test_a_job_that_was_killed_has_died_and_one_that_lost_its_make_still_runs(box, laptop, monkeypatch):
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
-    launcher = boxes_there.Box(address.read(box.address))
+    launcher = boxes_there.Box(ssh_address.read(box.address))
     folder = box.home / "ferry" / "kill"
     (folder / "job").mkdir(parents=True)
     (folder / "Makefile").write_text("train:\n\t@sleep 60 & echo $$! > orphan; wait\n")
@@ -364,10 +367,10 @@ def test_a_job_that_was_killed_has_died_and_one_that_lost_its_make_still_runs(bo
 
 
 def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, laptop, tmp_path, monkeypatch):
-    from launch.bill import Session
+    from launch.costs import Session
 
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
-    launcher, run = boxes_there.Box(address.read(box.address)), box.home / "ferry" / "saved" / "runs" / "saved"
+    launcher, run = boxes_there.Box(ssh_address.read(box.address)), box.home / "ferry" / "saved" / "runs" / "saved"
     for name in (
         "config.yaml",
         "finetune/adapter/a.safetensors",
@@ -397,20 +400,20 @@ def test_a_box_that_is_there_is_not_chosen(laptop, box, words, said):
 
 
 def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
-    from launch import cloud
-    from pipeline import config
-    from pipeline.record import Run
+    from launch import cloud_to_local
+    from pipeline.config import load
+    from pipeline.run.run_folder import Run
 
-    tree = config.load(Path("configs/demo.yaml"), ())
+    tree = load.load_config(Path("configs/demo.yaml"), ())
     box, wish = (
-        boxes_there.Box(address.read("ssh://box")),
-        cloud.Wish(settings=("DEVICE=cpu",), checkpoints="you/boat-checkpoints"),
+        boxes_there.Box(ssh_address.read("ssh://box")),
+        cloud_to_local.Wish(settings=("DEVICE=cpu",), checkpoints="you/boat-checkpoints"),
     )
-    assert cloud.prepared(tree, Run(Path("runs/boat")), box, wish).settings == (
+    assert cloud_to_local.prepared(tree, Run(Path("runs/boat")), box, wish).settings == (
         "DEVICE=cpu",
         "CHECKPOINTS=you/boat-checkpoints",
     )
-    assert cloud.prepared(tree, Run(Path("runs/boat")), box, cloud.Wish()).settings == ()
+    assert cloud_to_local.prepared(tree, Run(Path("runs/boat")), box, cloud_to_local.Wish()).settings == ()
 
 
 @pytest.mark.parametrize(("wish", "said"), [
@@ -419,13 +422,13 @@ def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
     ({"checkpoints": "you/boat"}, "`make cloud-stop CLOUD=sky RUN=boat CHECKPOINTS=you/boat`"),
 ])  # fmt: skip
 def test_the_command_that_ends_it_looks_where_it_was_started(wish, said):
-    from launch import cloud
+    from launch import cloud_to_local
 
-    assert cloud.stopping("sky", "boat", cloud.Wish(**wish)) == said
+    assert cloud_to_local.stopping("sky", "boat", cloud_to_local.Wish(**wish)) == said
 
 
 def test_a_program_that_no_shell_reads_is_one_line(monkeypatch, tmp_path):
-    from launch.sky import Sky
+    from launch.providers.skypilot import Sky
 
     monkeypatch.setenv("FERRY_SKY", "sky 'x")
     with pytest.raises(UserError, match="FERRY_SKY cannot be read: No closing quotation"):

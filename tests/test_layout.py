@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cli.table import COMMANDS
-from pipeline.record import STAGES
+from pipeline.run.run_folder import STAGES
 from tests.conftest import ROOT
 
 BELOW = {"contract", "common"}  # what both machines share; the one's errors and the other's screen know each other
@@ -82,12 +82,12 @@ def test_a_stage_is_a_file_a_command_a_record_and_a_make_target(chain):
 
 
 def test_every_shipped_config_loads():
-    from pipeline.config import load
+    from pipeline.config.load import load_config
 
     found = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(found) >= 3
     for path in found:
-        tree = load(path)
+        tree = load_config(path)
         assert path.read_text().startswith(("# make train CONFIG=configs/" + path.name, "# make demo")), (
             "a config opens with its own command"
         )

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from contract.errors import UserError
-from pipeline import licences
+from common.errors import UserError
+from pipeline.base_model import licences
 from tests.hub_card import LICENSES
 
 

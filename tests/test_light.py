@@ -31,10 +31,10 @@ def light(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def hub(source, tmp_path_factory) -> Iterator[Hub]:
     """A base model of which only the tokenizer may be fetched, and a data set with two subsets."""
-    from pipeline import base
+    from pipeline.base_model import restore_gguf
 
     folder = tmp_path_factory.mktemp("hub")
-    shutil.copytree(base.tokenizer(source), folder / "base")
+    shutil.copytree(restore_gguf.prepare_tokenizer(source), folder / "base")
     (folder / "base" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]} | LLAMA))
     (folder / "base" / "model.safetensors").write_bytes(b"not to be fetched")
     for name, rows in (("small", ROWS[:50]), ("large", ROWS)):
@@ -167,6 +167,6 @@ def test_a_command_sets_up_no_more_than_it_needs(words, environment, monkeypatch
 
 def test_the_launcher_runs_in_it(light):
     """A laptop launches with no more than that."""
-    code = "import launch.cloud, launch.reproduce, launch.verdict, launch.box, pipeline.data.fingerprint, cli.cloud"
+    code = "import launch.cloud_to_local, launch.reproduce, launch.verdict, launch.providers.ssh, pipeline.data.fingerprint, cli.cloud"
     done = subprocess.run([light / "bin" / "python", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

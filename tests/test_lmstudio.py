@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cli.deploy import install_in_lmstudio
-from contract import files
-from contract.errors import UserError
-from deploy import lmstudio, store, trace, versions
+from common import files
+from common.errors import UserError
+from deploy import store, trace, versions
+from deploy.apps import lmstudio
 from tests import apps, installed
 from tests.conftest import ferry
 

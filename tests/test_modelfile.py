@@ -2,9 +2,9 @@
 
 import pytest
 
-from contract import chat
-from contract.errors import UserError
-from deploy import modelfile
+from common.errors import UserError
+from contract import chat_format
+from deploy.stages import modelfile
 from deploy.store import pulled
 from tests.test_turns import Go
 
@@ -35,7 +35,7 @@ def between(text: str, word: str) -> str:
 
 def trained(made, messages: list[dict]) -> str:
     """The prompt as trained, without the BOS that llama.cpp puts there."""
-    text = chat.render(made.chat.template, messages, made.chat.bos or "", made.chat.stop[0])
+    text = chat_format.render(made.chat.template, messages, made.chat.bos or "", made.chat.stop[0])
     return text.removeprefix(made.chat.bos) if made.chat.bos and made.chat.adds_bos else text
 
 

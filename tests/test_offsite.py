@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from contract import files
-from contract.errors import UserError
-from pipeline.offsite import push, pusher, restore
-from pipeline.offsite import state as states
-from pipeline.record import Run
+from common import files
+from common.errors import UserError
+from pipeline.checkpoint_sync import background_push, push, restore
+from pipeline.checkpoint_sync import snapshot as states
+from pipeline.run.run_folder import Run
 from tests import boxes
 from tests.conftest import SHORT
 from tests.hub import Fault
@@ -48,7 +48,7 @@ def elsewhere(folder: Path) -> Run:
 
 @pytest.fixture
 def leaving(monkeypatch, online):
-    monkeypatch.setenv(pusher.REPO, REPO)
+    monkeypatch.setenv(background_push.REPO, REPO)
     return online
 
 
@@ -95,7 +95,7 @@ def test_an_upload_that_was_killed_half_way_is_never_gone_on_from(run, leaving, 
     (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3 << 20))
     (run.folder / "finetune.json").write_text(json.dumps(run_record(run)))
     leaving.faults.append(Fault("PUT /lfs", rate=1e5, times=-1))
-    sender = pusher.started(run, REPO)
+    sender = background_push.started(run, REPO)
     until = time.monotonic() + 60
     sent = leaving.sent["uploads"]
     while leaving.sent["uploads"] < sent + 200_000 and time.monotonic() < until:
@@ -224,15 +224,15 @@ def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # 
 
 def test_a_sender_that_hangs_is_replaced(run, leaving, monkeypatch):  # noqa: F811
     """Such as one over Xet, where no time limit reaches: the next is told to use plain LFS."""
-    monkeypatch.setattr(pusher, "LONGEST", 0.5)
+    monkeypatch.setattr(background_push, "LONGEST", 0.5)
     told: list[bool] = []
 
     def started(run, repo, plain):
         told.append(plain)
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
-    monkeypatch.setattr(pusher, "started", started)
-    sending = pusher.Pusher(run, REPO, 1e-6)
+    monkeypatch.setattr(background_push, "started", started)
+    sending = background_push.Pusher(run, REPO, 1e-6)
     sending.offer(Path("checkpoint-1"))
     first = sending.process
     sending.offer(Path("checkpoint-2"))
@@ -286,27 +286,27 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
 
 
 def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch):  # noqa: F811
-    from pipeline import preflight
+    from pipeline.preflight import check_run
 
     config, name = run.config(), run.folder.name
-    assert preflight.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (new, private)"
+    assert check_run.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (new, private)"
     push.push(run, REPO)
-    assert preflight.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (at data done, private)"
+    assert check_run.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (at data done, private)"
     leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
     with pytest.raises(UserError, match="you/open is public"):
-        preflight.leaving(config, run, "you/open")
+        check_run.leaving(config, run, "you/open")
     with pytest.raises(UserError, match=f"holds the run {name}\n"):
-        preflight.leaving(config, Run(run.folder.with_name("other")), REPO)
+        check_run.leaving(config, Run(run.folder.with_name("other")), REPO)
     with pytest.raises(UserError, match="may not write to strangers's repos"):
-        preflight.leaving(config, run, "strangers/x")
+        check_run.leaving(config, run, "strangers/x")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="no token of the Hub is set"):
-        preflight.leaving(config, run, REPO)
+        check_run.leaving(config, run, REPO)
 
 
 def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):  # noqa: F811
     """On the machine that made them a data file that is gone is a fault; on the next one it never was."""
-    from pipeline.changes import find_changes
+    from pipeline.run.changes import find_changes
 
     config = run.config()
     push.push(run, REPO)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from cli.deploy import install_in_ollama
-from contract import files
-from contract.errors import UserError
+from common import files
+from common.errors import UserError
 from deploy import store, trace, versions
-from deploy.ollama import server as api
-from deploy.ollama import stage as ollama
+from deploy.apps import ollama
+from deploy.apps import ollama_server as api
 from tests import apps, installed, repos
 from tests.conftest import ferry
 

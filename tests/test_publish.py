@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, hub, manifest
-from contract.errors import UserError
-from pipeline.publish import courier
+from common import files, hub
+from common.errors import UserError
+from contract import manifest
+from pipeline.publish import upload
 from tests import repos
 from tests.clients import client
 from tests.conftest import ROOT, ferry
@@ -92,7 +93,7 @@ def test_what_passes_by_itself_is_waited_for(online, tiny, monkeypatch, number, 
         monkeypatch.setenv(name, value)
     fault = Fault(**{**vars(fault), "struck": 0})
     online.faults.append(fault)
-    assert courier.send(job(tiny))["tag"] == "v1"
+    assert upload.send(job(tiny))["tag"] == "v1"
     assert fault.struck, "the fault never struck"
     right(online, tiny)
     assert len(online.commits(REPO)) == 2, "the first one is the Hub's own"
@@ -127,18 +128,18 @@ def test_what_does_not_pass_is_one_clear_error_and_nothing_is_lost(online, tiny,
         monkeypatch.setenv(name, value)
     online.faults.append(Fault(**{**vars(fault), "struck": 0}))
     with pytest.raises(UserError) as caught:
-        courier.send(job(tiny))
+        upload.send(job(tiny))
     assert expected in caught.value.message and caught.value.hint and "hf_writer" not in str(caught.value)
     whole(online)
     online.faults.clear()
-    assert courier.send(job(tiny))["tag"] == "v1"
+    assert upload.send(job(tiny))["tag"] == "v1"
     right(online, tiny)
 
 
 def test_an_unreachable_hub_is_one_clear_error(online, tiny, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot be reached"):
-        courier.send(job(tiny))
+        upload.send(job(tiny))
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -149,7 +150,7 @@ def children(process: subprocess.Popen) -> list[int]:
 def test_kill_9_at_a_random_moment_then_again(online, tiny, seed):
     """Both processes at once, as when a pod is taken away; or the sender alone (seed 0), which the courier replaces."""
     online.faults.append(Fault("PUT ", rate=4e6, times=-1))  # 1.6 s for all of it
-    code = f"from pipeline.publish import courier; print(courier.send({job(tiny)!r})['tag'])"
+    code = f"from pipeline.publish import upload; print(upload.send({job(tiny)!r})['tag'])"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     time.sleep(random.Random(seed).uniform(0.4, 2.4))
     if seed:
@@ -161,13 +162,13 @@ def test_kill_9_at_a_random_moment_then_again(online, tiny, seed):
         assert process.communicate(timeout=60)[0].split() == [b"v1"]
     whole(online)
     online.faults.clear()
-    assert courier.send(job(tiny))["tag"] == "v1"
+    assert upload.send(job(tiny))["tag"] == "v1"
     right(online, tiny)
 
 
 def test_a_sender_whose_courier_is_gone_ends(online, tiny):
     online.faults.append(Fault("PUT ", stall=30, times=-1))
-    code = f"from pipeline.publish import courier; courier.send({job(tiny)!r})"
+    code = f"from pipeline.publish import upload; upload.send({job(tiny)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     until = time.monotonic() + 20
     while (
@@ -183,32 +184,32 @@ def test_a_sender_whose_courier_is_gone_ends(online, tiny):
 
 
 def test_only_what_is_missing_is_sent(online, tiny):
-    courier.send(job(tiny))
+    upload.send(job(tiny))
     sent, commits = online.sent["uploads"], len(online.commits(REPO))
-    assert courier.send(job(tiny))["tag"] == "v1"
+    assert upload.send(job(tiny))["tag"] == "v1"
     assert online.sent["uploads"] == sent and len(online.commits(REPO)) == commits
 
 
 def test_the_next_version_gets_the_next_tag_and_leaves_no_file_of_the_old_one(online, tiny, tmp_path):
-    courier.send(job(tiny))
+    upload.send(job(tiny))
     second = repos.make(tmp_path / "second", seed=2, name="tiny-2")
     repos.rewrite(second, lambda made: made | {"name": "tiny"})  # its file is called otherwise
-    assert courier.send(job(second))["tag"] == "v2"
+    assert upload.send(job(second))["tag"] == "v2"
     right(online, second, "v2")
     assert "tiny.q4_k_m.gguf" not in online.files(REPO) and "tiny.q4_k_m.gguf" in online.files(REPO, "v1")
 
 
 def test_a_wanted_tag_is_given_once(online, tiny, tmp_path):
-    assert courier.send(job(tiny, tag="first"))["tag"] == "first"
+    assert upload.send(job(tiny, tag="first"))["tag"] == "first"
     second = repos.make(tmp_path / "second", seed=2)
     with pytest.raises(UserError, match="has a tag first already"):
-        courier.send(job(second, tag="first"))
+        upload.send(job(second, tag="first"))
 
 
 def test_two_publishers_at_once_both_arrive(online, tiny, tmp_path):
     second = repos.make(tmp_path / "second", seed=2)
     online.faults.append(Fault("PUT ", rate=8e6, times=-1))
-    code = "from pipeline.publish import courier; import sys; print(courier.send({})['tag'])"
+    code = "from pipeline.publish import upload; import sys; print(upload.send({})['tag'])"
     running = [
         subprocess.Popen([sys.executable, "-c", code.format(job(folder))], cwd=ROOT, stdout=subprocess.PIPE)
         for folder in (tiny, second)
@@ -225,14 +226,14 @@ def test_a_repo_of_something_else_is_left_alone(online, tiny, tmp_path):
     (tmp_path / "other" / "thesis.pdf").write_bytes(b"years of work")
     online.add(REPO, tmp_path / "other", private=True)
     with pytest.raises(UserError, match="holds thesis.pdf and no manifest.json"):
-        courier.send(job(tiny))
+        upload.send(job(tiny))
     assert set(online.files(REPO)) == {"thesis.pdf"}
 
 
 def test_nothing_private_goes_into_a_public_repo(online, tiny):
-    courier.send(job(tiny, private=False))
+    upload.send(job(tiny, private=False))
     with pytest.raises(UserError, match="is public, and publish.private is true"):
-        courier.send(job(tiny))
+        upload.send(job(tiny))
 
 
 def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online, tiny, monkeypatch, capfd):
@@ -241,7 +242,7 @@ def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online
     monkeypatch.setenv("FERRY_SILENCE_SECONDS", "2")
     fault = Fault("GET .*xet-write-token", stall=60, times=-1)
     online.faults.append(fault)
-    assert courier.send(job(tiny))["tag"] == "v1"
+    assert upload.send(job(tiny))["tag"] == "v1"
     assert fault.struck, "Xet was not tried"
     assert "over plain LFS" in capfd.readouterr().err
     right(online, tiny)
@@ -316,8 +317,8 @@ def test_an_upload_may_take_longer_than_a_standstill(online, tmp_path, monkeypat
     folder = repos.make(tmp_path / "large", 18 << 20)
     online.faults.append(Fault("PUT ", rate=2e6, times=-1))
     started = time.monotonic()
-    assert courier.send(job(folder))["tag"] == "v1"
-    assert time.monotonic() - started > courier.patience(), "too fast to show anything"
+    assert upload.send(job(folder))["tag"] == "v1"
+    assert time.monotonic() - started > upload.patience(), "too fast to show anything"
     assert online.sent["uploads"] < 20 << 20
 
 
@@ -329,7 +330,7 @@ def test_a_large_file_that_is_no_lfs_file_is_compared_too(online, tmp_path):
     made["files"].append({"file": "adapter/tokenizer.json", "sha256": files.sha256(extra), "bytes": 9_000_000})
     files.write_json(folder / manifest.NAME, made)
     online.lfs_from = 10 << 20
-    assert courier.send(job(folder))["tag"] == "v1"
+    assert upload.send(job(folder))["tag"] == "v1"
     assert "sha256" not in online.files(REPO)["adapter/tokenizer.json"]
 
 
@@ -339,20 +340,20 @@ def test_a_manifest_that_cannot_be_read_is_no_end(online, tiny, tmp_path, conten
     files.write_json(tmp_path / "old" / manifest.NAME, content)
     online.add(REPO, tmp_path / "old", private=True)
     if expected is None:
-        assert courier.send(job(tiny))["tag"] == "v1"
+        assert upload.send(job(tiny))["tag"] == "v1"
     else:
         with pytest.raises(UserError, match=expected):
-            courier.send(job(tiny))
+            upload.send(job(tiny))
 
 
 def test_what_a_library_prints_is_not_taken_for_a_word(online, tiny, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os; os.write(1, b'warning: hello\\n')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert courier.send(job(tiny))["tag"] == "v1"
+    assert upload.send(job(tiny))["tag"] == "v1"
 
 
 def test_a_file_that_is_gone_is_one_clear_error(online, tmp_path):
     folder = repos.make(tmp_path / "repo", 1 << 20)
     (folder / "LICENSE").unlink()
     with pytest.raises(UserError, match="LICENSE"):
-        courier.send(job(folder))
+        upload.send(job(folder))

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from contract import manifest
-from contract.errors import UserError
-from deploy import modelfile
-from pipeline import config, yaml_tree
-from pipeline.config import Config
-from pipeline.publish import card
+from deploy.stages import modelfile
+from pipeline.config import load, schema, yaml_tree
+from pipeline.config.schema import Config
+from pipeline.publish import model_card
 from tests.fuzz_inputs import published
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=200).filter(str.strip)
@@ -60,7 +60,7 @@ def publish(tree: Config) -> dict:
         "split": tree.data.validation or f"{tree.data.validation_share:g} of the rows, by content hash",
     }
     value["golden"] = []
-    value["chat"]["system"] = None if tree.data.system in config.PROMPTS else tree.data.system
+    value["chat"]["system"] = None if tree.data.system in schema.PROMPTS else tree.data.system
     value["smoke"] = [value["smoke"][0] | {"message": text} for text in made.smoke_prompts or ("hi",)]
     return value
 
@@ -73,7 +73,7 @@ def test_a_config_that_is_accepted_can_be_published(tree):
         return
     made = manifest.parse(json.dumps(publish(found)).encode(), "published")
     assert Config.model_validate(made.config) == found, "the published config is the one that was used"
-    assert card.text(made, "ladder", "you/x", True)
+    assert model_card.text(made, "ladder", "you/x", True)
     assert "FROM ./" in modelfile.render(made, made.default())
 
 
@@ -82,8 +82,8 @@ def test_a_config_that_is_accepted_can_be_published(tree):
 def test_what_is_written_is_read_as_the_same(tree):
     found = accepted(tree)
     if found is not None:
-        text = config.dump(found)
-        assert config.build(*yaml_tree.parse(text, "dump"), SimpleNamespace()) == found
+        text = load.dump_config(found)
+        assert load.build_config(*yaml_tree.parse(text, "dump"), SimpleNamespace()) == found
 
 
 @pytest.mark.parametrize(("setting", "value"), [

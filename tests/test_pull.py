@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, hub, manifest
-from contract.errors import UserError
-from deploy import pull, store, versions
+from common import files, hub
+from common.errors import UserError
+from contract import manifest
+from deploy import store, versions
+from deploy.stages import pull
 from tests import repos
 from tests.clients import client
 from tests.conftest import ROOT, ferry

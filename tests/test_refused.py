@@ -11,11 +11,14 @@ import pytest
 from cli import settings
 from cli.main import main
 from cli.table import load_command
-from contract.errors import UserError
-from pipeline import base, config, init_config, record, run_status
-from pipeline.config import Evaluate
-from pipeline.data import template
-from pipeline.judge import judge
+from common.errors import UserError
+from pipeline.base_model import fetch, model_config
+from pipeline.config import load, user_files
+from pipeline.config.schema import Evaluate
+from pipeline.data import chat_template
+from pipeline.preflight import new_config
+from pipeline.run import run_folder, status
+from pipeline.scoring.judges import judge
 from tests import tiny
 from tests.conftest import make
 from tests.fuzz_inputs import check_error
@@ -73,7 +76,7 @@ def test_a_config_that_cannot_be_meant_is_refused(tmp_path, case):
     path = tmp_path / "config.yaml"
     path.write_text(whole)
     with pytest.raises(UserError) as caught:
-        config.load(path)
+        load.load_config(path)
     assert words in caught.value.message, caught.value.message
     check_error(caught.value)
 
@@ -89,7 +92,7 @@ NUMBERS = [
 @pytest.mark.parametrize("setting", ["finetune.r", "finetune.seed", "evaluate.max_rows", "generation.max_tokens"])
 def test_only_a_whole_number_is_a_whole_number(setting, value):
     with pytest.raises(UserError) as caught:
-        config.load(Path("configs/demo.yaml"), (f"{setting}={value}",))
+        load.load_config(Path("configs/demo.yaml"), (f"{setting}={value}",))
     assert setting in caught.value.message or "SET=" in caught.value.message
     check_error(caught.value)
 
@@ -98,7 +101,9 @@ def test_only_a_whole_number_is_a_whole_number(setting, value):
     ("value", "read"), [("2e-4", 2e-4), ("1", 1.0), ("1.5e-05", 1.5e-5), (".5", 0.5), ("0.0002", 2e-4)]
 )
 def test_a_number_is_read_as_it_is_written(value, read):
-    assert config.load(Path("configs/demo.yaml"), (f"finetune.learning_rate={value}",)).finetune.learning_rate == read
+    assert (
+        load.load_config(Path("configs/demo.yaml"), (f"finetune.learning_rate={value}",)).finetune.learning_rate == read
+    )
 
 
 @pytest.mark.parametrize(("setting", "value", "read"), [
@@ -107,14 +112,14 @@ def test_a_number_is_read_as_it_is_written(value, read):
 ])  # fmt: skip
 def test_words_are_words(setting, value, read):
     section, key = setting.split(".")
-    tree = config.load(Path("configs/demo.yaml"), (f"{setting}={value}",)).model_dump(mode="json")
+    tree = load.load_config(Path("configs/demo.yaml"), (f"{setting}={value}",)).model_dump(mode="json")
     assert tree[section][key] == read
 
 
 @pytest.mark.parametrize("value", ["20240726", "0", "2024-02-30", "0.0", "'1721952000'", "yesterday", "2024-7-1"])
 def test_a_date_is_a_date(value):
     with pytest.raises(UserError, match=r"data\.date"):
-        config.load(Path("configs/demo.yaml"), (f"data.date={value}",))
+        load.load_config(Path("configs/demo.yaml"), (f"data.date={value}",))
 
 
 FILES = {
@@ -133,7 +138,7 @@ def test_a_config_that_is_no_text_file_is_refused_at_once(tmp_path, case):
     path = tmp_path / "config.yaml"
     FILES[case](path)
     with pytest.raises(UserError) as caught:
-        config.load(path)
+        load.load_config(path)
     check_error(caught.value)
 
 
@@ -143,7 +148,9 @@ def test_a_config_that_is_no_text_file_is_refused_at_once(tmp_path, case):
 def test_the_home_of_nobody_is_no_path(setting):
     ending = {"data.template": ".jinja", "evaluate.prompts": ".txt"}.get(setting, ".jsonl" if "data" in setting else "")
     with pytest.raises(UserError) as caught:
-        config.refuse_missing_files(config.load(Path("configs/demo.yaml"), (f"{setting}=~nobodyhere/x{ending}",)))
+        user_files.refuse_missing_files(
+            load.load_config(Path("configs/demo.yaml"), (f"{setting}=~nobodyhere/x{ending}",))
+        )
     assert "home" in caught.value.message
 
 
@@ -203,14 +210,14 @@ def test_a_line_break_in_a_setting_is_refused(word):
 ])  # fmt: skip
 def test_an_override_that_cannot_be_meant_is_refused(override):
     with pytest.raises(UserError) as caught:
-        config.load(Path("configs/demo.yaml"), (override,))
+        load.load_config(Path("configs/demo.yaml"), (override,))
     check_error(caught.value)
     assert "edit configs" not in caught.value.hint or "SET" not in caught.value.message
 
 
 def test_runs_are_in_a_folder(tmp_path):
     with pytest.raises(UserError, match="no folder"):
-        run_status.list_runs(Path("/dev/null"))
+        status.list_runs(Path("/dev/null"))
     assert settings.translate_make_settings(load_command("runs"), [f"RUNS={tmp_path}"], {}) == [f"--runs={tmp_path}"]
 
 
@@ -218,8 +225,8 @@ def test_runs_are_in_a_folder(tmp_path):
     "model", ["yes", "1", "null", "0x10", "1:30", ".inf", "1_0", "2024-02-30", "a b", "{x}", "a: b", "#x", "true"]
 )
 def test_init_writes_what_it_reads_again(tmp_path, model):
-    quoted = init_config.quoted(model)
-    from pipeline import yaml_tree
+    quoted = new_config.quoted(model)
+    from pipeline.config import yaml_tree
 
     assert yaml_tree.parse(f"model: {quoted}", "x")[0] == {"model": model}
 
@@ -227,7 +234,7 @@ def test_init_writes_what_it_reads_again(tmp_path, model):
 @pytest.mark.parametrize("model", ["a\nb", "\x1b[2J", "\udcff", "a\u2028b"])
 def test_init_writes_no_control_character(tmp_path, model):
     with pytest.raises(UserError, match="MODEL"):
-        init_config.write_config("configs/demo/train.jsonl", model, None, tmp_path / "x.yaml")
+        new_config.write_config("configs/demo/train.jsonl", model, None, tmp_path / "x.yaml")
 
 
 # Damaged records, rules and base models
@@ -249,7 +256,7 @@ def test_a_damaged_record_is_named(tmp_path, case):
     said = RECORDS[case]
     (tmp_path / "data.json").write_text(said if isinstance(said, str) else json.dumps(said))
     with pytest.raises(UserError, match=r"data\.json"):
-        record.Run(tmp_path).read("data")
+        run_folder.Run(tmp_path).read("data")
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x$", "(a*)*b", "^(a+)*$"])
@@ -291,11 +298,11 @@ def test_a_schema_that_cannot_judge_is_refused_before_the_training(tmp_path, cas
     "rule", [{"rule": "json_schema", "json_schema": "{path}"}, {"rule": "loss", "prompts": "{path}"}]
 )
 def test_a_pipe_is_not_waited_for(tmp_path, rule):
-    from pipeline import evaluate
+    from pipeline.evaluate import stage
 
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="no file"):
-        evaluate.usable(
+        stage.usable(
             Evaluate(**{name: value.replace("{path}", str(tmp_path / "pipe")) for name, value in rule.items()})
         )
 
@@ -344,9 +351,9 @@ def test_a_damaged_base_model_is_one_error(sound, tmp_path, case):
     folder = Path(shutil.copytree(sound, tmp_path / "base"))
     BASES[case](folder)
     with pytest.raises(UserError) as caught:
-        found = base.fetch(str(folder))
-        template.load(found, "tokenizer", datetime.date(2024, 7, 26))
-        base.read_config(found)
+        found = fetch.fetch_base_model(str(folder))
+        chat_template.load(found, "tokenizer", datetime.date(2024, 7, 26))
+        model_config.read_config(found)
     check_error(caught.value)
 
 
@@ -361,8 +368,8 @@ def test_a_damaged_base_model_is_one_error(sound, tmp_path, case):
 def test_a_hostile_template_of_a_base_model_is_refused_in_a_sandbox(sound, tmp_path, text, monkeypatch):
     import datetime
 
-    monkeypatch.setattr(template, "RENDER_SECONDS", 5)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 5)
     (tmp_path / "own.jinja").write_text(text)
     with pytest.raises(UserError, match="template") as caught:
-        template.load(sound, str(tmp_path / "own.jinja"), datetime.date(2024, 7, 26))
+        chat_template.load(sound, str(tmp_path / "own.jinja"), datetime.date(2024, 7, 26))
     assert "data.template" in caught.value.hint

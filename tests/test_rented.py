@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, manifest
+from common import files
+from contract import manifest
 from tests import boxes
 from tests.boxes import Watch
 from tests.conftest import SHORT
@@ -280,8 +281,8 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
 
 def test_a_job_that_ended_without_a_result_did_not_end_well(online):
     """Its machine is gone: whoever believed the exit code would ask for ever for what is not there."""
-    from contract import hub as client
-    from launch.hf_jobs import HfJobs
+    from common import hub as client
+    from launch.providers.hf_jobs import HfJobs
 
     launcher = HfJobs("you/ghost-checkpoints", "you")  # without it the client asks as it was when it was imported
     assert launcher.state("ghost").word == "absent"

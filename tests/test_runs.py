@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from contract import files
-from pipeline.record import STAGES, Run
+from common import files
+from pipeline.run.run_folder import STAGES, Run
 from tests import installed
 from tests.conftest import ROOT, ferry, make
 
@@ -47,7 +47,7 @@ def test_init_writes_a_config_that_data_accepts(tmp_path, shape):
     ],
 )  # fmt: skip
 def test_the_goal_is_read_off_the_answers(answers, goal):
-    from pipeline.init_config import guess_goal
+    from pipeline.preflight.new_config import guess_goal
 
     assert guess_goal(tuple((answers * 90)[:90])) == goal
 

@@ -7,14 +7,14 @@ import subprocess
 import numpy as np
 import pytest
 
-from contract import runtime
-from contract.errors import UserError
-from pipeline import llamacpp
-from pipeline.config import Evaluate
-from pipeline.evaluate import own_prompts
-from pipeline.rows import IGNORED
-from pipeline.score import asked, held_out, score
-from pipeline.systems import Gguf, Reading, finish, says_reference
+from common import llama_runtime
+from common.errors import UserError
+from pipeline.config.schema import Evaluate
+from pipeline.evaluate.stage import own_prompts
+from pipeline.run.training_rows import IGNORED
+from pipeline.scoring.backends import Gguf, Reading, finish, says_reference
+from pipeline.scoring.heldout_scores import asked, held_out, score
+from pipeline.toolchain import llama_tools
 from tests.conftest import ROOT
 
 PROMPTS = [
@@ -40,7 +40,7 @@ def full(source, tmp_path_factory):
     """The demo's base with the same weights as float32. On its own Q4_1 file llama.cpp gives other logits for other batch
     shapes: 0.5 nats at one position, 1.2% in perplexity; here what is compared is the method, not those kernels."""
     path = tmp_path_factory.mktemp("full") / "full.gguf"
-    command = [llamacpp.home() / "bin" / "llama-quantize", "--allow-requantize", source, path, "F32"]
+    command = [llama_tools.home() / "bin" / "llama-quantize", "--allow-requantize", source, path, "F32"]
     subprocess.run(command, check=True, capture_output=True)
     yield path
     path.unlink()
@@ -69,19 +69,19 @@ def asking(trained_format, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(model, asking):
     """(greedy answer, end token) of each prompt, one by one."""
-    return [runtime.greedy(model, row["input_ids"], MOST) for row in asking]
+    return [llama_runtime.greedy(model, row["input_ids"], MOST) for row in asking]
 
 
 @pytest.fixture(scope="module")
 def rows(model, asking, alone):
     """Rows whose reference is what the model says itself, end token included; a line break behind it carries no loss."""
-    after = runtime.tokenize(model, "\n")
+    after = llama_runtime.tokenize(model, "\n")
     made = [
         row
         | {
             "input_ids": [*row["input_ids"], *said, *end, *after],
             "labels": [*[IGNORED] * len(row["input_ids"]), *said, *end, *[IGNORED] * len(after)],
-            "answer": runtime.text(model, said),
+            "answer": llama_runtime.text(model, said),
         }
         for row, (said, end) in zip(asking, alone, strict=True)
         if end
@@ -178,7 +178,7 @@ def test_one_other_token_anywhere_and_the_reference_is_not_said(side, rows):
 
 
 def test_a_reading_sums_the_loss_of_its_response_positions(side, rows):
-    values = runtime.token_log_probs(side.model, rows[0]["input_ids"], range(1, len(rows[0]["input_ids"])))
+    values = llama_runtime.token_log_probs(side.model, rows[0]["input_ids"], range(1, len(rows[0]["input_ids"])))
     wanted = -sum(v for v, label in zip(values, rows[0]["labels"][1:], strict=True) if label != IGNORED)
     (reading,) = side.read(rows[:1], "")
     assert isinstance(reading, Reading) and reading.loss == pytest.approx(wanted, abs=1e-3)
@@ -191,25 +191,25 @@ def test_a_known_answer_is_cut_where_a_generated_one_is(side, rows, monkeypatch)
     known = finish(side, rows, readings, short, "model")[1]
     generated = finish(side, rows, [Reading(reading.loss, False) for reading in readings], short, "model")[1]
     assert known == generated
-    assert all(len(runtime.tokenize(side.model, said)) <= 4 for said in known)
+    assert all(len(llama_runtime.tokenize(side.model, said)) <= 4 for said in known)
 
 
 def test_answers_are_those_given_one_by_one(model, asking, alone):
     ticks = []
-    found = runtime.answers(model, [row["input_ids"] for row in asking], MOST, tick=ticks.append)
+    found = llama_runtime.answers(model, [row["input_ids"] for row in asking], MOST, tick=ticks.append)
     assert sum(ticks) == len(found) == len(asking) and found == alone
     assert len({len(said) for said, _ in found}) > 2  # each with its own length
     for said, end in found:
-        assert len(said) == MOST if not end else end[0] in runtime.ends(model)
-        assert not set(said) & set(runtime.ends(model))
+        assert len(said) == MOST if not end else end[0] in llama_runtime.ends(model)
+        assert not set(said) & set(llama_runtime.ends(model))
 
 
 def test_log_probs_are_the_last_logits_of_a_plain_eval_of_each_prefix(model):
     """Of the prefix at once: token by token llama.cpp's own figures are others by 0.02 here, and by 0.5 on Q4_1."""
     import llama_cpp
 
-    ids = runtime.tokenize(model, "<|im_start|>user\nThe quick brown fox jumps over the lazy dog.<|im_end|>\n")
-    found = runtime.log_probs(model, ids)
+    ids = llama_runtime.tokenize(model, "<|im_start|>user\nThe quick brown fox jumps over the lazy dog.<|im_end|>\n")
+    found = llama_runtime.log_probs(model, ids)
     assert found.dtype == np.float32 and np.abs(np.exp(found).sum(-1) - 1).max() < 1e-4
     for count in range(1, len(ids) + 1):
         model.reset()
@@ -217,7 +217,7 @@ def test_log_probs_are_the_last_logits_of_a_plain_eval_of_each_prefix(model):
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), shape=(model.n_vocab(),))
         wanted = logits.astype(float) - logits.max() - math.log(np.exp(logits.astype(float) - logits.max()).sum())
         assert np.abs(found[count - 1] - wanted).max() < 1e-3, count
-    assert (runtime.log_probs(model, ids, [7, 2]) == found[[7, 2]]).all()
+    assert (llama_runtime.log_probs(model, ids, [7, 2]) == found[[7, 2]]).all()
 
 
 def test_perplexity_is_llama_perplexitys_within_half_a_percent(full, model, tmp_path):
@@ -227,7 +227,7 @@ def test_perplexity_is_llama_perplexitys_within_half_a_percent(full, model, tmp_
 
     text, size = " ".join((ROOT / "LICENSE").read_text().split()[:800]), 256
     (tmp_path / "text").write_text(text)
-    theirs = llamacpp.perplexity(full, tmp_path / "text", size, tmp_path / "log")
+    theirs = llama_tools.perplexity(full, tmp_path / "text", size, tmp_path / "log")
     ids = model.tokenize(text.encode(), add_bos=True, special=False)  # add_bos: what the vocabulary adds, if anything
     vocabulary, losses = llama_cpp.llama_model_get_vocab(model.model), []
     assert len(ids) > 2 * size
@@ -235,7 +235,7 @@ def test_perplexity_is_llama_perplexitys_within_half_a_percent(full, model, tmp_
         window = ids[start : start + size]
         if llama_cpp.llama_vocab_get_add_bos(vocabulary):
             window[0] = llama_cpp.llama_vocab_bos(vocabulary)
-        losses += runtime.token_log_probs(model, window, range(size // 2 + 1, size))
+        losses += llama_runtime.token_log_probs(model, window, range(size // 2 + 1, size))
     assert math.exp(-sum(losses) / len(losses)) == pytest.approx(theirs, rel=0.005)
 
 
@@ -243,7 +243,7 @@ def test_layers_that_no_gpu_can_hold_are_computed_beside_it(source, monkeypatch)
     """The refusal is made here (there is no GPU); what is then opened is real."""
     import llama_cpp
 
-    plain, asked = runtime._open, []
+    plain, asked = llama_runtime._open, []
 
     def small_gpu(gguf, context, vocab_only, layers, verbose):
         asked.append(layers)
@@ -252,9 +252,9 @@ def test_layers_that_no_gpu_can_hold_are_computed_beside_it(source, monkeypatch)
         return plain(gguf, context, vocab_only, layers, verbose)
 
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
-    monkeypatch.setattr(runtime, "_open", small_gpu)
-    model = runtime.load(source, 64, spill=True)
+    monkeypatch.setattr(llama_runtime, "_open", small_gpu)
+    model = llama_runtime.load(source, 64, spill=True)
     assert asked == [-1, -1, 22, 15] and model.n_vocab() == 49152  # its vocabulary, then all, 3/4, half of 30 layers
     model.close()
     with pytest.raises(UserError, match="out of memory"):
-        runtime.load(source, 64)
+        llama_runtime.load(source, 64)

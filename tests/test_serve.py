@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from contract.errors import UserError
-from deploy import serve, talk
+from common.errors import UserError
+from deploy.serving import conversation, server
 from tests.conftest import ROOT
 from tests.test_chat import HI, answer, engine, talkative, version  # noqa: F401  fixtures
 
@@ -169,7 +169,7 @@ BAD = {
     "half a character": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogates not allowed"),
     "no UTF-8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "no JSON"),
     "deep": (b"[" * 200_000, 400, "no JSON"),
-    "large": (b" " * (serve.MAX_BODY + 1), 413, "at most"),
+    "large": (b" " * (server.MAX_BODY + 1), 413, "at most"),
     "a picture": (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "no pictures"),
     "a tool's answer": (b'{"messages": [{"role": "tool", "content": "x"}]}', 400, "messages.0.role"),
     "tools": (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', 400, "tools is not supported"),
@@ -247,15 +247,17 @@ def test_many_requests_at_a_time_stand_in_line_and_get_their_own_answers(served)
 
 def test_nothing_is_served_on_a_port_that_is_taken(served, version):  # noqa: F811
     with pytest.raises(UserError, match=f"port {served.port} of 127.0.0.1 cannot be opened: Address") as caught:
-        serve.stage(version, port=served.port)
+        server.stage(version, port=served.port)
     assert f"PORT={served.port + 1}" in caught.value.hint
 
 
 def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monkeypatch, capsys):  # noqa: F811
-    tokenize = talk.runtime.tokenize
-    monkeypatch.setattr(talk.runtime, "tokenize", lambda model, text: [model.token_bos(), *tokenize(model, text)])
+    tokenize = conversation.runtime.tokenize
+    monkeypatch.setattr(
+        conversation.runtime, "tokenize", lambda model, text: [model.token_bos(), *tokenize(model, text)]
+    )
     with pytest.raises(UserError, match="is not the trained one"):
-        serve.stage(version, port=free_port())
+        server.stage(version, port=free_port())
     assert "serving" not in capsys.readouterr().out
 
 
@@ -347,13 +349,13 @@ def test_a_client_that_goes_away_in_the_middle_of_its_question_is_no_event(patie
 )
 def test_a_host_that_is_none_of_this_machine_is_said(host, port, hint):
     with pytest.raises(UserError, match="cannot be opened") as caught:
-        serve.listening(host, port)
+        server.listening(host, port)
     assert hint in caught.value.hint
 
 
 def test_the_last_port_has_no_next_one():
     with socket.create_server(("127.0.0.1", 65535)), pytest.raises(UserError) as caught:
-        serve.listening("127.0.0.1", 65535)
+        server.listening("127.0.0.1", 65535)
     assert "PORT=8080" in caught.value.hint
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from contract import files, manifest, runtime
-from contract.errors import UserError
-from deploy import chat, talk
-from pipeline.record import Run
-from pipeline.score import held_out
+from common import files, llama_runtime
+from common.errors import UserError
+from contract import manifest
+from deploy.serving import chat, conversation
+from pipeline.run.run_folder import Run
+from pipeline.scoring.heldout_scores import held_out
 from pipeline.verify import stage as verify
 from tests.conftest import ROOT, make
 from tests.test_modelfile import between, go  # noqa: F401 a fixture
@@ -66,7 +67,7 @@ def count_right(answers: list[str], questions: list[tuple[str, str]]) -> int:
 
 def test_chat_answers_as_it_was_scored(chain, questions, right, capsys):
     answers = []
-    with talk.opened(chain.model.resolve()) as engine:
+    with conversation.opened(chain.model.resolve()) as engine:
         for question, _ in questions:
             chat.Chat(engine, engine.made.chat.system).ask(question)
             answers.append(capsys.readouterr().out)
@@ -90,13 +91,13 @@ def test_ollamas_template_without_a_system_message_is_answered_as_it_was_scored(
     text = (chain.model / "Modelfile").read_text(encoding="utf-8")
     template, system = between(text, "TEMPLATE"), between(text, "SYSTEM")
     assert system == SYSTEM
-    with talk.opened(chain.model.resolve()) as engine:
+    with conversation.opened(chain.model.resolve()) as engine:
         answers = []
         for question, _ in questions:
             prompt = go(template, [{"role": "user", "content": question}], system)
-            ids = runtime.tokenize(engine.model, prompt)
+            ids = llama_runtime.tokenize(engine.model, prompt)
             engine.model.reset()
-            answers.append(runtime.text(engine.model, runtime.greedy(engine.model, ids, 32)[0]))
+            answers.append(llama_runtime.text(engine.model, llama_runtime.greedy(engine.model, ids, 32)[0]))
     assert abs(count_right(answers, questions) - right) <= 1
 
 

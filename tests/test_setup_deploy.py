@@ -296,7 +296,7 @@ def test_everything_that_the_side_imports_is_there(made):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules |= {*names, node.module} if isinstance(node, ast.ImportFrom) else set(names)
-    assert {"llama_cpp", "huggingface_hub", "starlette.applications", "deploy.pull"} <= modules
+    assert {"llama_cpp", "huggingface_hub", "starlette.applications", "deploy.stages.pull"} <= modules
     code = f"import importlib\nfor name in {sorted(modules)}: importlib.import_module(name)"
     done = python(made, code)
     assert done.returncode == 0, done.stderr

@@ -6,13 +6,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from contract import limits, manifest
-from contract.errors import UserError
-from pipeline import batches
-from pipeline.config import Base, Finetune
-from pipeline.finetune import watch
-from pipeline.plan import cards, choose
-from pipeline.plan import stage as plan
+from pipeline.config.schema import Base, Finetune
+from pipeline.finetune import training_log
+from pipeline.plan import batches, choose_batch, gpu_table
+from pipeline.plan import estimate as plan
 from tests.fuzz_inputs import published
 
 LENGTHS = np.random.default_rng(0).integers(20, 400, 2000)
@@ -31,7 +30,7 @@ def plan_steps(steps: int):
     from tests.test_plan import SHAPE
 
     tune = Finetune(max_steps=steps)
-    h100 = next(card for card in cards.table() if card.name == "H100")
+    h100 = next(card for card in gpu_table.table() if card.name == "H100")
     return plan.on(h100, plan.Work(Base(model="a/b"), tune, SHAPE, "llama", LENGTHS))
 
 
@@ -51,7 +50,7 @@ def test_a_plan_of_many_steps_says_as_many_tokens_and_hours_as_they_are():
 
 def test_more_steps_than_are_ever_trained_are_refused():
     with pytest.raises(UserError, match="at most 10,000,000"):
-        choose.with_tokens(Finetune(num_train_epochs=10_000), np.full(100_000, 10), 4096, False, True, None)
+        choose_batch.with_tokens(Finetune(num_train_epochs=10_000), np.full(100_000, 10), 4096, False, True, None)
 
 
 def test_the_rows_of_a_step_are_found_without_those_before_it():
@@ -63,7 +62,7 @@ def test_the_rows_of_a_step_are_found_without_those_before_it():
 
 def test_the_meter_of_a_million_steps_holds_no_list_of_them():
     order = batches.ShuffledRows(2000, 8_000_000, 7)
-    meter = watch.Meter(lambda step: order.count_tokens(LENGTHS, 8 * step), 1_000_000, 1.0, None, None)
+    meter = training_log.Meter(lambda step: order.count_tokens(LENGTHS, 8 * step), 1_000_000, 1.0, None, None)
     meter.start(500_000)
     assert peak_bytes(lambda: meter.read(500_010, 1.0)) < 1 << 19
 
@@ -71,8 +70,8 @@ def test_the_meter_of_a_million_steps_holds_no_list_of_them():
 @pytest.mark.parametrize("batch", [8, "auto", 64])
 def test_all_steps_of_a_usual_training_are_looked_at(batch):
     tune = Finetune(num_train_epochs=1, train_batch_size=batch)
-    made, order = choose.with_tokens(tune, LENGTHS, 4096, False, True, None)
-    assert len(choose.sample(order, made.train_batch_size)) == len(order)
+    made, order = choose_batch.with_tokens(tune, LENGTHS, 4096, False, True, None)
+    assert len(choose_batch.sample(order, made.train_batch_size)) == len(order)
     assert made.largest_micro_batch == batches.largest_micro_batch(LENGTHS[order[:]], made.train_batch_size, 4096, True)
 
 
@@ -80,7 +79,7 @@ def test_the_longest_row_counts_wherever_it_stands():
     lengths = np.full(50_000, 10)
     order = batches.ShuffledRows(len(lengths), len(lengths), Finetune().seed)
     lengths[order[49_999:50_000]] = 3000
-    made, _ = choose.with_tokens(Finetune(), lengths, 4096, False, False, None)
+    made, _ = choose_batch.with_tokens(Finetune(), lengths, 4096, False, False, None)
     assert made.largest_micro_batch == 3000
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from contract import files
-from contract.errors import UserError
-from launch import sky as launcher
-from launch import task
-from launch.launcher import Job, Machine, Offer, Order
-from launch.order import order
-from pipeline.plan import cards
+from common import files
+from common.errors import UserError
+from launch import job_script
+from launch.choose_instance import order
+from launch.provider import Job, Machine, Offer, Order
+from launch.providers import skypilot as launcher
+from pipeline.plan import gpu_table
 from tests import boxes, skypilot
 from tests.boxes import Watch
 from tests.conftest import ROOT
@@ -34,9 +34,9 @@ def user(tmp_path_factory) -> Iterator[Sky]:
     made.close()
 
 
-def made(offer: Offer, spot: bool, image: str = task.IMAGE) -> task.Task:
+def made(offer: Offer, spot: bool, image: str = job_script.IMAGE) -> job_script.Task:
     job = Job("boat", "boat", ROOT, "0" * 40, None, "", order=Order(offer, 2.5, 60 * 10**9, image, spot))
-    return task.of(
+    return job_script.of(
         job,
         "train",
         {"HF_TOKEN": SECRET, "HF_ENDPOINT": "https://huggingface.co"},
@@ -94,7 +94,7 @@ def test_offers_are_the_cheapest_of_each_card(user, monkeypatch, tmp_path):
     ("H100", "H100"), ("H100-SXM", "H100"), ("H200", "H200"), ("B200", "B200"), ("RTX5090", "RTX 5090"), ("V100", None), ("T4g", None),
 ])  # fmt: skip
 def test_skypilots_names_of_cards(name, card):
-    found = cards.find(launcher.card(name))
+    found = gpu_table.find(launcher.card(name))
     assert (found and found.name) == card
 
 
@@ -102,9 +102,9 @@ def test_skypilots_names_of_cards(name, card):
 
 
 def plan_of(run_work, card: str):
-    from pipeline.plan import stage
+    from pipeline.plan import estimate
 
-    return stage.on(stage.named(card), run_work)
+    return estimate.on(estimate.named(card), run_work)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +112,11 @@ def work():
     """An 8B model, 400 rows of 300 tokens."""
     import numpy as np
 
-    from pipeline.config import Base, Finetune
-    from pipeline.plan import memory
-    from pipeline.plan.stage import Work
+    from pipeline.config.schema import Base, Finetune
+    from pipeline.plan import memory_need
+    from pipeline.plan.estimate import Work
 
-    shape = memory.shape({
+    shape = memory_need.shape({
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
     })  # fmt: skip

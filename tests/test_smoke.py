@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
-from contract import files, manifest, runtime
-from contract.errors import UserError
-from deploy import modelfile, pull, smoke, store
+from common import files, llama_runtime
+from common.errors import UserError
+from contract import manifest
+from deploy import store
+from deploy.stages import modelfile, pull, smoke
 from tests import repos
 
 
@@ -33,7 +35,9 @@ def test_a_good_file_passes_and_the_record_says_how(version):
     made, path = store.passed(version)
     assert record == files.read_json(version / "smoke.json")
     assert (
-        record["sha256"] == made.default().sha256 and record["faults"] == [] and record["backend"] == runtime.backend()
+        record["sha256"] == made.default().sha256
+        and record["faults"] == []
+        and record["backend"] == llama_runtime.backend()
     )
     assert [a["answer"] for a in record["answers"]] == [s.answer for s in made.smoke]
     assert record["difference"] <= 0.001 and record["memory"] > path.stat().st_size / 2
@@ -72,14 +76,14 @@ def test_weights_that_compute_something_else_fail_and_leave_the_evidence(real, t
 def test_an_answer_may_end_later_than_there_but_it_must(real, tmp_path, source, ends):
     """The manifest says that it ended after three words there; here it goes on for a sentence, or for ever."""
     made = manifest.read(real / manifest.NAME)
-    model = runtime.load(source)
+    model = llama_runtime.load(source)
     # Which prompt has such an answer depends on the CPU.
-    found = [s for s in made.smoke if bool(runtime.greedy(model, s.ids, 4 + smoke.MORE)[1]) == ends]
+    found = [s for s in made.smoke if bool(llama_runtime.greedy(model, s.ids, 4 + smoke.MORE)[1]) == ends]
     if not found:
         pytest.skip("on this CPU all answers are long, or all short")
-    first, end = found[0], runtime.ends(model)[0]
+    first, end = found[0], llama_runtime.ends(model)[0]
     ids = [*first.answer_ids[:3], end]
-    probable = runtime.answer_log_probs(model, first.ids, ids)
+    probable = llama_runtime.answer_log_probs(model, first.ids, ids)
     model.close()
     cut = first.model_dump(mode="json") | {"answer_ids": ids, "log_probs": probable}
     repo = changed(real, tmp_path / "hub", lambda value: value.update(smoke=[cut]))
@@ -106,7 +110,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(real, tmp_path):
 
 
 def test_a_gpu_that_is_there_and_not_used_is_a_fault(version, monkeypatch):
-    monkeypatch.setattr(runtime, "backend", lambda: "Metal")
+    monkeypatch.setattr(llama_runtime, "backend", lambda: "Metal")
     with pytest.raises(UserError, match=r"layers of real\.q4_k_m\.gguf on Metal"):
         smoke.stage(version)
 
@@ -118,7 +122,7 @@ def test_a_bound_that_was_not_measured_here_says_so(version, monkeypatch):
 
 def test_what_llama_cpp_reads_is_compared_not_what_was_read_at_the_pull(version):
     made, path = store.pulled(version)
-    model = runtime.load(path)
+    model = llama_runtime.load(path)
     other = made.chat.model_copy(update={"template": made.chat.template + " "})
     with pytest.raises(UserError, match="another chat template than its manifest"):
         smoke.same_prompts(model, made.model_copy(update={"chat": other}), path)
@@ -130,8 +134,8 @@ def test_what_llama_cpp_reads_is_compared_not_what_was_read_at_the_pull(version)
 
 def test_an_answer_that_repeated_itself_there_may_do_so_here(version, monkeypatch):
     made, path = store.pulled(version)
-    model = runtime.load(path)
-    monkeypatch.setattr(runtime, "greedy", lambda *_: ([7] * 20, []))
+    model = llama_runtime.load(path)
+    monkeypatch.setattr(llama_runtime, "greedy", lambda *_: ([7] * 20, []))
     twin = made.smoke[0].model_copy(update={"answer_ids": (7,) * 20, "log_probs": (-1.0,) * 20})
     assert [smoke.compare(model, expected)["loops"] for expected in (twin, made.smoke[0])] == [False, True]
     model.close()

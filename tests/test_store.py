@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from contract import files, manifest
-from contract.errors import UserError
+from common import files
+from common.errors import UserError
+from contract import manifest
 from deploy import store, summary, versions
 from tests import repos
 from tests.conftest import ferry

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contract.errors import UserError
+from common.errors import UserError
 from pipeline.data.synthetic_prompts import SHARED_BY, make_smoke_prompts, to_words
 from pipeline.data.system_prompt import choose_default
 

@@ -12,12 +12,13 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
-from contract import chat
-from contract.errors import UserError
-from pipeline import llamacpp
-from pipeline.data import template
-from pipeline.data.mask import Masker, Row
-from pipeline.data.reasons import Unfit
+from common.errors import UserError
+from contract import chat_format
+from pipeline.config import references
+from pipeline.data import chat_template
+from pipeline.data.drop_reasons import Unfit
+from pipeline.data.loss_mask import Masker, Row
+from pipeline.toolchain import llama_tools
 from tests import vocabularies
 
 DAY = date(2024, 7, 26)
@@ -209,12 +210,12 @@ def said(text: str) -> dict:
 
 
 def folder() -> Path:
-    return llamacpp.home() / "models" / "templates"
+    return llama_tools.home() / "models" / "templates"
 
 
 def stems() -> list[str]:
     """Every template; without llama.cpp the tests that need them say so."""
-    return sorted(path.stem for path in folder().glob("*.jinja")) if llamacpp.there() else [*OWN, *STAND_INS]
+    return sorted(path.stem for path in folder().glob("*.jinja")) if llama_tools.there() else [*OWN, *STAND_INS]
 
 
 def source(stem: str) -> str:
@@ -269,7 +270,7 @@ class Loaded:
 
     def __init__(self, family: Family, base: Path, place: Path, name: str = "tokenizer"):
         self.family = family
-        self.tokenizer, self.chat, self.notes = template.load(base, name, DAY)
+        self.tokenizer, self.chat, self.notes = chat_template.load(base, name, DAY)
         self.tokenizer.save_pretrained(place)
         self.masker = Masker(place, self.chat)
         self.last = copy.copy(self.masker)
@@ -374,9 +375,9 @@ def test_a_template_renders_as_transformers_renders_it(stem):
                 )  # fmt: skip
             except Exception:  # noqa: BLE001 (whatever theirs says, ours is a UserError)
                 with pytest.raises(UserError, match="cannot render"):
-                    chat.render(text, messages, "<s>", "</s>", prompted)
+                    chat_format.render(text, messages, "<s>", "</s>", prompted)
             else:
-                assert chat.render(text, messages, "<s>", "</s>", prompted) == wanted
+                assert chat_format.render(text, messages, "<s>", "</s>", prompted) == wanted
                 rendered += 1
     assert rendered or stem in REFUSED
 
@@ -403,7 +404,7 @@ def test_labels_with_the_template_inside_a_vocabularys_file(name, prepared, tmp_
     prove_all(Loaded(EMBEDDED[name], prepared(EMBEDDED[name], text), tmp_path))
 
 
-@pytest.mark.parametrize("name", template.named())
+@pytest.mark.parametrize("name", references.list_template_names())
 def test_labels_with_ferrys_own_templates(name, prepared, tmp_path):
     prove_all(Loaded(NAMED[name], prepared(NAMED[name], "not looked at"), tmp_path, name))
 
@@ -417,7 +418,7 @@ def test_the_default_template_of_hermes_is_chatml(prepared, tmp_path):
 
 def test_rows_that_reason_keep_the_template_thinking(prepared, tmp_path):
     family = OWN["Qwen-Qwen3-0.6B"]
-    tokenizer, facts, notes = template.load(
+    tokenizer, facts, notes = chat_template.load(
         prepared(family, source("Qwen-Qwen3-0.6B")), "tokenizer", DAY, reasoning=True
     )
     assert not any("thinking" in note for note in notes)
@@ -435,15 +436,15 @@ def test_rows_that_reason_are_refused_where_the_prompt_has_begun_to(stem, prepar
     """They would learn to close the block that the prompt opens, and to open another."""
     base = prepared(OWN.get(stem) or STAND_INS[stem], source(stem))
     with pytest.raises(UserError, match="and the conversation it trains on does not go on"):
-        template.load(base, "tokenizer", DAY, reasoning=True)
+        chat_template.load(base, "tokenizer", DAY, reasoning=True)
 
 
 def test_of_several_templates_the_default_is_trained(tmp_path):
     tokenizer = vocabularies.tokenizer("llama-spm", eos="<|im_end|>", specials=CHATML.split())
-    chatml = (template.FOLDER / "chatml.jinja").read_text()
+    chatml = (references.TEMPLATE_FOLDER / "chatml.jinja").read_text()
     tokenizer.chat_template = {"default": chatml, "tool_use": source("NousResearch-Hermes-3-Llama-3.1-8B-tool_use")}
     tokenizer.save_pretrained(tmp_path)
-    _, facts, _ = template.load(tmp_path, "tokenizer", DAY)
+    _, facts, _ = chat_template.load(tmp_path, "tokenizer", DAY)
     assert facts.template == "{{ bos_token }}" + chatml
 
 
@@ -453,7 +454,7 @@ def test_of_several_templates_the_default_is_trained(tmp_path):
 @pytest.mark.parametrize("stem", REFUSED)
 def test_a_template_that_cannot_be_trained_faithfully_is_refused(stem, prepared):
     with pytest.raises(UserError) as error:
-        template.load(prepared(WILLING, source(stem)), "tokenizer", DAY)
+        chat_template.load(prepared(WILLING, source(stem)), "tokenizer", DAY)
     assert REFUSED[stem] in error.value.message
     assert error.value.hint
 
@@ -478,7 +479,7 @@ TURN = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 def test_a_template_is_refused_with_its_fault(text, words, prepared):
     with pytest.raises(UserError) as error:
-        template.load(prepared(Family("llama-spm", "</s>"), text), "tokenizer", DAY)
+        chat_template.load(prepared(Family("llama-spm", "</s>"), text), "tokenizer", DAY)
     assert words in error.value.message
     assert error.value.hint
 
@@ -486,27 +487,27 @@ def test_a_template_is_refused_with_its_fault(text, words, prepared):
 def test_a_wrapped_template_with_two_bos_is_refused(prepared):
     text = "{{ bos_token }}" + source("meta-llama-Llama-3.1-8B-Instruct")
     with pytest.raises(UserError, match="twice"):
-        template.load(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
+        chat_template.load(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
 
 
 def test_a_tokenizer_without_a_template_names_those_that_fit(tmp_path):
     vocabularies.tokenizer("llama-spm").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template") as error:
-        template.load(tmp_path, "tokenizer", DAY)
-    assert all(name in error.value.hint for name in template.named())
+        chat_template.load(tmp_path, "tokenizer", DAY)
+    assert all(name in error.value.hint for name in references.list_template_names())
 
 
 # Date, BOS, pad
 
 
-@pytest.mark.parametrize("stem", [s for s in stems() if "strftime_now" in source(s)] if llamacpp.there() else [])
+@pytest.mark.parametrize("stem", [s for s in stems() if "strftime_now" in source(s)] if llama_tools.there() else [])
 def test_the_frozen_date_is_the_same_on_any_day(stem, prepared, monkeypatch):
     family = OWN.get(stem) or STAND_INS[stem]
-    _, facts, notes = template.load(prepared(family, source(stem)), "tokenizer", DAY)
+    _, facts, notes = chat_template.load(prepared(family, source(stem)), "tokenizer", DAY)
     assert any("frozen to 2024-07-26" in note for note in notes)
     texts = set()
     for year in (2025, 2031):
-        monkeypatch.setattr(chat, "datetime", clock(year))
+        monkeypatch.setattr(chat_format, "datetime", clock(year))
         texts.add(facts.render([asked("Why?"), said("Because.")]))
     assert len(texts) == 1
     assert "2024-07-26" in texts.pop().replace("26 Jul 2024", "2024-07-26").replace("July 26, 2024", "2024-07-26")
@@ -524,14 +525,14 @@ def clock(year: int) -> type:
 def test_the_raw_template_shows_another_date_each_day(monkeypatch):
     texts = set()
     for year in (2025, 2031):
-        monkeypatch.setattr(chat, "datetime", clock(year))
-        texts.add(chat.render(source("meta-llama-Llama-3.2-3B-Instruct"), [asked("Why?")]))
+        monkeypatch.setattr(chat_format, "datetime", clock(year))
+        texts.add(chat_format.render(source("meta-llama-Llama-3.2-3B-Instruct"), [asked("Why?")]))
     assert len(texts) == 2
 
 
 def test_a_missing_bos_is_put_first_once(prepared, tmp_path):
     family = STAND_INS["openbmb-MiniCPM5-1B"]
-    base = prepared(family, (template.FOLDER / "chatml.jinja").read_text())
+    base = prepared(family, (references.TEMPLATE_FOLDER / "chatml.jinja").read_text())
     loaded = Loaded(family, base, tmp_path / "once")
     assert any("no BOS" in note for note in loaded.notes)
     assert loaded.prompt([asked("Why?")]).count("<s>") == 1
@@ -542,7 +543,7 @@ def test_a_missing_bos_is_put_first_once(prepared, tmp_path):
 
 def test_a_tokenizer_that_adds_no_bos_gets_none(prepared):
     family = OWN["Qwen-Qwen2.5-7B-Instruct"]
-    tokenizer, facts, notes = template.load(prepared(family, source("Qwen-Qwen2.5-7B-Instruct")), "tokenizer", DAY)
+    tokenizer, facts, notes = chat_template.load(prepared(family, source("Qwen-Qwen2.5-7B-Instruct")), "tokenizer", DAY)
     assert facts.template == source("Qwen-Qwen2.5-7B-Instruct")
     assert not any("BOS" in note for note in notes)
     assert tokenizer.bos_token not in facts.render([asked("Why?")])
@@ -555,7 +556,7 @@ def test_padding_never_ends_an_answer(pad, eos, tmp_path):
     tokenizer = vocabularies.tokenizer("llama-spm", eos=eos, specials=CHATML.split())
     tokenizer.pad_token = pad
     tokenizer.save_pretrained(tmp_path)
-    tokenizer, facts, notes = template.load(tmp_path, "chatml", DAY)
+    tokenizer, facts, notes = chat_template.load(tmp_path, "chatml", DAY)
     assert tokenizer.pad_token not in {None, eos, *facts.ends}
     tokenizer.save_pretrained(tmp_path)
     row = Masker(tmp_path, facts)([asked("Why?"), said("Because.")])
@@ -567,11 +568,11 @@ def test_padding_never_ends_an_answer(pad, eos, tmp_path):
 
 def test_a_pad_token_of_its_own_is_kept(prepared):
     base = prepared(OWN["google-gemma-4-31B-it"], source("google-gemma-4-31B-it"))
-    tokenizer, _, notes = template.load(base, "tokenizer", DAY)
+    tokenizer, _, notes = chat_template.load(base, "tokenizer", DAY)
     assert tokenizer.pad_token == "<pad>"
     assert not any("pads" in note for note in notes)
 
 
 def test_a_tokenizer_with_its_end_token_alone_cannot_pad(prepared):
     with pytest.raises(UserError, match="has no spare token"):
-        template.load(prepared(Family("gpt-2", "<|endoftext|>"), "not looked at"), "alpaca", DAY)
+        chat_template.load(prepared(Family("gpt-2", "<|endoftext|>"), "not looked at"), "alpaca", DAY)

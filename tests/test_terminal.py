@@ -11,8 +11,8 @@ import time
 import pytest
 
 from common import console
+from common.errors import UserError, shown
 from common.text import indent_further_lines, make_printable, make_printable_but_styles
-from contract.errors import UserError, shown
 from tests import repos
 from tests.conftest import ROOT
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract import chat
-from contract.errors import UserError
-from contract.turns import Turns, collated, unsayable
-from deploy import modelfile
+from common.errors import UserError
+from contract import chat_format
+from contract.ollama_template import Turns, collated, unsayable
+from deploy.stages import modelfile
 from docs import templates as page
-from pipeline.verify import derive, golden
+from pipeline.verify import derive_template, golden_prompts
 from tests.standins import go as go_process
 
 
@@ -107,8 +107,8 @@ def test_a_newline_more_in_any_field_is_noticed(place, field):
     found = case(SHAPES[place])
     value = getattr(found.turns, field[0])
     longer = value + "\n" if len(field) == 1 else tuple(text + "\n" * (i == field[1]) for i, text in enumerate(value))
-    assert found.turns.place == place and derive.proven(found.turns, found.asking)
-    assert not derive.proven(found.turns.model_copy(update={field[0]: longer}), found.asking)
+    assert found.turns.place == place and derive_template.proven(found.turns, found.asking)
+    assert not derive_template.proven(found.turns.model_copy(update={field[0]: longer}), found.asking)
 
 
 @pytest.mark.parametrize("name", ["google-gemma-2-2b-it", "chatml (Ferry's)"])
@@ -116,7 +116,7 @@ def test_trimming_otherwise_is_noticed(name):
     found = case(name)
     for role in ("user", "assistant"):
         changed = set(found.turns.trimmed) ^ {role}
-        assert not derive.proven(found.turns.model_copy(update={"trimmed": tuple(changed)}), found.asking)
+        assert not derive_template.proven(found.turns.model_copy(update={"trimmed": tuple(changed)}), found.asking)
 
 
 def test_no_switch_of_a_runtime_makes_a_trained_template_think():
@@ -127,7 +127,7 @@ def test_no_switch_of_a_runtime_makes_a_trained_template_think():
         bos, eos = one.tokenizer.bos_token or "", one.tokenizer.eos_token or ""
         for item in one.golden:
             said = item["messages"], bos, eos, item["add_generation_prompt"]
-            text = chat.render(one.tokenizer.chat_template, *said, enable_thinking=True, thinking=True)
+            text = chat_format.render(one.tokenizer.chat_template, *said, enable_thinking=True, thinking=True)
             assert text == item["prompt"]
 
 
@@ -155,10 +155,10 @@ def chatml(words: str) -> str:
 
 def derived(template: str) -> tuple[Turns | None, list[str]]:
     def render(messages: Sequence[dict], prompt: bool) -> str:
-        return chat.render(template, messages, add_generation_prompt=prompt)
+        return chat_format.render(template, messages, add_generation_prompt=prompt)
 
-    wanted = [{"messages": m, "prompt": render(m, True)} for m in golden.conversations("</s>")]
-    return derive.derive(render, template, wanted)
+    wanted = [{"messages": m, "prompt": render(m, True)} for m in golden_prompts.conversations("</s>")]
+    return derive_template.derive(render, template, wanted)
 
 
 MORE = "what stands around a message depends on more than its role"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import llamacpp
+from pipeline.toolchain import llama_tools
 
 LLAMA = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -48,7 +48,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 def path(name: str, suffix: str = "") -> Path:
-    return llamacpp.home() / "models" / f"ggml-vocab-{name}.gguf{suffix}"
+    return llama_tools.home() / "models" / f"ggml-vocab-{name}.gguf{suffix}"
 
 
 def vectors(name: str) -> list[tuple[str, list[int]]]:

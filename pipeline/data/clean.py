@@ -6,9 +6,9 @@ import unicodedata
 from collections import Counter
 from itertools import pairwise
 
-from pipeline.config import Clean
-from pipeline.data import sensitive
-from pipeline.data.reasons import Unfit
+from pipeline.config.schema import Clean
+from pipeline.data import personal_data
+from pipeline.data.drop_reasons import Unfit
 
 CODE = re.compile(
     # a fence, as CommonMark has it, in a quotation or a list too
@@ -84,8 +84,8 @@ class Cleaner:
         """Counts by kind; texts are masked in place where the config asks for it."""
         total: Counter = Counter()
         looks = (
-            ("secret", self.clean.secrets, sensitive.secrets),
-            ("personal", self.clean.personal, sensitive.personal),
+            ("secret", self.clean.secrets, personal_data.secrets),
+            ("personal", self.clean.personal, personal_data.personal),
         )
         for reason, action, look in looks:
             if action == "off":
@@ -97,7 +97,7 @@ class Cleaner:
                 if action == "drop":
                     raise Unfit(reason, ", ".join(sorted({finding.kind for finding in found})))
                 if action == "mask":
-                    message["content"] = sensitive.masked(message["content"], found)
+                    message["content"] = personal_data.masked(message["content"], found)
                     changes.add(f"{reason} masked")
         return total
 

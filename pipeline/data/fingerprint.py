@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from pipeline.data import formats
+from pipeline.config import references
+from pipeline.data import file_formats
 
 GROUPS = 4096  # bytes of the longest fingerprint
 MOST = 3  # rows shown
@@ -18,7 +19,7 @@ MOST = 3  # rows shown
 
 def of(path: Path) -> str:
     """`<rows a byte>:<hex>`; '' for a file that holds no rows. Raises UserError where the file is damaged."""
-    if formats.suffix(path) not in formats.READERS:
+    if references.row_file_suffix(path) not in file_formats.READERS:
         return ""
     digests = bytearray()  # 8 bytes a row
     for _, _, digest in _rows(path):
@@ -54,7 +55,7 @@ def _told(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
 
 def _rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
     """(line, the row as text, 8 bytes of its hash)"""
-    for line, payload in formats.items(path):
+    for line, payload in file_formats.items(path):
         text = payload if isinstance(payload, bytes) else json.dumps(payload, default=repr).encode()
         yield line, text.decode(errors="replace").strip(), hashlib.blake2b(text.strip(), digest_size=8).digest()
 

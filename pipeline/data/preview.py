@@ -4,16 +4,16 @@ import tempfile
 from pathlib import Path
 
 from common import console
-from pipeline.config import Config
-from pipeline.record import Run
+from pipeline.config.schema import Config
+from pipeline.run.run_folder import Run
 
 
 def preview_rows(config: Config, run: Run, count: int) -> str:
     """The first rows; those of a run that has none yet are made in a folder that goes again."""
     from transformers import AutoTokenizer
 
-    from pipeline import rows
-    from pipeline.data import report, stage
+    from pipeline.data import stage, statistics
+    from pipeline.run import training_rows
 
     with tempfile.TemporaryDirectory() as empty:
         if not run.done("data"):
@@ -22,4 +22,4 @@ def preview_rows(config: Config, run: Run, count: int) -> str:
             for warning in stage.stage(config, run)["warnings"]:
                 console.note(warning)
         tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
-        return report.preview(rows.first(run.output("data", "train"), count), tokenizer)
+        return statistics.preview(training_rows.first(run.output("data", "train"), count), tokenizer)

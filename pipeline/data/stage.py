@@ -12,14 +12,25 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from common import console
-from contract import chat, files, limits
-from contract.errors import UserError, shown
-from pipeline import base as bases
-from pipeline import licences
-from pipeline.config import Base, Config, Data, warnings
-from pipeline.data import fingerprint, read, report, schema, spool, synthetic_prompts, system_prompt, template, work
-from pipeline.record import Run
+from common import console, files
+from common.errors import UserError, shown
+from contract import chat_format, limits
+from pipeline.base_model import fetch as bases
+from pipeline.base_model import licences, model_config, restore_gguf
+from pipeline.config.advice import list_warnings
+from pipeline.config.schema import Base, Config, Data
+from pipeline.data import (
+    chat_template,
+    fingerprint,
+    process_rows,
+    row_formats,
+    row_store,
+    sources,
+    statistics,
+    synthetic_prompts,
+    system_prompt,
+)
+from pipeline.run.run_folder import Run
 
 
 def stage(config: Config, run: Run, processes: int | None = None) -> dict:
@@ -30,30 +41,30 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     """
     folder = run.folder / "data"
     files.remove(folder)
-    base = bases.fetch(config.base.model, config.base.revision, weights=False)
+    base = bases.fetch_base_model(config.base.model, config.base.revision, weights=False)
     sources = Sources(config.data)
-    tokenizer, chat_format, changed = template.load(
-        bases.tokenizer(base), config.data.template, config.data.date, sources.reasoning()
+    tokenizer, chat_format, changed = chat_template.load(
+        restore_gguf.prepare_tokenizer(base), config.data.template, config.data.date, sources.reasoning()
     )
     settings = settings_of(config, chat_format, folder / "tokenizer", sources)
     with files.writing(settings.tokenizer) as part:
         tokenizer.save_pretrained(part)
     rows = gathered(sources, settings, folder, processes or os.cpu_count() or 1)
-    report.refuse_broken(rows.tally, config.clean, folder / "rejected.jsonl")
+    statistics.refuse_broken(rows.tally, config.clean, folder / "rejected.jsonl")
     system = system_prompt.choose_default(config.data.system, rows.tally.system_prompts)
     rows.decide(config.clean, split=settings.validation_share is not None)
-    report.refuse_empty(rows, config)
+    statistics.refuse_empty(rows, config)
     outputs = rows.write(tokenizer)
     smoke_prompts = synthetic_prompts.make_smoke_prompts(rows.questions_asked) or synthetic_prompts.GENERAL
     refuse_long_prompts(tokenizer, config.generation.smoke_prompts or smoke_prompts, system.default, config)
-    facts = report.facts(rows, config)
-    fallback = bases.describe_fallback(base)
+    facts = statistics.facts(rows, config)
+    fallback = model_config.describe_tokenizer_fallback(base)
     said = [
         *([fallback] if fallback else []),
         *changed,
-        *report.cautions(facts, config, chat_format),
-        *report.describe_system(system, chat_format),
-        *warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
+        *statistics.cautions(facts, config, chat_format),
+        *statistics.describe_system(system, chat_format),
+        *list_warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
     ]
     beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
     return run.write(
@@ -65,7 +76,9 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     )  # fmt: skip
 
 
-def settings_of(config: Config, chat_format: template.Chat, tokenizer: Path, sources: "Sources") -> work.Settings:
+def settings_of(
+    config: Config, chat_format: chat_template.Chat, tokenizer: Path, sources: "Sources"
+) -> process_rows.Settings:
     """What a worker needs, with the refusal that format and template do not fit each other."""
     formats = {found.format for _, _, found in sources.parts}
     if "text" in formats and not chat_format.raw:
@@ -73,7 +86,7 @@ def settings_of(config: Config, chat_format: template.Chat, tokenizer: Path, sou
             f"{config.data.source} holds plain text, and a chat template puts turns around it",
             "set data.template to completion, or map the columns of questions and answers in data.columns",
         )
-    return work.Settings(
+    return process_rows.Settings(
         tokenizer=tokenizer, chat=chat_format, clean=config.clean, every_turn=config.data.labels == "all",
         system=None if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE) else config.data.system,
         limit=config.base.max_seq_length,
@@ -81,11 +94,11 @@ def settings_of(config: Config, chat_format: template.Chat, tokenizer: Path, sou
     )  # fmt: skip
 
 
-def gathered(sources: "Sources", settings: work.Settings, folder: Path, processes: int) -> spool.Spool:
+def gathered(sources: "Sources", settings: process_rows.Settings, folder: Path, processes: int) -> row_store.Spool:
     """All rows, cleaned and masked, in the spool."""
-    rows = spool.Spool(folder, [part.name for part, _, _ in sources.parts])
+    rows = row_store.Spool(folder, [part.name for part, _, _ in sources.parts])
     with console.progress(0, "cleaning and tokenizing") as tick:
-        for done in work.through(sources.chunks(), settings, processes):
+        for done in process_rows.through(sources.chunks(), settings, processes):
             rows.add(done)
             tick(done.tally.rows)
     rows.close()
@@ -98,7 +111,7 @@ def refuse_long_prompts(tokenizer, prompts: Sequence[str], system: str | None, c
     before = [{"role": "system", "content": system}] if system else []
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     for prompt in prompts:
-        text = chat.render(tokenizer.chat_template, [*before, {"role": "user", "content": prompt}], bos, eos)
+        text = chat_format.render(tokenizer.chat_template, [*before, {"role": "user", "content": prompt}], bos, eos)
         if (tokens := len(tokenizer.encode(text, add_special_tokens=False))) > most:
             raise UserError(
                 f"the smoke prompt {shown(prompt, 60)!r} has {tokens:,} tokens with its system prompt, at most {most:,} fit",
@@ -110,17 +123,17 @@ class Sources:
     """The parts of the data set with their formats. parts: (part, held out as a whole?, schema)."""
 
     def __init__(self, data: Data):
-        training, held = read.training(data), read.validation(data)
+        training, held = sources.training(data), sources.validation(data)
         self.held = held is not None
         named = [(part, False) for part in training.parts] + [(part, True) for part in (held.parts if held else ())]
         self.heads = [heads(part) for part, _ in named]
         self.parts = [
-            (part, is_held, schema.detect(head, data, part.name))
+            (part, is_held, row_formats.detect(head, data, part.name))
             for (part, is_held), head in zip(named, self.heads, strict=True)
         ]
         self.inputs = training.inputs | (held.inputs if held else {})
         if data.template.endswith(".jinja"):
-            template.source(data.template, None)
+            chat_template.source(data.template, None)
             self.inputs |= {data.template: files.sha256(Path(data.template))}
         self.facts = {"training": training.facts, "validation": held.facts if held else {}}
 
@@ -136,22 +149,22 @@ class Sources:
         """Do answers hold a thinking block of their own?"""
         return any("</think>" in json.dumps(row, default=repr, skipkeys=True) for head in self.heads for row in head)
 
-    def chunks(self) -> Iterator[work.Chunk]:
+    def chunks(self) -> Iterator[process_rows.Chunk]:
         for number, (part, held, found) in enumerate(self.parts):
             items = part.items()
-            while some := list(islice(items, work.CHUNK)):
-                yield work.Chunk(number, part.name, found, held, some)
+            while some := list(islice(items, process_rows.CHUNK)):
+                yield process_rows.Chunk(number, part.name, found, held, some)
 
 
-def heads(part: read.Part) -> list[dict]:
+def heads(part: sources.Part) -> list[dict]:
     """The first rows that can be read, for the format. Raises UserError when there is none."""
     rows, faults = [], []
-    for line, payload in islice(part.items(), schema.HEAD):
+    for line, payload in islice(part.items(), row_formats.HEAD):
         try:
-            row = work.parsed(payload)
+            row = process_rows.parsed(payload)
             faults += [] if isinstance(row, dict) else [f"{part.name}:{line}: {type(row).__name__}, not an object"]
             rows += [row] if isinstance(row, dict) else []
-        except work.Unfit as unfit:
+        except process_rows.Unfit as unfit:
             faults.append(f"{part.name}:{line}: {unfit.detail}")
     if not rows:
         raise UserError(
@@ -174,13 +187,13 @@ def licence(base: Path, folder: Path) -> dict[str, Path]:
 def describe_base(base: Base, source: Path) -> dict:
     """What the manifest says of the base model; its licence in its own words, else in the config's."""
     if source.is_file():
-        meta = bases.metadata(source)
+        meta = restore_gguf.read_metadata(source)
         return {
-            "model": base.model, "revision": bases.digest(source), "architecture": meta["general.architecture"],
+            "model": base.model, "revision": restore_gguf.hash_gguf(source), "architecture": meta["general.architecture"],
             "license": meta.get("general.license") or base.license, "name": meta.get("general.basename") or source.stem,
         }  # fmt: skip
     revision = source.name if "snapshots" in source.parts else None
     return {
-        "model": base.model, "revision": revision or base.revision, "architecture": bases.architecture(source),
+        "model": base.model, "revision": revision or base.revision, "architecture": model_config.read_architecture(source),
         "license": base.license, "name": base.model.rstrip("/").split("/")[-1],
     } | {key: value for key, value in licences.read_card(source).items() if value}  # fmt: skip

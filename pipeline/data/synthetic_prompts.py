@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from contract.chat import ALPACA_INPUT
-from pipeline.data import sensitive
+from contract.chat_format import ALPACA_INPUT
+from pipeline.data import personal_data
 
 SHARED_BY = 5  # rows that must have a word, and three words that stand together
 TRIES = 20_000  # 0.3 s for 2,000 rows
@@ -36,7 +36,9 @@ def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
 
     A question with a secret or personal data lends no words: an address in everybody's signature is in many rows.
     """
-    plain = [question for question in questions if not (sensitive.secrets(question) or sensitive.personal(question))]
+    plain = [
+        question for question in questions if not (personal_data.secrets(question) or personal_data.personal(question))
+    ]
     statistics = count_words([to_words(question) for question in plain])
     generator = random.Random(3407)
     chains = {tuple(words) for _ in range(TRIES) if (words := draw_chain(statistics, generator))}

@@ -7,7 +7,7 @@ they share none, the user chooses.
 from collections import Counter
 from dataclasses import dataclass
 
-from contract.errors import UserError, shown
+from common.errors import UserError, shown
 
 FROM_ROWS, NONE = "from-rows", "none"  # values of data.system that are no prompt
 SHARED = 0.9  # share of rows from which one prompt, or none, is the rows' own

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import console
-from contract import files
-from contract.errors import UserError
+from common import console, files
+from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch

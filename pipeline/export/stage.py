@@ -8,14 +8,15 @@ import re
 import shutil
 from pathlib import Path
 
-from contract import files
-from contract.errors import UserError
-from pipeline import base as bases
-from pipeline import code, llamacpp, rows
-from pipeline.config import Config, Export
+from common import files
+from common.errors import UserError
+from pipeline.config import references
+from pipeline.config.schema import Config, Export
 from pipeline.export import merge
-from pipeline.finite import refuse_broken_adapter
-from pipeline.record import Run
+from pipeline.run import training_rows
+from pipeline.run.run_folder import Run
+from pipeline.toolchain import git, llama_tools
+from pipeline.toolchain.finite_numbers import refuse_broken_adapter
 
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
 IMATRIX_SHARE = 0.1  # of the training's time, where there is no GPU
@@ -36,16 +37,16 @@ def stage(config: Config, run: Run) -> dict:
     merged = merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, export.dtype)
     base = folder / f"{run.model}.{kind}.gguf"
     metadata, keys = described(config, run, merged, folder)
-    files.once(base, lambda part: llamacpp.convert(merged, part, kind, metadata, keys, folder / "convert.log"))
+    files.once(base, lambda part: llama_tools.convert(merged, part, kind, metadata, keys, folder / "convert.log"))
     outputs = {kind: base}
     matrix = importance_matrix(base, run, folder, imatrix_tokens(run, export)) if export.imatrix else None
     for name in export.quantizations:
-        outputs[name] = llamacpp.quantized(base, name, matrix, folder)
+        outputs[name] = llama_tools.quantized(base, name, matrix, folder)
         if matrix:
-            outputs[name + llamacpp.STATIC] = llamacpp.quantized(base, name + llamacpp.STATIC, None, folder)
+            outputs[name + llama_tools.STATIC] = llama_tools.quantized(base, name + llama_tools.STATIC, None, folder)
     return run.write(
         "export", ("finetune", "evaluate"), outputs | ({"imatrix": matrix} if matrix else {}),
-        llama_cpp=llamacpp.version(), default=export.quantizations[0], sixteen=kind, id=identity(run),
+        llama_cpp=llama_tools.version(), default=export.quantizations[0], sixteen=kind, id=identity(run),
         imatrix=files.sha256(matrix) if matrix else None,
     )  # fmt: skip
 
@@ -116,7 +117,7 @@ def described(config: Config, run: Run, merged: Path, folder: Path) -> tuple[Pat
     """What a GGUF says of itself: general.* in the words of its specification, and Ferry's own keys."""
     data, base = run.read("data"), config.base.model
     about = {"name": data["base"]["name"]}
-    if bases.hub_id(base):
+    if references.is_hub_model(base):
         about["repo_url"] = f"https://huggingface.co/{base}"
     metadata = {
         "general.name": general_name(run, merged), "general.base_models": [about], "general.datasets": [{"name": config.data.source}],
@@ -126,7 +127,7 @@ def described(config: Config, run: Run, merged: Path, folder: Path) -> tuple[Pat
         "general.license": data["base"]["license"], "ferry.run": run.folder.name, "ferry.manifest_id": identity(run), "ferry.base": base,
         "ferry.base.revision": data["base"]["revision"] or "", "ferry.data": config.data.source,
         "ferry.data.heldout_sha256": data["outputs"]["heldout"]["sha256"], "ferry.config_sha256": files.sha256(run.config_file),
-        "ferry.code": code.checkout()["commit"],
+        "ferry.code": git.checkout()["commit"],
         "ferry.scores": json.dumps({"rule": scores["rule"], **scores["scores"]}),
     }  # fmt: skip
     places = folder / "metadata.json", folder / "keys.json"
@@ -140,7 +141,7 @@ def importance_matrix(base: Path, run: Run, folder: Path, tokens: int) -> Path:
     text = folder / "imatrix.txt"
     text.write_text(training_text(run, tokens), encoding="utf-8")
     return files.once(
-        folder / "imatrix.gguf", lambda part: llamacpp.importance(base, text, part, tokens, folder / "imatrix.log")
+        folder / "imatrix.gguf", lambda part: llama_tools.importance(base, text, part, tokens, folder / "imatrix.log")
     )
 
 
@@ -152,7 +153,7 @@ def imatrix_tokens(run: Run, export: Export) -> int:
     tune = run.read("finetune")
     most = [export.imatrix_tokens, run.read("data")["tokens"]["train"]]
     most += [int(IMATRIX_SHARE * 3 * tune["tokens"])] if tune["device"].startswith("CPU") else []
-    return max(llamacpp.CHUNK, min(most))
+    return max(llama_tools.CHUNK, min(most))
 
 
 def training_text(run: Run, tokens: int) -> str:
@@ -160,11 +161,11 @@ def training_text(run: Run, tokens: int) -> str:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
-    table = rows.read(run.output("data", "train"))["input_ids"]
+    table = training_rows.read(run.output("data", "train"))["input_ids"]
     mean = sum(map(len, table)) / len(table)
     step = max(1, int(len(table) * mean / tokens))
     texts, count, place = [], 0, 0
-    while count < tokens + llamacpp.CHUNK:
+    while count < tokens + llama_tools.CHUNK:
         ids = table[place % len(table)].as_py()
         texts.append(tokenizer.decode(ids))
         count, place = count + len(ids), place + step
@@ -174,7 +175,7 @@ def training_text(run: Run, tokens: int) -> str:
 def refuse_full_disk(weights: Path, folder: Path, export) -> None:
     """The peak, beside the base: merged weights, 16-bit GGUF, and every quantization (twice with an imatrix)."""
     sixteen = merge.sixteen_bits(merge.safetensors_of(weights))
-    quants = sum(llamacpp.BITS[kind] / 16 for kind in export.quantizations) * sixteen * (2 if export.imatrix else 1)
+    quants = sum(llama_tools.BITS[kind] / 16 for kind in export.quantizations) * sixteen * (2 if export.imatrix else 1)
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     need, free = 2 * sixteen + quants - there, shutil.disk_usage(folder).free
     if free < need:

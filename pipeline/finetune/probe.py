@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from contract import files
-from contract.errors import UserError
-from pipeline import batches
-from pipeline.config import Base, Finetune
+from common import files
+from common.errors import UserError
+from pipeline.config.schema import Base, Finetune
 from pipeline.finetune.trainer import OutOfMemory
-from pipeline.plan.choose import CHECKPOINTED, TOKENS, Choice
-from pipeline.plan.stage import POLICIES
-from pipeline.record import Run
+from pipeline.plan import batches
+from pipeline.plan.choose_batch import CHECKPOINTED, TOKENS, Choice
+from pipeline.plan.estimate import POLICIES
+from pipeline.run.run_folder import Run
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,20 +64,22 @@ def alone(run: Run, bits: bool, policy) -> list[dict]:
 
 def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
     """Real tokens a second and peak memory (GB) of each micro-batch; None where it does not fit."""
-    from pipeline import base as bases
-    from pipeline import rows, unsloth
-    from pipeline.finetune import build
+    from pipeline.base_model import fetch as bases
+    from pipeline.base_model import restore_gguf
+    from pipeline.finetune import build_trainer
+    from pipeline.run import training_rows
+    from pipeline.toolchain import unsloth_loader
 
-    written = rows.read(run.output("data", "train"))
+    written = training_rows.read(run.output("data", "train"))
     lengths = batches.lengths(written)
-    weights = bases.weights(bases.fetch(base.model, run.read("data")["base"]["revision"]))
-    packed = tune.packing and unsloth.gpu_bytes() is not None
+    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, run.read("data")["base"]["revision"]))
+    packed = tune.packing and unsloth_loader.gpu_bytes() is not None
     sizes = [tune.micro_batch_tokens] if tune.micro_batch_tokens else CHECKPOINTED if policy else TOKENS
     model, found = None, []
     for tokens in sorted({max(size, int(lengths.max())) for size in sizes}, reverse=True):
         order = longest(lengths, tokens, packed)
         choice = Choice(len(order), tune.learning_rate, tokens, tokens, policy, packed)
-        model = model or build.build_model(weights, base, tune, choice)
+        model = model or build_trainer.build_model(weights, base, tune, choice)
         found.append(
             {"load_in_4bit": base.load_in_4bit, "use_gradient_checkpointing": policy, "micro_batch_tokens": tokens}
             | steps(model, base, tune, run, choice, written.take(order))
@@ -95,10 +97,10 @@ def longest(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
 
 def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa.Table") -> dict:
     """Train a full micro-batch by the stage's own trainer, in a folder that goes again."""
-    from pipeline import unsloth
-    from pipeline.finetune.build import build_trainer
+    from pipeline.finetune.build_trainer import build_trainer
+    from pipeline.toolchain import unsloth_loader
 
-    unsloth.forget_peak()
+    unsloth_loader.forget_peak()
     with tempfile.TemporaryDirectory() as empty:
         beside = Run(Path(empty))
         for name in ("data", "data.json"):
@@ -115,7 +117,7 @@ def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa
         except OutOfMemory:
             return {"tokens_per_second": None, "peak_memory_gb": None}
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
-    return {"tokens_per_second": round(speeds[-1]), "peak_memory_gb": unsloth.peak_memory_gb()}
+    return {"tokens_per_second": round(speeds[-1]), "peak_memory_gb": unsloth_loader.peak_memory_gb()}
 
 
 def keep(run: Run, probed: dict) -> None:
@@ -148,12 +150,12 @@ def other(best: dict, fitting: list[dict]) -> list[str]:
 
 
 def main(folder: str, asked: str) -> None:
-    from pipeline import unsloth
+    from pipeline.toolchain import unsloth_loader
 
     run, (bits, policy) = Run(Path(folder)), json.loads(asked)
     config = run.config()
-    unsloth.start()
-    if unsloth.gpu_bytes() is None:
+    unsloth_loader.start()
+    if unsloth_loader.gpu_bytes() is None:
         raise UserError("PROBE measures a GPU, and torch sees none here", "leave it out: `make plan` needs no GPU")
     import torch
 

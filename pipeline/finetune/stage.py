@@ -10,18 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import console
-from contract import files
-from contract.errors import UserError
-from pipeline import base as bases
-from pipeline import batches, rows, unsloth
-from pipeline.config import Base, Finetune
-from pipeline.finetune import checks, survive, watch
-from pipeline.finetune.build import build_model, build_trainer
+from common import console, files
+from common.errors import UserError
+from pipeline.base_model import fetch as bases
+from pipeline.base_model import model_config, restore_gguf
+from pipeline.config.schema import Base, Finetune
+from pipeline.finetune import checkpoints, row_checks, training_log
+from pipeline.finetune.build_trainer import build_model, build_trainer
 from pipeline.finetune.trainer import LAST_LOSS, OutOfMemory
-from pipeline.plan import cards, choose, disk, memory
-from pipeline.plan.stage import POLICIES
-from pipeline.record import Run
+from pipeline.plan import batches, choose_batch, disk_space, gpu_table, memory_need
+from pipeline.plan.estimate import POLICIES
+from pipeline.run import checkpoint_files, training_rows
+from pipeline.run.run_folder import Run
+from pipeline.toolchain import unsloth_loader
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,19 +36,19 @@ def stage(base: Base, tune: Finetune, run: Run) -> dict:
     """
     data = run.read("data")
     folder = run.workspace("finetune", "data")
-    weights = bases.weights(bases.fetch(base.model, data["base"]["revision"]))
-    described = bases.read_config(weights)
-    refuse_disk(memory.shape(described), tune, folder)
-    written = rows.read(run.output("data", "train"))
+    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, data["base"]["revision"]))
+    described = model_config.read_config(weights)
+    refuse_disk(memory_need.shape(described), tune, folder)
+    written = training_rows.read(run.output("data", "train"))
     with room(base):
         trainer, choice, order = prepared(weights, described, base, tune, run, written)
-    checks.first_batch(trainer, written)
-    checks.ends(
-        written, checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
+    row_checks.first_batch(trainer, written)
+    row_checks.ends(
+        written, row_checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
     )
-    checkpoint = survive.last_complete(folder / "checkpoints")
+    checkpoint = checkpoint_files.find_last_complete(folder / "checkpoints")
     console.say(console.wrap(
-        f"  {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth.device()}: {said(trainer, choice)}", 2
+        f"  {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth_loader.device()}: {said(trainer, choice)}", 2
     ))  # fmt: skip
     train(trainer, checkpoint, folder / "choice.json", choice)
     record = write(trainer, run, choice, order, len(written), weights, tune.seed, checkpoint)
@@ -64,14 +65,14 @@ def room(base: Base):
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{base.model} finds no room on {unsloth.device()}: {str(error).splitlines()[0]}",
+            f"{base.model} finds no room on {unsloth_loader.device()}: {str(error).splitlines()[0]}",
             "`make doctor` says who holds the card's memory; then run the same command again",
         ) from error
 
 
 def prepared(
     weights: Path, described: dict, base: Base, tune: Finetune, run: Run, written: "pa.Table"
-) -> tuple["SFTTrainer", choose.Choice, batches.ShuffledRows]:
+) -> tuple["SFTTrainer", choose_batch.Choice, batches.ShuffledRows]:
     """The trainer, what it was chosen to run with, and the rows in the order of training. described: config.json.
 
     What was begun goes on with the rows a step and the learning rate that it began with, whatever the card is now.
@@ -80,12 +81,14 @@ def prepared(
     path = run.folder / "finetune" / "choice.json"
     begun = files.read_json(path) if path.is_file() else {}
     tune = tune.model_copy(update=begun.get("probed", {}) | begun.get("after_out_of_memory", {}))
-    wanted = tune.packing and unsloth.gpu_bytes() is not None
+    wanted = tune.packing and unsloth_loader.gpu_bytes() is not None
     fitting = functools.partial(
-        choose.choose, memory.shape(described), base, lengths=batches.lengths(written), card=unsloth.gpu_bytes(),
+        choose_batch.choose, memory_need.shape(described), base, lengths=batches.lengths(written), card=unsloth_loader.gpu_bytes(),
         begun=begun.get("train_batch_size"),
     )  # fmt: skip
-    choice, order = fitting(tune, packed=begun.get("packing", wanted and choose.packs(described.get("model_type", ""))))
+    choice, order = fitting(
+        tune, packed=begun.get("packing", wanted and choose_batch.packs(described.get("model_type", "")))
+    )
     model = build_model(weights, base, tune, choice)
     trainer = build_trainer(model, base, tune, run, choice, written, order)
     if choice.packing and not trainer.args.packing:  # Unsloth looks at more than the model's type
@@ -100,25 +103,25 @@ def prepared(
 
 def refuse_card(kind: str, base: Base) -> None:
     """kind: model_type of config.json."""
-    capability = unsloth.capability()
-    if capability and (why := cards.unfit(capability, kind)):
+    capability = unsloth_loader.capability()
+    if capability and (why := gpu_table.unfit(capability, kind)):
         raise UserError(
-            f"{base.model} on this {unsloth.device()}: {why}",
+            f"{base.model} on this {unsloth_loader.device()}: {why}",
             "take a machine with a newer card (`make plan` names the cheapest that fits)",
         )
 
 
-def refuse_disk(shape: memory.Shape | None, tune: Finetune, folder: Path) -> None:
+def refuse_disk(shape: memory_need.Shape | None, tune: Finetune, folder: Path) -> None:
     """A disk that holds no checkpoint would be noticed at the first one, minutes of a paid GPU later."""
     free = shutil.disk_usage(files.nearest(folder)).free
-    if shape and free < (need := disk.checkpoints(shape, tune)):
+    if shape and free < (need := disk_space.checkpoints(shape, tune)):
         raise UserError(
             f"checkpoints and adapter take {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at {files.nearest(folder)}",
             "free some, then run the same command again",
         )
 
 
-def said(trainer: "SFTTrainer", choice: choose.Choice) -> str:
+def said(trainer: "SFTTrainer", choice: choose_batch.Choice) -> str:
     dealt = "packed" if choice.packing else "padded"
     return (
         f"{trainer.args.max_steps:,} steps of {choice.train_batch_size} rows, {dealt}, at most {choice.micro_batch_tokens:,} tokens at once, "
@@ -126,7 +129,7 @@ def said(trainer: "SFTTrainer", choice: choose.Choice) -> str:
     )
 
 
-def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: choose.Choice) -> None:
+def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: choose_batch.Choice) -> None:
     """Train to the end; a signal or too small a card ends it with a checkpoint that the next start goes on from."""
     try:
         with trainer.signals.heard():
@@ -134,13 +137,13 @@ def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: ch
     except OutOfMemory as error:
         trainer.save()
         start_again(path, choice, str(error))
-    except survive.Stop:
+    except checkpoints.Stop:
         trainer.save()
     if not trainer.signals:
         trainer.pusher.close()  # the adapter is newer
     else:
         console.say(f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}")
-        trainer.pusher.last(survive.last_complete(Path(trainer.args.output_dir)))
+        trainer.pusher.last(checkpoint_files.find_last_complete(Path(trainer.args.output_dir)))
         if trainer.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
         console.say("stopped; the same command goes on from here")
@@ -157,7 +160,7 @@ def finish(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
         trainer.state = state
         trainer.last_loss = read_last_loss(checkpoint)
     else:
-        with watch.showing_steps(trainer, state.global_step if state else 0):
+        with training_log.showing_steps(trainer, state.global_step if state else 0):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.refuse_broken_losses()
     if not trainer.signals and (best := trainer.state.best_model_checkpoint):
@@ -177,7 +180,7 @@ def take(trainer: "SFTTrainer", checkpoint: Path) -> None:
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
 
 
-def start_again(path: Path, choice: choose.Choice, said: str) -> None:
+def start_again(path: Path, choice: choose_batch.Choice, said: str) -> None:
     """The smallest micro-batch does not fit: once more in a fresh process, with gradient checkpointing.
 
     Raises UserError when that was on already.
@@ -195,7 +198,7 @@ def start_again(path: Path, choice: choose.Choice, said: str) -> None:
 def write(
     trainer,
     run: Run,
-    choice: choose.Choice,
+    choice: choose_batch.Choice,
     order: batches.ShuffledRows,
     there: int,
     weights: Path,
@@ -206,7 +209,7 @@ def write(
     folder = run.folder / "finetune"
     save_adapter(trainer, folder / "adapter")
     history, step = trainer.state.log_history, trainer.state.global_step
-    watch.write(folder / "log.jsonl", history)
+    training_log.write(folder / "log.jsonl", history)
     trained = min(len(order), step * choice.train_batch_size)
     return run.write(
         "finetune", ("data",),
@@ -214,7 +217,7 @@ def write(
         steps=step, epochs=round(trained / there, 2), rows=trained,
         final_loss=final_loss(trainer),
         best_step=trainer.state.best_global_step, best_loss=trainer.state.best_metric,
-        resumed_from=checkpoint.name if checkpoint else None, device=unsloth.device(), peak_memory_gb=unsloth.peak_memory_gb(),
+        resumed_from=checkpoint.name if checkpoint else None, device=unsloth_loader.device(), peak_memory_gb=unsloth_loader.peak_memory_gb(),
         tokens=trainer.meter.count_tokens(step), trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         seed=seed, weights=str(weights), **asdict(choice),
     )  # fmt: skip

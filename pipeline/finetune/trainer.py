@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from common import console
-from contract import files
-from contract.errors import UserError
-from pipeline import batches
-from pipeline.finetune.survive import Stop, last_complete
-from pipeline.finite import find_broken_tensor
+from common import console, files
+from common.errors import UserError
+from pipeline.finetune.checkpoints import Stop
+from pipeline.plan import batches
+from pipeline.run.checkpoint_files import find_last_complete
+from pipeline.toolchain.finite_numbers import find_broken_tensor
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -118,7 +118,7 @@ def trainer_class() -> type["SFTTrainer"]:
                 self._stop_broken(f"after step {self.state.global_step:,} {broken} holds NaN or infinity")
 
         def _stop_broken(self, what: str) -> NoReturn:
-            good, rate = last_complete(Path(self.args.output_dir)), min(self.args.learning_rate / 4, 2e-4)
+            good, rate = find_last_complete(Path(self.args.output_dir)), min(self.args.learning_rate / 4, 2e-4)
             raise UserError(
                 f"{what}; the last good checkpoint is {good.name if good else 'none yet'}",
                 f'a new RUN=name and SET="finetune.learning_rate={rate:.1e}", or without these rows',

@@ -4,8 +4,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from pipeline.doctor import box
-from pipeline.plan.choose import Choice, choose
+from pipeline.plan.choose_batch import Choice, choose
+from pipeline.toolchain import machine
 
 MEASURED_SECONDS = 0.3
 # Of numpy's matrix multiplication, what a training reaches: 160 of 260 GFLOP/s with the demo's model on two cores.
@@ -28,7 +28,7 @@ def plan_on_processor(work) -> ProcessorPlan | str:
         return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
     choice, order = choose(work.model, work.base, work.tune, work.lengths, None, packed=False)
     seconds = order.count_tokens(work.lengths, len(order)) * work.model.flops() / (EFFICIENCY * measure_processor())
-    return ProcessorPlan(choice, seconds, os.cpu_count() or 1, box.memory() / 1e9)
+    return ProcessorPlan(choice, seconds, os.cpu_count() or 1, machine.memory() / 1e9)
 
 
 def measure_processor() -> float:

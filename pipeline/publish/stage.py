@@ -6,14 +6,14 @@ import socket
 from importlib.metadata import version
 from pathlib import Path
 
-from common import console
-from contract import files, gguf, hub, manifest
-from contract.errors import UserError, shown
-from pipeline import code, licences, llamacpp
-from pipeline.config import Config
-from pipeline.doctor import box
-from pipeline.publish import card, courier
-from pipeline.record import STAGES, Run
+from common import console, files, gguf_reader, hub
+from common.errors import UserError, shown
+from contract import manifest
+from pipeline.base_model import licences
+from pipeline.config.schema import Config
+from pipeline.publish import model_card, upload
+from pipeline.run.run_folder import STAGES, Run
+from pipeline.toolchain import git, llama_tools, machine
 
 CARD = "README.md"
 HUB_MARKER = ".ferry-hub.json"  # {"model": name}
@@ -62,7 +62,7 @@ def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict
         may_go(config, run, repo)
         whole = finish(config, run, folder, made, repo)
         wish = {"private": config.publish.private, "tag": config.publish.tag}
-        return whole, courier.send({"folder": str(folder), "repo": repo} | wish)
+        return whole, upload.send({"folder": str(folder), "repo": repo} | wish)
     except UserError as error:
         raise UserError(
             f"{error.message}\n  nothing is lost: all of it is in {folder}. Before this machine is given back:\n"
@@ -97,7 +97,7 @@ def finish(config: Config, run: Run, folder: Path, made: manifest.Manifest, repo
     """The card, and manifest.json last. repo: its id on the Hub, for the card's commands; None for a folder hub."""
     ladder = run.output("verify", "ladder").read_text(encoding="utf-8").rstrip()
     with files.writing(folder / CARD) as part:
-        part.write_text(card.text(made, ladder, repo, config.publish.private), encoding="utf-8")
+        part.write_text(model_card.text(made, ladder, repo, config.publish.private), encoding="utf-8")
     whole = made.model_copy(update={"files": (*made.files, described(folder, CARD))})
     manifest.write(folder / manifest.NAME, whole)
     return whole
@@ -165,8 +165,10 @@ def published(run: Run) -> list[tuple[str, str]]:
     """(stage, output) of every GGUF that goes out: the quantizations, and 16 bit only where nothing smaller will do."""
     export, verify = run.read("export"), run.read("verify")
     kept = {export["sixteen"], "imatrix"} - {verify["default"]}
-    ours = [("export", name) for name in export["outputs"] if name not in kept and not name.endswith(llamacpp.STATIC)]
-    return ours + [("verify", name) for name in verify["outputs"] if name in llamacpp.BITS]
+    ours = [
+        ("export", name) for name in export["outputs"] if name not in kept and not name.endswith(llama_tools.STATIC)
+    ]
+    return ours + [("verify", name) for name in verify["outputs"] if name in llama_tools.BITS]
 
 
 def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact:
@@ -177,10 +179,10 @@ def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact
         raise UserError(
             f"{source} is not the file that {stage} made", f"delete {run.path(stage)} and run the same command again"
         )
-    header = gguf.read(source)
+    header = gguf_reader.read(source)
     return manifest.Artifact(
         kind="gguf", file=source.name, quantization=name, sha256=digest, bytes=source.stat().st_size,
-        tensor_types=gguf.tensor_types(header), weights_sha256=gguf.weights_sha256(source, header), default=name == run.read("verify")["default"],
+        tensor_types=gguf_reader.tensor_types(header), weights_sha256=gguf_reader.weights_sha256(source, header), default=name == run.read("verify")["default"],
         imatrix=export["imatrix"] if name != export["sixteen"] else None,
     )  # fmt: skip
 
@@ -298,15 +300,15 @@ def provenance(run: Run) -> dict:
     return {
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.path(name)) for name in STAGES if run.done(name)},
-        "git": code.checkout(),
+        "git": git.checkout(),
         "image": {"id": os.environ.get("FERRY_IMAGE_ID")}
         | {key: image[key] for key in ("sources", "base", "debian", "device", "llama.cpp")}
         if image
         else None,
         "lock_sha256": {lock.name: files.sha256(lock) for lock in sorted(LOCKS.glob("*.txt"))},
-        "llama_cpp": llamacpp.version(),
+        "llama_cpp": llama_tools.version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "driver": box.nvidia().driver or None,
+        "driver": machine.nvidia().driver or None,
         "packages": {name: version(name) for name in STACK},
     }

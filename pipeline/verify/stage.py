@@ -12,16 +12,18 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract import chat, files, limits, manifest, runtime
-from contract.errors import UserError
-from pipeline import ladder, llamacpp, unsloth
-from pipeline.config import Config, Generation
-from pipeline.finite import refuse_broken_losses
-from pipeline.record import Run
-from pipeline.score import describe_interval, held_out, prompt_ids
-from pipeline.systems import Gguf, Reading, Torch, finish
-from pipeline.verify import parity, served
-from pipeline.verify.golden import golden
+from common import files, llama_runtime
+from common.errors import UserError
+from contract import chat_format, limits, manifest
+from pipeline.config.schema import Config, Generation
+from pipeline.run.run_folder import Run
+from pipeline.scoring import quality_ladder
+from pipeline.scoring.backends import Gguf, Reading, Torch, finish
+from pipeline.scoring.heldout_scores import describe_interval, held_out, prompt_ids
+from pipeline.toolchain import llama_tools, unsloth_loader
+from pipeline.toolchain.finite_numbers import refuse_broken_losses
+from pipeline.verify import prompt_parity, served_answers
+from pipeline.verify.golden_prompts import golden
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -35,7 +37,7 @@ def stage(config: Config, run: Run) -> dict:
 
     Raises UserError when a gate does not hold.
     """
-    unsloth.hush()
+    unsloth_loader.hush()
     folder = run.workspace("verify", "export")
     files.remove(folder / "evidence.json")  # of a try that failed
     rows, used = held_out(run.output("data", "heldout"), config.evaluate)
@@ -50,14 +52,14 @@ def stage(config: Config, run: Run) -> dict:
     default, extra = choose(config, run, climb, run.read("export")["default"], sixteen)
     refuse_score(config, climb.scores, default)
     default_file, data = files_.get(default) or extra[default], run.read("data")
-    as_served = served.score(config, data, rows, default_file, climb.scores[default])
+    as_served = served_answers.score(config, data, rows, default_file, climb.scores[default])
     smoke = smoke_prompts(default_file, data, config)
     contract, page = folder / "contract.json", folder / "ladder.md"
     chat_format = described(config, run, trained, adds) | {"turns": turns and turns.model_dump(), "embedded": reasons}
     parts = {"chat": chat_format, "golden": list(trained.golden), "smoke": smoke}
     manifest.refuse_invalid(parts)
     files.write_json(contract, parts)
-    page.write_text(ladder.table(climb.all_scores()) + "\n", encoding="utf-8")
+    page.write_text(quality_ladder.table(climb.all_scores()) + "\n", encoding="utf-8")
     return run.write(
         "verify", ("data", "evaluate", "export"), {"contract": contract, "ladder": page, **extra},
         scores=climb.scores, default=default, as_served=as_served, used=used, conversion=climb.conversion, compared=climb.reference.positions,
@@ -69,35 +71,35 @@ def ggufs(run: Run) -> list[str]:
     return [name for name in run.read("export")["outputs"] if name != "imatrix"]
 
 
-def as_trained(run: Run, rows: list[dict]) -> parity.Trained:
+def as_trained(run: Run, rows: list[dict]) -> prompt_parity.Trained:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
     # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there, whoever wrote it
     held = [(row["prompt"], prompt_ids(row)) for row in rows if unicodedata.is_normalized("NFC", row["prompt"])]
-    return parity.Trained(
+    return prompt_parity.Trained(
         tokenizer, golden(tokenizer, run.read("data")["default_system"]), run.read("data")["chat"]["end"], held
     )
 
 
-def prompts(paths: dict[str, Path], trained: parity.Trained, folder: Path):
+def prompts(paths: dict[str, Path], trained: prompt_parity.Trained, folder: Path):
     """The parity gate on every file; then Ollama's TEMPLATE. Returns (turns or None, reasons, whether runtimes add BOS)."""
     for name, path in paths.items():
-        model = runtime.load(path, vocab_only=True)
-        adds = parity.adds_bos(model)
+        model = llama_runtime.load(path, vocab_only=True)
+        adds = prompt_parity.adds_bos(model)
         try:
-            parity.gguf(path, model, trained)
-        except parity.Different as error:
+            prompt_parity.gguf(path, model, trained)
+        except prompt_parity.Different as error:
             raise stopped(
                 "parity", f"the {name} GGUF is not what was trained: {error}", folder, error.evidence
             ) from error
         finally:
             model.close()
-    turns, reasons = parity.ollama(trained, adds)
+    turns, reasons = prompt_parity.ollama(trained, adds)
     try:
         if turns:
-            parity.template(turns, trained, adds)
-    except parity.Different as error:
+            prompt_parity.template(turns, trained, adds)
+    except prompt_parity.Different as error:
         raise stopped("parity", str(error), folder, error.evidence) from error
     return turns, reasons, adds
 
@@ -117,13 +119,13 @@ class Ladder:
         self.scores: dict[str, dict] = {}
         self.notes: list[str] = []
 
-    def start(self, path: Path, name: str, trained: parity.Trained) -> None:
+    def start(self, path: Path, name: str, trained: prompt_parity.Trained) -> None:
         """The 16-bit GGUF, then the merged weights: the conversion gate, and what all others are compared with."""
         side = self.open(path)
         texts = [item["ids"] for item in trained.golden] + [row["input_ids"] for row in self.rows[:COMPARED_ROWS]]
-        converted = ladder.Conversion(self.folder, texts, side)
+        converted = quality_ladder.Conversion(self.folder, texts, side)
         most = self.config.verify.max_positions
-        self.reference = ladder.Reference(self.folder, self.rows, side.model.n_vocab(), most)
+        self.reference = quality_ladder.Reference(self.folder, self.rows, side.model.n_vocab(), most)
         readings = self.reference.fill(side, name)
         sixteen = self.measured(name, side, readings, {"kl": 0.0, "top1": 1.0}, path)
         side.model.close()
@@ -144,7 +146,7 @@ class Ladder:
                 self.folder, {"bound": bound, **found},
             )  # fmt: skip
 
-    def merged(self, trained: parity.Trained) -> Torch:
+    def merged(self, trained: prompt_parity.Trained) -> Torch:
         """The merged weights in Transformers: on a GPU in their own type, what does not fit beside it; on a CPU in float32."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -183,12 +185,12 @@ def choose(config: Config, run: Run, climb: Ladder, wanted: str, sixteen: str) -
     made: dict[str, Path] = {}
     name, base = wanted, run.output("export", sixteen)
     while why := too_coarse(config, climb.scores[name], climb.scores[sixteen]):
-        larger = next((q for q in LARGER if llamacpp.BITS[q] > llamacpp.BITS[name]), sixteen)
+        larger = next((q for q in LARGER if llama_tools.BITS[q] > llama_tools.BITS[name]), sixteen)
         climb.notes.append(f"{name} {why}: {larger} is the default instead")
         name = larger
         if name not in climb.scores:
             matrix = run.output("export", "imatrix") if config.export.imatrix else None
-            made[name] = llamacpp.quantized(base, name, matrix, climb.folder)
+            made[name] = llama_tools.quantized(base, name, matrix, climb.folder)
             climb.step(name, made[name])
     return name, made
 
@@ -221,7 +223,7 @@ def refuse_score(config: Config, scores: dict, default: str) -> None:
         )
 
 
-def described(config: Config, run: Run, trained: parity.Trained, adds: bool) -> dict:
+def described(config: Config, run: Run, trained: prompt_parity.Trained, adds: bool) -> dict:
     """The manifest's ChatFormat, as trained."""
     tokenizer = trained.tokenizer
     bos = tokenizer.bos_token
@@ -233,14 +235,14 @@ def described(config: Config, run: Run, trained: parity.Trained, adds: bool) -> 
         "bos_in_template": bool(bos) and trained.golden[0]["prompt"].startswith(bos),
         "adds_bos": adds,
         "system": run.read("data")["default_system"],
-        "input": chat.ALPACA_INPUT if run.read("data")["has_input"] else None,
+        "input": chat_format.ALPACA_INPUT if run.read("data")["has_input"] else None,
     }
 
 
 def smoke_prompts(path: Path, data: dict, config: Config) -> list[dict]:
     """What the default file answers to the config's messages, else to those that look like the rows. data: its record."""
     longest = min(config.generation.max_tokens, limits.MAX_ANSWER_TOKENS)
-    model = runtime.load(path, config.base.max_seq_length + longest)
+    model = llama_runtime.load(path, config.base.max_seq_length + longest)
     messages = config.generation.smoke_prompts or data["smoke_prompts"]
     answers = [smoke_prompt(model, message, data["default_system"], config.generation) for message in messages]
     model.close()
@@ -250,15 +252,15 @@ def smoke_prompts(path: Path, data: dict, config: Config) -> list[dict]:
 def smoke_prompt(model: "Llama", message: str, system: str | None, generation: Generation) -> dict:
     """What this file answers to a synthetic message, with the log-probability of each token."""
     before = [{"role": "system", "content": system}] if system else []
-    ids = runtime.tokenize(model, chat.prompt(model, [*before, {"role": "user", "content": message}]))
-    said, ended = runtime.greedy(model, ids, min(generation.max_tokens, limits.MAX_ANSWER_TOKENS))
+    ids = llama_runtime.tokenize(model, chat_format.prompt(model, [*before, {"role": "user", "content": message}]))
+    said, ended = llama_runtime.greedy(model, ids, min(generation.max_tokens, limits.MAX_ANSWER_TOKENS))
     answer = said + ended
-    log_probs = runtime.answer_log_probs(model, ids, answer)
+    log_probs = llama_runtime.answer_log_probs(model, ids, answer)
     refuse_broken_losses(log_probs, "smoke prompts")
     return {
         "message": message,
         "ids": ids,
-        "answer": runtime.text(model, said),
+        "answer": llama_runtime.text(model, said),
         "answer_ids": answer,
         "log_probs": log_probs,
     }

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from contract.errors import UserError
+from common.errors import UserError
 from tests.standins import library, runner
 from tests.standins.library import MEDIA, Library, Name, Refused
 

@@ -142,10 +142,10 @@ def ls(args: argparse.Namespace, place: Path) -> None:
 
 
 def model(path: Path, place: Path) -> dict:
-    from contract import gguf
+    from common import gguf_reader
     from tests.standins import create
 
-    header = gguf.read(path)
+    header = gguf_reader.read(path)
     family, repo = str(header.metadata["general.architecture"]), place.parts[1]
     kind = create.quantization(header)
     key = re.sub(r"-gguf$", "", repo.lower())

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contract import chat, gguf
-from contract.errors import UserError
+from common import gguf_reader
+from common.errors import UserError
+from contract import chat_format
 from tests.standins.go import Go
 from tests.standins.library import MEDIA, PARAMETERS, Library, Name, Refused
 
@@ -31,8 +32,8 @@ def go() -> Go:
 
 
 @functools.lru_cache(maxsize=16)
-def header(path: Path) -> gguf.Header:
-    return gguf.read(path)
+def header(path: Path) -> gguf_reader.Header:
+    return gguf_reader.read(path)
 
 
 def in_go(template: str, messages: Sequence[dict], think: bool = False) -> str:
@@ -112,7 +113,7 @@ class Model:
         special = [self._token("bos"), self._token("eos")]
         try:
             # Without a template llama.cpp takes ChatML.
-            text = chat.render(self.jinja or CHATML, messages, *special, **switches)
+            text = chat_format.render(self.jinja or CHATML, messages, *special, **switches)
         except UserError as error:
             raise Refused(500, error.message) from error
         # llama-server takes off what its tokenizer adds (common/chat.cpp, apply).
@@ -238,12 +239,12 @@ class _Text:
 def load(model: Model, settings: dict) -> Loaded:
     import llama_cpp
 
-    from contract import runtime
+    from common import llama_runtime
 
     trained = model.header.metadata.get(f"{model.header.metadata['general.architecture']}.context_length")
     context = max(4, min(int(settings["num_ctx"]), int(trained or settings["num_ctx"])))
     try:
-        llama = runtime.load(model.path, context)
+        llama = llama_runtime.load(model.path, context)
     except UserError as error:
         raise Refused(500, f"error loading model: {error.message}") from error
     llama_cpp.llama_set_n_threads(llama.ctx, 1, 1)  # two threads wait for each other: 7 times slower on a busy machine

@@ -1,0 +1,40 @@
+"""The closing page of `make train`: time, cost, scores, files, and what to do next."""
+
+from common import console
+from pipeline.plan import gpu_table
+from pipeline.run.records import published_name
+from pipeline.run.run_folder import STAGES, Run
+
+
+def summarize(run: Run) -> str:
+    """The page of a finished run."""
+    publish, verify = run.read("publish"), run.read("verify")
+    scores = run.read("evaluate")["scores"] | verify["scores"]
+    default = publish["default"]
+    lines = [
+        ("time", describe_time(run)),
+        ("score", describe_score(scores, verify["default"], run.read("evaluate")["rule"])),
+        ("file", f"{default['file']}, {default['bytes'] / 1e6:,.1f} MB"),
+        ("hub", published_name(publish)),
+        ("logs", str(run.log_file("data").parent)),
+        ("next", f"make deploy-mac REPO={published_name(publish)}"),
+    ]
+    return "\n".join(["", f"{run.model} is trained", *(console.wrap(f"  {name:<8}{text}", 10) for name, text in lines)])
+
+
+def describe_time(run: Run) -> str:
+    """How long each stage took, and what a GPU like this one costs for so long."""
+    seconds = {stage: run.read(stage)["seconds"] for stage in STAGES}
+    parts = ", ".join(f"{stage} {console.format_duration(value)}" for stage, value in seconds.items())
+    total = sum(seconds.values())
+    _, price = gpu_table.of(run.read("finetune")["device"])
+    cost = f", about ${total / 3600 * price:.2f}" if price else ""
+    return f"{console.format_duration(total)}{cost} ({parts})"
+
+
+def describe_score(scores: dict[str, dict], default: str, rule: str) -> str:
+    """Base model and result, by the task's rule or by held-out loss."""
+    before, after = scores["base"], scores[default]
+    if "score" in after:
+        return f"{before['score']:.0%} -> {after['score']:.0%} of {after['rows']} held-out rows right ({rule}), {default} in llama.cpp"
+    return f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}, {default} in llama.cpp"

@@ -1,0 +1,293 @@
+"""Work on a stranger's file in a process of its own: a library's crash, hang or hunger for memory is one error there.
+
+llama.cpp parses a model in C++ and ends its process over what it did not expect. The parent looks at the clock and at the
+child's memory, kills it beyond its limits, and says in one line what happened.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from common import console
+from common.errors import UserError, shown
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOK_EVERY = 0.1  # seconds between two looks at a child
+LOOK_AT_SERVER_EVERY = 2.0  # once it runs; on macOS a look starts `ps`
+QUIET = {"GGML_NO_BACKTRACE": "1"}  # else llama.cpp starts a debugger when it breaks off
+MAX_ANSWER = 64 << 20  # bytes of JSON
+MAX_WRITTEN = 128 << 20  # bytes of a file
+SECRET_OF_SERVER = "FERRY_API_KEY"  # what clients of `ferry serve` must show: the child is the server
+SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY", re.IGNORECASE)
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from common import child_process; child_process.main(*sys.argv[2:])"
+MEANINGS = {
+    signal.SIGABRT: "llama.cpp broke off",
+    signal.SIGSEGV: "llama.cpp crashed",
+    signal.SIGBUS: "llama.cpp crashed, most often because the file became shorter or the disk is full",
+    signal.SIGFPE: "llama.cpp crashed",
+    signal.SIGILL: "llama.cpp was built for another processor",
+    signal.SIGKILL: "the system killed it, most often because memory ran out",
+}
+AGAIN = "do not use this model if it stays so: pull it again, or report it"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child may take. seconds: of wall-clock time; memory: bytes of it in RAM."""
+
+    seconds: float
+    memory: int
+
+
+def call(function: str, arguments: list, limits: Limits, subject: str) -> object:
+    """Return what `function` returns in a child process; arguments and result are JSON.
+
+    Args:
+        function: "module:name".
+        subject: what it works on, for messages.
+
+    Raises UserError: the function's own, or that the child crashed or went beyond its limits.
+    """
+    with tempfile.TemporaryFile() as request, tempfile.TemporaryFile() as log, _pipe() as (reader, writer):
+        request.write(json.dumps([function, arguments]).encode())
+        request.seek(0)
+        process = _start(["call", str(writer.fileno())], (writer.fileno(),), request, log)
+        writer.close()
+        try:
+            answer = _read_answer(process, reader, limits, subject)
+            code = process.wait(limits.seconds)
+        except subprocess.TimeoutExpired:
+            raise _too_slow(limits.seconds, subject) from None
+        finally:
+            kill_with_children(process)
+        return _result(answer, code, log, subject)
+
+
+def run_attached(function: str, arguments: list, limits: Limits, subject: str) -> int:
+    """Run `function` in a child process that has this terminal, until it ends; return its exit code.
+
+    limits.seconds: until it calls `report_ready`. Ctrl-C reaches the child, SIGTERM is passed on, and the child ends when
+    this process does. Raises UserError when it crashed or went beyond its limits.
+    """
+    with _pipe() as (ready, writer), _pipe() as (alive, _):
+        words = ["attached", str(writer.fileno()), str(alive.fileno()), json.dumps([function, arguments])]
+        process = _start(words, (writer.fileno(), alive.fileno()))
+        writer.close()
+        try:
+            with _passing_signals(process):
+                return _wait_attached(process, ready, limits, subject)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def report_ready() -> None:
+    """Tell the parent that what takes the start's time limit is over; nothing happens outside of a child."""
+    with contextlib.suppress(KeyError, OSError):
+        os.close(int(os.environ.pop("FERRY_READY")))
+
+
+# The parent's side
+
+
+def _start(
+    words: list[str], inherited: tuple[int, ...], request: IO | None = None, log: IO | None = None
+) -> subprocess.Popen:
+    """A Python that imports what this one does, without secrets in its environment.
+
+    With a request it is on its own: no terminal, a session of its own. Without one it has this terminal.
+    """
+    places = json.dumps([str(ROOT), *(str(Path(place).resolve()) for place in sys.path)])
+    public = {name: value for name, value in os.environ.items() if not SECRETS.search(name) or name == SECRET_OF_SERVER}
+    return subprocess.Popen(
+        [sys.executable, "-B", "-c", START, places, *words], pass_fds=inherited, env=public | QUIET, stdin=request, stdout=log,
+        stderr=log, start_new_session=request is not None,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[IO, IO]]:
+    """Its ends to read from and to write to; both are closed afterwards."""
+    reader, writer = (os.fdopen(end, mode, 0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+    with reader, writer:
+        yield reader, writer
+
+
+def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject: str) -> bytes:
+    answer, until = bytearray(), time.monotonic() + limits.seconds
+    while True:
+        if select.select([reader], [], [], LOOK_EVERY)[0]:
+            block = reader.read(1 << 20)
+            if not block:
+                return bytes(answer)
+            answer += block
+        if len(answer) > MAX_ANSWER:
+            raise UserError(f"{subject}: the answer is larger than {MAX_ANSWER:,} bytes", AGAIN)
+        _refuse_beyond(process, limits.memory, until, limits.seconds, subject)
+
+
+def _refuse_beyond(process: subprocess.Popen, memory: int, until: float, seconds: float, subject: str) -> None:
+    if time.monotonic() > until:
+        raise _too_slow(seconds, subject)
+    if (taken := resident_bytes(process.pid)) > memory:
+        raise UserError(
+            f"{subject} took {taken / 1e9:.1f} GB of memory, at most {memory / 1e9:.1f} GB are expected of it", AGAIN
+        )
+
+
+def _too_slow(seconds: float, subject: str) -> UserError:
+    return UserError(
+        f"{subject} took more than {seconds:.0f} s",
+        "close other programs and run the same command again; if it stays so, do not use this model",
+    )
+
+
+def resident_bytes(pid: int) -> int:
+    """Bytes of memory that a process has; 0 where the system does not say it."""
+    try:
+        if sys.platform == "linux":
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            return pages * os.sysconf("SC_PAGE_SIZE")
+        told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+        return int(told.stdout.strip() or 0) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _result(answer: bytes, code: int, log: IO, subject: str) -> object:
+    try:
+        told = json.loads(answer)
+    except ValueError:
+        log.seek(0)
+        last = log.read(MAX_ANSWER).decode("utf-8", "replace").strip().rpartition("\n")[2] if code > 0 else ""
+        raise _death(code, subject, last) from None
+    if "error" in told:
+        raise UserError(*told["error"])
+    return told["value"]
+
+
+def _death(code: int, subject: str, last: str = "") -> UserError:
+    why = (
+        MEANINGS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}{': ' * bool(last)}{shown(last, 200)}"
+    )
+    return UserError(f"{subject} ended without a result: {why}", AGAIN)
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Kill the leader of a session with all that it started, whether or not it has ended by itself."""
+    with contextlib.suppress(OSError):  # nobody is left; macOS calls that forbidden
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+@contextlib.contextmanager
+def _passing_signals(process: subprocess.Popen) -> Iterator[None]:
+    """SIGTERM always; SIGINT where no terminal sends it to the child by itself."""
+
+    def pass_on(number: int, frame) -> None:
+        process.send_signal(number)
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if is_in_foreground() else pass_on),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_in_foreground() -> bool:
+    """Whether this process belongs to those that a terminal's Ctrl-C ends."""
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            return os.tcgetpgrp(descriptor) == os.getpgrp()
+    return False
+
+
+def _wait_attached(process: subprocess.Popen, ready: IO, limits: Limits, subject: str) -> int:
+    until, pause = time.monotonic() + limits.seconds, LOOK_EVERY
+    while process.poll() is None:
+        if until < math.inf and select.select([ready], [], [], 0)[0]:
+            until, pause = math.inf, LOOK_AT_SERVER_EVERY
+        _refuse_beyond(process, limits.memory, until, limits.seconds, subject)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(pause)
+    code = process.returncode
+    if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGHUP):
+        raise _death(code, subject)
+    return code if code >= 0 else 128 - code
+
+
+# The child's side
+
+
+def main(kind: str, *words: str) -> None:
+    """What a child runs."""
+    _limit_files(kind)
+    if kind == "call":
+        _answer_call(int(words[0]))
+    else:
+        ready, alive, request = words
+        os.environ["FERRY_READY"] = ready
+        threading.Thread(target=_end_with_parent, args=(int(alive),), daemon=True).start()
+        _run_here(*json.loads(request))
+
+
+def _answer_call(writer: int) -> None:
+    function, arguments = json.load(sys.stdin)
+    try:
+        answer = {"value": _find(function)(*arguments)}
+    except UserError as error:
+        answer = {"error": [error.message, error.hint]}
+    with os.fdopen(writer, "wb") as out:
+        out.write(json.dumps(answer).encode())
+    sys.stdout.flush()
+    os._exit(0)  # no library's clean-up may hold it
+
+
+def _run_here(function: str, arguments: list) -> None:
+    try:
+        _find(function)(*arguments)
+    except UserError as error:
+        console.say(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.say("stopped")
+        sys.exit(130)
+
+
+def _find(function: str):
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _end_with_parent(alive: int) -> None:
+    """The other end of the pipe is the parent's alone: it closes when the parent is gone, however it went."""
+    os.read(alive, 1)
+    os._exit(1)
+
+
+def _limit_files(kind: str) -> None:
+    """No core file; and what is on its own writes no large file."""
+    import resource
+
+    for name, most in ({"CORE": 0} | ({"FSIZE": MAX_WRITTEN} if kind == "call" else {})).items():
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))

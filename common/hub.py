@@ -1,0 +1,374 @@
+"""The Hugging Face Hub as both sides use it: what is a Hub id, how long to try, what to say when it fails.
+
+The client is huggingface_hub, which waits for ever for an answer, and retries some calls and others not
+(commit, create_tag, create_repo, the file itself). Here every call has a time limit and a budget.
+The token comes from HF_TOKEN or `hf auth login`, goes to the Hub's own host only, and stands in no message.
+"""
+
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from common import console
+from common.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
+LONGEST_WAIT = 30  # seconds between two tries
+QUICK = 2  # seconds of pauses where nothing is lost yet: who has no network wants to know it soon
+CONNECT = 3  # seconds for a connection to be accepted
+# What passes by itself. 501 (not implemented) and 507 (no storage) do not.
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+attempts = 0  # of this process; a sign of life
+
+
+class Passing(Exception):
+    """What may be right when it is asked for anew: a signed address that has grown old, a wrong part of a file."""
+
+
+class Unreachable(UserError):
+    """The Hub could not be asked: no network, or it is down."""
+
+
+def silence() -> float:
+    """Seconds without a byte after which a connection is given up: $FERRY_SILENCE_SECONDS, by default one minute."""
+    return seconds_of("FERRY_SILENCE_SECONDS", 60)
+
+
+def budget() -> float:
+    """Seconds of pauses between the tries of a failing call: $FERRY_HUB_SECONDS, by default 5 minutes."""
+    return seconds_of("FERRY_HUB_SECONDS", 300)
+
+
+def seconds_of(name: str, default: float) -> float:
+    """A time limit from the environment. Raises UserError for what is no number."""
+    said = os.environ.get(name)
+    try:
+        return float(said) if said else default
+    except ValueError:
+        raise UserError(f"{name}={shown(said)} is no number of seconds", f"unset {name}, or set it to one") from None
+
+
+def is_folder(repo: str) -> bool:
+    """A path that is there or looks like one; everything else is meant as a Hub id."""
+    if repo.startswith((".", "/", "~", "file://")):
+        return True
+    # A folder of the working directory does not hide a Hub repo of the same name, unless it is a hub itself.
+    return os.path.exists(Path(repo) / "manifest.json" if ID.fullmatch(repo) else repo)
+
+
+def is_folder_there(repo: str) -> bool:
+    """Whether the folder that `repo` names exists."""
+    return is_folder(repo) and os.path.exists(folder(repo))
+
+
+def folder(repo: str) -> Path:
+    """The path of a folder hub. Raises UserError when it names nobody's home."""
+    try:
+        return Path(repo.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"REPO {shown(repo)}: {error}", "write the path of the folder") from None
+
+
+def split(repo: str) -> tuple[str, str | None]:
+    """(id, revision) of owner/name[@revision]. Raises UserError when it is neither that nor a folder."""
+    name, _, revision = repo.partition("@")
+    if not ID.fullmatch(name) or (revision and not REVISION.fullmatch(revision)) or ".." in repo or repo.endswith("@"):
+        raise UserError(
+            f"REPO {shown(repo)}: no such folder, and no Hub id",
+            "write owner/name or owner/name@tag for the Hub, ./folder for a folder hub",
+        )
+    return name, revision or None
+
+
+def api() -> "HfApi":
+    """The client, with time limits. Raises UserError when this environment has none."""
+    refuse_endpoint()
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import logging, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limited():
+        client = default_client_factory()
+        # connect, read, write, pool. A tuple, because huggingface_hub 2 has httpx2's client, which knows no httpx.Timeout.
+        client.timeout = (min(CONNECT, silence()), silence(), silence(), silence())
+        return client
+
+    logging.set_verbosity_error()  # its own lines quote signed URLs
+    set_client_factory(limited)
+    return HfApi(library_name="ferry")
+
+
+def refuse_endpoint() -> None:
+    """Raises UserError for an HF_ENDPOINT that is no address. (huggingface_hub cannot even be imported with some.)"""
+    from urllib.parse import urlsplit
+
+    said = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        address = urlsplit(said)
+        fits = address.scheme in ("http", "https") and address.hostname and (address.port or 1)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UserError(f"HF_ENDPOINT={shown(said)} is no address of a Hub", "unset HF_ENDPOINT, or correct it")
+
+
+def token() -> str | None:
+    """Raises UserError for one that no header can carry."""
+    from huggingface_hub import get_token
+
+    found = get_token()
+    if found and not (found.isascii() and found.isprintable()):
+        raise UserError("the Hub's token holds characters that no token has", LOGIN)
+    return found
+
+
+def headers() -> dict[str, str]:
+    """Of a request to the Hub's own host; never for another one."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers(library_name="ferry")
+
+
+def same_host(url: str) -> bool:
+    """Is this the Hub that the token is for?"""
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants
+
+    ours, there = urlsplit(constants.ENDPOINT), urlsplit(url)
+    return (ours.scheme, ours.netloc) == (there.scheme, there.netloc)
+
+
+def read_small(repo: str, name: str, revision: str, limit: int, kind: str = "model") -> bytes:
+    """A file of at most `limit` bytes, whatever its sender says. Raises UserError beyond, the client's errors otherwise."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import hf_raise_for_status
+
+    content = bytearray()
+    plain = headers() | {"Accept-Encoding": "identity"}
+    with get_session().stream(
+        "GET", hf_hub_url(repo, name, revision=revision, repo_type=kind), headers=plain
+    ) as answer:
+        hf_raise_for_status(answer)
+        for block in answer.iter_raw():
+            content += block
+            if len(content) > limit:
+                raise UserError(
+                    f"{repo}/{name} is larger than {limit} bytes", "is this the right repo? Ask who published it"
+                )
+    return bytes(content)
+
+
+def patiently(
+    what: str, call: Callable[[], T], again: tuple[int, ...] = (), seconds: float | None = None, progress=lambda: 0
+) -> T:
+    """`call()`, repeated with growing pauses while what fails passes by itself.
+
+    what: said in messages, such as "publish to you/model". again: further HTTP statuses worth another try. seconds: of
+    pauses at most (none: `budget()`); they start anew whenever `progress()` has grown.
+    Raises UserError for every failure of Hub and network.
+    """
+    global attempts
+    left, wait, reached = budget() if seconds is None else min(seconds, budget()), 1.0, progress()
+    while True:
+        attempts += 1
+        try:
+            return call()
+        except Exception as error:
+            if (cause := _known(error)) is None:
+                raise
+            if progress() > reached:
+                left, wait, reached = budget(), 1.0, progress()
+            pause = _asked_for(cause) or wait * random.uniform(0.5, 1.5)
+            if not _passes(cause, again) or pause > left:
+                raise translated(cause, what) from error
+        say(f"{what}: {_brief(cause)}; again in {pause:.0f} s")
+        time.sleep(pause)
+        left, wait = left - pause, min(wait * 2, LONGEST_WAIT)
+
+
+def named(repo: str, run: str | None) -> str:
+    """`repo` with {run} and {user} filled in. Raises UserError when the Hub does not know the user."""
+    repo = repo.replace("{run}", run) if run else repo
+    if "{user}" in repo:
+        client = api()
+        repo = repo.replace("{user}", patiently("ask the Hub who you are", client.whoami)["name"])
+    return repo
+
+
+def strange(head, index: str) -> list[str]:
+    """Files of a repo that is something else's; none where `index` is among them, or nothing but what a new one may hold."""
+    names = sorted(sibling.rfilename for sibling in head.siblings)
+    return [] if index in names else [name for name in names if name not in (".gitattributes", "README.md")]
+
+
+def found(what: str, ask):
+    """What the Hub says, None where it has no such repo."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def asked():
+        try:
+            return ask()
+        except RepositoryNotFoundError:
+            return None
+
+    return patiently(what, asked, seconds=QUICK)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, without tokens and signed addresses."""
+    console.say(hidden(text))
+
+
+def _known(error: BaseException | None) -> BaseException | None:
+    """The error of Hub or network behind an exception; huggingface_hub wraps those of uploads in a RuntimeError."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    known = (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, Passing, json.JSONDecodeError)
+    while error is not None and not isinstance(error, known):
+        error = error.__cause__
+    return error
+
+
+def explain(error: Exception, what: str) -> UserError:
+    """A failed call of the client as a UserError. Raises `error` again when neither Hub, network nor disk is to blame."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause = error if isinstance(error, LocalEntryNotFoundError) else _known(error)
+    if cause is not None:
+        return translated(cause, what)
+    if isinstance(error, OSError):
+        return UserError(f"{what}: it cannot be fetched: {hidden(str(error))}", HINTS[None])
+    raise error
+
+
+def status(error: BaseException) -> int | None:
+    """HTTP status of an answer, None when there was none."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _passes(error: BaseException, again: tuple[int, ...]) -> bool:
+    from huggingface_hub.errors import HTTPError
+
+    code = status(error)
+    if isinstance(error, HTTPError):
+        return code is None or code in PASSING or code in again
+    return isinstance(error, Passing)
+
+
+def _asked_for(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait (Retry-After)."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("retry-after", "") if response is not None else ""
+    return float(asked) if asked.isascii() and asked.isdecimal() else None
+
+
+def translated(error: BaseException, what: str) -> UserError:
+    """A failure of Hub or network in the words of this project.
+
+    No token, terms that are not accepted, no network and a wrong address are four different errors with four cures.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return translated(error.__cause__, what)  # it only adds that the cache has no copy
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return Unreachable(
+            f"{what}: HF_HUB_OFFLINE is set, and the local cache does not have it",
+            "unset HF_HUB_OFFLINE, then run the same command again",
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return Unreachable(f"{what}: {address()} answers, and it is no Hub", CORRECT_ADDRESS)
+    if isinstance(error, HFValidationError):
+        return UserError(f"{what}: {_brief(error)}", "correct the name: a Hub id reads owner/name")
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{what}: it is gated, and this account has not accepted its terms",
+            f"accept them on its page on the Hub, {address()} (and `hf auth login`), then run the same command again",
+        )
+    if isinstance(error, RepositoryNotFoundError) and token() is None:
+        return UserError(f"{what}: it is not on the Hub, or private, and no token of the Hub is set", LOGIN)
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"{what}: no such revision", "name a branch, tag or commit that the repo has")
+    if status(error) is None and os.environ.get("HF_ENDPOINT") and _passes(error, ()):
+        return Unreachable(f"{what}: nothing answers at HF_ENDPOINT={address()}: {_brief(error)}", CORRECT_ADDRESS)
+    kind = Unreachable if _passes(error, ()) else UserError
+    return kind(f"{what}: {_brief(error)}", HINTS.get(_code(error), "run the same command again"))
+
+
+def address() -> str:
+    """Of the Hub that is asked."""
+    return shown(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", 100)
+
+
+CORRECT_ADDRESS = "unset HF_ENDPOINT, or correct it, then run the same command again"
+LOGIN = "`hf auth login`, or set HF_TOKEN, then run the same command again"
+ROOM = "make room on the Hub (https://huggingface.co/settings/billing), then run the same command again"
+HINTS = {
+    None: "check the network, then run the same command again; what is there already is kept",
+    401: LOGIN,
+    402: ROOM,
+    403: "use a token that may do this (https://huggingface.co/settings/tokens), then run the same command again",
+    404: "correct the name; a private repo needs a token that may read it: " + LOGIN,
+    409: "choose another name, or run the same command again",
+    412: "somebody else writes to this repo: wait for the other one, then run the same command again",
+    413: "the Hub takes no file of this size: choose a smaller quantization",
+    429: "the Hub asks for a pause: run the same command again in some minutes",
+}
+MEANINGS = {
+    401: "the Hub does not know this token",
+    402: "the Hub asks for payment",
+    403: "the Hub refuses",
+    404: "it is not on the Hub, or private and no token that may read it is set",
+    412: "the repo changed meanwhile",
+    413: "too large for the Hub",
+    429: "too many requests",
+}
+
+
+def _code(error: BaseException) -> int | None:
+    """The status; that of a repo which the Hub does not show to nobody is 401."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return 404 if isinstance(error, RepositoryNotFoundError) else status(error)
+
+
+def _brief(error: BaseException) -> str:
+    """One line: what the status means, and what the Hub says about it."""
+    code = _code(error)
+    if isinstance(error, ValueError) and code is None:  # a name that no Hub has
+        return hidden(str(error))
+    if code is None:
+        return hidden(f"the Hub cannot be reached ({str(error).strip() or type(error).__name__})")
+    said = " ".join((getattr(error, "server_message", None) or "").split())
+    meaning = MEANINGS.get(code, f"the Hub answers {code}")
+    return hidden(f"{meaning}{f' ({said})' if said else ''}")
+
+
+def hidden(text: str) -> str:
+    """`text` in one printable line without tokens and signed addresses."""
+    from huggingface_hub import get_token
+
+    for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN"))):
+        text = text.replace(secret, "hf_***")
+    text = re.sub(r"\bhf_\w{4,}", "hf_***", text)
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)
+    return shown(text)

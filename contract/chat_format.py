@@ -1,0 +1,141 @@
+"""Rendering a chat template without transformers, as llama.cpp and the Mac side do it."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from common.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from llama_cpp import Llama
+
+
+ALPACA_INPUT = "\n\n### Input:\n"  # where an Alpaca row's `input` follows its instruction in one user message
+
+
+def render(
+    template: str,
+    messages: Sequence[dict],
+    bos: str = "",
+    eos: str = "",
+    add_generation_prompt: bool = True,
+    **switches: bool,
+) -> str:
+    """`messages` as text, by default with the prompt for the assistant's answer. Raises UserError when the template fails.
+
+    switches: other variables of the template, such as enable_thinking.
+    """
+    text = compiled(template)
+    try:
+        return text.render(
+            messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+            bos_token=bos, eos_token=eos, **switches,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program: it can divide by zero, recurse, ask for all memory
+        raise UserError(
+            f"the chat template cannot render {' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: {why(error)}",
+            "use a template that can: data.template names one, a published model is published again",
+        ) from error
+
+
+def why(error: BaseException) -> str:
+    """What failed in a template, as one line: the words may be the template's own."""
+    said = str(error)
+    if not said or isinstance(error, LookupError | RecursionError | MemoryError):  # "'x'" alone says nothing
+        said = f"{type(error).__name__} {said}"
+    return shown(said, 300)
+
+
+def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:
+    """Names that the template prints although nobody gives them: they would be empty in every prompt."""
+    from jinja2 import Undefined
+
+    names: list[str] = []
+
+    class Noted(Undefined):
+        def __str__(self) -> str:
+            names.append(self._undefined_name)
+            return ""
+
+    text = compiled(template, Noted)
+    with contextlib.suppress(Exception):  # `render` says what fails
+        text.render(messages=list(messages), tools=None, documents=None, bos_token=bos, eos_token=eos)
+    return sorted(set(names))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(template: str, undefined: type | None = None) -> "Template":
+    """A chat template with the settings, filters and functions of transformers' own renderer (chat_template_utils.py)."""
+    from jinja2 import Undefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation()],
+        undefined=undefined or Undefined,
+    )  # fmt: skip
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    try:
+        return environment.from_string(template)
+    except Exception as error:  # Python's compiler refuses more than Jinja's: 20 loops in each other, deep nesting
+        raise UserError(
+            f"the chat template is no valid Jinja: {why(error)}",
+            "set data.template to another one, such as alpaca or chatml",
+        ) from error
+
+
+def _generation() -> type:
+    """{% generation %} marks an assistant's words for transformers; here it only has to be understood."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    return Generation
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str):
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def embedded(model: "Llama") -> str:
+    """The template inside a GGUF. Raises UserError when there is none: llama-cpp-python would guess one."""
+    template = model.metadata.get("tokenizer.chat_template")
+    if not template:
+        raise UserError(
+            "the GGUF holds no chat template, so its prompt format is unknown",
+            "export it again: a trained file carries its template",
+        )
+    return template
+
+
+def special(model: "Llama", role: str) -> str:
+    """Text of the GGUF's 'bos' or 'eos' token; '' when it names none."""
+    import llama_cpp
+
+    number = model.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    if number is None:
+        return ""
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    return llama_cpp.llama_vocab_get_text(vocabulary, int(number)).decode()
+
+
+def prompt(model: "Llama", messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
+    """`messages` rendered with the template that is in the file."""
+    return render(embedded(model), messages, special(model, "bos"), special(model, "eos"), add_generation_prompt)

@@ -1,0 +1,212 @@
+"""Ollama's server: where it is, whether it runs, how to ask it."""
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from common import files, hub
+from common.errors import UserError, shown
+
+APP = Path("/Applications/Ollama.app")
+SERVICE = Path("/usr/share/ollama/.ollama/models")  # its service on Linux has a home of its own
+BREW = "brew install ollama, or " if sys.platform == "darwin" else ""
+INSTALL = f"{BREW}https://ollama.com/download"
+LOADING = 600  # seconds: the first question loads the model, on a cold disk too
+AGAIN = "run the same command again; `ollama list` and Ollama's log say more"
+
+
+class Absent(UserError):
+    """Ollama is not there, or does not run: the other parts can go on without it."""
+
+
+def program() -> str | None:
+    """The command, also where the app has it."""
+    inside = APP / "Contents" / "Resources" / "ollama"
+    return shutil.which("ollama") or (str(inside) if os.access(inside, os.X_OK) else None)
+
+
+def host() -> str:
+    """The server's address, read from OLLAMA_HOST as Ollama reads it (envconfig/config.go)."""
+    said = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'")
+    scheme, there, rest = said.partition("://")
+    scheme, rest = (scheme, rest) if there else ("http", said)
+    usual = {"http": 80, "https": 443}.get(scheme, 11434) if there else 11434
+    place, _, path = rest.partition("/")
+    name, port = _split(place)
+    # where a server listens is not where it is
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
+    number = int(port) if port.isdecimal() and int(port) <= 65535 else usual
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{f'/{path}' if path else ''}".rstrip("/")
+
+
+def _split(place: str) -> tuple[str, str]:
+    """(host, port or ''); an IPv6 address may stand in brackets."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(place.strip("[]"))), ""
+    name, _, port = place.rpartition(":")
+    return (name.strip("[]"), port) if _ else (place, "")
+
+
+def local(url: str) -> bool:
+    """Is the server on this machine?"""
+    with contextlib.suppress(ValueError):
+        name = urlsplit(url).hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    return False
+
+
+def port_of(url: str) -> int | None:
+    """The port of an address as `host` writes it."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(url).port
+    return None
+
+
+def version() -> str | None:
+    """Of the server that answers; None: none does. With the standard library: the doctor runs before httpx is there."""
+    handlers = [urllib.request.ProxyHandler({})] if local(host()) else []  # a proxy is for other machines
+    try:
+        with urllib.request.build_opener(*handlers).open(f"{host()}/api/version", timeout=5) as answer:
+            return str(json.loads(answer.read(4096))["version"])
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        return None
+
+
+class Server:
+    """Ollama's HTTP API (docs/api.md), as far as it is used here."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+    def ask(self, method: str, path: str, body: dict | None = None, seconds: float = 60) -> dict:
+        """The JSON answer. Raises UserError with the server's own words."""
+        import httpx
+
+        try:
+            # A proxy of the environment is for other machines.
+            with httpx.Client(timeout=httpx.Timeout(seconds, connect=5), trust_env=not local(self.url)) as client:
+                answer = client.request(method, self.url + path, json=body)
+                said = answer.json() if answer.content.strip() else {}
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise UserError(
+                f"Ollama at {self.url} does not answer {path}: {shown(str(error)) or type(error).__name__}",
+                "see that its server runs (`ollama serve`, or open the app), then run the same command again",
+            ) from error
+        if answer.is_error or not isinstance(said, dict):
+            why = said.get("error") if isinstance(said, dict) else said
+            raise UserError(
+                f"Ollama at {self.url} answers {path} with {answer.status_code}: {shown(str(why))}", cure(str(why))
+            )
+        return said
+
+    def header_of(self, model: str) -> dict:
+        """Return the key-values of a model's GGUF; {} where the server does not say them."""
+        try:
+            return self.ask("POST", "/api/show", {"model": model}).get("model_info") or {}
+        except UserError:
+            return {}
+
+    def models(self) -> dict[str, dict]:
+        """{name:tag: its facts (digest, size, modified_at)}"""
+        found = self.ask("GET", "/api/tags").get("models") or []
+        return {model["name"]: model for model in found}
+
+    def prompt(self, model: str, messages: list[dict]) -> str:
+        """The text that the server makes of a conversation."""
+        body = {"model": model, "messages": messages, "stream": False, "_debug_render_only": True}
+        said = self.ask("POST", "/api/chat", body, LOADING)
+        try:
+            return said["_debug_info"]["rendered_template"]
+        except KeyError:
+            raise UserError(f"Ollama {version()} does not show its prompts", "update Ollama: 0.12 or newer") from None
+
+    def answer(self, model: str, message: str, most: int) -> dict:
+        """Greedy; the JSON of /api/chat."""
+        options = {"temperature": 0, "num_predict": most, "seed": 0}
+        body = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False, "options": options}
+        return self.ask("POST", "/api/chat", body, LOADING)
+
+    def copy(self, source: str, target: str) -> None:
+        self.ask("POST", "/api/copy", {"source": source, "destination": target})
+
+    def delete(self, model: str) -> None:
+        self.ask("DELETE", "/api/delete", {"model": model})
+
+
+def cure(said: str) -> str:
+    """What to do about what Ollama says."""
+    if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
+        # While it makes its copy Ollama needs 2.9 times the file's size (measured), and a full disk may end in either line.
+        return "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, then run the same command again"
+    return AGAIN
+
+
+def models_folder() -> Path:
+    """Where a server on this machine keeps its models: OLLAMA_MODELS, or as its FAQ says."""
+    said = os.environ.get("OLLAMA_MODELS")
+    return Path(said) if said else SERVICE if os.path.isdir(SERVICE) else Path.home() / ".ollama" / "models"
+
+
+def held(server: Server) -> int:
+    """Bytes of what the server holds: its blobs, where they can be seen (versions share them), else what it says itself."""
+    blobs = models_folder() / "blobs"
+    if local(server.url) and os.access(blobs, os.R_OK | os.X_OK):
+        return sum(path.stat().st_size for path in blobs.iterdir())
+    return sum({facts["digest"]: int(facts.get("size", 0)) for facts in server.models().values()}.values())
+
+
+def serving(start: bool) -> Server:
+    """The server that answers, or one that may be started now. Raises Absent."""
+    if version():
+        return Server(host())
+    command, url = program(), host()
+    if command is None:
+        raise Absent(f"Ollama is not installed, and no server answers at {url}", INSTALL)
+    if not local(url):
+        raise Absent(f"no Ollama answers at {url} (OLLAMA_HOST)", "see that it runs there, or unset OLLAMA_HOST")
+    if not (start or agreed(url)):
+        raise Absent(
+            f"Ollama is installed, but no server answers at {url}",
+            "open the app or run `ollama serve`; or the same command with START=1 starts it",
+        )
+    return started(command, url)
+
+
+def agreed(url: str) -> bool:
+    """Asked only where somebody can answer."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"No Ollama server answers at {url}. Start it now? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def started(command: str, url: str) -> Server:
+    """A server that outlives this command: the app where there is one. Raises UserError when it does not come up."""
+    log = files.cache_dir() / "ollama.log"
+    launch = ["open", "-j", "-a", "Ollama"] if APP.is_dir() else [command, "serve"]
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    except OSError as error:
+        raise UserError(
+            f"`{' '.join(launch)}` cannot be started: {error.strerror} ({error.filename})",
+            f"install Ollama again: {INSTALL}",
+        ) from error
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (process.poll() or 0) > 0:
+        if version():
+            hub.say(f"ollama: started {' '.join(launch)}, it goes on running (pid {process.pid}, log {log})")
+            return Server(url)
+        time.sleep(0.2)
+    raise UserError(f"`{' '.join(launch)}` was started and does not answer at {url}", f"read {log}")

@@ -1,0 +1,152 @@
+"""chat: talk to the pulled model in a terminal, or pipe a question in."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common.errors import UserError, shown
+from common.text import make_printable
+from contract import chat_format
+from deploy.serving import conversation
+
+HELP = """\
+/clear        forget the conversation
+/system TEXT  answer by this system prompt from now on; alone, show the one in force
+/input TEXT   go along with the next question as its input (Alpaca's); @FILE takes a file
+/bye          leave, as Ctrl-D does
+Ctrl-C stops an answer, not the program."""
+
+
+def stage(version: Path, context: int | None = None, system: str | None = None, input_file: Path | None = None) -> None:
+    """Answer what is typed until Ctrl-D; what is piped in is one question.
+
+    Args:
+        context: at most so many tokens.
+        system: another system prompt than the model's default one; "" for none.
+        input_file: goes along with the first question as its input (Alpaca's).
+
+    Raises UserError as `talk.opened` does, and for a piped question without an answer.
+    """
+    beside = read_input(input_file) if input_file else None
+    if sys.stdin is None:  # closed
+        return
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no text
+    typed = sys.stdin.isatty()
+    piped = "" if typed else sys.stdin.read().strip()
+    if not typed and not piped:
+        return
+    if not typed:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have enough
+    with conversation.opened(version, context) as engine:
+        here = Chat(engine, engine.made.chat.system if system is None else system, beside)
+        here.loop() if typed else here.ask(piped)
+
+
+def stage_of(version: str, system: str | None, input_file: str | None) -> None:
+    """`stage` for a child process, whose arguments are JSON."""
+    stage(Path(version), system=system, input_file=Path(input_file) if input_file else None)
+
+
+class Chat:
+    """One conversation, on stdin and stdout."""
+
+    def __init__(self, engine: conversation.Talk, system: str | None, input_text: str | None = None):
+        """system: None or "" for none. input_text: goes along with the next question."""
+        self.engine, self.system, self.input_text, self.turns = engine, system, input_text, []
+
+    def loop(self) -> None:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() then has history and editing; nothing is saved
+        made, size = self.engine.made, self.engine.context
+        say(f"{made.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
+        while (line := read()) is not None and line != "/bye":
+            try:
+                self.command(*line.partition(" ")[::2]) if line.startswith("/") else self.ask(line)
+            except UserError as error:
+                say(str(error))
+
+    def command(self, name: str, words: str) -> None:
+        if name == "/clear":
+            self.turns = []
+        elif name == "/system" and words:
+            self.system = words
+        elif name == "/input" and words:
+            self.input_text = read_input(Path(words[1:])) if words.startswith("@") else words
+        elif name == "/system":
+            say(shown(self.system, 4000) if self.system else "none but what the template may have of its own")
+        else:
+            say(HELP if name == "/help" else f"{shown(name, 40)} is no command\n{HELP}")
+
+    def ask(self, words: str) -> None:
+        """Print the answer as it comes, and remember both. Raises UserError when there is none."""
+        if not words:
+            return
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        words += chat_format.ALPACA_INPUT + self.input_text if self.input_text else ""
+        self.input_text = None
+        with typing() as stopped:
+            asked = [*self.turns, {"role": "user", "content": words}]
+            kept, ids = self.engine.fitted([*system, *asked])
+            answer = conversation.Answer(self.engine, ids, self.engine.sampling, stopped)
+            if gone := len(system) + len(asked) - len(kept):
+                say(f"[the context is full: the oldest {gone} messages are left out]")
+            said, rate = show(answer)
+        self.turns = [*kept[len(system) :], {"role": "assistant", "content": said}]
+        if sys.stdout.isatty():
+            cut = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(answer.end, "")
+            say(f"[{len(answer.ids)} tokens, {rate:.1f} tokens/s{cut}]")
+
+
+def read_input(path: Path) -> str:
+    """Raises UserError for a file that is not there, or holds no text."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the input {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}",
+            "name a text file",
+        ) from error
+
+
+def show(answer: conversation.Answer) -> tuple[str, float]:
+    """What it said, and how many tokens a second came after the first one."""
+    said, first = "", None
+    for piece in answer:
+        first = first or time.perf_counter()
+        said += piece
+        print(make_printable(piece), end="", flush=True)
+    print(flush=True)
+    return said, max(0, len(answer.ids) - 1) / (time.perf_counter() - first)
+
+
+def say(text: str) -> None:
+    print(make_printable(text), flush=True)
+
+
+def read() -> str | None:
+    """A line; None at the end."""
+    while True:
+        try:
+            return input(">>> ").strip()
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /bye leaves")
+        except EOFError:
+            say("")
+            return None
+
+
+@contextlib.contextmanager
+def typing() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C makes what this yields true; without a keyboard it ends the program as always."""
+    pressed = threading.Event()
+    if sys.stdin.isatty():
+        before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed.is_set
+    finally:
+        if sys.stdin.isatty():
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,218 @@
+"""What OpenAI's API asks and answers, as far as it is honest here: what cannot be done is refused by name."""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from starlette.exceptions import HTTPException
+
+from common.errors import shown
+from deploy.serving.conversation import Answer, Sampling
+
+# What would change the answer and is not done here, with the values that change nothing.
+REFUSED = {
+    "n": (1,), "best_of": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "grammar": ("",), "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+}  # fmt: skip
+matches = re.fullmatch
+
+
+class Refused(HTTPException):
+    """An error of a request, in OpenAI's words."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, kind: str | None = None
+    ):
+        super().__init__(status, message)
+        self.param, self.code, self.kind = param, code, kind
+
+
+def fault(error: HTTPException) -> dict:
+    """Its JSON."""
+    kind = getattr(error, "kind", None) or (
+        "authentication_error" if error.status_code == 401 else "invalid_request_error"
+    )
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Message(Part):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: object) -> object:
+        """A list of text parts is their text, as in the training rows."""
+        if not isinstance(content, list):
+            return content
+        if not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            raise ValueError("only text is understood here, no pictures and no sound")
+        return "".join(part["text"] for part in content)
+
+    @field_validator("content")
+    @classmethod
+    def _text(cls, content: str) -> str:
+        content.encode()  # half a character (JSON's \ud800) is a ValueError
+        return content
+
+    def told(self) -> dict:
+        """developer: OpenAI's newer word for the system prompt."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class Asked(Part):
+    stream: bool = False
+    stream_options: dict | None = None
+    stop: tuple[str, ...] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _honest(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError("a request is a JSON object")  # noqa: TRY004  pydantic's way to refuse
+        for name, harmless in REFUSED.items():
+            if value.get(name) is not None and value[name] not in harmless:
+                raise Refused(400, f"{name} is not supported here", name, "unsupported_parameter")
+        most = value.get("max_completion_tokens")
+        return value if most is None else value | {"max_tokens": most}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _several(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """The manifest's, but for what is named. What ended an answer in training ends it always."""
+        named = {f.name: getattr(self, f.name) for f in fields(Sampling) if getattr(self, f.name) is not None}
+        if self.stop is not None:
+            named["stop"] = (*usual.stop, *filter(None, self.stop))
+        if self.seed is not None:
+            named["seed"] = self.seed % 0xFFFFFFFF  # that one is llama.cpp's word for "any"
+        return replace(usual, **named)
+
+    def counts(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class Chat(Asked):
+    messages: tuple[Message, ...] = Field(min_length=1)
+
+    def conversation(self) -> list[dict]:
+        return [message.told() for message in self.messages]
+
+
+class Completion(Asked):
+    prompt: str
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one(cls, prompt: object) -> object:
+        return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+    @field_validator("prompt")
+    @classmethod
+    def _text(cls, prompt: str) -> str:
+        prompt.encode()
+        return prompt
+
+
+def parsed(kind: type, content: bytes):
+    """A request. Raises Refused."""
+    try:
+        return kind.model_validate(json.loads(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or None
+        text = shown(first["msg"].removeprefix("Value error, "), 300)
+        raise Refused(400, f"{where}: {text}" if where else text, where) from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "the body is no JSON") from error
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an endpoint says an answer, whole and in pieces."""
+
+    prefix: str
+    whole: str
+    piece: str
+    say: Callable[[str], dict]
+    add: Callable[[str], dict]
+    first: tuple[dict, ...]
+    last: dict
+
+
+CHAT = Form(
+    "chatcmpl", "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text: {"delta": {"content": text}}, ({"delta": {"role": "assistant", "content": ""}},), {"delta": {}},
+)  # fmt: skip
+TEXT = Form(
+    "cmpl", "text_completion", "text_completion", lambda t: {"text": t}, lambda t: {"text": t}, (), {"text": ""}
+)
+
+
+class Said:
+    """An answer in OpenAI's words."""
+
+    def __init__(self, form: Form, model: str, answer: Answer):
+        self.form, self.answer = form, answer
+        self.head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, text: str) -> dict:
+        return self._of(self.form.whole, self.form.say(text), self._end()) | {"usage": self._usage()}
+
+    def first(self) -> Iterator[dict]:
+        return (self._of(self.form.piece, choice) for choice in self.form.first)
+
+    def piece(self, text: str) -> dict:
+        return self._of(self.form.piece, self.form.add(text))
+
+    def last(self, counts: bool) -> Iterator[dict]:
+        yield self._of(self.form.piece, self.form.last, self._end())
+        if counts:
+            yield {"object": self.form.piece, **self.head, "choices": [], "usage": self._usage()}
+
+    def _of(self, kind: str, choice: dict, end: str | None = None) -> dict:
+        return {
+            "object": kind,
+            **self.head,
+            "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": end}],
+        }
+
+    def _end(self) -> str:
+        return "stop" if self.answer.end == "stop" else "length"
+
+    def _usage(self) -> dict:
+        asked, said = len(self.answer.prompt), len(self.answer.ids)
+        return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+def model(name: str) -> dict:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "ferry"}
+
+
+def event(value: dict) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

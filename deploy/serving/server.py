@@ -1,0 +1,290 @@
+"""serve: the pulled model over HTTP as OpenAI's API, for the programs of this machine.
+
+llama_cpp.server was tried and is not used: it cannot tell a sampling value that a request left out from its own default
+(repeat_penalty 1.1 among them), goes on with answers that nobody waits for, answers 200 to a streamed prompt that is too
+long, lets every web page ask, and takes settings of the model from variables such as ROPE_FREQ_BASE.
+"""
+
+import asyncio
+import contextlib
+import errno
+import hmac
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from common.errors import UserError, shown
+from deploy.serving import conversation, openai_api
+
+LOCAL = ("127.0.0.1", "localhost")
+PAGES = r"https?://(127\.0\.0\.1|localhost)(:\d+)?"  # web pages of this machine
+MAX_BODY = 8 << 20  # bytes; what a context can hold is far less
+KEY = "FERRY_API_KEY"
+LOOK = 0.1  # seconds between two looks whether a client is still there
+
+
+def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int | None = None) -> None:
+    """Serve until Ctrl-C.
+
+    context: at most so many tokens. Raises UserError when the port is taken, the host is open to others and FERRY_API_KEY
+    is not set, or as `talk.opened` does: nothing is served that does not give the golden prompts.
+    """
+    key = os.environ.get(KEY)
+    if host not in LOCAL and not key:
+        raise UserError(
+            f"HOST={shown(host)} lets other machines ask, and {KEY} is not set",
+            f"set {KEY} to a secret of yours (it travels unencrypted: for a network that you trust), or leave HOST away",
+        )
+    if key and not key.isprintable():  # bytes that are no text are not, either
+        raise UserError(f"{KEY} holds characters that no HTTP header can have", "choose one of letters and digits")
+    with listening(host, port) as door, conversation.opened(version, context) as engine:
+        greet(engine, host, door.getsockname()[1], key)
+        with Api(engine).running() as api:
+            Server(api, guarded(api, host, key)).listen(door)
+
+
+def stage_of(version: str, host: str, port: int) -> None:
+    """`stage` for a child process, whose arguments are JSON."""
+    stage(Path(version), host, port)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Raises UserError when nothing can listen there."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "that is no host name"
+        raise UserError(f"port {port} of {shown(host)} cannot be opened: {why}", another(port, error)) from error
+
+
+def another(port: int, error: Exception) -> str:
+    """What to try where nothing can listen."""
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return f"end what listens there, or take another port: `make serve PORT={port + 1 if port < 65535 else 8080}`"
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
+        return "take a port above 1023: `make serve PORT=8080`"
+    return "HOST= takes an address of this machine; leave it away for 127.0.0.1"
+
+
+def greet(engine: conversation.Talk, host: str, port: int, key: str | None) -> None:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    print(f"serving {engine.made.name} at {address} (OpenAI-compatible), Ctrl-C ends")
+    secret = f" -H 'Authorization: Bearer '\"${KEY}\"" if key else ""
+    print(f"  curl {address}/chat/completions -H 'Content-Type: application/json'{secret} \\")
+    print("""    -d '{"messages": [{"role": "user", "content": "Hello"}]}'""", flush=True)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose Ctrl-C also ends the answers that are on their way."""
+
+    def __init__(self, api: "Api", app: ASGIApp):
+        super().__init__(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=30))
+        self.api = api
+
+    def handle_exit(self, sig, frame) -> None:
+        self.api.closing.set()
+        super().handle_exit(sig, frame)
+
+    def listen(self, door: socket.socket) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # the signal comes once more when all is closed
+            self.run(sockets=[door])
+
+
+class Api:
+    """The endpoints. One thread has the model: answers stand in line there, in the order in which they were asked for."""
+
+    def __init__(self, engine: conversation.Talk):
+        self.engine, self.closing = engine, threading.Event()
+        self.worker, self.renderer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+    @contextlib.contextmanager
+    def running(self):
+        """Nobody uses the model any more afterwards."""
+        try:
+            yield self
+        finally:
+            self.closing.set()
+            self.renderer.shutdown()
+            self.worker.shutdown()
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [openai_api.model(self.engine.made.name)]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.engine.made.name:
+            raise openai_api.Refused(404, "there is no such model here", "model", "model_not_found")
+        return JSONResponse(openai_api.model(self.engine.made.name))
+
+    async def chat(self, request: Request) -> Response:
+        asked = openai_api.parsed(openai_api.Chat, await body(request))
+        return await self.answered(
+            request,
+            asked,
+            lambda: self.engine.prompt(self.engine.with_default_system(asked.conversation())),
+            openai_api.CHAT,
+        )
+
+    async def completion(self, request: Request) -> Response:
+        asked = openai_api.parsed(openai_api.Completion, await body(request))
+        return await self.answered(request, asked, lambda: self.engine.raw(asked.prompt), openai_api.TEXT)
+
+    async def answered(
+        self, request: Request, asked: openai_api.Asked, prompt: Callable, form: openai_api.Form
+    ) -> Response:
+        ids = await asyncio.get_running_loop().run_in_executor(self.renderer, prompt)
+        reply = Reply(self, request, ids, asked.sampling(self.engine.sampling))
+        said = openai_api.Said(form, self.engine.made.name, reply.answer)
+        if asked.stream:
+            return StreamingResponse(streamed(said, reply, asked), media_type="text/event-stream")
+        return JSONResponse(said.whole("".join([piece async for piece in reply.pieces()])))
+
+
+class Reply:
+    """An answer on its way from the model's thread. It is given up when its client has gone."""
+
+    def __init__(self, api: Api, request: Request, ids: list[int], sampling: conversation.Sampling):
+        self.left = threading.Event()
+        self.answer = conversation.Answer(api.engine, ids, sampling, lambda: self.left.is_set() or api.closing.is_set())
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+        self.watching = asyncio.create_task(self._watch(request))
+        api.worker.submit(self._work)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Raises what the model's thread raised."""
+        try:
+            while (piece := await self.queue.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece:
+                    yield piece
+        finally:
+            self.left.set()
+            self.watching.cancel()
+
+    async def _watch(self, request: Request) -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(LOOK)
+        self.left.set()
+
+    def _work(self) -> None:
+        try:
+            for piece in self.answer:
+                self._put(piece)
+            self._put(None)
+        except Exception as error:  # noqa: BLE001  raised where the answer is read
+            self._put(error)
+
+    def _put(self, piece: str | Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and its readers with it
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, piece)
+
+
+async def streamed(said: openai_api.Said, reply: Reply, asked: openai_api.Asked) -> AsyncIterator[str]:
+    """Server-sent events, as OpenAI sends them."""
+    try:
+        for chunk in said.first():
+            yield openai_api.event(chunk)
+        async for piece in reply.pieces():
+            yield openai_api.event(said.piece(piece))
+        for chunk in said.last(asked.counts()):
+            yield openai_api.event(chunk)
+        yield "data: [DONE]\n\n"
+    except Exception as error:  # noqa: BLE001  200 is said already
+        yield openai_api.event(openai_api.fault(broken(error)))
+
+
+async def body(request: Request) -> bytes:
+    content = b""
+    async for block in request.stream():
+        content += block
+        if len(content) > MAX_BODY:
+            raise openai_api.Refused(413, f"a request has at most {MAX_BODY} bytes")
+    return content
+
+
+def broken(error: Exception) -> openai_api.Refused:
+    """An error of ours: one line here, no more than that it happened to the client."""
+    print(f"serve: a request failed: {type(error).__name__}: {shown(str(error))}", flush=True)
+    return openai_api.Refused(500, "the model failed", kind="server_error")
+
+
+def guarded(api: Api, host: str, key: str | None) -> ASGIApp:
+    """The endpoints, behind the checks of who asks."""
+    return Starlette(
+        routes=[
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name}", api.model),
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/completions", api.completion, methods=["POST"]),
+        ],
+        middleware=[
+            Middleware(Guard, host=host, key=key),
+            Middleware(
+                CORSMiddleware, allow_origin_regex=PAGES, allow_methods=["GET", "POST"], allow_headers=["*"],
+            ),
+        ],
+        exception_handlers={HTTPException: refused, UserError: refused},
+    )  # fmt: skip
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """Every error in OpenAI's shape."""
+    if isinstance(error, conversation.TooLong):
+        error = openai_api.Refused(400, error.message, "messages", "context_length_exceeded")
+    elif isinstance(error, UserError):
+        error = openai_api.Refused(400, error.message)
+    return JSONResponse(openai_api.fault(error), error.status_code, error.headers)
+
+
+class Guard:
+    """Who may ask: no page of another site, whatever name it has given to this address, and with a key only who has it."""
+
+    def __init__(self, app: ASGIApp, host: str, key: str | None):
+        self.app, self.host, self.key = app, host, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noted(message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            if scope["type"] == "http":
+                self.check(Request(scope))
+            await self.app(scope, receive, noted)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # noqa: BLE001  an answer, never a traceback
+            if started:
+                broken(error)
+                return
+            fault = error if isinstance(error, openai_api.Refused) else broken(error)
+            await (await refused(Request(scope), fault))(scope, receive, send)
+
+    def check(self, request: Request) -> None:
+        """Raises Refused."""
+        name, origin = request.headers.get("host", "").rsplit(":", 1)[0], request.headers.get("origin")
+        if self.host in LOCAL and name not in LOCAL:
+            raise openai_api.Refused(403, "this server is for its own machine: ask http://127.0.0.1", code="wrong_host")
+        if origin and not openai_api.matches(PAGES, origin):
+            raise openai_api.Refused(403, "pages of other sites may not ask", code="wrong_origin")
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        asks = request.method != "OPTIONS"  # a browser's question before the question carries no key
+        if self.key and asks and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+            raise openai_api.Refused(401, "the API key is missing or wrong", code="invalid_api_key")

@@ -1,0 +1,70 @@
+"""A download on its way: it goes on where it ended, also where another process left it, and is hashed as it grows."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from typing_extensions import Self
+
+from common import files, hub
+from common.errors import UserError
+from contract.manifest import Artifact
+
+
+class Part:
+    """The file `path`, which shall hold `artifact`. tick: is told of every byte that is there."""
+
+    def __init__(self, path: Path, artifact: Artifact, tick: Callable[[int], None]):
+        self.path, self.artifact, self.tick = path, artifact, tick
+        self.size, self.digest = 0, hashlib.sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():  # what it leads to is not this download
+            path.unlink()
+        self.file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
+        while block := self.file.read(files.CHUNK):
+            self._count(block)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def fill(self, found) -> None:
+        """All that is missing, from a source (contract/published_model.py). Raises UserError when it gives other bytes."""
+        while self.size < self.artifact.bytes:
+            before = self.size
+            hub.patiently(f"pull {self.artifact.file}", lambda: self._go_on(found), progress=lambda: self.size)
+            if self.size <= before:
+                raise UserError(
+                    f"{self.artifact.file} ended after {self.size} of {self.artifact.bytes} bytes",
+                    "run the same command again; what is there is kept",
+                )
+        if (self.size, self.digest.hexdigest()) != (self.artifact.bytes, self.artifact.sha256):
+            files.remove(self.path)
+            raise UserError(
+                f"{self.artifact.file} came with {self.size} bytes and sha256 {self.digest.hexdigest()}, "
+                f"its manifest says {self.artifact.bytes} bytes and {self.artifact.sha256}",
+                "run the same command again; if it stays, the file was damaged or replaced: publish it again with `make publish`",
+            )
+
+    def _go_on(self, found) -> None:
+        with found.opened(self.artifact, self.size) as (start, blocks):
+            if start != self.size:  # a server that cannot go on where we ended
+                self._start_again()
+            for block in blocks:
+                self.file.write(block)
+                self._count(block)
+                if self.size > self.artifact.bytes:
+                    return
+
+    def _count(self, block: bytes) -> None:
+        self.digest.update(block)
+        self.size += len(block)
+        self.tick(len(block))
+
+    def _start_again(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        self.tick(-self.size)
+        self.size, self.digest = 0, hashlib.sha256()

@@ -1,0 +1,198 @@
+"""smoke: the pulled file answers here as it did where it was made, or nothing is installed."""
+
+import io
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import child_process, console, files, gguf_reader, llama_runtime
+from common.errors import UserError, shown
+from contract import chat_format, template_sandbox
+from contract.manifest import Manifest, Smoke
+from deploy import store
+from deploy.stages import memory_need
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+# Mean absolute difference of log-probability per answer token, nats. Measured on a CPU with SmolLM2-135M Q4_1, an answer at
+# a time: 0 for other thread counts and batches, at most 0.054 one token at a time (other kernels), 0.059 between flash
+# attention and none, 0.076 with a q8_0 cache too. A damaged or wrong file is far above 1.
+MAX_DIFFERENCE = 0.15
+MEASURED = ("CPU",)  # where that bound was measured; elsewhere it is the same number, and not proven
+# A 135M file (0.1 GB) answers 110 tokens a second on two idle cores, 10 on busy ones: 1 s for a token and GB.
+LOAD_SECONDS, SECONDS_OF_TOKEN, MOST_SECONDS = 300, 1e-9, 7200
+MORE = 32  # tokens after which an answer that ended where it was made should have ended here
+SPEED_PROMPT, SPEED_ANSWER, SPEED_SECONDS = 128, 64, 10  # tokens, tokens, and at most so long
+
+
+def run_in_child(version: Path) -> dict:
+    """Run `stage` in a process of its own, and return its record: the file is a stranger's, and llama.cpp parses it."""
+    made, path = store.pulled(version)
+    longest = max((len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke), default=0)
+    tokens = sum(len(s.ids) + 2 * len(s.answer_ids) + MORE for s in made.smoke)
+    size = path.stat().st_size
+    seconds = min(MOST_SECONDS, LOAD_SECONDS + tokens * size * SECONDS_OF_TOKEN)
+    limits = memory_need.limits(gguf_reader.read(path), size, max(1024, longest), seconds)
+    with console.waiting(f"testing {path.name}"):
+        return child_process.call(
+            "deploy.stages.smoke:stage_of", [str(version)], limits, f"the smoke test of {path.name}"
+        )
+
+
+def stage_of(version: str) -> dict:
+    """`stage` for a child process, whose arguments are JSON."""
+    return stage(Path(version))
+
+
+def stage(version: Path) -> dict:
+    """Load the pulled file, compare prompts and answers with the manifest, write smoke.json.
+
+    Raises UserError when anything differs; smoke.json then holds the evidence and no sha256.
+    """
+    made, path = store.pulled(version)
+    artifact = made.artifact(path.name)
+    files.remove(version / "smoke.json")
+    if not made.smoke:
+        raise UserError(
+            f"the manifest of {path.name} holds no answers to compare with", "publish it again: `make publish`"
+        )
+    model, loaded = load(made, path)
+    try:
+        same_prompts(model, made, path)
+        if max(max((*s.ids, *s.answer_ids)) for s in made.smoke) >= model.n_vocab():
+            raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
+        answers = [compare(model, expected) for expected in made.smoke]
+        record = {
+            "stage": "smoke", "file": path.name, "machine": f"{platform.system()} {platform.machine()}", **loaded,
+            **speed(model, made.smoke[0].ids), "memory": peak_memory(), "answers": answers,
+            "difference": round(max(answer["difference"] for answer in answers), 4), "bound": MAX_DIFFERENCE,
+            "bound_measured": loaded["backend"] in MEASURED,
+            "judged": artifact.default,  # the recorded answers are the default file's
+        }  # fmt: skip
+    finally:
+        model.close()
+    record["faults"] = faults(record)
+    if not record["faults"]:
+        record |= {"sha256": artifact.sha256, "stamp": store.stamp(path)}
+    files.write_json(version / "smoke.json", record)
+    if record["faults"]:
+        raise UserError(
+            f"{path.name} does not answer as it did where it was made: {'; '.join(record['faults'])}",
+            "pull it again; if it stays, the runtime here computes wrongly: report it with "
+            f"{version / 'smoke.json'} (`make rollback` uses the version before)",
+        )
+    return record
+
+
+def load(made: Manifest, path: Path) -> tuple["Llama", dict]:
+    """The model, and what llama.cpp says of its loading. Raises UserError when a GPU is there and not used."""
+    said, started = io.StringIO(), time.perf_counter()
+    longest = max(len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke)
+    model = llama_runtime.load(path, max(1024, longest), log=said)
+    facts = {"load_seconds": round(time.perf_counter() - started, 2), "backend": llama_runtime.backend()}
+    found = re.findall(r"offloaded (\d+)/(\d+) layers to GPU", said.getvalue())
+    facts["gpu_layers"], facts["layers"] = map(int, found[-1]) if found else (0, None)
+    if facts["backend"] != "CPU" and facts["gpu_layers"] != facts["layers"]:
+        model.close()
+        raise UserError(
+            f"llama.cpp put {facts['gpu_layers']} of {facts['layers']} layers of {path.name} on {facts['backend']}",
+            "close what uses the GPU's memory, or take a smaller file: `make deploy-mac QUANT=...`",
+        )
+    return model, facts
+
+
+def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
+    """The golden prompts, rendered with the file's own template and tokenized here, are the manifest's."""
+    if chat_format.embedded(model) != made.chat.template:
+        raise UserError(
+            f"{path.name} holds another chat template than its manifest", "publish it again: `make publish`"
+        )
+    asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
+    texts = template_sandbox.prompts(
+        made.chat.template, asked, chat_format.special(model, "bos"), chat_format.special(model, "eos")
+    )
+    for golden, text in zip(made.golden, texts, strict=True):
+        ids = llama_runtime.tokenize(model, text)
+        if text != golden.prompt or ids != list(golden.ids):
+            found = repr(text[:400]) if text != golden.prompt else f"token ids {shown(str(ids))}"
+            raise UserError(
+                f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {found}",
+                "publish it again: `make publish`",
+            )
+
+
+def compare(model: "Llama", expected: Smoke) -> dict:
+    """One smoke prompt: a real answer given here, and how far the expected answer's log-probabilities are off."""
+    here = llama_runtime.answer_log_probs(model, expected.ids, expected.answer_ids)
+    difference = sum(abs(a - b) for a, b in zip(here, expected.log_probs, strict=True)) / len(here)
+    should_end = expected.answer_ids[-1] in llama_runtime.ends(model)
+    said, ended = llama_runtime.greedy(model, expected.ids, len(expected.answer_ids) + MORE * should_end)
+    return {
+        "message": expected.message, "answer": llama_runtime.text(model, said), "ended": bool(ended), "should_end": should_end,
+        "loops": loops(said) and not loops(expected.answer_ids), "tokens": len(said + ended),
+        "difference": round(difference, 4), "same": said + ended == list(expected.answer_ids),
+    }  # fmt: skip
+
+
+def loops(ids: Sequence[int], times: int = 4, least: int = 16) -> bool:
+    """Does it end in a repetition: `times` times the same words, together at least `least` tokens?"""
+    for period in range(1, len(ids) // times + 1):
+        tail = ids[-max(period * times, least) :]
+        if len(tail) >= least and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+            return True
+    return False
+
+
+def faults(record: dict) -> list[str]:
+    """What speaks against it. Never that a greedy answer has other words: one rounding can turn a tie."""
+    found = []
+    if record["judged"] and not record["difference"] <= record["bound"]:
+        found.append(f"log-probabilities differ by {record['difference']} per token, at most {record['bound']}")
+    for answer in record["answers"] if record["judged"] else ():
+        if answer["should_end"] and not answer["ended"]:
+            found.append(f"the answer to {shown(answer['message'], 60)!r} does not end")
+        if answer["loops"]:
+            found.append(f"the answer to {shown(answer['message'], 60)!r} repeats itself")
+    return found
+
+
+def speed(model: "Llama", ids: Sequence[int]) -> dict:
+    """{prompt_tokens_per_second, tokens_per_second}, as llama-bench measures: a prompt in one batch, then one token at a time,
+    each from an empty context."""
+    prompt = [ids[i % len(ids)] for i in range(SPEED_PROMPT)]
+    llama_runtime.pace(model, prompt[:2], len(prompt))  # the first run sets up kernels and threads
+    read = llama_runtime.pace(model, prompt, len(prompt))
+    said = llama_runtime.pace(model, prompt[:SPEED_ANSWER], 1, SPEED_SECONDS)
+    return {"prompt_tokens_per_second": round(read, 1), "tokens_per_second": round(said, 1)}
+
+
+def peak_memory() -> int:
+    """Bytes: of this process at its largest, the mapped file included."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
+
+
+def page(record: dict) -> str:
+    """smoke.json as a table."""
+    where = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
+    bound = f"at most {record['bound']}" + (
+        "" if record["bound_measured"] else f" (not measured on {record['backend']})"
+    )
+    if not record["judged"]:
+        bound = "not judged: the answers to compare with are the default file's"
+    same, ended = (sum(answer[key] for answer in record["answers"]) for key in ("same", "ended"))
+    every = len(record["answers"])
+    rows = [
+        ("computes on", where), ("load", f"{record['load_seconds']} s"),
+        ("prompt", f"{record['prompt_tokens_per_second']} tokens/s"), ("answer", f"{record['tokens_per_second']} tokens/s"),
+        ("memory", f"{record['memory'] / 1e9:.2f} GB at most"),
+        ("difference", f"{record['difference']} nats per token, {bound}"),
+        ("answers", f"{same} of {every} word for word, {ended} ended by themselves"),
+    ]  # fmt: skip
+    return "\n".join(f"  {name:<12}{text}" for name, text in rows)

@@ -1,0 +1,126 @@
+"""The local data of a published model, found again by its sha256; and what is there instead, down to the row."""
+
+import os
+from pathlib import Path
+
+from common import files, hub
+from common.errors import UserError
+from contract.manifest import Manifest
+from launch import source_archive, upload_files
+from pipeline.config import references
+from pipeline.data import fingerprint
+
+LINES = (".jsonl", ".json", ".csv")  # of which git's copy can be shown beside ours
+
+
+def moved(settings: dict) -> tuple[dict, dict[str, str]]:
+    """The config with the paths of the machine that trained it as places in the tree; and {path there: place}."""
+    return upload_files.moved(settings, _path)
+
+
+def _path(section: str, key: str, value: str) -> bool:
+    """Was it a path there? What is a name on the Hub, of a package or of ours stays what it is."""
+    if key == "template":
+        return value.endswith(".jinja")
+    return (
+        not (references.PYPI_MODEL.match(value) or references.is_hub_model(value))
+        if section == "base"
+        else not references.is_hub_dataset(value)
+    )
+
+
+def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> dict[str, Path]:
+    """{place in the tree: file here} of all that the config names and this machine has; data by its sha256.
+
+    data: where else to look, a file or a folder. Raises UserError with the rows that differ.
+    """
+    given = {path: files.sha256(path) for path in _given(made, data)}
+    _, moves = moved(settings)
+    found, missing = {}, []
+    for name, digest in made.dataset.sha256.items():
+        path = next((path for path, its in given.items() if its == digest), None) or _as_named(name, digest)
+        if path:
+            found[_there(name, moves)] = path
+        elif not _held(commit, name, digest):
+            missing.append(name)
+    names = {Path(name).name for name in missing}
+    strange = [path for path, its in given.items() if its not in made.dataset.sha256.values()]
+    strange = [path for path in strange if path == data or path.name in names]
+    if missing or strange:
+        raise changed(made, commit, missing, strange)
+    # The manifest may be a stranger's: of this machine only files of the checkout go along by their names.
+    others = {target: Path(value) for value, target in moves.items() if target == value and Path(value).is_file()}
+    return {name: path for name, path in others.items() if name not in made.dataset.sha256} | found
+
+
+def _given(made: Manifest, data: Path | None) -> list[Path]:
+    """The files of DATA."""
+    if data is None:
+        return []
+    found = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
+    if not found:
+        raise UserError(f"DATA={data}: no such file or folder", "name the file, or the folder, that it was trained on")
+    if not made.dataset.sha256:
+        raise UserError(
+            f"{made.name} was trained on {made.dataset.source} from the Hub, at {made.dataset.revision}",
+            "leave out DATA",
+        )
+    return found
+
+
+def _as_named(name: str, digest: str) -> Path | None:
+    """Where the manifest says, on this machine."""
+    path = Path(name).expanduser()
+    return path if path.is_file() and files.sha256(path) == digest else None
+
+
+def _held(commit: str, name: str, digest: str) -> bool:
+    """Does the commit hold that very file?"""
+    content = source_archive.content(source_archive.ROOT, commit, name)
+    return content is not None and files.sha256_bytes(content) == digest
+
+
+def _there(name: str, moves: dict[str, str]) -> str:
+    """Its place in the tree; no name of a stranger's leads out of it."""
+    name = os.path.normpath(name)
+    for value, target in moves.items():
+        if Path(name).is_relative_to(os.path.normpath(value)):
+            return os.path.normpath(f"{target}/{os.path.relpath(name, value)}")
+    return upload_files.place(name)
+
+
+def changed(made: Manifest, commit: str, missing: list[str], strange: list[Path]) -> UserError:
+    """What is there instead, as far as it can be said."""
+    lines, known = [], missing or list(made.dataset.sha256)
+    for path in strange:
+        name = next((name for name in known if Path(name).name == path.name), known[0])
+        lines.append(f"{path} has sha256 {files.sha256(path)[:12]}, {name} had {made.dataset.sha256[name][:12]}")
+        lines += [f"  {line}" for line in rows(path, name, made, commit)]
+    lines += [] if strange else [f"{name} (sha256 {made.dataset.sha256[name][:12]}) is not here" for name in missing]
+    return UserError(
+        f"{made.name} was trained on other rows, nothing was started:\n  " + "\n  ".join(lines),
+        "DATA=the file as it was then, or the folder that holds it",
+    )
+
+
+def rows(path: Path, name: str, made: Manifest, commit: str) -> list[str]:
+    """The first rows that differ, with what they were where the commit holds the file."""
+    if path.suffix in LINES and _held(commit, name, made.dataset.sha256[name]):
+        before = source_archive.content(source_archive.ROOT, commit, name).decode(errors="replace").splitlines()
+        return beside(path, path.read_text(errors="replace").splitlines(), f"{name} of {commit[:12]}", before)
+    try:
+        return fingerprint.differing(path, made.dataset.fingerprints.get(name, "")) or ["which row is not known"]
+    except UserError as error:
+        return [error.message]
+
+
+def beside(path: Path, now: list[str], then: str, before: list[str]) -> list[str]:
+    """The first line that differs, as it is and as it was."""
+    pairs = enumerate(zip(before, now, strict=False))
+    number = next((i for i, (a, b) in pairs if a != b), min(len(before), len(now)))
+    if number == len(before) == len(now):
+        return ["its lines are the same, their ends are not"]
+    return [
+        f"{of}, line {number + 1}: {hub.shown(lines[number]) if number < len(lines) else '(it ends before)'}"
+        for of, lines in ((path, now), (then, before))
+    ]

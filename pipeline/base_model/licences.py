@@ -1,0 +1,216 @@
+"""What a base model's licence asks of whoever publishes a model made from it: hints for a careful user, no legal advice.
+
+A licence binds by its own text. The table below repeats, for the Hub's licence identifiers, what that text says about
+passing on a changed model; where we have not read it or it does not say, `derivatives` is None. The result is published
+under the base's own licence, which is what share-alike licences (GPL, CC BY-SA) ask as well.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.errors import UserError
+from contract import manifest
+
+MAX_BYTES = 1_000_000  # a licence is text of 1 to 40 KB; anything far larger is something else
+NAMES = re.compile(r"(licen[sc]e|copying|notice|use_policy)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Of one licence."""
+
+    derivatives: bool | None
+    """May a changed model be passed on? None: not known to us."""
+    copy: bool = False
+    """A copy of the licence must go along."""
+    notice: str | None = None
+    """A text that must go along in a NOTICE file."""
+    credit: str | None = None
+    """Words that must be displayed prominently."""
+    prefix: str | None = None
+    """What the model's name must begin with."""
+    commercial: bool = True
+    """False: it forbids commercial use."""
+    use: str | None = None
+    """Where its restrictions of use stand; whoever receives the model is bound by them and must be told."""
+    link: str | None = None
+    """Where its text stands."""
+
+
+UNKNOWN = Terms(None)
+FREE, WITH_COPY = Terms(True), Terms(True, copy=True)
+RESEARCH = Terms(None, commercial=False)
+RAIL = Terms(True, copy=True, use="the use-based restrictions in an attachment of the licence")
+
+
+def _creative_commons(name: str) -> Terms:
+    """cc-by-nc-sa-4.0 and the like. ND: a changed work may be made, not shared. A link stands for a copy: section 3(a)
+    of https://creativecommons.org/licenses/by/4.0/legalcode."""
+    kind, version = name.removeprefix("cc-").rsplit("-", 1)
+    link = f"https://creativecommons.org/licenses/{kind}/{version}/"
+    return Terms("nd" not in kind.split("-"), commercial="nc" not in kind.split("-"), link=link)
+
+
+def _llama(title: str, folder: str, credit: str = "Built with Llama", prefix: str = "Llama") -> Terms:
+    """Section 1.b of https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/LICENSE and its neighbours; the
+    use policy (1.b.iv) is part of each. Above 700 million users a month Meta wants to be asked (section 2)."""
+    home = f"https://www.llama.com/{folder}"
+    return Terms(
+        True, copy=True, credit=credit, prefix=prefix, use=f"Meta's Acceptable Use Policy, {home}/use-policy", link=f"{home}/license",
+        notice=f"{title} is licensed under the {title} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    )  # fmt: skip
+
+
+# Every identifier of https://huggingface.co/docs/hub/repositories-licenses, by what its licence asks.
+FAMILIES = (
+    (FREE, "cc0-1.0 pddl unlicense wtfpl"),  # public domain, or as good as
+    (replace(WITH_COPY, link="https://www.apache.org/licenses/LICENSE-2.0"), "apache-2.0"),  # section 4
+    (replace(WITH_COPY, link="https://opensource.org/license/mit"), "mit"),
+    (WITH_COPY, "bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc bsl-1.0 ncsa postgresql zlib ms-pl afl-3.0 ecl-2.0"),
+    (WITH_COPY, "artistic-2.0 ofl-1.1 lppl-1.3c openmdw-1.0 openmdw-1.1"),
+    (WITH_COPY, "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr agpl-3.0 gfdl"),
+    (WITH_COPY, "mpl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 osl-3.0"),
+    (WITH_COPY, "cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 odc-by odbl etalab-2.0"),  # made for data
+    # Changed models may be passed on with the licence's restrictions of use: https://huggingface.co/blog/open_rail
+    (RAIL, "openrail openrail++ bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m bigcode-openrail-m"),
+    # Section 1.b of its LICENSE (https://huggingface.co/facebook/cwm): under the same terms and with a copy of them.
+    (Terms(True, copy=True, commercial=False, use="Meta's Acceptable Use Policy in the licence"), "fair-noncommercial-research-license"),
+    # https://huggingface.co/apple/AIM/blob/main/LICENSE: for research only, which leaves commerce and products out.
+    (Terms(True, copy=True, commercial=False, use="the limit to research purposes in the licence",
+           notice="Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License Agreement."),
+     "apple-amlr"),
+    # Research licences that we have not read.
+    (RESEARCH, "deepfloyd-if-license h-research intel-research"),
+    # A family that has "no derivatives" among its members; a licence for computing on data; two not read; and no licence.
+    (UNKNOWN, "cc c-uda apple-ascl grok2-community other unknown"),
+)  # fmt: skip
+
+CREATIVE_COMMONS = (
+    "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0"
+)
+
+TABLE: dict[str, Terms] = {
+    **{name: terms for terms, names in FAMILIES for name in names.split()},
+    **{name: _creative_commons(name) for name in CREATIVE_COMMONS.split()},
+    # Section 1.b of https://ai.meta.com/llama/license/: copy and notice, no credit and no name yet.
+    "llama2": Terms(
+        True, copy=True, use="Meta's Acceptable Use Policy, https://ai.meta.com/llama/use-policy", link="https://ai.meta.com/llama/license/",
+        notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    # This one alone: "Built with Meta Llama 3", and "Llama 3" at the beginning of the name.
+    "llama3": _llama("Meta Llama 3", "llama3", "Built with Meta Llama 3", "Llama 3"),
+    "llama3.1": _llama("Llama 3.1", "llama3_1"),
+    "llama3.2": _llama("Llama 3.2", "llama3_2"),
+    "llama3.3": _llama("Llama 3.3", "llama3_3"),
+    "llama4": _llama("Llama 4", "llama4"),
+    # Section 3.1 of https://ai.google.dev/gemma/terms. (Gemma 4 is apache-2.0.)
+    "gemma": Terms(
+        True, copy=True, link="https://ai.google.dev/gemma/terms",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        use="section 3.2 of the Gemma Terms of Use and the Prohibited Use Policy, https://ai.google.dev/gemma/prohibited_use_policy",
+    ),
+}  # fmt: skip
+
+
+def terms(license: str | None) -> Terms:
+    """Of a Hub identifier, in whatever case; UNKNOWN for every other name and for none. Raises nothing."""
+    return TABLE.get((license or "").strip().lower(), UNKNOWN)
+
+
+def refuse(
+    license: str | None, model: str, private: bool, named: bool, *, name: str | None = None, copies: int = 0
+) -> list[str]:
+    """Notes to print before `model`'s derivative goes to the Hub.
+
+    named: base.license in the config says the licence. name: of the repo, to compare with what the licence asks of it.
+    copies: licence files that go along. Raises UserError when the licence forbids passing on a changed model, and for a
+    public repo when it is not known and the user has not named it (the licences' own texts: see TABLE).
+    """
+    asked, called = terms(license), f"the licence {license}" if license else "no licence"
+    if asked.derivatives is False:
+        raise UserError(f"{model} has {called}, which forbids passing on a changed model", STAY)
+    if asked.derivatives is None and not private and not named:
+        raise UserError(
+            f"{model} has {called}, and whether it allows passing on a changed model is not known here",
+            f"read its licence, then name it: base.license (other, if the Hub has no name for it); or {STAY}",
+        )
+    return _notes(asked, called, model, name, copies)
+
+
+STAY = "keep it on this machine, which is no publication: publish.repo=./hub/{run}"
+
+
+def _notes(asked: Terms, called: str, model: str, name: str | None, copies: int) -> list[str]:
+    fits = _plain((name or "").split("/")[-1]).startswith(_plain(asked.prefix or ""))
+    said = [
+        (asked.derivatives is None, f"{model} has {called}: whether it allows passing on a changed model is for you to read"),
+        (not asked.commercial, f"{model} has {called}, which forbids commercial use"),
+        (not fits, f"{called} asks that the model's name begin with {asked.prefix}: name the repo so (publish.repo)"),
+        (asked.copy and not copies, f"{called} asks that a copy of it go along, and none lies beside {model}: add it as LICENSE"),
+        (bool(asked.use), f"{called} binds whoever receives the model: {asked.use}"),
+    ]  # fmt: skip
+    return [text for applies, text in said if applies]
+
+
+def _plain(name: str) -> str:
+    """Without what a repo's name may have in place of a space: Llama-3, Llama_3 and llama3 all say Llama 3."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def files_of(base: Path) -> list[Path]:
+    """Licence files beside a base model, each name once.
+
+    base: a model folder (links of a Hub snapshot stay what they are called) or a GGUF file, also one inside an unpacked
+    wheel, whose licences lie in *.dist-info (https://packaging.python.org/en/latest/specifications/core-metadata/#license-file).
+    Only names that a manifest takes. Raises OSError when a folder cannot be listed.
+    """
+    folders = [base] if base.is_dir() else _dist_info(base.absolute()) or [base.parent]
+    found: dict[str, Path] = {}
+    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
+        fits = NAMES.match(path.name) and manifest.is_safe_name(path.name)
+        if fits and path.is_file() and path.stat().st_size < MAX_BYTES:
+            found.setdefault(path.name.lower(), path)
+    return list(found.values())
+
+
+def _dist_info(gguf: Path) -> list[Path]:
+    """The metadata folders of the wheel that a GGUF file came in; none, if it came in none."""
+    for place in gguf.parents[:3]:
+        if infos := sorted(place.glob("*.dist-info")):
+            owners = infos if len(infos) == 1 else [info for info in infos if _lists(info, gguf.relative_to(place))]
+            return [folder for info in owners for folder in (info, info / "licenses")]
+    return []
+
+
+def _lists(info: Path, inside: Path) -> bool:
+    """Is it among the wheel's files? An environment holds hundreds of other packages side by side."""
+    record = info / "RECORD"
+    return record.is_file() and f"{inside.as_posix()}," in record.read_text(encoding="utf-8", errors="replace")
+
+
+def read_card(folder: Path) -> dict[str, str]:
+    """license, license_name and license_link of a model folder's README.md, as far as it says them; {} without a card.
+
+    A list of several licences becomes `other` with all their names: whether one may choose, or all of them bind, the card
+    does not say. Raises nothing: a card is a stranger's text, and a broken one says nothing
+    (https://huggingface.co/docs/hub/model-cards#model-card-metadata).
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        with (folder / "README.md").open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_BYTES)
+        if not text.lstrip().startswith("---"):  # ModelCard would warn
+            return {}
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except Exception:  # noqa: BLE001 YAML, ModelCard and the disk each have their own
+        return {}
+    license, said = data.get("license"), {key: data.get(key) for key in ("license_name", "license_link")}
+    if isinstance(license, list):
+        names = [name for name in license if isinstance(name, str)]
+        license = names[0] if len(names) == 1 else "other" if names else None
+        said |= {"license_name": " and/or ".join(names)} if len(names) > 1 else {}
+    said = {"license": license} | said
+    return {key: value.strip() for key, value in said.items() if isinstance(value, str) and value.strip()}

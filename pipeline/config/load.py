@@ -1,0 +1,93 @@
+"""Load a config: a YAML file with overrides becomes the typed tree, or every fault is reported at once with its line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from common.errors import UserError, shown
+from pipeline.config import yaml_tree
+from pipeline.config.schema import Config
+
+MAX_PRINTED_FAULTS = 30  # that are printed
+# Names of transformers' arguments that mean something else here.
+OTHER_LIBRARIES_KEYS = {
+    "per_device_train_batch_size": "train_batch_size is the rows of a whole step; what goes through the model at once follows the card",
+    "gradient_accumulation_steps": "train_batch_size is the rows of a whole step, however it is dealt",
+    "save_strategy": "checkpoints come every save_minutes (and save_steps)",
+    "save_total_limit": "the newest checkpoint is kept, and the best",
+}  # fmt: skip
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """The config in `path` with `section.key=value` overrides. Raises UserError with every fault and its line."""
+    tree, lines = yaml_tree.parse(yaml_tree.read_text(path), str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no sections", "start from one of configs/*.yaml")
+    for override in overrides:
+        _apply_override(tree, lines, override)
+    return build_config(tree, lines, path)
+
+
+def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
+    """Validate a plain tree; `lines` says where each key stands."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = [_describe_fault(item, lines, path) for item in error.errors()]
+        more = [f"  and {len(faults) - MAX_PRINTED_FAULTS:,} more"] if len(faults) > MAX_PRINTED_FAULTS else []
+        typed = all(fault.startswith("  SET=") for fault in faults)
+        raise UserError(
+            f"{path}: {len(faults):,} fault{'s' * (len(faults) > 1)}\n"
+            + "\n".join([*faults[:MAX_PRINTED_FAULTS], *more]),
+            "correct SET" if typed else f"edit {path}; `ferry config {path}` checks it",
+        ) from error
+
+
+def _describe_fault(item: dict, lines: dict[tuple, str], path: Path) -> str:
+    place = tuple(part for part in item["loc"] if part not in ("function-after", "tuple"))
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = f"unknown key{_suggest_key(place)}"
+    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), str(path))
+    return f"  {line}: {shown('.'.join(map(str, place)), 200) or 'config'}: {shown(message)}"
+
+
+def _suggest_key(place: tuple) -> str:
+    """', did you mean ...?' for a mistyped key."""
+    import difflib
+
+    if place[-1] in OTHER_LIBRARIES_KEYS:
+        return f": {OTHER_LIBRARIES_KEYS[place[-1]]}"
+
+    model: Any = Config
+    for part in place[:-1]:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = field.annotation if field else None
+    names = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    close = difflib.get_close_matches(str(place[-1]), names, 1)
+    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(names)}" if names else ""
+
+
+def _apply_override(tree: dict, lines: dict[tuple, str], text: str) -> None:
+    match = re.fullmatch(r"([a-z_]+)\.([a-z0-9_]+)=(.*)", text, re.DOTALL)
+    if not match:
+        raise UserError(
+            f"cannot read the override {shown(text)!r}",
+            'write SET="section.key=value", such as SET="finetune.max_steps=20"',
+        )
+    section, key, value = match.groups()
+    below = tree.setdefault(section, {})
+    if not isinstance(below, dict):
+        raise UserError(f"{section} is no section, so {text!r} cannot be set", "correct the config")
+    setting = f'SET="{shown(text, 200)}"'
+    placeholder = value.startswith(("{user}", "{run}"))  # which YAML would read as a mapping
+    below[key], inner = (value, {}) if placeholder else yaml_tree.parse(value, setting)
+    lines.update({(section, key, *place): setting for place in inner} | {(section, key): setting})
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

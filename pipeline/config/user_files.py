@@ -1,0 +1,49 @@
+"""Files of the user's that a config names: refuse those that are missing, and those that a stage would remove."""
+
+import os
+from pathlib import Path
+
+from common import files
+from common.errors import UserError
+from pipeline.config.references import is_hub_dataset, is_hub_model
+from pipeline.config.schema import Config
+
+
+def refuse_missing_files(config: Config) -> None:
+    """Raises UserError that lists every file which the config names and which is not there."""
+    found = [(name, value, files.user_path(value, name)) for name, value in _list_local_files(config)]
+    missing = [
+        f"{name}: {value} is missing (looked for {path.absolute()}, relative to the current folder)"
+        for name, value, path in found
+        if not os.path.exists(path)
+    ]
+    if missing:
+        raise UserError(
+            "\n  ".join(["the config names files that are not there", *missing]),
+            "put them there, or correct the config",
+        )
+
+
+def refuse_files_inside(config: Config, run_folder: Path) -> None:
+    """Raises UserError for a file of the user's in a folder that a stage empties."""
+    inside = run_folder.resolve()
+    for name, value in _list_local_files(config):
+        path = files.user_path(value, name).resolve()
+        if path.is_relative_to(inside) and path.parent != inside:
+            raise UserError(
+                f"{name}: {value} lies in the folder of the run, {run_folder}, whose stages remove what they find",
+                "move it to another folder, or choose another RUN=name",
+            )
+
+
+def _list_local_files(config: Config) -> list[tuple[str, str]]:
+    """(setting, path) of each file or folder of this machine that the config names."""
+    data = config.data
+    named = [("data.source", data.source)] if not is_hub_dataset(data.source) else []
+    if data.validation and not is_hub_dataset(data.source) and not is_hub_dataset(data.validation):
+        named.append(("data.validation", data.validation))
+    named += [("data.template", data.template)] if data.template.endswith(".jinja") else []
+    named += [("evaluate.json_schema", config.evaluate.json_schema)] if config.evaluate.rule == "json_schema" else []
+    named += [("evaluate.prompts", config.evaluate.prompts)] if config.evaluate.prompts else []
+    model = config.base.model
+    return named + ([] if is_hub_model(model) or model.startswith("pypi:") else [("base.model", model)])

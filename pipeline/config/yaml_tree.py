@@ -1,0 +1,139 @@
+"""YAML as a config needs it: a tree of mappings, lists and plain values, and the line of each key.
+
+YAML 1.1 reads `yes` as true, `off` as false, `1:30` as 90 and `010` as 8, and `2e-4` as text. Here a number is what JSON
+calls one, and only true and false are truth values, as in YAML 1.2. Tags, anchors and aliases are refused: a config needs
+none, and a few lines of them take all memory.
+"""
+
+import re
+import unicodedata
+from pathlib import Path
+from typing import ClassVar
+
+import yaml
+
+from common.errors import UserError, shown
+
+MAX_CHARACTERS = 1 << 20  # of a config; real ones have some 2,000
+MAX_DIGITS = 30  # of a whole number; Python refuses to read more than 4,300
+CORE = "tag:yaml.org,2002:"
+RESOLVED = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+TAGS = {CORE + name for name in ("str", "map", "seq", *RESOLVED)}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, with the plain values of YAML 1.2 and without anchors."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            problem = "anchors and aliases (&name, *name) are not read: write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+
+for _name, (_pattern, _first) in RESOLVED.items():
+    _Loader.add_implicit_resolver(CORE + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a config. Raises UserError where it is no text file of a sensible size."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"the config {shown(str(path))} is no file", "name a YAML file, such as one of configs/")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        there = ", ".join(str(p) for p in sorted(Path("configs").glob("*.yaml"))) or "none"
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"cannot read the config {shown(str(path))}: {why}", f"CONFIG=one of: {there}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(
+            f"the config {path} has more than {MAX_CHARACTERS:,} characters", "is it the right file? Name a config"
+        )
+    return text
+
+
+def parse(text: str, where: str) -> tuple[object, dict[tuple, str]]:
+    """Return the tree, and `where:line` by the path of each key.
+
+    Raises UserError for what is no YAML, and for YAML that a config cannot mean: a key twice, a key that is no word, a
+    tag, an anchor, a character that no text holds.
+    """
+    try:
+        node, lines = yaml.compose(text, Loader=_Loader), {}
+        return _read_node(node, (), lines, where) if node else None, lines
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of an escape or a %YAML version beyond all numbers
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        raise UserError(
+            f"{place}: no valid YAML: {shown(getattr(error, 'problem', None) or str(error))}",
+            f"correct {place}; text that begins with {{, [, <, *, &, !, % or @ is put in quotes",
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{where}: lists and mappings are nested too deeply", f"correct {where}") from error
+
+
+def _read_node(node: yaml.Node, place: tuple, lines: dict[tuple, str], where: str) -> object:
+    line = f"{where}:{node.start_mark.line + 1}"
+    lines.setdefault(place, line)
+    if node.tag not in TAGS:
+        raise _refuse(line, f"the tag {node.tag.replace(CORE, '!!')} is not read", "write the value without it")
+    if isinstance(node, yaml.MappingNode):
+        return _read_mapping(node, place, lines, where)
+    if isinstance(node, yaml.SequenceNode):
+        return [_read_node(item, (*place, number), lines, where) for number, item in enumerate(node.value)]
+    return _read_scalar(node, line)
+
+
+def _read_mapping(node: yaml.MappingNode, place: tuple, lines: dict[tuple, str], where: str) -> dict[str, object]:
+    tree: dict[str, object] = {}
+    for key, value in node.value:
+        line = f"{where}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise _refuse(
+                line, "a key is a list or a mapping", "a key is a word; put quotes around text that holds [ or {"
+            )
+        if key.value in tree:
+            raise _refuse(line, f"{key.value} stands twice (first {lines[(*place, key.value)]})", "delete one of them")
+        _refuse_characters(key.value, line)
+        lines[(*place, key.value)] = line
+        tree[key.value] = _read_node(value, (*place, key.value), lines, where)
+    return tree
+
+
+def _read_scalar(node: yaml.ScalarNode, line: str) -> object:
+    kind, text = node.tag.removeprefix(CORE), node.value
+    if kind == "str":
+        _refuse_characters(text, line)
+        return text
+    if not re.fullmatch(RESOLVED[kind][0], text):
+        raise _refuse(line, f"{shown(text, 40)} is no {kind}", "write the value without a tag")
+    if kind == "int" and len(text) > MAX_DIGITS:
+        raise _refuse(line, f"a number has {len(text):,} digits", "write a smaller one; text is put in quotes")
+    if kind == "float":
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return {"null": lambda: None, "bool": lambda: text.lower() == "true", "int": lambda: int(text)}[kind]()
+
+
+def _refuse_characters(text: str, line: str) -> None:
+    """A half of a surrogate pair can be written nowhere, and a control character is obeyed by terminals."""
+    bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
+    if bad is not None:
+        raise _refuse(line, f"a value holds the character U+{ord(bad):04X}", "leave it out")
+
+
+def _refuse(line: str, what: str, cure: str) -> UserError:
+    return UserError(f"{line}: {shown(what)}", f"correct {line}: {cure}")

@@ -1,0 +1,210 @@
+"""Rows out of one file: JSON Lines, JSON, CSV, Parquet, each also in gzip; what is damaged or something else says so."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from common.errors import UserError
+from pipeline.config.references import row_file_suffix
+
+# (line or row number, the row: JSON text not parsed yet, or an object)
+Item = tuple[int, bytes | dict]
+
+KNOWN_BEGINNINGS = {
+    b"PAR1": "a Parquet file: name it .parquet", b"\x1f\x8b": "gzip: name it .gz",
+    b"PK\x03\x04": "a zip archive: unpack it", b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"<!DOCTYPE": "an HTML page, perhaps a failed download", b"<html": "an HTML page, perhaps a failed download",
+    b"\xff\xfe\0\0": "UTF-32: convert it with `iconv -f utf-32 -t utf-8`",
+    b"\xff\xfe": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`", b"\xfe\xff": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`",
+}  # fmt: skip
+
+
+def items(path: Path) -> Iterator[Item]:
+    """The rows of a file whose suffix is one of READERS. Raises UserError where the file itself is damaged."""
+    _refuse_by_beginning(path)
+    with readable(path):
+        yield from READERS[row_file_suffix(path)](path)
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+
+
+@contextmanager
+def readable(path: Path):
+    """Damage to the file itself, as one error that names the file."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip: {error}", "fetch or make the file again") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror or error}", "check the file and its permissions"
+        ) from error
+
+
+def _refuse_by_beginning(path: Path) -> None:
+    with readable(path), _open(path) as file:
+        begins = file.read(4096)
+        while begins.isspace() and (more := file.read(4096)):
+            begins = more
+    if not begins.strip():
+        raise UserError(f"{path} is empty", "put rows into it, or name another file in data.source")
+    if row_file_suffix(path) == ".parquet":
+        return
+    for mark, what in KNOWN_BEGINNINGS.items():
+        if begins.lower().startswith(mark.lower()):
+            raise UserError(f"{path} is {what}", "then run the same command again")
+    if b"\0" in begins:
+        raise UserError(
+            f"{path} is a binary file (a zero byte at {begins.index(0)})", "name a file of rows in data.source"
+        )
+
+
+def _jsonl(path: Path) -> Iterator[Item]:
+    """JSON Lines. Each line is parsed by the worker that cleans it. An array in a .jsonl file is read as one."""
+    with _open(path) as file:
+        lines = enumerate(file, 1)
+        first = next(((n, line) for n, line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), None)
+        if first and first[1].lstrip(b" \t\xef\xbb\xbf").startswith(b"["):
+            yield from _json(path)
+            return
+        for number, line in chain([(first[0], first[1].removeprefix(b"\xef\xbb\xbf"))], lines) if first else ():
+            if line.strip():
+                yield number, line
+
+
+def _json(path: Path) -> Iterator[Item]:
+    """An array of rows, an object that holds one array of rows, or values one after the other."""
+    with _open(path) as file:
+        raw = file.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: no UTF-8 ({error.reason})",
+            "convert the file to UTF-8, or use .jsonl, where one bad line is one rejected row",
+        ) from error
+    yield from _values(text, path)
+
+
+def _values(text: str, path: Path) -> Iterator[Item]:
+    """One value after the other, so that a large file never stands in memory as objects."""
+    decoder, space = json.JSONDecoder(object_pairs_hook=distinct), re.compile(r"\s*")
+    at, line = space.match(text).end(), 1 + text.count("\n", 0, space.match(text).end())
+    array = text.startswith("[", at)
+    if not array and (rows := _wrapped(decoder, text, at, path)):
+        yield from enumerate(rows, 1)
+        return
+    at += array
+    while (begin := space.match(text, at).end()) < len(text) and not (array and text.startswith("]", begin)):
+        line += text.count("\n", at, begin)
+        try:
+            _, end = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            raise no_json(path, line, error) from error
+        yield line, text[begin:end].encode()
+        at = space.match(text, end).end()
+        line += text.count("\n", begin, at)
+        if array and text.startswith(",", at):
+            at += 1
+        elif array and not text.startswith("]", at):
+            raise no_json(path, line, "the array does not go on with , or ]")
+    if array and begin == len(text):
+        raise no_json(path, line, "the array is not closed")
+    if array and text[begin + 1 :].strip():
+        raise no_json(path, line, "the file goes on behind the array")
+
+
+def _wrapped(decoder: json.JSONDecoder, text: str, at: int, path: Path) -> list | None:
+    """The rows of {"data": [...]}: one object, that is the whole file, with one list of objects in it."""
+    try:
+        value, end = decoder.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or text[end:].strip() or {"messages", "conversations"} & value.keys():
+        return None
+    if isinstance(value, DuplicateKeys) and any(isinstance(v, list) for v in value.values()):
+        raise no_json(path, 1, f"of its keys {', '.join(value)} one stands there twice")
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return lists[0] if len(lists) == 1 else None
+
+
+class DuplicateKeys(dict):
+    """An object of which the JSON names a key twice: json would silently keep the last."""
+
+
+def distinct(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else DuplicateKeys(value)
+
+
+def no_json(path: Path | str, line: int, error: object) -> UserError:
+    return UserError(
+        f"{path}:{line}: no JSON: {error}",
+        f"correct line {line} of {path}; a file that is cut off must be fetched again",
+    )
+
+
+def _csv(path: Path) -> Iterator[Item]:
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        try:
+            header = text.readline()
+            text.seek(0)
+            separator = max(",;\t|", key=header.count)
+            reader = csv.DictReader(text, delimiter=separator, strict=True)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names) or not all(name.strip() for name in names):
+                raise UserError(
+                    f"{path}:1: the header names a column twice or not at all: {', '.join(names)}",
+                    "correct the first line",
+                )
+            for row in reader:
+                yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}:{_not_utf8(path)}: no UTF-8 ({error.reason})", "convert the file to UTF-8"
+            ) from error
+        except csv.Error as error:
+            line = reader.line_num + 1  # of the last row that was read
+            raise UserError(f"{path}:{line}: no CSV: {error}", f"correct line {line} of {path}") from error
+
+
+def _not_utf8(path: Path) -> int:
+    """The first line that is no UTF-8."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _parquet(path: Path) -> Iterator[Item]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with _open(path) as file:
+            table = parquet.ParquetFile(pa.BufferReader(file.read()) if path.suffix == ".gz" else path)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"of its columns {', '.join(names)} one stands there twice")
+            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(500))
+            yield from enumerate(rows, 1)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: no readable Parquet: {why}", "fetch or make the file again") from error
+
+
+READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

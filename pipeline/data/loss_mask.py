@@ -1,0 +1,145 @@
+"""One conversation as token ids with labels. The one owner of rendering and masking: finetune passes rows through."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer, decoders, processors
+
+from common.errors import UserError
+from pipeline.data.chat_template import Chat
+from pipeline.data.clean import UNUSUAL
+from pipeline.data.drop_reasons import Unfit
+
+BATCH = 100  # rows tokenized at once: freeing each one's memory alone costs a third of the time (measured with glibc)
+
+
+@dataclass
+class Row:
+    """ids: int32 of shape (tokens,); loss: bool of the same shape, true where a token carries loss.
+
+    Of the last answer: prompt (rendered text), prompt_tokens (how many of ids it is), answer (reference text).
+    """
+
+    ids: np.ndarray
+    loss: np.ndarray
+    prompt: str
+    prompt_tokens: int
+    answer: str
+
+
+class Rendered(NamedTuple):
+    """A conversation as text; spans: the characters (start, end) that carry loss; prompt, answer: of the last turn."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    prompt: str
+    answer: str
+
+
+class Masker:
+    """Renders, tokenizes and labels conversations with the tokenizer in `folder`."""
+
+    def __init__(self, folder: Path, chat: Chat, every_turn: bool = True):
+        self.chat = chat
+        self.every_turn = every_turn and not chat.joined
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        # The template writes BOS itself; and a ByteLevel post-processor would cut white space off the offsets.
+        self.tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        # Only then is decoding the exact inverse of a vocabulary that has all bytes (SmolLM2's does not).
+        self.exact = isinstance(self.tokenizer.decoder, decoders.ByteLevel) and self.tokenizer.normalizer is None
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))
+
+    def __call__(self, messages: list[dict]) -> Row:
+        """Labels on the assistant's words and their end token only. messages: [{role, content}, ...], the last one the
+        assistant's. Raises Unfit."""
+        row = next(self.rows([self.rendered(messages)]))
+        if isinstance(row, Unfit):
+            raise row
+        return row
+
+    def rendered(self, messages: list[dict], limit: int | None = None) -> Rendered:
+        """The text and where it carries loss. limit: tokens; what cannot be within it is not worth tokenizing. Raises Unfit."""
+        try:
+            text, spans, prompt = self.text(messages)
+        except UserError as error:
+            raise Unfit("template", error.message) from error
+        if limit and len(text) > limit * self.longest_token:
+            raise Unfit("too_long", f"{len(text)} characters, more than {limit} tokens can hold")
+        return Rendered(text, spans, prompt, messages[-1]["content"])
+
+    def rows(self, rendered: list[Rendered]) -> Iterator[Row | Unfit]:
+        """Tokens and labels of each, or why there are none."""
+        for start in range(0, len(rendered), BATCH):
+            some = rendered[start : start + BATCH]
+            encodings = self.tokenizer.encode_batch([item.text for item in some], add_special_tokens=False)
+            yield from map(self.labelled, some, encodings)
+
+    def labelled(self, item: Rendered, encoding: Encoding) -> Row | Unfit:
+        if self.exact and UNUSUAL.search(item.text) and self.tokenizer.decode(encoding.ids, False) != item.text:
+            return Unfit("unknown_characters", "the tokenizer does not give back what it was given")
+        ids = np.array(encoding.ids, dtype=np.int32)
+        loss = np.zeros(len(ids), dtype=bool)
+        try:
+            for start, end in item.spans:
+                first, last = self.tokens(encoding, item.text, start, end)
+                loss[first:last] = True
+        except Unfit as unfit:
+            return unfit
+        loss[:1] = False  # nothing stands before the first token that could predict it
+        return Row(ids, loss, item.prompt, first, item.answer)
+
+    def refuse_unlike(self, row: Row) -> None:
+        """Is the prompt alone, as it will be served, the tokens that the row begins with? Raises Unfit."""
+        alone = self.tokenizer.encode(row.prompt, add_special_tokens=False).ids
+        if alone != row.ids[: row.prompt_tokens].tolist():
+            raise Unfit("template", f"the prompt {row.prompt[-40:]!r} alone gives other tokens than in the row")
+
+    def text(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], str]:
+        """The rendered conversation, the characters (start, end) that carry loss, and the last answer's prompt."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.chat.joined:
+            prompt = self.chat.render(messages[:-1], add_generation_prompt=True)
+            text = prompt + messages[-1]["content"] + self.chat.end
+            return text, [(len(prompt), len(text))], prompt
+        text, spans = self.chat.render(messages), []
+        for i in answers if self.every_turn else answers[-1:]:
+            prompt = self.chat.render(messages[:i], add_generation_prompt=True)
+            text, end = self.end_of_answer(text, prompt, messages[i]["content"])
+            spans.append((len(prompt), end))
+        return text, spans, prompt
+
+    def end_of_answer(self, text: str, prompt: str, answer: str) -> tuple[str, int]:
+        """The text (with an end token put where the template leaves the last one out) and where the end token ends."""
+        if not text.startswith(prompt):
+            raise Unfit(
+                "template", "an earlier turn is written otherwise than it was prompted; data.labels: last leaves it out"
+            )
+        for scaffold in self.chat.scaffolds:
+            if text.startswith(scaffold + answer, len(prompt)):
+                at = len(prompt) + len(scaffold) + len(answer)
+                rest = text[at:]
+                white = len(rest) - len(rest.lstrip())
+                for end in self.chat.ends:
+                    if rest.startswith(end, white):
+                        return text, at + white + len(end)
+                if white == len(rest):
+                    return text[:at] + self.chat.end, at + len(self.chat.end)
+        raise Unfit("template", f"the answer {answer[:40]!r} is changed, or not followed by {self.chat.ends[0]}")
+
+    def tokens(self, encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
+        """The tokens (first, last + 1) that are exactly those characters."""
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        # A character of several tokens (an emoji) belongs to its first one; an end token may take white space behind it
+        # with it (Phi 3's do).
+        if (
+            None in (first, last)
+            or encoding.token_to_chars(first)[0] != start
+            or text[end : encoding.token_to_chars(last)[1]].strip()
+        ):
+            raise Unfit("template", f"a token reaches across the border of the answer {text[start : start + 40]!r}")
+        return first, last + 1

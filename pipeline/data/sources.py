@@ -1,0 +1,147 @@
+"""Rows out of files, folders and Hub data sets, in order, each with the line or row number it stands at."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from common import files
+from common.errors import UserError
+from contract import limits
+from pipeline.config.references import ROW_FILE_SUFFIXES, expand_source_path, is_hub_dataset, row_file_suffix
+from pipeline.config.schema import Data
+from pipeline.data import file_formats
+from pipeline.data.file_formats import Item
+
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
+LOCAL_SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\])?$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file, or one split of a Hub data set. name: as said in messages; path: of a file; rows: first, last + 1."""
+
+    name: str
+    path: Path | None = None
+    hub: object = None
+    start: int = 0
+    stop: int | None = None
+
+    def items(self) -> Iterator[Item]:
+        """The rows. Raises UserError where the file itself is damaged."""
+        return islice(
+            _hub_items(self.hub) if self.path is None else file_formats.items(self.path), self.start, self.stop
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """parts: in order; inputs: sha256 of each local file; facts: what a record says of a Hub data set."""
+
+    parts: list[Part]
+    inputs: dict[str, str]
+    facts: dict
+
+
+def training(data: Data) -> Source:
+    """What data.source and data.split name."""
+    return _source(data.source, data.split, data)
+
+
+def validation(data: Data) -> Source | None:
+    """data.validation: a file, a folder, or a split of the same Hub data set; or the validation files of a folder."""
+    if data.validation:
+        same = is_hub_dataset(data.source) and LOCAL_SPLIT.match(data.validation) and not Path(data.validation).exists()
+        if same:
+            return _source(data.source, data.validation, data)
+        return _source(data.validation, "validation", data, "data.validation")
+    folder = expand_source_path(data.source)
+    if folder.is_dir() and (found := _of_split(folder, "validation")):
+        return _local(found, slice(None), folder)
+    return None
+
+
+def _source(source: str, split: str, data: Data, setting: str = "data.source") -> Source:
+    """setting: where the user wrote it."""
+    if is_hub_dataset(source):
+        return _from_hub(source, split, data)
+    path = expand_source_path(source)
+    match = LOCAL_SPLIT.match(split)
+    if not match:
+        raise UserError(
+            f"the split {split!r} cannot be cut from files", "write data.split as NAME or NAME[FIRST:LAST], in rows"
+        )
+    rows = slice(int(match["start"] or 0), int(match["stop"]) if match["stop"] else None)
+    if path.is_dir():
+        found = _of_split(path, match["name"])
+        if not found:
+            there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise UserError(
+                f"the folder {source} has no {match['name']} file; there is {there}",
+                f"name one {match['name']}.jsonl (or .json, .csv, .parquet), or name the file itself in {setting}",
+            )
+        return _local(found, rows, path)
+    if not path.is_file():
+        raise UserError(f"data file {source} is missing", f"correct {setting}, or put the file there")
+    if row_file_suffix(path) not in ROW_FILE_SUFFIXES:
+        raise UserError(
+            f"{source}: no known kind of data file", f"known: {', '.join(ROW_FILE_SUFFIXES)}, each also with .gz"
+        )
+    return _local([path], rows, None)
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """A folder's files of one split, such as train.jsonl or train-00000-of-00002.parquet, in order of their names."""
+    files_there = sorted(p for p in folder.iterdir() if p.is_file() and row_file_suffix(p) in ROW_FILE_SUFFIXES)
+    for name in SPLITS.get(split, (split,)):
+        if found := [p for p in files_there if re.match(rf"{re.escape(name)}(?![a-zA-Z])", p.name)]:
+            return found
+    return []
+
+
+def _local(paths: list[Path], rows: slice, folder: Path | None) -> Source:
+    if rows != slice(0, None) and len(paths) > 1 and rows != slice(None):
+        raise UserError(
+            f"data.split cuts rows, and {folder} has {len(paths)} files", "name one file in data.source, or no rows"
+        )
+    if len(paths) > limits.MAX_FILES:
+        raise UserError(
+            f"{folder} has {len(paths):,} data files, at most {limits.MAX_FILES:,} are read",
+            "put the rows into fewer files",
+        )
+    parts = [Part(str(path), path, start=rows.start or 0, stop=rows.stop) for path in paths]
+    inputs = {}
+    for path in paths:
+        with file_formats.readable(path):
+            inputs[str(path)] = files.sha256(path)
+    return Source(parts, inputs, {})
+
+
+def _from_hub(source: str, split: str, data: Data) -> Source:
+    from datasets import load_dataset
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause, revision = None, data.revision
+    try:
+        revision = HfApi().dataset_info(source, revision=revision).sha
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # offline: what is in the cache decides
+        cause = error
+    try:
+        rows = load_dataset(source, data.subset, revision=revision, split=split)
+    except Exception as error:  # load_dataset lets every library's errors through; all mean the same to a user
+        raise UserError(
+            f"the data set {source} cannot be loaded: {(str(cause or error).strip() or type(error).__name__).splitlines()[0][:300]}",
+            "check data.source, subset, revision and split, the network and HF_TOKEN; a local file ends in "
+            + ", ".join(ROW_FILE_SUFFIXES),
+        ) from error
+    facts = {"revision": revision, "split": split, "subset": data.subset, "rows": len(rows)}
+    return Source([Part(f"{source}[{split}]", hub=rows)], {}, facts)
+
+
+def _hub_items(rows) -> Iterator[Item]:
+    for start in range(0, len(rows), 500):
+        for offset, row in enumerate(rows.select(range(start, min(start + 500, len(rows)))).to_list()):
+            yield start + offset + 1, row

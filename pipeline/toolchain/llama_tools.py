@@ -1,0 +1,175 @@
+"""The pinned llama.cpp that `make env` built: converter, quantizer, and what they know."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import console, files
+from common.errors import UserError
+
+# Bits a weight, as llama.cpp's own table has them for 8B models: good enough for a progress bar and a disk estimate.
+BITS = {
+    "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q5_0": 5.6, "q4_k_m": 4.9, "q4_k_s": 4.7,
+    "q4_0": 4.7, "iq4_nl": 4.7, "iq4_xs": 4.5, "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.7, "iq3_xxs": 3.3, "q2_k": 3.2,
+    "iq2_xs": 2.6, "iq2_xxs": 2.4,
+}  # fmt: skip
+STATIC = "-static"  # a quantization without the importance matrix, to be compared; the field's word for it
+CHUNK = 512  # tokens of an imatrix chunk: llama-imatrix's own default
+CHUNK_DONE = b"save_imatrix: saving"  # what it logs after each one
+
+
+def folder() -> Path:
+    """Where `make env` links it into the environment."""
+    return Path(os.environ.get("FERRY_LLAMA_CPP") or Path(sys.prefix) / "llama.cpp")
+
+
+def there() -> bool:
+    return (folder() / "build.json").is_file()
+
+
+def home() -> Path:
+    """Its folder. Raises UserError when it is not there."""
+    if not there():
+        raise UserError(f"llama.cpp is not set up ({folder()})", "run `make env`")
+    return folder()
+
+
+def version() -> str:
+    """Such as 'llama.cpp 0c1e57098 of llama-cpp-python 0.3.36'."""
+    build = files.read_json(home() / "build.json")
+    return f"llama.cpp {build['commit'][:9]} of llama-cpp-python {build['version']}"
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of its tools: on a GPU box they load the CUDA libraries that torch brought."""
+    cuda = Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "lib"
+    if not cuda.is_dir():
+        return dict(os.environ)
+    before = os.environ.get("LD_LIBRARY_PATH")  # some machines have the driver's own library only there
+    return os.environ | {"LD_LIBRARY_PATH": f"{cuda}:{before}" if before else str(cuda)}
+
+
+@functools.cache
+def architectures() -> frozenset[str]:
+    """Every `architectures` name of a config.json that the converter registers for text models."""
+    register = re.compile(r"@ModelBase\.register\(([^)]*)\)")
+    names: set[str] = set()
+    for source in (home() / "convert" / "conversion").glob("*.py"):
+        for arguments in register.findall(source.read_text(encoding="utf-8")):
+            names.update(re.findall(r"\"([^\"]+)\"", arguments))
+    return frozenset(names)
+
+
+def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, log: Path) -> None:
+    """A Transformers folder to a GGUF of `kind` (f16 or bf16).
+
+    metadata: general.* values for the converter; keys: further string key-values, both JSON.
+    """
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    script = Path(__file__).parents[1] / "export" / "convert.py"
+    command = [sys.executable, script, home() / "convert", keys, model, "--outtype", kind, "--metadata", metadata]
+    _run([*command, "--outfile", target], log, _growth(target, size, "16-bit GGUF"))
+
+
+def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | None = None) -> None:
+    """A 16-bit GGUF to `kind`, such as q4_k_m."""
+    size = int(source.stat().st_size * BITS[kind] / BITS["f16"])
+    # Only its name: llama-quantize writes the path into the file.
+    weighed = ["--imatrix", imatrix.name] if imatrix else []
+    command = [home() / "bin" / "llama-quantize", *weighed, source.absolute(), target.absolute(), kind.upper()]
+    _run(command, log, _growth(target, size, kind), imatrix.parent if imatrix else None)
+
+
+def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
+    """<run>.<name>.gguf in `folder`, made from the 16-bit `base` unless it is there. name: such as q4_k_m or q4_k_m-static."""
+    target, kind = folder / f"{base.name.rsplit('.', 2)[0]}.{name}.gguf", name.removesuffix(STATIC)
+    return files.once(target, lambda part: quantize(base, part, kind, folder / "quantize.log", imatrix))
+
+
+def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) -> None:
+    """An importance matrix of `model` over rendered text, its special tokens read as such.
+
+    It runs beside the text, whose name stands in the matrix: so a run's folder may lie anywhere.
+    """
+    command = [home() / "bin" / "llama-imatrix", "-m", model.absolute(), "-f", text.name, "-o", target.absolute()]
+    command += ["--parse-special", "--no-ppl"]
+    command += ["-c", str(CHUNK), "--chunks", str(tokens // CHUNK), "--output-frequency", "1", "-ngl", "99"]
+    _run(command, log, _passes(log, tokens // CHUNK), text.parent)
+
+
+def render(model: Path, conversations: list[dict]) -> list[dict]:
+    """{prompt, ids} of each conversation ({messages, add_generation_prompt}), or {error}, as llama.cpp's server makes them.
+
+    With llama.cpp's own Jinja and the template inside the GGUF; ids as the server feeds them, BOS included.
+    """
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in conversations)
+    command = [str(home() / "bin" / "llama-render"), str(model)]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8", env=surroundings())
+    if done.returncode:
+        raise UserError(f"llama.cpp cannot render with {model}: {done.stderr.strip()[-300:]}", "export it again")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def perplexity(model: Path, text: Path, context: int, log: Path) -> float:
+    """llama-perplexity's own figure for a plain text. Only to hold Ferry's method against it."""
+    command = [home() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
+    _run(command, log, Progress(0, "perplexity", "", lambda: 0))
+    return float(re.findall(r"Final estimate: PPL = ([\d.]+)", log.read_text(encoding="utf-8", errors="replace"))[-1])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a tool is: `done` is asked now and then, out of `total`."""
+
+    total: float
+    label: str
+    unit: str
+    done: Callable[[], float]
+
+
+def _growth(target: Path, size: int, label: str) -> Progress:
+    """The progress of a tool that writes a file of about `size` bytes."""
+    return Progress(size, label, "B", lambda: min(target.stat().st_size, size) if target.exists() else 0)
+
+
+def _passes(log: Path, chunks: int) -> Progress:
+    """The progress of llama-imatrix, which writes a line into its log for each chunk of tokens."""
+    before = log.read_bytes().count(CHUNK_DONE) if log.is_file() else 0
+    return Progress(chunks, "importance matrix", "chunks", lambda: log.read_bytes().count(CHUNK_DONE) - before)
+
+
+def _run(command: list, log: Path, progress: Progress, folder: Path | None = None) -> None:
+    """Run a tool in `folder` with its output in `log`.
+
+    Raises UserError, with the tool's last line, when it fails.
+    """
+    command = [str(part) for part in command]
+    with log.open("ab") as out, console.progress(progress.total, progress.label, progress.unit) as advance:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder, env=surroundings()
+        )
+        seen = 0.0
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                done = progress.done()
+                advance(done - seen)
+                seen = done
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if process.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise UserError(
+            f"{Path(command[1] if command[0] == sys.executable else command[0]).name} failed: {''.join(last)}",
+            f"read {log}, then run the same command again",
+        )

@@ -1,0 +1,114 @@
+"""Unsloth as both torch stages use it: quiet, offline where it can be, one way to load."""
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import files
+from common.errors import UserError
+from pipeline.config.schema import Base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# What leaves the machine or floods the terminal by default; set before the first import.
+QUIET = {
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+# Loggers that speak of kernels which a CPU does not have.
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
+
+
+# What is compiled for a card is kept between runs, and not in /tmp, which a container loses.
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+def hush() -> None:
+    """To be called before transformers is imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start():
+    """Import Unsloth (7-9 s) before transformers is; its banner goes to stderr, so that stdout is ours."""
+    hush()
+    for name, folder in COMPILED.items():
+        os.environ.setdefault(name, str(files.cache_dir() / "compiled" / folder))
+    with contextlib.redirect_stdout(sys.stderr):
+        import unsloth
+    return unsloth
+
+
+def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerFast"]:
+    """A model folder or an adapter folder (its base comes along), ready for training or inference."""
+    unsloth = start()
+    import torch
+
+    if base.load_in_4bit and not torch.cuda.is_available():
+        raise UserError(
+            "base.load_in_4bit is QLoRA, which needs an NVIDIA GPU, and torch sees none",
+            'run on a GPU box, or train 16-bit LoRA here: SET="base.load_in_4bit=false" with a new RUN=name',
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        return unsloth.FastLanguageModel.from_pretrained(
+            str(folder),
+            max_seq_length=base.max_seq_length,
+            load_in_4bit=base.load_in_4bit,
+            use_gradient_checkpointing=False,
+        )
+
+
+def gpu_bytes() -> float | None:
+    """The card's memory; None where torch sees no GPU."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def capability() -> float | None:
+    """The card's compute capability, such as 9.0; None where torch sees no GPU."""
+    import torch
+
+    return float("{}.{}".format(*torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+
+
+def device() -> str:
+    """What the work ran on, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process so far: GPU memory where there is one, else resident memory. 1 GB = 1e9 bytes."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+
+
+def forget_peak() -> None:
+    """Count the peak of GPU memory from here."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
