@@ -1,4 +1,4 @@
-"""Commands of the laptop: train on another machine, bring the result home, make a published model again."""
+"""Commands of the laptop: train on another machine, fetch the result, make a published model again."""
 
 import subprocess
 import sys
@@ -41,11 +41,16 @@ CHECKPOINTS = setting(
     metavar="OWNER/NAME",
     help="A private repo on the Hub for checkpoints; a rented machine has one always.",
 )
-# For the `make` on the other machine.
+# Option -> setting of the `make` on the other machine.
 THERE = {
-    "docker": "DOCKER", "image": "IMAGE", "device": "DEVICE", "engine": "ENGINE", "mount": "MOUNT",
-    "docker_build_flags": "DOCKER_BUILD_FLAGS", "docker_run_flags": "DOCKER_RUN_FLAGS",
-}  # fmt: skip
+    "docker": "DOCKER",
+    "image": "IMAGE",
+    "device": "DEVICE",
+    "engine": "ENGINE",
+    "mount": "MOUNT",
+    "docker_build_flags": "DOCKER_BUILD_FLAGS",
+    "docker_run_flags": "DOCKER_RUN_FLAGS",
+}
 THERE_OPTIONS = several(
     setting(
         "--device", make="DEVICE", type=click.Choice(["cpu", "cuda"]), help="cpu: a machine without a GPU will do."
@@ -60,6 +65,7 @@ THERE_OPTIONS = several(
 
 
 def settings_there(typed: dict[str, str | None]) -> tuple[str, ...]:
+    """Return NAME=VALUE of the typed options that are settings of the `make` on the other machine."""
     return tuple(f"{THERE[name]}={value}" for name, value in typed.items() if value is not None)
 
 
@@ -73,9 +79,24 @@ def settings_there(typed: dict[str, str | None]) -> tuple[str, ...]:
 @setting("--quantization", make="QUANT", metavar="NAME", help="Which GGUF comes home.")
 @setting("--name", make="NAME", help="What Ollama calls it.")
 def cloud_to_local(
-    config_file, run_name, runs, overrides, cloud, limit, hours, gpu, spot, checkpoints, teardown, yes, models, start,
-    quantization, name, **there,
-) -> None:  # fmt: skip
+    config_file,
+    run_name,
+    runs,
+    overrides,
+    cloud,
+    limit,
+    hours,
+    gpu,
+    spot,
+    checkpoints,
+    teardown,
+    yes,
+    models,
+    start,
+    quantization,
+    name,
+    **there,
+) -> None:
     """Train on another machine, then deploy here.
 
     The same command again watches, resumes or deploys.
@@ -126,7 +147,9 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
         )
     folder = find_run_folder(config_file, run_name, runs)
     refuse_foreign_folder(folder)
-    console.show(f"stop: {module.stop_job(create.of(cloud, folder, checkpoints, spot), folder, teardown)}")
+    launcher = create.of(cloud, folder, checkpoints, spot)
+    report = module.stop_job(launcher, folder, teardown)
+    console.show(f"stop: {report}")
 
 
 @click.command(cls=Command)

@@ -1,4 +1,4 @@
-"""Commands of the machine that runs the model. No torch anywhere below."""
+"""Commands of the machine that runs the model. Nothing that they import needs torch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ REPO_OPTIONS = several(REPO, MODELS)
 
 
 def check_model(params: dict) -> None:
-    """Find the model before any environment is set up. Raises UserError where it is not known which one is meant."""
+    """Raise UserError when it is not clear which model is meant, before any environment is set up."""
     resolve(params["repo"], params["models"])
 
 
 def resolve(repo: str | None, models: Path) -> str:
-    """The repo that a command is about: the one that was typed, else the only model there is."""
+    """Return the repo that a command is about: the one that was typed, else the only model on this machine."""
     from deploy import store
 
     return store.resolve(repo, models)
 
 
 def find_version(repo: str | None, models: Path) -> Path:
-    """The folder of the version in use. Raises UserError where it was not pulled, or several models could be meant."""
+    """Return the folder of the version in use. Raises UserError when it was not pulled or the model is not clear."""
     from deploy import store
 
     return store.current(models, resolve(repo, models))
@@ -53,6 +53,7 @@ def deploy_mac(repo, models, quantization, name, start) -> None:
 
 
 def deploy_everywhere(repo: str, models: Path, quantization: str | None, name: str | None, start: bool) -> None:
+    """Check the machine, pull and test the model, put it into Ollama and LM Studio where they exist, show a summary."""
     from common import checks, console
     from deploy import doctor, store
 
@@ -85,6 +86,7 @@ def pull(repo, models, quantization) -> None:
 
 
 def pull_model(repo: str, models: Path, quantization: str | None) -> None:
+    """Download one GGUF and show what came."""
     from common import console
     from deploy.stages import pull as module
 
@@ -108,6 +110,7 @@ def smoke(repo, models) -> None:
 
 
 def smoke_test(version: Path) -> None:
+    """Test the model in a child process and show the answers."""
     from common import console
     from deploy.stages import smoke as module
 
@@ -128,6 +131,7 @@ def modelfile(repo, models) -> None:
 
 
 def write_modelfile(version: Path) -> None:
+    """Write Ollama's Modelfile and show what is in it."""
     from common import console
     from deploy.stages import modelfile as module
 
@@ -153,6 +157,7 @@ def ollama(repo, models, name, start) -> None:
 
 
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
+    """Create the model in Ollama and show the result; `optional` skips it where there is no Ollama."""
     from common import console
     from deploy.apps import ollama as module
 
@@ -180,6 +185,7 @@ def lmstudio(repo, models) -> None:
 
 
 def install_in_lmstudio(version: Path, optional: bool) -> None:
+    """Put the file into LM Studio and show the result; `optional` skips it where there is no LM Studio."""
     from common import console
     from deploy.apps import lmstudio as module
 
@@ -191,7 +197,7 @@ def install_in_lmstudio(version: Path, optional: bool) -> None:
 
 @contextlib.contextmanager
 def skip_absent_app(absent: type[UserError], optional: bool, app: str) -> Iterator[None]:
-    """What is not on this machine is no reason to stop, when the app is one of several."""
+    """Turn the error for an app that is not on this machine into a note, when the app is optional."""
     from common import console
 
     try:
@@ -215,6 +221,7 @@ def summary(repo, models) -> None:
 
 
 def show_summary(version: Path, repo: str) -> None:
+    """Show scores, answers and the commands to talk to the model."""
     from common import console
     from deploy import summary as module
 
@@ -251,7 +258,8 @@ def chat(repo, models, system, input_file) -> None:
     from deploy.serving import conversation
 
     question = [system, str(input_file) if input_file else None]
-    raise SystemExit(conversation.run_in_child("deploy.serving.chat:stage_of", find_version(repo, models), question))
+    code = conversation.run_in_child("deploy.serving.chat:stage_of", find_version(repo, models), question)
+    raise SystemExit(code)
 
 
 @click.command(cls=Command, choose_environment=check_model)
@@ -267,9 +275,8 @@ def serve(repo, models, host, port) -> None:
     """
     from deploy.serving import conversation
 
-    raise SystemExit(
-        conversation.run_in_child("deploy.serving.server:stage_of", find_version(repo, models), [host, port])
-    )
+    code = conversation.run_in_child("deploy.serving.server:stage_of", find_version(repo, models), [host, port])
+    raise SystemExit(code)
 
 
 @click.command(cls=Command)
@@ -347,7 +354,8 @@ def prune(repo, models, start, keep) -> None:
     """
     from deploy import versions
 
-    show_removed("prune", versions.prune(resolve(repo, models), models, keep, start))
+    removed = versions.prune(resolve(repo, models), models, keep, start)
+    show_removed("prune", removed)
 
 
 @click.command(cls=Command)
@@ -366,10 +374,12 @@ def undeploy(repo, models, start) -> None:
 
     if repo is None:
         raise UserError("REPO is missing", "name what to remove; `ferry models` lists what is here")
-    show_removed("undeploy", versions.undeploy(resolve(repo, models), models, start))
+    removed = versions.undeploy(resolve(repo, models), models, start)
+    show_removed("undeploy", removed)
 
 
 def show_removed(command: str, removed: list[tuple[Path, int]]) -> None:
+    """Show the versions that a command removed, and the bytes that this freed."""
     from common import console
 
     for version, _ in removed:

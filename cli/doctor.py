@@ -1,4 +1,4 @@
-"""The doctor of both sides: what this machine is, has and lacks, and the command that cures each lack."""
+"""The doctor command: what this machine is, has and lacks, and the command that cures each lack."""
 
 import os
 import shutil
@@ -12,13 +12,14 @@ from cli.settings import operand, setting
 
 
 def find_side(side: str | None, repo: str | None) -> str:
-    """Whose doctor it is: what was asked for, else `cloud` in the image and where there is an NVIDIA driver."""
+    """Return the side to examine: the one that was typed, else `cloud` in the image or with an NVIDIA driver."""
     if side or repo:
         return side or "mac"
     return "cloud" if os.environ.get("FERRY_IMAGE") or shutil.which("nvidia-smi") else "mac"
 
 
 def choose_environment(params: dict) -> str | None:
+    """Return the environment that the doctor needs, or None for the table's."""
     if find_side(params["side"], params["repo"]) == "mac" and params["repo"]:
         return "deploy"  # a repo's manifest is read, perhaps from the Hub
     return "image" if params.get("docker") == "1" or params.get("image") else None

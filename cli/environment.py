@@ -14,11 +14,12 @@ from cli.table import IN_IMAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "setup"
-# Of the `ferry` script to this process: the environment may be changed. Absent in `python -m cli`, which runs as it is.
+# The `ferry` script sets it: this process may switch to another environment. `python -m cli` runs as it is.
 MAY_SWITCH = "FERRY_MAY_SWITCH"
 IMAGE_SETTINGS = ("DOCKER", "IMAGE", "DEVICE", "ENGINE", "MOUNT", "DOCKER_BUILD_FLAGS", "DOCKER_RUN_FLAGS")
-FOLDER_SETTINGS = ("CONFIG", "RUNS", "MODELS", "REPO")  # what the image must be shown of this machine
-OPTIONS = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}  # of setup/env.py
+FOLDER_SETTINGS = ("CONFIG", "RUNS", "MODELS", "REPO")  # paths on this machine that the image needs
+# Environment -> options of setup/env.py.
+OPTIONS = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}
 
 
 class Command(click.Command):
@@ -27,9 +28,10 @@ class Command(click.Command):
     environment = "core"
 
     def __init__(self, *arguments, choose_environment: Callable[[dict], str | None] | None = None, **attributes):
-        """choose_environment: from the command's parameters, another environment than the table's, or None.
+        """Create the command.
 
-        It runs first, so it raises UserError for what can be known without any environment, such as a bad config.
+        choose_environment: returns, for the command's parameters, another environment than the table's, or None. It
+        runs before anything else, so it raises UserError for what is known without an environment, as for a bad config.
         """
         super().__init__(*arguments, context_settings={"help_option_names": ["-h", "--help"]}, **attributes)
         self.choose_environment = choose_environment
@@ -42,7 +44,7 @@ class Command(click.Command):
 
 
 def enter_environment(command: Command, ctx: click.Context, kind: str) -> None:
-    """Return if this process may run the command; else become one that can, in the image or in another environment."""
+    """Return if this process can run the command; else replace it by one that can, in the image or an environment."""
     if command.name in IN_IMAGE or kind == "image":
         run_in_image_if_chosen(command, ctx)
     if kind == "core":
@@ -57,21 +59,23 @@ def enter_environment(command: Command, ctx: click.Context, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder for an environment of a kind."""
+    """An environment of a kind, in a folder where it is or will be."""
 
     kind: str
     folder: Path
 
     @property
     def python(self) -> Path:
+        """Return the path of its Python."""
         return self.folder / "bin" / "python"
 
     def is_finished(self) -> bool:
+        """Return whether its set-up was completed: ferry.json is written last."""
         return (self.folder / "ferry.json").is_file() and self.python.exists()
 
 
 def places() -> dict[str, Place]:
-    """Where each kind of environment is, or will be."""
+    """Return each kind of environment with its folder."""
     given = os.environ.get("FERRY_VENV")
     deploy = os.environ.get("FERRY_DEPLOY_VENV") or given
     folders = {"train": given or ".venv", "deploy": deploy or ".venv-deploy", "data": given or ".venv-light"}
@@ -79,12 +83,15 @@ def places() -> dict[str, Place]:
 
 
 def find_environment(kinds: tuple[str, ...]) -> Path | None:
-    """Python of the first of these environments that is finished."""
+    """Return the Python of the first of these environments that is set up, or None."""
     return next((places()[kind].python for kind in kinds if places()[kind].is_finished()), None)
 
 
 def prepare_environment(kind: str) -> Path:
-    """Python of an environment that can do it, set up now if need be; one for training can do all that the others can."""
+    """Return the Python of an environment that can do what `kind` can, and set it up now if needed.
+
+    A finished environment for training serves all kinds. Raises SystemExit when the set-up fails.
+    """
     place = places()[kind]
     if places()["train"].is_finished() and not (kind == "deploy" and os.environ.get("FERRY_DEPLOY_VENV")):
         place = places()["train"]
@@ -96,11 +103,12 @@ def prepare_environment(kind: str) -> Path:
 
 
 def is_this_python(python: Path) -> bool:
+    """Return whether this process runs in the environment of that Python."""
     return Path(sys.prefix).resolve() == python.parent.parent.resolve()
 
 
 def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
-    """Become the container engine where the command shall run in the image; raise SystemExit where it cannot be decided."""
+    """Replace this process by one in the image, if the command is to run there. Raises SystemExit on bad settings."""
     words = typed_words(command, ctx, IMAGE_SETTINGS)
     script = [sys.executable, str(SETUP / "container.py")]
     decided = subprocess.run([*script, "where", *words, "--", command.name], stdout=subprocess.PIPE, text=True)
@@ -113,7 +121,7 @@ def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
 
 
 def typed_words(command: Command, ctx: click.Context, names: tuple[str, ...]) -> list[str]:
-    """NAME=VALUE of the settings with these names in make that were typed, as setup/container.py takes them."""
+    """Return NAME=VALUE of those of these make settings that were typed, as setup/container.py takes them."""
     parameters = settings_of(command)
     return [
         f"{name}={ctx.params[parameters[name].name]}"

@@ -12,14 +12,15 @@ from cli.table import COMMANDS, SECTIONS, load_command
 from common import console, files
 from common.errors import UserError, shown
 
-# Libraries' threads wait by spinning: beside another busy program that made a training 20 times slower on two cores
-# (benchmarks/results/contention.md). So many turns cost nothing alone; beside a loop on each core it is 2.4 times.
+# The threads of libraries wait by spinning. Next to another busy program that made a training 20 times slower on two
+# cores (benchmarks/results/contention.md). With this limit it is 2.4 times slower next to a busy loop on each core, and
+# no slower alone.
 SPINS = "3000"
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Ferry(click.Group):
-    """The commands of `cli/table.py`, imported when they are asked for."""
+    """The commands of `cli/table.py`, each imported when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -39,6 +40,7 @@ class Ferry(click.Group):
 
 
 def unknown_command(name: str, program: str) -> UserError:
+    """Return the error for a command that does not exist, with the closest one. program: 'ferry' or 'make'."""
     close = difflib.get_close_matches(name, COMMANDS, 1)
     meant = f", did you mean `{program} {close[0]}`?" if close else ""
     return UserError(
@@ -48,11 +50,12 @@ def unknown_command(name: str, program: str) -> UserError:
 
 
 def read_version() -> str:
-    """Ferry's own, which stands in pyproject.toml alone."""
+    """Return Ferry's version, which is written in pyproject.toml only."""
     return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    """Print the version and exit, as the callback of --version."""
     if wanted and not ctx.resilient_parsing:
         click.echo(f"ferry {read_version()}")
         ctx.exit()
@@ -85,7 +88,7 @@ def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
 
     forget_make(words)
     targets = {goal: load_command(goal) for goal in check_goals(goals.split() or [target])}
-    for goal, command in targets.items():  # every target's settings, before the first one does anything
+    for goal, command in targets.items():  # the settings of every target are checked before the first one runs
         others = {name: other for name, other in targets.items() if name != goal}
         arguments = translate_make_settings(command, words, others)
         try:
@@ -99,12 +102,13 @@ def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
 
 
 def forget_make(words: tuple[str, ...]) -> None:
-    """Take out of the environment what make put there for its children: a `make` that Ferry starts is one of its own."""
+    """Remove what make puts into the environment for its children: a `make` that Ferry starts is a separate one."""
     for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", *(word.partition("=")[0] for word in words)):
         os.environ.pop(name.removeprefix("env:"), None)
 
 
 def check_goals(goals: list[str]) -> list[str]:
+    """Return the make targets. Raises UserError when one of them does not exist."""
     for goal in goals:
         if goal not in COMMANDS:
             raise unknown_command(goal, "make")
@@ -126,13 +130,16 @@ def print_completion(shell: str) -> None:
 
 
 def main() -> None:
-    """Run the command line. A UserError is two lines and exit code 2; everything else is a fault of Ferry's, with a traceback."""
-    if sys.platform == "darwin":  # Unsloth would look for MLX there; the demo's code path is the CPU one
+    """Run the command line and exit.
+
+    A UserError is printed as two lines, with exit code 2; any other exception is a fault of Ferry's, with a traceback.
+    """
+    if sys.platform == "darwin":  # Unsloth would look for MLX there; Ferry uses its CPU backend
         os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # a terminal that has no such letter
+        stream.reconfigure(errors="replace")  # for a terminal that cannot show a character
     try:
         code = ferry.main(prog_name="ferry", standalone_mode=False)
     except (UserError, click.ClickException, OSError) as error:
@@ -145,7 +152,7 @@ def main() -> None:
 
 
 def translate_error(error: UserError | click.ClickException | OSError) -> UserError:
-    """The error with the next command. Raises an OSError again that a user cannot cure."""
+    """Return the error as a UserError with the next command. Raises an OSError again that a user cannot cure."""
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         return UserError(

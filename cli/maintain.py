@@ -11,7 +11,7 @@ from cli.options import IMAGE_OPTIONS
 
 
 def become(*command: object) -> None:
-    """End as another program, in the checkout."""
+    """Replace this process by another program, in the checkout's folder."""
     os.chdir(ROOT)
     os.execv(str(command[0]), [str(word) for word in command])
 
@@ -43,6 +43,7 @@ def deploy_env() -> None:
 
 
 def run_container_script(verb: str) -> None:
+    """Replace this process by setup/container.py, with the typed settings of the current command."""
     context = click.get_current_context()
     become(sys.executable, SETUP / "container.py", verb, *typed_words(context.command, context, IMAGE_SETTINGS))
 
@@ -132,18 +133,20 @@ def test_image() -> None:
     Example:
       make test-image
     """
-    if "test" not in other_goals():  # else they run together, in one session
+    if "test" not in other_goals():  # else `test` runs them too, in one session
         run_tests("image")
 
 
 def other_goals() -> list[str]:
-    """All targets of this call of make."""
+    """Return all targets of this call of make; empty without make."""
     return os.environ.get("FERRY_GOALS", "").split()
 
 
 def run_tests(marker: str) -> None:
+    """Run the tests that match a marker expression, and exit with pytest's code."""
     os.chdir(ROOT)
-    raise SystemExit(subprocess.call([sys.executable, "-m", "pytest", "-m", marker]))
+    code = subprocess.call([sys.executable, "-m", "pytest", "-m", marker])
+    raise SystemExit(code)
 
 
 @click.command(cls=Command)

@@ -11,11 +11,11 @@ from cli.settings import operand, setting
 from common.errors import UserError, shown
 
 PATH = click.Path(path_type=Path)
-LONGEST_RUN = 96  # characters: files of the model have its name and an ending, and a manifest takes 128
+LONGEST_RUN = 96  # characters: file names are the model's name and a suffix, and a manifest allows 128
 
 
 def several(*decorators):
-    """Several decorators as one, in their order."""
+    """Return one decorator that applies several, in their order."""
 
     def decorate(function):
         for decorator in reversed(decorators):
@@ -68,21 +68,22 @@ JSON = setting("--json", "as_json", make="JSON", is_flag=True, help="Print JSON.
 
 
 def typed_command(name: str) -> str:
-    """The command as the user typed it, through make or not, without its settings."""
+    """Return the command as the user typed it, with make or not, without its settings."""
     return os.environ.get("FERRY_TYPED") or f"ferry {name}"
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """Which run a command is about, and with which config."""
+    """The run that a command is about, and the config for it."""
 
     config_file: Path
     folder: Path
     overrides: tuple[str, ...]
     is_own_config: bool
-    """config_file is the config.yaml in the run's folder."""
+    """Whether config_file is the config.yaml in the run's folder."""
 
     def load_config(self):
+        """Return the config with its overrides. Raises UserError when it is bad or its base model is not supported."""
         from pipeline.base_model.model_config import refuse_unsupported_base
         from pipeline.config import load
 
@@ -92,7 +93,7 @@ class RunRequest:
 
 
 def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
-    """The folder that the run has or will have. Raises UserError for a bad name, and when neither is known."""
+    """Return the folder that the run has or will have. Raises UserError for a bad name, or without config and name."""
     if run_name is None and config_file is None:
         raise UserError("CONFIG is missing", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
     name = config_file.stem if run_name is None else run_name
@@ -101,7 +102,7 @@ def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) 
 
 
 def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrides: tuple[str, ...] = ()) -> RunRequest:
-    """The run of a config, or the run of a name with the config that it has. Raises UserError when neither is known."""
+    """Return the run of a config, or the run of a name with its own config. Raises UserError when there is neither."""
     folder = find_run_folder(config_file, run_name, runs)
     if config_file is not None:
         return RunRequest(config_file, folder, overrides, False)
@@ -114,6 +115,7 @@ def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrid
 
 
 def refuse_bad_name(name: str) -> None:
+    """Raise UserError for a name that cannot be that of a folder and of a model."""
     from contract.manifest import PLAIN
 
     if (
@@ -123,9 +125,11 @@ def refuse_bad_name(name: str) -> None:
     ):
         raise UserError(
             f"RUN={shown(name)!r} cannot name a folder and a model",
-            f"choose another: up to {LONGEST_RUN} letters, digits, dots, dashes and underscores, a letter or digit first",
+            f"choose another: up to {LONGEST_RUN} letters, digits, dots, dashes and underscores, "
+            "a letter or digit first",
         )
 
 
 def list_configs() -> list[str]:
+    """Return the paths of the configs in configs/."""
     return sorted(str(path) for path in Path("configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Commands about the runs on this machine, and the first one: a config for one's own rows."""
+"""Commands about the runs on this machine, and `init`, which writes a config for your own rows."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from common.errors import UserError
 
 
 def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path):
+    """Return the run that was typed, else the only one. Raises UserError when there is no such run, or several."""
     from pipeline.run import status
 
     if config_file is None and run_name is None:
@@ -127,5 +128,7 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
             paths = status.find_removable(run)
             for path in paths:
                 console.show(f"clean: {path}")
-            size = status.remove(run, paths) if paths else 0
+            size = 0
+            if paths:
+                size = status.remove(run, paths)
         console.show(f"clean: {size / 1e9:.2f} GB came back")

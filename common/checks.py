@@ -1,6 +1,7 @@
-"""What a doctor finds, on either side: each thing is ok, a lack or a fault, and for both of those there is a cure.
+"""Results of the checks that `doctor` makes, on the GPU side and on the Mac.
 
-A lack stops nothing: the parts that do not need it go on. A fault does: without its cure nothing would run.
+A check is 'ok', a 'lack' or a 'fault'. A lack stops nothing: the parts that do not need the missing thing still work.
+A fault has to be fixed before anything can run. Lacks and faults come with a cure.
 """
 
 import json
@@ -11,15 +12,18 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Check:
+    """The result of one check."""
+
     name: str
     state: str
     """'ok', 'lack' or 'fault'."""
     text: str
     cure: str = ""
+    """The next command or edit; empty when nothing has to be done."""
 
 
 def page(checks: list[Check]) -> str:
-    """A line for each, and its cure below it."""
+    """Return one line for each check, with its cure on the line below."""
     lines = []
     for check in checks:
         lines.append(f"{check.state:<6}{check.name:<10}{check.text}")
@@ -28,12 +32,12 @@ def page(checks: list[Check]) -> str:
 
 
 def to_json(checks: list[Check]) -> str:
-    """The same for programs: a list of {name, state, text, cure}."""
+    """Return the checks as JSON: a list of {name, state, text, cure}."""
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 
 def refuse(checks: list[Check]) -> None:
-    """Raises UserError for the first fault, if there is one."""
+    """Raise UserError for the first fault, if there is one."""
     for check in checks:
         if check.state == "fault":
             raise UserError(check.text, check.cure)

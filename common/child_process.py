@@ -1,7 +1,7 @@
-"""Work on a stranger's file in a process of its own: a library's crash, hang or hunger for memory is one error there.
+"""Run a function on an untrusted file in a child process, so that a crash, a hang or high memory use becomes one error.
 
-llama.cpp parses a model in C++ and ends its process over what it did not expect. The parent looks at the clock and at the
-child's memory, kills it beyond its limits, and says in one line what happened.
+llama.cpp parses a model in C++ and aborts its process when the input is not what it expects. The parent watches the
+time and the memory of the child, kills it when it exceeds its limits, and reports in one line what happened.
 """
 
 import contextlib
@@ -26,14 +26,18 @@ from common import console
 from common.errors import UserError, shown
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOK_EVERY = 0.1  # seconds between two looks at a child
-LOOK_AT_SERVER_EVERY = 2.0  # once it runs; on macOS a look starts `ps`
-QUIET = {"GGML_NO_BACKTRACE": "1"}  # else llama.cpp starts a debugger when it breaks off
-MAX_ANSWER = 64 << 20  # bytes of JSON
-MAX_WRITTEN = 128 << 20  # bytes of a file
-SECRET_OF_SERVER = "FERRY_API_KEY"  # what clients of `ferry serve` must show: the child is the server
+LOOK_EVERY = 0.1  # seconds between two checks of a child
+LOOK_AT_SERVER_EVERY = 2.0  # seconds, once the child is ready; on macOS each check starts `ps`
+QUIET = {"GGML_NO_BACKTRACE": "1"}  # otherwise llama.cpp starts a debugger when it aborts
+MAX_ANSWER = 64 << 20  # of JSON
+MAX_WRITTEN = 128 << 20  # of any file that a child of `call_in_child` writes
+# The key that clients of `ferry serve` must send. The child gets it, because the child is the server.
+SECRET_OF_SERVER = "FERRY_API_KEY"
 SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY", re.IGNORECASE)
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from common import child_process; child_process.main(*sys.argv[2:])"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from common import child_process; child_process.main(*sys.argv[2:])"
+)
 MEANINGS = {
     signal.SIGABRT: "llama.cpp broke off",
     signal.SIGSEGV: "llama.cpp crashed",
@@ -47,20 +51,23 @@ AGAIN = "do not use this model if it stays so: pull it again, or report it"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may take. seconds: of wall-clock time; memory: bytes of it in RAM."""
+    """What a child process may use."""
 
     seconds: float
+    """Wall-clock time."""
     memory: int
+    """Resident memory in bytes."""
 
 
 def call(function: str, arguments: list, limits: Limits, subject: str) -> object:
-    """Return what `function` returns in a child process; arguments and result are JSON.
+    """Call `function` in a child process and return its result; arguments and result must be JSON values.
 
     Args:
-        function: "module:name".
-        subject: what it works on, for messages.
+        function: the function's name as "module:name".
+        subject: what the function works on, for messages.
 
-    Raises UserError: the function's own, or that the child crashed or went beyond its limits.
+    Raises:
+        UserError: the function raised it, or the child crashed or exceeded its limits.
     """
     with tempfile.TemporaryFile() as request, tempfile.TemporaryFile() as log, _pipe() as (reader, writer):
         request.write(json.dumps([function, arguments]).encode())
@@ -78,10 +85,17 @@ def call(function: str, arguments: list, limits: Limits, subject: str) -> object
 
 
 def run_attached(function: str, arguments: list, limits: Limits, subject: str) -> int:
-    """Run `function` in a child process that has this terminal, until it ends; return its exit code.
+    """Run `function` in a child process that shares this terminal, wait for its end, and return its exit code.
 
-    limits.seconds: until it calls `report_ready`. Ctrl-C reaches the child, SIGTERM is passed on, and the child ends when
-    this process does. Raises UserError when it crashed or went beyond its limits.
+    Ctrl-C reaches the child, SIGTERM is passed on, and the child ends when this process does.
+
+    Args:
+        function: the function's name as "module:name".
+        limits: `seconds` counts only until the child calls `report_ready`.
+        subject: what the function works on, for messages.
+
+    Raises:
+        UserError: the child crashed or exceeded its limits.
     """
     with _pipe() as (ready, writer), _pipe() as (alive, _):
         words = ["attached", str(writer.fileno()), str(alive.fileno()), json.dumps([function, arguments])]
@@ -96,7 +110,7 @@ def run_attached(function: str, arguments: list, limits: Limits, subject: str) -
 
 
 def report_ready() -> None:
-    """Tell the parent that what takes the start's time limit is over; nothing happens outside of a child."""
+    """Tell the parent that the start is complete, so that its time limit ends; do nothing outside of a child."""
     with contextlib.suppress(KeyError, OSError):
         os.close(int(os.environ.pop("FERRY_READY")))
 
@@ -107,27 +121,33 @@ def report_ready() -> None:
 def _start(
     words: list[str], inherited: tuple[int, ...], request: IO | None = None, log: IO | None = None
 ) -> subprocess.Popen:
-    """A Python that imports what this one does, without secrets in its environment.
+    """Start a Python that imports from the same places as this one, without secrets in its environment.
 
-    With a request it is on its own: no terminal, a session of its own. Without one it has this terminal.
+    With a `request` the child has a session of its own and no terminal. Without one it shares this terminal.
     """
     places = json.dumps([str(ROOT), *(str(Path(place).resolve()) for place in sys.path)])
     public = {name: value for name, value in os.environ.items() if not SECRETS.search(name) or name == SECRET_OF_SERVER}
     return subprocess.Popen(
-        [sys.executable, "-B", "-c", START, places, *words], pass_fds=inherited, env=public | QUIET, stdin=request, stdout=log,
-        stderr=log, start_new_session=request is not None,
-    )  # fmt: skip
+        [sys.executable, "-B", "-c", START, places, *words],
+        pass_fds=inherited,
+        env=public | QUIET,
+        stdin=request,
+        stdout=log,
+        stderr=log,
+        start_new_session=request is not None,
+    )
 
 
 @contextlib.contextmanager
 def _pipe() -> Iterator[tuple[IO, IO]]:
-    """Its ends to read from and to write to; both are closed afterwards."""
+    """Open a pipe; yield (the end to read from, the end to write to), and close both afterwards."""
     reader, writer = (os.fdopen(end, mode, 0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     with reader, writer:
         yield reader, writer
 
 
 def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject: str) -> bytes:
+    """Return what the child writes to the pipe until it closes it. Raise UserError when it exceeds its limits."""
     answer, until = bytearray(), time.monotonic() + limits.seconds
     while True:
         if select.select([reader], [], [], LOOK_EVERY)[0]:
@@ -141,11 +161,19 @@ def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject:
 
 
 def _refuse_beyond(process: subprocess.Popen, memory: int, until: float, seconds: float, subject: str) -> None:
+    """Raise UserError when the deadline has passed or the child uses more than `max_memory` bytes.
+
+    Args:
+        max_memory: largest resident memory in bytes.
+        deadline: the end of the time limit, as time.monotonic() counts.
+        seconds: the time limit that the deadline was made from, for the message.
+    """
     if time.monotonic() > until:
         raise _too_slow(seconds, subject)
     if (taken := resident_bytes(process.pid)) > memory:
         raise UserError(
-            f"{subject} took {taken / 1e9:.1f} GB of memory, at most {memory / 1e9:.1f} GB are expected of it", AGAIN
+            f"{subject} took {taken / 1e9:.1f} GB of memory, at most {memory / 1e9:.1f} GB are expected of it",
+            AGAIN,
         )
 
 
@@ -157,7 +185,7 @@ def _too_slow(seconds: float, subject: str) -> UserError:
 
 
 def resident_bytes(pid: int) -> int:
-    """Bytes of memory that a process has; 0 where the system does not say it."""
+    """Return the resident memory of a process in bytes; 0 where the system does not report it."""
     try:
         if sys.platform == "linux":
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -169,6 +197,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def _result(answer: bytes, code: int, log: IO, subject: str) -> object:
+    """Return the value in the child's answer. Raise UserError for the error in it, or when there is no answer."""
     try:
         told = json.loads(answer)
     except ValueError:
@@ -181,6 +210,12 @@ def _result(answer: bytes, code: int, log: IO, subject: str) -> object:
 
 
 def _death(code: int, subject: str, last: str = "") -> UserError:
+    """Return the error for a child that ended without an answer.
+
+    Args:
+        exit_code: its exit code; negative: the signal that ended it.
+        last_line: the last line that it printed.
+    """
     why = (
         MEANINGS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}{': ' * bool(last)}{shown(last, 200)}"
     )
@@ -188,8 +223,8 @@ def _death(code: int, subject: str, last: str = "") -> UserError:
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
-    """Kill the leader of a session with all that it started, whether or not it has ended by itself."""
-    with contextlib.suppress(OSError):  # nobody is left; macOS calls that forbidden
+    """Kill a session's leader and all processes of its group, even when the leader has ended by itself."""
+    with contextlib.suppress(OSError):  # no process is left; macOS reports that as forbidden
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
@@ -197,7 +232,7 @@ def kill_with_children(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def _passing_signals(process: subprocess.Popen) -> Iterator[None]:
-    """SIGTERM always; SIGINT where no terminal sends it to the child by itself."""
+    """Pass SIGTERM on to the child; SIGINT too, where no terminal sends it to the child by itself."""
 
     def pass_on(number: int, frame) -> None:
         process.send_signal(number)
@@ -214,7 +249,7 @@ def _passing_signals(process: subprocess.Popen) -> Iterator[None]:
 
 
 def is_in_foreground() -> bool:
-    """Whether this process belongs to those that a terminal's Ctrl-C ends."""
+    """Return whether a terminal's Ctrl-C reaches this process."""
     for descriptor in (0, 1, 2):
         with contextlib.suppress(OSError):
             return os.tcgetpgrp(descriptor) == os.getpgrp()
@@ -222,6 +257,10 @@ def is_in_foreground() -> bool:
 
 
 def _wait_attached(process: subprocess.Popen, ready: IO, limits: Limits, subject: str) -> int:
+    """Wait until the child ends and return its exit code: 128 + number for a signal that a user sends.
+
+    The time limit ends when `ready_pipe` becomes readable, which is when the child closes its end of it.
+    """
     until, pause = time.monotonic() + limits.seconds, LOOK_EVERY
     while process.poll() is None:
         if until < math.inf and select.select([ready], [], [], 0)[0]:
@@ -239,7 +278,7 @@ def _wait_attached(process: subprocess.Popen, ready: IO, limits: Limits, subject
 
 
 def main(kind: str, *words: str) -> None:
-    """What a child runs."""
+    """Run a child: `kind` is "call" (one function, its answer to a pipe) or "attached" (with this terminal)."""
     _limit_files(kind)
     if kind == "call":
         _answer_call(int(words[0]))
@@ -251,6 +290,7 @@ def main(kind: str, *words: str) -> None:
 
 
 def _answer_call(writer: int) -> None:
+    """Call the function that stdin names and write its result, or its UserError, to the pipe; then exit."""
     function, arguments = json.load(sys.stdin)
     try:
         answer = {"value": _find(function)(*arguments)}
@@ -259,10 +299,11 @@ def _answer_call(writer: int) -> None:
     with os.fdopen(writer, "wb") as out:
         out.write(json.dumps(answer).encode())
     sys.stdout.flush()
-    os._exit(0)  # no library's clean-up may hold it
+    os._exit(0)  # do not wait for any library's clean-up
 
 
 def _run_here(function: str, arguments: list) -> None:
+    """Call the function; print a UserError and exit with code 2, or exit with 130 after Ctrl-C."""
     try:
         _find(function)(*arguments)
     except UserError as error:
@@ -274,18 +315,19 @@ def _run_here(function: str, arguments: list) -> None:
 
 
 def _find(function: str):
+    """Return the function that "module:name" names."""
     module, name = function.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _end_with_parent(alive: int) -> None:
-    """The other end of the pipe is the parent's alone: it closes when the parent is gone, however it went."""
+    """Exit when the parent has ended: it alone has the other end of the pipe, which closes with it, however it ends."""
     os.read(alive, 1)
     os._exit(1)
 
 
 def _limit_files(kind: str) -> None:
-    """No core file; and what is on its own writes no large file."""
+    """Forbid core files, and large files to a child of `call_in_child`."""
     import resource
 
     for name, most in ({"CORE": 0} | ({"FSIZE": MAX_WRITTEN} if kind == "call" else {})).items():

@@ -1,7 +1,7 @@
-"""What the user sees: notes, progress and results.
+"""Output for the user: results, messages, notes and progress.
 
-Libraries write to file descriptors 1 and 2. A stage process leads both to its log file (`send_library_output_to`), so that
-only what goes through this module reaches the terminal.
+Libraries write to file descriptors 1 and 2. A stage process redirects both to its log file (`send_library_output_to`),
+so that only what is printed through this module reaches the terminal.
 """
 
 import contextlib
@@ -17,27 +17,28 @@ from typing import TextIO
 from common.text import make_printable, make_printable_but_styles
 
 WIDTH = 80
-SHOWN_FROM = 5.0  # seconds of work after which its progress is shown
-LINE_EVERY = 15.0  # seconds without any line after which there is one of progress, where there is no terminal
-REDRAW_EVERY = 0.5  # seconds between two drawings of a bar on a terminal
-TERMINAL = "FERRY_TERMINAL"  # the terminal's file descriptors, "OUT,ERR", for a process that replaces this one
+SHOWN_FROM = 5.0  # seconds after which the progress of some work is shown
+LINE_EVERY = 15.0  # seconds without output after which progress is printed, where there is no terminal
+REDRAW_EVERY = 0.5  # seconds between two updates of a bar on a terminal
+# Environment variable with the terminal's file descriptors, "OUT,ERR", for a process that replaces this one.
+TERMINAL = "FERRY_TERMINAL"
 
 _streams: dict[str, TextIO] = {}
-is_progress_shown = True  # false in processes that work beside another one
+is_progress_shown = True  # false in a process that runs beside another one
 
 
 def result_stream() -> TextIO:
-    """Where results go: the terminal's stdout."""
+    """Return the stream for results: the terminal's stdout."""
     return _streams.get("out") or sys.stdout
 
 
 def message_stream() -> TextIO:
-    """Where notes and progress go: the terminal's stderr."""
+    """Return the stream for messages and progress: the terminal's stderr."""
     return _streams.get("err") or sys.stderr
 
 
 def send_library_output_to(log: Path) -> None:
-    """Lead file descriptors 1 and 2, and with them what libraries and child processes print, to the end of `log`."""
+    """Redirect file descriptors 1 and 2, to which libraries and child processes print, to the end of the file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     inherited = os.environ.get(TERMINAL)
     out, err = map(int, inherited.split(",")) if inherited else (os.dup(1), os.dup(2))
@@ -68,22 +69,23 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print what the user should know, wrapped, on stderr."""
+    """Print something that the user should know on stderr, wrapped and with "note:" in front."""
     say(wrap(f"note: {text}", indent=6))
 
 
 def wrap(text: str, indent: int = 12) -> str:
-    """`text` in lines of at most 80 columns; further lines are indented. Words are never broken: they may be paths."""
+    """Return `text` in lines of at most 80 columns, all but the first indented. Words stay whole: they may be paths."""
     return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def quote(label: str, text: str) -> list[str]:
-    """A whole text of a row or a model, indented under its label."""
+    """Return the lines of a row's or a model's text: the first behind its label, the others indented as far."""
     lines = make_printable(text.strip()).split("\n")
     return [f"  {label if not number else '':{len(label)}}{line}".rstrip() for number, line in enumerate(lines)]
 
 
 def _print(text: str, stream: TextIO) -> None:
+    """Print a line without control characters, after erasing the progress bar that is in its place."""
     text = make_printable_but_styles(text) if uses_colour(stream) else make_printable(text)
     with _drawing:
         if _bars:
@@ -94,41 +96,42 @@ def _print(text: str, stream: TextIO) -> None:
 
 
 def style(text: str, colour: str) -> str:
-    """`text` in a colour and bold where stdout is a terminal and NO_COLOR is not set."""
+    """Return `text` in a colour and bold where stdout is a terminal and NO_COLOR is not set."""
     import click
 
     return click.style(text, fg=colour, bold=True) if uses_colour(result_stream()) else text
 
 
 def uses_colour(stream: TextIO) -> bool:
-    """Whether colours may be written: to a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    """Return whether colours may be written: to a terminal, unless NO_COLOR is set (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def format_duration(seconds: float) -> str:
-    """Such as 45 s, 12 min or 3.4 h."""
+    """Return a duration as text, such as `45 s`, `12 min` or `3.4 h`."""
     minutes = round(seconds / 60)
     return f"{round(seconds)} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 _drawing = threading.RLock()
 _bars: list["_TerminalBar"] = []
-_last_printed = [0.0]  # when a line was printed, time.monotonic()
+_last_printed = [0.0]  # time.monotonic() when the last line was printed; a list, so that it can be set
 
 
 @contextlib.contextmanager
 def progress(
     total: float, label: str, unit: str = "rows", show: bool = True, done: float = 0
 ) -> Iterator[Callable[[float], None]]:
-    """Show how far some work is and how long it will still take; yield the function that advances it.
+    """Show the progress of some work and its remaining time; yield the function that advances it.
 
-    Nothing is shown in the first five seconds. Then it is a bar on a terminal; elsewhere it is a line, and another one
-    whenever nothing was printed for 15 s.
+    Nothing is shown in the first five seconds. After that a terminal gets a bar. Elsewhere a line is printed, and
+    another one whenever nothing was printed for 15 s.
 
     Args:
         total: amount of work in `unit`; 0 where it is not known, and only the time is shown.
         unit: what is counted; "B" for bytes.
-        done: what an earlier process did of it.
+        show: false: show nothing.
+        initial: the amount that an earlier process did.
     """
     if not (show and is_progress_shown):
         yield lambda count: None
@@ -140,25 +143,28 @@ def progress(
 
 @contextlib.contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """Show for how long something of unknown length has been going on."""
+    """Show how long some work of unknown length has been running."""
     with progress(0, label):
         yield
 
 
 class _Meter:
-    """Counts work; a thread draws it, so that time is shown while a single item takes long."""
+    """A counter of work. A thread draws it, so that the time is updated while a single item takes long."""
 
     pause: float
+    """Seconds between two calls of `draw`."""
 
     def __init__(self, total: float, label: str, unit: str, done: float):
         self.total, self.label, self.unit, self.done, self.before = total, label, unit, done, done
         self.started, self.finished = time.monotonic(), threading.Event()
 
     def advance(self, count: float) -> None:
+        """Add `count` to the work that is done."""
         self.done += count
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Draw from a thread while the `with` block runs, then close."""
         thread = threading.Thread(target=self._draw_until_finished, daemon=True)
         thread.start()
         try:
@@ -179,7 +185,7 @@ class _Meter:
     def close(self) -> None: ...
 
     def text(self) -> str:
-        """Such as `training: 34 of 120 steps, 12 s, about 30 s left`."""
+        """Return a line such as `training: 34 of 120 steps, 12 s, about 30 s left`."""
         seconds = time.monotonic() - self.started
         parts = [f"{self._amount(self.done)} of {self._amount(self.total)}{self._unit()}"] if self.total else []
         parts += [f"{self._amount(self.done)}{self._unit()}"] if self.done and not self.total else []
@@ -201,6 +207,8 @@ class _Meter:
 
 
 class _ProgressLines(_Meter):
+    """Progress as lines, where messages do not go to a terminal."""
+
     pause = SHOWN_FROM
     is_shown = False
 
@@ -211,6 +219,8 @@ class _ProgressLines(_Meter):
 
 
 class _TerminalBar(_Meter):
+    """Progress as one line at the bottom of a terminal, drawn over again."""
+
     pause = REDRAW_EVERY
 
     def draw(self) -> None:
@@ -236,6 +246,6 @@ class _TerminalBar(_Meter):
 
 def _terminal_width() -> int:
     try:
-        return os.get_terminal_size(message_stream().fileno()).columns or WIDTH  # 0: a terminal that nobody sized
+        return os.get_terminal_size(message_stream().fileno()).columns or WIDTH  # 0: a terminal whose size is not set
     except (OSError, ValueError):
         return WIDTH

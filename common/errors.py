@@ -1,19 +1,20 @@
-"""The one error a user is meant to see."""
+"""The one error that users see."""
 
 from common.text import indent_further_lines, make_printable
 
-LONGEST = 20_000  # characters of a message: a config may have many faults, a stranger's text no end
+LONGEST = 20_000  # a config may have many faults, and foreign text may be endless
 
 
 class UserError(Exception):
-    """Something the user can mend. Printed without traceback, exit code 2.
+    """An error that the user can fix. It is printed without a traceback, and the exit code is 2.
 
-    message: what is wrong and what is there.
-    hint: the next command or edit that mends it.
+    Args:
+        message: what is wrong, with the value.
+        hint: the next command or edit that fixes it.
     """
 
     def __init__(self, message: str, hint: str):
-        super().__init__(message, hint)  # both, so that it survives the way between processes
+        super().__init__(message, hint)  # both, so that it can be pickled
         self.message = message
         self.hint = hint
 
@@ -23,5 +24,5 @@ class UserError(Exception):
 
 
 def shown(text: str, most: int = 400) -> str:
-    """Text of a stranger for a message: one printable line of at most `most` characters, no escape sequences, no novel."""
+    """Return untrusted text as one printable line of at most `max_chars` characters, without escape sequences."""
     return make_printable(" ".join(text[: 4 * most].split())[:most])

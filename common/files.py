@@ -1,4 +1,4 @@
-"""Files as both sides need them: written whole or not at all, hashed, looked up."""
+"""File helpers for both sides: atomic writes, hashes, JSON, and file system errors as messages for the user."""
 
 import contextlib
 import errno
@@ -12,8 +12,8 @@ from pathlib import Path
 from common import console
 from common.errors import UserError, shown
 
-CHUNK = 1 << 20
-# What is wrong with a place that a user named, or with its rights.
+CHUNK = 1 << 20  # read at once
+# Errors that a user can fix: a wrong path, or missing permissions.
 MENDABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
@@ -21,16 +21,18 @@ MENDABLE = (
 
 
 def cache_dir() -> Path:
-    """Where slow results live outside every checkout: $FERRY_CACHE or ~/.cache/ferry."""
+    """Return the folder, outside any checkout, for results that are slow to make: $FERRY_CACHE or ~/.cache/ferry."""
     return Path(os.environ.get("FERRY_CACHE") or "~/.cache/ferry").expanduser()
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; fsync and rename it on success, remove it on any error.
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it.
 
-    So a final name never holds half a file, whatever kills the process.
-    Raises UserError when the folder cannot be written or the disk is full.
+    `path` therefore never holds an incomplete file or folder, whatever kills the process.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -38,19 +40,19 @@ def writing(path: Path) -> Iterator[Path]:
         remove(part)
         yield part
         sync(part)
-        if path.is_dir() and part.is_dir():  # a folder in a file's place is somebody else's, and rename refuses it
+        if path.is_dir() and part.is_dir():  # a folder in the place of a file is not ours, and `rename` refuses it
             remove(path)
         part.rename(path)
-        _sync(path.parent)  # the name itself; what else is in there is not ours
+        _sync(path.parent)  # makes the new name durable; other files of the folder are not ours
     except OSError as error:
         raise translated(error, path) from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before says more
+        with contextlib.suppress(OSError):  # an earlier error says more
             remove(part)
 
 
 def once(target: Path, write) -> Path:
-    """Write `target` whole or not at all; what an interrupted stage left complete is kept."""
+    """Write `target` atomically with `write(part)`, unless an interrupted stage has already written it completely."""
     if not target.exists():
         with writing(target) as part:
             write(part)
@@ -58,7 +60,7 @@ def once(target: Path, write) -> Path:
 
 
 def translated(error: OSError, path: Path) -> Exception:
-    """The OSErrors that a user can mend, as a UserError; every other one unchanged."""
+    """Return a UserError for an error that the user can fix while `path` is written, and any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(nearest(path)).free / 1e9
         return UserError(
@@ -73,7 +75,7 @@ def translated(error: OSError, path: Path) -> Exception:
 
 
 def explain_unhandled(error: OSError) -> UserError:
-    """An OSError that no stage knew more about, as a UserError. Raises it again where a user cannot cure it."""
+    """Return an OSError that was not handled as a UserError; raise it again when the user cannot fix it."""
     if error.errno not in MENDABLE or error.filename is None:
         raise error
     hint = "correct its name, owner or permissions, then run the same command again"
@@ -81,7 +83,11 @@ def explain_unhandled(error: OSError) -> UserError:
 
 
 def user_path(text: str, setting: str) -> Path:
-    """Return the path that a user wrote, `~` expanded. Raises UserError, which names the setting, for the home of nobody."""
+    """Return a path of a setting with `~` expanded.
+
+    Raises:
+        UserError: the path begins with `~name`, and there is no such user. The message names the setting.
+    """
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -89,13 +95,13 @@ def user_path(text: str, setting: str) -> Path:
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raise OSError for a pipe or a device, which would be waited for without end. (Reading says what else is wrong.)"""
+    """Raise OSError for a pipe or a device: reading it could block for ever. Other faults are reported by reading."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is no file", str(path))
 
 
 def nearest(path: Path) -> Path:
-    """The nearest ancestor of `path` that exists."""
+    """Return `path`, or the nearest of its parents that exists."""
     path = path.absolute()
     while not os.path.exists(path):  # Path.exists raises for a name that is too long
         path = path.parent
@@ -103,6 +109,7 @@ def nearest(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it; do nothing when `path` does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -111,7 +118,7 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename `path` to the first free name of path.before, path.before.2, ... and return it; None: nothing is there."""
+    """Rename `path` to the first free one of path.before, path.before.2, ... and return it; None: `path` is missing."""
     if not os.path.lexists(path):
         return None
     older, number = path.with_name(f"{path.name}.before"), 1
@@ -123,7 +130,7 @@ def set_aside(path: Path) -> Path | None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or a folder and all that is in it."""
+    """Call fsync for a file, or for a folder and all that is in it."""
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
         _sync(item)
 
@@ -137,18 +144,18 @@ def _sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """`value` as JSON under `path`, whole or not at all."""
+    """Write `value` as JSON to `path`, atomically."""
     with writing(path) as part:
         part.write_bytes(to_json(value))
 
 
 def to_json(value: dict) -> bytes:
-    """Return `value` as JSON. A file name that is no UTF-8 holds half characters: they become JSON's own escapes."""
+    """Return `value` as JSON. Lone surrogates, as of a file name that is not UTF-8, become JSON escapes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path) -> dict:
-    """Raises UserError when the file is missing or no JSON object."""
+    """Return the JSON object in a file. Raise UserError when the file is missing or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -161,29 +168,30 @@ def read_json(path: Path) -> dict:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """One JSON object a line, whole or not at all."""
+    """Write `rows` to `path`, one JSON object per line, atomically."""
     with writing(path) as part, part.open("w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows that write_rows wrote."""
+    """Return the rows of a file that `write_rows` wrote."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file; its progress is shown when it takes long."""
+    """Return the sha256 of a file as a hex digest; show progress when it takes long."""
     return copy(path, None)
 
 
 def sha256_bytes(content: bytes) -> str:
+    """Return the sha256 of `content` as a hex digest."""
     return hashlib.sha256(content).hexdigest()
 
 
 def copy(source: Path, target: Path | None) -> str:
-    """Copy `source` to `target` (None: only read it); returns the sha256 of the bytes that went through."""
+    """Copy `source` to `target` (None: only read it) and return the sha256 of the bytes that were read."""
     digest = hashlib.sha256()
     size = source.stat().st_size
     with (

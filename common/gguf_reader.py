@@ -1,7 +1,8 @@
-"""The header of a GGUF file, read by a reader that believes nothing: the file may be a stranger's.
+"""A strict reader for the header of a GGUF file, which may be untrusted.
 
-llama.cpp parses the same bytes in C++. What its loader demands (ggml/src/gguf.cpp) is demanded here first, and where
-it is lenient this is not: one file has one meaning, ends where its tensors end, and costs bounded memory and time.
+llama.cpp parses the same bytes in C++. Everything that its loader checks (ggml/src/gguf.cpp) is checked here first, and
+this reader is stricter where llama.cpp is lenient: a file has one meaning, ends where its tensors end, and is read in
+bounded memory and time.
 """
 
 import hashlib
@@ -15,22 +16,23 @@ from common.errors import UserError
 
 # The largest header of the vocabularies that llama.cpp ships (Gemma 4: 262,144 tokens, 514,906 merges) is 16 MB.
 MAX_HEADER = 64 << 20
-MAX_ITEMS = 4_000_000  # of all arrays together, 1.3 million there: a list's item takes 60 bytes, its string in a file 8
-MAX_ENTRIES = 65_536  # metadata pairs, and tensors: real files have some 50 and at most some thousands
-MAX_KEY = 65_535  # GGUF's own specification
+# In all arrays together; Gemma 4 has 1.3 million. An item takes 60 bytes in a list, a string at least 8 in the file.
+MAX_ITEMS = 4_000_000
+MAX_ENTRIES = 65_536  # of metadata pairs, and of tensors: real files have about 50, and a few thousand at most
+MAX_KEY = 65_535  # by GGUF's own specification
 MAX_NAME = 63  # ggml keeps a tensor's name in 64 bytes, with a NUL at its end
-MAX_ALIGNMENT = 65_536  # 32 in practice; a page of memory is at most 64 KB
-LEAST_PAIR = 8 + 1 + 4 + 1  # bytes: a key of one letter, a type, a value
-LEAST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # bytes: a name of one letter, one dimension, a type, an offset
+MAX_ALIGNMENT = 65_536  # bytes; 32 in practice, and a page of memory is at most 64 KB
+LEAST_PAIR = 8 + 1 + 4 + 1  # a key of one letter, a type, a value
+LEAST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # a name of one letter, one dimension, a type, an offset
 
 ARCHITECTURE, ALIGNMENT, SPLITS = "general.architecture", "general.alignment", "split.count"
 
-# Value type -> struct's letter (enum gguf_type); strings and arrays have no size of their own.
+# Value type (enum gguf_type) -> format letter of Python's struct; strings and arrays have no fixed size.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, STRING, ARRAY = 4, 8, 9
 
-# Tensor type -> name, elements a block, bytes a block: gguf-py's GGML_QUANT_SIZES, held to it by a test. Numbers that
-# are missing were taken back, and llama.cpp refuses them too.
+# Tensor type -> (name, elements per block, bytes per block), as in gguf-py's GGML_QUANT_SIZES; a test compares the two.
+# Missing numbers were withdrawn, and llama.cpp refuses them too.
 TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -45,34 +47,45 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
+    """The description of one tensor in a header."""
+
     name: str
     shape: tuple[int, ...]
-    """Elements along each dimension, the contiguous one first, as in the file: numpy's shape turned round."""
+    """Elements along each dimension, the contiguous one first, as in the file: numpy's shape reversed."""
     type: str
     """Such as 'Q4_K'."""
     offset: int
     """Bytes from the start of the file's tensor data."""
     bytes: int
+    """Size of the tensor's data."""
 
 
 @dataclass(frozen=True)
 class Header:
+    """The metadata and the tensor descriptions of a GGUF file."""
+
     version: int
+    """Of the GGUF format: 2 or 3."""
     metadata: dict[str, object]
-    """int, float, bool, str, or a list of one of them. A string that is no UTF-8 has U+FFFD in its place."""
+    """Values are int, float, bool, str, or a list of one of them. Bytes that are not UTF-8 become U+FFFD."""
     tensors: tuple[Tensor, ...]
-    """In the order of the file, which is the order of their data."""
+    """In the order of the file, which is also the order of their data."""
     data: int = 0
-    """Where that begins, bytes."""
+    """Where the tensor data begins, in bytes from the start of the file."""
 
 
 def read(path: Path, name: str | None = None) -> Header:
-    """The header of a GGUF; no tensor data is read: at most the first 64 MB, in at most some 0.5 GB of memory.
+    """Return the header of a GGUF file.
 
-    name: of the file in messages, when it does not have it yet.
+    Reads at most the first 64 MB, no tensor data, and takes at most about 0.5 GB of memory.
 
-    Raises UserError, which says what is wrong, when the file cannot be read, when llama.cpp would not load it, when
-    its numbers cannot be true of a file of its size, or when it holds anything besides one whole model.
+    Args:
+        path: the file.
+        name: the file's name in messages, when it differs from that of `path`.
+
+    Raises:
+        UserError: the file cannot be read, llama.cpp would not load it, its numbers are impossible for a file of its
+            size, or it holds anything besides one whole model. The message says what is wrong.
     """
     head, size = _start(path)
     cursor = _Cursor(name or path.name, head, size)
@@ -83,12 +96,12 @@ def read(path: Path, name: str | None = None) -> Header:
 
 
 def tensor_types(header: Header) -> dict[str, int]:
-    """How many tensors of each type, by the type's name."""
+    """Return the number of tensors of each type, by the type's name."""
     return dict(Counter(tensor.type for tensor in header.tensors))
 
 
 def weights_sha256(path: Path, header: Header) -> str:
-    """Hex digest of the tensor data alone: that of two files with the same weights, whatever their headers say."""
+    """Return the sha256 of the tensor data alone, as hex: equal for files with equal weights and different headers."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(header.data)
@@ -98,11 +111,11 @@ def weights_sha256(path: Path, header: Header) -> str:
 
 
 def _start(path: Path) -> tuple[bytes, int]:
-    """The bytes that the header may take, and the size of the whole file in bytes."""
-    if not path.is_file():  # a pipe or a device would be waited for
+    """Return the first bytes of the file, as many as a header may have, and the size of the whole file in bytes."""
+    if not path.is_file():  # reading a pipe or a device could block
         raise UserError(f"{path} is no file", "name a GGUF file: `make pull` brings one")
     try:
-        # Read, not mapped: a mapped file that becomes shorter while it is read ends the process.
+        # Read, not mapped: when a mapped file becomes shorter while it is read, the process is killed.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return file.read(min(size, MAX_HEADER)), size
@@ -111,30 +124,37 @@ def _start(path: Path) -> tuple[bytes, int]:
 
 
 def _shown(text: str | bytes) -> str:
-    """A stranger's name as one short line without control characters."""
+    """Return an untrusted name as one short line without control characters, in quotes."""
     return ascii(text[:64]) + ("..." if len(text) > 64 else "")
 
 
 @dataclass
 class _Cursor:
-    """A place in the header. Every step is compared with what is left before it is taken."""
+    """A position in the header. Every length is compared with the remaining bytes before it is used.
+
+    The `subject` of its methods names the value that is read, for messages.
+    """
 
     file: str
+    """The file's name, for messages."""
     head: bytes
+    """The first bytes of the file."""
     size: int
-    """Of the whole file, bytes."""
+    """Size of the whole file in bytes."""
     at: int = 0
+    """Offset of the next byte to read."""
     items: int = 0
-    """Of all arrays so far."""
+    """Number of items in all arrays so far."""
 
     def refuse(self, what: str) -> UserError:
+        """Return the error to raise: the file is not a sound GGUF, and `fault` says why."""
         return UserError(
             f"{self.file} is no sound GGUF: {what}",
             "do not load it; pull it again, and if it stays so, its publisher has to mend it",
         )
 
     def take(self, count: int, what: str) -> int:
-        """Where the next `count` bytes are; the cursor stands behind them. `what` they are is said when they are not there."""
+        """Move past the next `count` bytes and return their offset. Raise UserError when the file has fewer."""
         if count > self.size - self.at:
             raise self.refuse(f"{what} takes {count} bytes, and the file has {self.size - self.at} more")
         if count > len(self.head) - self.at:
@@ -143,11 +163,12 @@ class _Cursor:
         return self.at - count
 
     def number(self, letter: str, what: str) -> int | float | bool:
+        """Read one little-endian value; `format_letter` is its type in Python's struct."""
         form = struct.Struct("<" + letter)
         return form.unpack_from(self.head, self.take(form.size, what))[0]
 
     def raw(self, most: int, what: str) -> bytes:
-        """A string of 1 to `most` bytes."""
+        """Read a string of 1 to `max_bytes` bytes."""
         length = self.number("Q", f"the length of {what}")
         if not 0 < length <= most:
             raise self.refuse(f"{what} has {length} bytes, not 1 to {most}")
@@ -155,7 +176,7 @@ class _Cursor:
         return self.head[start : start + length]
 
     def name(self, most: int, what: str) -> str:
-        """UTF-8 without NUL: C would see only what stands before it, another name than the one read here."""
+        """Read a name: UTF-8 without NUL, because C ends a text at a NUL and so would see another name."""
         raw = self.raw(most, what)
         try:
             text = raw.decode("utf-8")
@@ -166,14 +187,14 @@ class _Cursor:
         return text
 
     def string(self, what: str) -> str:
-        """A value that is one string: any length, and no UTF-8 asked for, as in llama.cpp."""
+        """Read a value that is one string, of any length; it need not be UTF-8, as in llama.cpp."""
         (text,) = self.strings(1, what)
-        if "\0" in text:  # C would see a shorter value than the one read here
+        if "\0" in text:  # C would see a shorter value
             raise self.refuse(f"{what} holds a NUL")
         return text
 
     def strings(self, count: int, what: str) -> list[str]:
-        """`count` strings. A loop of its own, because a vocabulary has 300,000 and more."""
+        """Read `count` strings, in a fast loop: a vocabulary has 300,000 and more."""
         found, head, end, at, length_at = [], self.head, len(self.head), self.at, struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at + 8 > end or (length := length_at(head, at)[0]) > end - at - 8:
@@ -185,6 +206,7 @@ class _Cursor:
         return found
 
     def array(self, what: str) -> list:
+        """Read an array of numbers or strings."""
         kind, count = self.number("I", what), self.number("Q", what)
         if kind != STRING and kind not in SCALARS:
             raise self.refuse(f"{what} is an array of {'arrays' if kind == ARRAY else f'unknown type {kind}'}")
@@ -197,6 +219,7 @@ class _Cursor:
         return list(form.unpack_from(self.head, self.take(form.size, what)))
 
     def value(self, kind: int, what: str) -> object:
+        """Read a metadata value of a type of enum gguf_type."""
         if kind == STRING:
             return self.string(what)
         if kind == ARRAY:
@@ -207,7 +230,7 @@ class _Cursor:
 
 
 def _counts(cursor: _Cursor) -> tuple[int, int, int]:
-    """Version, number of tensors, number of metadata pairs."""
+    """Read the start of the file; return (version, number of tensors, number of metadata pairs)."""
     magic = cursor.head[cursor.take(4, "the magic number") : 4]
     if magic != b"GGUF":
         raise cursor.refuse(f"it begins with {magic!r}, not with 'GGUF'")
@@ -223,7 +246,7 @@ def _counts(cursor: _Cursor) -> tuple[int, int, int]:
 
 
 def _possible(cursor: _Cursor, count: int, least: int, what: str) -> None:
-    """A count that the file could hold, at `least` bytes each."""
+    """Raise UserError for a count that the file cannot hold, at `min_bytes` bytes each."""
     if count > MAX_ENTRIES:
         raise cursor.refuse(f"it claims {count} {what}, at most {MAX_ENTRIES:,} are read")
     if count * least > cursor.size - cursor.at:
@@ -231,7 +254,7 @@ def _possible(cursor: _Cursor, count: int, least: int, what: str) -> None:
 
 
 def _metadata(cursor: _Cursor, pairs: int) -> tuple[dict[str, object], int]:
-    """Key -> value, and the alignment of tensor data in bytes."""
+    """Read the metadata; return it as key -> value, and the alignment of tensor data in bytes."""
     values, types = {}, {}
     for number in range(pairs):
         key = cursor.name(MAX_KEY, f"key {number}")
@@ -248,6 +271,7 @@ def _metadata(cursor: _Cursor, pairs: int) -> tuple[dict[str, object], int]:
 
 
 def _alignment(cursor: _Cursor, kind: int, value: object) -> int:
+    """Return the alignment in bytes. Raise UserError when it is not a uint32 that is a power of two."""
     if kind != UINT32:
         raise cursor.refuse(f"{ALIGNMENT} has value type {kind}, not uint32")
     if value & (value - 1) or not 0 < value <= MAX_ALIGNMENT:
@@ -256,7 +280,7 @@ def _alignment(cursor: _Cursor, kind: int, value: object) -> int:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
-    """All tensors; each begins where the one before ends, and the file ends with the last."""
+    """Read all tensor descriptions. Each tensor begins where the one before it ends; the file ends with the last."""
     found, names, end = [], set(), 0
     for number in range(count):
         tensor = _tensor(cursor, number)
@@ -274,7 +298,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
 
 
 def _whole(cursor: _Cursor, data: int, alignment: int) -> None:
-    """The file ends after its `data` bytes, or after their padding: nothing is missing, and nothing else is in it."""
+    """Raise UserError unless the file ends after its `data_bytes` of tensors, or after the padding behind them."""
     end = cursor.at if not data else _padded(cursor.at, alignment) + data
     if cursor.size < end:
         raise cursor.refuse(f"its tensors end at byte {end}, and the file has {cursor.size}: is it cut off?")
@@ -283,10 +307,12 @@ def _whole(cursor: _Cursor, data: int, alignment: int) -> None:
 
 
 def _padded(count: int, alignment: int) -> int:
+    """Round `count` up to a multiple of `alignment`."""
     return -(-count // alignment) * alignment
 
 
 def _tensor(cursor: _Cursor, number: int) -> Tensor:
+    """Read the description of one tensor."""
     name = cursor.name(MAX_NAME, f"the name of tensor {number}")
     what = f"the tensor {_shown(name)}"
     shape = _shape(cursor, what)
@@ -305,6 +331,7 @@ def _tensor(cursor: _Cursor, number: int) -> Tensor:
 
 
 def _shape(cursor: _Cursor, what: str) -> tuple[int, ...]:
+    """Read a shape: 1 to 4 dimensions of at least one element."""
     dimensions = cursor.number("I", what)
     if not 1 <= dimensions <= 4:
         raise cursor.refuse(f"{what} has {dimensions} dimensions, not 1 to 4")

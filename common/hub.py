@@ -1,8 +1,8 @@
-"""The Hugging Face Hub as both sides use it: what is a Hub id, how long to try, what to say when it fails.
+"""The Hugging Face Hub for both sides: repo ids, timeouts, retries, and errors as messages for the user.
 
-The client is huggingface_hub, which waits for ever for an answer, and retries some calls and others not
-(commit, create_tag, create_repo, the file itself). Here every call has a time limit and a budget.
-The token comes from HF_TOKEN or `hf auth login`, goes to the Hub's own host only, and stands in no message.
+The client is huggingface_hub. It waits for an answer without a limit, and it retries some calls but not others (commit,
+create_tag, create_repo, the file itself). Here every call has a timeout and a limited time for retries.
+The token comes from HF_TOKEN or `hf auth login`, is sent to the Hub's own host only, and appears in no message.
 """
 
 import json
@@ -23,34 +23,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
-LONGEST_WAIT = 30  # seconds between two tries
-QUICK = 2  # seconds of pauses where nothing is lost yet: who has no network wants to know it soon
-CONNECT = 3  # seconds for a connection to be accepted
-# What passes by itself. 501 (not implemented) and 507 (no storage) do not.
+LONGEST_WAIT = 30  # seconds between two attempts at most
+QUICK = 2  # seconds of retry pauses where nothing is lost yet, so that a missing network is reported soon
+CONNECT = 3  # seconds until a connection is accepted
+# Statuses that go away by themselves. 501 (not implemented) and 507 (no storage) do not.
 PASSING = (408, 425, 429, 500, 502, 503, 504)
-attempts = 0  # of this process; a sign of life
+attempts = 0  # calls tried by this process; a watchdog sees by it that the process is not stuck
 
 
 class Passing(Exception):
-    """What may be right when it is asked for anew: a signed address that has grown old, a wrong part of a file."""
+    """A failure that a new request may cure: a signed address has expired, or a wrong part of a file was sent."""
 
 
 class Unreachable(UserError):
-    """The Hub could not be asked: no network, or it is down."""
+    """The Hub cannot be reached: there is no network, or it is down."""
 
 
 def silence() -> float:
-    """Seconds without a byte after which a connection is given up: $FERRY_SILENCE_SECONDS, by default one minute."""
+    """Return the seconds without a byte after which a connection times out: $FERRY_SILENCE_SECONDS, by default 60."""
     return seconds_of("FERRY_SILENCE_SECONDS", 60)
 
 
 def budget() -> float:
-    """Seconds of pauses between the tries of a failing call: $FERRY_HUB_SECONDS, by default 5 minutes."""
+    """Return the seconds of pauses that a failing call is retried for: $FERRY_HUB_SECONDS, by default 300."""
     return seconds_of("FERRY_HUB_SECONDS", 300)
 
 
 def seconds_of(name: str, default: float) -> float:
-    """A time limit from the environment. Raises UserError for what is no number."""
+    """Return a time limit from the environment. Raise UserError when it is not a number."""
     said = os.environ.get(name)
     try:
         return float(said) if said else default
@@ -59,20 +59,20 @@ def seconds_of(name: str, default: float) -> float:
 
 
 def is_folder(repo: str) -> bool:
-    """A path that is there or looks like one; everything else is meant as a Hub id."""
+    """Return whether `repo` names a folder: it exists or looks like a path. Everything else is taken for a Hub id."""
     if repo.startswith((".", "/", "~", "file://")):
         return True
-    # A folder of the working directory does not hide a Hub repo of the same name, unless it is a hub itself.
+    # A folder in the working directory does not hide a Hub repo of the same name, unless it has a manifest.
     return os.path.exists(Path(repo) / "manifest.json" if ID.fullmatch(repo) else repo)
 
 
 def is_folder_there(repo: str) -> bool:
-    """Whether the folder that `repo` names exists."""
+    """Return whether `repo` names a folder that exists."""
     return is_folder(repo) and os.path.exists(folder(repo))
 
 
 def folder(repo: str) -> Path:
-    """The path of a folder hub. Raises UserError when it names nobody's home."""
+    """Return the path of a folder hub. Raise UserError when it begins with `~name`, and there is no such user."""
     try:
         return Path(repo.removeprefix("file://")).expanduser()
     except RuntimeError as error:
@@ -80,7 +80,7 @@ def folder(repo: str) -> Path:
 
 
 def split(repo: str) -> tuple[str, str | None]:
-    """(id, revision) of owner/name[@revision]. Raises UserError when it is neither that nor a folder."""
+    """Return (id, revision or None) of owner/name[@revision]. Raise UserError for any other text."""
     name, _, revision = repo.partition("@")
     if not ID.fullmatch(name) or (revision and not REVISION.fullmatch(revision)) or ".." in repo or repo.endswith("@"):
         raise UserError(
@@ -91,7 +91,7 @@ def split(repo: str) -> tuple[str, str | None]:
 
 
 def api() -> "HfApi":
-    """The client, with time limits. Raises UserError when this environment has none."""
+    """Return a client of the Hub with timeouts. Raise UserError when HF_ENDPOINT is not an address."""
     refuse_endpoint()
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging, set_client_factory
@@ -99,17 +99,18 @@ def api() -> "HfApi":
 
     def limited():
         client = default_client_factory()
-        # connect, read, write, pool. A tuple, because huggingface_hub 2 has httpx2's client, which knows no httpx.Timeout.
+        # (connect, read, write, pool). A tuple, because huggingface_hub 2 has the client of httpx2, which does not take
+        # an httpx.Timeout.
         client.timeout = (min(CONNECT, silence()), silence(), silence(), silence())
         return client
 
-    logging.set_verbosity_error()  # its own lines quote signed URLs
+    logging.set_verbosity_error()  # its own messages contain signed URLs
     set_client_factory(limited)
     return HfApi(library_name="ferry")
 
 
 def refuse_endpoint() -> None:
-    """Raises UserError for an HF_ENDPOINT that is no address. (huggingface_hub cannot even be imported with some.)"""
+    """Raise UserError when HF_ENDPOINT is not an address. (With some values huggingface_hub cannot be imported.)"""
     from urllib.parse import urlsplit
 
     said = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
@@ -123,7 +124,7 @@ def refuse_endpoint() -> None:
 
 
 def token() -> str | None:
-    """Raises UserError for one that no header can carry."""
+    """Return the Hub's token, None when there is none. Raise UserError when it cannot be sent in a header."""
     from huggingface_hub import get_token
 
     found = get_token()
@@ -133,14 +134,14 @@ def token() -> str | None:
 
 
 def headers() -> dict[str, str]:
-    """Of a request to the Hub's own host; never for another one."""
+    """Return the headers, with the token, of a request to the Hub's own host; never send them to another one."""
     from huggingface_hub.utils import build_hf_headers
 
     return build_hf_headers(library_name="ferry")
 
 
 def same_host(url: str) -> bool:
-    """Is this the Hub that the token is for?"""
+    """Return whether a URL leads to the Hub that the token is for."""
     from urllib.parse import urlsplit
 
     from huggingface_hub import constants
@@ -150,7 +151,11 @@ def same_host(url: str) -> bool:
 
 
 def read_small(repo: str, name: str, revision: str, limit: int, kind: str = "model") -> bytes:
-    """A file of at most `limit` bytes, whatever its sender says. Raises UserError beyond, the client's errors otherwise."""
+    """Return the content of a file of at most `max_bytes` bytes, whatever size the server claims.
+
+    Raises:
+        UserError: the file is larger. Errors of the client are passed on.
+    """
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -172,11 +177,16 @@ def read_small(repo: str, name: str, revision: str, limit: int, kind: str = "mod
 def patiently(
     what: str, call: Callable[[], T], again: tuple[int, ...] = (), seconds: float | None = None, progress=lambda: 0
 ) -> T:
-    """`call()`, repeated with growing pauses while what fails passes by itself.
+    """Return `call()`; while it fails with a transient error, repeat it after growing pauses.
 
-    what: said in messages, such as "publish to you/model". again: further HTTP statuses worth another try. seconds: of
-    pauses at most (none: `budget()`); they start anew whenever `progress()` has grown.
-    Raises UserError for every failure of Hub and network.
+    Args:
+        action: what the call does, for messages, such as "publish to you/model".
+        retry_statuses: further HTTP statuses that are worth another attempt.
+        retry_seconds: all pauses together, at most; None: `max_retry_seconds()`.
+        progress: a number; whenever it has grown, the time for pauses starts again.
+
+    Raises:
+        UserError: any failure of the Hub or the network.
     """
     global attempts
     left, wait, reached = budget() if seconds is None else min(seconds, budget()), 1.0, progress()
@@ -198,7 +208,7 @@ def patiently(
 
 
 def named(repo: str, run: str | None) -> str:
-    """`repo` with {run} and {user} filled in. Raises UserError when the Hub does not know the user."""
+    """Return `repo` with {run} and {user} filled in. Raise UserError when the Hub does not know the user."""
     repo = repo.replace("{run}", run) if run else repo
     if "{user}" in repo:
         client = api()
@@ -207,13 +217,16 @@ def named(repo: str, run: str | None) -> str:
 
 
 def strange(head, index: str) -> list[str]:
-    """Files of a repo that is something else's; none where `index` is among them, or nothing but what a new one may hold."""
+    """Return files which show that a repo serves another purpose.
+
+    The list is empty where the file `index` is among them, or where there is only what a new repo may hold.
+    """
     names = sorted(sibling.rfilename for sibling in head.siblings)
     return [] if index in names else [name for name in names if name not in (".gitattributes", "README.md")]
 
 
 def found(what: str, ask):
-    """What the Hub says, None where it has no such repo."""
+    """Return `call()` with short retries, or None where the Hub has no such repo."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def asked():
@@ -226,12 +239,15 @@ def found(what: str, ask):
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, without tokens and signed addresses."""
+    """Print a line about the work on stderr, without tokens and signed addresses."""
     console.say(hidden(text))
 
 
 def _known(error: BaseException | None) -> BaseException | None:
-    """The error of Hub or network behind an exception; huggingface_hub wraps those of uploads in a RuntimeError."""
+    """Return the error of Hub or network behind an exception, or None.
+
+    huggingface_hub wraps the errors of uploads in a RuntimeError.
+    """
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     known = (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, Passing, json.JSONDecodeError)
@@ -241,7 +257,7 @@ def _known(error: BaseException | None) -> BaseException | None:
 
 
 def explain(error: Exception, what: str) -> UserError:
-    """A failed call of the client as a UserError. Raises `error` again when neither Hub, network nor disk is to blame."""
+    """Return a failed call of the client as a UserError; raise `error` again when Hub, network and disk are fine."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error if isinstance(error, LocalEntryNotFoundError) else _known(error)
@@ -253,12 +269,13 @@ def explain(error: Exception, what: str) -> UserError:
 
 
 def status(error: BaseException) -> int | None:
-    """HTTP status of an answer, None when there was none."""
+    """Return the HTTP status of the answer behind an error; None when there was no answer."""
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
 def _passes(error: BaseException, again: tuple[int, ...]) -> bool:
+    """Return whether another attempt may succeed."""
     from huggingface_hub.errors import HTTPError
 
     code = status(error)
@@ -268,16 +285,16 @@ def _passes(error: BaseException, again: tuple[int, ...]) -> bool:
 
 
 def _asked_for(error: BaseException) -> float | None:
-    """Seconds that the Hub asks to wait (Retry-After)."""
+    """Return the seconds that the Hub asks to wait (Retry-After), or None."""
     response = getattr(error, "response", None)
     asked = response.headers.get("retry-after", "") if response is not None else ""
     return float(asked) if asked.isascii() and asked.isdecimal() else None
 
 
 def translated(error: BaseException, what: str) -> UserError:
-    """A failure of Hub or network in the words of this project.
+    """Return a failure of Hub or network as a UserError.
 
-    No token, terms that are not accepted, no network and a wrong address are four different errors with four cures.
+    A missing token, terms that are not accepted, no network and a wrong address are four errors with four cures.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -289,7 +306,7 @@ def translated(error: BaseException, what: str) -> UserError:
     )
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return translated(error.__cause__, what)  # it only adds that the cache has no copy
+        return translated(error.__cause__, what)  # the error itself only adds that the cache has no copy
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return Unreachable(
             f"{what}: HF_HUB_OFFLINE is set, and the local cache does not have it",
@@ -315,7 +332,7 @@ def translated(error: BaseException, what: str) -> UserError:
 
 
 def address() -> str:
-    """Of the Hub that is asked."""
+    """Return the address of the Hub in use, as one printable line."""
     return shown(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", 100)
 
 
@@ -345,16 +362,16 @@ MEANINGS = {
 
 
 def _code(error: BaseException) -> int | None:
-    """The status; that of a repo which the Hub does not show to nobody is 401."""
+    """Return the HTTP status; 404 for a missing repo, for which the Hub answers 401 to a client without a token."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     return 404 if isinstance(error, RepositoryNotFoundError) else status(error)
 
 
 def _brief(error: BaseException) -> str:
-    """One line: what the status means, and what the Hub says about it."""
+    """Return one line: what the status means, and what the Hub's answer says about it."""
     code = _code(error)
-    if isinstance(error, ValueError) and code is None:  # a name that no Hub has
+    if isinstance(error, ValueError) and code is None:  # an invalid repo name
         return hidden(str(error))
     if code is None:
         return hidden(f"the Hub cannot be reached ({str(error).strip() or type(error).__name__})")
@@ -364,7 +381,7 @@ def _brief(error: BaseException) -> str:
 
 
 def hidden(text: str) -> str:
-    """`text` in one printable line without tokens and signed addresses."""
+    """Return `text` as one printable line without tokens and without the queries of signed addresses."""
     from huggingface_hub import get_token
 
     for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN"))):

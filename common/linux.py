@@ -1,10 +1,10 @@
-"""What Linux allows a process, which in a container is less than the machine has."""
+"""Limits that Linux sets for a process; in a container they are lower than what the machine has."""
 
 from pathlib import Path
 
 
 def limits(root: Path = Path("/")) -> list[int]:
-    """Bytes that the control groups of this process may have: of version 2 its own and all around it, of version 1."""
+    """Return the memory limits of this process in bytes: of its control groups (v2: its own and all parents; v1)."""
     own = Path(text(root / "proc/self/cgroup").rpartition("0::/")[2].strip())
     groups = [root / "sys/fs/cgroup" / group for group in (own, *own.parents)]
     said = [text(group / "memory.max") for group in groups]
@@ -13,7 +13,7 @@ def limits(root: Path = Path("/")) -> list[int]:
 
 
 def text(path: Path) -> str:
-    """A file's text; '' when it cannot be read."""
+    """Return the text of a file; '' when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""llama.cpp through llama-cpp-python: the same runtime on the cloud side and on the Mac.
+"""llama.cpp through llama-cpp-python: the same runtime on the GPU side and on the Mac.
 
-Only token ids go in: the prompt is rendered and tokenized once, by whoever calls, and what the model sees
-is never a chat format guessed by a library.
+It takes token ids only. The caller renders and tokenizes the prompt once, so that the model never sees a chat format
+that a library guessed.
 """
 
 import contextlib
@@ -22,17 +22,23 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-LESS = (0.75, 0.5, 0.25, 0)  # of the layers, where a GPU cannot hold them all
+LESS = (0.75, 0.5, 0.25, 0)  # shares of the layers to try, where a GPU cannot hold them all
 
 
 def load(
     gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool = False, log: io.StringIO | None = None
 ) -> "Llama":
-    """Open a GGUF, every layer on the GPU where there is one.
+    """Load a GGUF, with every layer on the GPU where there is one.
 
-    context: tokens of the longest text given to log_probs. spill: where the GPU's memory is too small, take fewer layers
-    there and compute the others on the CPU. log: gets what llama.cpp says while it loads.
-    Raises UserError when the file is missing or llama.cpp refuses it.
+    Args:
+        gguf: the file.
+        context: tokens of the longest text that is given to `next_token_log_probs`.
+        vocab_only: load the vocabulary and no weights.
+        allow_partial_offload: where the GPU's memory is too small, compute some of the layers on the CPU.
+        log: receives the messages of llama.cpp while it loads.
+
+    Raises:
+        UserError: the file is missing, or llama.cpp cannot load it.
     """
     import llama_cpp
 
@@ -42,7 +48,7 @@ def load(
     if spill and llama_cpp.llama_supports_gpu_offload():
         blocks = _blocks(gguf)
         layers += [int(share * blocks) for share in LESS]
-    said = log or io.StringIO()  # without a log it matters only when it fails
+    said = log or io.StringIO()  # without a log the messages matter only when loading fails
     for count in layers:
         try:
             with contextlib.redirect_stderr(said):
@@ -61,9 +67,15 @@ def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool
 
     with _templates_ignored():
         model = Llama(
-            str(gguf), n_ctx=context, n_batch=context, n_gpu_layers=layers, n_threads=os.cpu_count(), vocab_only=vocab_only,
-            flash_attn=True, verbose=verbose,
-        )  # fmt: skip
+            str(gguf),
+            n_ctx=context,
+            n_batch=context,
+            n_gpu_layers=layers,
+            n_threads=os.cpu_count(),
+            vocab_only=vocab_only,
+            flash_attn=True,
+            verbose=verbose,
+        )
     model.verbose = False
     _logger.set_verbose(False)
     return model
@@ -71,7 +83,10 @@ def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool
 
 @contextlib.contextmanager
 def _templates_ignored() -> Iterator[None]:
-    """The library compiles every chat template in a file; those are a stranger's programs, and Ferry renders its own way."""
+    """Keep llama-cpp-python from compiling the chat templates of a file while a model is loaded.
+
+    They are programs in an untrusted file, and Ferry renders prompts itself.
+    """
     from llama_cpp import llama_chat_format
 
     formatter = llama_chat_format.Jinja2ChatFormatter
@@ -83,7 +98,7 @@ def _templates_ignored() -> Iterator[None]:
 
 
 def backend() -> str:
-    """What llama.cpp computes on here: 'Metal', 'CUDA', another GPU's name, or 'CPU'."""
+    """Return what llama.cpp computes on here: 'Metal', 'CUDA', another kind of GPU, or 'CPU'."""
     import llama_cpp
 
     if not llama_cpp.llama_supports_gpu_offload():
@@ -94,7 +109,7 @@ def backend() -> str:
 
 
 def _blocks(gguf: Path) -> int:
-    """How many layers the model has. (llama_model_n_layer knows it only once the weights are loaded.)"""
+    """Return the model's number of layers. (llama_model_n_layer knows it only after the weights are loaded.)"""
     model = load(gguf, vocab_only=True)
     try:
         return int(model.metadata[f"{model.metadata['general.architecture']}.block_count"])
@@ -103,14 +118,21 @@ def _blocks(gguf: Path) -> int:
 
 
 def tokenize(model: "Llama", text: str) -> list[int]:
-    """Token ids of rendered text: special tokens recognised, none added."""
+    """Return the token ids of rendered text; special tokens in it are recognised, and none are added."""
     return model.tokenize(text.encode(), add_bos=False, special=True)
 
 
 def log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int] | None = None) -> "np.ndarray":
-    """Natural-log probabilities of the next token after ids[p], for every p of `positions` (None: all of them).
+    """Return the natural-log probabilities of the next token after token_ids[p], for every p of `positions`.
 
-    float32, shape (len(positions), vocabulary). Source: logits of one llama_decode over `ids` with an empty cache.
+    Args:
+        model: the loaded model.
+        token_ids: the text.
+        positions: indices into `token_ids`; None: all of them.
+
+    Returns:
+        float32 of shape (len(positions), vocabulary), from the logits of one llama_decode over `token_ids` with an
+        empty cache.
     """
     import numpy as np
 
@@ -121,7 +143,8 @@ def log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int] | Non
         for place, token in enumerate(ids):
             _add(batch, token, place, place in wanted)
         _decode(model.ctx, batch)
-        # One position at a time: half a megabyte stays in the processor's cache (0.18 ms against 0.5 to 1.8 for 128k tokens).
+        # One position at a time, because half a megabyte stays in the processor's cache: 0.18 ms instead of 0.5 to
+        # 1.8 ms for a vocabulary of 128k tokens.
         size = model.n_vocab()
         values, scratch = np.empty((len(positions), size), np.float32), np.empty(size, np.float32)
         for row, place in zip(values, positions, strict=True):
@@ -132,30 +155,30 @@ def log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int] | Non
 
 
 def token_log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int]) -> list[float]:
-    """Natural-log probability of ids[p], given all before it, for every p of `positions` (1 or greater)."""
+    """Return the natural-log probability of token_ids[p], given all before it, for every p of `positions` (>= 1)."""
     rows = log_probs(model, ids, [p - 1 for p in positions])
     return [float(row[ids[p]]) for row, p in zip(rows, positions, strict=True)]
 
 
 def answer_log_probs(model: "Llama", prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
-    """Natural-log probability of each token of `answer` behind `prompt`, rounded to 4 digits."""
+    """Return the natural-log probability of each token of `answer` after `prompt`, rounded to 4 digits."""
     positions = range(len(prompt), len(prompt) + len(answer))
     return [round(value, 4) for value in token_log_probs(model, [*prompt, *answer], positions)]
 
 
 def greedy(model: "Llama", ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
-    """The greedy continuation of `ids`, and the end token with which the model ended it itself: [token] or []."""
+    """Return the greedy continuation of `token_ids`, and the end token that the model closed it with: [token] or []."""
     return answers(model, [ids], max_tokens)[0]
 
 
 def answers(
     model: "Llama", prompts: Sequence[Sequence[int]], max_tokens: int, tick=lambda count: None
 ) -> list[tuple[list[int], list[int]]]:
-    """`greedy` for many prompts; tick is told of every finished one.
+    """Return the result of `generate_greedy` for each of `prompts`; call `advance(1)` after each of them.
 
-    One at a time, as runtimes are asked: eight at once are 1.7 times as fast on two cores, but round otherwise, which
-    turned 2 of 24 answers of a model that had seen 30 steps. End tokens are all that llama.cpp stops at (EOS, and turn ends
-    such as <end_of_turn>), as in every runtime built on it.
+    Answers are generated one at a time, as users ask a runtime. Eight at once are 1.7 times as fast on two cores, but
+    they round differently, which changed 2 of 24 answers of a model trained for 30 steps. End tokens are all tokens
+    that llama.cpp stops at (EOS, and ends of turns such as <end_of_turn>), as in every runtime built on it.
     """
     longest = max(map(len, prompts))
     found = []
@@ -167,7 +190,7 @@ def answers(
 
 
 def _answer(model: "Llama", ctx, batch, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
-    """One greedy answer, in a context and a batch that others had before."""
+    """Return one greedy answer and its end token, in a context and a batch that earlier answers have used."""
     import llama_cpp
 
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
@@ -188,7 +211,7 @@ def _answer(model: "Llama", ctx, batch, prompt: Sequence[int], max_tokens: int) 
 
 
 def ends(model: "Llama") -> list[int]:
-    """Every token that llama.cpp stops at."""
+    """Return the ids of all tokens that llama.cpp stops at."""
     import llama_cpp
 
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
@@ -197,12 +220,13 @@ def ends(model: "Llama") -> list[int]:
 
 @contextlib.contextmanager
 def _context(model: "Llama", tokens: int) -> Iterator:
-    """A llama_context of its own for up to `tokens` tokens."""
+    """Create a separate llama_context for up to `tokens` tokens; free it at the end."""
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = -(-tokens // 256) * 256
-    params.flash_attn_type = model.context_params.flash_attn_type  # another attention rounds otherwise: near ties turn
+    # Another attention rounds differently, which decides near ties.
+    params.flash_attn_type = model.context_params.flash_attn_type
     params.n_threads = params.n_threads_batch = os.cpu_count()
     ctx = llama_cpp.llama_init_from_model(model.model, params)
     if not ctx:
@@ -214,7 +238,7 @@ def _context(model: "Llama", tokens: int) -> Iterator:
 
 
 def pace(model: "Llama", ids: Sequence[int], at_a_time: int, seconds: float = math.inf) -> float:
-    """Tokens per second of decoding `ids` in batches, from an empty context; after `seconds` the rest is left out."""
+    """Decode `token_ids` in batches from an empty context and return the tokens per second; stop after `seconds`."""
     _forget(model)
     with _batch(at_a_time) as batch:
         started, done = time.perf_counter(), 0
@@ -223,7 +247,7 @@ def pace(model: "Llama", ids: Sequence[int], at_a_time: int, seconds: float = ma
             for place, token in enumerate(ids[done : done + at_a_time], done):
                 _add(batch, token, place, place + 1 in (len(ids), done + at_a_time))
             _decode(model.ctx, batch)
-            _logits(model.ctx, batch.n_tokens - 1, model.n_vocab())  # waits for a GPU
+            _logits(model.ctx, batch.n_tokens - 1, model.n_vocab())  # waits until a GPU has finished
             done += batch.n_tokens
         rate = done / (time.perf_counter() - started)
     _forget(model)
@@ -232,6 +256,7 @@ def pace(model: "Llama", ids: Sequence[int], at_a_time: int, seconds: float = ma
 
 @contextlib.contextmanager
 def _batch(tokens: int) -> Iterator:
+    """Create a llama_batch for up to `tokens` tokens; free it at the end."""
     import llama_cpp
 
     batch = llama_cpp.llama_batch_init(tokens, 0, 1)
@@ -242,6 +267,7 @@ def _batch(tokens: int) -> Iterator:
 
 
 def _add(batch, token: int, place: int, logits: bool) -> None:
+    """Append a token at `position` of sequence 0; `logits`: whether its logits are wanted."""
     i = batch.n_tokens
     batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, place, 1, logits
     batch.seq_id[i][0] = 0
@@ -249,7 +275,7 @@ def _add(batch, token: int, place: int, logits: bool) -> None:
 
 
 def _forget(model: "Llama") -> None:
-    """Empty the cache, and llama-cpp-python's own idea of what is in it."""
+    """Empty the cache, and llama-cpp-python's own record of what is in it."""
     import llama_cpp
 
     model.reset()
@@ -264,7 +290,7 @@ def _decode(ctx, batch) -> None:
 
 
 def _logits(ctx, place: int, size: int) -> "np.ndarray":
-    """Logits after the batch's token at `place`: float32, shape (vocabulary,). A view, until the next decode."""
+    """Return the logits after the token at `index`: a float32 view of shape (vocabulary,), until the next decode."""
     import llama_cpp
     import numpy as np
 
@@ -272,7 +298,10 @@ def _logits(ctx, place: int, size: int) -> "np.ndarray":
 
 
 def piece(model: "Llama", token: int, size: int = 256) -> bytes:
-    """What a token adds to the text. (The library's detokenize has room for 32 bytes: Llama 3's long indents are lost.)"""
+    """Return the bytes that a token adds to the text.
+
+    The library's own detokenize has room for 32 bytes, so that Llama 3's long indents are lost.
+    """
     import llama_cpp
 
     vocabulary, buffer = llama_cpp.llama_model_get_vocab(model.model), ctypes.create_string_buffer(size)
@@ -281,5 +310,5 @@ def piece(model: "Llama", token: int, size: int = 256) -> bytes:
 
 
 def text(model: "Llama", ids: Sequence[int]) -> str:
-    """Decoded text of generated ids; a broken character at the cut becomes U+FFFD."""
+    """Return the text of generated ids; an incomplete character at the end becomes U+FFFD."""
     return b"".join(piece(model, token) for token in ids).decode("utf-8", errors="replace")

@@ -1,4 +1,7 @@
-"""One process at a time works in a folder: a lock that says who holds it, and that ends with its holder, however it dies."""
+"""A lock for a folder, so that one process at a time works in it.
+
+The lock names its holder, and the system releases it when the holder ends, however that happens.
+"""
 
 import contextlib
 import errno
@@ -13,16 +16,17 @@ from pathlib import Path
 from common import console
 from common.errors import UserError
 
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # some network file systems have no locks
+# What `flock` reports on a file system without locks, as some network file systems are.
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     pid: int
     command: str
-    """As it was typed, without its settings: those may be secret."""
+    """The command as it was typed, without its settings: those may be secret."""
     since: float
     """Seconds since the epoch."""
 
@@ -32,13 +36,16 @@ class Holder:
 
 @contextlib.contextmanager
 def hold_lock(path: Path, what: str, command: str) -> Iterator[int | None]:
-    """Hold the lock file `path`; yield its descriptor, which a child process may inherit and so hold the lock too.
+    """Hold the lock file `path` and yield its descriptor; a child process that inherits it holds the lock too.
+
+    None is yielded, and nothing is locked, on a file system without locks.
 
     Args:
-        what: what is locked, for messages.
-        command: what to call this process in another one's message.
+        subject: what is locked, for messages.
+        command: the name of this process in messages of other processes.
 
-    Raises UserError, with the holder's pid and command, when another process has it.
+    Raises:
+        UserError: another process holds the lock; the message has its pid and command.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -56,7 +63,7 @@ def hold_lock(path: Path, what: str, command: str) -> Iterator[int | None]:
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
-    """Whether the file system has locks. Raises BlockingIOError when another process holds this one."""
+    """Take the lock; return whether the file system has locks. Raise BlockingIOError when another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -76,7 +83,7 @@ def _busy(path: Path, what: str) -> UserError:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the lock now; None when nobody does."""
+    """Return the process that holds the lock; None when there is none, or the file does not say."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:

@@ -1,15 +1,18 @@
-"""Text of strangers on a terminal: rows, models, manifests, servers. `console` sends everything through here."""
+"""Make untrusted text (rows, models, manifests, servers) safe for a terminal. `console` applies it to all output."""
 
 import re
 import unicodedata
 
-JOINERS = "\u200c\u200d"  # not printable by Python's rule, and part of Persian words and of emoji
-STYLES = re.compile("(\x1b\\[(?:0|1|32)m)")  # what `console.style` writes: green, bold, and their end
+JOINERS = "\u200c\u200d"  # not printable in Python's definition, but part of Persian words and of emoji
+STYLES = re.compile("(\x1b\\[(?:0|1|32)m)")  # what `console.style` writes: green, bold, and reset
 LIKE_OURS = re.compile(r"(?i)\s*(error|next|note|warning)\s*:")
 
 
 def make_printable(text: str) -> str:
-    """Return `text` without what a terminal would obey: escape sequences, carriage returns, marks that turn a line around."""
+    """Return `text` without what changes a terminal: escape sequences, carriage returns, marks that reverse a line.
+
+    Such a character becomes "?" or a space, or is dropped when it is invisible.
+    """
     return text if text.isprintable() else "".join(map(_make_character_printable, text))
 
 
@@ -18,16 +21,17 @@ def _make_character_printable(character: str) -> str:
         return character
     if character.isspace():
         return " "
-    return "" if unicodedata.category(character) == "Cf" else "?"  # invisible marks, or what no text needs
+    # Cf: invisible formatting marks.
+    return "" if unicodedata.category(character) == "Cf" else "?"
 
 
 def make_printable_but_styles(text: str) -> str:
-    """The same, with the colours that Ferry itself puts around words."""
+    """Return `text` as `make_printable` does, but keep the colours that Ferry itself writes."""
     return "".join(part if STYLES.fullmatch(part) else make_printable(part) for part in STYLES.split(text))
 
 
 def indent_further_lines(text: str) -> str:
-    """Return a message whose further lines are indented, and none of them looks like a line of Ferry's own."""
+    """Return a message with all lines but the first indented, and marked where they look like Ferry's own messages."""
     first, *rest = make_printable(text).split("\n")
     marked = [f"  | {line.strip()}" if LIKE_OURS.match(line) else line for line in rest]
     return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in marked)])

@@ -1,21 +1,21 @@
-"""How right one answer is beside a reference, from 0 to 1: the rules that need nothing but the two texts."""
+"""Rules that score an answer from 0 to 1 by comparing it with a reference; they need nothing but the two texts."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable
 
-# (what the model said, the reference answer) -> 0 to 1
+# (the model's answer, the reference answer) -> a score from 0 to 1
 Judge = Callable[[str, str], float]
 
 
 def exact(said: str, reference: str) -> float:
-    """Equal, white space at the ends apart."""
+    """Return 1 when the texts are equal, except for white space at their ends, else 0."""
     return float(said.strip() == reference.strip())
 
 
 def accuracy(said: str, reference: str) -> float:
-    """The same label: case, punctuation and white space at the ends apart."""
+    """Return 1 when the labels are equal, except for case and for punctuation and white space at their ends, else 0."""
     return float(_label(said) == _label(reference))
 
 
@@ -24,7 +24,7 @@ def _label(text: str) -> str:
 
 
 def f1(said: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, as SQuAD counts them (articles and punctuation dropped)."""
+    """Return the harmonic mean of precision and recall over words, counted as in SQuAD: no articles, no punctuation."""
     ours, wanted = _words(said), _words(reference)
     if not ours or not wanted:
         return float(ours == wanted)

@@ -1,4 +1,4 @@
-"""Rendering a chat template without transformers, as llama.cpp and the Mac side do it."""
+"""Render chat templates without transformers, as llama.cpp and the Mac side do."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-ALPACA_INPUT = "\n\n### Input:\n"  # where an Alpaca row's `input` follows its instruction in one user message
+ALPACA_INPUT = "\n\n### Input:\n"  # between an Alpaca row's instruction and its `input` in one user message
 
 
 def render(
@@ -25,25 +25,41 @@ def render(
     add_generation_prompt: bool = True,
     **switches: bool,
 ) -> str:
-    """`messages` as text, by default with the prompt for the assistant's answer. Raises UserError when the template fails.
+    """Return `messages` as text, by default with the opening of the assistant's answer at the end.
 
-    switches: other variables of the template, such as enable_thinking.
+    Args:
+        template: the chat template, as Jinja text.
+        messages: the conversation, as {"role", "content"}.
+        bos: text of the BOS token, for the template.
+        eos: text of the EOS token, for the template.
+        add_generation_prompt: whether the text ends with the opening of an answer.
+        switches: other variables of the template, such as enable_thinking.
+
+    Raises:
+        UserError: the template is not valid Jinja, or it fails.
     """
     text = compiled(template)
     try:
         return text.render(
-            messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            bos_token=bos, eos_token=eos, **switches,
-        )  # fmt: skip
+            messages=list(messages),
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos,
+            eos_token=eos,
+            **switches,
+        )
     except Exception as error:  # a template is a program: it can divide by zero, recurse, ask for all memory
         raise UserError(
-            f"the chat template cannot render {' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: {why(error)}",
+            "the chat template cannot render "
+            f"{' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: "
+            f"{why(error)}",
             "use a template that can: data.template names one, a published model is published again",
         ) from error
 
 
 def why(error: BaseException) -> str:
-    """What failed in a template, as one line: the words may be the template's own."""
+    """Return what failed in a template as one printable line: the text may come from the template itself."""
     said = str(error)
     if not said or isinstance(error, LookupError | RecursionError | MemoryError):  # "'x'" alone says nothing
         said = f"{type(error).__name__} {said}"
@@ -51,7 +67,7 @@ def why(error: BaseException) -> str:
 
 
 def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:
-    """Names that the template prints although nobody gives them: they would be empty in every prompt."""
+    """Return the names of undefined variables that the template prints: they would be empty in every prompt."""
     from jinja2 import Undefined
 
     names: list[str] = []
@@ -62,26 +78,32 @@ def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "
             return ""
 
     text = compiled(template, Noted)
-    with contextlib.suppress(Exception):  # `render` says what fails
+    with contextlib.suppress(Exception):  # `render` reports what fails
         text.render(messages=list(messages), tools=None, documents=None, bos_token=bos, eos_token=eos)
     return sorted(set(names))
 
 
 @functools.lru_cache(maxsize=8)
 def compiled(template: str, undefined: type | None = None) -> "Template":
-    """A chat template with the settings, filters and functions of transformers' own renderer (chat_template_utils.py)."""
+    """Compile a chat template with the settings, filters and functions of transformers (chat_template_utils.py).
+
+    Raises:
+        UserError: the template is not valid Jinja.
+    """
     from jinja2 import Undefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation()],
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _generation()],
         undefined=undefined or Undefined,
-    )  # fmt: skip
+    )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         return environment.from_string(template)
-    except Exception as error:  # Python's compiler refuses more than Jinja's: 20 loops in each other, deep nesting
+    except Exception as error:  # Python's compiler refuses more than Jinja's: 20 nested loops, deep nesting
         raise UserError(
             f"the chat template is no valid Jinja: {why(error)}",
             "set data.template to another one, such as alpaca or chatml",
@@ -89,7 +111,7 @@ def compiled(template: str, undefined: type | None = None) -> "Template":
 
 
 def _generation() -> type:
-    """{% generation %} marks an assistant's words for transformers; here it only has to be understood."""
+    """Return a Jinja extension that accepts {% generation %}, with which transformers marks the assistant's text."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
@@ -104,7 +126,7 @@ def _generation() -> type:
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own would escape HTML."""
+    """Return `value` as JSON; Jinja's own filter would escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -115,7 +137,7 @@ def _raise(message: str):
 
 
 def embedded(model: "Llama") -> str:
-    """The template inside a GGUF. Raises UserError when there is none: llama-cpp-python would guess one."""
+    """Return the chat template inside a GGUF. Raise UserError when there is none: llama-cpp-python would guess one."""
     template = model.metadata.get("tokenizer.chat_template")
     if not template:
         raise UserError(
@@ -126,7 +148,7 @@ def embedded(model: "Llama") -> str:
 
 
 def special(model: "Llama", role: str) -> str:
-    """Text of the GGUF's 'bos' or 'eos' token; '' when it names none."""
+    """Return the text of the GGUF's 'bos' or 'eos' token; '' when it has none."""
     import llama_cpp
 
     number = model.metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -137,5 +159,5 @@ def special(model: "Llama", role: str) -> str:
 
 
 def prompt(model: "Llama", messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
-    """`messages` rendered with the template that is in the file."""
+    """Return `messages` rendered with the template inside the model's file."""
     return render(embedded(model), messages, special(model, "bos"), special(model, "eos"), add_generation_prompt)

@@ -1,6 +1,7 @@
-"""Bounds that the config and the manifest share: what a config accepts, a manifest may hold.
+"""Limits that the config and the manifest share, so that a manifest can hold whatever a config accepts.
 
-A manifest is a stranger's, so every number in it that costs memory or time has a bound; each is far beyond what models have.
+A manifest may be untrusted, so every number in it that costs memory or time has a limit, far beyond what real models
+have.
 """
 
 from typing import Annotated
@@ -8,17 +9,17 @@ from typing import Annotated
 from pydantic import Field
 
 MAX_CONTEXT = 1 << 24  # tokens; the longest contexts of models have 10 million
-MAX_PROMPT_TOKENS = 1 << 15  # of a smoke prompt
-MAX_GOLDEN_TOKENS = 1 << 16  # of a golden prompt: a conversation behind the same system prompt
-MAX_ANSWER_TOKENS = 1024  # of a recorded answer: reading one takes a laptop seconds
+MAX_PROMPT_TOKENS = 1 << 15  # tokens of a smoke prompt
+MAX_GOLDEN_TOKENS = 1 << 16  # tokens of a golden prompt: a conversation after the same system prompt
+MAX_ANSWER_TOKENS = 1024  # tokens of a recorded answer: a laptop needs seconds to decode it
 MAX_SMOKE_PROMPTS = 32
 MAX_GOLDEN_PROMPTS = 256
-MAX_FILES = 4096  # of a published model, and of its data
-MAX_BYTES = 1 << 44  # of a file
+MAX_FILES = 4096  # files of a published model, and files of its data set
+MAX_BYTES = 1 << 44  # bytes of a file
 MAX_TEXT = 1 << 12  # characters of a name, a path or a pattern
 MAX_MESSAGE = 1 << 15  # characters of a message or a system prompt
-MAX_TEMPLATE = 1 << 20  # characters of a chat template; the longest of the real ones has some 20,000
-MAX_SEED = (1 << 32) - 1  # numpy's and torch's
+MAX_TEMPLATE = 1 << 20  # characters of a chat template; the longest of real templates has about 20,000
+MAX_SEED = (1 << 32) - 1  # the largest that numpy and torch take
 
 Temperature = Annotated[float, Field(ge=0, le=100, strict=True)]
 TopP = Annotated[float, Field(gt=0, le=1, strict=True)]

@@ -1,6 +1,7 @@
-"""manifest.json: the contract between the cloud side and the Mac side, and all that the Mac needs to know.
+"""manifest.json: the contract between the GPU side and the Mac side, with all that the Mac needs to know.
 
-Written last into a hub folder, read first by `pull`. A field is added with a new SCHEMA; readers refuse newer ones.
+It is written last into a hub folder and read first by `pull`. Every new field comes with a new SCHEMA_VERSION; a reader
+refuses manifests that are newer than itself.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from typing_extensions import Required, TypedDict  # pydantic asks for it below Python 3.12
+from typing_extensions import Required, TypedDict  # pydantic needs this one below Python 3.12
 
 from common import files
 from common.errors import UserError, shown
@@ -21,10 +22,10 @@ from contract.ollama_template import Turns
 
 SCHEMA = 5
 NAME = "manifest.json"
-MAX_BYTES = 8 << 20  # a manifest is text of some 20 KB; anything far larger is not one
+MAX_BYTES = 8 << 20  # a manifest has about 20 KB of text; anything far larger is not one
 
-SUFFIXES = {"gguf": ".gguf", "adapter": ".safetensors", "merged": ".safetensors"}  # no pickle, ever
-# Ours, beside the pulled files; and what runs as code when it is loaded.
+SUFFIXES = {"gguf": ".gguf", "adapter": ".safetensors", "merged": ".safetensors"}  # never a pickle
+# Ends of names that Ferry itself uses beside the pulled files, and of files that run as code when they are loaded.
 RESERVED = (
     *(".part", "pull.json", "smoke.json", "modelfile", "modelfile.json"),
     *(".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".py", ".so", ".dylib", ".sh"),
@@ -35,41 +36,45 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _safe(name: str) -> str:
-    """A plain relative file name: nothing that could be written outside the folder it belongs to."""
+    """Return `name`. Raise ValueError unless it is a plain relative name, which cannot leave its folder."""
     if not is_safe_name(name):
         raise ValueError(f"{name!r} is no safe file name")
     return name
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a manifest takes a file of that name."""
+    """Return whether a manifest may list a file of that name."""
     return bool(re.fullmatch(f"{PLAIN}(/{PLAIN})?", name)) and not name.lower().endswith(RESERVED)
 
 
 Ids = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
-Answer = Annotated[Ids, Field(min_length=1, max_length=limits.MAX_ANSWER_TOKENS + 1)]  # the end token comes on top
+# One token more than an answer may have: the end token.
+Answer = Annotated[Ids, Field(min_length=1, max_length=limits.MAX_ANSWER_TOKENS + 1)]
 Quantization = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]  # llama.cpp's names, such as q4_k_m
 Fingerprint = Annotated[str, Field(pattern=r"^(\d{1,9}:[0-9a-f]{0,8192})?$")]  # pipeline/data/fingerprint.py
 Nats = Annotated[float, Field(ge=-1e9, le=1e9)]
-SystemName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]  # of the quality ladder: base, adapter, q4_k_m
+# A step of the quality ladder: base, adapter, q4_k_m.
+SystemName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]
 Stop = Annotated[str, Field(max_length=256)]
 FileName = Annotated[str, AfterValidator(_safe)]
 Name = Annotated[str, Field(pattern=f"^{PLAIN}$")]
 
 
 class Part(BaseModel):
+    """A part of the manifest: frozen, without unknown fields."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, ser_json_inf_nan="constants"
     )
 
 
 class BaseModelInfo(Part):
-    """Where it started."""
+    """The base model."""
 
     model: Text
     revision: Text | None
     license: Text | None
-    """As the base itself says it, by the Hub's identifiers; None: it says nothing."""
+    """As the base model states it, by the Hub's identifiers; None: it states none."""
     license_name: Text | None = None
     license_link: Text | None = None
     architecture: Text
@@ -77,40 +82,46 @@ class BaseModelInfo(Part):
 
 
 class Dataset(Part):
+    """The training data."""
+
     source: Text
     revision: Text | None
     sha256: Annotated[dict[Text, Sha256], Field(max_length=limits.MAX_FILES)]
-    """Of every local file that was read."""
+    """By name of each local file that was read."""
     rows: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
     split: Text
     split_hash: Sha256
-    """Of the held-out rows."""
+    """Hash of the held-out rows."""
     train_sha256: Sha256 | None = None
-    """Of the training rows, as token ids and labels."""
+    """Hash of the training rows, as token ids and labels."""
     fingerprints: Annotated[dict[Text, Fingerprint], Field(max_length=limits.MAX_FILES)] = {}
-    """Of every local file: which of its rows was changed, should its sha256 be another one (pipeline/data/fingerprint.py)."""
+    """By name of each local file: tells which rows changed when its sha256 differs (pipeline/data/fingerprint.py)."""
 
 
 class ChatFormat(Part):
+    """How conversations become prompts."""
+
     template: Annotated[str, Field(max_length=limits.MAX_TEMPLATE)]
-    """Jinja text, as trained and as embedded in the GGUF."""
+    """The chat template (Jinja), as trained and as embedded in the GGUF."""
     sha256: Sha256
     stop: Annotated[tuple[Stop, ...], Field(max_length=64)]
     bos: Stop | None
     bos_in_template: bool
     adds_bos: bool = False
-    """Whether runtimes put the BOS in front of a prompt by themselves (tokenizer.ggml.add_bos_token)."""
+    """Whether runtimes add the BOS in front of a prompt by themselves (tokenizer.ggml.add_bos_token)."""
     system: Message | None
-    """The default system prompt: what runtimes put in front of a conversation that brings none."""
+    """The default system prompt, for conversations that have none."""
     input: Stop | None = None
-    """What stands between an instruction and its input in one user message, where the rows have both (Alpaca)."""
+    """The text between an instruction and its input in one user message, where the rows have both (Alpaca)."""
     turns: Turns | None = None
-    """What an Ollama TEMPLATE says of the template, proven on the golden prompts; None: no TEMPLATE says the same."""
+    """The template in the form of an Ollama TEMPLATE, proven on the golden prompts; None: no TEMPLATE is equivalent."""
     embedded: Annotated[tuple[Message, ...], Field(max_length=64)] = ()
-    """Why the template inside the GGUF is the one to use: what a TEMPLATE cannot say of it. Empty: TEMPLATE says it all."""
+    """What a TEMPLATE cannot express, so that the template inside the GGUF is used. Empty: it expresses everything."""
 
 
 class Generation(Part):
+    """The default settings for generating text."""
+
     temperature: Temperature
     top_p: TopP
     num_ctx: Tokens
@@ -118,7 +129,7 @@ class Generation(Part):
 
 
 class File(Part):
-    """One published file: card, licence, the adapter's config and tokenizer."""
+    """One published file, such as the model card, the licence, or the adapter's config and tokenizer."""
 
     file: FileName
     sha256: Sha256
@@ -126,18 +137,20 @@ class File(Part):
 
 
 class Artifact(File):
+    """A published file with weights."""
+
     kind: Literal["gguf", "adapter", "merged"]
     quantization: Quantization | None
     tensor_types: dict[str, int] = {}
     weights_sha256: Sha256 | None = None
-    """Of a GGUF's tensor data alone: equal for two runs with the same weights, whose headers hold other scores and ids."""
+    """Hash of a GGUF's tensor data alone: equal for runs with equal weights, whose headers differ in scores and ids."""
     imatrix: Sha256 | None = None
-    """Of the importance matrix that weighed the quantization."""
+    """Hash of the importance matrix that the quantization used."""
     default: bool = False
 
 
 class Golden(Part):
-    """A synthetic conversation, its exact prompt and the prompt's token ids."""
+    """A golden prompt: a synthetic conversation, its exact prompt and the prompt's token ids."""
 
     messages: Annotated[tuple[dict[Stop, Message], ...], Field(min_length=1, max_length=64)]
     add_generation_prompt: bool = True
@@ -152,31 +165,31 @@ class Golden(Part):
 
 
 class Score(TypedDict, total=False):
-    """Of one system on the held-out rows, and whatever else was measured."""
+    """The scores of one backend on the held-out rows. Further measurements are allowed."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     loss: Required[Nats]
-    """Nats per response token."""
+    """Mean loss in nats per response token."""
     kl: Nats
-    """To the 16-bit weights, nats a position."""
+    """Divergence from the 16-bit weights, in nats per position."""
     score: Annotated[float, Field(ge=0, le=1)]
-    """By the task's rule, 0 to 1."""
+    """Mean score by the task's rule, 0 to 1."""
     rows: Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Scores(TypedDict, total=False):
-    """What was measured, on which rows, and what was asked of it."""
+    """All scores, with the rule and the rows that they were measured with."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     rule: str
     used: str
     heldout: Annotated[dict[SystemName, Score], Field(max_length=64)]
-    """By system, in the order of the ladder."""
+    """By backend, in the order of the quality ladder."""
     notes: list[str]
 
 
 class Checkout(TypedDict, total=False):
-    """Of Ferry's code, or another's."""
+    """The git state of Ferry's code, or of another code."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     url: Text | None
@@ -185,7 +198,7 @@ class Checkout(TypedDict, total=False):
 
 
 class Provenance(TypedDict, total=False):
-    """What made it, to make it again."""
+    """What made the model, so that it can be reproduced."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     git: Checkout | None
@@ -194,16 +207,16 @@ class Provenance(TypedDict, total=False):
 
 
 class Smoke(Part):
-    """A prompt, and what the default artifact answered on the cloud side."""
+    """A smoke prompt, and what the default artifact answered on the GPU side."""
 
     message: Message
     ids: Annotated[Ids, Field(min_length=1, max_length=limits.MAX_PROMPT_TOKENS)]
-    """Tokens of the rendered prompt."""
+    """Token ids of the rendered prompt."""
     answer: str
     answer_ids: Answer
-    """Greedy, with the end token when the model gave it."""
+    """Token ids of the greedy answer, with the end token when the model produced it."""
     log_probs: tuple[float, ...]
-    """Natural-log probability of each answer token, given all before it."""
+    """Natural-log probability of each answer token, given all tokens before it."""
 
     @model_validator(mode="after")
     def _paired(self) -> "Smoke":
@@ -217,18 +230,20 @@ Smokes = Annotated[tuple[Smoke, ...], Field(max_length=limits.MAX_SMOKE_PROMPTS)
 
 
 class Manifest(Part):
+    """A published model: its origin, its files, and how to prompt and test it."""
+
     schema_version: int = SCHEMA
     id: Sha256 | None = None
-    """Stands in every GGUF of the run too, as ferry.manifest_id."""
+    """Also written to every GGUF of the run, as ferry.manifest_id."""
     name: Name
-    """Of the run; Ollama's model gets it too."""
+    """The run's name, and the model's name in Ollama."""
     base: BaseModelInfo
     dataset: Dataset
     chat: ChatFormat
     generation: Generation
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=limits.MAX_FILES)]
     files: Annotated[tuple[File, ...], Field(max_length=limits.MAX_FILES)] = ()
-    """Everything else in the repo but this manifest."""
+    """All other files of the repo except this manifest."""
     config: dict[str, dict]
     training: dict
     scores: Scores
@@ -241,8 +256,9 @@ class Manifest(Part):
         if [a.kind for a in self.artifacts if a.default] != ["gguf"]:
             raise ValueError("artifacts: exactly one GGUF must be the default")
         names = [item.file for item in (*self.artifacts, *self.files)]
+        # Names that differ in case only are one file on a Mac's disk.
         if len({name.lower() for name in names}) < len(names) or NAME in names:
-            raise ValueError("artifacts and files: a name stands twice")  # or would, on a Mac's disk
+            raise ValueError("artifacts and files: a name stands twice")
         if wrong := [a.file for a in self.artifacts if not a.file.endswith(SUFFIXES[a.kind])]:
             raise ValueError(f"artifacts: {wrong[0]!r} does not end as its kind does")
         if any(a.kind == "gguf" and "/" in a.file for a in self.artifacts):
@@ -252,16 +268,20 @@ class Manifest(Part):
         return self
 
     def artifact(self, file: str) -> Artifact:
-        """The one of that name."""
+        """Return the artifact with that file name. Raise StopIteration when there is none."""
         return next(artifact for artifact in self.artifacts if artifact.file == file)
 
     def default(self) -> Artifact:
-        """The artifact that the Mac takes when none is named."""
+        """Return the artifact that the Mac uses when the user names none."""
         return next(artifact for artifact in self.artifacts if artifact.default)
 
 
 def read(path: Path) -> Manifest:
-    """Raises UserError when the file is missing, too large, newer than this reader, or not a valid manifest."""
+    """Return the manifest in a file.
+
+    Raises:
+        UserError: the file is missing, too large, newer than this reader, or not a valid manifest.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -273,9 +293,14 @@ def read(path: Path) -> Manifest:
 
 
 def parse(content: bytes, where: str) -> Manifest:
-    """The manifest in `content`, which a stranger may have written. where: its path or address, for messages.
+    """Return the manifest in `content`, which may be untrusted.
 
-    Raises UserError when it is too large, newer than this reader, or not a valid manifest.
+    Args:
+        content: the bytes of a manifest.json.
+        source: its path or address, for messages.
+
+    Raises:
+        UserError: it is too large, newer than this reader, or not a valid manifest.
     """
     if len(content) > MAX_BYTES:
         raise UserError(f"{where} is larger than {MAX_BYTES} bytes, which no manifest is", "is this the right repo?")
@@ -293,7 +318,7 @@ def parse(content: bytes, where: str) -> Manifest:
 
 
 def write(path: Path, made: Manifest) -> None:
-    """Write a manifest that every reader takes. Raises UserError, and writes nothing, where one would refuse it."""
+    """Write a manifest. Raise UserError, and write nothing, when a reader would refuse it."""
     content = files.to_json(made.model_dump(mode="json"))
     parse(content, str(path))
     with files.writing(path) as part:
@@ -301,7 +326,7 @@ def write(path: Path, made: Manifest) -> None:
 
 
 def refuse_invalid(parts: dict) -> None:
-    """Raise UserError where some of a manifest's fields could not be published. parts: {"chat", "golden", "smoke"}."""
+    """Raise UserError when `parts`, {"chat", "golden", "smoke"}, would not be valid in a manifest."""
     try:
         ChatFormat.model_validate(parts["chat"])
         TypeAdapter(Goldens).validate_python(parts["golden"])
@@ -314,13 +339,18 @@ def refuse_invalid(parts: dict) -> None:
 
 
 def _describe_fault(error: ValidationError | RecursionError) -> str:
+    """Return the first fault as one line: where it is, and what is wrong."""
     fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
     text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     return shown(text, 300)
 
 
 def _read_json(content: bytes) -> object:
-    """Raises ValueError for what is no JSON, and for what Python's reader takes for it: NaN, infinity, half a surrogate pair."""
+    """Return the JSON value in `content`.
+
+    Raises:
+        ValueError: it is not JSON, or only Python's reader takes it: NaN, infinity, a lone surrogate.
+    """
     value = json.loads(content, parse_constant=_refuse_constant, parse_float=_read_finite)
     json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
@@ -338,7 +368,7 @@ def _read_finite(text: str) -> float:
 
 
 def schema(content: bytes) -> int | None:
-    """The schema that a manifest says it has; None: it is no manifest of Ferry's."""
+    """Return the schema version that a manifest states; None: it is not a manifest of Ferry."""
     try:
         value = _read_json(content)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""What the header of a model must say to be loaded: `common.gguf_reader` reads the bytes, this looks at their meaning.
+"""Checks of a GGUF header's meaning before the model is loaded. `common.gguf_reader` reads the bytes.
 
-llama.cpp looks up what it knows and trusts it: a token id beyond the vocabulary ends its process, a number of layers decides
-how much memory it takes, and llama-cpp-python compiles every chat template that a file holds. A file of Ferry's has one
-template, the keys that the converter writes, and numbers that agree with its tensors.
+llama.cpp trusts the values that it looks up: a token id beyond the vocabulary aborts its process, the number of layers
+decides how much memory it takes, and llama-cpp-python compiles every chat template in a file. A file that Ferry made
+has one template, only keys that the converter writes, and numbers that agree with its tensors.
 """
 
 import math
@@ -15,15 +15,15 @@ from contract import limits
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
-ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")  # llama.cpp ends its process over another one
-MAX_NUMBER = 1 << 31  # of a model's dimensions; a vocabulary has 262,144, a context 10 million tokens
-MAX_PER_LAYER = 4096  # items of a list under the architecture's name: one a layer, or factors of RoPE
+ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")  # llama.cpp aborts its process for any other value
+MAX_NUMBER = 1 << 31  # largest dimension of a model; real vocabularies have 262,144 tokens, contexts 10 million
+MAX_PER_LAYER = 4096  # items of a list under the architecture's name: one per layer, or factors of RoPE
 NAMESPACES = ("general.", "ferry.", "quantize.")
 TEMPLATE, TOKENS = "tokenizer.chat_template", "tokenizer.ggml.tokens"
-# By token: as long as the vocabulary.
+# Lists with one item per token.
 PER_TOKEN = ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
 IDS = re.compile(r"tokenizer\.ggml\.\w+_token_ids?|tokenizer\.ggml\.suppress_tokens")
-# gguf-py's Keys.Tokenizer, held to it by a test; what ends in `_token_id` is not listed.
+# Key -> type, as in gguf-py's Keys.Tokenizer; a test compares the two. Keys that end in `_token_id` are not listed.
 TOKENIZER = {
     "tokenizer.ggml.model": str, "tokenizer.ggml.pre": str, TOKENS: list, "tokenizer.ggml.token_type": list,
     "tokenizer.ggml.token_type_count": int, "tokenizer.ggml.scores": list, "tokenizer.ggml.merges": list,
@@ -35,9 +35,12 @@ TOKENIZER = {
 
 
 def refuse_impossible(header: Header, file: str, made_by_ferry: bool = True) -> None:
-    """Raise UserError where a header says what cannot be true, or what no model that Ferry publishes says.
+    """Raise UserError when a header contradicts itself, or differs from all that Ferry publishes.
 
-    file: its name in messages. made_by_ferry: false for a base model, which may hold keys that Ferry does not write.
+    Args:
+        header: the header that was read.
+        file: the file's name in messages.
+        made_by_ferry: false for a base model, which may have keys that Ferry does not write.
     """
     for fault in find_faults(header, made_by_ferry):
         raise UserError(
@@ -46,7 +49,7 @@ def refuse_impossible(header: Header, file: str, made_by_ferry: bool = True) -> 
 
 
 def find_faults(header: Header, made_by_ferry: bool = True) -> Iterator[str]:
-    """Yield what is wrong with a header, a sentence each."""
+    """Yield the faults of a header, one sentence each."""
     metadata, architecture = header.metadata, str(header.metadata[ARCHITECTURE])
     if not re.fullmatch(r"[a-z0-9_.-]{1,64}", architecture):
         yield f"{ARCHITECTURE} is {shown(architecture, 40)!r}"
@@ -62,6 +65,7 @@ def find_faults(header: Header, made_by_ferry: bool = True) -> Iterator[str]:
 
 
 def _faults_of_key(key: str, value: object, architecture: str) -> Iterator[str]:
+    """Yield the faults of one key: it is unknown, or its value has another type or is too long."""
     name = shown(key, 80)
     if key in TOKENIZER:
         if type(value) is not TOKENIZER[key]:
@@ -73,7 +77,7 @@ def _faults_of_key(key: str, value: object, architecture: str) -> Iterator[str]:
 
 
 def _faults_of_dimension(name: str, value: object) -> Iterator[str]:
-    """Of a number of the architecture: finite, and no larger than any model's."""
+    """Yield the faults of the numbers under a key of the architecture: not finite, too large, or too many."""
     values = value if isinstance(value, list) else [value]
     if len(values) > MAX_PER_LAYER:
         yield f"{name} has {len(values):,} items, at most {MAX_PER_LAYER:,}"
@@ -86,6 +90,7 @@ def _faults_of_dimension(name: str, value: object) -> Iterator[str]:
 
 
 def _faults_of_vocabulary(metadata: dict[str, object]) -> Iterator[str]:
+    """Yield the faults of the vocabulary: tokens that are not unique texts, lists of another length, ids beyond it."""
     tokens = metadata.get(TOKENS)
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         yield f"{TOKENS} is no list of texts"
@@ -102,7 +107,7 @@ def _faults_of_vocabulary(metadata: dict[str, object]) -> Iterator[str]:
 
 
 def _faults_of_layers(header: Header, architecture: str) -> Iterator[str]:
-    """The layers that are claimed are those that have tensors; the embeddings have one row a token."""
+    """Yield the faults of layers and context. Each claimed layer has tensors, and embeddings have a row per token."""
     claimed, context = (header.metadata.get(f"{architecture}.{key}") for key in ("block_count", "context_length"))
     if type(claimed) is not int or not 1 <= claimed <= MAX_LAYERS:
         yield f"{architecture}.block_count is {shown(str(claimed), 40)}, not 1 to {MAX_LAYERS}"
@@ -119,7 +124,7 @@ def _faults_of_layers(header: Header, architecture: str) -> Iterator[str]:
 
 
 def _faults_of_experts(metadata: dict[str, object], architecture: str) -> Iterator[str]:
-    """Of mixture-of-experts, of layers that draft, and of RoPE's scaling: llama.cpp asserts them."""
+    """Yield the faults of expert counts, drafting layers (nextn) and RoPE scaling, all asserted by llama.cpp."""
     total, used, drafting = (
         metadata.get(f"{architecture}.{key}", 0)
         for key in ("expert_count", "expert_used_count", "nextn_predict_layers")

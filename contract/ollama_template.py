@@ -1,8 +1,8 @@
-"""A chat template as the texts around each role's words: what an Ollama TEMPLATE can say.
+"""A chat template in the form that an Ollama TEMPLATE can express: the texts around the messages of each role.
 
-Derived from the trained Jinja and proven on the cloud side (pipeline/verify/derive_template.py), carried by the manifest, written as a
-Go template on the Mac side. `prompt` says in Python what `go` says in Go: the tests prove the two equal with Go's own
-text/template.
+It is derived from the trained Jinja and proven on the GPU side (pipeline/verify/derive_template.py), carried by the
+manifest, and written as a Go template on the Mac side. `render_prompt` does in Python what the template of
+`to_go_template` does in Go; the tests prove the two equal with Go's own text/template.
 """
 
 import re
@@ -12,34 +12,34 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 SPACE = " \t\n\r\v\f"
-"""What a trimmed message loses at its ends. Jinja's trim also takes Unicode's white space."""
+"""The characters that are trimmed from the ends of a message. Jinja's trim also removes Unicode's white space."""
 
-Pair = tuple[str, str]
+Pair = tuple[str, str]  # (the text before, the text after)
 
 
 class Turns(BaseModel):
-    """What stands before and after each role's words; no BOS that a runtime's tokenizer adds by itself."""
+    """The texts before and after the messages of each role, without a BOS that a runtime's tokenizer adds by itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     start: str
-    """Before the first message when no system prompt is given: holds the template's own default one."""
+    """Text before the first message when no system prompt is given; contains the template's default system prompt."""
     system: Pair | None
     """None: the format has no system prompt."""
     user: Pair
     assistant: Pair
     generate: str
-    """After the last message: opens the answer."""
+    """Text after the last message: opens the answer."""
     place: Literal["own", "first", "last"] = "own"
-    """Where the system prompt stands: in a turn of its own, inside the first or inside the last user turn.
-    Inside a turn, `system` replaces what else opens it: for "first" that is `start`, for "last" `user`."""
+    """Where the system prompt is: in a turn of its own, inside the first, or inside the last user turn.
+    Inside a user turn, `system` replaces the text that otherwise opens it: `start` for "first", `user` for "last"."""
     trimmed: tuple[str, ...] = ()
-    """Roles whose words lose the white space at their ends."""
+    """Roles whose messages lose the white space at their ends."""
     marker: Pair | None = None
-    """(text, what opens a user turn instead when the user's words hold that text), as Alpaca's '### Input:'."""
+    """(text, the opening of a user turn whose message contains that text), such as Alpaca's '### Input:'."""
 
     def prompt(self, messages: Sequence[dict]) -> str:
-        """The prompt for an answer to `messages`, fed as Ollama feeds its templates."""
+        """Return the prompt for an answer to `messages`, which are passed in as Ollama passes them to its templates."""
         messages = collated(messages)
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
         users = [i for i, m in enumerate(messages) if m["role"] == "user"]
@@ -56,7 +56,7 @@ class Turns(BaseModel):
         return text + self.generate
 
     def _opening(self, words: str, system: str, first: bool, last: bool) -> str:
-        """What opens a user turn."""
+        """Return the text that opens a user turn."""
         here = {"own": False, "first": first, "last": last}[self.place]
         if here and system and self.system:
             return self.system[0] + self.trim("system", system) + self.system[1]
@@ -65,10 +65,11 @@ class Turns(BaseModel):
         return self.marker[1] if self.marker and self.marker[0] in words else self.user[0]
 
     def trim(self, role: str, words: str) -> str:
+        """Return a message's text, without white space at its ends when the role is trimmed."""
         return words.strip(SPACE) if role in self.trimmed else words
 
     def go(self) -> str:
-        """The TEMPLATE. Needs Ollama's .System and .Messages, and no function beyond Go's own."""
+        """Return the TEMPLATE. It needs Ollama's .System and .Messages, and only functions of text/template."""
         roles = [("user", self._go_opening() + self._go_words("user") + _say(self.user[1]))]
         roles += [("assistant", _say(self.assistant[0]) + self._go_words("assistant") + _say(self.assistant[1]))]
         if self.system and self.place == "own":
@@ -79,6 +80,7 @@ class Turns(BaseModel):
         return "\n".join(lines)
 
     def _go_start(self) -> list[str]:
+        """Return the Go lines before the loop over the messages."""
         if self.place == "first":
             return ["{{- $first := true }}"]
         if not self.start:
@@ -88,7 +90,7 @@ class Turns(BaseModel):
         ]
 
     def _go_opening(self) -> str:
-        """What opens a user turn: `$.System` inside it where the format has it there."""
+        """Return the Go text that opens a user turn, with `$.System` where the system prompt is inside a user turn."""
         usual = _say(self.user[0])
         if self.marker:
             usual = _holds(*self.marker, self.user[0])
@@ -97,18 +99,22 @@ class Turns(BaseModel):
         before, after = self.system or ("", "")
         system = f"{_say(before)}{self._go_words('system')}{_say(after)}"
         if self.place == "last":
-            return f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{system}{{{{ else }}}}{usual}{{{{ end }}}}"
+            return (
+                f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{system}"
+                f"{{{{ else }}}}{usual}{{{{ end }}}}"
+            )
         start = _say(self.start)
         first = f"{{{{ if $.System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}" if self.system else start
         return f"{{{{ if $first }}}}{first}{{{{ $first = false }}}}{{{{ else }}}}{usual}{{{{ end }}}}"
 
     def _go_words(self, role: str) -> str:
+        """Return the Go action that prints a message's text, or the system prompt inside a user turn."""
         words = "$.System" if role == "system" and self.place != "own" else ".Content"
         return _trimmed(words) if role in self.trimmed else f"{{{{ {words} }}}}"
 
 
 def collated(messages: Sequence[dict]) -> list[dict]:
-    """As Ollama feeds a template: neighbours of one role become one message."""
+    """Return `messages` as Ollama passes them to a template: consecutive messages of one role become one."""
     joined: list[dict] = []
     for message in messages:
         if joined and joined[-1]["role"] == message["role"]:
@@ -119,7 +125,7 @@ def collated(messages: Sequence[dict]) -> list[dict]:
 
 
 def _say(text: str) -> str:
-    """Literal text as an action, so that no trimming rule touches its line ends."""
+    """Return a Go action that prints a literal text, so that no trim marker removes its line ends."""
     return f"{{{{ {_quoted(text)} }}}}" if text else ""
 
 
@@ -127,30 +133,38 @@ ESCAPED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def _quoted(text: str) -> str:
-    """As a Go string. Ollama's Modelfile parser drops what does not print, so that is escaped."""
+    """Return a Go string literal. What is not printable is escaped, because Ollama's Modelfile parser drops it."""
     return '"' + "".join(ESCAPED.get(c) or (c if c.isprintable() else _escaped(c)) for c in text) + '"'
 
 
 def _escaped(character: str) -> str:
+    """Return a character as an escape of Go: \\uXXXX or \\UXXXXXXXX."""
     code = ord(character)
     return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
 
 
 def _trimmed(words: str) -> str:
-    """Go has no trim: `$s` becomes the first byte that is no white space, `$e` the end of the last one."""
+    """Return Go actions that print an expression without white space at its ends.
+
+    Go's templates have no trim: `$s` becomes the index of the first byte that is not white space, `$e` the end of the
+    last one.
+    """
     spaces = " ".join(str(ord(c)) for c in SPACE)
     return (
         f"{{{{ $t := {words} }}}}{{{{ $s := len $t }}}}{{{{ $e := len $t }}}}"
         f"{{{{ range $at := len $t }}}}{{{{ if not (eq (index $t $at) {spaces}) }}}}"
         "{{ $s = $at }}{{ break }}{{ end }}{{ end }}"
-        "{{ range $at := len (slice $t $s) }}{{ if $at }}{{ $cut := len (slice $t $at) }}"  # counts down
+        "{{ range $at := len (slice $t $s) }}{{ if $at }}{{ $cut := len (slice $t $at) }}"  # `$cut` counts down
         f"{{{{ if not (eq (index $t $cut) {spaces}) }}}}{{{{ break }}}}{{{{ end }}}}{{{{ $e = $cut }}}}"
         "{{ end }}{{ end }}{{ slice $t $s $e }}"
     )
 
 
 def _holds(text: str, then: str, otherwise: str) -> str:
-    """`then` where the message's words hold `text`, else `otherwise`: Go has no search in a text either."""
+    """Return Go actions that print `found_text` when the message contains `text`, else `other_text`.
+
+    Go's templates have no search in a text either.
+    """
     return (
         "{{ $t := .Content }}{{ $there := false }}{{ range $at := len $t }}"
         f"{{{{ if eq (index $t $at) {text.encode()[0]} }}}}"
@@ -161,8 +175,11 @@ def _holds(text: str, then: str, otherwise: str) -> str:
 
 
 def unsayable(text: str) -> str | None:
-    """Why a Modelfile cannot hold a text. Its parser (Ollama 0.33, parser/parser.go) knows no escapes, drops what does not
-    print, and ends a value with the first line that ends like its closing quotes."""
+    """Return why a Modelfile cannot contain a text; None when it can.
+
+    Its parser (Ollama 0.33, parser/parser.go) has no escapes, drops what is not printable, and ends a value at the
+    first line that ends with the closing quotes.
+    """
     if lost := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
         return f"drops {', '.join(f'U+{ord(c):04X}' for c in lost)}"
     return 'cannot hold a line that ends with """' if re.search(r'"""[ \t]*[\r\n]', text) else None

@@ -1,7 +1,8 @@
-"""A stranger's chat template is rendered in a process of its own, which has limits and nothing to give away.
+"""Render an untrusted chat template in a child process that has limits and no secrets.
 
-Jinja's sandbox keeps a template from Python's internals, but not from taking all time and all memory. And should it
-have a hole, then whatever comes through finds no environment variables, cannot write a file, and ends with the clock.
+Jinja's sandbox keeps a template from Python's internals, but not from using unlimited time and memory. And if the
+sandbox has a hole, code that escapes finds no environment variables, cannot write a file, and is killed after the time
+limit.
 """
 
 import contextlib
@@ -23,25 +24,36 @@ from common.errors import UserError, shown
 from contract import chat_format
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_TEMPLATE = 1 << 20  # characters; the longest of the real ones has some 20,000
-MAX_REQUEST = 64 << 20  # bytes of JSON
-MAX_TEXT = 4 << 20  # characters of all prompts together
-MAX_ANSWER = 6 * MAX_TEXT + 4096  # bytes of JSON: \u0000 is the longest that one character becomes
-MEMORY = 1 << 30  # bytes of address space; a normal child takes 90 MB, 21 MB of them in memory
-FILES = 64  # open at once; imports open one at a time
-# Time zone: a template may print today's date. Library paths: some Pythons do not start without them.
+MAX_TEMPLATE = 1 << 20  # the longest of real templates has about 20,000
+MAX_REQUEST = 64 << 20  # of JSON
+MAX_TEXT = 4 << 20  # of all prompts together
+MAX_ANSWER = 6 * MAX_TEXT + 4096  # of JSON, in which a character takes at most six bytes, as in \u0000
+MEMORY = 1 << 30  # of address space; a normal child uses 90 MB, of which 21 MB are resident
+FILES = 64  # imports open one at a time
+# Environment variables that the child keeps. TZ: a template may print today's date. Library paths: some Pythons do not
+# start without them.
 KEPT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 HINT = "this repo's template is not one that Ferry publishes: do not use it"
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from contract import template_sandbox; template_sandbox.child()"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from contract import template_sandbox; template_sandbox.child()"
+)
 
 
 def prompts(
     template: str, conversations: Sequence[tuple[Sequence[dict], bool]], bos: str, eos: str, seconds: float = 10
 ) -> list[str]:
-    """Each (messages, add_generation_prompt) as text, the same that contract.chat_format.render gives in this process.
+    """Return the text of each of `conversations`, the same that contract.chat_format.render returns in this process.
 
-    seconds: wall-clock time for all of them, the start of the child included (0.1 s).
-    Raises UserError when the template is refused, fails, or takes more time, memory or text than any honest one.
+    Args:
+        template: the chat template, as Jinja text.
+        conversations: pairs of (messages, add_generation_prompt).
+        bos: text of the BOS token.
+        eos: text of the EOS token.
+        seconds: wall-clock time for all of them, including the start of the child (0.1 s).
+
+    Raises:
+        UserError: the template is not valid, fails, or exceeds the limits of time, memory or text.
     """
     if len(template) > MAX_TEMPLATE:
         raise UserError(f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE:,}", HINT)
@@ -53,9 +65,9 @@ def prompts(
 
 
 def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
-    """What a child answers to `request`, and its exit code; it is dead then. Raises UserError when its time is up."""
+    """Run a child for `request`; return its answer and its exit code. Raise UserError when the time is over."""
     until = time.monotonic() + seconds
-    # A file as stdin: a write to a pipe that nobody reads would wait for ever.
+    # stdin is a file, because a write to a pipe that is not read would block for ever.
     with _written(request) as question:
         process = _started(question, seconds)
         try:
@@ -68,7 +80,7 @@ def _asked(request: bytes, seconds: float) -> tuple[bytes, int]:
 
 
 def _written(content: bytes) -> IO[bytes]:
-    """A file without a name, to be read from its beginning. Raises UserError when there is no room for it."""
+    """Return an open temporary file with `content`, at its beginning. Raise UserError when it cannot be written."""
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
         file.write(content)
@@ -82,17 +94,26 @@ def _written(content: bytes) -> IO[bytes]:
 
 
 def _started(question: IO[bytes], seconds: float) -> subprocess.Popen:
-    """A Python that imports what this one does, without its variables, its site hooks (-S) and traces on disk (-B)."""
+    """Start a Python with the same import paths, without this one's environment, site hooks (-S) or .pyc files (-B)."""
     path = json.dumps([str(ROOT), *(str(Path(place).resolve()) for place in sys.path)])
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", "-c", START, path, str(math.ceil(seconds))],
-        cwd=ROOT, env={name: os.environ[name] for name in KEPT if name in os.environ},
-        stdin=question, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={name: os.environ[name] for name in KEPT if name in os.environ},
+        stdin=question,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _heard(pipe: IO[bytes], until: float) -> bytes:
-    """What comes out of a pipe, up to one byte more than an answer may have. Raises TimeoutError at `until`."""
+    """Return all bytes from a pipe.
+
+    Raises:
+        TimeoutError: the pipe is still open at the deadline, as time.monotonic() counts.
+        UserError: the answer is longer than an answer may be.
+    """
     heard = bytearray()
     while len(heard) <= MAX_ANSWER:
         if not select.select([pipe], [], [], max(0, until - time.monotonic()))[0]:
@@ -104,13 +125,16 @@ def _heard(pipe: IO[bytes], until: float) -> bytes:
 
 
 def _killed(process: subprocess.Popen) -> None:
-    """Dead, with all that it may have started, whether or not it had ended by itself."""
+    """Kill the child with all that it may have started, whether or not it has ended by itself."""
     kill_with_children(process)
     process.stdout.close()
 
 
 def _checked(answer: bytes, code: int, wanted: int) -> list[str]:
-    """The texts in an answer. The child is believed no more than its template: its answer may be anything."""
+    """Return the texts in an answer. Raise UserError for the child's own message, or when the answer is anything else.
+
+    The child is trusted no more than its template, so its answer may be anything.
+    """
     try:
         said = json.loads(answer.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
@@ -123,7 +147,7 @@ def _checked(answer: bytes, code: int, wanted: int) -> list[str]:
 
 
 def child() -> None:
-    """What the child runs: a request on stdin, on stdout a list of texts, or why there is none."""
+    """Run the child: read a request from stdin, write a list of texts, or a message about a failure, to stdout."""
     _limit(int(sys.argv[2]))
     try:
         answer = _rendered(json.loads(sys.stdin.buffer.read(MAX_REQUEST)))
@@ -131,15 +155,15 @@ def child() -> None:
         answer = chat_format.why(error.__cause__ or error)
     sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     sys.stdout.buffer.flush()
-    os._exit(0)  # nothing of the template's is cleaned up
+    os._exit(0)  # run no clean-up code of the template
 
 
 def _limit(seconds: int) -> None:
-    """Less of everything, before a byte is read.
+    """Lower the resource limits of this process, before it reads a byte of the request.
 
-    The processor's time is for a child whose parent was killed, and the clock with it. macOS does not hold a process
-    to RLIMIT_AS, or does not let it be set: there the clock and the bound on the answer are what is left.
-    RLIMIT_NPROC does not hold for root.
+    CPU time is limited in case the parent, which watches the wall-clock time, was killed. macOS ignores RLIMIT_AS or
+    does not let it be set: there only the time limit and the limit on the answer remain. RLIMIT_NPROC has no effect for
+    root.
     """
     import resource
 
@@ -150,7 +174,11 @@ def _limit(seconds: int) -> None:
 
 
 def _rendered(request: dict) -> list[str]:
-    """The prompts of a request. Raises what its template raises."""
+    """Return the prompts of a request. Errors of its template are passed on.
+
+    Raises:
+        ValueError: all prompts together are longer than MAX_PROMPT_CHARS.
+    """
     texts, length = [], 0
     for messages, generate in request["conversations"]:
         texts.append(chat_format.render(request["template"], messages, request["bos"], request["eos"], generate))

@@ -1,4 +1,4 @@
-"""What this machine is: system, chip, memory, and how much of it a model may take."""
+"""Detect this machine's system, chip and memory, and how much of the memory a model may take."""
 
 import importlib.util
 import platform
@@ -9,13 +9,14 @@ from pathlib import Path
 
 from common import linux
 
-PATIENCE = 10  # seconds for one fact
-MARGIN = 1 << 30  # bytes of a GPU's memory that llama.cpp leaves free when it fits a model by itself (common.h, --fit)
-# Of all memory, where the processor computes: the system and what else is open need the rest.
+PATIENCE = 10  # seconds for one command
+MARGIN = 1 << 30  # bytes of GPU memory that llama.cpp leaves free when it fits a model by itself (common.h, --fit)
+# The share of all memory that a model may take where the CPU computes: the system and other programs need the rest.
 SHARE = 3 / 4
-# Without a limit set by hand Metal gives one process 2/3 of the memory of small Macs, 3/4 of large ones, as llama.cpp
-# logs it (recommendedMaxWorkingSetSize): 10,922 of 16 GB, 21,845 of 32 GB (ollama#434), 27,648 of 36 GB, 49,152 of 64 GB
-# (llama.cpp#1870), 73,728 of 96 GB (llama.cpp#3213). Newer systems give more: 11.8 of 16 GB (llmfit#754).
+# Unless a limit is set by hand, Metal gives one process 2/3 of the memory of a small Mac and 3/4 of a large one. What
+# llama.cpp logs as recommendedMaxWorkingSetSize, in MB: 10,922 of 16 GB, 21,845 of 32 GB (ollama#434), 27,648 of 36 GB,
+# 49,152 of 64 GB (llama.cpp#1870), 73,728 of 96 GB (llama.cpp#3213). Newer systems give more: 11.8 GB of 16 GB
+# (llmfit#754).
 LARGE = 36 << 30
 SYSCTL = ("/usr/sbin/sysctl", "-n")  # not on every PATH
 NVIDIA = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
@@ -26,29 +27,32 @@ Ask = Callable[[Sequence[str]], "str | None"]
 
 @dataclass(frozen=True)
 class Machine:
+    """What `detect_machine` finds out about this machine."""
+
     system: str
     """'Darwin' or 'Linux'."""
     release: str
     arch: str
-    """Of this Python: 'arm64', 'x86_64', ..."""
+    """The architecture that this Python is built for: 'arm64', 'x86_64', ..."""
     chip: str
     memory: int
-    """Bytes; in a container what it may have."""
+    """Bytes; in a container its limit."""
     gpu: str
-    """Its name; '': none."""
+    """The name of the GPU, or the names of all; '' when there is none."""
     gpu_memory: int
-    """Bytes that a model may have there; on a Mac a part of `memory`. 0: no GPU."""
+    """Bytes of GPU memory, of all GPUs together; on a Mac this is a part of `memory`. 0 when there is no GPU, or when
+    its memory is not reported."""
     rosetta: bool
-    """This Python is for Intel, the chip is Apple's: everything is translated, and there is no Metal."""
+    """Whether this Python is built for Intel on a chip of Apple's: everything is translated, and there is no Metal."""
 
     @property
     def unified(self) -> bool:
-        """GPU and processor share their memory."""
+        """Whether the GPU and the CPU share their memory."""
         return self.system == "Darwin" and bool(self.gpu)
 
 
 def ask(command: Sequence[str]) -> str | None:
-    """What a command prints; None when it is not there, fails, or takes too long."""
+    """Run a command and return what it prints; None when it is missing, fails, prints nothing or takes too long."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE
@@ -59,9 +63,10 @@ def ask(command: Sequence[str]) -> str | None:
 
 
 def held() -> int:
-    """Bytes of memory that the GPUs of this llama.cpp report; 0: it computes on the processor, or is not there.
+    """Return the bytes of memory that llama.cpp's GPUs report; 0 when it computes on the CPU or is not installed.
 
-    Of a Mac it is Metal's own recommendedMaxWorkingSetSize, which knows the system's version and any limit set by hand.
+    On a Mac this is Metal's own recommendedMaxWorkingSetSize, which takes the version of the system and a limit set by
+    hand into account.
     """
     if not importlib.util.find_spec("llama_cpp"):
         return 0
@@ -69,7 +74,7 @@ def held() -> int:
 
     try:
         from llama_cpp._ggml import libggml
-    except (ImportError, OSError, RuntimeError):  # a library that cannot be loaded: the doctor says it
+    except (ImportError, OSError, RuntimeError):  # the library cannot be loaded: `doctor` reports it
         return 0
     libggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     libggml.ggml_backend_dev_get.argtypes, libggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -80,19 +85,28 @@ def held() -> int:
         free, total, kind = ctypes.c_size_t(), ctypes.c_size_t(), libggml.ggml_backend_dev_type(device)
         libggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
         found[kind] = found.get(kind, 0) + total.value
-    return found[GPU] or found[INTEGRATED]  # llama.cpp takes an integrated one only where there is no other
+    # llama.cpp uses an integrated GPU only where there is no other.
+    return found[GPU] or found[INTEGRATED]
 
 
 def here(
-    ask: Ask = ask, root: Path = Path("/"), system: str = platform.system(), arch: str = platform.machine(),
+    ask: Ask = ask,
+    root: Path = Path("/"),
+    system: str = platform.system(),
+    arch: str = platform.machine(),
     held: Callable[[], int] = held,
-) -> Machine:  # fmt: skip
-    """This machine. The arguments are where its facts come from: commands, files, this Python, llama.cpp."""
+) -> Machine:
+    """Return the facts of this machine. The arguments are the sources: commands, files, this Python, llama.cpp."""
     return _mac(ask, arch, held) if system == "Darwin" else _linux(ask, root, arch, held)
 
 
 def budget(machine: Machine, gpu: bool) -> int:
-    """Bytes that a model may take, with all that it needs to run. gpu: llama.cpp computes on one."""
+    """Return the bytes that a model may take with all that it needs to run.
+
+    Args:
+        machine: What `detect_machine` found.
+        uses_gpu: Whether llama.cpp computes on a GPU.
+    """
     if gpu and machine.gpu_memory:
         return max(0, machine.gpu_memory - MARGIN)
     return int(machine.memory * SHARE)
@@ -122,7 +136,7 @@ def _linux(ask: Ask, root: Path, arch: str, held: Callable[[], int]) -> Machine:
 
 
 def _field(path: Path, name: str, mark: str) -> str:
-    """The value of `name` in a file of lines such as `name : value`; '' when it is not there."""
+    """Return the value of `name` in a file of lines such as `name : value`; '' when it is not there."""
     for line in linux.text(path).splitlines():
         key, _, value = line.partition(mark)
         if key.strip() == name:

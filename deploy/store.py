@@ -1,7 +1,8 @@
-"""The models on this machine: models/<model>/<version>/, any number of versions of each, one of them `current`.
+"""The store holds the models of this machine in models/<model>/<version>/; one version of each model is `current`.
 
-A version is the first 12 digits of its manifest's sha256, so the same publication is one folder however it was asked
-for, and another one never overwrites it. Its pull.json is written last and says what must be there.
+A version is named after the first 12 digits of its manifest's sha256: one publication is one folder, whatever name it
+was pulled under, and another publication never overwrites it. Its pull.json is written last and says what must be
+there.
 """
 
 import contextlib
@@ -20,11 +21,11 @@ from contract import manifest
 
 NAMES = "names.json"
 MAIN = "main"
-CURRENT = "current"  # a symbolic link to the version that is used
+CURRENT = "current"  # a symbolic link to the version in use
 RECORD = "pull.json"
-VERSION = re.compile(r"[0-9a-f]{12}")  # no other folder is ever listed or removed
+VERSION = re.compile(r"[0-9a-f]{12}")  # no folder with another name is ever listed or removed
 NUMBER = int | float
-# What the records of a version hold, as far as it is read again.
+# The fields of a version's records that are read again, with their types.
 KINDS = {
     RECORD: {"repo": str, "file": str, "sha256": str, "bytes": int, "manifest_sha256": str, "commit": str | None},
     "smoke.json": {
@@ -34,16 +35,21 @@ KINDS = {
         "difference": NUMBER,
         "answers": list,
     },
-    "ollama.json": {"model": str, "latest": str, "digest": str | None},  # no digest: not proven yet
+    "ollama.json": {"model": str, "latest": str, "digest": str | None},  # no digest: not tested yet
     "lmstudio.json": {"target": str, "done": bool, "key": str | None},
 }
 
 
 def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
-    """(the folder of a model in the store, the version that is named or None).
+    """Return the folder of a model in the store, and the version that the name asks for or None.
 
-    repo: NAME or NAME@VERSION as `make models` lists them, a folder hub (also with @VERSION), or owner/name[@revision].
-    Raises UserError for a name that the store does not hold, and for a folder without a name.
+    Args:
+        models: The store.
+        repo: NAME or NAME@VERSION as `make models` lists them, a folder hub (also with @VERSION), or
+            owner/name[@revision].
+
+    Raises:
+        UserError: The store does not hold that name, or the folder has no name.
     """
     name, _, version = repo.partition("@")
     if re.fullmatch(manifest.PLAIN, name) and (models / name).is_dir():
@@ -62,6 +68,7 @@ def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
 
 
 def _name_of_folder(repo: str) -> str:
+    """Return the name of a folder hub. Raises UserError for a folder without one, such as /."""
     name = hub.folder(repo).resolve().name
     if not name:
         raise UserError(f"REPO {shown(repo)} is no model", "write owner/name for the Hub, ./folder for a folder hub")
@@ -69,14 +76,14 @@ def _name_of_folder(repo: str) -> str:
 
 
 def place(models: Path, repo: str) -> Path:
-    """The folder of a model in the store."""
+    """Return the folder of a model in the store."""
     return find_model(models, repo)[0]
 
 
 def resolve(repo: str | None, models: Path) -> str:
-    """The model that a command is about: the one that was typed, else the only one of the store.
+    """Return the model that a command is about: `repo` when one is given, else the only model of the store.
 
-    Raises UserError where there is none, or more than one.
+    Raises UserError when the store holds no model, or more than one.
     """
     if repo is not None:
         return repo
@@ -89,13 +96,13 @@ def resolve(repo: str | None, models: Path) -> str:
 
 
 def which(repo: str, models: Path) -> str:
-    """REPO= and, where it is not the usual one, MODELS=, to be typed after `make ...`."""
+    """Return the arguments of a `make` command: REPO=, and MODELS= when the store is not the default one."""
     given = f"REPO={shlex.quote(shown(repo))}"
     return given if models == Path("models") else f"{given} MODELS={shlex.quote(str(models))}"
 
 
 def current(models: Path, repo: str) -> Path:
-    """The version of that name, else the one in use. Raises UserError when it was not pulled."""
+    """Return the version that `repo` names, else the one in use. Raises UserError when it was not pulled."""
     folder, version = find_model(models, repo)
     found = known(models, repo) if version else in_use(folder)
     if not found or not (found / RECORD).is_file():
@@ -104,13 +111,14 @@ def current(models: Path, repo: str) -> Path:
 
 
 def in_use(folder: Path) -> Path | None:
+    """Return the version that a model's `current` link leads to; None when there is no such link."""
     link = folder / CURRENT
     name = Path(os.readlink(link)).name if link.is_symlink() else ""
     return folder / name if VERSION.fullmatch(name) else None
 
 
 def use(version: Path) -> None:
-    """Make this version the current one. (A copy of the store may have turned the link into a folder.)"""
+    """Make this version the current one. (In a copied store the link may have become a folder, which is replaced.)"""
     link, part = version.parent / CURRENT, version.parent / f".{CURRENT}.part"
     if in_use(version.parent) == version:
         return
@@ -126,19 +134,22 @@ def use(version: Path) -> None:
 
 
 def refuse_foreign_link(link: Path) -> None:
-    """Raise UserError where `current` is neither our link nor the copy of a version that it became in a copied store."""
+    """Raise UserError when `current` is neither Ferry's link nor the copy of a version.
+
+    When a store is copied, the link may become a copy of the version that it leads to.
+    """
     ours = in_use(link.parent) is not None if link.is_symlink() else not link.exists() or bool(read(link / RECORD))
     if not ours:
         raise UserError(f"{link} is not Ferry's", "move it away, or choose another store: MODELS=folder")
 
 
 def names(folder: Path) -> dict[str, str]:
-    """{what was asked for (a tag, branch or commit): the version that it was then}"""
+    """Return {requested name (a tag, branch or commit): the version that was pulled under it}."""
     return {name: version for name, version in read(folder / NAMES).items() if isinstance(version, str)}
 
 
 def read(path: Path) -> dict:
-    """A record; {} when it is missing or damaged."""
+    """Return a record; {} when it is missing or damaged."""
     try:
         found = files.read_json(path)
     except UserError:
@@ -147,24 +158,28 @@ def read(path: Path) -> dict:
 
 
 def records(folder: Path, name: str) -> dict[Path, dict]:
-    """{version: its record of that name} of a model's versions; damaged ones are left out."""
+    """Return {version: its record of that name} for the versions of a model; damaged records are left out."""
     found = {version: read(version / name) for version in folders(folder)}
     return {version: record for version, record in found.items() if record}
 
 
 def beside(folder: Path, name: str) -> dict[Path, dict]:
-    """The same of all other models of the store."""
+    """Return {version: its record of that name} for all other models of the store."""
     others = [other for other in folder.parent.glob("*/") if other.name != folder.name]
     return {version: record for other in others for version, record in records(other, name).items()}
 
 
 def folders(folder: Path) -> list[Path]:
-    """A model's versions, unfinished ones too."""
+    """Return the versions of a model, unfinished ones too."""
     return [path for path in folder.glob("*/") if VERSION.fullmatch(path.name) and is_ours(path)]
 
 
 def is_ours(version: Path) -> bool:
-    """Whether Ferry made the folder: its record, its manifest's hash, or nothing in it but an unfinished download."""
+    """Return whether Ferry made this folder.
+
+    It did when the folder has a pull.json, when its name is the hash of its manifest, or when it holds nothing but
+    unfinished downloads.
+    """
     if version.is_symlink():
         return False
     beside = version / manifest.NAME
@@ -174,8 +189,10 @@ def is_ours(version: Path) -> bool:
 
 
 def remember(version: Path, pulled: dict, asked: str) -> None:
-    """Its pull.json; the name that the version was asked for by; and that it is the one in use. What is said already is
-    not written again: a store that cannot be written can be used."""
+    """Write pull.json, add the requested name to names.json, and make the version the current one.
+
+    What is recorded already is not written again, so that a read-only store can be used.
+    """
     if read(version / RECORD) != pulled:
         files.write_json(version / RECORD, pulled)
     before = names(version.parent)
@@ -185,7 +202,7 @@ def remember(version: Path, pulled: dict, asked: str) -> None:
 
 
 def record(version: Path) -> dict:
-    """Its pull.json. Raises UserError when it is not what `pull` wrote."""
+    """Return the pull.json of a version. Raises UserError when it is not what `pull` wrote."""
     found = read(version / RECORD)
     if not found or found["file"] != Path(found["file"]).name:
         raise UserError(f"{version / RECORD} is damaged", f"delete {version} and pull again")
@@ -193,13 +210,16 @@ def record(version: Path) -> dict:
 
 
 def versions(folder: Path) -> list[Path]:
-    """Those that were pulled to their end, newest first."""
+    """Return the versions of a model that were pulled completely, newest first."""
     found = [version for version in folders(folder) if (version / RECORD).is_file()]
     return sorted(found, key=lambda version: (version / RECORD).stat().st_mtime, reverse=True)
 
 
 def known(models: Path, repo: str) -> Path | None:
-    """The version that was last pulled under this very name, or is that commit: it can be used without a network."""
+    """Return the version that was last pulled under exactly this name, or that is this commit; None when there is none.
+
+    It can be used without a network.
+    """
     folder, version = find_model(models, repo)
     asked = version or MAIN
     found = names(folder).get(asked)
@@ -209,9 +229,9 @@ def known(models: Path, repo: str) -> Path | None:
 
 
 def pulled(version: Path) -> tuple[manifest.Manifest, Path]:
-    """The manifest and the file of a finished pull, hashed again: the very bytes that were pulled.
+    """Return the manifest and the file of a complete pull. Both are hashed again.
 
-    Raises UserError when either has changed since.
+    Raises UserError when either has changed since the pull.
     """
     said = record(version)
     path, beside = version / said["file"], version / manifest.NAME
@@ -225,15 +245,19 @@ def pulled(version: Path) -> tuple[manifest.Manifest, Path]:
 
 
 def stamp(path: Path) -> list[int]:
-    """What changes when a file does: hashing 5 GB at every step would take longer than the step."""
+    """Return size, modification time and inode, which change when a file does.
+
+    Hashing 5 GB in every stage would take longer than the stage.
+    """
     facts = path.stat()
     return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
 def passed(version: Path) -> tuple[manifest.Manifest, Path]:
-    """The manifest and the file that passed its smoke test, hashed again only if it was touched since.
+    """Return the manifest and the file of a version that passed its smoke test.
 
-    Raises UserError when it did not pass, or has changed.
+    The file is hashed again only if it was touched since the test. Raises UserError when the version has not passed the
+    test, or has changed since.
     """
     said, smoked = record(version), read(version / "smoke.json")
     path, beside = version / said["file"], version / manifest.NAME
@@ -248,16 +272,16 @@ def passed(version: Path) -> tuple[manifest.Manifest, Path]:
 
 
 def proven(version: Path) -> bool:
-    """Did it pass its smoke test, and is it still what passed?"""
+    """Return whether a version passed its smoke test and has not changed since."""
     with contextlib.suppress(UserError):
         return bool(passed(version))
     return False
 
 
 def list_for_terminal(models: Path) -> str:
-    """Two lines a version, for `make models`; what an interrupted pull left has them too.
+    """Return the text of `make models`: two lines for each version, also for one whose pull was interrupted.
 
-    NAME@VERSION, as listed, is what the other commands take.
+    The other commands take NAME@VERSION as it is listed here.
     """
     lines = []
     for version in list_versions(models):
@@ -267,7 +291,7 @@ def list_for_terminal(models: Path) -> str:
 
 
 def list_as_json(models: Path) -> str:
-    """The same as JSON: a list of {model, version, in_use, ...what pull.json says}."""
+    """Return the versions as JSON: a list of {model, version, in_use, ...the fields of pull.json}."""
     found = [
         {"model": version.parent.name, "version": version.name, "in_use": in_use(version.parent) == version}
         | read(version / RECORD)
@@ -277,7 +301,7 @@ def list_as_json(models: Path) -> str:
 
 
 def list_versions(models: Path) -> list[Path]:
-    """All versions of all models, the oldest of each model first."""
+    """Return all versions of all models, the oldest of each model first."""
     return [
         version
         for folder in sorted(path for path in models.glob("*") if path.is_dir())
@@ -286,11 +310,13 @@ def list_versions(models: Path) -> list[Path]:
 
 
 def _age(version: Path) -> float:
+    """Return when a version was pulled, in seconds since the epoch."""
     note = version / RECORD
     return note.stat().st_mtime if note.is_file() else version.stat().st_mtime
 
 
 def _facts(version: Path) -> str:
+    """Return the second line of a version in `make models`."""
     if not (version / RECORD).is_file():
         there = sum(path.stat().st_size for path in version.glob(".*.part"))
         return f"unfinished, {there / 1e9:.2f} GB are there: pull it again, or remove it"
@@ -304,9 +330,9 @@ def _facts(version: Path) -> str:
 
 
 def matching(models: Path, repo: str) -> list[Path]:
-    """A version (REPO@tag, REPO@commit, REPO@version) or, without one, all of the model, unfinished ones too.
+    """Return the versions that `repo` names (REPO@tag, REPO@commit, REPO@version), unfinished ones too.
 
-    Raises UserError when there is none of that name.
+    A REPO without a version names all versions of the model. Raises UserError when there is no version of that name.
     """
     folder, wanted = find_model(models, repo)
     found = [version for version in folders(folder) if wanted is None or _is(version, wanted)]
@@ -316,6 +342,7 @@ def matching(models: Path, repo: str) -> list[Path]:
 
 
 def _is(version: Path, name: str) -> bool:
+    """Return whether `name` means this version: a name of names.json, or 7 or more digits of its hash or commit."""
     try:
         commit = record(version)["commit"] or ""
     except UserError:
@@ -326,7 +353,7 @@ def _is(version: Path, name: str) -> bool:
 
 
 def forget(version: Path) -> int:
-    """Delete a version; the newest of the others is in use then. Returns the bytes that came back."""
+    """Delete a version and return the bytes that became free. If it was in use, the newest other one replaces it."""
     with locked(version.parent):
         try:
             back = sum(path.stat().st_size for path in version.iterdir() if path.stat().st_nlink == 1)
@@ -340,7 +367,7 @@ def _forget(version: Path) -> None:
     folder = version.parent
     if in_use(folder) == version:
         files.remove(folder / CURRENT)
-    files.remove(version / RECORD)  # first: without it the rest is no version
+    files.remove(version / RECORD)  # first: a folder without it is not a complete version
     files.remove(version)
     rest = {name: at for name, at in names(folder).items() if at != version.name}
     if others := versions(folder):
@@ -352,9 +379,9 @@ def _forget(version: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time works in a model's folder; the lock is the folder itself and goes with its process.
+    """Let one process at a time work in a model's folder.
 
-    An empty folder is gone afterwards.
+    The lock is on the folder itself and ends with its process. Empty folders are removed afterwards.
     """
     handle = _lock(folder)
     try:
@@ -367,11 +394,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
+    """Create the folder, wait for its lock and return the open file descriptor that holds it."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another process, which was the last one in there, removed it just now
+        except FileNotFoundError:  # another process, the last one to use the folder, has just removed it
             continue
         except OSError as error:
             raise files.translated(error, folder) from error
@@ -384,7 +412,7 @@ def _lock(folder: Path) -> int:
         except OSError as error:
             os.close(handle)
             raise files.translated(error, folder) from error
-        os.close(handle)  # it was removed while we waited
+        os.close(handle)  # the folder was removed while this process waited
 
 
 def _wait(handle: int, folder: Path) -> None:

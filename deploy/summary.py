@@ -1,4 +1,4 @@
-"""summary: what was made, how it scored before and after, what it says, and how to talk to it."""
+"""summary: the files that were made, the scores before and after training, answers, and how to talk to the model."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merge
 
 
 def text(folder: Path, repo: str) -> str:
-    """The closing page of `make demo` and `make deploy-mac`."""
+    """Return the last page that `make demo` and `make deploy-mac` print."""
     made, path = store.passed(folder)
     smoke = store.read(folder / "smoke.json")
     if not smoke:
@@ -33,6 +33,7 @@ def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
 
 
 def _table(made: Manifest) -> list[str]:
+    """Return the quality ladder: loss, KL and score of base model, adapter, merged model and GGUFs."""
     if not (scores := made.scores.get("heldout")):
         return ["(nothing was scored)"]
     rows = [f"  {_title(name):<28}{s['loss']:>14.3f}{_kl(s):>14}{_percent(s):>14}" for name, s in scores.items()]
@@ -63,12 +64,15 @@ def _percent(scores: dict) -> str:
 
 
 def _answers(smoke: dict) -> list[str]:
-    head = f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, loaded in {smoke['load_seconds']} s, log-probabilities within {smoke['difference']} of where it was made:"
+    head = (
+        f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, "
+        f"loaded in {smoke['load_seconds']} s, log-probabilities within {smoke['difference']} of where it was made:"
+    )
     return [console.wrap(head, 2), *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
 
 
 def _talk(folder: Path, repo: str) -> list[str]:
-    """The commands that reach the model, those of the apps that have it first."""
+    """Return the commands that reach the model; those of the apps that have it come first."""
     ollama, lmstudio = store.read(folder / "ollama.json"), store.read(folder / "lmstudio.json")
     which = store.which(repo, folder.parent.parent)
     return [

@@ -1,7 +1,7 @@
-"""trace: from a file or an installed model back to its run: config, data, code, scores.
+"""trace: find the run that made a file or an installed model, with its config, data, code and scores.
 
-By the file's sha256 among the manifests of the store; else, for a file that was copied, renamed or rewritten, by what
-stands in its own header (ferry.*).
+The file's sha256 is looked up in the manifests of the store. A file that was copied, renamed or rewritten is identified
+by the ferry.* keys of its own header.
 """
 
 import json
@@ -19,9 +19,15 @@ KEYS = "ferry."
 
 
 def stage(what: str, models: Path, as_json: bool = False) -> str:
-    """The page, or the same as JSON. what: a GGUF, a folder of the store, a path in LM Studio's models folder, or a model's name in Ollama.
+    """Return what is known about the origin of a model, as text or as JSON.
 
-    Raises UserError when there is no such thing, or Ferry did not make it.
+    Args:
+        target: A GGUF, a folder of the store, a path in LM Studio's models folder, or the name of a model in Ollama.
+        models: The store.
+        as_json: Whether to return JSON.
+
+    Raises:
+        UserError: There is no such file or model, or Ferry did not make it.
     """
     path = file_of(what, models)
     if path:
@@ -35,7 +41,10 @@ def stage(what: str, models: Path, as_json: bool = False) -> str:
 
 
 def file_of(what: str, models: Path) -> Path | None:
-    """The GGUF that is meant, if a file is."""
+    """Return the GGUF that `target` means; None when it may be the name of a model in Ollama.
+
+    Raises UserError when it can only be a file and there is none.
+    """
     place = Path(what).expanduser()
     for path in (place, lmstudio.models() / what):
         if path.is_file():
@@ -50,12 +59,18 @@ def file_of(what: str, models: Path) -> Path | None:
 
 
 def _header(path: Path) -> dict:
-    """Ferry's keys in it."""
+    """Return Ferry's keys in the header of a GGUF."""
     return {key: value for key, value in gguf_reader.read(path).metadata.items() if key.startswith(KEYS)}
 
 
 def known(models: Path, digest: str | None, identity: object) -> tuple[Manifest | None, Path | None]:
-    """The manifest that names the file, and its version; else that of its run."""
+    """Return the manifest that names the file, and its version; else a manifest of the same run, and its version.
+
+    Args:
+        models: The store.
+        digest: The sha256 of the file; None when it is not known.
+        manifest_id: What the header of the file says; None when it says nothing.
+    """
     found = []
     for path in models.glob(f"*/*/{manifest.NAME}"):
         made = _read(path)
@@ -68,12 +83,16 @@ def known(models: Path, digest: str | None, identity: object) -> tuple[Manifest 
 def _read(path: Path) -> Manifest | None:
     try:
         return manifest.read(path)
-    except UserError:  # of a newer Ferry, or damaged: it explains nothing
+    except UserError:  # written by a newer Ferry, or damaged: it does not help here
         return None
 
 
 def in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
-    """(the version that Ferry put there, Ferry's keys in what the server holds). Raises UserError when neither is known."""
+    """Return the version that Ferry put into Ollama under a name or None, and Ferry's keys in the model of that name.
+
+    The keys are read only when no version is known. Raises UserError when Ollama has no such model, or cannot be asked
+    and no record names it.
+    """
     wanted = name if ":" in name else f"{name}:latest"
     records = {v: r for folder in models.glob("*/") for v, r in store.records(folder, "ollama.json").items()}
     ours = [
@@ -98,7 +117,7 @@ def in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
 def page(
     what: str, digest: str | None, made: Manifest | None, version: Path | None, header: dict, as_json: bool = False
 ) -> str:
-    """Raises UserError when nothing is known of it."""
+    """Return the page about `target`, as text or as JSON. Raises UserError when nothing is known about it."""
     if made is None and not header:
         raise UserError(
             f"{shown(what)} was not made by Ferry: no manifest here names it, and its header holds no {KEYS}* keys",
@@ -120,7 +139,7 @@ def page(
 
 
 def _by_name(lines: list[tuple[str, str]]) -> dict[str, str]:
-    """The page's lines by their names; a line without one belongs to the line before."""
+    """Return the values of a page by their names; a line without a name is appended to the value before it."""
     found: dict[str, str] = {}
     for name, value in lines:
         if not name:
@@ -132,25 +151,38 @@ def _by_name(lines: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def from_manifest(made: Manifest) -> list[tuple[str, str]]:
+    """Return (name, value) for each line that the manifest gives."""
     said, git = made.provenance, made.provenance.get("git") or {}
     changed = ", with changes that are not committed" if git.get("dirty") else ""
     data, train = made.dataset, made.training
     sources = ", ".join(f"{name} {digest[:12]}" for name, digest in data.sha256.items())
     scores = {name: (score["loss"], score.get("score")) for name, score in made.scores.get("heldout", {}).items()}
     return [
-        ("run", f"{made.name}, {train.get('method')} on {train.get('device')}, {train.get('steps')} steps, final loss {train.get('final_loss')}"),
+        (
+            "run",
+            (
+                f"{made.name}, {train.get('method')} on {train.get('device')}, "
+                f"{train.get('steps')} steps, final loss {train.get('final_loss')}"
+            ),
+        ),
         ("base", f"{made.base.model} at {made.base.revision}, {made.base.license}"),
         ("config", f"sha256 {said.get('config_sha256')}, all of it in the manifest"),
         ("data", f"{data.source} at {data.revision}" if data.revision else f"{data.source}: {sources}"),
-        ("", f"{data.rows.get('train')} rows trained on, {data.rows.get('heldout')} held out (sha256 {data.split_hash[:12]})"),
+        (
+            "",
+            (
+                f"{data.rows.get('train')} rows trained on, "
+                f"{data.rows.get('heldout')} held out (sha256 {data.split_hash[:12]})"
+            ),
+        ),
         ("code", f"{git.get('url')} {git.get('commit')}{changed}"),
         ("made by", f"{said.get('llama_cpp')}, python {said.get('python')}"),
         ("scores", f"{made.scores.get('rule')}, held-out loss and score: {_scores(scores)}"),
-    ]  # fmt: skip
+    ]
 
 
 def from_header(header: dict) -> list[tuple[str, str]]:
-    """What the file says of itself."""
+    """Return (name, value) for each line that the file's own header gives."""
     scores = _parsed(header.get("ferry.scores"))
     losses = {n: (s.get("loss"), s.get("score")) for n, s in scores.items() if isinstance(s, dict)}
     revision, rows = header.get("ferry.base.revision"), str(header.get("ferry.data.heldout_sha256", ""))
@@ -158,9 +190,10 @@ def from_header(header: dict) -> list[tuple[str, str]]:
         ("run", f"{header.get('ferry.run')}, manifest id {header.get('ferry.manifest_id')}"),
         ("base", f"{header.get('ferry.base')}{f' at {revision}' if revision else ''}"),
         ("config", f"sha256 {header['ferry.config_sha256']}" if "ferry.config_sha256" in header else ""),
-        ("data", f"{header.get('ferry.data')}, held-out rows sha256 {rows[:12]}"), ("code", str(header.get("ferry.code", ""))),
+        ("data", f"{header.get('ferry.data')}, held-out rows sha256 {rows[:12]}"),
+        ("code", str(header.get("ferry.code", ""))),
         ("scores", f"{scores.get('rule')}, held-out loss and score: {_scores(losses)}"),
-    ]  # fmt: skip
+    ]
 
 
 def _parsed(text: object) -> dict:

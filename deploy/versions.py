@@ -1,4 +1,4 @@
-"""Going back, tidying up and leaving: what is installed follows the version that the store has in use."""
+"""Roll back, prune and remove versions. The apps follow the version that the store has in use."""
 
 from pathlib import Path
 
@@ -8,9 +8,15 @@ from deploy.apps import lmstudio, ollama
 
 
 def rollback(repo: str, models: Path, start: bool = False) -> tuple[Path, list[str]]:
-    """Use another version: the one named (REPO@tag), else the one pulled before that in use; returns it and what was done.
+    """Use another version: the one that `repo` names (REPO@tag), else the one pulled before the current one.
 
-    Raises UserError when there is none; what was in use stays so until the other one is installed.
+    The current version stays in use until the apps have the other one.
+
+    Returns:
+        The version, and a line for each app that was updated.
+
+    Raises:
+        UserError: There is no such version, or it has not passed its smoke test.
     """
     version = _named(repo, models) or _older(repo, models)
     store.passed(version)
@@ -24,6 +30,7 @@ def _named(repo: str, models: Path) -> Path | None:
 
 
 def _older(repo: str, models: Path) -> Path:
+    """Return the newest tested version that is older than the current one. Raises UserError when there is none."""
     using, every = store.current(models, repo), store.versions(store.place(models, repo))
     older = [version for version in every[every.index(using) + 1 :] if store.proven(version)]
     if not older:
@@ -35,7 +42,7 @@ def _older(repo: str, models: Path) -> Path:
 
 
 def install(version: Path, start: bool = False) -> list[str]:
-    """Into each app that has this model in any version, and no other."""
+    """Install a version in each app that has any version of this model, and return a line for each."""
     done = []
     if store.records(version.parent, ollama.RECORD):
         done.append(f"Ollama: {ollama.stage(version, start=start)['latest']} is {version.name}")
@@ -45,7 +52,10 @@ def install(version: Path, start: bool = False) -> list[str]:
 
 
 def prune(repo: str, models: Path, keep: int, start: bool = False) -> list[tuple[Path, int]]:
-    """Remove all but the `keep` newest versions and the one in use; returns [(version, bytes that came back)]."""
+    """Remove all versions but the `keep` newest and the one in use; return [(version, bytes that became free)].
+
+    Raises UserError when the store has no current version of the model.
+    """
     folder = store.place(models, repo)
     using, every = store.in_use(folder), store.versions(folder)
     if not using:
@@ -56,18 +66,18 @@ def prune(repo: str, models: Path, keep: int, start: bool = False) -> list[tuple
 def undeploy(repo: str, models: Path, start: bool = False) -> list[tuple[Path, int]]:
     """Remove a model, or one version of it (REPO@tag), from Ollama, LM Studio and the store.
 
-    Returns [(version, bytes that came back)]. Raises UserError, with nothing removed of a version, when an app that has it
-    cannot be asked.
+    Returns [(version, bytes that became free)]. When an app that has a version cannot be asked, it raises UserError and
+    removes nothing of that version.
     """
     going = store.matching(models, repo)
     staying = [v for v in store.versions(store.place(models, repo)) if v not in going and store.proven(v)]
-    if staying and store.in_use(going[0].parent) in going:  # LM Studio and latest then show one that stays
+    if staying and store.in_use(going[0].parent) in going:  # LM Studio and NAME:latest then have a version that stays
         install(staying[0], start)
         store.use(staying[0])
     return [(version, _gone(version, start)) for version in going]
 
 
 def _gone(version: Path, start: bool) -> int:
-    """One version, from the apps first: the store's records say what they have."""
+    """Remove a version and return the bytes that became free. The apps come first: the records say what they have."""
     back = ollama.gone(version, start) + lmstudio.gone(version)
     return back + store.forget(version)

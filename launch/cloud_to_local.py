@@ -1,7 +1,7 @@
-"""cloud-to-local: checks, the tree and its data to a box, `make train` there, its log here, the result home.
+"""cloud-to-local: check the run, send code and data to a provider, run `make train` there, and fetch the result.
 
-Whatever is interrupted, the same command goes on: a job that runs is watched again, one that ended is fetched or started
-again, and `make train` itself goes on from its records.
+Meanwhile the job's log is shown here. Whatever is interrupted, the same command resumes it: a job that runs is watched
+again, one that has ended is fetched or started again, and `make train` itself resumes from its records.
 """
 
 import os
@@ -24,48 +24,74 @@ from pipeline.run.run_folder import Run
 from pipeline.run.run_stages import run_stages
 from pipeline.toolchain import git
 
-# Of this machine, for the job: over the connection, never in a file or an argument.
+# Variables of this machine that the job gets. They go over the connection, and stand in no file and no argument.
 PASSED = (
-    "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "WANDB_API_KEY", "WANDB_MODE", "FERRY_HUB_SECONDS",
-    "FERRY_SILENCE_SECONDS", "FERRY_DEVICE",
-)  # fmt: skip
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_XET",
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "FERRY_HUB_SECONDS",
+    "FERRY_SILENCE_SECONDS",
+    "FERRY_DEVICE",
+)
 STARTED = "started.json"
-ENVIRONMENT = {"cuda": 9e9, "cpu": 4e9}  # bytes of disk: packages and llama.cpp, while they are made
+ENVIRONMENT = {"cuda": 9e9, "cpu": 4e9}  # peak bytes of disk: packages and the build of llama.cpp
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What was typed."""
+    """What the user typed."""
 
     overrides: tuple[str, ...] = ()
+    """SECTION.KEY=VALUE for the config."""
     settings: tuple[str, ...] = ()
-    """For the `make` there, such as DOCKER=0."""
+    """NAME=VALUE for the job's `make`, such as DOCKER=0."""
     teardown: str | None = None
+    """The command that ends what bills."""
     limit: float | None = None
-    """Dollars."""
+    """The most that the job may cost, in dollars."""
     yes: bool = False
+    """Start without asking."""
     checkpoints: str | None = None
-    """Repo for a box's checkpoints; a rented machine's are always sent."""
+    """Repo for the checkpoints of a machine of yours; those of a rented instance always go to a repo."""
     gpu: str | None = None
+    """The GPU, or the type of instance, to rent."""
     hours: float | None = None
-    """Time limit of a rented machine."""
+    """Time limit of a rented instance."""
     spot: bool = False
+    """Rent an instance that the provider may take away."""
 
     @property
     def device(self) -> str:
+        """Return what the job trains on: 'cuda' or 'cpu'."""
         return self.typed("DEVICE", "cuda")
 
     def typed(self, name: str, otherwise: str) -> str:
+        """Return the value of a setting for the job's `make`, or the default."""
         return dict(word.split("=", 1) for word in self.settings).get(name, otherwise)
 
 
 def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wish, lock: int | None = None) -> dict:
-    """From a config to a repo that `make deploy-mac` takes; returns cloud.json.
+    """Train a config at a provider, fetch the result, and write and return cloud.json.
 
-    lock: descriptor of the run's lock, which the caller holds. Raises UserError with what went wrong, after the line that
-    says what still bills.
+    The record's `repo` is what `make deploy-mac` takes.
+
+    Args:
+        config_file: The config to train.
+        run: The run here; it keeps the job's log and the records of this command.
+        provider: Where the job runs.
+        cloud: The provider as the user typed it (CLOUD=), for messages.
+        options: What else the user typed.
+        lock: File descriptor of the run's lock, which the caller holds.
+
+    Raises:
+        UserError: What went wrong. What still bills has been reported before.
     """
-    settings, name, notes = load.load_config(config_file, wish.overrides), run.folder.name, run.folder / "cloud"
+    settings = load.load_config(config_file, wish.overrides)
+    name = run.folder.name
+    notes = run.folder / "cloud"
     refuse_folder(settings, launcher)
     refuse_choice(launcher, wish)
     job = prepared(settings, run, launcher, wish)
@@ -96,7 +122,8 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
                 refuse_full_disk(need, launcher, machine)
                 job = replace(job, files=job.files | brought_home(run))
             if state.word == "absent" or launcher.rented:
-                files.set_aside(notes / "log")  # another machine's: the log here is that of the one machine
+                # it is of an earlier machine, and a log holds the output of one machine only
+                files.set_aside(notes / "log")
             agree(settings, work, plan, job, session, machine, wish)
             files.write_json(notes / STARTED, {"where": launcher.where})
             begin(session, job, "train", wish)
@@ -104,17 +131,22 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
         files.remove(notes / STARTED)
         repo = delivered(launcher, job, run)
         rescue.remove_copies(session.home)
+    billing = session.ended()
     record = {
-        "repo": repo, "where": launcher.where, "commit": state.commit, "config": digest(job), "billing": session.ended(),
-    }  # fmt: skip
+        "repo": repo,
+        "where": launcher.where,
+        "commit": state.commit,
+        "config": digest(job),
+        "billing": billing,
+    }
     files.write_json(run.folder / "cloud.json", record)
     return record
 
 
 def stop_job(launcher: Launcher, folder: Path, teardown: str | None) -> str:
-    """Tell the job of the run in `folder` to write its state and end; returns what still bills."""
+    """Tell the job of a run to write its state and end, wait for that, and return what still bills."""
     name = folder.name
-    # until the machine says otherwise
+    # is_running=True: a job is taken to run until the provider says that it does not
     session = Session(launcher, name, "the same command", teardown, running=True, home=folder / "cloud" / "rescued")
     with session.billed():
         session.running = launcher.state(name).word == "running"
@@ -126,13 +158,13 @@ def stop_job(launcher: Launcher, folder: Path, teardown: str | None) -> str:
 
 
 def stopping(cloud: str, name: str, wish: Wish) -> str:
-    """The command that ends the job: it must look for it where it was started."""
+    """Return the command that ends the job, with the settings by which it finds the job where it was started."""
     more = (" SPOT=1" if wish.spot else "") + (f" CHECKPOINTS={wish.checkpoints}" if wish.checkpoints else "")
     return f"`make cloud-stop CLOUD={cloud} RUN={name}{more}`"
 
 
 def here_already(run: Run, job: Job) -> dict | None:
-    """Its cloud.json when this very config came home before: its box may be gone by now."""
+    """Return cloud.json when the result of this very config was fetched before; its machine may be gone by now."""
     note = run.folder / "cloud.json"
     said = files.read_json(note) if note.is_file() else {}
     if said.get("config") != digest(job):
@@ -142,18 +174,18 @@ def here_already(run: Run, job: Job) -> dict | None:
 
 
 def digest(job: Job) -> str:
-    """Of its config, as State has it."""
+    """Return the sha256 of the job's config, as JobState has it."""
     return files.sha256_bytes(job.config.encode())
 
 
 def started(run: Run, launcher: Launcher) -> bool:
-    """Was this run started there, and not seen to end?"""
+    """Return whether this run was started at this provider and was not seen to end."""
     note = run.folder / "cloud" / STARTED
     return note.is_file() and files.read_json(note).get("where") == launcher.where
 
 
 def refuse_folder(settings: Config, launcher: Launcher) -> None:
-    """A machine that is given back takes its folders with it."""
+    """Raise UserError when the result would go into a folder of an instance, which is lost when that is given back."""
     if launcher.rented and hub.is_folder(settings.publish.repo):
         raise UserError(
             f"publish.repo is {settings.publish.repo}, a folder, and {launcher.where} keeps none",
@@ -162,7 +194,7 @@ def refuse_folder(settings: Config, launcher: Launcher) -> None:
 
 
 def refuse_choice(launcher: Launcher, wish: Wish) -> None:
-    """What is there already is not chosen."""
+    """Raise UserError when the options choose an instance and the job runs on a machine of yours."""
     if not launcher.rented and (wish.gpu or wish.hours):
         raise UserError(
             f"GPU and HOURS choose a machine that is rented, and {launcher.where} is there already",
@@ -171,7 +203,7 @@ def refuse_choice(launcher: Launcher, wish: Wish) -> None:
 
 
 def prepared(settings: Config, run: Run, launcher: Launcher, wish: Wish) -> Job:
-    """The job without its files, which are known once `data` has read them."""
+    """Return the job without its files, which are known once the data stage has read them."""
     changed, _ = upload_files.moved(settings.model_dump(mode="json"))
     url = git.checkout()["url"]
     name, head = run.folder.name, source_archive.head(source_archive.ROOT)
@@ -181,7 +213,10 @@ def prepared(settings: Config, run: Run, launcher: Launcher, wish: Wish) -> Job:
 
 
 def found(session: Session, job: Job) -> State:
-    """The job there. Raises UserError when another one of that name runs."""
+    """Return the state of the job at the provider.
+
+    A job of that name with another config counts as died. Raises UserError when such a job still runs.
+    """
     launcher, state = session.launcher, session.launcher.state(job.name)
     session.running = state.word == "running"
     other = state.config and state.config != digest(job)
@@ -197,7 +232,10 @@ def found(session: Session, job: Job) -> State:
 
 
 def checked(config_file: Path, run: Run, launcher: Launcher, wish: Wish, lock: int | None) -> None:
-    """What can be known here, in seconds: the rows, the Hub. Raises UserError or ends with its exit code."""
+    """Make the rows and run the preflight here, which takes seconds.
+
+    Raises UserError, or ends with the exit code of the data stage.
+    """
     run_stages(run, "data", lock)
     leaving = getattr(launcher, "checkpoints", wish.checkpoints)
     for text in check_run.stage(load.load_config(config_file, wish.overrides), run, here=False, checkpoints=leaving):
@@ -205,7 +243,7 @@ def checked(config_file: Path, run: Run, launcher: Launcher, wish: Wish, lock: i
 
 
 def with_files(job: Job, settings: Config, run: Run) -> Job:
-    """The job with all that its config names."""
+    """Return the job with the files that its config names and the commit does not contain."""
     _, moves = upload_files.moved(settings.model_dump(mode="json"))
     beside = upload_files.below(moves, run.read("data")["inputs"])
     sent = upload_files.untold(job.repository, job.commit, beside)
@@ -216,7 +254,7 @@ def with_files(job: Job, settings: Config, run: Run) -> Job:
 
 
 def brought_home(run: Run) -> dict[str, Path]:
-    """What another box had made of the run before it was given back."""
+    """Return path in the tree -> local file of what an earlier machine made of the run before it was given back."""
     found = rescue.along(run.folder / "cloud" / "rescued", run.folder.name)
     if found:
         hub.say(f"{run.folder.name} goes on there with what was brought home")
@@ -224,14 +262,15 @@ def brought_home(run: Run) -> dict[str, Path]:
 
 
 def launched_on(launcher: Launcher, wish: Wish) -> Machine:
-    """The machine, which can do it. Raises UserError for what would fail there after minutes."""
+    """Return what the provider has, if it can do the job. Raises UserError for what would fail there after minutes."""
     machine = launcher.look()
     if not machine.system.startswith("Linux"):
         raise UserError(f"{launcher.where} is {machine.system}; Ferry trains on Linux", "CLOUD=ssh://user@a-linux-box")
     if machine.lacks:
         raise UserError(
             f"{launcher.where} has no {', '.join(machine.lacks)}",
-            "install it there (sudo apt-get install make python3 python3-venv python3-dev g++ util-linux), then the same command",
+            "install it there (sudo apt-get install make python3 python3-venv python3-dev g++ util-linux), "
+            "then the same command",
         )
     if machine.unwritable:
         raise UserError(
@@ -240,18 +279,26 @@ def launched_on(launcher: Launcher, wish: Wish) -> Machine:
         )
     if not machine.cards and wish.device != "cpu":
         raise UserError(
-            f"{launcher.where} {'offers' if launcher.rented else 'has'} no NVIDIA GPU{'' if launcher.rented else ' that answers'}",
+            f"{launcher.where} {'offers' if launcher.rented else 'has'} no NVIDIA GPU"
+            f"{'' if launcher.rented else ' that answers'}",
             "take another one, or train on a processor: DEVICE=cpu",
         )
     return machine
 
 
 def ordered(machine: Machine, work: plans.Work | None, need: int, wish: Wish) -> tuple[Order, plans.Plan | None]:
-    """The machine to ask for, and the plan on it."""
+    """Return the request for the cheapest instance that fits the options, and the plan on it."""
     return orders.order(
-        machine, work, need, wish.typed("IMAGE", job_script.IMAGE), gpu=wish.gpu, cpu=wish.device == "cpu", spot=wish.spot,
-        hours=wish.hours, dollars=wish.limit,
-    )  # fmt: skip
+        machine,
+        work,
+        need,
+        wish.typed("IMAGE", job_script.IMAGE),
+        gpu=wish.gpu,
+        cpu=wish.device == "cpu",
+        spot=wish.spot,
+        hours=wish.hours,
+        dollars=wish.limit,
+    )
 
 
 def agree(
@@ -263,8 +310,10 @@ def agree(
     machine: Machine,
     wish: Wish,
 ) -> None:
-    """Hours and price of this run on that machine, agreed to once."""
-    where, note, order = session.launcher.where, session.home.with_name("agreed.json"), job.order
+    """Show the plan and ask the user to confirm hours and price; the same run on the same machine is asked for once."""
+    where = session.launcher.where
+    note = session.home.with_name("agreed.json")
+    order = job.order
     card = order.offer.name if order else machine.cards[0] if machine.cards else "CPU"
     this = {"where": where, "config": digest(job), "cards": [card] if order else list(machine.cards)}
     this |= {"hours": order.hours, "dollars": order.offer.dollars, "spot": order.spot} if order else {}
@@ -276,14 +325,14 @@ def agree(
     about = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
     cost = f"about {plans.duration(3600 * plan.hours)}{about}" if plan else "hours and price are not known"
     cost += f", set-up and downloads not counted{at_most(order)}"
-    if order and (dollars is None or wish.hours):  # nothing better is known, or it was asked for
+    if order and (dollars is None or wish.hours):  # the time limit is all that is known, or the user set it
         dollars = order.most
     ask(f"{job.run} on {where} ({card}): {cost}", dollars, wish.limit, wish.yes or before)
     files.write_json(note, this)
 
 
 def at_most(order: Order | None) -> str:
-    """What a rented machine cannot cost more than."""
+    """Return the most that a rented instance can cost, for a message; empty for a machine of yours."""
     if not order:
         return ""
     most = f", ${order.most:.2f}" if order.most is not None else ""
@@ -292,21 +341,25 @@ def at_most(order: Order | None) -> str:
 
 
 def disk_of(settings: Config, work: plans.Work | None, wish: Wish) -> int:
-    """Bytes, of the environment and of the run to its end."""
+    """Return the bytes of disk that the environment and the whole run need."""
     return round(ENVIRONMENT[wish.device] + (sum(plans.space_of(settings, work).values()) if work else 0))
 
 
 def refuse_full_disk(need: int, launcher: Launcher, machine: Machine) -> None:
-    """Of a machine that is there."""
+    """Raise UserError when a machine of yours has too little free disk."""
     if not launcher.rented and machine.free < need:
         raise UserError(
-            f"{launcher.where} has {machine.free / 1e9:.1f} GB of disk free where the job goes, it needs {need / 1e9:.1f} GB",
+            f"{launcher.where} has {machine.free / 1e9:.1f} GB of disk free where the job goes, "
+            f"it needs {need / 1e9:.1f} GB",
             "take a box with more disk, or name a larger folder: CLOUD=ssh://user@box/folder",
         )
 
 
 def planned(settings: Config, work: plans.Work | None, machine: Machine) -> plans.Plan | None:
-    """On its first card, where the table has that."""
+    """Return the plan on the machine's first GPU; None when configs/gpus.csv does not have it.
+
+    Raises UserError when the training does not fit.
+    """
     card = gpu_table.find(machine.cards[0]) if machine.cards else None
     made = plans.on(card, work) if card and work else None
     if isinstance(made, str):
@@ -315,7 +368,7 @@ def planned(settings: Config, work: plans.Work | None, machine: Machine) -> plan
 
 
 def work_of(settings: Config, run: Run) -> plans.Work | None:
-    """None for what is no plain decoder: what it needs is known when it runs."""
+    """Return what the training needs; None for a model that is no plain decoder, whose need is known when it runs."""
     try:
         return plans.work(settings, run)
     except UserError as error:
@@ -324,13 +377,13 @@ def work_of(settings: Config, run: Run) -> plans.Work | None:
 
 
 def begin(session: Session, job: Job, goal: str, wish: Wish) -> None:
-    """Send and start."""
+    """Send the job and start `make <goal>`; from then on the session counts as running."""
     launcher = session.launcher
     hub.say(f"{launcher.where}: sending {job.commit[:12]}")
     launcher.send(job)
     passed = environment(wish)
     hub.say(f"{launcher.where}: starting `make {goal}`" + (f", with {', '.join(passed)} of here" if passed else ""))
-    session.running = True  # or about to
+    session.running = True  # before the call, which may fail after the job has started
     try:
         launcher.start(job, goal, passed)
     except UserError:
@@ -339,7 +392,7 @@ def begin(session: Session, job: Job, goal: str, wish: Wish) -> None:
 
 
 def may_run(launcher: Launcher, name: str) -> bool:
-    """Whether an engine that refused a job has it all the same."""
+    """Return whether a provider that refused a job may run it all the same."""
     try:
         return launcher.state(name).word == "running"
     except UserError:
@@ -347,7 +400,7 @@ def may_run(launcher: Launcher, name: str) -> bool:
 
 
 def environment(wish: Wish) -> dict[str, str]:
-    """What the job gets of this machine's environment."""
+    """Return the variables of this machine's environment that the job gets, and the Hub's token."""
     passed = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
     if token := hub.token():
         passed["HF_TOKEN"] = token
@@ -355,7 +408,7 @@ def environment(wish: Wish) -> dict[str, str]:
 
 
 def watched(session: Session, job: Job, log: Path) -> State:
-    """To its end. Raises UserError when it ended badly."""
+    """Show the job's log until it ends and return its state. Raises UserError when it failed."""
     session.running = True
     state = watch_job.through(session.launcher, job.name, log)
     session.running = False
@@ -374,7 +427,10 @@ def watched(session: Session, job: Job, log: Path) -> State:
 
 
 def delivered(launcher: Launcher, job: Job, run: Run) -> str:
-    """The repo that `make deploy-mac` takes."""
+    """Fetch what the job published and return the repo that `make deploy-mac` takes.
+
+    Note where the rows made there differ from the rows made here.
+    """
     if run.done("data"):
         for text in fetch_result.same_rows(run.read("data"), fetch_result.record(launcher, job.name, job.run, "data")):
             hub.say(f"note: the rows made there are others than those made here: {text}")

@@ -1,4 +1,4 @@
-"""What costs money: asked once before it begins, said at the end, ended by the user's own command if there is one."""
+"""What costs money: it is confirmed once before it starts, reported at the end, and ended by a teardown command."""
 
 import subprocess
 import sys
@@ -16,35 +16,45 @@ from launch.provider import Launcher
 
 @dataclass
 class Session:
-    """One launch. running: whether the job may run at this moment."""
+    """One job at a provider, from its start to the report of what it costs."""
 
     launcher: Launcher
     name: str
     stop: str
-    """What ends a running job, for the end of a sentence."""
+    """The command that ends a running job, as the end of a sentence."""
     teardown: str | None = None
-    """The user's own, which ends what bills."""
+    """The user's own command that ends what bills."""
     running: bool = False
+    """Whether the job may run at this moment."""
     home: Path | None = None
-    """Where what the run made is brought before a teardown, when it did not end well."""
+    """The folder that gets what the run made before a teardown, when the job did not end well."""
 
     @contextmanager
     def billed(self):
-        """Whatever comes of it, the last lines are what still costs money. The teardown runs as soon as no job does."""
+        """Report what still costs money as the last lines of a failure, after a teardown if no job runs."""
         try:
             yield self
         except BaseException:
-            hub.say(self.ended(well=False))
+            report = self.ended(well=False)
+            hub.say(report)
             raise
 
     def ended(self, well: bool = True) -> str:
-        """Tear down, unless the job runs or its work would be lost; says what is left."""
+        """Run the teardown, unless the job runs or its work would be lost, and return what still costs money."""
         if self.running:
-            return f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. {self.launcher.bill(self.name, self.running)}"
+            return (
+                f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. "
+                f"{self.launcher.bill(self.name, self.running)}"
+            )
         if not (teardown := self.teardown or self.launcher.teardown(self.name)):
             return f"{self.name} does not run on {self.launcher.where}. {self.launcher.bill(self.name, self.running)}"
-        if self.home and not well and (why := rescue.bring(self.launcher, self.name, self.name, self.home)):
-            return f"TEARDOWN was not run: what {self.name} made cannot be brought home ({why}). {self.launcher.bill(self.name, self.running)}"
+        if self.home and not well:
+            why = rescue.bring(self.launcher, self.name, self.name, self.home)
+            if why:
+                return (
+                    f"TEARDOWN was not run: what {self.name} made cannot be brought home ({why}). "
+                    f"{self.launcher.bill(self.name, self.running)}"
+                )
         code = subprocess.run(["sh", "-c", teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if code:
             return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{teardown}` was to end it"
@@ -52,7 +62,17 @@ class Session:
 
 
 def ask(what: str, dollars: float | None, limit: float | None, yes: bool) -> None:
-    """Nothing is started without a yes. Raises UserError over the user's own limit, and where nobody can be asked."""
+    """Ask the user to confirm the cost; nothing is started without a yes.
+
+    Args:
+        summary: What would be started, with its price, for messages.
+        dollars: Its price; None when it is not known.
+        max_dollars: The user's own limit.
+        assume_yes: Print the summary and do not ask.
+
+    Raises:
+        UserError: The price is over the limit, the user said no, or there is no terminal to ask on.
+    """
     if limit is not None and (dollars is None or dollars > limit):
         price = "a price that is not known" if dollars is None else f"about ${dollars:.2f}"
         raise UserError(

@@ -1,4 +1,4 @@
-"""The result of a job: on the Hub already, or brought home over the same connection, each file by its sha256."""
+"""Fetch the result of a job: from the Hub, or over the connection to it, where each file is checked by its sha256."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MOST = 64 << 20  # bytes of a record
 
 
 def record(launcher: Launcher, name: str, run: str, stage: str) -> dict:
-    """A record of the run there."""
+    """Return the record that a stage of the job's run wrote. Raises UserError when it is not JSON."""
     try:
         return json.loads(small(launcher, name, f"runs/{run}/{stage}.json"))
     except ValueError as error:
@@ -25,7 +25,7 @@ def record(launcher: Launcher, name: str, run: str, stage: str) -> dict:
 
 
 def small(launcher: Launcher, name: str, path: str) -> bytes:
-    """A file that fits in memory. Raises UserError when it is not there."""
+    """Return a file of the job's folder. Raises UserError when it does not exist or is larger than 64 MiB."""
     content = bytearray()
     for block in launcher.rest(name, path):
         content += block
@@ -35,7 +35,10 @@ def small(launcher: Launcher, name: str, path: str) -> bytes:
 
 
 def home(launcher: Launcher, name: str, run: str, hubs: Path) -> str:
-    """What `make deploy-mac REPO=` is to get: the repo on the Hub, or the folder hub that was brought here."""
+    """Return the repo on the Hub that the job published; download it first when it is a folder hub at the provider.
+
+    The result is what `make deploy-mac REPO=` takes.
+    """
     said = record(launcher, name, run, "publish")
     if not hub.is_folder(said["repo"]):
         return f"{said['repo']}@{said['tag']}"
@@ -47,7 +50,7 @@ def home(launcher: Launcher, name: str, run: str, hubs: Path) -> str:
 
 
 def brought(launcher: Launcher, name: str, there: str, target: Path) -> None:
-    """A folder hub, its manifest last. What is here already and whole is not fetched again."""
+    """Download a folder hub, its manifest last. Files that are complete here already are not downloaded again."""
     content = small(launcher, name, f"{there}/{manifest.NAME}")
     made = manifest.parse(content, f"{launcher.where}:{there}/{manifest.NAME}")
     if (target / manifest.NAME).is_file() and (target / manifest.NAME).read_bytes() != content:
@@ -59,7 +62,10 @@ def brought(launcher: Launcher, name: str, there: str, target: Path) -> None:
 
 
 def fetch(launcher: Launcher, name: str, there: str, target: Path, item: manifest.File) -> None:
-    """One file; a lost connection costs what was on the wire. Raises UserError when it has another sha256."""
+    """Download one file; after a lost connection only what was in transit is sent again.
+
+    Raises UserError when the file has another sha256 than the manifest says.
+    """
     if target.is_file() and target.stat().st_size == item.bytes and files.sha256(target) == item.sha256:
         return
     part = target.with_name(f".{target.name}.{item.sha256[:12]}.part")
@@ -78,7 +84,7 @@ def fetch(launcher: Launcher, name: str, there: str, target: Path, item: manifes
 
 
 def _filled(launcher: Launcher, name: str, there: str, part: Path, item: manifest.File) -> None:
-    """All of it, through lost connections."""
+    """Download the whole file into `part`, and retry after each lost connection. Progress resets the time limit."""
     waiting, have = Patience(), 0
     while True:
         try:
@@ -90,6 +96,7 @@ def _filled(launcher: Launcher, name: str, there: str, part: Path, item: manifes
 
 
 def _append(launcher: Launcher, name: str, there: str, part: Path, item: manifest.File) -> None:
+    """Download what `part` does not have yet, over one connection."""
     have = part.stat().st_size if part.is_file() else 0
     if have >= item.bytes:
         return
@@ -101,7 +108,7 @@ def _append(launcher: Launcher, name: str, there: str, part: Path, item: manifes
 
 
 def same_rows(local: dict, there: dict) -> list[str]:
-    """How the rows made there differ from those made here; nothing when they are the same, byte for byte."""
+    """Return how the training and held-out rows made there differ from those made here; empty when all bytes agree."""
     said = []
     for output in ("train", "heldout"):
         a, b = (record["outputs"][output]["sha256"] for record in (local, there))

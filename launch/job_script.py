@@ -1,8 +1,8 @@
-"""A job as any engine can run it: one line for a shell on a bare machine, its environment, its secrets, its time limit.
+"""A job as any provider of rented instances runs it: a shell command line, environment, secrets and a time limit.
 
-All that is large goes through the Hub: the tree and private data lie in a private data set repo (you/<run>-job), what the
-run makes goes to a private repo (you/<run>-checkpoints). So no engine needs storage of its own, and a machine that takes
-another one's place begins where that one was.
+All that is large goes through the Hub: the tree and private data are in a private data set repo (you/<run>-job), and
+what the run makes goes to a private repo (you/<run>-checkpoints). So no provider needs storage of its own, and an
+instance that replaces another one resumes where that one was.
 """
 
 import shlex
@@ -12,9 +12,9 @@ from launch.provider import Job, Order
 
 IMAGE = "python:3.12-bookworm"  # Python 3.11 or newer with headers, make and g++: what `make env` needs
 SECRET = ("HF_TOKEN", "WANDB_API_KEY")
-SAVING = 180  # seconds before the engine's own time limit: the state is written and leaves
-# As ssh_box.sh's claim: a folder with both marks is a job's, and so is a new one; nothing is unpacked over anything else.
-# The token goes to the Hub only, never to where it sends us.
+SAVING = 180  # seconds before the provider's own time limit in which the state is written and uploaded
+# The same rule as claim in ssh_box.sh: a folder with both marks is a job's, a new one becomes a job's, and nothing is
+# unpacked over anything else. The token goes to the Hub only, never to where the Hub redirects us.
 UNPACK = (
     "import os, sys, tarfile, urllib.request as u; marks = ['job/commit', 'job/listing']; "
     "names = os.listdir() + (os.listdir('job') if os.path.isdir('job') else []); "
@@ -30,18 +30,25 @@ UNPACK = (
 
 @dataclass(frozen=True)
 class Task:
-    """What each engine makes its own request from."""
+    """A job from which each provider makes its own request."""
 
     name: str
     order: Order
     line: str
-    """For `sh -c`; one line, for some engines take no more."""
+    """For `sh -c`; a single line, because some providers take no more."""
     environment: dict[str, str]
     secrets: dict[str, str]
 
 
 def of(job: Job, goal: str, passed: dict[str, str], where: str) -> Task:
-    """passed: the environment that the job gets. where: of the job's repo, an address that ends in a slash."""
+    """Return the task that runs `make <goal>` for a job.
+
+    Args:
+        job: What was sent.
+        goal: The make target.
+        variables: The environment that the job gets; those of SECRET_VARIABLES become secrets.
+        job_url: Address of the job's files on the Hub; it ends in a slash.
+    """
     secrets = {name: passed[name] for name in SECRET if name in passed}
     environment = {name: value for name, value in passed.items() if name not in secrets}
     environment |= {"FERRY_JOB": where, "PYTHONUNBUFFERED": "1"}
@@ -49,6 +56,7 @@ def of(job: Job, goal: str, passed: dict[str, str], where: str) -> Task:
 
 
 def line(job: Job, goal: str) -> str:
+    """Return the command line that unpacks a job, downloads its data and runs `make <goal>` within the time limit."""
     stop = max(job.order.seconds - SAVING, job.order.seconds // 2)
     words = [
         "make",
@@ -60,9 +68,13 @@ def line(job: Job, goal: str) -> str:
         "DOCKER=0",
         *job.settings,
     ]
-    # --foreground: make alone is told; it tells the stage, which would take a second signal for impatience
+    # --foreground: only make gets the signal. It passes the signal on to the stage, which would take a second one as an
+    # order to stop at once.
     steps = [
-        f'mkdir -p "$HOME/ferry/{job.name}"', f'cd "$HOME/ferry/{job.name}"', f"python3 -W ignore -c {shlex.quote(UNPACK)}",
-        "python3 launch/providers/fetch_data.py", f"exec timeout --foreground -k {SAVING} {stop} {shlex.join(words)}",
-    ]  # fmt: skip
+        f'mkdir -p "$HOME/ferry/{job.name}"',
+        f'cd "$HOME/ferry/{job.name}"',
+        f"python3 -W ignore -c {shlex.quote(UNPACK)}",
+        "python3 launch/providers/fetch_data.py",
+        f"exec timeout --foreground -k {SAVING} {stop} {shlex.join(words)}",
+    ]
     return " && ".join(steps)

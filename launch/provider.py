@@ -1,7 +1,7 @@
-"""What a launcher is: a place where `make` runs for us, and goes on running when nobody looks.
+"""What a provider is: a place where `make` runs a job for us, and goes on running when nobody watches.
 
-The job there is always the same `make train`, which goes on from its records; so a launcher needs no word of its own for
-"resume", and one that loses its machine can start the same job on another.
+The job is always the same `make train`, which resumes from its records. So a provider needs no command of its own for
+resuming, and one that loses its instance can start the same job on another.
 """
 
 import os
@@ -15,113 +15,117 @@ from common.errors import UserError
 
 
 class Lost(UserError):
-    """The connection ended or did not come about; what runs there goes on, and another try may find it."""
+    """The connection was lost or could not be made. The job there goes on, and a retry may succeed."""
 
 
 class Missing(UserError):
-    """There is no such file or folder there."""
+    """A file or folder does not exist at the provider."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A kind of machine that can be had."""
+    """A type of instance that a provider rents."""
 
     name: str
-    """As who offers it calls it."""
+    """The provider's name for it."""
     card: str
-    """As configs/gpus.csv may know it; empty: it has none."""
+    """Name of its GPU, which configs/gpus.csv may know; empty for an instance without a GPU."""
     dollars: float | None
-    """An hour; None: not known."""
+    """Price of an hour; None when it is not known."""
     disk: int | None = None
-    """Bytes; None: as much as is asked for."""
+    """Bytes; None when the disk is made as large as the job requests."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is there."""
+    """What a provider has: one machine of yours, or the types of instances that it rents."""
 
     system: str
     """Such as 'Linux x86_64'."""
     free: int
-    """Bytes of disk, where the job's folder is or will be."""
+    """Free bytes on the disk where the job's folder is or will be."""
     cards: tuple[str, ...] = ()
-    """Names of its NVIDIA cards."""
+    """Names of its NVIDIA GPUs."""
     lacks: tuple[str, ...] = ()
-    """Programs that a job needs and that are not there."""
+    """Programs that a job needs and that are not installed."""
     offers: tuple[Offer, ...] = ()
-    """Instead of one that is there: those that can be had."""
+    """The types of instances that can be rented; empty for a machine of yours."""
     unwritable: str = ""
-    """The folder where the job's would be made, when nothing can be written there."""
+    """The folder in which the job's folder would be made, when nothing can be written there."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """The machine that a job asks for."""
+    """The instance that a job asks for."""
 
     offer: Offer
     hours: float
     """The job's time limit."""
     disk: int
-    """Bytes that it needs."""
+    """Bytes that the job needs."""
     image: str
-    """Of a container registry."""
+    """An image in a container registry."""
     spot: bool = False
-    """May be taken away at any time."""
+    """Whether the provider may take the instance away at any time."""
 
     @property
     def seconds(self) -> int:
-        """The time limit."""
+        """Return the time limit in seconds."""
         return round(3600 * self.hours)
 
     @property
     def most(self) -> float | None:
-        """Dollars at the time limit."""
+        """Return the cost of a job that runs until its time limit; None when the price is not known."""
         return None if self.offer.dollars is None else self.hours * self.offer.dollars
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a job."""
+    """The state of a job."""
 
     word: str = "absent"
-    """'absent', 'running', 'ended', or 'died': ended without a word, as when the machine was switched off."""
+    """'absent', 'running', 'ended', or 'died': ended without an exit code, as when the machine was switched off."""
     code: int | None = None
-    """Exit code of its make, when it ended."""
+    """Exit code of the job's make, once it has ended."""
     goal: str = ""
+    """The make target that the job runs."""
     config: str = ""
     """sha256 of the config that was sent."""
     commit: str = ""
     log: int | None = 0
-    """Bytes, where they are known."""
+    """Size of the job's log in bytes; None when it is not known."""
     why: str = ""
-    """How it ended, in the words of who runs it."""
+    """How the job ended, in the provider's words."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, all that it needs."""
+    """One run and all that it needs."""
 
     name: str
-    """Of its folder there."""
+    """Name of the job's folder at the provider."""
     run: str
-    """RUN= of its make."""
+    """RUN= of the job's make."""
     repository: Path
-    """Of git, which has the commit."""
+    """The git repository that has the commit."""
     commit: str
     url: str | None
-    """Where that repository came from."""
+    """The address that the repository was cloned from."""
     config: str
-    """YAML, resolved."""
+    """The resolved config as YAML."""
     files: dict[str, Path] = field(default_factory=dict)
-    """Where it is to lie in the tree -> the local file: what the config names and the commit does not hold."""
+    """Path in the sent tree -> local file, for the files that the config names and the commit does not contain."""
     settings: tuple[str, ...] = ()
-    """More settings of its make."""
+    """Further settings of the job's make."""
     order: Order | None = None
-    """The machine, where one is rented for it."""
+    """The instance to rent; None where the job runs on a machine of yours."""
 
 
 def program(variable: str, otherwise: str) -> list[str]:
-    """The words of a command that the user may name by an environment variable. Raises UserError for what no shell reads."""
+    """Return the words of a command that an environment variable may replace.
+
+    Raises UserError when no shell could read the variable, such as for a quotation that is not closed.
+    """
     try:
         return shlex.split(os.environ.get(variable) or otherwise) or [otherwise]
     except ValueError as error:
@@ -129,39 +133,48 @@ def program(variable: str, otherwise: str) -> list[str]:
 
 
 class Launcher(Protocol):
-    """Every method raises Lost when the place cannot be reached now, UserError for what another try does not mend."""
+    """A place where jobs run.
+
+    Every method raises ConnectionLost when the provider cannot be reached now, and UserError for what a retry does not
+    cure.
+    """
 
     where: str
-    """For messages."""
+    """Name for messages, such as 'you@host' or 'SkyPilot on aws'."""
     ours: bool
-    """Is it this machine? Then Ctrl-C means the job, too."""
+    """Whether it is this machine. Then Ctrl-C ends the job too."""
     rented: bool
-    """Is a machine rented for each job, and given back after it? Then what stays is on the Hub."""
+    """Whether an instance is rented for each job and given back after it. Then only what is on the Hub stays."""
 
-    def look(self) -> Machine: ...
+    def look(self) -> Machine:
+        """Return the machine, or the types of instances that can be rented."""
 
-    def state(self, name: str) -> State: ...
+    def state(self, name: str) -> State:
+        """Return the state of the job."""
 
     def send(self, job: Job) -> None:
-        """Tree, config and files into the job's folder, whole; what is there already is not sent again."""
+        """Send the tree, the config and all files into the job's folder; what is there already is not sent again."""
 
     def start(self, job: Job, goal: str, secrets: dict[str, str]) -> None:
-        """Start `make <goal>`, detached; nothing happens when the job runs already. secrets: of its environment."""
+        """Start `make <goal>`, detached, with these environment variables; do nothing when the job runs already."""
 
     def follow(self, name: str, seen: int, out: Callable[[bytes], object]) -> None:
-        """Its log from byte `seen` on, until its make ends."""
+        """Pass the job's log from this offset on to `write`, until the job's make ends."""
 
     def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
-        """A file of the job's folder, from byte `start` on. Raises Missing."""
+        """Yield a file of the job's folder from this offset on. Raises RemoteFileMissing."""
 
     def pack(self, name: str, run: str) -> Iterator[bytes]:
-        """A tar of what the run made, without the 16-bit weights. Raises Missing."""
+        """Yield a tar of what the run made, without the 16-bit weights. Raises RemoteFileMissing."""
 
     def stop(self, name: str) -> None:
         """Tell the job to write its state and end."""
 
     def teardown(self, name: str) -> str | None:
-        """The command that gives back what was rented for it; None: nothing was, or it goes by itself."""
+        """Return the command that gives back what was rented for the job.
+
+        None when nothing was rented, or when the provider takes it back by itself.
+        """
 
     def bill(self, name: str, running: bool) -> str:
-        """What costs money as long as it is there, and what holds what."""
+        """Return a sentence on what still costs money, and on where the job's files are."""

@@ -1,4 +1,4 @@
-"""The local data of a published model, found again by its sha256; and what is there instead, down to the row."""
+"""Find the local data of a published model by its sha256; when it is not here, report what differs, down to the row."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,19 @@ from launch import source_archive, upload_files
 from pipeline.config import references
 from pipeline.data import fingerprint
 
-LINES = (".jsonl", ".json", ".csv")  # of which git's copy can be shown beside ours
+LINES = (".jsonl", ".json", ".csv")  # files of lines: git's copy can be shown next to the local one
 
 
 def moved(settings: dict) -> tuple[dict, dict[str, str]]:
-    """The config with the paths of the machine that trained it as places in the tree; and {path there: place}."""
+    """Return the config with paths in the sent tree, and {path on the machine that trained: path in the tree}."""
     return upload_files.moved(settings, _path)
 
 
 def _path(section: str, key: str, value: str) -> bool:
-    """Was it a path there? What is a name on the Hub, of a package or of ours stays what it is."""
+    """Return whether the value was a path on the machine that trained.
+
+    A name on the Hub, of a package or of one of Ferry's templates stays what it is.
+    """
     if key == "template":
         return value.endswith(".jinja")
     return (
@@ -30,9 +33,18 @@ def _path(section: str, key: str, value: str) -> bool:
 
 
 def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> dict[str, Path]:
-    """{place in the tree: file here} of all that the config names and this machine has; data by its sha256.
+    """Return path in the sent tree -> local file of all that the config names and this machine has.
 
-    data: where else to look, a file or a folder. Raises UserError with the rows that differ.
+    Data is found by its sha256; a data file that the commit contains need not be here.
+
+    Args:
+        manifest: The published model's.
+        config: Its config.
+        commit: The commit whose code trained it.
+        data: Where else to look, a file or a folder.
+
+    Raises:
+        UserError: A data file is missing or differs; the message shows the rows.
     """
     given = {path: files.sha256(path) for path in _given(made, data)}
     _, moves = moved(settings)
@@ -48,13 +60,13 @@ def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> d
     strange = [path for path in strange if path == data or path.name in names]
     if missing or strange:
         raise changed(made, commit, missing, strange)
-    # The manifest may be a stranger's: of this machine only files of the checkout go along by their names.
+    # The manifest may be a stranger's: of this machine's files only those of the checkout are sent by their names.
     others = {target: Path(value) for value, target in moves.items() if target == value and Path(value).is_file()}
     return {name: path for name, path in others.items() if name not in made.dataset.sha256} | found
 
 
 def _given(made: Manifest, data: Path | None) -> list[Path]:
-    """The files of DATA."""
+    """Return the files that DATA names. Raises UserError when there are none, or when the data is on the Hub."""
     if data is None:
         return []
     found = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
@@ -69,19 +81,19 @@ def _given(made: Manifest, data: Path | None) -> list[Path]:
 
 
 def _as_named(name: str, digest: str) -> Path | None:
-    """Where the manifest says, on this machine."""
+    """Return the file at the path that the manifest names, if this machine has it with the same sha256."""
     path = Path(name).expanduser()
     return path if path.is_file() and files.sha256(path) == digest else None
 
 
 def _held(commit: str, name: str, digest: str) -> bool:
-    """Does the commit hold that very file?"""
+    """Return whether the commit contains this file with this sha256."""
     content = source_archive.content(source_archive.ROOT, commit, name)
     return content is not None and files.sha256_bytes(content) == digest
 
 
 def _there(name: str, moves: dict[str, str]) -> str:
-    """Its place in the tree; no name of a stranger's leads out of it."""
+    """Return a data file's path in the sent tree; no name in a stranger's manifest leads out of the tree."""
     name = os.path.normpath(name)
     for value, target in moves.items():
         if Path(name).is_relative_to(os.path.normpath(value)):
@@ -90,7 +102,7 @@ def _there(name: str, moves: dict[str, str]) -> str:
 
 
 def changed(made: Manifest, commit: str, missing: list[str], strange: list[Path]) -> UserError:
-    """What is there instead, as far as it can be said."""
+    """Return the error for missing or different data, with what is here instead as far as it can be told."""
     lines, known = [], missing or list(made.dataset.sha256)
     for path in strange:
         name = next((name for name in known if Path(name).name == path.name), known[0])
@@ -104,7 +116,7 @@ def changed(made: Manifest, commit: str, missing: list[str], strange: list[Path]
 
 
 def rows(path: Path, name: str, made: Manifest, commit: str) -> list[str]:
-    """The first rows that differ, with what they were where the commit holds the file."""
+    """Return lines that describe the first rows that differ, with the earlier row where the commit has the file."""
     if path.suffix in LINES and _held(commit, name, made.dataset.sha256[name]):
         before = source_archive.content(source_archive.ROOT, commit, name).decode(errors="replace").splitlines()
         return beside(path, path.read_text(errors="replace").splitlines(), f"{name} of {commit[:12]}", before)
@@ -115,7 +127,7 @@ def rows(path: Path, name: str, made: Manifest, commit: str) -> list[str]:
 
 
 def beside(path: Path, now: list[str], then: str, before: list[str]) -> list[str]:
-    """The first line that differs, as it is and as it was."""
+    """Return the first line that differs, from the local file and from the earlier one, which is called `old_name`."""
     pairs = enumerate(zip(before, now, strict=False))
     number = next((i for i, (a, b) in pairs if a != b), min(len(before), len(now)))
     if number == len(before) == len(now):

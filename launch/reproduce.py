@@ -1,7 +1,7 @@
-"""reproduce: a published model made again from its manifest.json alone, and a table that says whether it is the same.
+"""reproduce: train a published model again from its manifest.json alone, and compare the two.
 
-The code is the commit's own, the environment that of its locks, base and data set those of its revisions; local data is
-found by sha256. Rows come first: where they are others, nothing is trained.
+The code is that of the manifest's commit, the environment that of its lock files, base model and data set those of
+their revisions; local data is found by its sha256. The rows are made first: when they differ, nothing is trained.
 """
 
 import re
@@ -25,7 +25,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Published:
-    """A model, and where the log and the verdict of making it again go."""
+    """A published model to make again, and the folder for the log and the verdict."""
 
     repo: str
     made: Manifest
@@ -33,21 +33,29 @@ class Published:
 
     @property
     def name(self) -> str:
-        """Of the job."""
+        """Return the name of the job."""
         return self.folder.name
 
 
 def published(repo: str, runs: Path) -> Published:
-    """Raises UserError when there is no such repo, or it cannot be made again."""
+    """Read the manifest of a published model. Raises UserError when there is no such repo or no valid manifest."""
     content = published_model.find(repo).manifest()
     made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
     return Published(repo, made, runs / "reproduce" / f"{made.name}-{files.sha256_bytes(content)[:12]}")
 
 
 def stage(this: Published, launcher: Launcher, again: str, data: Path | None, wish: Wish) -> list[verdict.Row]:
-    """Make it again and compare. again: the command that ends a running job.
+    """Train a published model again and return the rows of the comparison.
 
-    Raises UserError where code, data or machine are not to be had, and where the rows are others than those published.
+    Args:
+        reproduction: The published model.
+        provider: Where it is trained.
+        stop_command: The command that ends a running job, as the end of a sentence.
+        data: Where to look for its local data, a file or a folder.
+        options: What else the user typed.
+
+    Raises:
+        UserError: Code, data or machine cannot be had, or the rows differ from the published ones.
     """
     wish = as_before(this.made, wish)
     job = prepared(this, data, wish)
@@ -60,19 +68,20 @@ def stage(this: Published, launcher: Launcher, again: str, data: Path | None, wi
             agree(this, launcher, cloud_to_local.launched_on(launcher, wish), wish)
             trained(session, job, this, wish, log)
         rows = verdict.rows(this.made, remade(launcher, job))
-    hub.say(session.ended())
+    report = session.ended()
+    hub.say(report)
     return rows
 
 
 def as_before(made: Manifest, wish: Wish) -> Wish:
-    """What was trained on a CPU is trained on one again, if nothing else was typed."""
+    """Return the options with DEVICE=cpu when the model was trained on a CPU and the user typed no DEVICE."""
     typed = any(word.startswith("DEVICE=") for word in wish.settings)
     on_cpu = str(made.training.get("device", "")).startswith("CPU")
     return replace(wish, settings=(*wish.settings, "DEVICE=cpu")) if on_cpu and not typed else wish
 
 
 def trained(session: Session, job: Job, this: Published, wish: Wish, log: Path) -> None:
-    """The rows, compared; then all the rest."""
+    """Make the rows and compare them, then run all the other stages. Raises UserError when the rows differ."""
     cloud_to_local.begin(session, job, "data", wish)
     cloud_to_local.watched(session, job, log)
     same_rows(this, session.launcher, job)
@@ -81,19 +90,28 @@ def trained(session: Session, job: Job, this: Published, wish: Wish, log: Path) 
 
 
 def prepared(this: Published, data: Path | None, wish: Wish) -> Job:
-    """The job: code, config, files. Raises UserError where one of them is not to be had."""
+    """Return the job with code, config and files. Raises UserError when one of them cannot be had."""
     made, commit = this.made, code_of(this.made)
     found = published_sources.located(made, pinned(made), commit, data)
     settings, _ = published_sources.moved(pinned(made))
     hub.say(f"{this.repo}: {made.name}, by the code of {commit[:12]}, trained on {made.training.get('device')}")
     return Job(
-        this.name, made.name, source_archive.ROOT, commit, made.provenance["git"].get("url"), upload_files.dump(settings),
-        upload_files.untold(source_archive.ROOT, commit, found), wish.settings,
-    )  # fmt: skip
+        this.name,
+        made.name,
+        source_archive.ROOT,
+        commit,
+        made.provenance["git"].get("url"),
+        upload_files.dump(settings),
+        upload_files.untold(source_archive.ROOT, commit, found),
+        wish.settings,
+    )
 
 
 def code_of(made: Manifest) -> str:
-    """The commit, which this checkout has or its origin gives. Raises UserError otherwise."""
+    """Return the commit that trained the model, after fetching it from origin when this checkout does not have it.
+
+    Raises UserError when origin does not have it either.
+    """
     git = made.provenance.get("git") or {}
     commit = str(git.get("commit") or "")
     if not COMMIT.fullmatch(commit):
@@ -109,16 +127,18 @@ def code_of(made: Manifest) -> str:
         try:
             source_archive.git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
         except UserError as error:
-            # Not fetched from where the manifest says: whoever wrote it would choose what runs here.
+            # Never fetched from the address in the manifest: whoever wrote that would choose which code runs here.
             raise UserError(
-                f"this checkout does not have the commit {commit[:12]}, and its origin does not give it ({error.message})",
-                f"if you trust {shown(str(git.get('url')))}: `git fetch {shown(str(git.get('url')))} {commit}`, then the same command",
+                f"this checkout does not have the commit {commit[:12]}, "
+                f"and its origin does not give it ({error.message})",
+                f"if you trust {shown(str(git.get('url')))}: "
+                f"`git fetch {shown(str(git.get('url')))} {commit}`, then the same command",
             ) from error
     return commit
 
 
 def pinned(made: Manifest) -> dict:
-    """The config with every revision as it was resolved, and a folder to publish to."""
+    """Return the model's config with every revision as it was resolved, and with a folder to publish to."""
     settings = {section: dict(values) for section, values in made.config.items()}
     if references.is_hub_model(made.base.model):
         settings.setdefault("base", {})["revision"] = made.base.revision
@@ -129,7 +149,7 @@ def pinned(made: Manifest) -> dict:
 
 
 def agree(this: Published, launcher: Launcher, machine: Machine, wish: Wish) -> None:
-    """Hours and price, from how long it took before and what the two cards can do."""
+    """Ask the user to confirm hours and price; once for the same machine, and never on this one."""
     note = this.folder / "agreed.json"
     mine = {"where": launcher.where, "cards": list(machine.cards)}
     if launcher.ours:
@@ -144,8 +164,13 @@ def agree(this: Published, launcher: Launcher, machine: Machine, wish: Wish) -> 
 
 
 def estimate(made: Manifest, machine: Machine) -> tuple[float | None, float | None]:
-    """(hours, dollars), None where a card is not in the table."""
-    seconds, before = made.training.get("seconds"), gpu_table.find(str(made.training.get("device", "")))
+    """Return (hours, dollars) of a training, from the time that it took before and the speed of the two GPUs.
+
+    Both are None when only one of the two GPUs is in configs/gpus.csv, or when that time is not known; dollars are None
+    when neither GPU is there.
+    """
+    seconds = made.training.get("seconds")
+    before = gpu_table.find(str(made.training.get("device", "")))
     card = gpu_table.find(machine.cards[0]) if machine.cards else None
     if not isinstance(seconds, int | float) or (card is None) != (before is None):
         return None, None
@@ -154,8 +179,9 @@ def estimate(made: Manifest, machine: Machine) -> tuple[float | None, float | No
 
 
 def same_rows(this: Published, launcher: Launcher, job: Job) -> None:
-    """Raises UserError when the rows made there are others than those published."""
-    there, wanted = fetch_result.record(launcher, job.name, job.run, "data"), this.made.dataset
+    """Raise UserError when the rows made there, or the base model, differ from the published ones."""
+    there = fetch_result.record(launcher, job.name, job.run, "data")
+    wanted = this.made.dataset
     pairs = (("held-out rows", wanted.split_hash, "heldout"), ("training rows", wanted.train_sha256, "train"))
     said = [
         f"{what}: {before[:12]} published, {there['outputs'][name]['sha256'][:12]} now"
@@ -173,12 +199,13 @@ def same_rows(this: Published, launcher: Launcher, job: Job) -> None:
         raise UserError(
             f"{this.made.name}: the same code and sources give other rows, nothing was trained:\n  "
             + "\n  ".join(said),
-            f"see runs/{job.run}/data/rejected.jsonl in {launcher.where}'s {job.name}, and whether the data set's revision still is what it was",
+            f"see runs/{job.run}/data/rejected.jsonl in {launcher.where}'s {job.name}, "
+            "and whether the data set's revision still is what it was",
         )
 
 
 def remade(launcher: Launcher, job: Job) -> Manifest:
-    """The manifest of what was made there."""
+    """Return the manifest of the model that the job made."""
     there = fetch_result.record(launcher, job.name, job.run, "publish")["repo"]
     return manifest.parse(
         fetch_result.small(launcher, job.name, f"{there}/{manifest.NAME}"), f"{launcher.where}:{there}/{manifest.NAME}"

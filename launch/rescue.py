@@ -1,7 +1,7 @@
-"""What a run made on a machine that is about to go: brought home, and sent along when the same command starts it elsewhere.
+"""Rescue what a run made on a machine that is about to be given back, and send it along when the run starts elsewhere.
 
-All of the run but the 16-bit weights, which its adapter makes again: rows, checkpoints, adapter, records, and a repo that
-did not get to the Hub.
+It is all of the run but the 16-bit weights, which can be made again from the adapter: rows, checkpoints, adapter,
+records, and a repo that did not reach the Hub.
 """
 
 import io
@@ -15,13 +15,17 @@ from launch.provider import Launcher, Lost, Missing
 
 
 def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
-    """The run's folder there into `target`; None, or why it cannot be had though it may be there."""
+    """Download the run's folder into `target`, and set aside what was there.
+
+    Return None, or the reason why the folder could not be downloaded though it may exist.
+    """
     stream = _Stream(_pack(launcher, name, run))
     try:
         with files.writing(target) as part:
             extract_tree(stream, part)
             older = files.set_aside(target)
-    except (Lost, Missing) as error:  # out of reach, or it made nothing; unless some of it came
+    except (Lost, Missing) as error:
+        # Without a byte the machine is out of reach or the run made nothing; after the first byte work would be lost.
         return error.message if stream.count else None
     except (UserError, OSError, tarfile.TarError) as error:
         return getattr(error, "message", str(error))
@@ -34,31 +38,31 @@ def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
 def extract_tree(stream: "_Stream", target: Path) -> None:
     """Write the files of a tar into a new folder. Raises what the stream raises, also after the tar's end mark."""
     target.mkdir()
-    # hard links of one file stay inside; nothing lands outside of `target`
+    # hard links between the files of the tar are allowed; nothing is written outside of `target`
     with tarfile.open(fileobj=io.BufferedReader(stream), mode="r|") as tar:
         tar.extractall(target, filter="data")
     stream.drain()
-    files.sync(target)  # before the copy from an earlier machine gives up its name
+    files.sync(target)  # before the copy from an earlier machine is renamed
 
 
 def remove_copies(target: Path) -> None:
-    """Remove what was brought home, and what was set aside for it."""
+    """Remove what was rescued, and what was set aside for it."""
     for path in (target, *target.parent.glob(f"{target.name}.before*")):
         files.remove(path)
 
 
 def along(target: Path, run: str) -> dict[str, Path]:
-    """{place in the tree: file} of what was brought home."""
+    """Return path in the sent tree -> local file of what was rescued."""
     return {f"runs/{run}/{path.relative_to(target)}": path for path in sorted(target.rglob("*")) if path.is_file()}
 
 
 def _pack(launcher: Launcher, name: str, run: str) -> Iterator[bytes]:
-    """The blocks of the run's tar. Raises when the first one is asked for, whatever the launcher does."""
+    """Yield the blocks of the run's tar. As a generator it raises at the first block, whenever the provider raises."""
     yield from launcher.pack(name, run)
 
 
 class _Stream(io.RawIOBase):
-    """Blocks as a file. count: bytes that came."""
+    """A file that is read from blocks; `byte_count` counts the bytes that have come."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self.blocks, self.rest, self.count = blocks, b"", 0
@@ -73,7 +77,7 @@ class _Stream(io.RawIOBase):
         return count
 
     def drain(self) -> None:
-        """Read what is left: a tar's reader stops at its end mark, and its exit code is known after it only."""
+        """Read to the end: a tar's reader stops at its end mark, and the exit code of tar is known only after that."""
         while self._read_block():
             pass
 

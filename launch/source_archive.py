@@ -1,4 +1,4 @@
-"""The committed tree, as it travels: a tar of git's own making, with what says which commit it is."""
+"""The committed tree as it is sent: a tar that git makes, with files that name the commit."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def git(repository: Path, *arguments: str) -> bytes:
-    """What git says. Raises UserError with its own words when it fails or is not there."""
+    """Run git and return its output. Raises UserError with git's own message when it fails or is not installed."""
     try:
         done = subprocess.run(["git", "--no-optional-locks", "-C", str(repository), *arguments], capture_output=True)
     except OSError:
@@ -28,11 +28,12 @@ def git(repository: Path, *arguments: str) -> bytes:
 
 
 def head(repository: Path) -> str:
-    """The commit that is checked out."""
+    """Return the id of the commit that is checked out."""
     return git(repository, "rev-parse", "--verify", "HEAD^{commit}").decode().strip()
 
 
 def has(repository: Path, commit: str) -> bool:
+    """Return whether the repository has the commit."""
     try:
         git(repository, "cat-file", "-e", f"{commit}^{{commit}}")
     except UserError:
@@ -41,13 +42,13 @@ def has(repository: Path, commit: str) -> bool:
 
 
 def left_behind(repository: Path, but: set[str]) -> list[str]:
-    """Files that differ from the commit, or are not in it: they do not travel. but: those that do, by name."""
+    """Return the files that are not sent because they differ from the commit or are not in it, without `sent_names`."""
     lines = git(repository, "status", "--porcelain", "-z", "--no-renames").decode(errors="replace").split("\0")
     return [line[3:] for line in lines if line and line[3:] not in but]
 
 
 def content(repository: Path, commit: str, name: str) -> bytes | None:
-    """A file of the commit; None where it has none of that name."""
+    """Return a file of the commit; None when the commit has no file of that name."""
     try:
         return git(repository, "cat-file", "blob", f"{commit}:{name}")
     except UserError:
@@ -55,25 +56,30 @@ def content(repository: Path, commit: str, name: str) -> bytes | None:
 
 
 def locks(repository: Path, commit: str) -> str:
-    """Twelve hex digits of the locked environment: jobs with the same ones share it."""
+    """Return twelve hex digits of a hash of the commit's lock files: jobs with the same ones share an environment."""
     return hashlib.sha256(git(repository, "ls-tree", "-r", commit, "setup/locks")).hexdigest()[:12]
 
 
 def same_locks(repository: Path, commit: str) -> bool:
-    """Is the locked environment of the checkout, as it lies there, that of the commit?"""
+    """Return whether the checkout's lock files are unchanged since its own commit, and equal to those of `commit`."""
     changed = git(repository, "status", "--porcelain", "setup/locks")
     return not changed and locks(repository, commit) == locks(repository, head(repository))
 
 
 def packed(job: Job, more: dict[str, str] | None = None) -> bytes:
-    """The tar: the tree, revision.json (pipeline/toolchain/git.py), job/{config.yaml,commit,listing}. more: {name: text} beside them."""
+    """Return the tar of a job: the tree, revision.json and job/{config.yaml,commit,listing}.
+
+    revision.json is what pipeline/toolchain/git.py reads. `extra_files` (name -> text) are added to them.
+    """
     archive = git(job.repository, "archive", "--format=tar", job.commit)
     hashes = hashed(archive)
     sent = {"url": job.url, "commit": job.commit, "files": {n: h for n, h in hashes.items() if n not in job.files}}
     beside = {
-        "revision.json": json.dumps(sent, indent=1), "job/config.yaml": job.config, "job/commit": job.commit,
+        "revision.json": json.dumps(sent, indent=1),
+        "job/config.yaml": job.config,
+        "job/commit": job.commit,
         "job/listing": "".join(f"{name}\n" for name in hashes),
-    } | (more or {})  # fmt: skip
+    } | (more or {})
     whole = io.BytesIO(archive)
     with tarfile.open(fileobj=whole, mode="a") as tar:
         for name, text in beside.items():
@@ -84,6 +90,6 @@ def packed(job: Job, more: dict[str, str] | None = None) -> bytes:
 
 
 def hashed(archive: bytes) -> dict[str, str]:
-    """{name: sha256} of the files of a tar."""
+    """Return name -> sha256 of the files in a tar."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         return {item.name: hashlib.sha256(tar.extractfile(item).read()).hexdigest() for item in tar if item.isfile()}

@@ -1,6 +1,6 @@
-"""What a job takes with it: the config, and the files that it names and the commit does not hold.
+"""What a job takes along: the config, and the files that it names and the commit does not contain.
 
-A file inside the checkout keeps its place there; one from elsewhere goes to job/files/, and the config says so.
+A file inside the checkout keeps its path; one from elsewhere goes to job/files/, and the config names it there.
 """
 
 import copy
@@ -13,21 +13,29 @@ import yaml
 from common import files
 from launch import source_archive
 
+# The settings that may name a file or a folder.
 NAMING = (
-    ("data", "source"), ("data", "validation"), ("data", "template"), ("evaluate", "json_schema"), ("evaluate", "prompts"),
+    ("data", "source"),
+    ("data", "validation"),
+    ("data", "template"),
+    ("evaluate", "json_schema"),
+    ("evaluate", "prompts"),
     ("base", "model"),
-)  # fmt: skip
+)
 
 
 def here(section: str, key: str, value: str) -> bool:
-    """A path of this machine. (`alpaca` is a template of ours, whatever lies in the folder.)"""
+    """Return whether the value is a path on this machine.
+
+    A template without .jinja, such as `alpaca`, is one of Ferry's, even when the folder has a file of that name.
+    """
     return (key != "template" or value.endswith(".jinja")) and os.path.exists(Path(value).expanduser())
 
 
 def moved(config: dict, is_path: Callable[[str, str, str], bool] = here) -> tuple[dict, dict[str, str]]:
-    """The config as it is to be there, and {path as it is named here: path there} of all that it names.
+    """Return the config with paths in the sent tree, and {path in the config now: path in the tree}.
 
-    is_path: says of (section, key, value) whether it is one.
+    is_path: returns whether (section, key, value) is a path.
     """
     config, moves = copy.deepcopy(config), {}
     for section, key in NAMING:
@@ -38,7 +46,7 @@ def moved(config: dict, is_path: Callable[[str, str, str], bool] = here) -> tupl
 
 
 def place(path: str) -> str:
-    """Where it is to lie in the tree: there too, or for one from elsewhere in a folder of its own."""
+    """Return where a file goes in the sent tree: the same path inside the checkout, else a folder of its own."""
     inside = os.path.normpath(path)
     if inside.startswith(("..", "~")) or os.path.isabs(inside):
         return f"job/files/{files.sha256_bytes(path.encode())[:8]}/{Path(inside).name}"
@@ -46,7 +54,10 @@ def place(path: str) -> str:
 
 
 def below(moves: dict[str, str], inputs: Iterable[str]) -> dict[str, Path]:
-    """{path there: file here} of the data files that were read, and of all else that was moved."""
+    """Return path in the sent tree -> local file of the data files in `inputs` and of all else that the config names.
+
+    Of a folder that holds data files, only those in `inputs` are sent; of another folder, every file.
+    """
     found: dict[str, Path] = {}
     inputs = [os.path.normpath(Path(name).expanduser()) for name in inputs]
     for value, target in moves.items():
@@ -62,7 +73,7 @@ def below(moves: dict[str, str], inputs: Iterable[str]) -> dict[str, Path]:
 
 
 def untold(repository: Path, commit: str, found: dict[str, Path]) -> dict[str, Path]:
-    """Those that the commit does not hold as they are."""
+    """Return those of the files that the commit does not contain, or contains with other bytes."""
 
     def held(name: str, path: Path) -> bool:
         said = source_archive.content(repository, commit, name)
@@ -72,5 +83,5 @@ def untold(repository: Path, commit: str, found: dict[str, Path]) -> dict[str, P
 
 
 def dump(config: dict) -> str:
-    """The resolved tree as YAML; the same tree is the same text."""
+    """Return the resolved config as YAML; equal configs give equal text."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Watching a job: its log onto this terminal and into a file, through lost connections, until it ends."""
+"""Watch a job: copy its log to this terminal and into a file, through lost connections, until the job ends."""
 
 import sys
 import time
@@ -10,23 +10,23 @@ from common import hub
 from common.errors import UserError
 from launch.provider import Launcher, Lost, State
 
-PAUSE = 5  # seconds between two tries to reach a box again, at first
+PAUSE = 5  # seconds between the first two tries to reach a provider again
 LONGEST = 30
 
 
 class Running(UserError):
-    """The job goes on, and we no longer watch."""
+    """The job may still run, but this command no longer watches it."""
 
 
 class Patience:
-    """Tries again with growing pauses, $FERRY_SSH_SECONDS long (15 minutes)."""
+    """Waits between retries, with growing pauses, for up to $FERRY_SSH_SECONDS (by default 15 minutes)."""
 
     def __init__(self):
         self.since, self.pause = time.monotonic(), PAUSE
         self.limit = hub.seconds_of("FERRY_SSH_SECONDS", 900)
 
     def for_another_try(self, error: Lost) -> None:
-        """Raises `error` when it has lasted too long."""
+        """Report `error` and pause before the next try. Raises `error` when the time limit has passed."""
         if time.monotonic() - self.since > self.limit:
             raise error
         hub.say(f"{error.message}; again in {self.pause} s")
@@ -35,10 +35,17 @@ class Patience:
 
 
 def through(launcher: Launcher, name: str, log: Path) -> State:
-    """Watch the job to its end; what the log holds already is not shown again. log: grows here as it does there.
+    """Watch the job until it ends and return its state.
 
-    Raises Running when the place cannot be reached for too long. Ctrl-C ends the watching, and a job on this
-    machine with it.
+    What `log` already contains is not shown again. Ctrl-C ends the watching; a job on this machine is stopped too.
+
+    Args:
+        provider: Where the job runs.
+        job_name: The job's.
+        log: The local copy of the job's log; it grows as the job's own one does.
+
+    Raises:
+        JobStillRunning: The provider could not be reached for too long.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -52,6 +59,7 @@ def through(launcher: Launcher, name: str, log: Path) -> State:
 
 
 def _watched(launcher: Launcher, name: str, log: Path) -> State:
+    """Copy the job's log until the job ends, and retry after each lost connection."""
     waiting: Patience | None = None
     with log.open("ab") as copy:
 
@@ -64,7 +72,8 @@ def _watched(launcher: Launcher, name: str, log: Path) -> State:
 
         while True:
             try:
-                if state := _once(launcher, name, copy, out):
+                state = _once(launcher, name, copy, out)
+                if state:
                     return state
                 waiting = None
             except Lost as error:
@@ -78,11 +87,14 @@ def _watched(launcher: Launcher, name: str, log: Path) -> State:
 
 
 def _once(launcher: Launcher, name: str, copy: IO[bytes], out: Callable[[bytes], None]) -> State | None:
-    """Its log from where the copy ends, until it ends or the connection does. None: it may run yet."""
+    """Pass on the job's log from where the copy ends, until the job or the connection ends.
+
+    Return the state of a job that has ended, or None when it may still run.
+    """
     state = launcher.state(name)
     if state.word == "absent":
         return state
-    if state.log is not None and state.log < copy.tell():  # another one's, that lay here
+    if state.log is not None and state.log < copy.tell():  # the copy is the log of an earlier job
         copy.truncate(0)
         copy.seek(0)
     if state.word != "running":
@@ -90,11 +102,12 @@ def _once(launcher: Launcher, name: str, copy: IO[bytes], out: Callable[[bytes],
             out(block)
         return state
     launcher.follow(name, copy.tell(), out)
-    time.sleep(0.2)  # it says how it ended a moment after it has
+    time.sleep(0.2)  # the exit code is written a moment after the job has ended
     return None
 
 
 def shown(block: bytes) -> None:
+    """Write bytes of the log to stdout."""
     sys.stdout.flush()
     sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()

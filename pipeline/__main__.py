@@ -1,7 +1,7 @@
-"""python -m pipeline STAGE FOLDER: one stage of the run in FOLDER, in this process. The `ferry` command starts it.
+"""python -m pipeline STAGE FOLDER: run one stage of the run in FOLDER. The `ferry` command starts this process.
 
-What libraries print goes to FOLDER/logs/STAGE.log. Exit codes: 0 done, 2 an error that the user can cure, 1 an error of
-Ferry's own (its traceback is in the log), 130 and 143 stopped by a signal.
+What libraries print goes to FOLDER/logs/STAGE.log. Exit codes: 0 the stage is complete, 2 an error that the user can
+cure, 1 an error in Ferry itself (its traceback is in the log), 130 and 143 stopped by a signal.
 """
 
 import os
@@ -22,6 +22,7 @@ from pipeline.scoring.heldout_scores import describe_interval
 
 
 def main(stage: str, folder: str, *arguments: str) -> int:
+    """Run a stage, push the run's state, and return the exit code. Errors are printed, not raised."""
     run = Run(Path(folder))
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     console.send_library_output_to(run.log_file(stage))
@@ -44,32 +45,35 @@ def main(stage: str, folder: str, *arguments: str) -> int:
     except KeyboardInterrupt:
         console.say("stopped; the same command goes on from here")
         return 130
-    except Exception:  # noqa: BLE001 everything else is a fault of Ferry's
+    except Exception:  # noqa: BLE001 everything else is an error in Ferry itself
         return report_bug(run, stage)
 
 
 def end_with_parent(parent: int) -> None:
-    """Tell this process to end, with its state written, when the command that started it was killed."""
+    """Send SIGTERM to this process when the command that started it was killed; it saves its state before it exits."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def report(run: Run, stage: str, error: UserError) -> int:
+    """Print an error that the user can cure, and return its exit code."""
     console.say(f"{error}\n  log: {run.log_file(stage)}")
     return 2
 
 
 def report_bug(run: Run, stage: str) -> int:
-    """Print one line for an error that Ferry did not foresee; its traceback goes to the log."""
+    """Print one line for an unexpected error, and return its exit code. The traceback goes to the log."""
     traceback.print_exc()
     last = traceback.format_exception_only(*sys.exc_info()[:2])[-1].strip()
-    console.say(f"error: {stage} failed, and this is a fault of Ferry's: {last[:300]}\n"
-                f" next: report it with {run.log_file(stage)}; the same command goes on from the stage's beginning")  # fmt: skip
+    console.say(
+        f"error: {stage} failed, and this is a fault of Ferry's: {last[:300]}\n"
+        f" next: report it with {run.log_file(stage)}; the same command goes on from the stage's beginning"
+    )
     return 1
 
 
-# Run a stage and show what came of it, in at most 80 columns
+# Each of these runs a stage and prints its result, in at most 80 columns.
 
 
 def run_data(run: Run, processes: str | None = None) -> None:
@@ -88,8 +92,8 @@ def run_finetune(run: Run) -> None:
     config = run.config()
     record = finetune.stage(config.base, config.finetune, run)
     console.show(
-        f"  {record['steps']:,} steps in {console.format_duration(record['seconds'])}, final loss {record['final_loss']:.4f}, "
-        f"peak memory {record['peak_memory_gb']} GB\n  on {record['device']}"
+        f"  {record['steps']:,} steps in {console.format_duration(record['seconds'])}, "
+        f"final loss {record['final_loss']:.4f}, peak memory {record['peak_memory_gb']} GB\n  on {record['device']}"
     )
 
 
@@ -105,7 +109,7 @@ def run_evaluate(run: Run) -> None:
 
 
 def format_samples(answers: list[dict], count: int = 3) -> str:
-    """The first answers before and after training, whole."""
+    """Return the first `count` held-out questions with their full answers before and after training."""
     lines = []
     for row in answers[:count]:
         lines += ["", *console.quote("> ", row["question"]), *console.quote("before  ", row["before"])]
@@ -134,7 +138,7 @@ def run_verify(run: Run) -> None:
 
 
 def describe_gates(record: dict) -> list[str]:
-    """What verify has shown, a line a gate."""
+    """Return one line for each gate that `verify` has passed, with its measured values."""
     conversion = record["conversion"]
     template = "derived, equal on all golden conversations"
     if record["template"] != "derived":
@@ -153,7 +157,7 @@ def describe_gates(record: dict) -> list[str]:
 
 
 def describe_served(served: dict) -> str:
-    """How the default file answers with the prompts that runtimes send."""
+    """Return how well the default file answers with the prompts that runtimes send."""
     if served["same_prompts"] == served["rows"]:
         return f"runtimes send the prompts that were scored, all {served['rows']}"
     result = describe_interval(served) if "score" in served else f"held-out loss {served['loss']:.3f}"
@@ -169,9 +173,13 @@ def run_publish(run: Run) -> None:
 
 
 RUN_STAGE: dict[str, Callable[..., None]] = {
-    "data": run_data, "finetune": run_finetune, "evaluate": run_evaluate, "export": run_export, "verify": run_verify,
+    "data": run_data,
+    "finetune": run_finetune,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "verify": run_verify,
     "publish": run_publish,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

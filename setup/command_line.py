@@ -1,7 +1,9 @@
-"""Where the `ferry` command runs: a Python that has click, pydantic and PyYAML. Old syntax: any Python 3.6 starts this.
+"""Start the `ferry` command with a Python that has click, pydantic and PyYAML.
 
-An environment of the checkout is taken where there is one. Else those few packages, 4 MB, are put once into a folder of
-the cache, so that config, doctor and help answer in seconds on a bare checkout.
+An environment of the checkout is used when there is one. Otherwise these few packages, 4 MB, are installed once into a
+folder of the cache, so that config, doctor and help answer in seconds on a bare checkout.
+
+This file keeps to the syntax of Python 3.6, so that any Python starts it.
 """
 
 import hashlib
@@ -19,12 +21,19 @@ from shared import cache_folder, fail, writable_folder
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST = (3, 10)
 NEEDED = (
-    "annotated-types", "click", "colorama", "pydantic", "pydantic-core", "pyyaml", "typing-extensions", "typing-inspection",
-)  # fmt: skip
+    "annotated-types",
+    "click",
+    "colorama",
+    "pydantic",
+    "pydantic-core",
+    "pyyaml",
+    "typing-extensions",
+    "typing-inspection",
+)
 
 
 def main():
-    """Become the command line, with the arguments that were given."""
+    """Replace this process by `python -m cli` with the same arguments."""
     python = find_python()
     path = [ROOT, os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -33,7 +42,7 @@ def main():
 
 
 def find_python():
-    """The Python of an environment that is set up, else one made for the command line alone."""
+    """Return the Python of an environment that is set up; else install one for the command line alone."""
     given = [os.environ.get("FERRY_VENV"), os.environ.get("FERRY_DEPLOY_VENV")]
     for folder in given + [".venv", ".venv-deploy", ".venv-light"]:
         if folder and os.path.isfile(os.path.join(ROOT, folder, "ferry.json")):
@@ -45,7 +54,7 @@ def find_python():
 
 
 def make_python():
-    """An environment with the needed packages, in the cache, made if it is not there."""
+    """Return the Python of the cached environment for the command line; install it when it is missing."""
     lines = [line for line in packages.read_lock("deploy").splitlines() if re.split("[=;]", line)[0].strip() in NEEDED]
     version = "{}.{}".format(*sys.version_info)
     key = hashlib.sha256(json.dumps([lines, sys.executable]).encode()).hexdigest()[:12]
@@ -57,7 +66,7 @@ def make_python():
 
 
 def install(venv, lines):
-    """Into a folder of its own; the mark of completeness is written last."""
+    """Create the environment and install the packages. The file `complete` is written last. Exit when it fails."""
     started = time.time()
     sys.stderr.write("ferry: setting up the command line, once for this machine (8 packages, 4 MB) ...")
     sys.stderr.flush()
@@ -87,10 +96,10 @@ def install(venv, lines):
 
 
 def fitting(lines):
-    """Lines of the lock whose marker is for this machine: of ours only colorama's, for Windows, is not."""
+    """Return the lock lines whose marker fits this machine. Only colorama's, which is for Windows, does not."""
     return [line for line in lines if "win32" not in line]
 
 
 def run(command):
-    """Run a command and keep what it prints."""
+    """Run a command and capture what it prints."""
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

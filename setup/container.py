@@ -1,14 +1,15 @@
-"""Ferry's image: when a target runs in it, how it is built, how it is started. Any Python 3.6 of the host will do.
+"""Decide whether a target runs in Ferry's image, build the image and run it. Any Python from 3.6 on runs this file.
 
-    python3 setup/container.py where  [SETTING=value ...] -- train      `image`, `native` or `refused`; on stderr, why
+    python3 setup/container.py where  [SETTING=value ...] -- train      prints image, native or refused; stderr: why
     python3 setup/container.py build  [SETTING=value ...]
     python3 setup/container.py run    [SETTING=value ...] -- train configs/a.yaml    (arguments of `ferry`)
     python3 setup/container.py shell  [SETTING=value ...]
     python3 setup/container.py arguments [DEVICE=...]       the build arguments, for another builder
 
-Settings, by their names in make: DOCKER=0|1, IMAGE=name:tag, DEVICE=cpu|cuda, ENGINE=docker|podman, MOUNT="folder ...",
-DOCKER_BUILD_FLAGS, DOCKER_RUN_FLAGS; and what must be mounted: CONFIG, RUNS, MODELS, REPO. The checkout and the current
-folder are mounted at their own paths, so that what is printed inside is true outside. The code that runs is the image's.
+The settings have their names in make: DOCKER=0|1, IMAGE=name:tag, DEVICE=cpu|cuda, ENGINE=docker|podman,
+MOUNT="folder ...", DOCKER_BUILD_FLAGS, DOCKER_RUN_FLAGS. CONFIG, RUNS, MODELS and REPO name further paths to mount.
+The checkout and the current folder are mounted at their own paths, so that paths printed in the container are valid
+outside. The code that runs is the one in the image.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from packages import capability, check_card, device
 from shared import cache_folder, fail
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# What the image is made from (.dockerignore lets in no more); their hash tells whether an image is this checkout's.
+# What the image is made from (.dockerignore admits nothing else). Their hash tells whether an image fits this checkout.
 SOURCES = [
     "cli",
     "common",
@@ -43,16 +44,27 @@ SOURCES = [
 DEFAULT_NAMES = ("ferry:cpu", "ferry:cuda")
 ASK = '{{index .Config.Labels "ferry.sources"}} {{.Id}}'
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-# By name: the value never stands on a command line, in a log or in the image.
+# Passed to the container by name, so that no value stands on a command line, in a log or in the image.
 PASSED = (
-    "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "WANDB_API_KEY", "WANDB_MODE", "CUDA_VISIBLE_DEVICES",
-    "UNSLOTH_FORCE_CPU", "OMP_NUM_THREADS", "FERRY_HUB_SECONDS", "FERRY_SILENCE_SECONDS", "FERRY_API_KEY", "FERRY_GRACE_SECONDS",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_XET",
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "CUDA_VISIBLE_DEVICES",
+    "UNSLOTH_FORCE_CPU",
+    "OMP_NUM_THREADS",
+    "FERRY_HUB_SECONDS",
+    "FERRY_SILENCE_SECONDS",
+    "FERRY_API_KEY",
+    "FERRY_GRACE_SECONDS",
     *PROXIES,
-)  # fmt: skip
+)
 
 
 def decide(settings):
-    """(in the image?, why), from what was typed, else from what this machine is."""
+    """Return (whether to run in the image, the reason), from the settings, else from what this machine has."""
     asked = settings.get("DOCKER", "")
     if asked not in ("", "0", "1"):
         fail(f"DOCKER={asked}: neither 0 nor 1", "DOCKER=1 runs in the image, DOCKER=0 without one")
@@ -72,7 +84,10 @@ def decide(settings):
 
 
 def where(settings, goal):
-    """The one word for make, which does not see this program's exit code; why, for the user."""
+    """Return `image`, `native` or `refused`, and print the reason on stderr.
+
+    It is a word because make does not see this program's exit code.
+    """
     try:
         chosen, why = decide(settings)
     except SystemExit:
@@ -82,14 +97,15 @@ def where(settings, goal):
 
 
 def inside():
-    """Is this machine a container? A rented pod is one, and has no engine of its own."""
+    """Return whether this machine is a container. A rented pod is one, and has no engine of its own."""
     return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 def lacking(engine):
-    """What a container with a GPU would need and is not here; nothing if all is."""
+    """Return what is missing to run a container with a GPU; empty when nothing is."""
     about = said([engine, "info", "--format", "{{json .}}"])
-    if not about or '"ServerErrors"' in about:  # an old docker tells of itself when its daemon does not
+    # An old docker answers about itself when its daemon does not run.
+    if not about or '"ServerErrors"' in about:
         return f"no {engine} here that answers"
     if "nvidia" not in about and not said(["nvidia-ctk", "--version"]):
         return f"{engine} has no NVIDIA runtime (nvidia-container-toolkit; then: nvidia-ctk runtime configure)"
@@ -97,7 +113,7 @@ def lacking(engine):
 
 
 def engine_of(settings):
-    """The engine, which must answer."""
+    """Return the name of the container engine. Exit when it does not answer."""
     engine = settings.get("ENGINE") or "docker"
     if not said([engine, "version"]):
         cure = "start it or install it; ENGINE=podman takes another one, DOCKER=0 runs without"
@@ -106,7 +122,7 @@ def engine_of(settings):
 
 
 def kind_of(settings, otherwise):
-    """cpu or cuda."""
+    """Return the device that the image is for: cpu or cuda."""
     kind = settings.get("DEVICE") or otherwise
     if kind not in ("cpu", "cuda"):
         fail(f"DEVICE={kind}: there is an image for cpu and one for cuda", "DEVICE=cpu or DEVICE=cuda")
@@ -114,7 +130,7 @@ def kind_of(settings, otherwise):
 
 
 def sources():
-    """Twelve hex digits of everything that goes into the image."""
+    """Return twelve hex digits of the hash of everything that goes into the image."""
     digest = hashlib.sha256()
     for path in sorted(path for name in SOURCES for path in files_of(os.path.join(ROOT, name))):
         digest.update(f"{os.path.relpath(path, ROOT)} {hash_of(path)}\n".encode())
@@ -122,7 +138,7 @@ def sources():
 
 
 def files_of(path):
-    """A file, or all files of a folder that are not made by running them."""
+    """Return the file, or all files of a folder except __pycache__."""
     if os.path.isfile(path):
         return [path]
     walked = ((folder, name) for folder, _, names in os.walk(path) for name in names)
@@ -134,21 +150,21 @@ def files_of(path):
 
 
 def revision():
-    """The checkout's commit, whether it was changed since, and where it came from, for provenance."""
-    sent = os.path.join(
-        ROOT, "revision.json"
-    )  # a tree that `make cloud-to-local` sent: it has no repository (pipeline/toolchain/git.py)
+    """Return the checkout's commit, whether it has changes, and its origin, for the image's provenance."""
+    # `make cloud-to-local` sends a tree with this file instead of a repository (pipeline/toolchain/git.py).
+    sent = os.path.join(ROOT, "revision.json")
     if os.path.isfile(sent):
         return revision_sent(sent)
     git = ["git", "-C", ROOT]
-    url = re.sub("//[^/@]*@", "//", said(git + ["remote", "get-url", "origin"]))  # no token of a remote
+    # The URL of a remote may hold a token, which is removed.
+    url = re.sub("//[^/@]*@", "//", said(git + ["remote", "get-url", "origin"]))
     commit = said(git + ["rev-parse", "HEAD"])
     changed = said(git + ["status", "--porcelain"]) or not commit
     return {"COMMIT": commit, "DIRTY": "true" if changed else "false", "ORIGIN": url}
 
 
 def revision_sent(path):
-    """The same of a tree without git."""
+    """Return the same for a tree without git, from its revision.json."""
     with open(path, encoding="utf-8") as file:
         sent = json.load(file)
     changed = (name for name, digest in sent["files"].items() if hash_of(os.path.join(ROOT, name)) != digest)
@@ -157,7 +173,7 @@ def revision_sent(path):
 
 
 def hash_of(path):
-    """sha256 of a file; nothing where there is none."""
+    """Return the sha256 of a file; empty when it does not exist."""
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
@@ -165,16 +181,20 @@ def hash_of(path):
 
 
 def arguments(kind, own):
-    """The image's build arguments; own: for this machine alone. None is a secret: they stay in its history."""
-    # An old buildah does not follow the Dockerfile's own default to a stage.
+    """Return the image's build arguments. None of them is a secret, because they stay in the image's history.
+
+    for_this_machine: Whether to compile only for the GPUs of this machine.
+    """
+    # LLAMA_IMAGE is the Dockerfile's own default, which an old buildah does not resolve to a stage.
     given = dict({"DEVICE": kind, "LLAMA_IMAGE": "llama-built", "SOURCES": sources()}, **revision())
-    if own and kind == "cuda" and capability():  # only this card's code: five times faster to compile
+    # To compile for the GPUs of this machine only is five times faster.
+    if own and kind == "cuda" and capability():
         given["FERRY_CUDA"] = capability()
     return given
 
 
 def build(settings, engine, kind, name):
-    """`docker build`, with the sources' hash as a label."""
+    """Build the image, with the hash of its sources as a label. Exit when the build fails."""
     refuse_others_image(settings, engine, name)
     command = [engine, "build", "--file", "docker/Dockerfile", "--tag", name]
     command += [
@@ -188,16 +208,24 @@ def build(settings, engine, kind, name):
 
 
 def refuse_others_image(settings, engine, name):
-    """A name that was typed and that another image has stays with it: Ferry's images carry a label, others do not."""
+    """Exit when IMAGE names an image that Ferry did not build, because the build would take its name.
+
+    Ferry's images have a label, which other images do not have.
+    """
     if not settings.get("IMAGE") or name in DEFAULT_NAMES or not said([engine, "image", "inspect", name]):
         return
-    if len(said([engine, "image", "inspect", "--format", ASK, name]).split()) < 2:  # no more than its id
+    # An image without the label answers with its id only.
+    if len(said([engine, "image", "inspect", "--format", ASK, name]).split()) < 2:
         told = f"{engine} has an image {name} that Ferry did not build: the build would take its name"
         fail(told, "choose another IMAGE=name:tag, or leave it out for {} or {}".format(*DEFAULT_NAMES))
 
 
 def image(settings, engine, kind):
-    """(name, id) of the image to run: the one asked for, or this checkout's, built if it is not there as it should be."""
+    """Return (name, id) of the image to run.
+
+    The image of IMAGE is pulled when it is missing. Without IMAGE, the image of this checkout is built when it is
+    missing or of other sources.
+    """
     given = settings.get("IMAGE")
     name = given or "ferry:" + kind
     ask = [engine, "image", "inspect", "--format", ASK, name]
@@ -215,21 +243,25 @@ def image(settings, engine, kind):
 
 
 def run(settings, command, attached):
-    """Become `docker run`: its signals and its exit code are ours. attached: what it takes of stdin and the terminal."""
+    """Replace this process by `docker run`, so that its signals and its exit code are those of the container.
+
+    attach_flags: How the container is attached to stdin and the terminal.
+    """
     engine, kind = engine_of(settings), kind_of(settings, device())
     if kind == "cuda":
         check_card()
     name, identity = image(settings, engine, kind)
     started = [engine, "run", "--rm", "--init", "--user", user(engine), "--read-only"]
-    # exec: what Triton and libffi compile is loaded from there
+    # "exec" because Triton and libffi load from /tmp what they compile there
     started += ["--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
-    if os.getuid() == 0 and os.stat(ROOT).st_uid:  # `sudo make`: root without it writes to no one's folders
+    if os.getuid() == 0 and os.stat(ROOT).st_uid:  # `sudo make`: without it root cannot write to the user's folders
         started += ["--cap-add", "DAC_OVERRIDE"]
-    started += ["--shm-size", "8g", "--stop-timeout", "120"]  # loaders' shared memory; time to write a checkpoint
+    # Shared memory for data loaders; time to write a checkpoint.
+    started += ["--shm-size", "8g", "--stop-timeout", "120"]
     started += gpu(engine) if kind == "cuda" else []
     started += attached
     started += [word for name in PASSED if name in os.environ for word in ("--env", name)]
-    # Ctrl-C must reach what make started, and not make alone.
+    # Ctrl-C must reach the processes that make started, not only make.
     started += ["--env", "TINI_KILL_PROCESS_GROUP=1", "--env", "FERRY_IMAGE_ID=" + identity, "--workdir", os.getcwd()]
     started += [word for place in mounts(settings) for word in ("--volume", place)]
     started += words(settings, "DOCKER_RUN_FLAGS") + [name] + command
@@ -238,19 +270,22 @@ def run(settings, command, attached):
 
 
 def user(engine):
-    """The caller, so that what is written is his. A rootless engine maps its root to him."""
+    """Return the user of the container: the caller, who then owns the files that it writes.
+
+    A rootless engine maps the container's root to the caller.
+    """
     shape = "{{.Host.Security.Rootless}}" if engine.endswith("podman") else "{{json .SecurityOptions}}"
     rootless = re.search("true|rootless", said([engine, "info", "--format", shape]))
     return "0:0" if rootless else f"{os.getuid()}:{os.getgid()}"
 
 
 def gpu(engine):
-    """How a container gets to see the cards."""
+    """Return the flags that give a container access to the GPUs."""
     return ["--device", "nvidia.com/gpu=all"] if engine.endswith("podman") else ["--gpus", "all"]
 
 
 def words(settings, name):
-    """A setting that is a list, as a shell would read it."""
+    """Return a setting split as a shell would split it. Exit when that fails."""
     try:
         return shlex.split(settings.get(name, ""))
     except ValueError as error:
@@ -258,19 +293,22 @@ def words(settings, name):
 
 
 def mounts(settings):
-    """Where the container sees which folder of this machine; made here, or the engine would make them as root."""
+    """Create the folders to mount, and return "folder of this machine:path in the container" for each.
+
+    They are created here because the engine would create them as root.
+    """
     hub = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
     seen = {"/cache": cache_folder(), "/cache/huggingface": os.path.abspath(hub)}
     asked = [ROOT] + asked_for(settings)
     seen.update((place, place) for place in asked + outside(settings, asked))
-    # The last one is where the engine would make a mount point.
+    # The engine would create the last one as a mount point.
     for folder in [*seen.values(), os.path.join(cache_folder(), "huggingface")]:
         make_folder(folder)
     return [f"{folder}:{place}" for place, folder in seen.items()]
 
 
 def asked_for(settings):
-    """The folders of MOUNT, which must be there."""
+    """Return the folders of MOUNT. Exit when one does not exist."""
     found = [os.path.abspath(os.path.expanduser(folder)) for folder in words(settings, "MOUNT")]
     for folder in found:
         if not os.path.isdir(folder):
@@ -279,24 +317,24 @@ def asked_for(settings):
 
 
 def outside(settings, mounted):
-    """Folders that a command writes to or reads from and that are in none of those mounted, or only by a link."""
+    """Return the folders of a command that are not inside a mounted folder, or are inside only by a link."""
     given = dict({"RUNS": "runs", "MODELS": "models", "REPO": "hub"}, **settings)
     # A name on the Hub looks like a path in the current folder, which is mounted.
     paths = [".", given["RUNS"], given["MODELS"], given["REPO"]]
     config = os.path.dirname(given.get("CONFIG", ""))
-    paths += [config] if os.path.isdir(config or ".") else []  # a mistyped one is the command's to refuse
+    paths += [config] if os.path.isdir(config or ".") else []  # the command itself refuses a mistyped one
     both = [resolve(path) for path in paths for resolve in (os.path.abspath, os.path.realpath)]
     there = [*mounted, os.path.realpath(ROOT)]
     return sorted({path for path in both if not any(within(path, folder) for folder in there)})
 
 
 def within(path, folder):
-    """Is it that folder, or below it?"""
+    """Return whether `path` is `folder` or below it."""
     return os.path.commonpath([path, folder]) == folder
 
 
 def make_folder(folder):
-    """A folder that can be mounted where it is."""
+    """Create a folder to mount. Exit when it cannot be created or mounted at its own path."""
     if ":" in folder:
         fail(f"{folder}: a path with a colon cannot be mounted", "DOCKER=0 runs without an image")
     if any(within(taken, folder) for taken in ("/opt/ferry", "/opt/venv", "/usr")):
@@ -309,13 +347,13 @@ def make_folder(folder):
 
 
 def read(words):
-    """({setting: value}, what comes after --)"""
+    """Return ({setting: value}, the words after --)."""
     end = words.index("--") if "--" in words else len(words)
     return dict(word.split("=", 1) for word in words[:end]), words[end + 1 :]
 
 
 def main():
-    """One of the five."""
+    """Run one of the five commands."""
     what, (settings, goals) = sys.argv[1], read(sys.argv[2:])
     if what == "where":
         print(where(settings, goals[0]))

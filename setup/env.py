@@ -1,11 +1,11 @@
-"""`make env` and `make deploy-env`: a locked Python environment. Run again, it says in one line that all is there.
+"""`make env` and `make deploy-env`: install a locked Python environment. A second run only says that it is there.
 
     python3 setup/env.py --venv .venv                    the cloud side, with the tools of llama.cpp
     python3 setup/env.py --venv .venv-deploy --deploy    the side that runs models: llama-cpp-python, no torch
-    python3 setup/env.py --venv .venv-light --light      only what `make data` needs: no torch, no llama.cpp, no compiler
+    python3 setup/env.py --venv .venv-light --light      only what `make data` needs: no torch, llama.cpp or compiler
 
-<venv>/ferry.json is written last and says what is in the environment; it is taken away before anything is changed.
-So whatever happens on the way, a second run sees an unfinished environment and repairs it.
+<venv>/ferry.json is written last and says what is in the environment. It is removed before anything is changed, so that
+after an interruption the next run finds an unfinished environment and repairs it.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from packages import (
 from shared import AGAIN, DISK_FULL, cache_folder, fail, writable_folder, write_whole
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# For each side: its locks, the oldest Python it runs on, and the disk that it takes while pip unpacks.
+# For each side: its locks, the oldest Python it runs on, and the disk space it takes while pip unpacks.
 LOCKS = {"train": (device(), "test"), "image": (device(),), "deploy": ("deploy",), "data": ("data",)}
 OLDEST = {"train": (3, 11), "image": (3, 11), "deploy": (3, 10), "data": (3, 11)}
-# Measured 1.9 GB (torch 0.7, pyarrow 0.15, ...), 0.2 and 0.6; with CUDA 5.6 beside the 3.0 of its wheels.
+# Measured: 1.9 GB (torch 0.7, pyarrow 0.15, ...), 0.2 GB and 0.6 GB; with CUDA 5.6 GB and 3.0 GB for its wheels.
 TORCH_DISK = 2.2e9 if device() == "cpu" else 9e9
 DISK = {"train": TORCH_DISK, "image": TORCH_DISK, "deploy": 0.4e9, "data": 0.8e9}
 TORCH = ("train", "image")  # the sides that train
@@ -53,13 +53,17 @@ STEPS = {"train": 5, "image": 5, "deploy": 3, "data": 2}
 
 
 def wanted(side):
-    """What a finished environment has: the locks' hashes, and which llama.cpp."""
+    """Return what a finished environment records: the hashes of its locks, and its llama.cpp."""
     locks = {name: hashlib.sha256(read_lock(name).encode()).hexdigest() for name in LOCKS[side]}
     return {"device": None if side == "data" else device(), "locks": locks, "llama.cpp": wanted_llama_cpp(side)}
 
 
 def wanted_llama_cpp(side):
-    """The train side has one build for this machine. The other takes any proven one, and needs no compiler to know."""
+    """Return which llama.cpp a finished environment has; None for the side without one.
+
+    The train side has the build for this machine. The deploy side takes any build that works, so that it needs no
+    compiler to compute a key.
+    """
     if side == "data":
         return None
     import llamacpp
@@ -70,14 +74,17 @@ def wanted_llama_cpp(side):
 
 
 def kept(venv, side):
-    """The side of an environment that has torch stays `train`: it has all that the others need, and cost the most."""
+    """Return `train` for an environment that has torch, else the requested side.
+
+    An environment with torch has all that the other sides need, and took the longest to install. An image is exempt.
+    """
     if side == "image":
         return side
     return "train" if glob.glob(os.path.join(glob.escape(venv), "lib", "python*", "site-packages", "torch")) else side
 
 
 def ready(venv, side, want):
-    """Is all of it there, and did it get to its end?"""
+    """Return whether the environment is finished and has all that is expected."""
     try:
         with open(os.path.join(venv, "ferry.json"), encoding="utf-8") as file:
             have = json.load(file)
@@ -90,24 +97,24 @@ def ready(venv, side, want):
 
 
 class Steps:
-    """`[2/5] torch ... 21 s`"""
+    """Prints the steps of a set-up, such as `[2/5] torch ... 21 s`."""
 
     def __init__(self, total):
         self.total, self.number, self.name, self.began = total, 0, "", time.monotonic()
 
     def begin(self, name, newline=False):
-        """Announce a step; with newline its own progress lines may follow."""
+        """Print the name of a step. With newline=True the step may print its own lines of progress."""
         self.end_line = "      done: " if newline else " "
         self.number, self.started = self.number + 1, time.monotonic()
         print(f"[{self.number}/{self.total}] {name} ...", end="\n" if newline else "", flush=True)
 
     def done(self, text=""):
-        """Say how long it took."""
+        """Print the result of the step, by default how long it took."""
         print(self.end_line + (text or f"{time.monotonic() - self.started:.0f} s"), flush=True)
 
 
 def link(target, path):
-    """A symbolic link, in place of an older one."""
+    """Create a symbolic link, and replace an older one."""
     if os.path.lexists(path + ".new"):
         os.remove(path + ".new")
     os.symlink(target, path + ".new")
@@ -115,12 +122,12 @@ def link(target, path):
 
 
 def write_last(path, content):
-    """The record, in one piece or not at all."""
+    """Write the environment's record, completely or not at all."""
     write_whole(path, json.dumps(content, indent=2))
 
 
 def set_up(venv, side, want, log):
-    """All steps of one side. Each can be repeated."""
+    """Run all steps of one side. Each step can be repeated."""
     check_owner(venv)
     record = os.path.join(venv, "ferry.json")
     if os.path.exists(record):
@@ -152,7 +159,7 @@ def set_up(venv, side, want, log):
 
 
 def set_up_llama_cpp(venv, version, steps, log):
-    """Built once for this machine; its wheels into the environment, its folder beside them."""
+    """Build llama.cpp once for this machine, install its wheels into the environment, and link its folder there."""
     import llamacpp
 
     name = "llama.cpp " + version
@@ -170,7 +177,7 @@ def set_up_llama_cpp(venv, version, steps, log):
 
 
 def set_up_runtime(venv, version, steps, log):
-    """llama-cpp-python from wherever it is got first; from where."""
+    """Install llama-cpp-python from the first source that works; return a description of that source."""
     import runtime
 
     steps.begin("llama-cpp-python " + version, newline=True)
@@ -180,7 +187,7 @@ def set_up_runtime(venv, version, steps, log):
 
 
 def main():
-    """Check, then set up what is missing."""
+    """Set up the environment, unless it is ready."""
     given = arguments()
     venv, cache = os.path.abspath(given.venv), cache_folder()
     side = kept(venv, given.side)
@@ -197,7 +204,7 @@ def main():
     writable_folder(cache, "FERRY_CACHE=/some/other/folder " + AGAIN)
     writable_folder(venv, elsewhere())
     with llamacpp.locked(os.path.join(cache, "env.lock"), print):
-        if not ready(venv, side, want):  # now that any other set-up is over
+        if not ready(venv, side, want):  # checked again, because another set-up may have finished meanwhile
             check_disk(venv, side, cache, llamacpp)
             log = os.path.join(cache, "env.log")
             open(log, "w").close()
@@ -206,7 +213,7 @@ def main():
 
 
 def arguments():
-    """What was asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Make one of Ferry's Python environments.")
     parser.add_argument("--venv", default=".venv", help="where (default: .venv)")
     parser.add_argument("--quiet", action="store_true", help="say nothing where all is there")
@@ -219,7 +226,7 @@ def arguments():
 
 
 def describe(side, want):
-    """Which llama.cpp is in it."""
+    """Return which llama.cpp the environment has, for messages."""
     names = {
         "train": "llama.cpp {version}-{key}",
         "image": "llama.cpp {version}-{key}",
@@ -230,7 +237,10 @@ def describe(side, want):
 
 
 def check_disk(venv, side, cache, llamacpp):
-    """Before the first byte: a full disk in the middle costs ten minutes. (A wheel to be compiled asks again.)"""
+    """Exit when there is too little disk space, because a disk that fills up half-way costs ten minutes.
+
+    The compilation of a wheel checks again.
+    """
     new = not os.path.exists(python_of(venv))
     built = side not in TORCH or llamacpp.complete(llamacpp.folder())
     needs = [(venv, DISK[side] if new else 0), (cache, 0 if built else llamacpp.DISK)]
@@ -247,7 +257,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("stopped; what is finished is kept", AGAIN)
-    except OSError as error:  # a disk that fills up meanwhile, a folder that is taken away
+    except OSError as error:  # the disk filled up meanwhile, or a folder was removed
         if error.errno not in DISK_FULL + (errno.EROFS, errno.EACCES, errno.EIO):
             raise
         place = error.filename or "the environment or its log"

@@ -1,7 +1,7 @@
-"""Run while the image is built: prove that what was put into it works, and write down what it is.
+"""Test what is in the image while the image is built, and write a description of it.
 
-python setup/image.py stack /opt/stack.json             after the packages: import all of it, say what there is
-python setup/image.py whole /opt/stack.json image.json  after the code: run the programs, add what they were made from
+python setup/image.py stack /opt/stack.json             after the packages: import all of them, describe them
+python setup/image.py whole /opt/stack.json image.json  after the code: run the programs, add their sources
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# unsloth before transformers, as Ferry imports them.
+# unsloth comes before transformers, as in Ferry's imports.
 STACK = (
     "unsloth",
     "torch",
@@ -33,12 +33,21 @@ STACK = (
 
 
 def stack() -> dict:
-    """Import everything; versions, locks, llama.cpp. Raises what an import raises."""
+    """Import all packages, start the tools of llama.cpp, and return a description: device, base image, versions.
+
+    Raises:
+        SystemExit: A tool does not find its libraries.
+    """
     for name in STACK:
         importlib.import_module(name)
     llama = Path(sys.prefix) / "llama.cpp"
     cuda = os.environ | {"LD_LIBRARY_PATH": sysconfig.get_path("platlib") + "/nvidia/cu13/lib"}
-    for tool in ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-render"):  # its libraries are found
+    for tool in (
+        "llama-quantize",
+        "llama-imatrix",
+        "llama-perplexity",
+        "llama-render",
+    ):  # whether each finds its libraries
         done = subprocess.run([llama / "bin" / tool, "--help"], env=cuda, capture_output=True, text=True)
         if "error while loading" in done.stderr:
             raise SystemExit(done.stderr)
@@ -53,7 +62,7 @@ def stack() -> dict:
 
 
 def whole(described: dict) -> dict:
-    """Run both programs and the graph as a user's command would; the checkout that they came from."""
+    """Run `ferry` and make as a user would, and return the description with the checkout that the code came from."""
     for command in ("/opt/ferry/ferry --help", "/opt/ferry/ferry deploy-mac --help", "make -f /opt/ferry/Makefile"):
         subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL, cwd="/")
     git = {
@@ -68,6 +77,7 @@ def whole(described: dict) -> dict:
 
 
 def main() -> None:
+    """Run `stack` or `whole`, and write the description."""
     what, *paths = sys.argv[1:]
     described = stack() if what == "stack" else whole(json.loads(Path(paths[0]).read_text()))
     Path(paths[-1]).write_text(json.dumps(described, indent=2) + "\n")

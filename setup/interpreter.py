@@ -1,4 +1,7 @@
-"""Which Python the set-up goes on with. Python 3.6's syntax: a Mac's own is 3.9, and this must be able to say so."""
+"""Find a Python that the set-up can use.
+
+This file keeps to the syntax of Python 3.6, so that an old Python (macOS has 3.9) can say that it is too old.
+"""
 
 import os
 import platform
@@ -8,12 +11,13 @@ import sys
 from shared import AGAIN, fail
 
 NEWEST = (3, 14)
-NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3.10")  # the best tried ones first
-PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "~/.local/bin")  # Homebrew, python.org and uv; not always on PATH
+NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3.10")  # the best tested ones first
+# Of Homebrew, python.org and uv; they are not always on PATH.
+PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "~/.local/bin")
 
 
 def hand_over(oldest):
-    """Return if this Python fits, else start again with one that does, else say how to get one."""
+    """Return when this Python fits. Else restart this program with one that does, or exit and say how to get one."""
     disguised = intel_on_apple_silicon()
     if oldest <= sys.version_info[:2] <= NEWEST and not disguised:
         return
@@ -24,19 +28,22 @@ def hand_over(oldest):
 
 
 def intel_on_apple_silicon():
-    """Is this an x86_64 Python under Rosetta? llama.cpp would be built for Intel: no Metal, a tenth of the speed."""
+    """Return whether this is an x86_64 Python on Apple silicon, under Rosetta.
+
+    It would build llama.cpp for Intel: without Metal, and at a tenth of the speed.
+    """
     if sys.platform != "darwin" or platform.machine() != "x86_64":
         return False
     return "1" in (sysctl("sysctl.proc_translated"), sysctl("hw.optional.arm64"))
 
 
 def sysctl(name):
-    """One fact of macOS; empty where it does not know the name."""
+    """Return a value of macOS's sysctl; empty for an unknown name."""
     return said(["sysctl", "-n", name])
 
 
 def said(command):
-    """What a command prints; nothing if it fails."""
+    """Return what a command prints on stdout; empty when it fails."""
     try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode(errors="replace").strip()
     except (OSError, subprocess.CalledProcessError):
@@ -44,7 +51,7 @@ def said(command):
 
 
 def candidates(oldest):
-    """Pythons of this machine: by name on PATH and where they usually are, then the one uv knows of."""
+    """Yield the Pythons of this machine: by name on PATH and in the usual folders, then the one that uv finds."""
     folders = os.environ.get("PATH", "").split(os.pathsep) + [os.path.expanduser(place) for place in PLACES]
     for name in NAMES:
         for folder in folders:
@@ -59,17 +66,20 @@ def candidates(oldest):
 
 
 def fits(python, oldest, module="sys", apple_silicon=False):
-    """Is this a Python that can be used, and has it this module? (Run it: pyenv's names on PATH may only print an error.)"""
+    """Return whether this Python runs, is neither too old nor too new, and has the module.
+
+    It is run to find out, because pyenv's names on PATH may only print an error.
+    """
     ask = f"import platform, sys, {module}; sys.exit(not {oldest} <= sys.version_info[:2] <= {NEWEST}"
     ask += " or platform.machine() != 'arm64')" if apple_silicon else ")"
     try:
         return subprocess.call([python, "-c", ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
-    except OSError:  # made for another kind of processor
+    except OSError:  # built for another processor
         return False
 
 
 def refuse(oldest, disguised):
-    """No Python of this machine will do."""
+    """Exit with the error that this machine has no Python that fits, and how to get one."""
     have = ".".join(map(str, sys.version_info[:3]))
     need = "Python {}.{} to {}.{}".format(*(oldest + NEWEST))
     cure = "brew install python@3.13   or: uv python install 3.13"

@@ -1,7 +1,7 @@
 """Build llama.cpp once for this machine, from the sdist of llama-cpp-python.
 
-One source for everything: the tools and the converter of the cloud side, and the runtime of both sides, are the same
-commit. PyPI has no wheel of it and the converter is in no wheel at all, so it is compiled here and kept:
+There is one source for everything: the tools and the converter of the cloud side and the runtime of both sides are of
+the same commit. PyPI has no wheel of it, and no wheel has the converter, so it is compiled here and kept:
 
     ${FERRY_CACHE:-~/.cache/ferry}/llama.cpp/<version>-<key>/
         bin/         llama-quantize, llama-imatrix, llama-perplexity, our llama-render (render.cpp) and their libraries
@@ -10,10 +10,10 @@ commit. PyPI has no wheel of it and the converter is in no wheel at all, so it i
         wheels/      llama_cpp_python (with the same libraries inside) and gguf
         LICENSE  build.json
 
-The side that only runs models needs no more than wheels/llama_cpp_python: <version>-<key>-wheel/ holds that alone.
+The side that only runs models needs only wheels/llama_cpp_python, which <version>-<key>-wheel/ holds alone.
 
-The key is what the result depends on, so a folder is never wrong, only unused. FERRY_LLAMA_FLAGS adds CMake flags:
-`-DGGML_CUDA=ON`, or `-DGGML_NATIVE=OFF` for a build that runs on other machines too.
+The key is a hash of all that the result depends on, so a folder is never outdated, only unused. FERRY_LLAMA_FLAGS adds
+CMake flags: `-DGGML_CUDA=ON`, or `-DGGML_NATIVE=OFF` for a build that runs on other machines too.
 """
 
 import fcntl
@@ -33,36 +33,40 @@ from pathlib import Path
 from packages import capability, device, read_lock
 from shared import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
 
-RECIPE = 2  # raise it when this file builds something else from the same inputs
-# Sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; measured, and some air. nvcc alone is 0.84 GB.
+RECIPE = 2  # increase it when this file builds something else from the same inputs
+# Bytes. Measured: sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; the rest is reserve. nvcc alone is 0.84 GB.
 DISK = 700e6 if device() == "cpu" else 4e9
 RENDER = Path(__file__).with_name("render.cpp")
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 MAC = sys.platform == "darwin"
-# For a build that is not for the cards of this machine: T4, A100 (its code runs on A10 and L4), H100, B200, RTX 50.
+# For a build that is not for the GPUs of this machine: T4, A100 (its code runs on A10 and L4), H100, B200, RTX 50.
 CARDS = "75;80;90;100;120"
-NO_AMX = "-U__AMX_INT8__"  # what the kernels ask for; unlike -mno-amx-int8, every compiler knows it
+NO_AMX = "-U__AMX_INT8__"  # the macro that the kernels test; unlike -mno-amx-int8, every compiler accepts this flag
 
 
 def version() -> str:
-    """The pin of llama-cpp-python, which `make lock` takes from pyproject.toml."""
+    """Return the pinned version of llama-cpp-python, which `make lock` takes from pyproject.toml."""
     return re.search(r"^llama-cpp-python==([\w.]+)$", read_lock("build"), re.MULTILINE)[1]
 
 
 def cuda() -> str:
-    """The compute capabilities to compile for, such as 90; empty where there is no GPU."""
+    """Return the compute capabilities to compile for, such as 90 or 80;90; empty without a GPU."""
     return (os.environ.get("FERRY_CUDA") or capability() or CARDS) if device() == "cuda" else ""
 
 
 def flags() -> list[str]:
-    """CMake's arguments. Libraries find each other by their own place, so that the folder can be moved and packed."""
+    """Return the arguments of CMake.
+
+    The libraries find each other relative to their own folder, so that it can be moved and packed.
+    """
     ours = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
-    # In an environment llama_cpp finds the CUDA libraries that torch uses; pipeline/toolchain/llama_tools.py shows them to the tools.
+    # In an environment llama_cpp finds the CUDA libraries that torch uses. The tools get their path from
+    # pipeline/toolchain/llama_tools.py.
     beside = ";$ORIGIN/../../nvidia/cu13/lib" if cuda() else ""
     ours += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if MAC else "$ORIGIN" + beside)]
     ours += ["LLAMA_OPENSSL=OFF", "GGML_CCACHE=OFF"]
     ours += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
-    # NO_VMM: without it the driver's own library is linked, and nothing loads where there is no driver (docker build).
+    # Without NO_VMM the driver's library is linked, and nothing loads on a machine without a driver (docker build).
     ours += (
         [f"CMAKE_CUDA_ARCHITECTURES={cuda()}", "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_NO_VMM=ON"]
         if cuda()
@@ -74,7 +78,7 @@ def flags() -> list[str]:
 
 
 def native_build_uses_amx() -> bool:
-    """Whether `-march=native` would compile llama.cpp's AMX kernels on this machine.
+    """Return whether `-march=native` would compile llama.cpp's AMX kernels on this machine.
 
     GCC 12 drops half of their tile configuration as dead stores (its `_tile_loadconfig` claims to read 8 of 64 bytes),
     and the first matrix multiplication then ends the process with a general protection fault.
@@ -85,11 +89,11 @@ def native_build_uses_amx() -> bool:
 
 
 def compiler() -> str:
-    """The first line of the C++ compiler's --version."""
+    """Return the first line of the C++ compiler's --version. Exit when there is no compiler."""
     for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
         if path := shutil.which(name):
             said = subprocess.run([path, "--version"], capture_output=True, text=True)
-            if said.returncode == 0:  # a Mac without Xcode's tools has a c++ that only says so
+            if said.returncode == 0:  # a Mac without Xcode's tools has a c++ that only prints that they are missing
                 return said.stdout.splitlines()[0]
     fix = "xcode-select --install" if MAC else "sudo apt-get install g++   (or your system's C++ compiler)"
     fail(
@@ -99,7 +103,7 @@ def compiler() -> str:
 
 
 def cpu() -> str:
-    """What a native build depends on: the instructions this processor has."""
+    """Return the instruction sets of this processor, which a native build depends on; on a Mac its name."""
     if MAC:
         ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
@@ -111,7 +115,7 @@ def cpu() -> str:
 
 
 def key() -> str:
-    """Eight hex digits of everything the result depends on."""
+    """Return eight hex digits of the hash of all that the result depends on."""
     native = "-DGGML_NATIVE=OFF" not in flags()
     ours = hashlib.sha256(RENDER.read_bytes()).hexdigest()
     parts = [
@@ -128,19 +132,20 @@ def key() -> str:
 
 
 def folder(only_wheel: bool = False) -> Path:
-    """Where the build for this machine is, or will be."""
+    """Return the folder of the build for this machine, which may not exist yet."""
     return Path(cache_folder()) / "llama.cpp" / (f"{version()}-{key()}" + ("-wheel" if only_wheel else ""))
 
 
 def complete(path: Path) -> bool:
-    """build.json is written last, and the folder gets its name after that."""
+    """Return whether the folder holds a complete build: build.json is written last, before the folder gets its name."""
     return (path / "build.json").is_file()
 
 
 def cached() -> Path | None:
-    """A build for this machine that is there already, whichever of the two.
+    """Return a complete build for this machine, with or without the tools; None when there is none.
 
-    With no build of this version at all the compiler is not asked for: a Mac that has none opens a window.
+    When no build of this version exists, the compiler is not asked for its version: on a Mac without a compiler that
+    opens a window.
     """
     if not list((Path(cache_folder()) / "llama.cpp").glob(f"{version()}-*")):
         return None
@@ -149,9 +154,14 @@ def cached() -> Path | None:
 
 @contextmanager
 def locked(path: Path, say):
-    """One at a time; the system lets go of the lock when its holder and what it started are dead, however they died.
+    """Hold a lock file, so that only one set-up runs at a time.
 
-    What it started counts: pip goes on installing for a while after a kill -9 of this process.
+    The system releases the lock when this process and its child processes have ended, however they ended. The child
+    processes count, because pip continues to install for a while after a kill -9 of this process.
+
+    Args:
+        path: The lock file.
+        say: Prints a line while another set-up has the lock.
     """
     with open(path, "a+") as file:
         os.set_inheritable(file.fileno(), True)
@@ -163,7 +173,7 @@ def locked(path: Path, say):
 
 
 def wait_for_lock(file, say) -> None:
-    """Take the lock; while another set-up has it, say whose it is and for how long it has been running."""
+    """Wait for the lock and take it. Say every 30 s which other set-up has it, and for how long."""
     said = 0.0
     while True:
         try:
@@ -176,7 +186,7 @@ def wait_for_lock(file, say) -> None:
 
 
 def describe_holder(file) -> str:
-    """Such as ` (pid 123, setup/env.py --venv .venv, for 42 s)`; empty where the file does not say."""
+    """Return who has the lock, such as ` (pid 123, setup/env.py --venv .venv, for 42 s)`; empty when unknown."""
     file.seek(0)
     try:
         holder = json.loads(file.read())
@@ -186,12 +196,12 @@ def describe_holder(file) -> str:
 
 
 def tell(text: str) -> None:
-    """Progress goes to stderr: stdout is for the answer."""
+    """Print progress on stderr, because stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
 
 
 def ensure(say=tell, only_wheel: bool = False) -> Path:
-    """The complete folder, built now if it is not there."""
+    """Return the folder of a complete build; build it first when it is missing."""
     target = folder(only_wheel)
     if complete(target):
         return target
@@ -203,7 +213,7 @@ def ensure(say=tell, only_wheel: bool = False) -> Path:
 
 
 def build(target: Path, say, only_wheel: bool) -> None:
-    """Make everything under a temporary name beside the target, and rename it at the end."""
+    """Build in a temporary folder beside the target, and rename the result at the end. Exit when the disk is full."""
     remove_unfinished(target.parent)
     if (free := shutil.disk_usage(target.parent).free) < DISK:
         fail(
@@ -228,9 +238,9 @@ def build(target: Path, say, only_wheel: bool) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what builds of this version that were killed have left, by the exact name that `build` gives it.
+    """Remove the temporary folders of killed builds of this version, which have the exact name that the build gives.
 
-    Nothing works in them: the caller holds the lock.
+    No process uses them, because the caller holds the lock.
     """
     ours = re.compile(re.escape(version()) + r"-[0-9a-f]{8}(-wheel)?\.part-\w+")
     for path in folder.glob(f"{version()}-*.part-*"):
@@ -239,7 +249,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def make(work: Path, log: Path, say, only_wheel: bool) -> str:
-    """Fill `work`/out; the commit of llama.cpp it was made from."""
+    """Download, compile and collect the result in `work`/out; return the commit of llama.cpp."""
     out, compiled = work / "out", work / "build"
     out.mkdir()
     env = with_tools(work, log)
@@ -259,7 +269,7 @@ def make(work: Path, log: Path, say, only_wheel: bool) -> str:
 
 
 def keep_converter(vendored: Path, out: Path) -> None:
-    """What of the source is used as it is."""
+    """Move the parts of the source that are used uncompiled into the result."""
     (out / "convert").mkdir()
     for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py"):
         os.rename(vendored / name, out / "convert" / name)
@@ -267,7 +277,10 @@ def keep_converter(vendored: Path, out: Path) -> None:
 
 
 def with_tools(work: Path, log: Path) -> dict[str, str]:
-    """An environment with pip and the pinned build tools; for a GPU nvcc with CUDA's headers, which PyPI has too."""
+    """Install the pinned build tools into a virtual environment; return the environment variables to run them.
+
+    For a GPU these include nvcc and CUDA's headers, which PyPI has too.
+    """
     say_venv = "Python cannot make a virtual environment"
     run([sys.executable, "-m", "venv", work / "tools"], log, say_venv, f"install Python's venv module, then {AGAIN}")
     pins = [line for name in ("build", "nvcc")[: 2 if cuda() else 1] for line in read_lock(name).splitlines()]
@@ -278,7 +291,7 @@ def with_tools(work: Path, log: Path) -> dict[str, str]:
 
 
 def download(work: Path, log: Path, env: dict[str, str]) -> Path:
-    """The unpacked sdist. (pip asks it for its metadata on the way: 7 s.)"""
+    """Download and unpack the sdist; return its folder. (pip also asks the sdist for its metadata, which takes 7 s.)"""
     name = f"llama-cpp-python=={version()}"
     pip = [work / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
     pip += ["--no-binary", "llama-cpp-python"]
@@ -290,16 +303,16 @@ def download(work: Path, log: Path, env: dict[str, str]) -> Path:
 
 
 def compile_all(source: Path, build: Path, targets: list[str], log: Path, env: dict[str, str], say) -> None:
-    """Configure, and compile only what is used: with the tools 145 files, 6 minutes on 2 cores."""
+    """Configure and compile the given targets: with the tools 145 files, which take 6 minutes on 2 cores."""
     what, hint = "llama.cpp could not be compiled", f"read the log; then {AGAIN}"
     run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *flags(), *toolkit(build.parent)], log, what, hint, env)
-    # Not more than 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
+    # At most 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
     jobs = str(min(os.cpu_count() or 1, 16))
     run(["cmake", "--build", build, "-j", jobs, "--target", *targets], log, what, hint, env, progress(say))
 
 
 def toolkit(work: Path) -> list[str]:
-    """Where CMake finds CUDA in wheels: no lib64 and no unversioned libraries, so each is named."""
+    """Return the arguments by which CMake finds CUDA in wheels, which have no lib64 and no unversioned libraries."""
     if not cuda():
         return []
     there = cuda_wheels(work)
@@ -311,15 +324,15 @@ def toolkit(work: Path) -> list[str]:
 
 
 def cuda_wheels(work: Path) -> Path:
-    """Where with_tools has put the toolkit."""
+    """Return the folder where `install_build_tools` has put the CUDA toolkit."""
     return next(work.glob("tools/lib/python3*/site-packages/nvidia/cu13"))
 
 
 def compile_render(source: Path, build: Path, log: Path) -> None:
-    """Our own tool, against the libraries just built and with CMake's compiler: 4 s."""
+    """Compile llama-render (render.cpp) against the new libraries, with the compiler that CMake chose; it takes 4 s."""
     cache = (build / "CMakeCache.txt").read_text()
     cxx = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
-    # a Mac's clang++, called by its path, needs it
+    # clang++ of a Mac needs it when called by its path
     sdk = re.search(r"^CMAKE_OSX_SYSROOT:\w+=(/.+)$", cache, re.MULTILINE)
     headers = ["-isysroot", sdk[1]] if sdk else []
     headers += [f"-I{source / name}" for name in ("common", "include", "ggml/include", "vendor")]
@@ -331,7 +344,7 @@ def compile_render(source: Path, build: Path, log: Path) -> None:
 
 
 def progress(say):
-    """A reader of ninja's `[12/240]`: one line that changes on a terminal, else a line every half minute."""
+    """Return a reader of ninja's `[12/240]` that prints one changing line on a terminal, else a line every 30 s."""
     started, last, terminal = time.monotonic(), [0.0], sys.stderr.isatty()
 
     def read(line: str) -> None:
@@ -353,15 +366,18 @@ def progress(say):
 
 
 def make_wheels(source: Path, built: Path, wheels: Path, only_wheel: bool, log: Path, env: dict[str, str]) -> None:
-    """llama_cpp_python around the libraries just built (no second compile), and gguf as it is in this commit."""
+    """Build the wheels of llama_cpp_python and of gguf of this commit.
+
+    llama_cpp_python takes the libraries that were just compiled, and does not compile them again.
+    """
     libraries = source / "llama_cpp" / "lib"
     libraries.mkdir(exist_ok=True)
-    for path in built.iterdir():  # libggml.so and libggml.so.0, not libggml.so.0.25.3: a wheel holds no links
+    for path in built.iterdir():  # copies libggml.so and libggml.so.0, not libggml.so.0.25.3: a wheel has no links
         if path.name != "libggml-cuda.so" and re.fullmatch(
             r"lib(llama|ggml[\w-]*)\.(so(\.\d+)?|(\d+\.)?dylib)", path.name
         ):
             shutil.copy(path, libraries / path.name)
-    (source / ".gitignore").unlink(missing_ok=True)  # scikit-build-core leaves out what git ignores: these libraries
+    (source / ".gitignore").unlink(missing_ok=True)  # scikit-build-core omits what git ignores, such as these libraries
     os.rename(source / ".git", source.parent / "git")
     pip = [
         source.parent / "tools/bin/python",

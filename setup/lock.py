@@ -1,15 +1,15 @@
-"""`make lock`: resolve pyproject.toml again, write setup/locks/*.txt and print what changed.
+"""`make lock`: resolve pyproject.toml again, write setup/locks/*.txt and print the changed pins.
 
-cpu.txt     what the cloud side runs on (core + data + train + deploy: `verify` asks the same llama.cpp as the Mac)
-cuda.txt    the same on a machine with an NVIDIA GPU: another torch, CUDA's libraries, triton
-data.txt    what `data` alone needs, on a laptop: the same versions, no torch
-deploy.txt  what the side that runs models needs: the same versions, from Python 3.10 on, no torch
-test.txt    what the tests add to cpu.txt
-build.txt   what setup/llamacpp.py compiles, and with what
-nvcc.txt    what it adds for a GPU: the compiler and headers of the CUDA that torch brings
-sky.txt     SkyPilot, for the tests alone, in an environment of its own
+cpu.txt     the cloud side (core + data + train + deploy, because `verify` runs the same llama.cpp as the Mac)
+cuda.txt    the same for a machine with an NVIDIA GPU: another torch, CUDA's libraries, triton
+data.txt    what `data` needs on a laptop: the same versions, no torch
+deploy.txt  the side that runs models: the same versions, from Python 3.10 on, no torch
+test.txt    what the tests need beyond cpu.txt
+build.txt   what setup/llamacpp.py compiles, and its build tools
+nvcc.txt    its further build tools for a GPU: compiler and headers of the CUDA that torch brings
+sky.txt     SkyPilot, only for the tests, in an environment of its own
 
-uv resolves for every platform at once, which pip cannot; the format of the locks follows its version.
+uv resolves for every platform at once, which pip cannot do. The format of the locks depends on the version of uv.
 """
 
 import os
@@ -24,13 +24,13 @@ from shared import fail, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "setup" / "locks"
-PYTHON, PYTHON_DEPLOY = "3.11", "3.10"  # the oldest ones allowed: markers speak of the newer ones
+PYTHON, PYTHON_DEPLOY = "3.11", "3.10"  # the oldest supported versions; markers cover the newer ones
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 HEADER = "# Made by `make lock` from pyproject.toml. Do not edit: change pyproject.toml and run it again.\n"
 
 
 def pip_setting(name: str) -> list[str]:
-    """What pip was told (uv reads none of it): its environment variable, else its configuration file."""
+    """Return a setting of pip from its environment variable, else from its configuration file. (uv reads neither.)"""
     said = os.environ.get("PIP_" + name.upper().replace("-", "_"))
     if said is None:
         ask = [sys.executable, "-m", "pip", "config", "get", "global." + name]
@@ -39,7 +39,10 @@ def pip_setting(name: str) -> list[str]:
 
 
 def uv_arguments() -> list[str]:
-    """Where uv looks: pip's find-links and index, and PyTorch's index if it answers (uv gives up where pip goes on)."""
+    """Return the indexes for uv: pip's find-links and index, and PyTorch's index when it answers.
+
+    uv stops when an index does not answer, whereas pip continues.
+    """
     arguments = [word for link in pip_setting("find-links") for word in ("--find-links", link)]
     arguments += [word for url in pip_setting("index-url")[:1] for word in ("--default-index", url)]
     try:
@@ -51,12 +54,17 @@ def uv_arguments() -> list[str]:
 
 
 def resolve(uv: list[str], extras: list[str], held: Path | None = None, python: str = PYTHON) -> list[str]:
-    """The pinned lines for the core dependencies and these extras; versions in `held` stay."""
+    """Return the pinned lines for the core dependencies and the extras.
+
+    Args:
+        uv: The command `uv pip compile` with its options.
+        constraints: A file of pins to keep.
+    """
     return compiled(uv, ["pyproject.toml", *(word for extra in extras for word in ("--extra", extra))], held, python)
 
 
 def compiled(uv: list[str], what: list[str], held: Path | None, python: str = PYTHON) -> list[str]:
-    """Pinned lines for every platform at once."""
+    """Run `uv pip compile` and return the pinned lines for all platforms. Exit when it fails."""
     fixed = f"--universal --python-version {python} --no-header --no-annotate --quiet".split()
     command = [*uv, *what, *fixed, *(["-c", str(held)] if held else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -66,20 +74,20 @@ def compiled(uv: list[str], what: list[str], held: Path | None, python: str = PY
 
 
 def from_python(version: str, lines: list[str]) -> list[str]:
-    """The same pins, for this Python and newer ones only: on an older one a package may need an older version."""
+    """Limit pins to this Python and newer ones, because on an older one a package may need an older version."""
     marked = (line.partition(" ; ") for line in lines)
     asked = f"python_full_version >= '{version}'"
     return [f"{pin} ; {asked} and ({marker})" if marker else f"{pin} ; {asked}" for pin, _, marker in marked]
 
 
 def pins(lines: list[str]) -> dict[str, str]:
-    """{'numpy ; marker': '2.4.6'}"""
+    """Return the version of each pinned line, such as {'numpy ; marker': '2.4.6'}."""
     found = (re.fullmatch(r"([^=#\s]+)={2,3}(\S+)(.*)", line) for line in lines)
     return {m[1] + m[3]: m[2] for m in found if m}
 
 
 def write(name: str, lines: list[str]) -> list[str]:
-    """Write one lock; `name old -> new` for each pin that moved."""
+    """Write one lock; return a line `name old -> new` for each changed pin."""
     path = LOCKS / name
     old, new = pins(path.read_text().splitlines() if path.exists() else []), pins(lines)
     LOCKS.mkdir(exist_ok=True)
@@ -92,7 +100,10 @@ def write(name: str, lines: list[str]) -> list[str]:
 
 
 def locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
-    """All of them. A package that two of them name has one version; only torch is two."""
+    """Resolve all locks and return their lines by name.
+
+    A package has the same version in all locks, except for torch, which has two builds.
+    """
     held, no_triton = folder / "held.txt", folder / "overrides.txt"
     no_triton.write_text("triton ; sys_platform == 'never'\n")
     without = [*uv, "--override", str(no_triton)]
@@ -122,11 +133,12 @@ def locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
 
 
 def llama() -> list[str]:
-    """The pin of llama-cpp-python, whose source is compiled: it is in no other lock."""
+    """Return the pin of llama-cpp-python, which is in no other lock because its source is compiled."""
     return re.findall(r'^ *"(llama-cpp-python==[\w.]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
 def main() -> None:
+    """Resolve and write all locks, and print what changed."""
     uv = Path(sys.executable).with_name("uv")
     with tempfile.TemporaryDirectory() as folder:
         made = locks([str(uv), "--cache-dir", f"{folder}/cache", "pip", "compile", *uv_arguments()], Path(folder))

@@ -1,4 +1,7 @@
-"""An environment and what pip puts into it. Old syntax, like env.py, which imports it."""
+"""Create a virtual environment and install packages into it.
+
+This file keeps to the syntax of Python 3.6, like env.py, which imports it.
+"""
 
 import functools
 import importlib.util
@@ -16,11 +19,12 @@ from interpreter import fits, said
 from shared import AGAIN, NETWORK, attempt, fail, give_up, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-BUILT = ("llama_cpp_python", "gguf")  # from setup/llamacpp.py, not from a lock
-CUDA = (13, 0)  # of the torch in cuda.txt
-OLDEST_CARD = 75  # for which CUDA 13 compiles
-MARK = "ferry-environment"  # in each environment that Ferry made or took over; it stays when the rest is removed
-# What a new environment of venv, virtualenv or uv holds: nobody's work.
+BUILT = ("llama_cpp_python", "gguf")  # built by setup/llamacpp.py, not named in a lock
+CUDA = (13, 0)  # the version of the torch in cuda.txt
+OLDEST_CARD = 75  # the lowest compute capability (7.5) that CUDA 13 compiles for
+# A file in each environment that Ferry made or took over. It stays when the rest is removed.
+MARK = "ferry-environment"
+# The files in a new environment of venv, virtualenv or uv, which are nobody's work.
 NEW = re.compile(
     r"pyvenv\.cfg|\.gitignore|\.lock|\.DS_Store|CACHEDIR\.TAG|lib64"
     r"|bin/(python[\d.]*t?|\U0001D70Bthon|pip[\d.]*|wheel[\d.]*|[Aa]ctivate[\w.]*|deactivate[\w.]*|pydoc\.bat)"
@@ -28,14 +32,17 @@ NEW = re.compile(
     r"((pip|setuptools|wheel|pkg_resources|_distutils_hack)(-[\w.]+\.dist-info)?/.*"
     r"|distutils-precedence\.pth|_virtualenv\.(py|pth)|__pycache__/_virtualenv\.[\w.-]+)"
 )
-# What of CUDA a llama.cpp for a GPU loads. torch brings it where there is a torch.
+# The CUDA libraries that llama.cpp loads on a GPU. An environment with torch has them already.
 CUDA_RUNTIME = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
-# pip asks an extra index for every package, five times each if it is not reachable: this one is for torch alone.
+# Only for torch, because pip asks an extra index for every package, and five times each when it is not reachable.
 TORCH_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
 
 
 def device():
-    """cuda where there is an NVIDIA card that torch can use, else cpu: which of the two locks. FERRY_DEVICE decides otherwise."""
+    """Return `cuda` when this machine has an NVIDIA GPU that torch can use, else `cpu`.
+
+    FERRY_DEVICE overrides it. The result chooses the lock: cuda.txt or cpu.txt.
+    """
     given = os.environ.get("FERRY_DEVICE")
     if given not in (None, "", "cpu", "cuda"):
         fail(f"FERRY_DEVICE={given}: neither cpu nor cuda", "unset FERRY_DEVICE, then " + AGAIN)
@@ -45,19 +52,19 @@ def device():
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033 - functools.cache is of Python 3.9
 def nvidia_smi(*words):
-    """What it says; asked once, for it may take a second."""
+    """Return what nvidia-smi prints. The result is cached, because a call may take a second."""
     return said(("nvidia-smi",) + words)
 
 
 def capability():
-    """The compute capabilities of this machine's NVIDIA cards as CMake wants them, such as 90 or 80;90."""
+    """Return the compute capabilities of this machine's NVIDIA GPUs in the form of CMake, such as 90 or 80;90."""
     lines = nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
     found = {line.strip() for line in lines if re.match(r" *\d+\.\d+ *$", line)}
     return ";".join(sorted((each.replace(".", "") for each in found), key=int))
 
 
 def unfit():
-    """Why the NVIDIA card of this machine cannot be used; empty if it can."""
+    """Return why torch cannot use the NVIDIA GPU of this machine; empty when it can."""
     found = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", nvidia_smi())
     if not capability():
         return "nvidia-smi is here, and names no card"
@@ -70,38 +77,44 @@ def unfit():
 
 
 def check_card():
-    """A card that cannot be used is no reason to train on the CPU without a word: torch would find it after the download."""
+    """Exit when this machine has an NVIDIA GPU that torch cannot use, unless FERRY_DEVICE is set.
+
+    Otherwise the training would silently run on the CPU.
+    """
     if not os.environ.get("FERRY_DEVICE") and shutil.which("nvidia-smi") and unfit():
         fail(unfit(), "take another machine, or FERRY_DEVICE=cpu for the CPU")
 
 
 def check_headers():
-    """Triton compiles against them in the first training step, and fails in words of its own."""
+    """Exit when Python.h is missing on a GPU machine.
+
+    Triton needs it in the first training step, and its own error is unclear.
+    """
     if device() == "cuda" and not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
         told = "Python.h is missing: on a GPU, Triton compiles against it when the training starts"
         fail(told, "sudo apt-get install python{}.{}-dev, then {}".format(*sys.version_info[:2] + (AGAIN,)))
 
 
 def read_lock(name):
-    """The text of one lock."""
+    """Return the text of one lock."""
     with open(os.path.join(HERE, "locks", name + ".txt"), encoding="utf-8") as file:
         return file.read()
 
 
 def split_locks(names):
-    """(the lines of torch, all other pinned lines)"""
+    """Return (the lines of torch, all other pinned lines)."""
     lines = [line for name in names for line in read_lock(name).splitlines() if line and not line.startswith("#")]
     torch = [line for line in lines if line.startswith("torch==")]
     return torch, [line for line in lines if line not in torch]
 
 
 def python_of(venv):
-    """The environment's own Python."""
+    """Return the path of an environment's Python."""
     return os.path.join(venv, "bin", "python")
 
 
 def make_venv(venv, oldest, log):
-    """The environment that is there if it can be built upon, else an empty one."""
+    """Keep an environment that can be reused, else empty the folder and create a new one. Write the mark of Ferry."""
     check_owner(venv)
     if not can_build_upon(venv, oldest):
         empty_venv(venv)
@@ -110,9 +123,9 @@ def make_venv(venv, oldest, log):
 
 
 def check_owner(venv):
-    """Return where Ferry may change what is in the folder; end with an error where it is the user's.
+    """Exit when the folder is the user's. Mark one that Ferry made.
 
-    One that an older Ferry made gets the mark now: its record is about to be removed.
+    An environment of an older Ferry has no mark yet. It gets one now, because its record is about to be removed.
     """
     if is_ours(venv):
         write_mark(venv)
@@ -122,43 +135,49 @@ def check_owner(venv):
 
 
 def is_ours(venv):
-    """Did Ferry make it? The mark says so, or what a Ferry without marks left: record, pip's marker, its own link."""
+    """Return whether Ferry made the environment.
+
+    Its mark proves that, or what an older Ferry left there: the record, the marker of a running pip, or its own link.
+    """
     left = [os.path.join(venv, name) for name in (MARK, "ferry.json")] + [marker(venv)]
     link = os.path.join(venv, "bin", "ferry")
     return any(map(os.path.isfile, left)) or (os.path.islink(link) and os.readlink(link).endswith("/ferry"))
 
 
 def is_new(venv):
-    """Is nothing in it but what a new environment holds? A folder that is empty or not there is new too."""
+    """Return whether the folder is missing, empty or a new environment, so that it holds nothing of the user."""
     walked = ((folder, name) for folder, folders, files in os.walk(venv) for name in files + links(folder, folders))
     return all(NEW.fullmatch(os.path.relpath(os.path.join(*found), venv)) for found in walked)
 
 
 def links(folder, names):
-    """Those of the names that are symbolic links: os.walk takes one to a folder for a folder."""
+    """Return the names that are symbolic links. os.walk lists a link to a folder as a folder."""
     return [name for name in names if os.path.islink(os.path.join(folder, name))]
 
 
 def is_venv(venv):
-    """Is it a virtual environment, whoever made it?"""
+    """Return whether the folder is a virtual environment, whoever made it."""
     return os.path.exists(os.path.join(venv, "pyvenv.cfg"))
 
 
 def write_mark(venv):
-    """Say in the environment whose it is."""
+    """Write the file that marks an environment as Ferry's."""
     with open(os.path.join(venv, MARK), "w", encoding="utf-8") as file:
         file.write("Ferry made this environment: `make env` changes and removes what is in it.\n")
 
 
 def can_build_upon(venv, oldest):
-    """Is there a whole environment with a fitting Python that has pip?"""
+    """Return whether the environment is complete and its Python fits and has pip."""
     python = python_of(venv)
     whole = is_venv(venv) and not os.path.exists(marker(venv)) and os.path.exists(python)
     return whole and fits(python, oldest, "pip")
 
 
 def empty_venv(venv):
-    """Remove all but the mark: killed half way, the rest is still known as Ferry's. (`venv --clear` removes it too.)"""
+    """Remove all but the mark, so that the rest is still known as Ferry's when this is killed half-way.
+
+    `venv --clear` would remove the mark too.
+    """
     for name in os.listdir(venv):
         path = os.path.join(venv, name)
         if os.path.isdir(path) and not os.path.islink(path):
@@ -168,7 +187,7 @@ def empty_venv(venv):
 
 
 def create_venv(venv, log):
-    """A new environment in an empty folder."""
+    """Create a new environment in an empty folder. Exit when that fails."""
     hint = "sudo apt-get install python{}.{}-venv   (Debian, Ubuntu), then {}".format(*sys.version_info[:2], AGAIN)
     if not importlib.util.find_spec("venv") or not importlib.util.find_spec("ensurepip"):
         fail(f"this Python ({sys.executable}) has no venv module", hint)
@@ -176,17 +195,20 @@ def create_venv(venv, log):
 
 
 def elsewhere():
-    """The same command with another folder for the environment."""
+    """Return the same command with another folder for the environment, for error messages."""
     return AGAIN + (" DEPLOY_VENV=" if "deploy" in AGAIN else " VENV=") + "/some/other/folder"
 
 
 def marker(venv):
-    """There while pip changes the environment. Found at the start, pip was killed half way: nothing in it can be trusted."""
+    """Return the path of a file that exists while pip changes the environment.
+
+    When it exists at the start, pip was killed half-way, and the environment cannot be trusted.
+    """
     return os.path.join(venv, "pip-is-running")
 
 
 def pip(venv, log, arguments):
-    """Run the environment's pip: its exit code and last lines. Only a pip that was killed leaves the marker."""
+    """Run the environment's pip; return its exit code and last lines. Only a pip that was killed leaves the marker."""
     open(marker(venv), "w").close()
     command = [python_of(venv), "-m", "pip", "--no-input", "--disable-pip-version-check"]
     done = attempt(command + arguments, log)
@@ -195,14 +217,17 @@ def pip(venv, log, arguments):
 
 
 def install(venv, log, name, arguments):
-    """Without a look at dependencies: the locks are complete, and unsloth's own wishes cannot be met."""
+    """Install packages without their dependencies. Exit when pip fails.
+
+    The locks are complete, and unsloth's own requirements cannot be met.
+    """
     code, tail = pip(venv, log, ["install", "--no-deps"] + arguments)
     if code:
         give_up(f"{name} could not be installed (exit {code})", tail, log, NETWORK)
 
 
 def install_lines(venv, log, lines):
-    """Everything a lock names."""
+    """Install the pinned lines of a lock, and remove the packages that it does not name."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(lines) + "\n")
         file.flush()
@@ -211,7 +236,7 @@ def install_lines(venv, log, lines):
 
 
 def remove_others(venv, log, others):
-    """What no lock names any more: some packages do harm by being there (torchvision, xformers)."""
+    """Remove the packages that no lock names: some break others by being installed (torchvision, xformers)."""
     keep = {line.split("==")[0].replace("_", "-").lower() for line in others}
     keep |= {"torch", "pip", "setuptools", "wheel"} | {name.replace("_", "-") for name in BUILT}
     ask = [python_of(venv), "-m", "pip", "list", "--format=json"]

@@ -1,9 +1,9 @@
-"""`make lock-images`: write the digest of each base image into docker/Dockerfile, behind the tag it is the digest of.
+"""`make lock-images`: write the digest of each base image into docker/Dockerfile, behind its tag.
 
     python3 setup/pin.py            ask the registry and write
-    python3 setup/pin.py --check    say which base is not pinned by a digest; exit code 2 if one is (the release workflow)
+    python3 setup/pin.py --check    exit with code 2 when a base image has no digest (the release workflow)
 
-skopeo asks, or docker where there is none.
+skopeo asks the registry, or docker when there is no skopeo.
 """
 
 import os
@@ -19,7 +19,7 @@ BASE = re.compile(r"^(ARG BASE_IMAGE=)([^\s@]+)(@sha256:[0-9a-f]{64})?$", re.MUL
 
 
 def digest(name: str) -> str:
-    """sha256:... of what the tag stands for now, for all platforms."""
+    """Ask the registry for the current digest (sha256:...) of a tag, for all platforms. Exit when none answers."""
     asks = (
         ["skopeo", "inspect", "--no-tags", "--format", "{{.Digest}}", "docker://" + name],
         ["docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}", name],
@@ -31,6 +31,7 @@ def digest(name: str) -> str:
 
 
 def main() -> None:
+    """Pin the base images in the Dockerfile, or with --check only test that they are pinned."""
     text = FILE.read_text()
     if "--check" in sys.argv:
         if loose := [found[2] for found in BASE.finditer(text) if not found[3]]:

@@ -1,12 +1,13 @@
-"""llama-cpp-python for the side that runs models: the first of three ways whose result proves itself.
+"""Install llama-cpp-python for the side that runs models, from the first of three sources that works.
 
 1. a wheel that setup/llamacpp.py compiled on this machine before (`make env` leaves one too)
-2. a ready wheel of exactly the pinned version, from the project's own index: PyPI has none
-3. compiled now, once
+2. a ready wheel of exactly the pinned version, from the project's own index, because PyPI has none
+3. a wheel that is compiled now, once
 
-The index is GitHub's, gives no hashes and may lack a version, so nothing depends on it: what it gives is installed, then
-asked in a process of its own whether it is the right version and, on a Mac, whether it computes on Metal.
-FERRY_LLAMA_INDEX names another index, or (empty) none. Who sets FERRY_LLAMA_FLAGS wants a build of his own.
+The index is on GitHub, gives no hashes and may lack a version, so nothing depends on it. Its wheel is installed and
+then tested in a process of its own: whether it is the right version and, on a Mac, whether it computes on Metal.
+FERRY_LLAMA_INDEX names another index, or none when it is empty. FERRY_LLAMA_FLAGS asks for a build with those flags;
+then no index is asked, unless FERRY_LLAMA_INDEX names one.
 """
 
 import os
@@ -22,14 +23,14 @@ from packages import install, pip, python_of
 from shared import AGAIN, fail, telling
 
 PROJECT = "https://abetlen.github.io/llama-cpp-python/whl/"
-# What the project's README lists; its py3-none wheels fit every Python.
+# The CUDA versions that the project's README lists. Its wheels are py3-none and fit every Python.
 CUDA = (118, 121, 122, 123, 124, 125, 130, 132)
-X86 = {"avx2", "bmi2", "f16c", "fma"}  # its wheels for x86_64 use them unasked
+X86 = {"avx2", "bmi2", "f16c", "fma"}  # its wheels for x86_64 use these instructions without a test
 PROOF = "import llama_cpp; print(llama_cpp.__version__, llama_cpp.llama_supports_gpu_offload())"
 
 
 def set_up(venv: str, log: str, say=print) -> str:
-    """Install it; in words, where it came from."""
+    """Install llama-cpp-python; return a description of where it came from."""
     if built := llamacpp.cached():
         if not (why := put(venv, log, built)):
             return "compiled on this machine before"
@@ -46,14 +47,14 @@ def set_up(venv: str, log: str, say=print) -> str:
 
 
 def put(venv: str, log: str, built: Path) -> str | None:
-    """Install a wheel that was made on this machine; what is wrong with it."""
+    """Install a wheel that was built on this machine; return what is wrong with it, or None."""
     (wheel,) = (built / "wheels").glob("llama_cpp_python-*.whl")
     install(venv, log, "llama-cpp-python", ["--force-reinstall", str(wheel)])
     return fault(venv, gpu=False)
 
 
 def ready_wheel(venv: str, log: str, address: str) -> str | None:
-    """Install the project's wheel; why that was not possible. It may cost 20 s, not the patience that a lock gets."""
+    """Install the project's wheel, with short timeouts (20 s at most); return why that failed, or None."""
     wish = [f"llama-cpp-python=={llamacpp.version()}", "--only-binary", ":all:", "--index-url", address]
     code, tail = pip(
         venv, log, ["install", "--no-deps", "--force-reinstall", "--timeout", "10", "--retries", "1", *wish]
@@ -65,7 +66,7 @@ def ready_wheel(venv: str, log: str, address: str) -> str | None:
 
 
 def reason(tail: list[str]) -> str:
-    """What pip's last lines mean."""
+    """Return what pip's last lines mean, for messages."""
     if any("connection broken" in line for line in tail):
         return "does not answer"
     if any("No matching distribution" in line for line in tail):
@@ -74,7 +75,10 @@ def reason(tail: list[str]) -> str:
 
 
 def fault(venv: str, gpu: bool) -> str | None:
-    """What is wrong with the llama-cpp-python in this environment. Asked in a process of its own: a library may end it."""
+    """Return what is wrong with the llama-cpp-python in this environment, or None.
+
+    It is tested in a process of its own, because a library may end it.
+    """
     try:
         ask = [python_of(venv), "-I", "-c", PROOF]
         done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=120)
@@ -89,7 +93,7 @@ def fault(venv: str, gpu: bool) -> str | None:
 
 
 def index() -> str | None:
-    """The address to ask, or None."""
+    """Return the URL of the index to ask, or None."""
     given = os.environ.get("FERRY_LLAMA_INDEX")
     if given is not None or os.environ.get("FERRY_LLAMA_FLAGS"):
         return given or None
@@ -98,7 +102,7 @@ def index() -> str | None:
 
 
 def no_index() -> str:
-    """Why none is asked."""
+    """Return why no index is asked."""
     for name in ("FERRY_LLAMA_INDEX", "FERRY_LLAMA_FLAGS"):
         if name in os.environ:
             return f"{name} is set to '{os.environ[name]}'"
@@ -106,7 +110,10 @@ def no_index() -> str:
 
 
 def flavour() -> str | None:
-    """Which of the project's wheels runs well on this machine. Its one for Linux on ARM is a slow, generic build."""
+    """Return which of the project's wheels runs well on this machine, or None.
+
+    Its wheel for Linux on ARM is a slow, generic build.
+    """
     if llamacpp.MAC:
         return "metal" if platform.machine() == "arm64" else None
     if platform.machine() == "x86_64" and set(llamacpp.cpu().split()) >= X86:
@@ -115,7 +122,7 @@ def flavour() -> str | None:
 
 
 def cuda() -> str | None:
-    """The newest CUDA that the driver of this machine's NVIDIA card can run."""
+    """Return the newest CUDA of the project's wheels that the NVIDIA driver here can run, such as cu124, or None."""
     found = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", said(["nvidia-smi"]))
     fitting = [version for version in CUDA if found and version <= int(found[1] + found[2])]
     return f"cu{fitting[-1]}" if fitting else None

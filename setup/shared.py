@@ -1,4 +1,7 @@
-"""What the set-up scripts share. Old syntax on purpose: env.py must be able to say that a Python is too old."""
+"""Functions that the set-up scripts share.
+
+This file keeps to the syntax of Python 3.6, so that env.py can say that a Python is too old.
+"""
 
 import errno
 import os
@@ -12,18 +15,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fail(message, hint):
-    """The one way the set-up ends badly: what is wrong, and the command to run next."""
+    """Print the error and the command to run next, and exit with code 2."""
     sys.stderr.write(f"\nerror: {message}\nnext: {hint}\n")
     sys.exit(2)
 
 
 def cache_folder():
-    """Where things live that are costly to make and belong to the machine, not to a checkout."""
+    """Return the folder for results that take long to make and belong to the machine, not to a checkout."""
     return os.path.abspath(os.path.expanduser(os.environ.get("FERRY_CACHE") or "~/.cache/ferry"))
 
 
 def writable_folder(path, hint):
-    """Make the folder if need be, and prove that a file can be written there."""
+    """Create the folder when it is missing, and exit when no file can be written there."""
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f".probe-{os.getpid()}")
@@ -34,8 +37,8 @@ def writable_folder(path, hint):
 
 
 def write_whole(path, text):
-    """Write the text beside the file and put it in its place: whatever ends this, there is never half a file."""
-    path = os.path.realpath(path)  # a link stays one
+    """Write a text to a temporary file, then rename it to `path`, so that the file is never half-written."""
+    path = os.path.realpath(path)  # a link stays a link
     part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -51,7 +54,7 @@ def write_whole(path, text):
 
 
 def attempt(command, log, env=None, each_line=None):
-    """Run a command with its output in the log file: its exit code and its last lines."""
+    """Run a command and append its output to the log file; return its exit code and its last 40 lines."""
     tail = []
     with open(log, "a") as file:
         file.write("$ " + " ".join(map(str, command)) + "\n")
@@ -62,7 +65,7 @@ def attempt(command, log, env=None, each_line=None):
             universal_newlines=True,
             errors="replace",
             env=env,
-            close_fds=False,  # it holds the lock too
+            close_fds=False,  # the command inherits the lock too
         )
         try:
             for line in process.stdout:
@@ -70,7 +73,7 @@ def attempt(command, log, env=None, each_line=None):
                 tail = (tail + [line.rstrip()])[-40:]
                 if each_line:
                     each_line(line)
-        except BaseException:  # Ctrl-C too: nothing of ours may run on
+        except BaseException:  # also for Ctrl-C: the command must not continue
             process.terminate()
             process.wait()
             raise
@@ -79,20 +82,20 @@ def attempt(command, log, env=None, each_line=None):
 
 
 def run(command, log, message, hint, env=None, each_line=None):
-    """Run a command that must succeed; else `message` and its last lines are the error."""
+    """Run a command that must succeed. When it fails, exit with `message` and its last lines as the error."""
     code, tail = attempt(command, log, env, each_line)
     if code:
         give_up(f"{message} (exit {code})", tail, log, hint)
 
 
 def give_up(message, tail, log, hint):
-    """The error of a command that failed, with what it said last."""
+    """Exit with the error of a failed command, its last lines and the path of its log."""
     if any(os.strerror(code) in line for code in DISK_FULL for line in tail):
         hint = f"free some disk, then {AGAIN}"
     fail(message + "\n" + "".join(f"  {line}\n" for line in telling(tail)) + f"  all of it: {log}", hint)
 
 
 def telling(tail):
-    """The lines that say why a command failed."""
+    """Return the last lines that say why a command failed, at most four."""
     errors = [line for line in tail if "error" in line.lower() and not line.startswith("WARNING")]
     return (errors or tail)[-4:]

@@ -1,6 +1,7 @@
 """One test for each promise of the layout."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -10,26 +11,42 @@ from cli.table import COMMANDS
 from pipeline.run.run_folder import STAGES
 from tests.conftest import ROOT
 
-BELOW = {"contract", "common"}  # what both machines share; the one's errors and the other's screen know each other
-SIDES = {
-    "cli": {"cli", "launch", "pipeline", "deploy", *BELOW},
-    "launch": {"launch", "pipeline", *BELOW},
-    "pipeline": {"pipeline", *BELOW},
-    "deploy": {"deploy", *BELOW},
-    "contract": BELOW,
-    "common": BELOW,
-}
-OURS = {*SIDES, "setup", "docs", "benchmarks", "tests"}
+# Rooms from the lowest floor to the highest: a folder, or a module that stands by itself between folders. A room imports
+# from lower floors only, never from its own.
+FLOORS = (
+    ("common",),
+    ("contract",),
+    ("pipeline.config",),
+    ("pipeline.run", "pipeline.toolchain"),
+    ("pipeline.base_model", "pipeline.checkpoint_sync", "pipeline.scoring"),
+    ("pipeline.plan",),
+    tuple(f"pipeline.{stage}" for stage in STAGES),
+    ("pipeline.preflight", "pipeline.__main__"),
+    ("launch",),
+    ("launch.providers",),
+    ("deploy.machine", "deploy.store"),
+    ("deploy.stages",),
+    ("deploy.apps", "deploy.serving"),
+    ("deploy.doctor", "deploy.summary", "deploy.trace", "deploy.versions"),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+PACKAGES = ("cli", "common", "contract", "deploy", "launch", "pipeline")
+OURS = {*PACKAGES, "setup", "docs", "benchmarks", "tests"}
 
 
-def modules(package: str) -> list[Path]:
-    found = sorted((ROOT / package).rglob("*.py"))
-    assert len(found) > 2, f"no modules found in {package}"
-    return found
+def list_modules(package: str) -> list[Path]:
+    paths = [path for path in sorted((ROOT / package).rglob("*.py")) if path.name != "__init__.py"]
+    assert len(paths) > 2, f"no modules found in {package}"
+    return paths
 
 
-def imported(path: Path) -> set[str]:
-    """Dotted names of everything a module imports, at any depth."""
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def list_imports(path: Path) -> set[str]:
+    """Return the dotted names of everything that a module imports, at any depth."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -40,44 +57,67 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("package", SIDES)
-def test_no_import_arrow_points_the_wrong_way(package):
-    for path in modules(package):
-        ours = {name.split(".")[0] for name in imported(path)} & OURS
-        assert ours <= SIDES[package], f"{path} imports {ours - SIDES[package]}"
+def find_room(name: str) -> str:
+    """Return the room of a dotted name: the longest one that it begins with."""
+    return max((room for room in FLOOR if f"{name}.".startswith(f"{room}.")), key=len, default="")
 
 
-def stage_files(stage: str) -> list[Path]:
-    """One file, or a folder of the same name when it has outgrown that."""
-    found = sorted((ROOT / "pipeline" / stage).glob("*.py")) or [ROOT / "pipeline" / f"{stage}.py"]
-    assert all(path.is_file() for path in found) and (len(found) == 1 or found[0].with_name("stage.py") in found)
-    return found
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_stands_in_a_room(package):
+    for path in list_modules(package):
+        assert find_room(module_name(path)), f"{path} is in no room of FLOORS"
 
 
-def test_stages_do_not_import_each_other():
-    for stage in STAGES:
-        for path in stage_files(stage):
-            for name in imported(path):
-                owner = next((other for other in STAGES if f"{name}.".startswith(f"pipeline.{other}.")), stage)
-                assert owner == stage, f"{path} imports {name}"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_lead_to_lower_floors_only(package):
+    """So there is no circle between folders, no stage that imports another one, and no way up."""
+    for path in list_modules(package):
+        room = find_room(module_name(path))
+        for name in list_imports(path):
+            target = find_room(name)
+            if target and target != room:
+                assert FLOOR[target] < FLOOR[room], f"{path} ({room}) imports {name} ({target})"
 
 
-def test_the_plan_knows_nothing_of_what_it_plans():
-    """finetune asks it, never the other way round: it runs on a laptop."""
-    for path in sorted((ROOT / "pipeline" / "plan").glob("*.py")):
-        assert not any(f"{name}.".startswith("pipeline.finetune.") for name in imported(path)), path
+def test_the_machine_that_trains_and_the_one_that_runs_models_share_the_contract_only():
+    for package, never in {"deploy": {"pipeline", "launch"}, "pipeline": {"deploy"}, "launch": {"deploy"}}.items():
+        for path in list_modules(package):
+            assert not {name.split(".")[0] for name in list_imports(path)} & never, path
 
 
-@pytest.mark.parametrize("package", SIDES)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_that_ferry_runs_imports_its_tests_or_its_set_up(package):
+    for path in list_modules(package):
+        assert not {name.split(".")[0] for name in list_imports(path)} & (OURS - {*PACKAGES}), path
+
+
+def test_no_module_imports_itself_by_a_circle():
+    """Also not within a room, where the floors say nothing."""
+    names = {module_name(path): path for package in PACKAGES for path in list_modules(package)}
+    graph = {}
+    for name, path in names.items():
+        found = list_imports(path)
+        graph[name] = {target for target in names if target in found or any(n.startswith(f"{target}.") for n in found)}
+    order = graphlib.TopologicalSorter(graph)
+    order.prepare()  # raises CycleError with the circle
+
+
+def test_the_folder_of_the_pipeline_is_read_at_a_glance():
+    names = [path.name for path in (ROOT / "pipeline").iterdir() if path.name != "__pycache__"]
+    assert len(names) <= 16
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_package_imports_cost_nothing(package):
-    assert (ROOT / package / "__init__.py").read_text() == ""
+    for path in (ROOT / package).rglob("__init__.py"):
+        assert path.read_text() == "", path
 
 
-def test_a_stage_is_a_file_a_command_a_record_and_a_make_target(chain):
+def test_a_stage_is_a_folder_a_command_a_record_and_a_make_target(chain):
     makefile = (ROOT / "Makefile").read_text()
     assert [name for name in COMMANDS if name in STAGES] == sorted(STAGES, key=list(COMMANDS).index)
     for stage in STAGES:
-        assert stage_files(stage) and stage in COMMANDS and (chain.run / f"{stage}.json").is_file()
+        assert (ROOT / "pipeline" / stage / "stage.py").is_file() and stage in COMMANDS and (chain.run / f"{stage}.json").is_file()
         assert f"\n{stage}: " in makefile and (chain.run / "logs" / f"{stage}.log").is_file()
 
 

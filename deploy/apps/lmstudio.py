@@ -1,6 +1,7 @@
-"""lmstudio: the pulled file in LM Studio's models folder, as a hard link where the disk allows it, else as a copy.
+"""lmstudio: put the pulled file into LM Studio's models folder, as a hard link if the disk allows it, else as a copy.
 
-Always the version in use: LM Studio knows a model by its file's place, <models>/<publisher>/<model>/<file>.gguf.
+LM Studio identifies a model by the path of its file, <models>/<publisher>/<model>/<file>.gguf, so it always has the one
+version that is in use.
 """
 
 import contextlib
@@ -19,26 +20,26 @@ from deploy import store
 BREW = "brew install --cask lm-studio, or " if sys.platform == "darwin" else ""
 INSTALL = f"{BREW}https://lmstudio.ai, and start it once"
 RECORD = "lmstudio.json"
-FOUND = "found"  # how a file came there that was there before Ferry: the user's own download
-PATIENCE = 30  # seconds for a word of the app's
+FOUND = "found"  # the origin of a file that was there before Ferry: the user's own download
+PATIENCE = 30  # seconds for an answer of the app
 COPYING = 1800  # seconds for `lms import`, which may copy 100 GB to a slow disk
 
 
 class Absent(UserError):
-    """LM Studio is not there: the other parts can go on without it."""
+    """LM Studio is not installed; the other apps can be used without it."""
 
 
 def home() -> Path:
-    """LM Studio's folder, found as its own programs find it."""
+    """Return LM Studio's folder, looked up as its own programs do it."""
     user, said = Path.home(), ""
-    with contextlib.suppress(OSError, ValueError):  # none, or no text
+    with contextlib.suppress(OSError, ValueError):  # no such file, or not text
         said = (user / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip().replace("\0", "")
     old = user / ".cache" / "lm-studio"
     return Path(said) if said else old if old.is_dir() else user / ".lmstudio"
 
 
 def models() -> Path:
-    """Where it looks for models: what its settings say, else <home>/models."""
+    """Return the folder where LM Studio looks for models: the one in its settings, else <home>/models."""
     try:
         said = json.loads((home() / "settings.json").read_text(encoding="utf-8")).get("downloadsFolder")
     except (OSError, ValueError, AttributeError):
@@ -47,15 +48,15 @@ def models() -> Path:
 
 
 def program() -> str | None:
-    """Its command line, also where the app puts it without touching PATH."""
+    """Return the path of the `lms` command, on PATH or where the app installs it; None when there is none."""
     inside = home() / "bin" / "lms"
     return shutil.which("lms") or (str(inside) if os.access(inside, os.X_OK) else None)
 
 
 def stage(version: Path) -> dict:
-    """Put the version's file into LM Studio, in place of an older version's, and write lmstudio.json.
+    """Put the file of a version into LM Studio in place of other versions, write lmstudio.json and return it.
 
-    Raises Absent when there is no LM Studio, UserError when another one's file is in the way.
+    Raises LMStudioMissing when LM Studio is not installed, UserError when a file that is not Ferry's is in the way.
     """
     made, path = store.passed(version)
     if program() is None and not home().is_dir():
@@ -67,7 +68,7 @@ def stage(version: Path) -> dict:
     if how is None:
         refuse_anothers(target, version.parent)
         files.remove(target)
-        # Said before it begins: half a file found there later is ours.
+        # Recorded before the import begins, so that half a file found there later is known to be Ferry's.
         files.write_json(version / RECORD, {"stage": "lmstudio", "target": str(target), "done": False})
         how = put(path, target, artifact.sha256)
     leave_elsewhere(version, target)
@@ -77,14 +78,17 @@ def stage(version: Path) -> dict:
 
 
 def place(version: Path, path: Path) -> Path:
-    """<models>/<publisher>/<model>/<file>: of a repo on the Hub its own names, else ferry and the store's."""
+    """Return <models>/<publisher>/<model>/<file> for a version.
+
+    Publisher and model are those of its repo on the Hub; for a folder hub they are `ferry` and the name in the store.
+    """
     pulled = store.record(version)
     user, name = pulled["repo"].split("/") if pulled["commit"] else ("ferry", version.parent.name)
     return models() / user / name / path.name
 
 
 def there(path: Path, target: Path, sha256: str) -> str | None:
-    """'hard link' or 'copy' when the very file is there already."""
+    """Return 'hard link' or 'copy' when the target is the same file as `path`; None when it is not, or is missing."""
     if not target.is_file():
         return None
     if target.samefile(path):
@@ -94,14 +98,17 @@ def there(path: Path, target: Path, sha256: str) -> str | None:
 
 
 def list_origins(target: Path, folder: Path) -> list[str | None]:
-    """Return how the file came there, by each record of this model's versions that names it; None: Ferry began to."""
+    """Return how the file came to the target, for each record of the model's versions that names it.
+
+    An item is None when Ferry began to import the file and did not finish. folder: that of the model in the store.
+    """
     return [r.get("how") for r in store.records(folder, RECORD).values() if r["target"] == str(target)]
 
 
 def is_inside(target: Path) -> bool:
-    """Whether it is <models>/<publisher>/<model>/<file>.gguf, the one kind of place that Ferry puts a file to.
+    """Return whether the target is <models>/<publisher>/<model>/<file>.gguf. Ferry writes to such paths only.
 
-    <models> is where LM Studio looks now, or its usual folder, where it looked before a change of its settings.
+    <models> is the folder where LM Studio looks now, or its default one, where it looked before its settings changed.
     """
     roots = [root for root in (models(), home() / "models") if target.is_relative_to(root)]
     parts = [target.relative_to(root).parts for root in roots]
@@ -109,7 +116,7 @@ def is_inside(target: Path) -> bool:
 
 
 def refuse_anothers(target: Path, folder: Path) -> None:
-    """A file that Ferry did not put there stays. folder: the model's in the store, which says what is ours."""
+    """Raise UserError when the target is a file that Ferry did not put there. folder: the model's in the store."""
     if os.path.lexists(target) and not ours(target, folder):
         raise UserError(
             f"{target} is there already and Ferry did not put it there",
@@ -118,8 +125,11 @@ def refuse_anothers(target: Path, folder: Path) -> None:
 
 
 def ours(target: Path, folder: Path) -> bool:
-    """Did Ferry put this file there? A record says so, and it is an import that did not come to its end, or still a file of
-    one of the model's versions. (Without a record such a file is the user's own download.)"""
+    """Return whether Ferry put this file there.
+
+    It did when a record names the file, and the file is an unfinished import or still equal to a file of one of the
+    model's versions. Without a record such a file is the user's own download.
+    """
     origins = list_origins(target, folder)
     if not target.is_file() or not origins or FOUND in origins:
         return False
@@ -129,7 +139,7 @@ def ours(target: Path, folder: Path) -> bool:
 
 
 def published(folder: Path) -> set[str]:
-    """sha256 of every file of this model's versions."""
+    """Return the sha256 of every file that the manifests of the model's versions name."""
     found = []
     for version in store.versions(folder):
         with contextlib.suppress(UserError):
@@ -138,7 +148,10 @@ def published(folder: Path) -> set[str]:
 
 
 def put(path: Path, target: Path, sha256: str) -> str:
-    """'hard link' or 'copy'; through `lms import` where that works. Raises UserError when it does not arrive whole."""
+    """Import the file, with `lms import` where that works, and return 'hard link' or 'copy'.
+
+    Raises UserError when the target is not the same file afterwards.
+    """
     linked = can_link(path, target)
     if not (command := program()) or not through(command, path, target, linked):
         files.remove(target)  # `lms import` leaves half a copy on a full disk
@@ -150,8 +163,11 @@ def put(path: Path, target: Path, sha256: str) -> str:
 
 
 def can_link(path: Path, target: Path) -> bool:
-    """A hard link needs one file system, and one that has them: tried, not guessed. Raises UserError when nothing can be
-    written there."""
+    """Return whether a hard link to the target works, by creating one and removing it again.
+
+    It needs one file system for both files, and one that supports hard links. Raises UserError when the folder of the
+    target is not writable.
+    """
     probe = target.with_name(f".{target.name}.ferry")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -166,27 +182,34 @@ def can_link(path: Path, target: Path) -> bool:
 
 
 def through(command: str, path: Path, target: Path, linked: bool) -> bool:
-    """`lms import`, told never to move our file (it would by default); false when it fails, as with some settings it does."""
+    """Import the file with `lms import` and return whether that worked. With some settings of LM Studio it fails.
+
+    `lms import` moves a file by default, so it is always told to link or to copy.
+    """
     user = f"{target.parent.parent.name}/{target.parent.name}"
     how = "--hard-link" if linked else "--copy"
     try:
         done = subprocess.run(
             [command, "import", str(path.absolute()), how, "--user-repo", user, "-y"],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=COPYING,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COPYING,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0 and target.is_file()
 
 
 def lay(path: Path, target: Path, linked: bool) -> None:
-    """The documented layout by our own hands."""
+    """Link or copy the file to the target without `lms`; the layout of the folder is documented."""
     with files.writing(target) as part:
         os.link(path, part) if linked else files.copy(path, part)
 
 
 def leave_elsewhere(version: Path, target: Path) -> None:
-    """What older versions of this model had put to other places: LM Studio shows the one in use."""
+    """Remove what other versions of the model put elsewhere, and their records: LM Studio has one version only."""
     for other, record in store.records(version.parent, RECORD).items():
         if record["target"] != str(target):
             _away(Path(record["target"]), version.parent)
@@ -195,7 +218,10 @@ def leave_elsewhere(version: Path, target: Path) -> None:
 
 
 def _away(target: Path, folder: Path) -> int:
-    """Remove a file of ours and its empty folders; returns the bytes that came back (0 for one of several hard links)."""
+    """Remove a file that Ferry put there, and folders left empty; return the bytes that became free.
+
+    They are 0 for one of several hard links, and for a file that has to stay.
+    """
     if not target.is_file():
         return 0
     if reason := reason_to_keep(target, folder):
@@ -210,7 +236,7 @@ def _away(target: Path, folder: Path) -> int:
 
 
 def reason_to_keep(target: Path, folder: Path) -> str | None:
-    """Return why a recorded file is not to be removed; None where it is Ferry's."""
+    """Return why a recorded file must not be removed; None when it is Ferry's."""
     if FOUND in list_origins(target, folder):
         return "was there before Ferry"
     if not is_inside(target):
@@ -219,7 +245,7 @@ def reason_to_keep(target: Path, folder: Path) -> str | None:
 
 
 def gone(version: Path) -> int:
-    """Take a version out of LM Studio; returns the bytes that came back."""
+    """Remove a version from LM Studio and return the bytes that became free."""
     said = store.read(version / RECORD)
     back = _away(Path(said["target"]), version.parent) if said else 0
     files.remove(version / RECORD)
@@ -227,7 +253,7 @@ def gone(version: Path) -> int:
 
 
 def key(target: Path) -> str | None:
-    """The name under which LM Studio lists the file; None where the app cannot be asked."""
+    """Return the name under which LM Studio lists the file; None when the app cannot be asked or does not list it."""
     command = program()
     if command is None:
         return None

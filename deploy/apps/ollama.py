@@ -1,7 +1,7 @@
-"""ollama: the model goes into Ollama under a name of its own, is asked there, and only then becomes NAME:latest.
+"""ollama: create the model in Ollama under a name of its own, test it there, and only then copy it to NAME:latest.
 
-What is Ferry's there is what ollama.json says: a model by its name, its digest and the server's address. NAME:latest is
-ours when its digest is that of a record. Whatever else the server holds is never overwritten and never deleted.
+ollama.json says which models on the server are Ferry's, by name, digest and address of the server. NAME:latest is
+Ferry's when its digest is in a record. No other model on the server is ever overwritten or deleted.
 """
 
 import contextlib
@@ -19,21 +19,31 @@ from deploy.apps.ollama_server import INSTALL, Absent, Server, cure, held, host,
 from deploy.stages import pull
 
 RECORD = "ollama.json"
-# A name's part in Ollama (types/model/name.go): letters, digits, _ - . and no other, 80 of them at most.
+# One part of a model's name in Ollama (types/model/name.go): letters, digits, _ - and . only, at most 80 characters.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
-# Another build of llama.cpp rounds otherwise, and where two words are nearly as likely the answer takes another turn. A
-# model that computes wrongly shares no words with what it said where it was made.
+# The least mean similarity of the answers. Another build of llama.cpp rounds differently, and where two tokens are
+# almost equally likely the answer continues differently. A model that computes wrongly shares no words with the
+# recorded answers.
 MIN_ALIKE = 0.2
 MEND = "mend Modelfile.template (`git diff Modelfile.template`)"
-RECIPE = "parameter|command must be|invalid (int|float|bool) value|template error"  # Ollama's words for a bad Modelfile
+# What Ollama says about a bad Modelfile.
+RECIPE = "parameter|command must be|invalid (int|float|bool) value|template error"
 
 
 def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
-    """Create NAME:<version> from the Modelfile, ask it, make it NAME:latest, and write ollama.json.
+    """Create NAME:<version> from the Modelfile, test it, copy it to NAME:latest, write ollama.json and return it.
 
-    name: None: the manifest's. start: whether a server may be started. What is there already and is the same is asked again
-    but not made again. Raises Absent when there is no Ollama, UserError when the model there is not what was trained: it is
-    withdrawn then, and latest stays what it was.
+    A model that is there already and is the same is tested again but not created again. A new model that fails is
+    withdrawn, and NAME:latest stays as it was.
+
+    Args:
+        version: A version that passed its smoke test and has a Modelfile.
+        name: What Ollama shall call the model; None takes the name that it has there already, else the manifest's.
+        start: Whether a server may be started.
+
+    Raises:
+        OllamaUnavailable: Ollama is not installed, or no server answers.
+        UserError: The model in Ollama is not the trained one, or the name belongs to another model.
     """
     made, path = store.passed(version)
     if not (version / "Modelfile").is_file():  # `ollama create` would take whatever lies in the current folder
@@ -55,39 +65,48 @@ def stage(version: Path, name: str | None = None, start: bool = False) -> dict:
     server.copy(model, latest)
     if before and not is_on_server(before, server.url):
         say_elsewhere(before, server.url)
-    elif before and before["model"] != model:  # the name that it had before
+    elif before and before["model"] != model:  # the model was renamed: delete it under its old name
         leave(server, before, version)
     record = {
-        "stage": "ollama", "host": server.url, "model": model, "latest": latest,
-        "digest": server.models()[model]["digest"], "created": new,
-        "modelfile": recipe, "server": version_of(server), "template": template, **answers,
-    }  # fmt: skip
+        "stage": "ollama",
+        "host": server.url,
+        "model": model,
+        "latest": latest,
+        "digest": server.models()[model]["digest"],
+        "created": new,
+        "modelfile": recipe,
+        "server": version_of(server),
+        "template": template,
+        **answers,
+    }
     files.write_json(version / RECORD, record)
     return record
 
 
 def remembered(version: Path) -> str | None:
-    """The name that this model has in Ollama, of whatever version."""
+    """Return the name that the model has in Ollama, from the newest record of any of its versions; None without one."""
     records = store.records(version.parent, RECORD)
     newest = max(records, key=lambda version: (version / RECORD).stat().st_mtime, default=None)
     return bare(records[newest]["model"]) if newest else None
 
 
 def bare(model: str) -> str:
-    """NAME of NAME:<version>."""
+    """Return NAME of NAME:<version>."""
     return model.partition(":")[0]
 
 
 def latest_of(model: str) -> str:
+    """Return NAME:latest for NAME:<version>."""
     return f"{bare(model)}:latest"
 
 
 def version_of(server: Server) -> str:
+    """Return the version of Ollama that a server runs."""
     return str(server.ask("GET", "/api/version").get("version"))
 
 
 def named(name: str) -> str:
-    """A name that Ollama takes, in small letters: it knows no others apart. Raises UserError for another one."""
+    """Return the name in lower case, since Ollama ignores case. Raises UserError for a name that it does not allow."""
     if not NAME.fullmatch(name):
         raise UserError(
             f"Ollama cannot have a model called {shown(name)!r}: letters, digits, '_', '-' and '.', at most 80",
@@ -97,12 +116,12 @@ def named(name: str) -> str:
 
 
 def list_records(folder: Path, url: str) -> dict[Path, dict]:
-    """Return {version: its ollama.json} of a model's versions that are on the server at `url`."""
+    """Return {version: its ollama.json} for the versions of a model that are on the server at `url`."""
     return {v: record for v, record in store.records(folder, RECORD).items() if is_on_server(record, url)}
 
 
 def is_on_server(record: dict, url: str) -> bool:
-    """Whether a record is about the server at `url`. One of an older Ferry names none and counts."""
+    """Return whether a record is about the server at `url`. A record of an older Ferry names no server and counts."""
     known = record.get("host")
     if known is None or known == url:
         return True
@@ -110,7 +129,11 @@ def is_on_server(record: dict, url: str) -> bool:
 
 
 def list_digests(records: dict[Path, dict], there: dict[str, dict]) -> set[str]:
-    """Return the digests of what records say was made; of one that was interrupted, of what has and had its name."""
+    """Return the digests of the models that the records describe.
+
+    A record of an interrupted `create` has no digest of its own: what has that name on the server now counts, and what
+    had it before.
+    """
     found = [record.get(key) for record in records.values() for key in ("digest", "replaces")]
     begun = [record["model"] for version, record in records.items() if is_interrupted(version, record)]
     found += [there[model]["digest"] for model in begun if model in there]
@@ -118,14 +141,14 @@ def list_digests(records: dict[Path, dict], there: dict[str, dict]) -> set[str]:
 
 
 def is_interrupted(version: Path, record: dict) -> bool:
-    """Whether a `create` of this version began and was not proven: what has its name on the server is Ferry's."""
+    """Return whether a `create` of this version began and was not tested: then the model of that name is Ferry's."""
     return record.get("digest") is None and record["model"].partition(":")[2] == version.name
 
 
 def list_proven(server: Server, there: dict[str, dict], name: str, folder: Path) -> set[str]:
-    """Return the digests of models NAME:<version> that no record here knows and whose own header says that Ferry made them.
+    """Return the digests of models NAME:<version> that are in no record but that Ferry made, as their own header says.
 
-    So a store that was deleted, or another checkout, finds its versions again.
+    With them Ferry recognizes its versions after the store was deleted, or from another checkout.
     """
     recorded = list_digests(list_records(folder, server.url), there)
     unknown = {
@@ -137,9 +160,16 @@ def list_proven(server: Server, there: dict[str, dict], name: str, folder: Path)
 
 
 def refuse_unknown(there: dict[str, dict], model: str, known: dict, proven: set[str]) -> None:
-    """A version's own name is overwritten where its record knows what is there, or began to make it, or it proves itself.
+    """Raise UserError when the server has a model NAME:<version> that Ferry did not make.
 
-    known: the version's record of this server, or {}. Raises UserError where another one made what is there.
+    It is Ferry's when the version's record has its digest, when that record says that its creation began, or when its
+    digest is one of `orphan_digests`.
+
+    Args:
+        server_models: What the server holds, as `Server.list_models` returns it.
+        model: NAME:<version>.
+        known_record: The version's record of this server, or {}.
+        orphan_digests: Those of `list_orphan_digests`.
     """
     if model not in there or (known.get("model") == model and known.get("digest") in (None, there[model]["digest"])):
         return
@@ -152,7 +182,10 @@ def refuse_unknown(there: dict[str, dict], model: str, known: dict, proven: set[
 
 
 def refuse_anothers(there: dict[str, dict], model: str, folder: Path, url: str, proven: set[str]) -> None:
-    """A name that another model has stays what it is. folder: of this one in the store. url: the server's."""
+    """Raise UserError when the name belongs to another model of the store, or NAME:latest is not Ferry's.
+
+    folder: that of this model in the store. url: the address of the server.
+    """
     name = bare(model)
     for other, record in store.beside(folder, RECORD).items():
         if bare(record["model"]) == name and record["model"] in there:
@@ -170,7 +203,7 @@ def refuse_anothers(there: dict[str, dict], model: str, folder: Path, url: str, 
 
 
 def create(server: Server, model: str, version: Path) -> None:
-    """`ollama create`, which copies the file into Ollama's own store. Raises UserError with what it says."""
+    """Run `ollama create`, which copies the file into Ollama's own store. Raises UserError with what it prints."""
     command = program()
     if command is None:
         raise Absent(f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL)
@@ -179,8 +212,11 @@ def create(server: Server, model: str, version: Path) -> None:
         try:
             done = subprocess.run(
                 [command, "create", model, "-f", str((version / "Modelfile").absolute())],
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
         except OSError as error:
             raise UserError(f"{command} cannot be run: {error.strerror}", f"install Ollama again: {INSTALL}") from error
         if done.returncode or model not in server.models():
@@ -188,7 +224,7 @@ def create(server: Server, model: str, version: Path) -> None:
 
 
 def refusal(model: str, done: subprocess.CompletedProcess) -> UserError:
-    """What `ollama create` says when it fails, and what to do about it."""
+    """Return the error for a failed `ollama create`, with what it printed and what to do about it."""
     lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr) if line.strip()]
     told = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
     recipe = re.search(RECIPE, told[-1], re.IGNORECASE)
@@ -200,9 +236,10 @@ def refusal(model: str, done: subprocess.CompletedProcess) -> UserError:
 
 @contextlib.contextmanager
 def begun(version: Path, model: str, url: str) -> Iterator[None]:
-    """Said before it begins, without a digest: what is there after a kill is ours to remove, and not proven.
+    """Write the record before a `create`, without a digest, and restore the earlier one when the `create` fails.
 
-    `replaces` is the digest of what was there before: latest may still be a copy of that.
+    So after a kill Ferry knows that the model is its own to remove, and that it is not tested. `replaces` in the record
+    is the digest of the model that was there before: NAME:latest may still be a copy of that.
     """
     before = store.read(version / RECORD)
     record = {"stage": "ollama", "host": url, "model": model, "latest": latest_of(model)}
@@ -217,9 +254,9 @@ def begun(version: Path, model: str, url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def withdrawn(server: Server, model: str, version: Path, before: dict, new: bool) -> Iterator[None]:
-    """A new version that is not what was trained is taken away again; one that stood its test before stays.
+    """Withdraw a new model when its test raises UserError or is interrupted. A model that passed before stays.
 
-    before: the record of what was there.
+    previous_record: the version's record from before. is_new: whether the model has just been created.
     """
     try:
         yield
@@ -233,36 +270,41 @@ def withdrawn(server: Server, model: str, version: Path, before: dict, new: bool
 
 
 def taken_back(server: Server, model: str, version: Path, before: dict) -> str:
-    """What became of a model that is not proven."""
+    """Delete an untested model from the server, restore its record, and return a phrase that says what was done."""
     try:
         server.delete(model)
-    except UserError:  # its record stays for `undeploy`
+    except UserError:  # the record stays, so that `undeploy` can remove the model
         return f"{model} could not be withdrawn, do it with `ollama rm {model}`"
     put_back(version, before)
     return f"{model} was withdrawn"
 
 
 def put_back(version: Path, before: dict) -> None:
-    """The record as it was: another name, or a latest that was made of it, may still be there."""
+    """Write the earlier record again, since a model under another name or NAME:latest may still be there."""
     files.write_json(version / RECORD, before) if before else files.remove(version / RECORD)
 
 
 def compared(server: Server, model: str, made: Manifest, path: Path) -> str:
-    """'TEMPLATE' or 'embedded': what gives the prompts there. Raises UserError when one is not the trained one."""
+    """Compare the prompts that the server renders with the trained ones; return their source: 'TEMPLATE' or 'embedded'.
+
+    Raises UserError when a prompt differs.
+    """
     asks = [golden for golden in made.golden if golden.add_generation_prompt and golden.messages[-1]["role"] == "user"]
     for golden, wanted in zip(asks, expected(made, path, asks), strict=True):
         said = server.prompt(model, list(golden.messages))
         if _bare(said, made) != _bare(wanted, made):
             raise UserError(
                 f"Ollama {version_of(server)} gives another prompt than the trained one: "
-                f"{shown(repr(said), 300)} instead of {shown(repr(wanted), 300)}; it took {chosen(server, model, made)}",
-                f"{MEND} if you changed it, else report it with this line; `make chat` and LM Studio do not go through Ollama",
+                f"{shown(repr(said), 300)} instead of {shown(repr(wanted), 300)}; "
+                f"it took {chosen(server, model, made)}",
+                f"{MEND} if you changed it, else report it with this line; "
+                "`make chat` and LM Studio do not go through Ollama",
             )
     return "embedded" if made.chat.embedded or not made.chat.turns else "TEMPLATE"
 
 
 def expected(made: Manifest, path: Path, asks: list[Golden]) -> list[str]:
-    """The trained prompts, with the Modelfile's SYSTEM where a conversation has none of its own."""
+    """Return the trained prompts, with the Modelfile's SYSTEM where a conversation has no system prompt of its own."""
     system = made.chat.system
     lacking = [g for g in asks if system and g.messages[0]["role"] != "system"]
     header = gguf_reader.read(path, path.name)
@@ -273,12 +315,12 @@ def expected(made: Manifest, path: Path, asks: list[Golden]) -> list[str]:
 
 
 def _bare(prompt: str, made: Manifest) -> str:
-    """Without the BOS that the tokenizer puts there by itself: Ollama may show it or not."""
+    """Return the prompt without the BOS that the tokenizer adds by itself: Ollama may show it or not."""
     return prompt.removeprefix(made.chat.bos) if made.chat.bos and made.chat.adds_bos else prompt
 
 
 def chosen(server: Server, model: str, made: Manifest) -> str:
-    """Which template the server renders with, as far as it says."""
+    """Return which template the server renders with, as far as it tells."""
     template = str(server.ask("POST", "/api/show", {"model": model}).get("template"))
     if template == made.chat.template:
         return "the template embedded in the GGUF"
@@ -288,15 +330,19 @@ def chosen(server: Server, model: str, made: Manifest) -> str:
 
 
 def asked(server: Server, model: str, made: Manifest) -> dict:
-    """{answers, rule, score}: the smoke prompts, greedy, beside what the same file answered where it was made.
+    """Let the server answer the smoke prompts greedily and compare that with the recorded answers of the same file.
 
-    score: by the task's own rule, 0 to 1; None where the rule needs more than two texts. Raises UserError when the answers are
-    not those of this model, by the words they share.
+    Returns:
+        {answers, rule, score}. score: by the task's own rule, 0 to 1; None when the rule needs more than two texts.
+
+    Raises:
+        UserError: The answers share too few words with the recorded ones.
     """
     rule = str(made.scores.get("rule"))
     judge, answers = answer_rules.BY_NAME.get(rule), []
     for smoke in made.smoke:
-        said = server.answer(model, smoke.message, len(smoke.answer_ids))  # so many as there, the end token included
+        # The recorded number of tokens, the end token included.
+        said = server.answer(model, smoke.message, len(smoke.answer_ids))
         text = str(said.get("message", {}).get("content", ""))
         right = judge(text, smoke.answer) if judge else None
         alike = max(right or 0, answer_rules.f1(text, smoke.answer))
@@ -314,9 +360,9 @@ def asked(server: Server, model: str, made: Manifest) -> dict:
 
 
 def gone(version: Path, start: bool = False) -> int:
-    """Take a version out of Ollama, its latest too when that is the same; returns the bytes that came back.
+    """Remove a version from Ollama, and NAME:latest when it is a copy of it; return the bytes that became free.
 
-    start: whether a server may be started. Raises Absent when there is one that cannot be asked.
+    start: whether a server may be started. Raises OllamaUnavailable when Ollama is installed but cannot be asked.
     """
     record = store.read(version / RECORD)
     if not record:
@@ -340,11 +386,12 @@ def gone(version: Path, start: bool = False) -> int:
 
 
 def say_elsewhere(record: dict, url: str) -> None:
+    """Print that the model is on another server and stays there."""
     hub.say(f"ollama: {record['model']} was put on the server at {record['host']}; this is {url}: it stays there")
 
 
 def leave(server: Server, record: dict, version: Path) -> None:
-    """Delete what a version's record says was made, where the server still holds that very thing."""
+    """Delete the models of a version's record from the server, as far as they are still the ones that Ferry made."""
     there, records = server.models(), list_records(version.parent, server.url)
     kept = list_digests({other: r for other, r in records.items() if other != version}, there)
     own = list_own(there, record, version, kept)
@@ -355,9 +402,9 @@ def leave(server: Server, record: dict, version: Path) -> None:
 
 
 def list_own(there: dict[str, dict], record: dict, version: Path, kept: set[str]) -> list[str]:
-    """Return the version of this record and the latest that was copied from it.
+    """Return the names to delete for a record: NAME:<version>, and NAME:latest when it was copied from that.
 
-    kept: digests of the other versions: a latest that is one of those stays.
+    kept_digests: those of the other versions; NAME:latest stays when it is one of them.
     """
     model, latest = record["model"], record["latest"]
     own = model in there and (is_interrupted(version, record) or there[model]["digest"] == record.get("digest"))

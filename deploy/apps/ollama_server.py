@@ -1,4 +1,4 @@
-"""Ollama's server: where it is, whether it runs, how to ask it."""
+"""Find Ollama's server, start it, and use its HTTP API."""
 
 import contextlib
 import http.client
@@ -17,39 +17,39 @@ from common import files, hub
 from common.errors import UserError, shown
 
 APP = Path("/Applications/Ollama.app")
-SERVICE = Path("/usr/share/ollama/.ollama/models")  # its service on Linux has a home of its own
+SERVICE = Path("/usr/share/ollama/.ollama/models")  # of the service on Linux, which has a home folder of its own
 BREW = "brew install ollama, or " if sys.platform == "darwin" else ""
 INSTALL = f"{BREW}https://ollama.com/download"
-LOADING = 600  # seconds: the first question loads the model, on a cold disk too
+LOADING = 600  # seconds: the first request loads the model, perhaps from a cold disk
 AGAIN = "run the same command again; `ollama list` and Ollama's log say more"
 
 
 class Absent(UserError):
-    """Ollama is not there, or does not run: the other parts can go on without it."""
+    """Ollama is not installed, or no server runs; the other apps can be used without it."""
 
 
 def program() -> str | None:
-    """The command, also where the app has it."""
+    """Return the path of the `ollama` command, also of the one inside the app; None without it."""
     inside = APP / "Contents" / "Resources" / "ollama"
     return shutil.which("ollama") or (str(inside) if os.access(inside, os.X_OK) else None)
 
 
 def host() -> str:
-    """The server's address, read from OLLAMA_HOST as Ollama reads it (envconfig/config.go)."""
+    """Return the address of the server, from OLLAMA_HOST as Ollama itself reads it (envconfig/config.go)."""
     said = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'")
     scheme, there, rest = said.partition("://")
     scheme, rest = (scheme, rest) if there else ("http", said)
     usual = {"http": 80, "https": 443}.get(scheme, 11434) if there else 11434
     place, _, path = rest.partition("/")
     name, port = _split(place)
-    # where a server listens is not where it is
+    # a server listens at these addresses, but clients need the loopback one
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     number = int(port) if port.isdecimal() and int(port) <= 65535 else usual
     return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{f'/{path}' if path else ''}".rstrip("/")
 
 
 def _split(place: str) -> tuple[str, str]:
-    """(host, port or ''); an IPv6 address may stand in brackets."""
+    """Return (host, port or ''). An IPv6 address may be in brackets."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(place.strip("[]"))), ""
     name, _, port = place.rpartition(":")
@@ -57,7 +57,7 @@ def _split(place: str) -> tuple[str, str]:
 
 
 def local(url: str) -> bool:
-    """Is the server on this machine?"""
+    """Return whether the server is on this machine."""
     with contextlib.suppress(ValueError):
         name = urlsplit(url).hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -65,14 +65,17 @@ def local(url: str) -> bool:
 
 
 def port_of(url: str) -> int | None:
-    """The port of an address as `host` writes it."""
+    """Return the port of an address that `server_url` returned; None when it has none."""
     with contextlib.suppress(ValueError):
         return urlsplit(url).port
     return None
 
 
 def version() -> str | None:
-    """Of the server that answers; None: none does. With the standard library: the doctor runs before httpx is there."""
+    """Return the version of the server that answers; None when none does.
+
+    It uses the standard library, because the doctor may run before httpx is installed.
+    """
     handlers = [urllib.request.ProxyHandler({})] if local(host()) else []  # a proxy is for other machines
     try:
         with urllib.request.build_opener(*handlers).open(f"{host()}/api/version", timeout=5) as answer:
@@ -82,13 +85,16 @@ def version() -> str | None:
 
 
 class Server:
-    """Ollama's HTTP API (docs/api.md), as far as it is used here."""
+    """A client of Ollama's HTTP API (docs/api.md), as far as Ferry uses it."""
 
     def __init__(self, url: str):
         self.url = url
 
     def ask(self, method: str, path: str, body: dict | None = None, seconds: float = 60) -> dict:
-        """The JSON answer. Raises UserError with the server's own words."""
+        """Send a request and return the JSON of the response; {} when it is empty.
+
+        Raises UserError when the server does not answer or answers with an error.
+        """
         import httpx
 
         try:
@@ -109,19 +115,19 @@ class Server:
         return said
 
     def header_of(self, model: str) -> dict:
-        """Return the key-values of a model's GGUF; {} where the server does not say them."""
+        """Return the key-values of a model's GGUF; {} when the server does not return them."""
         try:
             return self.ask("POST", "/api/show", {"model": model}).get("model_info") or {}
         except UserError:
             return {}
 
     def models(self) -> dict[str, dict]:
-        """{name:tag: its facts (digest, size, modified_at)}"""
+        """Return {name:tag: facts of the model (digest, size, modified_at)}."""
         found = self.ask("GET", "/api/tags").get("models") or []
         return {model["name"]: model for model in found}
 
     def prompt(self, model: str, messages: list[dict]) -> str:
-        """The text that the server makes of a conversation."""
+        """Return the text that the server renders from a conversation. Raises UserError when Ollama is too old."""
         body = {"model": model, "messages": messages, "stream": False, "_debug_render_only": True}
         said = self.ask("POST", "/api/chat", body, LOADING)
         try:
@@ -130,7 +136,7 @@ class Server:
             raise UserError(f"Ollama {version()} does not show its prompts", "update Ollama: 0.12 or newer") from None
 
     def answer(self, model: str, message: str, most: int) -> dict:
-        """Greedy; the JSON of /api/chat."""
+        """Let the model answer a message greedily with at most `max_tokens` tokens; return the JSON of /api/chat."""
         options = {"temperature": 0, "num_predict": most, "seed": 0}
         body = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False, "options": options}
         return self.ask("POST", "/api/chat", body, LOADING)
@@ -143,21 +149,27 @@ class Server:
 
 
 def cure(said: str) -> str:
-    """What to do about what Ollama says."""
+    """Return what the user can do about an error message of Ollama."""
     if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
-        # While it makes its copy Ollama needs 2.9 times the file's size (measured), and a full disk may end in either line.
-        return "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, then run the same command again"
+        # While it makes its copy Ollama needs 2.9 times the file's size (measured); a full disk gives either message.
+        return (
+            "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, "
+            "then run the same command again"
+        )
     return AGAIN
 
 
 def models_folder() -> Path:
-    """Where a server on this machine keeps its models: OLLAMA_MODELS, or as its FAQ says."""
+    """Return where a server on this machine keeps its models: OLLAMA_MODELS, else the default of Ollama's FAQ."""
     said = os.environ.get("OLLAMA_MODELS")
     return Path(said) if said else SERVICE if os.path.isdir(SERVICE) else Path.home() / ".ollama" / "models"
 
 
 def held(server: Server) -> int:
-    """Bytes of what the server holds: its blobs, where they can be seen (versions share them), else what it says itself."""
+    """Return the bytes that the server's models take.
+
+    This is the size of its blobs, which versions share, where they can be read; else what the server reports.
+    """
     blobs = models_folder() / "blobs"
     if local(server.url) and os.access(blobs, os.R_OK | os.X_OK):
         return sum(path.stat().st_size for path in blobs.iterdir())
@@ -165,7 +177,11 @@ def held(server: Server) -> int:
 
 
 def serving(start: bool) -> Server:
-    """The server that answers, or one that may be started now. Raises Absent."""
+    """Return the server that answers, or start one when that is allowed.
+
+    start: whether it is allowed; otherwise the user is asked on a terminal. Raises OllamaUnavailable when Ollama is not
+    installed, or no server answers and none may be started.
+    """
     if version():
         return Server(host())
     command, url = program(), host()
@@ -182,7 +198,7 @@ def serving(start: bool) -> Server:
 
 
 def agreed(url: str) -> bool:
-    """Asked only where somebody can answer."""
+    """Ask on the terminal whether to start a server; return False when there is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"No Ollama server answers at {url}. Start it now? [y/N] ")
@@ -191,7 +207,10 @@ def agreed(url: str) -> bool:
 
 
 def started(command: str, url: str) -> Server:
-    """A server that outlives this command: the app where there is one. Raises UserError when it does not come up."""
+    """Start a server that keeps running after this command, with the app where there is one.
+
+    Raises UserError when it does not answer within 60 seconds.
+    """
     log = files.cache_dir() / "ollama.log"
     launch = ["open", "-j", "-a", "Ollama"] if APP.is_dir() else [command, "serve"]
     try:

@@ -1,4 +1,4 @@
-"""chat: talk to the pulled model in a terminal, or pipe a question in."""
+"""chat: talk to the pulled model in a terminal, or answer one question from a pipe."""
 
 import contextlib
 import signal
@@ -22,32 +22,34 @@ Ctrl-C stops an answer, not the program."""
 
 
 def stage(version: Path, context: int | None = None, system: str | None = None, input_file: Path | None = None) -> None:
-    """Answer what is typed until Ctrl-D; what is piped in is one question.
+    """Answer what is typed until Ctrl-D, or the one question that is piped in.
 
     Args:
-        context: at most so many tokens.
-        system: another system prompt than the model's default one; "" for none.
-        input_file: goes along with the first question as its input (Alpaca's).
+        version: A version that passed its smoke test.
+        context: The most tokens of context.
+        system: Another system prompt than the model's default one; "" for none.
+        input_file: Its text is appended to the first question as Alpaca's input.
 
-    Raises UserError as `talk.opened` does, and for a piped question without an answer.
+    Raises:
+        UserError: The reasons of `conversation.open_model`, or a piped question has no answer.
     """
     beside = read_input(input_file) if input_file else None
     if sys.stdin is None:  # closed
         return
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no text
+    sys.stdin.reconfigure(errors="replace")  # for bytes that are not UTF-8
     typed = sys.stdin.isatty()
     piped = "" if typed else sys.stdin.read().strip()
     if not typed and not piped:
         return
     if not typed:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe early
     with conversation.opened(version, context) as engine:
         here = Chat(engine, engine.made.chat.system if system is None else system, beside)
         here.loop() if typed else here.ask(piped)
 
 
 def stage_of(version: str, system: str | None, input_file: str | None) -> None:
-    """`stage` for a child process, whose arguments are JSON."""
+    """Run `run_chat` in a child process, whose arguments are JSON."""
     stage(Path(version), system=system, input_file=Path(input_file) if input_file else None)
 
 
@@ -55,12 +57,13 @@ class Chat:
     """One conversation, on stdin and stdout."""
 
     def __init__(self, engine: conversation.Talk, system: str | None, input_text: str | None = None):
-        """system: None or "" for none. input_text: goes along with the next question."""
+        """system: None or "" for none. input_text: appended to the next question as its input."""
         self.engine, self.system, self.input_text, self.turns = engine, system, input_text, []
 
     def loop(self) -> None:
+        """Read and answer lines until Ctrl-D or /bye."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  input() then has history and editing; nothing is saved
+            import readline  # noqa: F401  gives input() history and editing; nothing is saved
         made, size = self.engine.made, self.engine.context
         say(f"{made.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
         while (line := read()) is not None and line != "/bye":
@@ -70,6 +73,7 @@ class Chat:
                 say(str(error))
 
     def command(self, name: str, words: str) -> None:
+        """Run one of the commands that `HELP` lists. words: the text after its name."""
         if name == "/clear":
             self.turns = []
         elif name == "/system" and words:
@@ -82,7 +86,10 @@ class Chat:
             say(HELP if name == "/help" else f"{shown(name, 40)} is no command\n{HELP}")
 
     def ask(self, words: str) -> None:
-        """Print the answer as it comes, and remember both. Raises UserError when there is none."""
+        """Print the answer to a question as it is generated, and add both to the conversation.
+
+        Raises UserError when the question cannot be answered.
+        """
         if not words:
             return
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -102,7 +109,7 @@ class Chat:
 
 
 def read_input(path: Path) -> str:
-    """Raises UserError for a file that is not there, or holds no text."""
+    """Return the text of an input file. Raises UserError when it is missing or not UTF-8 text."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -113,7 +120,7 @@ def read_input(path: Path) -> str:
 
 
 def show(answer: conversation.Answer) -> tuple[str, float]:
-    """What it said, and how many tokens a second came after the first one."""
+    """Print an answer as it is generated; return its text and the tokens per second after the first one."""
     said, first = "", None
     for piece in answer:
         first = first or time.perf_counter()
@@ -128,7 +135,7 @@ def say(text: str) -> None:
 
 
 def read() -> str | None:
-    """A line; None at the end."""
+    """Read a line from the terminal; None at the end of the input."""
     while True:
         try:
             return input(">>> ").strip()
@@ -141,7 +148,7 @@ def read() -> str | None:
 
 @contextlib.contextmanager
 def typing() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C makes what this yields true; without a keyboard it ends the program as always."""
+    """Yield a function that returns whether Ctrl-C was pressed. Without a terminal it ends the program as usual."""
     pressed = threading.Event()
     if sys.stdin.isatty():
         before = signal.signal(signal.SIGINT, lambda *_: pressed.set())

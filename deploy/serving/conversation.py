@@ -1,7 +1,7 @@
-"""The engine of `chat` and `serve`: a conversation becomes the trained prompt, its token ids, and the model's words.
+"""What `chat` and `serve` share: render a conversation as the trained prompt, tokenize it and generate the answer.
 
-The template in the file is rendered in the sandbox and the text is tokenized as `verify` and `smoke` do it. Token ids are
-all that llama.cpp gets, so no library guesses a chat format or puts a second BOS in front of the prompt.
+The template of the file is rendered in the sandbox, and the text is tokenized as in `verify` and `smoke`. llama.cpp
+gets token ids only, so no library guesses a chat format or puts a second BOS in front of the prompt.
 """
 
 import codecs
@@ -21,13 +21,13 @@ from deploy.stages import memory_need, modelfile
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-START_SECONDS, SECONDS_OF_BYTE = 120, 60e-9  # until it answers: a busy machine, a cold disk
-BATCH = 256  # tokens of a prompt that are read at a time: so long, at most, waits who gives an answer up
+START_SECONDS, SECONDS_OF_BYTE = 120, 60e-9  # time to load the model, on a busy machine with a cold disk
+BATCH = 256  # tokens of a prompt that are computed at once; between two batches an answer can be cancelled
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn and where it ends, by llama.cpp's names; what the manifest does not name is off."""
+    """How an answer is sampled and where it ends, with llama.cpp's names. The defaults turn a sampler off."""
 
     temperature: float
     top_p: float
@@ -56,9 +56,10 @@ def run_in_child(function: str, version: Path, arguments: list) -> int:
 
 @contextlib.contextmanager
 def opened(version: Path, context: int | None = None) -> Iterator["Talk"]:
-    """The pulled model, loaded and proven. context: at most so many tokens; never more than the manifest's, nor than fit in memory.
+    """Load the pulled model, verify its prompts and yield it.
 
-    Raises UserError when the file did not pass its smoke test, or a golden prompt is not the trained one.
+    context: the most tokens; never more than in the manifest, nor more than fit into memory. Raises UserError when the
+    file did not pass its smoke test, or a golden prompt is not the trained one.
     """
     made, path = store.passed(version)
     size = min(context or made.generation.num_ctx, modelfile.fitting(made, path))
@@ -73,7 +74,7 @@ def opened(version: Path, context: int | None = None) -> Iterator["Talk"]:
 
 
 class Talk:
-    """A model and the conversations that it is asked to go on with."""
+    """A loaded model with its chat template, tokenizer and default sampling."""
 
     def __init__(self, made: Manifest, model: "Llama", context: int):
         import llama_cpp
@@ -87,7 +88,7 @@ class Talk:
         self.sampling = Sampling(usual.temperature, usual.top_p, usual.max_tokens, stops)
 
     def prove(self) -> None:
-        """Every prompt of the manifest comes out of `ids`, as all others do. Raises UserError when one is another."""
+        """Raise UserError when `ids`, which makes all prompts, does not give every prompt of the manifest."""
         asked = [(golden.messages, golden.add_generation_prompt) for golden in self.made.golden]
         asked += [
             (self.with_default_system([{"role": "user", "content": smoke.message}]), True) for smoke in self.made.smoke
@@ -102,19 +103,21 @@ class Talk:
                 )
 
     def ids(self, conversations: Sequence[tuple[Sequence[dict], bool]]) -> list[list[int]]:
-        """Token ids of each (messages, add_generation_prompt): a BOS stands where the template puts one, and only there."""
+        """Return the token ids of each (messages, add_generation_prompt). A BOS is only where the template puts one."""
         texts = template_sandbox.prompts(self.template, conversations, self.bos, self.eos)
         return [llama_runtime.tokenize(self.model, text) for text in texts]
 
     def with_default_system(self, messages: Sequence[dict]) -> list[dict]:
-        """With the default system prompt in front where the conversation has none.
-        A default that the template has of its own stays the template's business."""
+        """Return the messages with the manifest's default system prompt in front when they have none.
+
+        A default system prompt inside the template is left to the template.
+        """
         system = self.made.chat.system
         own = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
         return [*own, *messages]
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
-        """What the model is fed to answer. Raises UserError when its template does not take the conversation."""
+        """Return the token ids of the prompt. Raises UserError when the template does not accept the conversation."""
         try:
             return self.ids([(messages, True)])[0]
         except UserError as error:
@@ -125,8 +128,10 @@ class Talk:
             ) from error
 
     def fitted(self, messages: Sequence[dict]) -> tuple[list[dict], list[int]]:
-        """The newest messages that leave room for an answer, and their prompt. The system prompt and the last question are
-        never left out."""
+        """Return the newest messages that leave room for an answer, and the token ids of their prompt.
+
+        The system prompt and the last question are never left out.
+        """
         room = self.context - min(self.sampling.max_tokens, self.context // 2)
         kept, ids = list(messages), self.prompt(messages)
         while len(ids) > room and (shorter := without_oldest(kept)):
@@ -134,21 +139,21 @@ class Talk:
         return kept, ids
 
     def raw(self, text: str) -> list[int]:
-        """Token ids of a text that is no conversation, behind one BOS where the model wants one."""
+        """Return the token ids of a plain text, after one BOS when the model wants one."""
         import llama_cpp
 
         ids, bos = llama_runtime.tokenize(self.model, text), self.model.token_bos()
         return [bos, *ids] if llama_cpp.llama_vocab_get_add_bos(self.vocabulary) and ids[:1] != [bos] else ids
 
     def ends(self, token: int) -> bool:
-        """Is it one of the tokens that llama.cpp stops at?"""
+        """Return whether llama.cpp stops at this token."""
         import llama_cpp
 
         return llama_cpp.llama_vocab_is_eog(self.vocabulary, token)
 
 
 def without_oldest(messages: Sequence[dict]) -> list[dict] | None:
-    """Without the oldest question and all that was said to it; None when it is the only one."""
+    """Return the messages without the oldest question and its answer; None when it is the only question."""
     system = 1 if messages[0]["role"] == "system" else 0
     users = [i for i, message in enumerate(messages) if i > system and message["role"] == "user"]
     return [*messages[:system], *messages[users[0] :]] if users else None
@@ -159,13 +164,17 @@ class TooLong(UserError):
 
 
 class Answer:
-    """The words that follow a prompt, as they come; for one reader. Afterwards `ids` holds the tokens, `end` says why it ended.
+    """Generates the answer to a prompt; iterate over it once for its pieces of text.
 
-    The cache keeps what it has in common with the last prompt and answer: only what is new is read.
+    Afterwards `ids` holds its tokens and `end` says why it ended. The KV cache keeps what the prompt has in common with
+    the last prompt and answer: only the rest is computed.
     """
 
     def __init__(self, talk: Talk, prompt: list[int], sampling: Sampling, stopped: Callable[[], bool] = lambda: False):
-        """stopped: asked at every token whether the answer is given up. Raises TooLong, or UserError for an empty prompt."""
+        """is_stopped: called at every token; returns whether to cancel the answer.
+
+        Raises PromptTooLong, or UserError for an empty prompt.
+        """
         self.talk, self.prompt, self.sampling, self.stopped = talk, prompt, sampling, stopped
         self.most = min(sampling.max_tokens, talk.context - len(prompt))
         if self.most < 1:
@@ -190,7 +199,7 @@ class Answer:
         yield words.add(b"", last=True)
 
     def _tokens(self) -> Iterator[int]:
-        """Those that the model gives, without an end; none when it is stopped before the prompt is read."""
+        """Generate tokens without an end; none when the answer is cancelled before the prompt is computed."""
         how, model = self.sampling, self.talk.model
         known = model.longest_token_prefix(model.input_ids[: model.n_tokens].tolist(), self.prompt)
         for end in range(known + BATCH, len(self.prompt), BATCH):
@@ -201,22 +210,29 @@ class Answer:
             return
         import llama_cpp
 
-        model.set_seed(llama_cpp.LLAMA_DEFAULT_SEED if how.seed is None else how.seed)  # the default one is a new one
+        # The default means a random seed.
+        model.set_seed(llama_cpp.LLAMA_DEFAULT_SEED if how.seed is None else how.seed)
         yield from model.generate(
-            self.prompt, temp=how.temperature, top_p=how.top_p, top_k=how.top_k, min_p=how.min_p, repeat_penalty=how.repeat_penalty,
-            frequency_penalty=how.frequency_penalty, presence_penalty=how.presence_penalty,
-        )  # fmt: skip
+            self.prompt,
+            temp=how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            min_p=how.min_p,
+            repeat_penalty=how.repeat_penalty,
+            frequency_penalty=how.frequency_penalty,
+            presence_penalty=how.presence_penalty,
+        )
 
 
 class Words:
-    """Bytes to text: never half a character, nothing of a stop string, nor of what may yet become one."""
+    """Decodes bytes to text and holds back half characters, stop strings, and text that may become a stop string."""
 
     def __init__(self, stops: Sequence[str]):
         self.stops, self.held, self.ended = stops, "", False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, piece: bytes, last: bool = False) -> str:
-        """The text that is certain now. last: nothing follows."""
+        """Return the text that is complete now. last: whether this is the last piece."""
         if self.ended:
             return ""
         text = self.held + self.decoder.decode(piece, last)
@@ -227,5 +243,5 @@ class Words:
         return text[:cut]
 
     def _may_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest end of `text` that is the beginning of a stop string."""
         return max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

@@ -1,4 +1,4 @@
-"""What OpenAI's API asks and answers, as far as it is honest here: what cannot be done is refused by name."""
+"""The requests and responses of OpenAI's API. A parameter that cannot be honoured is refused by its name."""
 
 import json
 import re
@@ -14,17 +14,18 @@ from starlette.exceptions import HTTPException
 from common.errors import shown
 from deploy.serving.conversation import Answer, Sampling
 
-# What would change the answer and is not done here, with the values that change nothing.
+# Parameters that would change the answer and are not supported, with the values that change nothing.
 REFUSED = {
-    "n": (1,), "best_of": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
-    "response_format": ({"type": "text"},), "grammar": ("",), "echo": (False,), "suffix": ("",), "modalities": (["text"],), "audio": (),
+    "n": (1,), "best_of": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
+    "logit_bias": ({},), "response_format": ({"type": "text"},), "grammar": ("",), "echo": (False,), "suffix": ("",),
+    "modalities": (["text"],), "audio": (),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
 }  # fmt: skip
 matches = re.fullmatch
 
 
 class Refused(HTTPException):
-    """An error of a request, in OpenAI's words."""
+    """An error of a request, with the fields of OpenAI's errors."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, kind: str | None = None
@@ -34,7 +35,7 @@ class Refused(HTTPException):
 
 
 def fault(error: HTTPException) -> dict:
-    """Its JSON."""
+    """Return the JSON body of an error response."""
     kind = getattr(error, "kind", None) or (
         "authentication_error" if error.status_code == 401 else "invalid_request_error"
     )
@@ -53,7 +54,7 @@ class Message(Part):
     @field_validator("content", mode="before")
     @classmethod
     def _joined(cls, content: object) -> object:
-        """A list of text parts is their text, as in the training rows."""
+        """Join a list of text parts, as in the training rows. Raises ValueError for other parts."""
         if not isinstance(content, list):
             return content
         if not all(
@@ -66,11 +67,11 @@ class Message(Part):
     @field_validator("content")
     @classmethod
     def _text(cls, content: str) -> str:
-        content.encode()  # half a character (JSON's \ud800) is a ValueError
+        content.encode()  # raises ValueError for half a character (JSON's \ud800)
         return content
 
     def told(self) -> dict:
-        """developer: OpenAI's newer word for the system prompt."""
+        """Return the message for the template. `developer` is OpenAI's newer name for `system`."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -92,7 +93,7 @@ class Asked(Part):
     @classmethod
     def _honest(cls, value: object) -> object:
         if not isinstance(value, dict):
-            raise ValueError("a request is a JSON object")  # noqa: TRY004  pydantic's way to refuse
+            raise ValueError("a request is a JSON object")  # noqa: TRY004  pydantic expects ValueError
         for name, harmless in REFUSED.items():
             if value.get(name) is not None and value[name] not in harmless:
                 raise Refused(400, f"{name} is not supported here", name, "unsupported_parameter")
@@ -105,15 +106,16 @@ class Asked(Part):
         return [stop] if isinstance(stop, str) else stop
 
     def sampling(self, usual: Sampling) -> Sampling:
-        """The manifest's, but for what is named. What ended an answer in training ends it always."""
+        """Return the default sampling with the values of the request, whose stop strings add to the trained ones."""
         named = {f.name: getattr(self, f.name) for f in fields(Sampling) if getattr(self, f.name) is not None}
         if self.stop is not None:
             named["stop"] = (*usual.stop, *filter(None, self.stop))
         if self.seed is not None:
-            named["seed"] = self.seed % 0xFFFFFFFF  # that one is llama.cpp's word for "any"
+            named["seed"] = self.seed % 0xFFFFFFFF  # 0xFFFFFFFF means a random seed in llama.cpp
         return replace(usual, **named)
 
     def counts(self) -> bool:
+        """Return whether a streamed response ends with token counts."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
@@ -140,7 +142,7 @@ class Completion(Asked):
 
 
 def parsed(kind: type, content: bytes):
-    """A request. Raises Refused."""
+    """Parse the body of a request. Raises RequestError."""
     try:
         return kind.model_validate(json.loads(content))
     except ValidationError as error:
@@ -154,7 +156,7 @@ def parsed(kind: type, content: bytes):
 
 @dataclass(frozen=True)
 class Form:
-    """How an endpoint says an answer, whole and in pieces."""
+    """The names and choices that an endpoint uses for a whole response and for its chunks."""
 
     prefix: str
     whole: str
@@ -166,16 +168,21 @@ class Form:
 
 
 CHAT = Form(
-    "chatcmpl", "chat.completion", "chat.completion.chunk", lambda text: {"message": {"role": "assistant", "content": text}},
-    lambda text: {"delta": {"content": text}}, ({"delta": {"role": "assistant", "content": ""}},), {"delta": {}},
-)  # fmt: skip
+    "chatcmpl",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    lambda text: {"delta": {"content": text}},
+    ({"delta": {"role": "assistant", "content": ""}},),
+    {"delta": {}},
+)
 TEXT = Form(
     "cmpl", "text_completion", "text_completion", lambda t: {"text": t}, lambda t: {"text": t}, (), {"text": ""}
 )
 
 
 class Said:
-    """An answer in OpenAI's words."""
+    """Builds the response objects of one answer."""
 
     def __init__(self, form: Form, model: str, answer: Answer):
         self.form, self.answer = form, answer

@@ -1,8 +1,8 @@
-"""serve: the pulled model over HTTP as OpenAI's API, for the programs of this machine.
+"""serve: serve the pulled model with OpenAI's HTTP API, for the programs of this machine.
 
-llama_cpp.server was tried and is not used: it cannot tell a sampling value that a request left out from its own default
-(repeat_penalty 1.1 among them), goes on with answers that nobody waits for, answers 200 to a streamed prompt that is too
-long, lets every web page ask, and takes settings of the model from variables such as ROPE_FREQ_BASE.
+llama_cpp.server was tried and is not used. It cannot tell a sampling value that a request left out from its own default
+(repeat_penalty 1.1 among them), continues answers after their client is gone, answers 200 to a streamed prompt that is
+too long, accepts requests of every web page, and takes settings of the model from variables such as ROPE_FREQ_BASE.
 """
 
 import asyncio
@@ -31,24 +31,32 @@ from deploy.serving import conversation, openai_api
 
 LOCAL = ("127.0.0.1", "localhost")
 PAGES = r"https?://(127\.0\.0\.1|localhost)(:\d+)?"  # web pages of this machine
-MAX_BODY = 8 << 20  # bytes; what a context can hold is far less
+MAX_BODY = 8 << 20  # bytes; a context holds far less text
 KEY = "FERRY_API_KEY"
-LOOK = 0.1  # seconds between two looks whether a client is still there
+LOOK = 0.1  # seconds between two checks whether the client is still connected
 
 
 def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int | None = None) -> None:
     """Serve until Ctrl-C.
 
-    context: at most so many tokens. Raises UserError when the port is taken, the host is open to others and FERRY_API_KEY
-    is not set, or as `talk.opened` does: nothing is served that does not give the golden prompts.
+    Args:
+        version: A version that passed its smoke test.
+        host: The address to listen on. Other machines can use any but the loopback one, so it needs FERRY_API_KEY.
+        port: The port.
+        context: The most tokens of context.
+
+    Raises:
+        UserError: The port cannot be opened, FERRY_API_KEY is missing or invalid, or a reason of
+            `conversation.open_model`: a model that does not give the golden prompts is not served.
     """
     key = os.environ.get(KEY)
     if host not in LOCAL and not key:
         raise UserError(
             f"HOST={shown(host)} lets other machines ask, and {KEY} is not set",
-            f"set {KEY} to a secret of yours (it travels unencrypted: for a network that you trust), or leave HOST away",
+            f"set {KEY} to a secret of yours (it travels unencrypted: for a network that you trust), "
+            "or leave HOST away",
         )
-    if key and not key.isprintable():  # bytes that are no text are not, either
+    if key and not key.isprintable():  # bytes that are not UTF-8 are not printable either
         raise UserError(f"{KEY} holds characters that no HTTP header can have", "choose one of letters and digits")
     with listening(host, port) as door, conversation.opened(version, context) as engine:
         greet(engine, host, door.getsockname()[1], key)
@@ -57,12 +65,12 @@ def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int
 
 
 def stage_of(version: str, host: str, port: int) -> None:
-    """`stage` for a child process, whose arguments are JSON."""
+    """Run `run_server` in a child process, whose arguments are JSON."""
     stage(Path(version), host, port)
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Raises UserError when nothing can listen there."""
+    """Open the socket to listen on. Raises UserError when that fails."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
@@ -72,7 +80,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def another(port: int, error: Exception) -> str:
-    """What to try where nothing can listen."""
+    """Return what to try when a port cannot be opened."""
     if getattr(error, "errno", None) == errno.EADDRINUSE:
         return f"end what listens there, or take another port: `make serve PORT={port + 1 if port < 65535 else 8080}`"
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
@@ -81,6 +89,7 @@ def another(port: int, error: Exception) -> str:
 
 
 def greet(engine: conversation.Talk, host: str, port: int, key: str | None) -> None:
+    """Print the address of the server and an example request."""
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     print(f"serving {engine.made.name} at {address} (OpenAI-compatible), Ctrl-C ends")
     secret = f" -H 'Authorization: Bearer '\"${KEY}\"" if key else ""
@@ -89,7 +98,7 @@ def greet(engine: conversation.Talk, host: str, port: int, key: str | None) -> N
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose Ctrl-C also ends the answers that are on their way."""
+    """A uvicorn server on which Ctrl-C also cancels the answers in progress."""
 
     def __init__(self, api: "Api", app: ASGIApp):
         super().__init__(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=30))
@@ -100,12 +109,12 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def listen(self, door: socket.socket) -> None:
-        with contextlib.suppress(KeyboardInterrupt):  # the signal comes once more when all is closed
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its shutdown
             self.run(sockets=[door])
 
 
 class Api:
-    """The endpoints. One thread has the model: answers stand in line there, in the order in which they were asked for."""
+    """The endpoints. One thread uses the model and generates answers in the order of their requests."""
 
     def __init__(self, engine: conversation.Talk):
         self.engine, self.closing = engine, threading.Event()
@@ -113,7 +122,7 @@ class Api:
 
     @contextlib.contextmanager
     def running(self):
-        """Nobody uses the model any more afterwards."""
+        """Stop both threads on exit; nothing uses the model afterwards."""
         try:
             yield self
         finally:
@@ -154,7 +163,7 @@ class Api:
 
 
 class Reply:
-    """An answer on its way from the model's thread. It is given up when its client has gone."""
+    """An answer that the model's thread generates. It is cancelled when its client disconnects."""
 
     def __init__(self, api: Api, request: Request, ids: list[int], sampling: conversation.Sampling):
         self.left = threading.Event()
@@ -164,7 +173,7 @@ class Reply:
         api.worker.submit(self._work)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Raises what the model's thread raised."""
+        """Yield the pieces of the answer. Raises what the model's thread raised."""
         try:
             while (piece := await self.queue.get()) is not None:
                 if isinstance(piece, Exception):
@@ -185,16 +194,16 @@ class Reply:
             for piece in self.answer:
                 self._put(piece)
             self._put(None)
-        except Exception as error:  # noqa: BLE001  raised where the answer is read
+        except Exception as error:  # noqa: BLE001  `pieces` raises it again
             self._put(error)
 
     def _put(self, piece: str | Exception | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and its readers with it
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody reads
             self.loop.call_soon_threadsafe(self.queue.put_nowait, piece)
 
 
 async def streamed(said: openai_api.Said, reply: Reply, asked: openai_api.Asked) -> AsyncIterator[str]:
-    """Server-sent events, as OpenAI sends them."""
+    """Yield the answer as server-sent events, as OpenAI does."""
     try:
         for chunk in said.first():
             yield openai_api.event(chunk)
@@ -203,11 +212,12 @@ async def streamed(said: openai_api.Said, reply: Reply, asked: openai_api.Asked)
         for chunk in said.last(asked.counts()):
             yield openai_api.event(chunk)
         yield "data: [DONE]\n\n"
-    except Exception as error:  # noqa: BLE001  200 is said already
+    except Exception as error:  # noqa: BLE001  the status 200 is sent already
         yield openai_api.event(openai_api.fault(broken(error)))
 
 
 async def body(request: Request) -> bytes:
+    """Read the body of a request. Raises RequestError when it is too large."""
     content = b""
     async for block in request.stream():
         content += block
@@ -217,13 +227,13 @@ async def body(request: Request) -> bytes:
 
 
 def broken(error: Exception) -> openai_api.Refused:
-    """An error of ours: one line here, no more than that it happened to the client."""
+    """Print an internal error, and return one for the client that gives no details."""
     print(f"serve: a request failed: {type(error).__name__}: {shown(str(error))}", flush=True)
     return openai_api.Refused(500, "the model failed", kind="server_error")
 
 
 def guarded(api: Api, host: str, key: str | None) -> ASGIApp:
-    """The endpoints, behind the checks of who asks."""
+    """Return the app: the endpoints behind the checks of `Guard`."""
     return Starlette(
         routes=[
             Route("/v1/models", api.models),
@@ -234,15 +244,18 @@ def guarded(api: Api, host: str, key: str | None) -> ASGIApp:
         middleware=[
             Middleware(Guard, host=host, key=key),
             Middleware(
-                CORSMiddleware, allow_origin_regex=PAGES, allow_methods=["GET", "POST"], allow_headers=["*"],
+                CORSMiddleware,
+                allow_origin_regex=PAGES,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
             ),
         ],
         exception_handlers={HTTPException: refused, UserError: refused},
-    )  # fmt: skip
+    )
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    """Every error in OpenAI's shape."""
+    """Return the response for an error, in the format of OpenAI's API."""
     if isinstance(error, conversation.TooLong):
         error = openai_api.Refused(400, error.message, "messages", "context_length_exceeded")
     elif isinstance(error, UserError):
@@ -251,7 +264,7 @@ async def refused(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """Who may ask: no page of another site, whatever name it has given to this address, and with a key only who has it."""
+    """Refuses requests of other web sites, also under a name that leads to this address, and those without the key."""
 
     def __init__(self, app: ASGIApp, host: str, key: str | None):
         self.app, self.host, self.key = app, host, key
@@ -270,7 +283,7 @@ class Guard:
             await self.app(scope, receive, noted)
         except ClientDisconnect:
             return
-        except Exception as error:  # noqa: BLE001  an answer, never a traceback
+        except Exception as error:  # noqa: BLE001  a response, never a traceback
             if started:
                 broken(error)
                 return
@@ -278,13 +291,13 @@ class Guard:
             await (await refused(Request(scope), fault))(scope, receive, send)
 
     def check(self, request: Request) -> None:
-        """Raises Refused."""
+        """Raise RequestError for a wrong host, another web site, or a missing key."""
         name, origin = request.headers.get("host", "").rsplit(":", 1)[0], request.headers.get("origin")
         if self.host in LOCAL and name not in LOCAL:
             raise openai_api.Refused(403, "this server is for its own machine: ask http://127.0.0.1", code="wrong_host")
         if origin and not openai_api.matches(PAGES, origin):
             raise openai_api.Refused(403, "pages of other sites may not ask", code="wrong_origin")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        asks = request.method != "OPTIONS"  # a browser's question before the question carries no key
+        asks = request.method != "OPTIONS"  # a browser's preflight request carries no key
         if self.key and asks and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise openai_api.Refused(401, "the API key is missing or wrong", code="invalid_api_key")

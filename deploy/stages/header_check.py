@@ -1,7 +1,8 @@
-"""support: does this machine's llama.cpp know the file? Asked before a large download, of the header alone.
+"""Check before a large download that this machine's llama.cpp can load the file. Only the header is needed.
 
-llama.cpp itself answers: a file of the right size with nothing but the header in it takes no disk, and is loaded without
-its weights. In a process of its own, for llama.cpp ends its process over a header that it did not expect.
+llama.cpp itself is asked: it loads a sparse file of the right size, which holds the header alone and takes no disk,
+without allocating weights. It runs in a child process, because it aborts its process over a header that it does not
+expect.
 """
 
 import contextlib
@@ -22,19 +23,22 @@ from contract import model_header
 from contract.manifest import Artifact
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGE = 256 << 20  # bytes: a smaller file is here as soon as its header is read
+LARGE = 256 << 20  # bytes: a smaller file is downloaded as fast as its header is read
 FIRST = 1 << 20  # bytes: a vocabulary of 32,000 tokens takes 0.7 MB
-PATIENCE = 60  # seconds; 262,144 tokens take 1.7 on two busy cores, of which Python's start and imports 0.5
-# Library paths: some Pythons do not start without them.
+PATIENCE = 60  # seconds; a vocabulary of 262,144 tokens takes 1.7 s on two busy cores, 0.5 s of it to start Python
+# The variables that the child inherits: library paths, without which some Pythons do not start.
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-# No debugger is called when llama.cpp aborts, and no GPU is woken.
+# Its further variables: llama.cpp starts no debugger when it aborts, and no GPU is initialized.
 SET = {"GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""}
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deploy.stages import header_check; header_check.child()"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from deploy.stages import header_check; header_check.child()"
+)
 ERROR = 4  # enum ggml_log_level
 WHY = "error loading model: "
 NEW = "update Ferry: `git pull && make deploy-env` (another QUANT of the repo has the same)"
 STRANGE = "do not use this repo: its publisher has to mend it"
-# What llama.cpp says of a model that is newer than it is, and how it is said here.
+# What llama.cpp says about a model that is too new for it, and how Ferry puts it.
 NEWER = {
     r"unknown model architecture: '([^']*)'": "the architecture {} is",
     r"unknown pre-tokenizer type: '([^']*)'": "the pre-tokenizer {} is",
@@ -43,32 +47,31 @@ NEWER = {
 
 
 def probe(found, artifact: Artifact) -> None:
-    """Refuse a large artifact of a source (contract/published_model.py) that llama.cpp here cannot load, before it is fetched.
+    """Raise UserError when this machine's llama.cpp cannot load a large artifact of a source.
 
-    Reads only as much of it as its header needs. Raises UserError.
+    Only the header is downloaded. source: one of contract/published_model.py.
     """
     if artifact.bytes >= LARGE:
         check(header(found, artifact)[0], artifact.bytes, artifact.file)
 
 
 def check(header_bytes: bytes, size: int, name: str) -> None:
-    """Raises UserError when the llama.cpp of this environment refuses a file of `size` bytes that begins like this.
+    """Raise UserError when the llama.cpp of this environment cannot load a file of `size` bytes with this header.
 
-    Without a llama.cpp nothing is known, and nothing refused.
+    Where no llama.cpp is installed, nothing is refused.
     """
     if not importlib.util.find_spec("llama_cpp"):
         return
     with sparse(header_bytes, size) as path:
-        model_header.refuse_impossible(
-            gguf_reader.read(path, name), name
-        )  # what llama.cpp's parser in C++ need not see
+        # Checked in Python first, so that llama.cpp's C++ parser does not see an impossible header.
+        model_header.refuse_impossible(gguf_reader.read(path, name), name)
         said = _asked(path, name)
     if said:
         raise _refusal(said, name)
 
 
 def header(found, artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
-    """The first bytes of an artifact of a source, with its header and little more, and what they say. Raises UserError."""
+    """Return the first bytes of an artifact, its header and little more, and the header itself. Raises UserError."""
 
     def read() -> tuple[bytes, gguf_reader.Header]:
         with found.opened(artifact, 0) as (_, blocks):
@@ -79,7 +82,7 @@ def header(found, artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
 
 @contextlib.contextmanager
 def sparse(head: bytes, size: int) -> Iterator[Path]:
-    """A file that begins with `head` and has `size` bytes, the rest of which are zeros that take no disk."""
+    """Create a temporary file of `size` bytes that begins with `header_bytes`; the rest are zeros that take no disk."""
     with tempfile.NamedTemporaryFile(prefix="ferry-", suffix=".gguf") as file:
         try:
             file.write(head[:size])
@@ -91,7 +94,7 @@ def sparse(head: bytes, size: int) -> Iterator[Path]:
 
 
 def _begun(blocks: Iterator[bytes], artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
-    """More of it, until a header can be read. (One that is cut off cannot: the next name in it has no letters.)"""
+    """Read blocks until they hold a whole header. (If it is cut off, the next name in it is empty: an error.)"""
     head, enough, most = bytearray(), FIRST, min(artifact.bytes, gguf_reader.MAX_HEADER)
     while True:
         while len(head) < min(enough, most) and (block := next(blocks, b"")):
@@ -106,6 +109,7 @@ def _begun(blocks: Iterator[bytes], artifact: Artifact) -> tuple[bytes, gguf_rea
 
 
 def _refusal(said: list[str], name: str) -> UserError:
+    """Return the error for a file that llama.cpp does not load, from what llama.cpp said."""
     version = importlib.metadata.version("llama_cpp_python")
     for words, what in NEWER.items():
         if match := re.search(words, " ".join(said)):
@@ -116,14 +120,21 @@ def _refusal(said: list[str], name: str) -> UserError:
 
 
 def _asked(path: Path, name: str) -> list[str]:
-    """llama.cpp's errors when it loads the file. Raises UserError when it does not live to tell them."""
+    """Load the file with llama.cpp in a child process and return llama.cpp's errors.
+
+    Raises UserError when the child crashes, hangs or does not start.
+    """
     places = json.dumps([str(ROOT), *(str(Path(place).resolve()) for place in sys.path)])
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-B", "-c", START, places, str(path)], cwd=ROOT, timeout=PATIENCE,
+            [sys.executable, "-I", "-S", "-B", "-c", START, places, str(path)],
+            cwd=ROOT,
+            timeout=PATIENCE,
             env={name: os.environ[name] for name in KEPT if name in os.environ} | SET,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"llama.cpp takes more than {PATIENCE} s over the header of {name}", STRANGE) from None
     if done.returncode < 0:
@@ -134,7 +145,7 @@ def _asked(path: Path, name: str) -> list[str]:
 
 
 def child() -> None:
-    """What the child runs: on stdout the errors that llama.cpp has with the file named in its arguments."""
+    """Load the file of the second argument and print llama.cpp's errors as JSON. The child process runs this."""
     _limit()
     import ctypes
 
@@ -157,7 +168,7 @@ def child() -> None:
 
 
 def _limit() -> None:
-    """No core file and no other one, and not more of the processor than its time, should the parent die."""
+    """Forbid this process to write files or a core dump, and limit its CPU time in case the parent dies."""
     import resource
 
     for name, most in {"CORE": 0, "FSIZE": 0, "CPU": PATIENCE}.items():

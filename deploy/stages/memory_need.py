@@ -1,9 +1,9 @@
-"""How much memory a GGUF takes when it runs: its weights, what it keeps of the text, and room to compute in.
+"""Estimate the memory that a GGUF takes when it runs: weights, KV cache, recurrent state and compute buffer.
 
-From its header alone, so that it is known before a large download. What is kept of the text (the KV cache, 16 bit) is
-what llama.cpp's own log says, by a test; only where a header does not say which layers see a window, or keep a state
-instead of the text, is it more. Room to compute is an estimate from above. Both are for flash attention, which Ollama
-and LM Studio turn on by themselves: without it every head needs 2 kB more for each token of context.
+The header is enough, so the need is known before a large download. The KV cache (16 bit) equals what llama.cpp logs, as
+a test confirms; it is overestimated only when the header does not say which layers use a sliding window or keep a
+recurrent state. The compute buffer is an upper estimate. Both hold for flash attention, which Ollama and LM Studio turn
+on by themselves: without it every head needs 2 kB more for each token of context.
 """
 
 import bisect
@@ -14,25 +14,32 @@ from contract.model_header import MAX_LAYERS
 
 PYTHON = 2 << 30  # bytes: the interpreter, numpy, llama.cpp's threads; 0.3 GB measured
 STEP = 256  # tokens: llama.cpp rounds a context up to this
-BATCH = 512  # tokens computed at a time: llama.cpp's default n_ubatch
-# Every n-th layer sees the whole text, the others a window; where the header does not say it (llama.cpp, src/models).
+BATCH = 512  # tokens that are computed at once: llama.cpp's default n_ubatch
+# Every n-th layer attends to the whole context, the others to a sliding window. For architectures whose header does not
+# say it (llama.cpp, src/models).
 PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4, "gemma3n": 5, "olmo2": 4}
 
 
 def need(header: Header, file_bytes: int, context: int) -> int:
-    """Bytes to run it with `context` tokens, all weights in memory."""
+    """Return the bytes that a model needs with `context` tokens, all weights in memory. file_bytes: the GGUF's size."""
     return file_bytes + cache(header, context) + state(header) + compute(header, context)
 
 
 def limits(header: Header, file_bytes: int, context: int, seconds: float) -> Limits:
-    """What a process may take that runs it: half as much again as it needs, the logits of a whole context, and Python."""
+    """Return the limits of a process that runs the model.
+
+    Its memory limit is 1.5 times the need of the model, plus the logits of a whole context, plus Python.
+    """
     logits = 4 * _rounded(context) * _Facts(header).vocabulary()
     return Limits(seconds, int(1.5 * need(header, file_bytes, context)) + logits + PYTHON)
 
 
 def context(header: Header, file_bytes: int, budget: int, wanted: int) -> int:
-    """Tokens of context that fit into `budget` bytes: `wanted` or a multiple of 256 below it, at most what the model was
-    made for. 0: not even the weights fit."""
+    """Return how many tokens of context fit into `memory_budget` bytes.
+
+    That is `wanted_tokens`, at most the context length in the header, or the largest multiple of 256 below it that
+    fits. 0 means that the weights and the smallest context do not fit.
+    """
     most = min(wanted, _Facts(header).number("context_length") or wanted)
     if need(header, file_bytes, most) <= budget:
         return most
@@ -41,15 +48,17 @@ def context(header: Header, file_bytes: int, budget: int, wanted: int) -> int:
 
 
 def cache(header: Header, context: int) -> int:
-    """Bytes of keys and values of `context` tokens, two for each number."""
+    """Return the bytes of the keys and values of `context` tokens, at two bytes for each number."""
     facts, cells = _Facts(header), _rounded(context)
     seen = min(cells, _rounded(facts.number("attention.sliding_window") + BATCH))
     return 2 * sum(facts.kept(layer, False) * cells + facts.kept(layer, True) * seen for layer in facts.layers())
 
 
 def state(header: Header) -> int:
-    """Bytes of what recurrent layers keep whatever the length of the text, four for each number; every layer is taken
-    for one, since few headers say which are."""
+    """Return the bytes of recurrent state, which do not depend on the context, at four bytes for each number.
+
+    Every layer counts as recurrent, since few headers say which ones are.
+    """
     facts = _Facts(header)
     width, wkv = facts.number("embedding_length"), facts.number("wkv.head_size")
     inner, held = facts.number("ssm.inner_size"), facts.number("ssm.state_size")
@@ -60,7 +69,7 @@ def state(header: Header) -> int:
 
 
 def compute(header: Header, context: int) -> int:
-    """Bytes to compute in, from above: of a batch's tokens the logits and some layers' results, and what each may see."""
+    """Return an upper estimate of the compute buffer in bytes: logits, layer outputs and attention mask of a batch."""
     facts = _Facts(header)
     wide = max((facts.at("feed_forward_length", layer) for layer in facts.layers()), default=0)
     floats = facts.vocabulary() + 4 * facts.number("embedding_length") + 2 * wide
@@ -68,16 +77,20 @@ def compute(header: Header, context: int) -> int:
 
 
 def _rounded(tokens: int) -> int:
+    """Round up to a multiple of 256 tokens."""
     return -(-tokens // STEP) * STEP
 
 
 def _positive(value: object) -> int:
+    """Return the value when it is a positive integer, else 0."""
     return value if isinstance(value, int) and value > 0 else 0
 
 
 class _Facts:
-    """Numbers of a header under its architecture's name. What is missing, or is none, counts as 0: a header that lacks
-    what it needs is refused by llama.cpp, not here."""
+    """Reads the numbers that a header has under the name of its architecture.
+
+    A missing or invalid number counts as 0: llama.cpp refuses a header that lacks what it needs, this class does not.
+    """
 
     def __init__(self, header: Header):
         self.metadata, self.name = header.metadata, str(header.metadata.get("general.architecture"))
@@ -86,7 +99,7 @@ class _Facts:
         return _positive(self.metadata.get(f"{self.name}.{key}", default))
 
     def at(self, key: str, layer: int) -> int:
-        """Of one layer; a header gives a list, or one value for all."""
+        """Return the value of one layer: a header has one value for all layers, or a list."""
         value = self.metadata.get(f"{self.name}.{key}")
         if isinstance(value, list):
             value = value[layer] if layer < len(value) else 0
@@ -97,12 +110,16 @@ class _Facts:
         return len(tokens) if isinstance(tokens, list) else self.number("vocab_size")
 
     def layers(self) -> range:
-        """Those that compute with keys and values of their own: not the ones for drafts, nor those that share another's."""
+        """Return the layers with keys and values of their own, without draft layers and layers that share another's."""
         extra = self.number("nextn_predict_layers") + self.number("attention.shared_kv_layers")
         return range(max(0, min(self.number("block_count"), MAX_LAYERS) - extra))
 
     def kept(self, layer: int, window: bool) -> int:
-        """Numbers that a layer keeps of each token of the whole text, or of its window."""
+        """Return how many numbers a layer caches for each token.
+
+        in_window: whether to count a layer with a sliding window, or one that attends to the whole context. A layer of
+        the other kind has 0.
+        """
         every = self.number("full_attention_interval")
         if self.windowed(layer) != window or (every and (layer + 1) % every):
             return 0
@@ -112,7 +129,7 @@ class _Facts:
         return heads * (self.size("key", window) + self.size("value", window)) + sparse
 
     def size(self, what: str, window: bool) -> int:
-        """Of one head's key or value. With latent attention (MLA) the values are inside the keys."""
+        """Return the size of one head's 'key' or 'value'. With latent attention (MLA) values are part of the keys."""
         if what == "value" and self.number("attention.value_length_mla"):
             return 0
         equal = self.number("embedding_length") // (self.at("attention.head_count", 0) or 1)

@@ -1,4 +1,4 @@
-"""A download on its way: it goes on where it ended, also where another process left it, and is hashed as it grows."""
+"""A download that can be resumed, also by another process, and that is hashed as it grows."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from contract.manifest import Artifact
 
 
 class Part:
-    """The file `path`, which shall hold `artifact`. tick: is told of every byte that is there."""
+    """Downloads `artifact` to `path`. tick: called with the number of bytes that came; it is negative on a restart."""
 
     def __init__(self, path: Path, artifact: Artifact, tick: Callable[[int], None]):
         self.path, self.artifact, self.tick = path, artifact, tick
         self.size, self.digest = 0, hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():  # what it leads to is not this download
+        if path.is_symlink():  # never write to the file that a link leads to
             path.unlink()
         self.file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
         while block := self.file.read(files.CHUNK):
@@ -31,7 +31,10 @@ class Part:
         self.file.close()
 
     def fill(self, found) -> None:
-        """All that is missing, from a source (contract/published_model.py). Raises UserError when it gives other bytes."""
+        """Download what is missing from a source of contract/published_model.py.
+
+        Raises UserError when the source ends early or gives other bytes than the manifest says.
+        """
         while self.size < self.artifact.bytes:
             before = self.size
             hub.patiently(f"pull {self.artifact.file}", lambda: self._go_on(found), progress=lambda: self.size)
@@ -45,12 +48,13 @@ class Part:
             raise UserError(
                 f"{self.artifact.file} came with {self.size} bytes and sha256 {self.digest.hexdigest()}, "
                 f"its manifest says {self.artifact.bytes} bytes and {self.artifact.sha256}",
-                "run the same command again; if it stays, the file was damaged or replaced: publish it again with `make publish`",
+                "run the same command again; if it stays, the file was damaged or replaced: "
+                "publish it again with `make publish`",
             )
 
     def _go_on(self, found) -> None:
         with found.opened(self.artifact, self.size) as (start, blocks):
-            if start != self.size:  # a server that cannot go on where we ended
+            if start != self.size:  # a server that cannot resume there
                 self._start_again()
             for block in blocks:
                 self.file.write(block)

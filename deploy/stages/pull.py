@@ -1,4 +1,4 @@
-"""pull: the manifest first, then one artifact, hashed on the way in; nothing lands that is not what was published."""
+"""pull: fetch the manifest, then one artifact, and accept only what was published. The file is hashed as it arrives."""
 
 import shutil
 from pathlib import Path
@@ -15,8 +15,16 @@ from deploy.stages.partial_download import Part
 def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
     """Fetch manifest and artifact into the store, make that version the current one, and return its pull.json.
 
-    quantization: of the GGUF; None: the manifest's default. Raises UserError for every difference, and when neither the
-    repo nor an earlier pull of it is there.
+    Args:
+        repo: owner/name[@revision] on the Hub, or a folder hub.
+        models: The store.
+        quantization: The GGUF to fetch; None takes the manifest's default.
+
+    Returns:
+        The record, with the folder of the version.
+
+    Raises:
+        UserError: The file differs from its manifest, or neither the repo nor an earlier pull of it is available.
     """
     try:
         found = published_model.find(repo)
@@ -36,7 +44,7 @@ def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
 
 
 def offline(repo: str, models: Path, quantization: str | None, error: UserError) -> dict:
-    """What an earlier pull left, when the Hub cannot be asked. Raises `error` when there is nothing."""
+    """Return the record of an earlier pull, for when the Hub cannot be reached. Raises `error` when there is none."""
     version = store.known(models, repo)
     if version is None:
         raise error
@@ -51,7 +59,7 @@ def offline(repo: str, models: Path, quantization: str | None, error: UserError)
 
 
 def chosen(made: Manifest, quantization: str | None) -> Artifact:
-    """Raises UserError when the repo has no such GGUF."""
+    """Return the GGUF of a quantization, or the default one. Raises UserError when the repo has no such GGUF."""
     ggufs = {artifact.quantization: artifact for artifact in made.artifacts if artifact.kind == "gguf"}
     if quantization is None:
         return made.default()
@@ -63,7 +71,15 @@ def chosen(made: Manifest, quantization: str | None) -> Artifact:
 
 
 def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes) -> None:
-    """The artifact in its place, whatever was there before."""
+    """Download and verify the artifact unless the store has it already, and write its manifest.
+
+    Args:
+        source: One of contract/published_model.py.
+        version: The folder of the version in the store.
+        model_manifest: The manifest.
+        artifact: The artifact of the manifest to store.
+        content: The bytes of the manifest.
+    """
     target = version / artifact.file
     if not (target.is_file() and target.stat().st_size == artifact.bytes and files.sha256(target) == artifact.sha256):
         found.refuse(artifact)
@@ -85,6 +101,7 @@ def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes
 
 
 def refuse_full_disk(target: Path, artifact: Artifact) -> None:
+    """Raise UserError when the rest of the download does not fit on the disk."""
     part = target.with_name(f".{target.name}.part")
     need = artifact.bytes - (part.stat().st_size if part.is_file() else 0)
     free = shutil.disk_usage(files.nearest(target)).free
@@ -96,6 +113,7 @@ def refuse_full_disk(target: Path, artifact: Artifact) -> None:
 
 
 def fetch(found, path: Path, artifact: Artifact) -> None:
+    """Download an artifact to `path`, with a progress bar; resume when a part of it is there."""
     with (
         console.progress(artifact.bytes, artifact.file, "B") as tick,
         Part(path, artifact, tick) as part,
@@ -104,9 +122,9 @@ def fetch(found, path: Path, artifact: Artifact) -> None:
 
 
 def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
-    """The right bytes may still be a trap: what its header says must be possible, and what the manifest says of it.
+    """Verify that the header of a download is possible and agrees with the manifest: a right hash does not prove that.
 
-    Raises UserError, with the part removed.
+    Raises UserError and removes the download when it does not.
     """
     try:
         header = gguf_reader.read(part, artifact.file)
@@ -122,7 +140,10 @@ def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
 
 
 def same_prompts(header: gguf_reader.Header, made: Manifest) -> None:
-    """The template, a stranger's program, gives the golden prompts: asked in a sandbox, with a time limit."""
+    """Verify that the chat template renders the golden prompts. It is untrusted code, so it runs in a sandbox.
+
+    Raises UserError when a prompt differs, or the template takes too long.
+    """
     asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
     texts = template_sandbox.prompts(made.chat.template, asked, special(header, "bos"), special(header, "eos"))
     for golden, text in zip(made.golden, texts, strict=True):
@@ -134,7 +155,7 @@ def same_prompts(header: gguf_reader.Header, made: Manifest) -> None:
 
 
 def special(header: gguf_reader.Header, role: str) -> str:
-    """Text of the 'bos' or 'eos' token; '' when the file names none."""
+    """Return the text of the 'bos' or 'eos' token; '' when the header names none."""
     tokens, number = (
         header.metadata.get("tokenizer.ggml.tokens"),
         header.metadata.get(f"tokenizer.ggml.{role}_token_id"),
@@ -144,18 +165,24 @@ def special(header: gguf_reader.Header, role: str) -> str:
 
 
 def clean(version: Path) -> None:
-    """A refused version leaves nothing but a part that can be gone on with."""
+    """Remove the manifest of a version whose pull failed. An unfinished download stays, so that it can be resumed."""
     if not (version / store.RECORD).is_file():
         files.remove(version / manifest.NAME)
 
 
 def recorded(repo: str, commit: str | None, version: Path, artifact: Artifact, content: bytes) -> dict:
-    """pull.json, and the name by which the version was asked for."""
+    """Write pull.json and the requested name of the version, make it the current one, and return the record."""
     is_folder = hub.is_folder(repo)
     name, revision = (repo, None) if is_folder else hub.split(repo)
     record = {
-        "stage": "pull", "repo": name, "commit": commit, "file": artifact.file, "quantization": artifact.quantization,
-        "sha256": artifact.sha256, "bytes": artifact.bytes, "manifest_sha256": files.sha256_bytes(content),
-    }  # fmt: skip
+        "stage": "pull",
+        "repo": name,
+        "commit": commit,
+        "file": artifact.file,
+        "quantization": artifact.quantization,
+        "sha256": artifact.sha256,
+        "bytes": artifact.bytes,
+        "manifest_sha256": files.sha256_bytes(content),
+    }
     store.remember(version, record, revision or store.MAIN)
     return record

@@ -1,4 +1,4 @@
-"""smoke: the pulled file answers here as it did where it was made, or nothing is installed."""
+"""smoke: test that the pulled file answers here as it did on the machine that made it, before anything is installed."""
 
 import io
 import platform
@@ -20,19 +20,21 @@ from deploy.stages import memory_need
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-# Mean absolute difference of log-probability per answer token, nats. Measured on a CPU with SmolLM2-135M Q4_1, an answer at
-# a time: 0 for other thread counts and batches, at most 0.054 one token at a time (other kernels), 0.059 between flash
-# attention and none, 0.076 with a q8_0 cache too. A damaged or wrong file is far above 1.
+# The largest mean absolute difference of the log-probabilities of answer tokens, in nats. Measured on a CPU with
+# SmolLM2-135M Q4_1, one answer at a time: 0 with other thread counts and batch sizes, at most 0.054 when tokens are
+# computed one at a time (other kernels), 0.059 between flash attention on and off, 0.076 with a q8_0 cache in addition.
+# A damaged or wrong file is far above 1.
 MAX_DIFFERENCE = 0.15
-MEASURED = ("CPU",)  # where that bound was measured; elsewhere it is the same number, and not proven
-# A 135M file (0.1 GB) answers 110 tokens a second on two idle cores, 10 on busy ones: 1 s for a token and GB.
+MEASURED = ("CPU",)  # the backends on which that bound was measured; others use the same bound
+# Limits of time. A 135M file (0.1 GB) answers 110 tokens/s on two idle cores and 10 tokens/s on busy ones, which is 1 s
+# for each token and GB.
 LOAD_SECONDS, SECONDS_OF_TOKEN, MOST_SECONDS = 300, 1e-9, 7200
-MORE = 32  # tokens after which an answer that ended where it was made should have ended here
-SPEED_PROMPT, SPEED_ANSWER, SPEED_SECONDS = 128, 64, 10  # tokens, tokens, and at most so long
+MORE = 32  # tokens that an answer may be longer than the recorded one before it counts as endless
+SPEED_PROMPT, SPEED_ANSWER, SPEED_SECONDS = 128, 64, 10  # tokens, tokens, and the most seconds
 
 
 def run_in_child(version: Path) -> dict:
-    """Run `stage` in a process of its own, and return its record: the file is a stranger's, and llama.cpp parses it."""
+    """Run `run_smoke` in a child process and return its record: llama.cpp parses a file that may come from anybody."""
     made, path = store.pulled(version)
     longest = max((len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke), default=0)
     tokens = sum(len(s.ids) + 2 * len(s.answer_ids) + MORE for s in made.smoke)
@@ -46,14 +48,14 @@ def run_in_child(version: Path) -> dict:
 
 
 def stage_of(version: str) -> dict:
-    """`stage` for a child process, whose arguments are JSON."""
+    """Run `run_smoke` in a child process, whose arguments are JSON."""
     return stage(Path(version))
 
 
 def stage(version: Path) -> dict:
-    """Load the pulled file, compare prompts and answers with the manifest, write smoke.json.
+    """Load the pulled file, compare prompts and answers with the manifest, write smoke.json and return it.
 
-    Raises UserError when anything differs; smoke.json then holds the evidence and no sha256.
+    Raises UserError when anything differs. When answers differ, smoke.json holds the evidence and no sha256.
     """
     made, path = store.pulled(version)
     artifact = made.artifact(path.name)
@@ -69,12 +71,18 @@ def stage(version: Path) -> dict:
             raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
         answers = [compare(model, expected) for expected in made.smoke]
         record = {
-            "stage": "smoke", "file": path.name, "machine": f"{platform.system()} {platform.machine()}", **loaded,
-            **speed(model, made.smoke[0].ids), "memory": peak_memory(), "answers": answers,
-            "difference": round(max(answer["difference"] for answer in answers), 4), "bound": MAX_DIFFERENCE,
+            "stage": "smoke",
+            "file": path.name,
+            "machine": f"{platform.system()} {platform.machine()}",
+            **loaded,
+            **speed(model, made.smoke[0].ids),
+            "memory": peak_memory(),
+            "answers": answers,
+            "difference": round(max(answer["difference"] for answer in answers), 4),
+            "bound": MAX_DIFFERENCE,
             "bound_measured": loaded["backend"] in MEASURED,
-            "judged": artifact.default,  # the recorded answers are the default file's
-        }  # fmt: skip
+            "judged": artifact.default,  # the recorded answers are those of the default file
+        }
     finally:
         model.close()
     record["faults"] = faults(record)
@@ -91,7 +99,10 @@ def stage(version: Path) -> dict:
 
 
 def load(made: Manifest, path: Path) -> tuple["Llama", dict]:
-    """The model, and what llama.cpp says of its loading. Raises UserError when a GPU is there and not used."""
+    """Load the model and return it with facts that llama.cpp logged.
+
+    Raises UserError when there is a GPU but not all layers are on it.
+    """
     said, started = io.StringIO(), time.perf_counter()
     longest = max(len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke)
     model = llama_runtime.load(path, max(1024, longest), log=said)
@@ -108,7 +119,7 @@ def load(made: Manifest, path: Path) -> tuple["Llama", dict]:
 
 
 def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
-    """The golden prompts, rendered with the file's own template and tokenized here, are the manifest's."""
+    """Verify that the file's own template and tokenizer give the golden prompts. Raises UserError when one differs."""
     if chat_format.embedded(model) != made.chat.template:
         raise UserError(
             f"{path.name} holds another chat template than its manifest", "publish it again: `make publish`"
@@ -128,20 +139,25 @@ def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
 
 
 def compare(model: "Llama", expected: Smoke) -> dict:
-    """One smoke prompt: a real answer given here, and how far the expected answer's log-probabilities are off."""
+    """Answer one smoke prompt, and compare the log-probabilities of the recorded answer with the recorded ones."""
     here = llama_runtime.answer_log_probs(model, expected.ids, expected.answer_ids)
     difference = sum(abs(a - b) for a, b in zip(here, expected.log_probs, strict=True)) / len(here)
     should_end = expected.answer_ids[-1] in llama_runtime.ends(model)
     said, ended = llama_runtime.greedy(model, expected.ids, len(expected.answer_ids) + MORE * should_end)
     return {
-        "message": expected.message, "answer": llama_runtime.text(model, said), "ended": bool(ended), "should_end": should_end,
-        "loops": loops(said) and not loops(expected.answer_ids), "tokens": len(said + ended),
-        "difference": round(difference, 4), "same": said + ended == list(expected.answer_ids),
-    }  # fmt: skip
+        "message": expected.message,
+        "answer": llama_runtime.text(model, said),
+        "ended": bool(ended),
+        "should_end": should_end,
+        "loops": loops(said) and not loops(expected.answer_ids),
+        "tokens": len(said + ended),
+        "difference": round(difference, 4),
+        "same": said + ended == list(expected.answer_ids),
+    }
 
 
 def loops(ids: Sequence[int], times: int = 4, least: int = 16) -> bool:
-    """Does it end in a repetition: `times` times the same words, together at least `least` tokens?"""
+    """Return whether the end is a repetition: the same tokens `repeats` times, at least `min_tokens` in total."""
     for period in range(1, len(ids) // times + 1):
         tail = ids[-max(period * times, least) :]
         if len(tail) >= least and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
@@ -150,7 +166,7 @@ def loops(ids: Sequence[int], times: int = 4, least: int = 16) -> bool:
 
 
 def faults(record: dict) -> list[str]:
-    """What speaks against it. Never that a greedy answer has other words: one rounding can turn a tie."""
+    """Return what is wrong by the record. Other words in a greedy answer are no fault: rounding can decide a tie."""
     found = []
     if record["judged"] and not record["difference"] <= record["bound"]:
         found.append(f"log-probabilities differ by {record['difference']} per token, at most {record['bound']}")
@@ -163,23 +179,25 @@ def faults(record: dict) -> list[str]:
 
 
 def speed(model: "Llama", ids: Sequence[int]) -> dict:
-    """{prompt_tokens_per_second, tokens_per_second}, as llama-bench measures: a prompt in one batch, then one token at a time,
-    each from an empty context."""
+    """Measure {prompt_tokens_per_second, tokens_per_second} as llama-bench does.
+
+    The prompt is computed in one batch, the answer one token at a time, each from an empty context.
+    """
     prompt = [ids[i % len(ids)] for i in range(SPEED_PROMPT)]
-    llama_runtime.pace(model, prompt[:2], len(prompt))  # the first run sets up kernels and threads
+    llama_runtime.pace(model, prompt[:2], len(prompt))  # a warm-up: the first run sets up kernels and threads
     read = llama_runtime.pace(model, prompt, len(prompt))
     said = llama_runtime.pace(model, prompt[:SPEED_ANSWER], 1, SPEED_SECONDS)
     return {"prompt_tokens_per_second": round(read, 1), "tokens_per_second": round(said, 1)}
 
 
 def peak_memory() -> int:
-    """Bytes: of this process at its largest, the mapped file included."""
+    """Return the peak memory of this process in bytes, with the mapped file."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
 
 
 def page(record: dict) -> str:
-    """smoke.json as a table."""
+    """Return smoke.json as a table for the terminal."""
     where = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
     bound = f"at most {record['bound']}" + (
         "" if record["bound_measured"] else f" (not measured on {record['backend']})"
@@ -189,10 +207,12 @@ def page(record: dict) -> str:
     same, ended = (sum(answer[key] for answer in record["answers"]) for key in ("same", "ended"))
     every = len(record["answers"])
     rows = [
-        ("computes on", where), ("load", f"{record['load_seconds']} s"),
-        ("prompt", f"{record['prompt_tokens_per_second']} tokens/s"), ("answer", f"{record['tokens_per_second']} tokens/s"),
+        ("computes on", where),
+        ("load", f"{record['load_seconds']} s"),
+        ("prompt", f"{record['prompt_tokens_per_second']} tokens/s"),
+        ("answer", f"{record['tokens_per_second']} tokens/s"),
         ("memory", f"{record['memory'] / 1e9:.2f} GB at most"),
         ("difference", f"{record['difference']} nats per token, {bound}"),
         ("answers", f"{same} of {every} word for word, {ended} ended by themselves"),
-    ]  # fmt: skip
+    ]
     return "\n".join(f"  {name:<12}{text}" for name, text in rows)

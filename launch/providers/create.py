@@ -1,4 +1,4 @@
-"""CLOUD=, and the launcher that it means."""
+"""Create the provider that CLOUD= names."""
 
 import re
 from pathlib import Path
@@ -17,9 +17,16 @@ NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
 
 
 def of(cloud: str, run: Path, checkpoints: str | None = None, spot: bool = False) -> Launcher:
-    """run: its folder. checkpoints: owner/name, for engines; {user} and {run} are filled in.
+    """Return the provider that CLOUD names.
 
-    Raises UserError for what no launcher knows, and where an engine needs the Hub's token and there is none.
+    Args:
+        cloud: What the user typed: an ssh:// address, sky[/infra] or hf-jobs[/organization].
+        run_folder: The run's folder on this machine.
+        checkpoints: owner/name of the repo for the checkpoints of a rented instance; {user} and {run} are filled in.
+        spot: Whether to rent an instance that may be taken away.
+
+    Raises:
+        UserError: `cloud` names no provider, or the provider needs a token of the Hub and none is set.
     """
     engine, _, rest = cloud.partition("/")
     if engine not in ("sky", "hf-jobs") or cloud.startswith(f"{engine}//"):

@@ -1,7 +1,7 @@
-"""On a machine that was rented for a job: the data beside the tree, each file by its sha256. Standard library only, for it
-runs before there is an environment.
+"""Download a job's data to a rented instance, and check each file by its sha256.
 
-$FERRY_JOB is where the job lies on the Hub, up to the last slash; job/data.json names the files: [{"path", "sha256"}].
+It runs before there is an environment, so it uses the standard library only. $FERRY_JOB is the job's address on the
+Hub, up to the last slash; job/data.json names the files: [{"path", "sha256"}].
 """
 
 import hashlib
@@ -13,20 +13,24 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-TRIES, PAUSE = 5, 5  # seconds between two
+TRIES = 5
+PAUSE = 5  # seconds between two tries
 
 
 def main():
+    """Download every file that job/data.json lists."""
     with open("job/data.json", encoding="utf-8") as listed:
         for item in json.load(listed):
             fetch(item["path"], item["sha256"])
 
 
 def fetch(path, sha256):
+    """Download a file, with retries. End with exit code 2 when that fails or the file has another sha256."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     for left in reversed(range(TRIES)):
         try:
-            if written(path) == sha256:
+            digest = written(path)
+            if digest == sha256:
                 return
             said = "it is not the file that was sent"
         except (OSError, urllib.error.URLError) as error:
@@ -37,9 +41,9 @@ def fetch(path, sha256):
 
 
 def written(path):
-    """The file's sha256, once it is here."""
+    """Download a file to the path and return its sha256."""
     request = urllib.request.Request(os.environ["FERRY_JOB"] + "data/" + urllib.parse.quote(path))
-    # Not to where the Hub sends us: storage has signed addresses, and the token is none of its business.
+    # The header is not sent on a redirect: the storage has signed addresses and must not get the token.
     request.add_unredirected_header("Authorization", "Bearer " + os.environ["HF_TOKEN"])
     digest = hashlib.sha256()
     with urllib.request.urlopen(request, timeout=60) as source, open(path, "wb") as out:

@@ -1,7 +1,7 @@
-"""A launcher: Hugging Face Jobs. Nothing but a Hub account with credit; https://huggingface.co/docs/hub/jobs
+"""The provider Hugging Face Jobs, which needs only a Hub account with credit: https://huggingface.co/docs/hub/jobs
 
-A job is found again by its label, so it needs no note here. Its logs are the Hub's, its time limit is told to the Hub
-(whose own is 30 minutes) and kept by `timeout` inside, a little earlier, so that the state leaves.
+A job is found again by its label, so nothing about it is kept here. The Hub keeps its log. The time limit is set at the
+Hub, whose default is 30 minutes, and by `timeout` inside the job, a little earlier, so that the state can be uploaded.
 """
 
 import queue
@@ -18,14 +18,15 @@ from launch.providers.hub_job import Engine, reached, skipped
 LABEL = "ferry-run"
 WAITING = ("SCHEDULING", "UPDATING")
 ENDS = {"COMPLETED": 0, "ERROR": 1}
-PERIODS = {"minute": 60, "hour": 1, "second": 3600}  # of an hour
-POLL = 5  # seconds between two looks at a job that waits for its machine
+PERIODS = {"minute": 60, "hour": 1, "second": 3600}  # how many of them are an hour
+POLL = 5  # seconds between two requests for the stage of a job that waits for its instance
 
 
 class HfJobs(Engine):
-    """namespace: whose account pays; None: the token's user."""
+    """Runs jobs on Hugging Face Jobs."""
 
     def __init__(self, checkpoints: str, namespace: str | None = None):
+        """namespace: the account that pays; None for the user of the token."""
         super().__init__("Hugging Face Jobs", checkpoints)
         self.namespace = namespace
 
@@ -40,19 +41,25 @@ class HfJobs(Engine):
         if self.found(job.name).word == "running":
             return
         made = self.task(job, goal, secrets)
-        info = reached(
-            lambda: hub.patiently(
-                f"the job {job.name} to Hugging Face Jobs", lambda: hub.api().run_job(**self.request(made)), seconds=0
-            )
-        )
+
+        def run_job():
+            return hub.api().run_job(**self.request(made))
+
+        info = reached(lambda: hub.patiently(f"the job {job.name} to Hugging Face Jobs", run_job, seconds=0))
         hub.say(f"{self.where}: {info.url}")
 
     def request(self, made: job_script.Task) -> dict:
-        """Arguments of huggingface_hub's run_job."""
+        """Return the arguments of huggingface_hub's run_job."""
         return {
-            "image": made.order.image, "command": ["sh", "-c", made.line], "env": made.environment, "secrets": made.secrets,
-            "flavor": made.order.offer.name, "timeout": made.order.seconds, "labels": {LABEL: made.name, "name": made.name}, "namespace": self.namespace,
-        }  # fmt: skip
+            "image": made.order.image,
+            "command": ["sh", "-c", made.line],
+            "env": made.environment,
+            "secrets": made.secrets,
+            "flavor": made.order.offer.name,
+            "timeout": made.order.seconds,
+            "labels": {LABEL: made.name, "name": made.name},
+            "namespace": self.namespace,
+        }
 
     def found(self, name: str) -> State:
         job = self.job(name)
@@ -65,7 +72,7 @@ class HfJobs(Engine):
         return State("died" if stage in ("CANCELED", "DELETED") else "running", why=why)
 
     def job(self, name: str):
-        """The newest of that name."""
+        """Return the newest job of that name as huggingface_hub describes it, or None."""
         api = hub.api()
         asked = lambda: list(api.list_jobs(labels={LABEL: name}, namespace=self.namespace))
         jobs = reached(lambda: hub.patiently("the jobs of Hugging Face Jobs", asked, seconds=hub.QUICK))
@@ -106,7 +113,7 @@ class HfJobs(Engine):
 
 
 def beside(lines: Iterable[str]) -> Iterator[str]:
-    """The same lines, read by a thread: the client takes Ctrl-C for the end of the log."""
+    """Yield the same lines, read by a thread: in the main thread the client takes Ctrl-C for the end of the log."""
     read: queue.Queue = queue.Queue()
 
     def reader() -> None:
@@ -114,7 +121,7 @@ def beside(lines: Iterable[str]) -> Iterator[str]:
             for line in lines:
                 read.put(line)
             read.put(None)
-        except Exception as error:  # noqa: BLE001 whoever reads on gets it
+        except Exception as error:  # noqa: BLE001 raised again where the lines are read
             read.put(error)
 
     threading.Thread(target=reader, daemon=True).start()
@@ -125,7 +132,10 @@ def beside(lines: Iterable[str]) -> Iterator[str]:
 
 
 def offer(hardware) -> Offer | None:
-    """None for what Ferry does not train on: more than one card, other makers', prices by no known unit."""
+    """Return the type of instance of an entry in the Hub's list of hardware.
+
+    None for what Ferry does not train on: more than one GPU, a GPU that is not NVIDIA's, a price by an unknown unit.
+    """
     part = hardware.accelerator
     card = f"{part.model} {part.vram.replace(' ', '')}" if part else ""
     if hardware.unit_label not in PERIODS or (part and (part.quantity != "1" or part.manufacturer.lower() != "nvidia")):
@@ -136,6 +146,6 @@ def offer(hardware) -> Offer | None:
 
 
 def size(text: str) -> int | None:
-    """Bytes of '100 GB'."""
+    """Return the bytes of a text such as '100 GB'; None when it has another form."""
     said = re.fullmatch(r"([\d.]+) *([GT])B", text)
     return int(float(said[1]) * {"G": 1e9, "T": 1e12}[said[2]]) if said else None

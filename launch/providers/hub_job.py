@@ -1,4 +1,4 @@
-"""What all launchers that rent a machine for a job share: what goes there and what comes back lies on the Hub."""
+"""What the providers that rent an instance for a job share: all that is sent and all that comes back is on the Hub."""
 
 import json
 from collections.abc import Iterator
@@ -10,20 +10,25 @@ from launch.provider import Job, Lost, Missing, State
 from pipeline.checkpoint_sync import snapshot as states
 
 JOB = "job.json"
-CARD = "---\ntags:\n- ferry\n---\n# Job of the Ferry run {run}\n\nIts code, config and data, for the machine that trains. Private. When the run has ended, it can be deleted.\n"
+CARD = (
+    "---\ntags:\n- ferry\n---\n# Job of the Ferry run {run}\n\n"
+    "Its code, config and data, for the machine that trains. Private. When the run has ended, it can be deleted.\n"
+)
 
 
 class Engine:
-    """where: for messages. checkpoints: owner/name of the repo of what the run makes."""
+    """A provider that rents an instance for each job. Subclasses start, watch and stop jobs by the provider's API."""
 
-    ours, rented = False, True
+    ours: bool = False
+    rented: bool = True
 
     def __init__(self, where: str, checkpoints: str):
+        """Set the provider's name for messages, and owner/name of the repo that gets what the run makes."""
         self.where, self.checkpoints = where, checkpoints
-        self.sent = ""  # where the job lies
+        self.sent = ""  # address of the job that send_job sent
 
     def send(self, job: Job) -> None:
-        """Tree, config and data, in one commit of a private data set repo."""
+        """Upload tree, config and data in one commit of a private data set repo."""
         api, repo = hub.api(), self.job_repo(job.name)
         what = f"the job to {repo}"
         hub.patiently(what, lambda: api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True))
@@ -31,14 +36,20 @@ class Engine:
         self.sent = f"{api.endpoint}/datasets/{repo}/resolve/{commit}/"
 
     def job_repo(self, name: str) -> str:
+        """Return the repo for what is sent to the job: it has the owner of the checkpoints' repo."""
         return f"{self.checkpoints.split('/')[0]}/{name}-job"
 
     def task(self, job: Job, goal: str, passed: dict[str, str]) -> job_script.Task:
+        """Return the task that runs `make <goal>` for a job that was sent."""
         settings = (*job.settings, f"CHECKPOINTS={self.checkpoints}")
         return job_script.of(Job(**(vars(job) | {"settings": settings})), goal, passed, self.sent)
 
     def state(self, name: str) -> State:
-        """As the engine has it; a result on the Hub is a job that ended well, whether the engine remembers it or not."""
+        """Return the state of the job, by the provider's word and by what is on the Hub.
+
+        A result on the Hub means that the job ended well, even when the provider no longer knows it. A job that ended
+        well without a result has died.
+        """
         found, note = self.found(name), self.note(name)
         if found.word == "absent" and self.result(note):
             found = State("ended", 0)
@@ -50,18 +61,18 @@ class Engine:
         return State(**(vars(found) | known))
 
     def found(self, name: str) -> State:
-        """The job as the engine has it."""
+        """Return the state of the job as the provider reports it."""
         raise NotImplementedError
 
     def note(self, name: str) -> dict:
-        """What was sent; empty when nothing was."""
+        """Return the job.json that was sent; empty when nothing was."""
         try:
             return parse_note(self.content("dataset", self.job_repo(name), JOB))
         except Missing:
             return {}
 
     def result(self, note: dict) -> bool:
-        """Has the run of that note come to its end?"""
+        """Return whether the Hub has the result of the run that this job.json describes."""
         try:
             state = states.parse(self.content("model", self.checkpoints, states.INDEX), self.checkpoints)
         except Missing:
@@ -69,14 +80,14 @@ class Engine:
         return states.RESULT in state.files and state.config == note.get("config")
 
     def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
-        """The log as the engine kept it, or a record from the repo."""
+        """Yield the log as the provider kept it, or a record from the checkpoints' repo."""
         if path == "job/log":
             yield from skipped(self.log(name, follow=False), start)
         else:
             yield self.content("model", self.checkpoints, path.rsplit("/", 1)[-1])[start:]
 
     def content(self, kind: str, repo: str, path: str) -> bytes:
-        """A small file. Raises Missing, and Lost when the Hub cannot be reached."""
+        """Return a small file of a repo. Raises RemoteFileMissing, and ConnectionLost when the Hub is unreachable."""
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
         def asked() -> bytes | None:
@@ -91,7 +102,7 @@ class Engine:
         return found
 
     def log(self, name: str, follow: bool) -> Iterator[bytes]:
-        """From its beginning. follow: until the job ends."""
+        """Yield the job's log from its beginning: what there is now, or with `follow` all until the job ends."""
         raise NotImplementedError
 
     def pack(self, name: str, run: str) -> Iterator[bytes]:
@@ -101,15 +112,16 @@ class Engine:
         return None
 
     def kept(self, name: str) -> str:
-        """What stays when all is done."""
+        """Return a sentence on the repos that stay on the Hub after the job."""
         return (
-            f"{self.job_repo(name)} (code and data) and {self.checkpoints} (checkpoints) stay on the Hub, private, until you delete them: "
+            f"{self.job_repo(name)} (code and data) and {self.checkpoints} (checkpoints) stay on the Hub, private, "
+            "until you delete them: "
             f"`hf repos delete {self.job_repo(name)} --type dataset`, `hf repos delete {self.checkpoints}`"
         )
 
 
 def reached(ask):
-    """ask(); a Hub that cannot be reached now is Lost."""
+    """Return `call()`. Raises ConnectionLost when the Hub cannot be reached now."""
     try:
         return ask()
     except hub.Unreachable as error:
@@ -117,7 +129,7 @@ def reached(ask):
 
 
 def skipped(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:
-    """Without the first `count` bytes."""
+    """Yield the blocks without their first `count` bytes."""
     for block in blocks:
         if block[count:]:
             yield block[count:]
@@ -125,7 +137,7 @@ def skipped(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:
 
 
 def parse_note(content: bytes) -> dict:
-    """Return what a job.json says: {"run", "config", "commit", "data"}; empty where no Ferry wrote it."""
+    """Return the fields of a job.json: {"run", "config", "commit", "data"}; empty when Ferry did not write it."""
     try:
         note = json.loads(content)
     except (ValueError, RecursionError):
@@ -135,7 +147,7 @@ def parse_note(content: bytes) -> dict:
 
 
 def read_note(repo: str, revision: str, run: str) -> dict:
-    """Return what the job.json of a repo says. Raises UserError where it is not that of a job of this run."""
+    """Return the fields of a repo's job.json. Raises UserError when it does not describe a job of this run."""
     note = parse_note(hub.read_small(repo, JOB, revision, states.MOST, "dataset"))
     if not note:
         raise UserError(f"{repo} is a repo of something else: no Ferry wrote its {JOB}", "RUN=another-name")
@@ -145,13 +157,16 @@ def read_note(repo: str, revision: str, run: str) -> dict:
 
 
 def data_of_note(note: dict) -> set[str]:
-    """Return the names of that job's data files in its repo; none for an older Ferry's, which did not note them."""
+    """Return the names of a job's data files in its repo; empty for a job.json of an older Ferry, which has none."""
     names = note.get("data")
     return {n for n in names if isinstance(n, str) and n.startswith("data/")} if isinstance(names, list) else set()
 
 
 def committed(api, repo: str, job: Job) -> str:
-    """The commit that holds the job. Raises UserError for a repo that is public or something else's."""
+    """Commit a job to its repo and return the id of the commit; data files of an earlier job are deleted.
+
+    Raises UserError when the repo is public or is not a repo of jobs.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = api.repo_info(repo, repo_type="dataset")
@@ -168,9 +183,10 @@ def committed(api, repo: str, job: Job) -> str:
     about = {"run": job.run, "config": files.sha256_bytes(job.config.encode()), "commit": job.commit}
     about |= {"data": sorted(data)}
     written = {
-        "job.tar": source_archive.packed(job, {"job/data.json": json.dumps(listed)}), JOB: json.dumps(about, indent=1).encode(),
+        "job.tar": source_archive.packed(job, {"job/data.json": json.dumps(listed)}),
+        JOB: json.dumps(about, indent=1).encode(),
         "README.md": CARD.format(run=job.run).encode(),
-    }  # fmt: skip
+    }
     operations = [CommitOperationAdd(name, content) for name, content in (written | data).items()]
     operations += [CommitOperationDelete(name) for name in sorted(old & names - data.keys())]
     return api.create_commit(

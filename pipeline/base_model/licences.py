@@ -1,8 +1,9 @@
-"""What a base model's licence asks of whoever publishes a model made from it: hints for a careful user, no legal advice.
+"""What the licence of a base model asks of anyone who publishes a model made from it.
 
-A licence binds by its own text. The table below repeats, for the Hub's licence identifiers, what that text says about
-passing on a changed model; where we have not read it or it does not say, `derivatives` is None. The result is published
-under the base's own licence, which is what share-alike licences (GPL, CC BY-SA) ask as well.
+These are hints for a careful user, not legal advice: a licence binds by its own text. The table below repeats, for the
+Hub's licence identifiers, what that text says about passing on a changed model. `allows_derivatives` is None where the
+text does not say, or where we have not read it. The result is published under the licence of the base model, which is
+what share-alike licences (GPL, CC BY-SA) ask as well.
 """
 
 import re
@@ -18,24 +19,24 @@ NAMES = re.compile(r"(licen[sc]e|copying|notice|use_policy)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Terms:
-    """Of one licence."""
+    """What one licence allows and asks."""
 
     derivatives: bool | None
-    """May a changed model be passed on? None: not known to us."""
+    """Whether a changed model may be passed on; None where we do not know."""
     copy: bool = False
-    """A copy of the licence must go along."""
+    """Whether a copy of the licence must be published with the model."""
     notice: str | None = None
-    """A text that must go along in a NOTICE file."""
+    """A text that must be published in a NOTICE file."""
     credit: str | None = None
-    """Words that must be displayed prominently."""
+    """A text that must be displayed prominently."""
     prefix: str | None = None
-    """What the model's name must begin with."""
+    """How the name of the model must begin."""
     commercial: bool = True
-    """False: it forbids commercial use."""
+    """False where it forbids commercial use."""
     use: str | None = None
-    """Where its restrictions of use stand; whoever receives the model is bound by them and must be told."""
+    """Where its use restrictions are written down; they bind whoever receives the model, who must be told."""
     link: str | None = None
-    """Where its text stands."""
+    """The URL of its text."""
 
 
 UNKNOWN = Terms(None)
@@ -45,61 +46,85 @@ RAIL = Terms(True, copy=True, use="the use-based restrictions in an attachment o
 
 
 def _creative_commons(name: str) -> Terms:
-    """cc-by-nc-sa-4.0 and the like. ND: a changed work may be made, not shared. A link stands for a copy: section 3(a)
-    of https://creativecommons.org/licenses/by/4.0/legalcode."""
+    """Return the terms of cc-by-nc-sa-4.0 and the like.
+
+    With ND a changed work may be made but not shared. A link replaces a copy of the licence: section 3(a) of
+    https://creativecommons.org/licenses/by/4.0/legalcode.
+    """
     kind, version = name.removeprefix("cc-").rsplit("-", 1)
     link = f"https://creativecommons.org/licenses/{kind}/{version}/"
     return Terms("nd" not in kind.split("-"), commercial="nc" not in kind.split("-"), link=link)
 
 
 def _llama(title: str, folder: str, credit: str = "Built with Llama", prefix: str = "Llama") -> Terms:
-    """Section 1.b of https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/LICENSE and its neighbours; the
-    use policy (1.b.iv) is part of each. Above 700 million users a month Meta wants to be asked (section 2)."""
+    """Return the terms of a Llama 3 or Llama 4 licence.
+
+    Source: section 1.b of https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/LICENSE and of the
+    licences beside it. The use policy (1.b.iv) is part of each. With more than 700 million users a month one has to ask
+    Meta (section 2).
+    """
     home = f"https://www.llama.com/{folder}"
     return Terms(
-        True, copy=True, credit=credit, prefix=prefix, use=f"Meta's Acceptable Use Policy, {home}/use-policy", link=f"{home}/license",
-        notice=f"{title} is licensed under the {title} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
-    )  # fmt: skip
+        True,
+        copy=True,
+        credit=credit,
+        prefix=prefix,
+        use=f"Meta's Acceptable Use Policy, {home}/use-policy",
+        link=f"{home}/license",
+        notice=(
+            f"{title} is licensed under the {title} Community License, "
+            "Copyright © Meta Platforms, Inc. All Rights Reserved."
+        ),
+    )
 
 
-# Every identifier of https://huggingface.co/docs/hub/repositories-licenses, by what its licence asks.
+# Every identifier of https://huggingface.co/docs/hub/repositories-licenses, grouped by what its licence asks.
 FAMILIES = (
     (FREE, "cc0-1.0 pddl unlicense wtfpl"),  # public domain, or as good as
     (replace(WITH_COPY, link="https://www.apache.org/licenses/LICENSE-2.0"), "apache-2.0"),  # section 4
     (replace(WITH_COPY, link="https://opensource.org/license/mit"), "mit"),
-    (WITH_COPY, "bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc bsl-1.0 ncsa postgresql zlib ms-pl afl-3.0 ecl-2.0"),
+    (WITH_COPY, ("bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc bsl-1.0 ncsa postgresql zlib ms-pl afl-3.0 "
+                 "ecl-2.0")),
     (WITH_COPY, "artistic-2.0 ofl-1.1 lppl-1.3c openmdw-1.0 openmdw-1.1"),
     (WITH_COPY, "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr agpl-3.0 gfdl"),
     (WITH_COPY, "mpl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 osl-3.0"),
     (WITH_COPY, "cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 odc-by odbl etalab-2.0"),  # made for data
-    # Changed models may be passed on with the licence's restrictions of use: https://huggingface.co/blog/open_rail
-    (RAIL, "openrail openrail++ bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m bigcode-openrail-m"),
+    # Changed models may be passed on with the use restrictions of the licence: https://huggingface.co/blog/open_rail
+    (RAIL, ("openrail openrail++ bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m "
+            "bigcode-openrail-m")),
     # Section 1.b of its LICENSE (https://huggingface.co/facebook/cwm): under the same terms and with a copy of them.
-    (Terms(True, copy=True, commercial=False, use="Meta's Acceptable Use Policy in the licence"), "fair-noncommercial-research-license"),
-    # https://huggingface.co/apple/AIM/blob/main/LICENSE: for research only, which leaves commerce and products out.
-    (Terms(True, copy=True, commercial=False, use="the limit to research purposes in the licence",
-           notice="Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License Agreement."),
+    (Terms(True, copy=True, commercial=False,
+           use="Meta's Acceptable Use Policy in the licence"),
+     "fair-noncommercial-research-license"),
+    # https://huggingface.co/apple/AIM/blob/main/LICENSE: for research only, which excludes commerce and products.
+    (Terms(True, copy=True, commercial=False,
+           use="the limit to research purposes in the licence",
+           notice="Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model "
+                  "License Agreement."),
      "apple-amlr"),
     # Research licences that we have not read.
     (RESEARCH, "deepfloyd-if-license h-research intel-research"),
-    # A family that has "no derivatives" among its members; a licence for computing on data; two not read; and no licence.
+    # A family with "no derivatives" among its members, a licence for computing on data, two that we have not read, and
+    # no licence.
     (UNKNOWN, "cc c-uda apple-ascl grok2-community other unknown"),
 )  # fmt: skip
 
 CREATIVE_COMMONS = (
-    "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
-    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0"
+    "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 "
+    "cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0"
 )
 
 TABLE: dict[str, Terms] = {
     **{name: terms for terms, names in FAMILIES for name in names.split()},
     **{name: _creative_commons(name) for name in CREATIVE_COMMONS.split()},
-    # Section 1.b of https://ai.meta.com/llama/license/: copy and notice, no credit and no name yet.
+    # Section 1.b of https://ai.meta.com/llama/license/: a copy and a notice; no credit and no name prefix yet.
     "llama2": Terms(
-        True, copy=True, use="Meta's Acceptable Use Policy, https://ai.meta.com/llama/use-policy", link="https://ai.meta.com/llama/license/",
-        notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
+        True, copy=True, use="Meta's Acceptable Use Policy, https://ai.meta.com/llama/use-policy",
+        link="https://ai.meta.com/llama/license/",
+        notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
+               "All Rights Reserved.",
     ),
-    # This one alone: "Built with Meta Llama 3", and "Llama 3" at the beginning of the name.
+    # Only this one asks for "Built with Meta Llama 3", and for "Llama 3" at the beginning of the name.
     "llama3": _llama("Meta Llama 3", "llama3", "Built with Meta Llama 3", "Llama 3"),
     "llama3.1": _llama("Llama 3.1", "llama3_1"),
     "llama3.2": _llama("Llama 3.2", "llama3_2"),
@@ -109,24 +134,33 @@ TABLE: dict[str, Terms] = {
     "gemma": Terms(
         True, copy=True, link="https://ai.google.dev/gemma/terms",
         notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-        use="section 3.2 of the Gemma Terms of Use and the Prohibited Use Policy, https://ai.google.dev/gemma/prohibited_use_policy",
+        use="section 3.2 of the Gemma Terms of Use and the Prohibited Use Policy, "
+            "https://ai.google.dev/gemma/prohibited_use_policy",
     ),
 }  # fmt: skip
 
 
 def terms(license: str | None) -> Terms:
-    """Of a Hub identifier, in whatever case; UNKNOWN for every other name and for none. Raises nothing."""
+    """Return the terms of a Hub identifier, in upper or lower case; UNKNOWN for every other name and for None."""
     return TABLE.get((license or "").strip().lower(), UNKNOWN)
 
 
 def refuse(
     license: str | None, model: str, private: bool, named: bool, *, name: str | None = None, copies: int = 0
 ) -> list[str]:
-    """Notes to print before `model`'s derivative goes to the Hub.
+    """Return the notes to print before a model made from `model` is published on the Hub.
 
-    named: base.license in the config says the licence. name: of the repo, to compare with what the licence asks of it.
-    copies: licence files that go along. Raises UserError when the licence forbids passing on a changed model, and for a
-    public repo when it is not known and the user has not named it (the licences' own texts: see TABLE).
+    Args:
+        license: The licence of the base model, as a Hub identifier.
+        model: The base model.
+        is_private: Whether the repo is private.
+        is_licence_named: Whether base.license in the config names the licence.
+        repo: The name of the repo, to compare with the prefix that the licence asks for.
+        copy_count: The number of licence files that are published too.
+
+    Raises:
+        UserError: The licence forbids passing on a changed model; or the repo is public, this is not known, and the
+            user has not named the licence. (TERMS_BY_LICENCE has the sources.)
     """
     asked, called = terms(license), f"the licence {license}" if license else "no licence"
     if asked.derivatives is False:
@@ -145,26 +179,39 @@ STAY = "keep it on this machine, which is no publication: publish.repo=./hub/{ru
 def _notes(asked: Terms, called: str, model: str, name: str | None, copies: int) -> list[str]:
     fits = _plain((name or "").split("/")[-1]).startswith(_plain(asked.prefix or ""))
     said = [
-        (asked.derivatives is None, f"{model} has {called}: whether it allows passing on a changed model is for you to read"),
+        (
+            asked.derivatives is None,
+            f"{model} has {called}: whether it allows passing on a changed model is for you to read",
+        ),
         (not asked.commercial, f"{model} has {called}, which forbids commercial use"),
-        (not fits, f"{called} asks that the model's name begin with {asked.prefix}: name the repo so (publish.repo)"),
-        (asked.copy and not copies, f"{called} asks that a copy of it go along, and none lies beside {model}: add it as LICENSE"),
+        (
+            not fits,
+            f"{called} asks that the model's name begin with {asked.prefix}: name the repo so (publish.repo)",
+        ),
+        (
+            asked.copy and not copies,
+            f"{called} asks that a copy of it go along, and none lies beside {model}: add it as LICENSE",
+        ),
         (bool(asked.use), f"{called} binds whoever receives the model: {asked.use}"),
-    ]  # fmt: skip
+    ]
     return [text for applies, text in said if applies]
 
 
 def _plain(name: str) -> str:
-    """Without what a repo's name may have in place of a space: Llama-3, Llama_3 and llama3 all say Llama 3."""
+    """Return a name in lower case without separators: a repo may write Llama 3 as Llama-3, Llama_3 or llama3."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def files_of(base: Path) -> list[Path]:
-    """Licence files beside a base model, each name once.
+    """Return the licence files of a base model, each name once, and only names that a manifest accepts.
 
-    base: a model folder (links of a Hub snapshot stay what they are called) or a GGUF file, also one inside an unpacked
-    wheel, whose licences lie in *.dist-info (https://packaging.python.org/en/latest/specifications/core-metadata/#license-file).
-    Only names that a manifest takes. Raises OSError when a folder cannot be listed.
+    Args:
+        base: A model folder (links in a Hub snapshot keep their names), or a GGUF. The licences of a GGUF inside an
+            unpacked wheel are in *.dist-info:
+            https://packaging.python.org/en/latest/specifications/core-metadata/#license-file
+
+    Raises:
+        OSError: A folder cannot be listed.
     """
     folders = [base] if base.is_dir() else _dist_info(base.absolute()) or [base.parent]
     found: dict[str, Path] = {}
@@ -176,7 +223,7 @@ def files_of(base: Path) -> list[Path]:
 
 
 def _dist_info(gguf: Path) -> list[Path]:
-    """The metadata folders of the wheel that a GGUF file came in; none, if it came in none."""
+    """Return the metadata folders of the wheel that contained a GGUF; an empty list if it is not from a wheel."""
     for place in gguf.parents[:3]:
         if infos := sorted(place.glob("*.dist-info")):
             owners = infos if len(infos) == 1 else [info for info in infos if _lists(info, gguf.relative_to(place))]
@@ -185,17 +232,17 @@ def _dist_info(gguf: Path) -> list[Path]:
 
 
 def _lists(info: Path, inside: Path) -> bool:
-    """Is it among the wheel's files? An environment holds hundreds of other packages side by side."""
+    """Return whether a wheel contains a file; an environment holds hundreds of other packages side by side."""
     record = info / "RECORD"
     return record.is_file() and f"{inside.as_posix()}," in record.read_text(encoding="utf-8", errors="replace")
 
 
 def read_card(folder: Path) -> dict[str, str]:
-    """license, license_name and license_link of a model folder's README.md, as far as it says them; {} without a card.
+    """Return license, license_name and license_link of a model card, as far as it has them; {} without a model card.
 
-    A list of several licences becomes `other` with all their names: whether one may choose, or all of them bind, the card
-    does not say. Raises nothing: a card is a stranger's text, and a broken one says nothing
-    (https://huggingface.co/docs/hub/model-cards#model-card-metadata).
+    A list of several licences becomes `other` with all their names, because the model card does not say whether one may
+    choose, or all of them bind. A broken model card gives {} and raises nothing, because it is someone else's text.
+    Source: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
     """
     from huggingface_hub import ModelCard
 
@@ -205,7 +252,7 @@ def read_card(folder: Path) -> dict[str, str]:
         if not text.lstrip().startswith("---"):  # ModelCard would warn
             return {}
         data = ModelCard(text, ignore_metadata_errors=True).data
-    except Exception:  # noqa: BLE001 YAML, ModelCard and the disk each have their own
+    except Exception:  # noqa: BLE001 YAML, ModelCard and the disk each raise their own errors
         return {}
     license, said = data.get("license"), {key: data.get(key) for key in ("license_name", "license_link")}
     if isinstance(license, list):

@@ -1,4 +1,4 @@
-"""A model folder's config.json: read it, and refuse what no model is or what the pinned llama.cpp does not convert."""
+"""Read the config.json of a model folder, and refuse a damaged one and what the pinned llama.cpp cannot convert."""
 
 import contextlib
 import errno
@@ -10,15 +10,25 @@ from common import files
 from common.errors import UserError, shown
 from pipeline.config.schema import Base
 
-# Of a config.json, or of its text_config: what memory and steps are computed from.
+# The keys of a config.json, or of its text_config, from which memory and steps are computed.
 DIMENSIONS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "vocab_size", "max_position_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def read_config(folder: Path) -> dict:
-    """Return a model folder's config.json. Raises UserError where it is damaged, or says what no model is."""
+    """Return the config.json of a model folder.
+
+    Raises:
+        UserError: The file is damaged, or has values that no model has.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -33,7 +43,7 @@ def read_config(folder: Path) -> dict:
 
 
 def find_config_fault(config: object) -> str | None:
-    """Return what is wrong with a config.json; None where nothing is."""
+    """Return what is wrong with a config.json; None if nothing is."""
     if not isinstance(config, dict):
         return "it holds no object"
     names, text = config.get("architectures"), config.get("text_config", config)
@@ -49,12 +59,12 @@ def find_config_fault(config: object) -> str | None:
 
 
 def read_architecture(folder: Path) -> str:
-    """`architectures[0]` of a model folder's config.json, such as LlamaForCausalLM."""
+    """Return `architectures[0]` of the config.json of a model folder, such as LlamaForCausalLM."""
     return read_config(folder)["architectures"][0]
 
 
 def refuse_unknown_architecture(name: str, model: str) -> None:
-    """Raises UserError when the pinned llama.cpp converter does not know the architecture."""
+    """Raise UserError when the converter of the pinned llama.cpp does not know the architecture."""
     from pipeline.toolchain import llama_tools
 
     if not llama_tools.there():  # a laptop that only makes rows
@@ -63,13 +73,17 @@ def refuse_unknown_architecture(name: str, model: str) -> None:
     if name not in known:
         raise UserError(
             f"{model}: the pinned llama.cpp ({llama_tools.version()}) cannot convert the architecture {name}",
-            f"choose a base model with one of its {len(known)} architectures, such as LlamaForCausalLM, Gemma2ForCausalLM or Qwen3ForCausalLM",
+            f"choose a base model with one of its {len(known)} architectures, "
+            "such as LlamaForCausalLM, Gemma2ForCausalLM or Qwen3ForCausalLM",
         )
 
 
 @contextlib.contextmanager
 def explain_damaged_model(folder: Path) -> Iterator[None]:
-    """What transformers makes of a damaged tokenizer or config.json, as a UserError: it lets every library's errors through."""
+    """Translate what transformers raises for a damaged tokenizer or config.json to UserError.
+
+    transformers lets the errors of every library through, so all of them are caught, except a full disk.
+    """
     try:
         yield
     except UserError:
@@ -85,20 +99,20 @@ def explain_damaged_model(folder: Path) -> Iterator[None]:
 
 
 def refuse_unsupported_base(base: Base) -> None:
-    """Raise UserError when the config names an architecture that llama.cpp does not convert: before anything is downloaded."""
+    """Raise UserError when the config names an architecture that llama.cpp cannot convert, before any download."""
     if base.architecture:
         refuse_unknown_architecture(base.architecture, base.model)
 
 
 def describe_tokenizer_fallback(folder: Path) -> str | None:
-    """What to know of a base whose tokenizer llama.cpp's converter reads by a fallback; None where it does not."""
+    """Return a note if llama.cpp's converter reads the tokenizer of a base model by its fallback, else None."""
     path = folder / "tokenizer.json"
     if not folder.is_dir() or (folder / "tokenizer.model").is_file() or not path.is_file():
         return None
     model = files.read_json(path).get("model", {})
-    if not (model.get("byte_fallback") or model.get("type") == "Unigram"):  # not made by SentencePiece
+    if not (model.get("byte_fallback") or model.get("type") == "Unigram"):  # it was not made by SentencePiece
         return None
     return (
-        "the base has no tokenizer.model: llama.cpp's converter falls back to tokenizer.json; verify compares every token id, "
-        "and refuses the file if they differ"
+        "the base has no tokenizer.model: llama.cpp's converter falls back to tokenizer.json; "
+        "verify compares every token id, and refuses the file if they differ"
     )

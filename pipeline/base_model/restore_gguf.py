@@ -1,8 +1,8 @@
-"""Turn a GGUF back into 16-bit weights and a tokenizer, and prove both against llama.cpp on that same file.
+"""Convert a GGUF back to 16-bit weights and a tokenizer, and prove both against llama.cpp on the same file.
 
-transformers' own GGUF -> tokenizer conversion is silently wrong for some models (SmolLM2 becomes SentencePiece-like), so
-the tokenizer is rebuilt here from the GGUF's own vocabulary and merges. It must give the same ids as llama.cpp, and the
-weights the same next-token distribution; otherwise the file is refused.
+transformers' own conversion of a GGUF's tokenizer is silently wrong for some models (SmolLM2 becomes
+SentencePiece-like), so the tokenizer is rebuilt here from the GGUF's own vocabulary and merges. It must give the same
+token ids as llama.cpp, and the weights must give the same next-token distribution; otherwise the file is refused.
 """
 
 import functools
@@ -12,9 +12,9 @@ from common import files, gguf_reader
 from common.errors import UserError
 from contract import model_header
 
-# GGUF pre-tokenizers that can be rebuilt here; every other one is refused rather than guessed.
+# The GGUF pre-tokenizers that can be rebuilt here; every other one is refused, because a guess could be wrong.
 KNOWN_PRE_TOKENIZERS = {"smollm"}
-# Scripts, digits, code, emoji, special tokens, spaces at every place: where tokenizers part ways.
+# Scripts, digits, code, emoji, special tokens and spaces in every place: texts for which tokenizers differ.
 PROBES = [
     "Hello, world!  Two spaces, a\ttab and\n\n\nnewlines ",
     " leading space, trailing space ",
@@ -27,9 +27,10 @@ PROBES = [
     '{"desk":"lost property","booking":"K4821"}',
     "https://example.org/a?b=c&d=%20#e user@example.org C:\\path\\file.txt",
 ]
-# Measured on SmolLM2-135M (Q4_1 in llama.cpp, 8-bit activations, against bf16 weights in torch): see tests/test_base.py.
+# From a measurement on SmolLM2-135M (Q4_1 in llama.cpp, 8-bit activations, against bf16 weights in torch): see
+# tests/test_base.py.
 MAX_MEAN_KL = 0.05
-# What a tokenizer is rebuilt from.
+# The key-values from which a tokenizer is rebuilt.
 NEEDED_KEYS = (
     *(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")),
     *(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown")),
@@ -37,7 +38,10 @@ NEEDED_KEYS = (
 
 
 def prepare_tokenizer(source: Path) -> Path:
-    """A folder that AutoTokenizer loads. For a GGUF: rebuilt from it and proven against llama.cpp (no torch needed)."""
+    """Return a folder that AutoTokenizer loads.
+
+    For a GGUF the tokenizer is rebuilt in the cache and proven against llama.cpp, unless it exists. No torch is needed.
+    """
     if source.is_dir():
         return source
     folder = _restored_folder(source) / "tokenizer"
@@ -49,7 +53,10 @@ def prepare_tokenizer(source: Path) -> Path:
 
 
 def prepare_weights(source: Path) -> Path:
-    """A folder that AutoModelForCausalLM loads. For a GGUF: dequantized to bf16 and proven against llama.cpp."""
+    """Return a folder that AutoModelForCausalLM loads.
+
+    A GGUF is dequantized to bf16 in the cache and proven against llama.cpp, unless that exists.
+    """
     if source.is_dir():
         return source
     folder = _restored_folder(source) / "model"
@@ -63,11 +70,16 @@ def prepare_weights(source: Path) -> Path:
 
 
 def _restored_folder(gguf: Path) -> Path:
+    """Return the cache folder of a GGUF; its name has the GGUF's hash."""
     return files.cache_dir() / "base" / f"{gguf.stem}-{hash_gguf(gguf)[:12]}"
 
 
 def read_all_metadata(gguf: Path) -> dict:
-    """The GGUF's key-values as plain Python. Raises UserError when the file is no GGUF."""
+    """Return the key-values of a GGUF as plain Python.
+
+    Raises:
+        UserError: The file is no GGUF.
+    """
     from gguf import GGUFReader
 
     try:
@@ -77,7 +89,10 @@ def read_all_metadata(gguf: Path) -> dict:
 
 
 def read_metadata(gguf: Path) -> dict[str, str]:
-    """The GGUF's scalar key-values as text, read by llama.cpp: `read_all_metadata` takes seconds for the vocabulary's arrays."""
+    """Return the scalar key-values of a GGUF as text, read by llama.cpp.
+
+    `read_all_metadata` takes seconds for the arrays of the vocabulary.
+    """
     from common import llama_runtime
 
     read_gguf_header(gguf)
@@ -85,7 +100,11 @@ def read_metadata(gguf: Path) -> dict[str, str]:
 
 
 def read_gguf_header(path: Path) -> gguf_reader.Header:
-    """Return the header of a base model. Raises UserError where llama.cpp could not load it: it is a stranger's."""
+    """Return the header of a base model, which is someone else's file.
+
+    Raises:
+        UserError: llama.cpp could not load it.
+    """
     found = gguf_reader.read(path)
     model_header.refuse_impossible(found, path.name, made_by_ferry=False)
     return found
@@ -93,7 +112,7 @@ def read_gguf_header(path: Path) -> gguf_reader.Header:
 
 @functools.cache
 def hash_gguf(gguf: Path) -> str:
-    """sha256 of a GGUF, once a process."""
+    """Return the sha256 of a GGUF; it is computed once per process."""
     return files.sha256(gguf)
 
 
@@ -127,7 +146,7 @@ def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
         bos_token=named("bos"),
         eos_token=named("eos"),
         unk_token=named("unknown"),
-        pad_token=named("unknown"),  # the file pads with EOS, which would mask EOS out of the loss
+        pad_token=named("unknown"),  # the GGUF pads with EOS, which would mask EOS out of the loss
         clean_up_tokenization_spaces=False,
         model_max_length=meta[f"{meta['general.architecture']}.context_length"],
     )
@@ -137,12 +156,13 @@ def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
 
 
 def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
-    """Raises UserError for a GGUF whose tokenizer cannot be rebuilt faithfully. metadata: the file's key-values."""
+    """Raise UserError for a GGUF whose tokenizer cannot be rebuilt faithfully; `metadata` has its key-values."""
     kind = metadata.get("tokenizer.ggml.model")
     kind = metadata.get("tokenizer.ggml.pre") if kind == "gpt2" else kind
     if kind not in KNOWN_PRE_TOKENIZERS:
         raise UserError(
-            f"{name}: its tokenizer ({kind}) cannot be rebuilt faithfully; known: {', '.join(sorted(KNOWN_PRE_TOKENIZERS))}",
+            f"{name}: its tokenizer ({kind}) cannot be rebuilt faithfully; "
+            f"known: {', '.join(sorted(KNOWN_PRE_TOKENIZERS))}",
             "start from the model's 16-bit Hugging Face id in base.model",
         )
     if absent := [key for key in NEEDED_KEYS if key not in metadata]:
@@ -150,14 +170,17 @@ def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
 
 
 def refuse_unusable_gguf(model: str) -> None:
-    """Refuse a base model that is a GGUF with an unknown tokenizer, from its header alone: no library, no second lost."""
+    """Raise UserError for a base model that is a GGUF with an unknown tokenizer.
+
+    Only its header is read, without a library, so this takes less than a second.
+    """
     path = Path(model).expanduser()
     if model.endswith(".gguf") and path.is_file():
         refuse_unknown_tokenizer(path.name, read_gguf_header(path).metadata)
 
 
 def prove_tokenizer(folder: Path, gguf: Path) -> None:
-    """Raises UserError unless the tokenizer in `folder` gives llama.cpp's ids for every probe."""
+    """Raise UserError unless the tokenizer in `folder` gives llama.cpp's token ids for every probe."""
     from transformers import AutoTokenizer
 
     from common import llama_runtime
@@ -170,7 +193,8 @@ def prove_tokenizer(folder: Path, gguf: Path) -> None:
                 (i for i, (a, b) in enumerate(zip(mine, wanted, strict=False)) if a != b), min(len(mine), len(wanted))
             )
             raise UserError(
-                f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} at token {at} ({mine[at : at + 3]}, llama.cpp {wanted[at : at + 3]})",
+                f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} "
+                f"at token {at} ({mine[at : at + 3]}, llama.cpp {wanted[at : at + 3]})",
                 "start from the model's 16-bit Hugging Face id in base.model",
             )
 
@@ -181,7 +205,7 @@ def restore_weights(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # The weights are plain bf16 now; what says otherwise would make save_pretrained refuse.
+    # The weights are plain bf16 now; save_pretrained refuses when these attributes say otherwise.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -194,9 +218,10 @@ def restore_weights(gguf: Path, folder: Path) -> None:
 
 
 def prove_weights(folder: Path, gguf: Path) -> float:
-    """Mean KL divergence (nats) of next-token distributions, llama.cpp on the GGUF from torch on the folder, over PROBES.
+    """Return the mean KL divergence over PROBES of torch on the folder from llama.cpp on the GGUF, in nats.
 
-    Raises UserError above MAX_MEAN_KL.
+    Raises:
+        UserError: It is above MAX_MEAN_KL.
     """
     import numpy as np
     import torch

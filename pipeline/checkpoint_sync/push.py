@@ -1,6 +1,7 @@
-"""python -m pipeline.checkpoint_sync.push: the run's state, as it is now, to its repo on the Hub: one commit, then what is old goes.
+"""python -m pipeline.checkpoint_sync.push FOLDER REPO: push the state of the run in FOLDER to its repo on the Hub.
 
-A process of its own, so that the training waits for nothing of it, and one that hangs can be ended (background_push.py).
+The push is one commit, after which the large files of older states are deleted. It is a process of its own, so that the
+training does not wait for it and one that hangs can be ended (background_push.py).
 """
 
 import os
@@ -29,13 +30,18 @@ Private: it holds the rows. When the run has ended, it can be deleted.
 
 
 class Overtaken(UserError):
-    """The repo holds a later state than this machine."""
+    """The repo holds a later state of the run than this machine."""
 
 
 def push(run: Run, repo: str) -> State | None:
-    """The state that was sent; None when it was there already.
+    """Push the run's state to its repo, which is created when it does not exist, and delete files of older states.
 
-    Raises UserError when it cannot be done, Overtaken when another machine is further.
+    Returns:
+        The state that was sent, or None when the repo holds it already.
+
+    Raises:
+        UserError: the state cannot be sent.
+        NewerStateError: another machine has pushed a later state.
     """
     repo = states.repository(repo, run.folder.name)
     api, what = hub.api(), f"checkpoints to {repo}"
@@ -51,9 +57,11 @@ def push(run: Run, repo: str) -> State | None:
 
 
 def committed(api, repo: str, run: Run, state: State, before: list[State]) -> bool:
-    """The commit, in which a new state takes the place of the old one. False: it was there already.
+    """Replace the repo's state by a new one in a single commit. Return False when it was there before the first try.
 
-    before: gets the state that is there at each try; a commit whose answer was lost is there at the next.
+    Args:
+        earlier_states: a list to which each try adds the state that it finds in the repo. When the answer to a commit
+            is lost, the next try finds the new state there.
     """
     from huggingface_hub import CommitOperationDelete
 
@@ -77,23 +85,28 @@ def committed(api, repo: str, run: Run, state: State, before: list[State]) -> bo
 
 
 def additions(run: Run, state: State, there: State | None) -> list:
-    """What the repo does not hold as it is here."""
+    """Return an upload operation for each file that is new or has changed since the state in the repo."""
     before = there.files if there else {}
     changed = [name for name, item in state.files.items() if before.get(name) != item]
     return [addition(name, run.folder / name, state.files[name]["sha256"]) for name in changed]
 
 
 def addition(name: str, content: Path | bytes, digest: str | None = None):
+    """Return the operation that uploads one file. `digest` is its sha256 in the state, where it is known."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
-    if digest:  # the client's own, computed once more, would be that of another file if it changed since
+    if digest:  # the client computes the hash once more, which would be another one if the file has changed since
         operation.upload_info.sha256 = bytes.fromhex(digest)
     return operation
 
 
 def found(repo: str, head) -> State | None:
-    """The state in a repo; None in a new one. Raises UserError for a public repo, and for one of something else."""
+    """Return the state in a repo, or None in a new repo.
+
+    Raises:
+        UserError: the repo is public, holds something else, or holds a state that cannot be read.
+    """
     if not head.private:
         raise UserError(
             f"{repo} is public, and checkpoints hold the rows they were trained on",
@@ -110,9 +123,16 @@ def found(repo: str, head) -> State | None:
 
 
 def refuse(repo: str, there: State | None, here: State, behind: bool = False) -> None:
-    """Raises UserError when the repo is another run's, Overtaken when another machine went on from it.
+    """Raise UserError when this machine may not push its state to the repo.
 
-    behind: this one may be behind it, for it will begin with what is there.
+    Args:
+        repo_state: the state in the repo, None in a new repo.
+        local_state: the state on this machine.
+        may_be_behind: allow a later state in the repo, because this machine will start from it.
+
+    Raises:
+        UserError: the repo holds another run, or the same run with other settings.
+        NewerStateError: another machine has pushed a later state.
     """
     if there and not there.is_same_training(here):
         raise UserError(
@@ -127,9 +147,9 @@ def refuse(repo: str, there: State | None, here: State, behind: bool = False) ->
 
 
 def forget(api, repo: str, state: State, before: list[State]) -> None:
-    """Large files of the states before: a file that no commit names any more still counts as storage.
+    """Delete the large files of earlier states from the repo: without a commit they still count as storage.
 
-    What no state names is somebody's own, and so is what still stands in the repo under another name.
+    Files that no state names belong to the user and stay. So do files that are still in the repo under another name.
     """
     named = {item["sha256"] for old in before for item in old.files.values()}
     named -= {item["sha256"] for item in state.files.values()}
@@ -141,15 +161,15 @@ def forget(api, repo: str, state: State, before: list[State]) -> None:
 
 
 def main(folder: str, repo: str) -> int:
-    """Send the state of the run to the Hub; returns the exit code."""
+    """Push the run's state and return the exit code: 0 done, 2 an error that the user can cure, 3 a client error."""
     os.nice(10)  # the training comes first
-    console.is_progress_shown = False  # among the lines of the training
+    console.is_progress_shown = False  # it would appear among the lines of the training
     try:
         state = push(Run(Path(folder)), repo)
     except UserError as error:
         console.say(str(error))
         return 2
-    except Exception as error:  # noqa: BLE001 of hf_xet, say: the next one does without
+    except Exception as error:  # noqa: BLE001 an error of hf_xet, for example: the next push goes without Xet
         hub.say(f"checkpoints: not sent ({type(error).__name__}: {error})")
         return BROKEN
     if state:

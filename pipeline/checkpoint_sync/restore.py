@@ -1,4 +1,4 @@
-"""A run from its repo onto a machine that has nothing of it: all of it by sha256, or none."""
+"""Restore a run from its repo on the Hub to a machine that has no rows of it: every file by its sha256, or nothing."""
 
 import json
 import shutil
@@ -19,9 +19,13 @@ from pipeline.run.run_stages import lock_run
 
 
 def restore(repo: str, run: Run, config: Config) -> State | None:
-    """For `make train`: what the repo holds of this run, where this machine has no rows of it yet.
+    """Download the run from its repo, for `make train` on a machine that has no rows of it yet.
 
-    None: nothing is there, or this machine has the run. Raises UserError when the repo holds another run or config.
+    Returns:
+        The restored state, or None when the repo holds none or this machine has the rows already.
+
+    Raises:
+        UserError: the repo holds another run, or this run with other settings of its rows or training.
     """
     if run.done("data"):
         return None
@@ -49,7 +53,10 @@ def restore(repo: str, run: Run, config: Config) -> State | None:
 
 
 def resume(repo: str, runs: Path) -> State:
-    """For `make resume`, which knows nothing but the repo. Raises UserError when it holds no run."""
+    """Download the run that a repo holds into the folder `runs`, for `make resume`, and return its state.
+
+    A run that this machine has already is left as it is. Raise UserError when the repo holds no run.
+    """
     found = look(repo, None)
     if not found:
         raise UserError(f"{repo} holds no state of a run", "correct CHECKPOINTS; a run is there once its rows are made")
@@ -63,7 +70,11 @@ def resume(repo: str, runs: Path) -> State:
 
 
 def look(repo: str, run: Run | None) -> tuple[str, str, State] | None:
-    """(repo, commit, state) of what is there. Raises UserError for a run that has ended."""
+    """Return (repo, commit, state) of what a repo holds, or None when it holds no state.
+
+    Raises:
+        UserError: the run is complete; the message names its result.
+    """
     name = states.repository(repo, run.folder.name if run else None)
     api, what = hub.api(), f"checkpoints in {name}"
     head = hub.found(what, lambda: api.repo_info(name))
@@ -78,11 +89,18 @@ def look(repo: str, run: Run | None) -> tuple[str, str, State] | None:
 
 
 def small(repo: str, name: str, commit: str) -> bytes:
+    """Return the content of a small file in a repo; a file larger than a state may be is refused."""
     return hub.patiently(f"{name} of {repo}", lambda: hub.read_small(repo, name, commit, states.MOST))
 
 
 def fetched(repo: str, commit: str, state: State, run: Run) -> State:
-    """The files into the run's folder, compared; they appear there all at once."""
+    """Download the files of a state into the run's folder, verify them, and return the state.
+
+    The folder appears only when all files are in it. What was there is set aside.
+
+    Raises:
+        UserError: a file differs from the one that was sent, or the folder is not Ferry's.
+    """
     from huggingface_hub import snapshot_download
 
     refuse_foreign_folder(run.folder)
@@ -96,7 +114,7 @@ def fetched(repo: str, commit: str, state: State, run: Run) -> State:
             if not (part / name).is_file() or states.describe(part / name) != item:
                 raise UserError(f"{name} in {repo} is not the file that was sent", "run the same command again")
         files.write_json(part / RESTORED, {"repo": repo, "commit": commit, "at": str(state)})
-        if kept := files.set_aside(run.folder):  # begun here, and without rows yet
+        if kept := files.set_aside(run.folder):  # a run that was started here and has no rows yet
             console.note(f"what was in {run.folder} is in {kept} now")
     hub.say(f"checkpoints: {run.folder} from {repo}, {state}")
     return state

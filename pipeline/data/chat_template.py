@@ -1,7 +1,8 @@
-"""The chat template that will be trained: the tokenizer's own or a named one, examined before any row is.
+"""Load the chat template that will be trained, the tokenizer's own or a named one, and check it before any row is read.
 
-It travels into the GGUF as it leaves this module, so all that would make serving differ from training is settled
-here: the date, the thinking mode, the BOS token, the token that ends an answer, the pad token.
+The template goes into the GGUF exactly as it leaves this module. Everything that could make serving differ from
+training is therefore settled here: the date, the thinking mode, the BOS token, the token that ends an answer, and the
+pad token.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ from pipeline.config.references import TEMPLATE_FOLDER, list_template_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RENDER_SECONDS = 30  # for one short conversation: a busy machine's Python takes some to start
+RENDER_SECONDS = 30  # timeout for one short conversation; on a busy machine Python itself takes a few to start
 OTHERS = "set data.template to another one (alpaca, zephyr and vicuna fit every tokenizer), or choose another base"
-# How templates are told not to open a thinking block: rows without reasoning must be served as they were trained.
+# Prefixes that keep a template from opening a thinking block: rows without reasoning must be served as trained.
 NO_THINKING = ("", "{%- set enable_thinking = false %}", "{%- set thinking = false %}")
 
-# Texts that llama.cpp makes control tokens wherever a vocabulary holds them (src/llama-vocab.cpp, load).
+# Texts that llama.cpp turns into control tokens in every vocabulary that holds them (src/llama-vocab.cpp, load).
 PROMOTED = (
     "</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
@@ -36,7 +37,8 @@ PROMOTED = (
     "<|code_middle|>", "<|middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 )  # fmt: skip
-DATES = (("date_string", "%d %b %Y"), ("datetime", "%b %d %Y"))  # llama.cpp's variables and their forms
+# Variables that llama.cpp's server sets to today's date, and their formats.
+DATES = (("date_string", "%d %b %Y"), ("datetime", "%b %d %Y"))
 
 SYSTEM = {"role": "system", "content": "Sigma rules."}
 USER, AGAIN = {"role": "user", "content": "Upsilon asks?"}, {"role": "user", "content": "Omega asks?"}
@@ -45,30 +47,32 @@ ANSWER, SECOND = {"role": "assistant", "content": "Alpha says."}, {"role": "assi
 
 @dataclass(frozen=True)
 class Chat:
-    """How a conversation becomes text, and where the assistant's words end."""
+    """The format of a conversation as text, and where an answer of the assistant ends in it."""
 
     template: str
     bos: str
     eos: str
     end: str
-    """What follows an answer, up to its end token; appended where the template leaves it out (GLM, Apertus)."""
+    """The text behind an answer, up to and with its end token; added where the template omits it (GLM, Apertus)."""
     ends: tuple[str, ...]
-    """The texts of the tokens that end an answer; the first one ends the last answer."""
+    """The texts of the tokens that can end an answer; the first of them ends the last answer."""
     scaffolds: tuple[str, ...]
-    """What may stand between the generation prompt and the answer: the model must write it, so it carries loss."""
+    """The texts that may stand between prompt and answer: the model must write them, so they carry loss."""
     system: bool
-    """Whether a system prompt reaches the text."""
+    """Whether a system prompt appears in the rendered text."""
     specials: tuple[str, ...]
-    """The tokenizer's special tokens: a row's own text must hold none."""
+    """The tokenizer's special tokens; a row's own text must hold none of them."""
     joined: bool = False
-    """A served prompt that no whole conversation holds (Gemma 4, QwQ): a row is prompt + answer + end, last answer only."""
+    """Whether no rendered conversation begins with the prompt that is served (Gemma 4, QwQ). A row is then joined from
+    prompt, answer and answer_end, and only its last answer is trained."""
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Return the conversation as text."""
         return chat_format.render(self.template, messages, self.bos, self.eos, add_generation_prompt)
 
     @property
     def raw(self) -> bool:
-        """Nothing is put around the words: then white space at their ends is part of them."""
+        """Whether the template adds nothing around a turn's text, so that white space at its ends belongs to it."""
         text = self.render([USER, ANSWER]).removeprefix(self.bos)
         return text.startswith(USER["content"] + ANSWER["content"])
 
@@ -76,12 +80,22 @@ class Chat:
 def load(
     folder: Path, name: str, day: datetime.date, reasoning: bool = False
 ) -> tuple["PreTrainedTokenizerFast", Chat, list[str]]:
-    """The base's tokenizer with the template that will be trained, the template's facts, and what was changed in it.
+    """Load the base model's tokenizer and give it the chat template that will be trained.
 
-    name: data.template; day: what the template's clock shows; reasoning: answers hold their own <think> part.
-    Raises UserError when no row could be trained faithfully with it.
+    Args:
+        folder: The folder of the base model's tokenizer.
+        name: The setting data.template.
+        day: The date that the template shows.
+        has_reasoning: Whether the answers hold their own <think> part.
+
+    Returns:
+        The tokenizer, the format of its template, and a sentence for each change that was made.
+
+    Raises:
+        UserError: No row could be trained faithfully with this template.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there is as it should be
+    # transformers would warn that torch is missing, which `data` does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     with model_config.explain_damaged_model(folder):
@@ -97,7 +111,10 @@ def load(
 
 
 def refuse_hostile(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Raise UserError for a template that takes more time, memory or text than any honest one: it may be a stranger's."""
+    """Raise UserError for a template that needs more time, memory or text than any honest one.
+
+    The template may come from a stranger, so it is rendered in a sandbox first.
+    """
     try:
         template_sandbox.prompts(
             template, [([USER], True)], tokenizer.bos_token or "", tokenizer.eos_token or "", RENDER_SECONDS
@@ -107,7 +124,15 @@ def refuse_hostile(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
 
 
 def source(name: str, own: str | dict | None) -> str:
-    """The text of a template. own: the tokenizer's."""
+    """Return the text of a chat template.
+
+    Args:
+        name: The setting data.template: `tokenizer`, a template that comes with Ferry, or a .jinja file.
+        own_template: The tokenizer's own template; a dict where it has several.
+
+    Raises:
+        UserError: The tokenizer has no template, or the file cannot be read.
+    """
     if name == "tokenizer":
         text = own.get("default") if isinstance(own, dict) else own
         if not text or not isinstance(text, str):
@@ -127,9 +152,12 @@ def source(name: str, own: str | dict | None) -> str:
 
 
 def as_served(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """Ordinary words of the vocabulary that llama.cpp reads as control tokens become special here too, by the same id.
+    """Make the words that llama.cpp reads as control tokens special tokens of the tokenizer too, with the same ids.
 
-    Else text such as Qwen's '</s>' would be one thing in training and another in every runtime built on llama.cpp.
+    Otherwise a text such as Qwen's '</s>' would have other tokens in training than in every runtime built on llama.cpp.
+
+    Returns:
+        A sentence about the change, if there was one.
     """
     from transformers import AddedToken
 
@@ -144,10 +172,13 @@ def as_served(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
 
 
 def frozen_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
-    """strftime_now("...") becomes that day's text: the same rows every day, and one date in every runtime.
+    """Replace today's date in a template by `day`, so that the rows and all runtimes always show the same date.
 
-    So do the variables in which llama.cpp's server hands every template today's date (common/chat.cpp): Llama 3.1 to 3.3
-    take it from there before they ask any clock.
+    This concerns calls of strftime_now("...") and the variables in which llama.cpp's server passes today's date to
+    every template (common/chat.cpp): Llama 3.1 to 3.3 prefer the variables to strftime_now.
+
+    Returns:
+        The template, and a sentence about the change, if there was one.
     """
     text = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", lambda m: "false" if m[1] else "true", template)
     text = re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), text)
@@ -159,12 +190,16 @@ def frozen_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
 
 
 def used(name: str, template: str) -> bool:
-    """Is it a variable of the template, in one of its tags?"""
+    """Return whether a tag of the template uses the variable `name`."""
     return any(re.search(rf"(?<![.'\"\w]){name}\b", tag) for tag in re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
 
 
 def with_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, list[str]]:
-    """The template with exactly the BOS that runtimes will put there: one, if the tokenizer adds one."""
+    """Make the template begin with one BOS token where the tokenizer adds one, as runtimes will.
+
+    Returns:
+        The template, and a sentence about the change, if there was one.
+    """
     bos = tokenizer.bos_token or ""
     text = chat_format.render(template, [USER], bos, tokenizer.eos_token or "")
     if bos and text.startswith(bos * 2):
@@ -176,9 +211,15 @@ def with_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, 
 
 
 def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: bool) -> tuple[Chat, list[str]]:
-    """The template with which a trained conversation begins with the very prompt that will be served.
+    """Choose the variant of the template whose trained conversations begin with exactly the prompt that will be served.
 
-    A template that opens a thinking block when served gets its own switch turned off, unless the rows reason.
+    The variants are the template itself and, unless the rows hold reasoning, the template with its thinking turned off.
+
+    Returns:
+        The format of the best variant, and a sentence about the change, if there was one.
+
+    Raises:
+        UserError: No variant is faithful.
     """
     faults, found = [], []
     for switch in NO_THINKING[:1] if reasoning else NO_THINKING:
@@ -191,7 +232,7 @@ def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: boo
             faults.append(error)
     if not found:
         raise faults[0]
-    # Best is a prompt that ends exactly where the answer begins, in a text that the template itself writes.
+    # The best variant has a prompt that ends where the answer begins, and a text that the template writes by itself.
     switch, best = min(found, key=lambda item: (bool(item[1].scaffolds[0].strip()), item[1].joined))
     return best, [
         f"rows hold no reasoning: the template's thinking is off ({switch[2:-2].strip('- ')})"
@@ -199,20 +240,25 @@ def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: boo
 
 
 def unasked(seen: Chat) -> None:
-    """Raises UserError where the prompt depends on a switch that llama.cpp's server and Ollama set by themselves."""
+    """Raise UserError when the prompt depends on a switch that llama.cpp's server and Ollama set by themselves."""
     plain, asked = (
         chat_format.render(seen.template, [USER], seen.bos, seen.eos, True, **switches)
         for switches in ({}, {"enable_thinking": True, "thinking": True})
     )
     if plain != asked:
         raise UserError(
-            f"the chat template's prompt ends with {asked[-30:]!r} when a runtime asks it to think, and rows hold no reasoning",
+            f"the chat template's prompt ends with {asked[-30:]!r} when a runtime asks it to think, "
+            "and rows hold no reasoning",
             OTHERS,
         )
 
 
 def examine(template: str, tokenizer: "PreTrainedTokenizerFast") -> Chat:
-    """Render small conversations and read off what stands around an answer. Raises UserError when that is not clear."""
+    """Render small conversations, and return the format that the text around their answers shows.
+
+    Raises:
+        UserError: The format cannot be told, or a model trained with it would never stop.
+    """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     specials = tuple(sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special}))
 
@@ -224,7 +270,7 @@ def examine(template: str, tokenizer: "PreTrainedTokenizerFast") -> Chat:
     prompt = render(USER, prompt=True)
     scaffold, rest, joined = around(render(USER, ANSWER), prompt, ANSWER["content"])
     scaffolds, between = [scaffold], rest
-    with contextlib.suppress(UserError):  # one exchange is all it can say: rows with more are rejected one by one
+    with contextlib.suppress(UserError):  # it can render one exchange only: longer rows are rejected one by one
         first, tail, _ = around(render(USER, ANSWER, AGAIN, SECOND), prompt, ANSWER["content"])
         scaffolds, between = [scaffold, first, ""], tail.split(AGAIN["content"])[0]
     last, middle = end_of(rest, specials), end_of(between, specials)
@@ -232,41 +278,55 @@ def examine(template: str, tokenizer: "PreTrainedTokenizerFast") -> Chat:
         raise UserError("the chat template ends an answer without a special token: the model would never stop", OTHERS)
     ends = [(last or middle).strip(), middle.strip()]
     return Chat(
-        template, bos, eos, middle, tuple(dict.fromkeys(ends)), tuple(dict.fromkeys(scaffolds)), hears(render), specials, joined
-    )  # fmt: skip
+        template,
+        bos,
+        eos,
+        middle,
+        tuple(dict.fromkeys(ends)),
+        tuple(dict.fromkeys(scaffolds)),
+        hears(render),
+        specials,
+        joined,
+    )
 
 
 def around(text: str, prompt: str, answer: str) -> tuple[str, str, bool]:
-    """What stands between the prompt and the answer, all that follows the answer, and whether they must be joined by hand.
+    """Find what stands around an answer in a rendered conversation.
 
-    Raises UserError when what is served is not what would be trained.
+    Returns:
+        The scaffold between the prompt and the answer, all text that follows the answer, and whether prompt and answer
+        must be joined without the template.
+
+    Raises:
+        UserError: The conversation does not begin with the prompt that is served.
     """
     before, found, rest = text.partition(answer)
     scaffold = before[len(prompt) :]
-    # White space on both sides would be one token: the served prompt would not end where it ends here.
+    # White space on both sides of the border would become one token: the served prompt would not end at it.
     apart = not (prompt[-1:].isspace() and scaffold[:1].isspace())
-    # And what closes a thinking block that the prompt has opened would come before the row's own reasoning.
+    # A scaffold that closes a thinking block which the prompt has opened would stand before the row's own reasoning.
     balanced = scaffold.count("<think>") == scaffold.count("</think>")
     if found and before.startswith(prompt) and apart and balanced:
         return scaffold, rest, False
     extra = prompt.removeprefix(before)
-    # An empty, closed thinking block may be put in front by the prompt alone; an open one asks for reasoning.
+    # The prompt alone may end with an empty, closed thinking block; an open one would ask for reasoning.
     if found and prompt.startswith(before) and extra.count("<think>") == extra.count("</think>"):
         return "", rest, True
     raise UserError(
-        f"the chat template's prompt ends with {prompt[-30:]!r}, and the conversation it trains on does not go on from there",
+        f"the chat template's prompt ends with {prompt[-30:]!r}, "
+        "and the conversation it trains on does not go on from there",
         OTHERS,
     )
 
 
 def end_of(text: str, specials: tuple[str, ...]) -> str:
-    """White space and the first special token at the beginning of `text`; '' when there is none."""
+    """Return the special token at the beginning of `text` with the white space before it; '' where there is none."""
     found = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", text) if specials else None
     return found[0] if found else ""
 
 
 def hears(render) -> bool:
-    """Does the text hold the system prompt?"""
+    """Return whether a rendered conversation shows its system prompt."""
     try:
         return SYSTEM["content"] in render(SYSTEM, USER, ANSWER)
     except UserError:
@@ -274,7 +334,16 @@ def hears(render) -> bool:
 
 
 def own_pad(tokenizer: "PreTrainedTokenizerFast", found: Chat) -> list[str]:
-    """Padding with a token that ends an answer would mask it out of the loss: the model would never learn to stop."""
+    """Give the tokenizer a pad token that ends no answer, where it has none.
+
+    Padding is masked out of the loss. If the pad token also ended an answer, the model would never learn to stop.
+
+    Returns:
+        A sentence about the change, if there was one.
+
+    Raises:
+        UserError: The tokenizer has no spare token.
+    """
     ends = {found.eos, *found.ends}
     if tokenizer.pad_token and tokenizer.pad_token not in ends:
         return []

@@ -1,4 +1,4 @@
-"""Cleaning of one conversation: Unicode and white space, empty and too short texts, secrets, special tokens."""
+"""Clean one conversation: Unicode and white space, empty and too short texts, secrets, special tokens."""
 
 import functools
 import re
@@ -11,27 +11,43 @@ from pipeline.data import personal_data
 from pipeline.data.drop_reasons import Unfit
 
 CODE = re.compile(
-    # a fence, as CommonMark has it, in a quotation or a list too
-    r"^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*$.*?(?:^[ \t>]*(?P=fence)[`~]*\s*?$|\Z)"
-    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]{0,300}?(?<!`)(?P=ticks)(?!`)",  # or code within a line
+    # A fenced block as CommonMark defines it, also in a quotation or a list.
+    r"^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*$.*?"
+    r"(?:^[ \t>]*(?P=fence)[`~]*\s*?$|\Z)"
+    # Or code within a line.
+    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]{0,300}?(?<!`)(?P=ticks)(?!`)",
     re.DOTALL | re.MULTILINE,
 )
 UNUSUAL = re.compile(r"[^\n\t\x20-\x7e]")
-INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # not the joiners of emoji and of Arabic and Indic scripts
+# Without the joiners, which emoji and Arabic and Indic scripts need.
+INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
 SPACES = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
 LINE_ENDS = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 
 
 class Cleaner:
-    """The steps that look at one row alone, as the config switches them."""
+    """Clean and check one row at a time, as the section `clean` of the config says."""
 
     def __init__(self, clean: Clean, specials: tuple[str, ...], raw: bool):
-        """raw: a template that puts nothing around the words; white space at their ends then belongs to them."""
+        """Prepare the steps.
+
+        Args:
+            clean: The section of the config.
+            special_tokens: The texts of the tokenizer's special tokens.
+            is_raw: Whether the template adds nothing around a turn's text; white space at its ends then belongs to it.
+        """
         self.clean, self.raw = clean, raw
         self.special = re.compile("|".join(map(re.escape, specials))) if specials else None
 
     def __call__(self, messages: list[dict]) -> tuple[list[dict], set[str], Counter]:
-        """The cleaned conversation, the kinds of change, and findings by kind. Raises Unfit."""
+        """Clean a conversation.
+
+        Returns:
+            The cleaned conversation, the kinds of change that were made, and the number of findings by kind.
+
+        Raises:
+            UnusableRow: The row must be dropped.
+        """
         changes: set[str] = set()
         messages = [message | {"content": self.text(message, changes)} for message in messages]
         self.structure(messages)
@@ -41,6 +57,7 @@ class Cleaner:
         return messages, changes, found
 
     def text(self, message: dict, changes: set[str]) -> str:
+        """Return the cleaned text of one message, and add the kinds of change to `changes`."""
         text = message["content"]
         encodable(text)
         if self.clean.normalize:
@@ -48,7 +65,7 @@ class Cleaner:
         if self.raw:
             return text
         # White space around an answer would merge with the prompt's last token, and no model should learn it.
-        # In front of a question it may be the indentation of code: only empty lines go.
+        # White space before a question may be the indentation of code, so only empty lines are removed there.
         assistant = message["role"] == "assistant"
         bare = text.strip() if assistant else re.sub(r"\A(?:[ \t]*\n)+", "", text).rstrip()
         if bare != text:
@@ -56,6 +73,7 @@ class Cleaner:
         return bare
 
     def structure(self, messages: list[dict]) -> None:
+        """Raise UnusableRow for empty turns, and for roles that do not alternate and end with the assistant."""
         turns = [message for message in messages if message["role"] != "system"]
         for message in messages:
             if not message["content"].strip():
@@ -70,6 +88,7 @@ class Cleaner:
             raise Unfit("not_alternating", "roles: " + " ".join(message["role"] for message in messages[:8]))
 
     def words(self, messages: list[dict]) -> None:
+        """Raise UnusableRow when the row has too few or too many words."""
         least, most = self.clean.min_words, self.clean.max_words
         if least > 1:
             count = min(len(m["content"].split()) for m in messages if m["role"] == "assistant")
@@ -81,7 +100,14 @@ class Cleaner:
                 raise Unfit("too_wordy", f"{count} words")
 
     def findings(self, messages: list[dict], changes: set[str]) -> Counter:
-        """Counts by kind; texts are masked in place where the config asks for it."""
+        """Find secrets and personal data, and mask them in `messages` where the config asks for it.
+
+        Returns:
+            The number of findings by kind.
+
+        Raises:
+            UnusableRow: The config asks to drop rows with such a finding.
+        """
         total: Counter = Counter()
         looks = (
             ("secret", self.clean.secrets, personal_data.secrets),
@@ -102,6 +128,7 @@ class Cleaner:
         return total
 
     def injected(self, messages: list[dict]) -> None:
+        """Raise UnusableRow when a message's own text holds a special token."""
         if self.special and self.clean.special_tokens == "drop":
             for message in messages:
                 if match := self.special.search(message["content"]):
@@ -109,7 +136,7 @@ class Cleaner:
 
 
 def encodable(text: str) -> None:
-    """Raises Unfit for half a character pair, and for characters that an earlier conversion has lost."""
+    """Raise UnusableRow for half a surrogate pair, and for U+FFFD, which stands for characters lost in a conversion."""
     if not text.isascii():
         if "\ufffd" in text:
             raise Unfit("broken_encoding", f"U+FFFD at character {text.index(chr(0xFFFD)) + 1}")
@@ -120,9 +147,9 @@ def encodable(text: str) -> None:
 
 
 def normalized(text: str, changes: set[str]) -> str:
-    """Unicode and white space put right, code left as it is."""
+    """Repair Unicode and white space outside of code, and add the kinds of change to `changes`."""
     if not UNUSUAL.search(text) and " \n" not in text and "\t\n" not in text:
-        return text  # nearly every row of an English data set
+        return text  # so for nearly every row of an English data set
     pieces, at = [], 0
     for code in CODE.finditer(text):
         pieces += [_prose(text[at : code.start()], changes), code[0]]
@@ -134,7 +161,7 @@ def _prose(text: str, changes: set[str]) -> str:
     import ftfy
 
     fixed = ftfy.fix_text(text, _ftfy())
-    if "\ufffd" in fixed:  # what ftfy cannot read either stays as it was written
+    if "\ufffd" in fixed:  # ftfy cannot decode it either: keep the text as it is
         fixed = text
     fixed = unicodedata.normalize("NFC", INVISIBLE.sub("", fixed))
     spaced = LINE_ENDS.sub("", SPACES.sub(" ", fixed))
@@ -147,10 +174,18 @@ def _prose(text: str, changes: set[str]) -> str:
 
 @functools.cache
 def _ftfy():
-    """Mojibake, control characters and line ends; nothing that changes what an author wrote: quotes, widths, entities."""
+    """Return ftfy's settings: repair mojibake, control characters and line ends.
+
+    Quotes, character widths and entities stay as the author wrote them.
+    """
     from ftfy import TextFixerConfig
 
     return TextFixerConfig(
-        unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False,
-        normalization=None, explain=False, replace_lossy_sequences=False,
-    )  # fmt: skip
+        unescape_html=False,
+        uncurl_quotes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        normalization=None,
+        explain=False,
+        replace_lossy_sequences=False,
+    )

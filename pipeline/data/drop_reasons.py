@@ -1,15 +1,23 @@
-"""Why a row is not trained on: the one list that rejected.jsonl, the table and the limit on rejected rows share."""
+"""The reasons for which a row is not trained on.
+
+rejected.jsonl, the printed table and the limit on rejected rows all use this list.
+"""
 
 
 class Unfit(Exception):
-    """A row that cannot be used. reason: a key of REASONS; detail: what this row holds."""
+    """A row cannot be used.
+
+    Attributes:
+        reason: A key of DROP_REASONS.
+        detail: What is wrong in this row.
+    """
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
 
-# Broken rows: something is wrong with the file, the format or the template. Too many of them stop the stage.
+# Reasons why a row is broken: a fault of the file, the format or the template. Too many broken rows stop the stage.
 BROKEN = {
     "wrong_format": "lacks the fields of the detected format",
     "broken_json": "a line that is no JSON",
@@ -29,7 +37,7 @@ BROKEN = {
     "too_long": "more tokens than base.max_seq_length",
     "no_loss": "no token is left that carries loss",
 }
-# Rows that are dropped because the config asks for it.
+# Reasons for which the config asks to drop rows.
 UNWANTED = {
     "too_short": "fewer words than clean.min_words",
     "too_wordy": "more words than clean.max_words",

@@ -1,9 +1,12 @@
-"""Exact and near duplicates, and training rows that give held-out rows away: 280 bytes a row, whatever its length.
+"""Find exact and near duplicates, and training rows that leak held-out rows.
 
-Near means: the MinHash estimate of the Jaccard similarity of word 3-grams (case and punctuation ignored; system prompts
-left out) reaches a threshold. 128 permutations: the estimate's standard error is 0.027 at 0.9. Signatures come from
-rensa. Its index holds every row's bands at once (2.5 GB for a million rows, measured), so candidates are found here band
-by band, by sorting; the result does not depend on the order of work.
+This takes 280 bytes of memory a row, whatever the row's length.
+
+Two rows are near duplicates when the MinHash estimate of the Jaccard similarity of their word 3-grams reaches a
+threshold (case and punctuation are ignored, system prompts are left out). With 128 permutations the estimate's standard
+error is 0.027 at 0.9. The signatures come from rensa. Its index would hold the bands of all rows at once (2.5 GB for a
+million rows, measured), so candidates are found here one band at a time, by sorting. The result does not depend on the
+order of work.
 """
 
 import hashlib
@@ -13,28 +16,29 @@ import re
 import numpy as np
 
 PERMUTATIONS = 128
-BANDS, WIDTH = 21, 6  # a pair of similarity 0.8 meets in one band with 99.8 %, of 0.9 with 99.99999 %, of 0.5 with 28 %
+BANDS, WIDTH = 21, 6  # chance that a pair shares a band: 99.8 % at similarity 0.8, 99.99999 % at 0.9, 28 % at 0.5
 SEED = 3407
-ROUNDS = 64  # leaders tried in one group: many unlike rows that share a band (templated data) must not take for ever
+ROUNDS = 64  # leads tried in one group: many unlike rows that share a band (templated data) must not take for ever
 PAIRS = 50_000  # compared at once: 25 MB
 WORD = re.compile(r"\w+")
 
 
 def plain(messages: list[dict]) -> str:
-    """What is compared: the words of user and assistant."""
+    """Return the text in which near duplicates are searched: the words of user and assistant."""
     return "\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
 def digest(messages: list[dict]) -> bytes:
-    """16 bytes of a conversation: equal ones are exact duplicates."""
+    """Return a hash of 16 bytes that only exact duplicates share."""
     fields = [(message["role"], message["content"]) for message in messages]
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
 def question(messages: list[dict]) -> int:
-    """64 bits of all that is not the assistant's, case and white space ignored; of the whole text if there is nothing else.
+    """Return a hash of 64 bits of the user's messages, case and white space ignored; without any, of all messages.
 
-    The split goes by it: one question never stands on both sides, and adding rows never moves an old row across.
+    The held-out set is split off by this hash: a question is never in both sets, and adding rows never moves an old row
+    to the other set.
     """
     asked = [m["content"] for m in messages if m["role"] == "user"] or [m["content"] for m in messages]
     text = "\n".join(" ".join(content.lower().split()) for content in asked)
@@ -42,7 +46,10 @@ def question(messages: list[dict]) -> int:
 
 
 def signatures(texts: list[str]) -> np.ndarray:
-    """MinHash signatures, uint16 of shape (texts, PERMUTATIONS). 16 of 32 bits: they agree by chance once in 65,536."""
+    """Return the MinHash signatures, uint16 of shape (texts, PERMUTATIONS).
+
+    Of 32 bits 16 are kept: two different values agree by chance once in 65,536.
+    """
     from rensa import RMinHash
 
     rows = RMinHash.digests_from_token_sets([shingles(text) for text in texts], num_perm=PERMUTATIONS, seed=SEED)
@@ -50,13 +57,13 @@ def signatures(texts: list[str]) -> np.ndarray:
 
 
 def shingles(text: str) -> list[str]:
-    """Word 3-grams, lower case; of a shorter text the words that there are."""
+    """Return the word 3-grams in lower case; for a text of fewer words, all its words as one entry."""
     words = WORD.findall(text.lower())
     return list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words)]
 
 
 def exact(digests: np.ndarray) -> np.ndarray:
-    """For each row the index of the first row with the same digest; its own, if there is none before."""
+    """Return for each row the index of the first row with the same digest: its own, if no earlier row has it."""
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
     return first[group]
 
@@ -64,15 +71,25 @@ def exact(digests: np.ndarray) -> np.ndarray:
 def near(
     signs: np.ndarray, threshold: float, rows: np.ndarray, held: np.ndarray | None = None
 ) -> dict[int, tuple[int, float]]:
-    """{row: (the row that it nearly repeats, estimated similarity)}, for `rows` (indexes, in order).
+    """Find the rows that nearly repeat another row.
 
-    Without `held` every row is compared with earlier ones. With it (one bool a row of signs) only rows that are not
-    held out are compared, with held-out ones. A row may repeat one that is dropped itself: what is near is a cluster.
+    A row may repeat one that is dropped itself, because near duplicates form clusters.
+
+    Args:
+        signatures: The MinHash signatures of all rows.
+        threshold: The similarity from which a row counts as a near duplicate.
+        rows: The indexes of the rows to compare, in order.
+        is_heldout: One bool for each row of `signatures`. With it, only training rows are compared, and only with
+            held-out rows. Without it, every row is compared with the rows before it.
+
+    Returns:
+        {row: (the row that it nearly repeats, estimated similarity)}.
     """
     found: dict[int, tuple[int, float]] = {}
     alive = np.ones(len(signs), dtype=bool)
     if held is not None:
-        rows = np.concatenate([rows[held[rows]], rows[~held[rows]]])  # the first of a group is the row that stays
+        # The first row of a group is the one that is kept: held-out rows come first.
+        rows = np.concatenate([rows[held[rows]], rows[~held[rows]]])
     multipliers = np.random.default_rng(SEED).integers(0, 2**64, WIDTH, dtype=np.uint64) | np.uint64(1)
     for band in range(0, BANDS * WIDTH, WIDTH):
         keys = (signs[rows, band : band + WIDTH].astype(np.uint64) * multipliers).sum(axis=1, dtype=np.uint64)
@@ -86,17 +103,23 @@ def near(
 def _compare(
     signs: np.ndarray, threshold: float, rows: np.ndarray, keys: np.ndarray, held: np.ndarray | None, found: dict
 ) -> None:
-    """Add to `found` what repeats the first row of its group (equal keys, side by side); then the first of the rest leads."""
+    """Compare each row with the lead of its group, and add those that repeat it to `repeated`.
+
+    A group is a run of rows with equal keys, and its lead is its first row. In the next round the leads and the rows
+    that were found are left out, and the first row of the rest leads the group.
+    """
     for _ in range(ROUNDS):
         first = np.r_[True, keys[1:] != keys[:-1]]
         leads = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
         pairs = np.flatnonzero(~first if held is None else ~first & held[leads] & ~held[rows])
         if not len(pairs):
             return
-        alike = np.concatenate([
-            (signs[rows[some]] == signs[leads[some]]).mean(axis=1)
-            for some in np.array_split(pairs, len(pairs) // PAIRS + 1)
-        ])  # fmt: skip
+        alike = np.concatenate(
+            [
+                (signs[rows[some]] == signs[leads[some]]).mean(axis=1)
+                for some in np.array_split(pairs, len(pairs) // PAIRS + 1)
+            ]
+        )
         hits = alike >= threshold
         found |= {int(rows[at]): (int(leads[at]), float(s)) for at, s in zip(pairs[hits], alike[hits], strict=True)}
         left = ~first
@@ -105,7 +128,7 @@ def _compare(
 
 
 def asked(questions: np.ndarray, held: np.ndarray, kept: np.ndarray) -> dict[int, tuple[int, float]]:
-    """Training rows whose question a held-out row asks too: {row: (that held-out row, 1.0)}."""
+    """Return {row: (held-out row, 1.0)} for the training rows whose question a held-out row asks too."""
     there = np.flatnonzero(held & kept)
     first = {int(questions[row]): int(row) for row in there[::-1]}
     rows = np.flatnonzero(kept & ~held & np.isin(questions, questions[there]))

@@ -1,4 +1,7 @@
-"""Rows out of one file: JSON Lines, JSON, CSV, Parquet, each also in gzip; what is damaged or something else says so."""
+"""Read rows from one file: JSON Lines, JSON, CSV or Parquet, each also compressed with gzip.
+
+A file that is damaged or of another kind is refused with an error that says so.
+"""
 
 import csv
 import gzip
@@ -14,20 +17,29 @@ from pathlib import Path
 from common.errors import UserError
 from pipeline.config.references import row_file_suffix
 
-# (line or row number, the row: JSON text not parsed yet, or an object)
+# (line or row number, row); the row is JSON text that is not parsed yet, or an object.
 Item = tuple[int, bytes | dict]
 
+# What a file with these first bytes is, when its name says something else.
 KNOWN_BEGINNINGS = {
-    b"PAR1": "a Parquet file: name it .parquet", b"\x1f\x8b": "gzip: name it .gz",
-    b"PK\x03\x04": "a zip archive: unpack it", b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
-    b"<!DOCTYPE": "an HTML page, perhaps a failed download", b"<html": "an HTML page, perhaps a failed download",
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"\x1f\x8b": "gzip: name it .gz",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"<!DOCTYPE": "an HTML page, perhaps a failed download",
+    b"<html": "an HTML page, perhaps a failed download",
     b"\xff\xfe\0\0": "UTF-32: convert it with `iconv -f utf-32 -t utf-8`",
-    b"\xff\xfe": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`", b"\xfe\xff": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`",
-}  # fmt: skip
+    b"\xff\xfe": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`",
+    b"\xfe\xff": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`",
+}
 
 
 def items(path: Path) -> Iterator[Item]:
-    """The rows of a file whose suffix is one of READERS. Raises UserError where the file itself is damaged."""
+    """Yield the rows of a file whose suffix is one of READER_BY_SUFFIX, each with its line or row number.
+
+    Raises:
+        UserError: The file itself is damaged, empty, or of another kind.
+    """
     _refuse_by_beginning(path)
     with readable(path):
         yield from READERS[row_file_suffix(path)](path)
@@ -39,7 +51,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 @contextmanager
 def readable(path: Path):
-    """Damage to the file itself, as one error that names the file."""
+    """Translate damage of the file, such as a broken gzip stream, into a UserError that names the file."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -51,6 +63,7 @@ def readable(path: Path):
 
 
 def _refuse_by_beginning(path: Path) -> None:
+    """Raise UserError when the first bytes show that the file is empty or holds no rows."""
     with readable(path), _open(path) as file:
         begins = file.read(4096)
         while begins.isspace() and (more := file.read(4096)):
@@ -69,7 +82,10 @@ def _refuse_by_beginning(path: Path) -> None:
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
-    """JSON Lines. Each line is parsed by the worker that cleans it. An array in a .jsonl file is read as one."""
+    """Yield the lines of a JSON Lines file as they are; the worker that cleans a row parses it.
+
+    A .jsonl file that holds an array is read as JSON.
+    """
     with _open(path) as file:
         lines = enumerate(file, 1)
         first = next(((n, line) for n, line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), None)
@@ -82,7 +98,7 @@ def _jsonl(path: Path) -> Iterator[Item]:
 
 
 def _json(path: Path) -> Iterator[Item]:
-    """An array of rows, an object that holds one array of rows, or values one after the other."""
+    """Yield the rows of a JSON file: an array, an object that holds one array, or values one after the other."""
     with _open(path) as file:
         raw = file.read()
     try:
@@ -97,7 +113,7 @@ def _json(path: Path) -> Iterator[Item]:
 
 
 def _values(text: str, path: Path) -> Iterator[Item]:
-    """One value after the other, so that a large file never stands in memory as objects."""
+    """Yield one value at a time as text, so that the rows of a large file are never all in memory as objects."""
     decoder, space = json.JSONDecoder(object_pairs_hook=distinct), re.compile(r"\s*")
     at, line = space.match(text).end(), 1 + text.count("\n", 0, space.match(text).end())
     array = text.startswith("[", at)
@@ -125,7 +141,7 @@ def _values(text: str, path: Path) -> Iterator[Item]:
 
 
 def _wrapped(decoder: json.JSONDecoder, text: str, at: int, path: Path) -> list | None:
-    """The rows of {"data": [...]}: one object, that is the whole file, with one list of objects in it."""
+    """Return the rows of a file that is one object with one list of objects, such as {"data": [...]}; else None."""
     try:
         value, end = decoder.raw_decode(text, at)
     except (ValueError, RecursionError):
@@ -139,15 +155,17 @@ def _wrapped(decoder: json.JSONDecoder, text: str, at: int, path: Path) -> list 
 
 
 class DuplicateKeys(dict):
-    """An object of which the JSON names a key twice: json would silently keep the last."""
+    """An object that has a key twice in the JSON text, of which the json module would silently keep the last one."""
 
 
 def distinct(pairs: list[tuple[str, object]]) -> dict:
+    """Return the pairs as a dict; as DuplicateKeys when a key is there twice (the `object_pairs_hook` of json)."""
     value = dict(pairs)
     return value if len(value) == len(pairs) else DuplicateKeys(value)
 
 
 def no_json(path: Path | str, line: int, error: object) -> UserError:
+    """Return the error to raise for a line that is no JSON."""
     return UserError(
         f"{path}:{line}: no JSON: {error}",
         f"correct line {line} of {path}; a file that is cut off must be fetched again",
@@ -155,6 +173,7 @@ def no_json(path: Path | str, line: int, error: object) -> UserError:
 
 
 def _csv(path: Path) -> Iterator[Item]:
+    """Yield the rows of a CSV file as objects; the separator is the most frequent of , ; tab and | in the header."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
@@ -175,12 +194,12 @@ def _csv(path: Path) -> Iterator[Item]:
                 f"{path}:{_not_utf8(path)}: no UTF-8 ({error.reason})", "convert the file to UTF-8"
             ) from error
         except csv.Error as error:
-            line = reader.line_num + 1  # of the last row that was read
+            line = reader.line_num + 1  # behind the last row that was read
             raise UserError(f"{path}:{line}: no CSV: {error}", f"correct line {line} of {path}") from error
 
 
 def _not_utf8(path: Path) -> int:
-    """The first line that is no UTF-8."""
+    """Return the number of the first line that is no UTF-8."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -191,6 +210,7 @@ def _not_utf8(path: Path) -> int:
 
 
 def _parquet(path: Path) -> Iterator[Item]:
+    """Yield the rows of a Parquet file as objects, read 500 rows at a time."""
     import pyarrow as pa
     from pyarrow import parquet
 

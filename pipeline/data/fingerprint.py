@@ -1,7 +1,8 @@
-"""A local data file's fingerprint: enough to say which row was changed since, too little to tell anybody what it says.
+"""Compute the fingerprint of a data file, which shows what rows were changed later but not what the rows say.
 
-One byte of each row's BLAKE2b: 255 of 256 changed rows show, and a guessed row proves nothing, for one byte fits every
-256th guess. (It travels in the manifest, and so into public repos.) Beyond GROUPS rows one byte speaks for several.
+It holds one byte of each row's BLAKE2b hash. That detects 255 of 256 changed rows, and does not confirm a guessed row,
+because every 256th guess has the same byte. This matters because the fingerprint is part of the manifest, and so of
+public repos. Beyond MAX_BYTES rows, one byte stands for a group of several rows.
 """
 
 import hashlib
@@ -14,11 +15,15 @@ from pipeline.config import references
 from pipeline.data import file_formats
 
 GROUPS = 4096  # bytes of the longest fingerprint
-MOST = 3  # rows shown
+MOST = 3  # rows of a group that a message shows
 
 
 def of(path: Path) -> str:
-    """`<rows a byte>:<hex>`; '' for a file that holds no rows. Raises UserError where the file is damaged."""
+    """Return the fingerprint of a data file as `<rows a byte>:<hex>`; '' for a file that holds no rows.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     if references.row_file_suffix(path) not in file_formats.READERS:
         return ""
     digests = bytearray()  # 8 bytes a row
@@ -29,9 +34,12 @@ def of(path: Path) -> str:
 
 
 def differing(path: Path, wanted: str) -> list[str]:
-    """The first rows of `path` that are not those of the fingerprint, a line each with its place in the file.
+    """Return the first rows of `path` that do not match the fingerprint, each as a line with its place in the file.
 
-    Empty when the fingerprint does not show it. Raises UserError where the file is damaged.
+    The list is empty when the fingerprint shows no difference, or is not valid.
+
+    Raises:
+        UserError: The file is damaged.
     """
     each, _, known = wanted.partition(":")
     if not (each.isascii() and each.isdecimal() and int(each)):
@@ -47,18 +55,19 @@ def differing(path: Path, wanted: str) -> list[str]:
 
 
 def _told(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
-    """The rows of one byte: one of them is another one."""
+    """Return lines that show the rows of one byte, of which at least one differs."""
     said = [f"{path}:{line}: {text[:300]}" for line, text, _ in rows[:MOST]]
     more = len(rows) - MOST
     return [*said, f"... and {more} more, one of which differs at least"] if more > 0 else said
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
-    """(line, the row as text, 8 bytes of its hash)"""
+    """Yield each row of a file as (line, text, 8 bytes of its hash)."""
     for line, payload in file_formats.items(path):
         text = payload if isinstance(payload, bytes) else json.dumps(payload, default=repr).encode()
         yield line, text.decode(errors="replace").strip(), hashlib.blake2b(text.strip(), digest_size=8).digest()
 
 
 def _byte(digests: bytes) -> str:
+    """Return one byte, in hex, for the digests of a group of rows."""
     return hashlib.blake2b(digests, digest_size=1).hexdigest()

@@ -1,4 +1,7 @@
-"""One conversation as token ids with labels. The one owner of rendering and masking: finetune passes rows through."""
+"""Turn a conversation into token ids and a loss mask.
+
+Only this module renders and masks rows; `finetune` passes them on unchanged.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +16,20 @@ from pipeline.data.chat_template import Chat
 from pipeline.data.clean import UNUSUAL
 from pipeline.data.drop_reasons import Unfit
 
-BATCH = 100  # rows tokenized at once: freeing each one's memory alone costs a third of the time (measured with glibc)
+# Rows that are tokenized at once: freeing the memory of single rows takes a third of the time (measured with glibc).
+BATCH = 100
 
 
 @dataclass
 class Row:
-    """ids: int32 of shape (tokens,); loss: bool of the same shape, true where a token carries loss.
+    """A tokenized row.
 
-    Of the last answer: prompt (rendered text), prompt_tokens (how many of ids it is), answer (reference text).
+    Attributes:
+        ids: int32 of shape (tokens,).
+        loss: bool of the same shape, true where a token carries loss.
+        prompt: The rendered prompt of the last answer.
+        prompt_tokens: How many of the ids are the prompt.
+        answer: The last answer, as the row holds it.
     """
 
     ids: np.ndarray
@@ -31,7 +40,14 @@ class Row:
 
 
 class Rendered(NamedTuple):
-    """A conversation as text; spans: the characters (start, end) that carry loss; prompt, answer: of the last turn."""
+    """A conversation as text.
+
+    Attributes:
+        text: The whole conversation.
+        spans: The characters that carry loss, as (start, end).
+        prompt: The prompt of the last answer.
+        answer: The last answer.
+    """
 
     text: str
     spans: list[tuple[int, int]]
@@ -40,7 +56,7 @@ class Rendered(NamedTuple):
 
 
 class Masker:
-    """Renders, tokenizes and labels conversations with the tokenizer in `folder`."""
+    """Render, tokenize and label conversations with the tokenizer in `folder`."""
 
     def __init__(self, folder: Path, chat: Chat, every_turn: bool = True):
         self.chat = chat
@@ -48,22 +64,36 @@ class Masker:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # The template writes BOS itself; and a ByteLevel post-processor would cut white space off the offsets.
+        # The template writes BOS itself, and a ByteLevel post-processor would exclude white space from the offsets.
         self.tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-        # Only then is decoding the exact inverse of a vocabulary that has all bytes (SmolLM2's does not).
+        # Only then does decoding give back the text, if the vocabulary has all bytes (SmolLM2's has not).
         self.exact = isinstance(self.tokenizer.decoder, decoders.ByteLevel) and self.tokenizer.normalizer is None
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
 
     def __call__(self, messages: list[dict]) -> Row:
-        """Labels on the assistant's words and their end token only. messages: [{role, content}, ...], the last one the
-        assistant's. Raises Unfit."""
+        """Return the row of a conversation, with loss on the assistant's words and their end tokens only.
+
+        Args:
+            messages: [{role, content}, ...], of which the last one is the assistant's.
+
+        Raises:
+            UnusableRow: The conversation cannot be rendered or labelled faithfully.
+        """
         row = next(self.rows([self.rendered(messages)]))
         if isinstance(row, Unfit):
             raise row
         return row
 
     def rendered(self, messages: list[dict], limit: int | None = None) -> Rendered:
-        """The text and where it carries loss. limit: tokens; what cannot be within it is not worth tokenizing. Raises Unfit."""
+        """Return the conversation as text, with the spans that carry loss.
+
+        Args:
+            messages: [{role, content}, ...], of which the last one is the assistant's.
+            limit: Most tokens of a row. A text that is certainly longer is not worth tokenizing.
+
+        Raises:
+            UnusableRow: The template cannot render the conversation, or the text is longer than `limit` tokens.
+        """
         try:
             text, spans, prompt = self.text(messages)
         except UserError as error:
@@ -73,13 +103,14 @@ class Masker:
         return Rendered(text, spans, prompt, messages[-1]["content"])
 
     def rows(self, rendered: list[Rendered]) -> Iterator[Row | Unfit]:
-        """Tokens and labels of each, or why there are none."""
+        """Yield the tokenized row of each conversation, or the reason why there is none."""
         for start in range(0, len(rendered), BATCH):
             some = rendered[start : start + BATCH]
             encodings = self.tokenizer.encode_batch([item.text for item in some], add_special_tokens=False)
             yield from map(self.labelled, some, encodings)
 
     def labelled(self, item: Rendered, encoding: Encoding) -> Row | Unfit:
+        """Return the row with its loss mask, or the reason why it cannot be labelled."""
         if self.exact and UNUSUAL.search(item.text) and self.tokenizer.decode(encoding.ids, False) != item.text:
             return Unfit("unknown_characters", "the tokenizer does not give back what it was given")
         ids = np.array(encoding.ids, dtype=np.int32)
@@ -90,17 +121,17 @@ class Masker:
                 loss[first:last] = True
         except Unfit as unfit:
             return unfit
-        loss[:1] = False  # nothing stands before the first token that could predict it
+        loss[:1] = False  # the first token has nothing before it to be predicted from
         return Row(ids, loss, item.prompt, first, item.answer)
 
     def refuse_unlike(self, row: Row) -> None:
-        """Is the prompt alone, as it will be served, the tokens that the row begins with? Raises Unfit."""
+        """Raise UnusableRow when the prompt alone, as it is served, has other tokens than the row begins with."""
         alone = self.tokenizer.encode(row.prompt, add_special_tokens=False).ids
         if alone != row.ids[: row.prompt_tokens].tolist():
             raise Unfit("template", f"the prompt {row.prompt[-40:]!r} alone gives other tokens than in the row")
 
     def text(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], str]:
-        """The rendered conversation, the characters (start, end) that carry loss, and the last answer's prompt."""
+        """Return the rendered text, the characters (start, end) that carry loss, and the last answer's prompt."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.chat.joined:
             prompt = self.chat.render(messages[:-1], add_generation_prompt=True)
@@ -114,7 +145,15 @@ class Masker:
         return text, spans, prompt
 
     def end_of_answer(self, text: str, prompt: str, answer: str) -> tuple[str, int]:
-        """The text (with an end token put where the template leaves the last one out) and where the end token ends."""
+        """Find where the end token of an answer ends.
+
+        Returns:
+            The text, to which an end token is added where the template omits the last one, and the position behind the
+            end token.
+
+        Raises:
+            UnusableRow: The text does not go on from the prompt with this answer and an end token.
+        """
         if not text.startswith(prompt):
             raise Unfit(
                 "template", "an earlier turn is written otherwise than it was prompted; data.labels: last leaves it out"
@@ -132,10 +171,14 @@ class Masker:
         raise Unfit("template", f"the answer {answer[:40]!r} is changed, or not followed by {self.chat.ends[0]}")
 
     def tokens(self, encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
-        """The tokens (first, last + 1) that are exactly those characters."""
+        """Return the tokens (first, last + 1) that hold exactly the characters from `start` to `end`.
+
+        Raises:
+            UnusableRow: A token holds characters of both sides of a border.
+        """
         first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        # A character of several tokens (an emoji) belongs to its first one; an end token may take white space behind it
-        # with it (Phi 3's do).
+        # A character of several tokens (an emoji) belongs to the first of them. An end token may include the white
+        # space behind it (Phi 3's do).
         if (
             None in (first, last)
             or encoding.token_to_chars(first)[0] != start

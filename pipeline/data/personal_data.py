@@ -1,25 +1,34 @@
-"""Secrets and personal data in text: detect-secrets' patterns, check digits by python-stdnum, phonenumbers' numbering plans."""
+"""Find secrets and personal data in text.
+
+Secrets are found with the patterns of detect-secrets, check digits are verified with python-stdnum, and telephone
+numbers are found with the numbering plans of phonenumbers.
+"""
 
 import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# What every secret that is looked for here has: a long run of these characters, a URL or a PEM header. Rows without one,
-# nearly all, cost one pass; the patterns behind it take ten times as long. tests/test_bad_data.py holds one of each kind.
+# Every secret that is searched for has one of these: a long run of such characters, a URL or a PEM header. Nearly all
+# rows have none and cost only this one pass; the single patterns take ten times as long. tests/test_bad_data.py holds a
+# secret of each kind.
 MAYBE = re.compile(r"(?<![\w+/=.-])[\w+/=.-]{20}|://|BEGIN |PuTTY")
-NUMBER = re.compile(r"\d\d[ -]?\d")  # in every number that is looked for
-# Left out: entropy and keyword plugins, which take hex ids and prose for secrets; Artifactory (its AP... matches
-# APPLICATIONS); public IP addresses, seldom a secret; IBM's, SoftLayer's and Cloudant's, whose patterns take cubic time
-# on a run of spaces; and three that take quadratic time on one long word, which NEWER has in other words.
+NUMBER = re.compile(r"\d\d[ -]?\d")  # every number that is searched for has this
+# Plugins that are not used: entropy and keyword plugins, which take hex ids and prose for secrets; Artifactory (its
+# AP... matches APPLICATIONS); public IP addresses, which are seldom secret; IBM's, SoftLayer's and Cloudant's, whose
+# patterns take cubic time on a run of spaces; and three that take quadratic time on one long word, for which
+# EXTRA_SECRET_PATTERNS has other patterns.
 SKIPPED = (
     "ArtifactoryDetector", "IPPublicDetector", "KeywordDetector", "IbmCloudIamDetector", "IbmCosHmacDetector",
     "SoftlayerDetector", "CloudantDetector", "NpmDetector", "JwtTokenDetector", "OpenAIDetector",
 )  # fmt: skip
-# Keys that people who train models have, newer than detect-secrets 1.5; and those of which its patterns match a part only.
+# Keys that people who train models have and that are newer than detect-secrets 1.5, and those of which its patterns
+# match only a part.
 NEWER = {
-    "Private Key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)",  # all of it
-    "JSON Web Token": r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?",  # with its signature
+    "Private Key": (  # the whole block
+        r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)"
+    ),
+    "JSON Web Token": r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?",  # signature included
     "NPM tokens": r"\bnpm_[A-Za-z0-9]{36}|_authToken=\s*[\w-]{36}",
     "Hugging Face token": r"\bhf_[A-Za-z0-9]{34,}\b",
     "Anthropic key": r"\bsk-ant-[A-Za-z0-9_-]{24,}",
@@ -30,12 +39,13 @@ NEWER = {
 EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 CARD = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-]*\d)")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-PHONE = re.compile(r"\+\d|\(\d{3}\)|\d{3}[-. ]\d{3}[-. ]\d{4}")  # in every telephone number that is looked for
+# Every telephone number that is searched for has one of these.
+PHONE = re.compile(r"\+\d|\(\d{3}\)|\d{3}[-. ]\d{3}[-. ]\d{4}")
 SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
 
 
 class Finding(NamedTuple):
-    """kind: what it is; start, end: its characters."""
+    """A secret or a piece of personal data: its kind, and its characters from `start` to `end`."""
 
     kind: str
     start: int
@@ -44,7 +54,7 @@ class Finding(NamedTuple):
 
 @functools.cache
 def patterns() -> list[tuple[str, re.Pattern]]:
-    """(kind, pattern) of every secret that is looked for."""
+    """Return (kind, pattern) of every secret that is searched for."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
@@ -56,14 +66,17 @@ def patterns() -> list[tuple[str, re.Pattern]]:
 
 
 def secrets(text: str) -> list[Finding]:
-    """Keys, tokens and passwords in URLs."""
+    """Return the keys, tokens and passwords in a text, also those in URLs."""
     if not MAYBE.search(text):
         return []
     return _apart(Finding(kind, *match.span()) for kind, pattern in patterns() for match in pattern.finditer(text))
 
 
 def personal(text: str) -> list[Finding]:
-    """E-mail addresses; card numbers, IBANs and US social security numbers whose check digits hold; telephone numbers."""
+    """Return the personal data in a text.
+
+    E-mail addresses, telephone numbers, and card numbers, IBANs and US social security numbers that are valid.
+    """
     return _apart(_personal(text))
 
 
@@ -88,17 +101,21 @@ def _personal(text: str) -> Iterator[Finding]:
 
 
 def _phone_numbers(text: str) -> Iterator[Finding]:
-    """International ones (+49 ...), and North American ones that are written with separators: ten bare digits may be an id."""
+    """Yield international numbers (+49 ...), and North American ones that are written with separators.
+
+    Ten digits without a separator may be an id.
+    """
     from phonenumbers import Leniency, PhoneNumberMatcher
 
     for match in PhoneNumberMatcher(text, "US", Leniency.STRICT_GROUPING):
         if match.raw_string.startswith("+") or re.search(r"[ ().-]", match.raw_string):
-            opened = match.raw_string.startswith("(") and ")" not in match.raw_string  # a bracket of the sentence
+            # A bracket that the number does not close belongs to the sentence.
+            opened = match.raw_string.startswith("(") and ")" not in match.raw_string
             yield Finding("phone number", match.start + opened, match.end)
 
 
 def _apart(findings) -> list[Finding]:
-    """In order of place, each character in one finding at most."""
+    """Return the findings in order of place, without those that overlap an earlier one."""
     kept: list[Finding] = []
     for finding in sorted(findings, key=lambda f: (f.start, -f.end)):
         if not kept or finding.start >= kept[-1].end:
@@ -107,7 +124,7 @@ def _apart(findings) -> list[Finding]:
 
 
 def masked(text: str, findings: list[Finding]) -> str:
-    """`text` with each finding replaced by its kind, such as [E-MAIL ADDRESS]."""
+    """Return the text with each finding replaced by its kind, such as [E-MAIL ADDRESS]."""
     for finding in reversed(findings):
         text = f"{text[: finding.start]}[{finding.kind.upper()}]{text[finding.end :]}"
     return text

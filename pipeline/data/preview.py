@@ -1,4 +1,4 @@
-"""The first rows of a run as they will be trained; nothing of the run is written."""
+"""Show the first rows of a run as they will be trained, without writing anything to the run."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.run.run_folder import Run
 
 
 def preview_rows(config: Config, run: Run, count: int) -> str:
-    """The first rows; those of a run that has none yet are made in a folder that goes again."""
+    """Return the first training rows as text. A run without rows gets them made in a temporary folder."""
     from transformers import AutoTokenizer
 
     from pipeline.data import stage, statistics

@@ -1,4 +1,4 @@
-"""What happens to a chunk of rows, in this process or in a pool: parse, clean, mask, fingerprint."""
+"""Process chunks of rows, in this process or in a pool of workers: parse, clean, mask, and compute fingerprints."""
 
 import functools
 import gc
@@ -26,34 +26,44 @@ from pipeline.data.file_formats import DuplicateKeys, Item, distinct
 from pipeline.data.loss_mask import Masker, Rendered, Row
 from pipeline.data.row_formats import Schema, conversation, unused_fields
 
-CHUNK = 500  # rows; the same in one and in many processes
-SMALL = 4 * CHUNK  # rows that are done before a pool has started
-SAMPLED_QUESTIONS = 2000  # of the first lines of each part; more make a smoke prompt no better
-SAMPLED = 10  # every tenth row's prompt is tokenized alone too, and each held-out one's: `verify` will ask for it
-LISTED = 50  # rows of each reason that an error names
-MANY_PROMPTS = 2000  # system prompts that are counted apart; where there are more, none is shared by many rows
-QUOTED = 2000  # characters of a dropped row that rejected.jsonl repeats
+CHUNK = 500  # rows; the same for one process and for many
+SMALL = 4 * CHUNK  # rows that one process has done before a pool has even started
+SAMPLED_QUESTIONS = 2000  # from the first lines of each part; more do not improve the smoke prompts
+# The prompt of every tenth row, and of each held-out row, is also tokenized alone, as `verify` will need it.
+SAMPLED = 10
+LISTED = 50  # rows that an error names for each reason
+# Different system prompts that are counted; where there are more, no prompt is shared by many rows.
+MANY_PROMPTS = 2000
+QUOTED = 2000  # characters of a dropped row that rejected.jsonl quotes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a worker needs to know; each gets a copy."""
+    """The settings of a worker; each worker gets a copy."""
 
     tokenizer: Path
     chat: Chat
     clean: Clean
     every_turn: bool
     system: str | None
-    """A system prompt for rows that have none."""
+    """The system prompt that is added to rows without one."""
     limit: int
-    """base.max_seq_length, in tokens."""
+    """The setting base.max_seq_length, in tokens."""
     validation_share: float | None
-    """Held out by content hash; None: a whole part is held out or trained on."""
+    """Share of the rows that is held out by content hash; None: whole parts are held out or trained on."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one part, in order. held: the part is a validation file."""
+    """Some rows of one part, in order.
+
+    Attributes:
+        part: The number of the part.
+        name: The name of the part in messages.
+        schema: The format of its rows.
+        is_heldout: Whether the part is a validation file.
+        rows: The rows, each with its line or row number.
+    """
 
     part: int
     name: str
@@ -64,7 +74,16 @@ class Chunk:
 
 @dataclass
 class Tally:
-    """What became of rows. notes: lines for rejected.jsonl; findings: secrets and personal data by kind."""
+    """Counts of what happened to rows.
+
+    Attributes:
+        rows: Rows that were read.
+        notes: Lines for rejected.jsonl.
+        dropped: Rows that were dropped, by reason.
+        changed: Rows that were changed, by kind of change.
+        findings: Secrets and personal data, by kind.
+        truncated: Rows that were cut at the limit, and the tokens that were cut off.
+    """
 
     rows: int = 0
     notes: list[dict] = field(default_factory=list)
@@ -75,20 +94,21 @@ class Tally:
     examples: dict[str, str] = field(default_factory=dict)
     """The first dropped row of each reason."""
     places: dict[str, list[str]] = field(default_factory=dict)
-    """Where the dropped rows of each reason stand, the first LISTED of them."""
+    """Where the dropped rows of each reason are, at most the first MAX_LISTED_ROWS of them."""
     unused: Counter = field(default_factory=Counter)
-    """Rows that have a field which is not trained on, by its name."""
+    """Rows that have a field which is not trained on, by the name of the field."""
     system_prompts: Counter = field(default_factory=Counter)
-    """Rows by their own system prompt; None: they have none."""
+    """Rows by their own system prompt; None counts the rows without one."""
 
     def drop(self, where: str, reason: str, detail: str, **more) -> None:
+        """Count a dropped row, and note it with `fields` for rejected.jsonl."""
         self.dropped[reason] += 1
         self.examples.setdefault(reason, f"{where}: {detail}")
         self.places.setdefault(reason, []).append(where)
         self.notes.append({"where": where, "action": "dropped", "reason": reason, "detail": detail, **more})
 
     def add(self, other: "Tally") -> None:
-        """Another tally's counts, not its notes."""
+        """Add the counts of another tally, without its notes."""
         self.rows += other.rows
         for name in ("dropped", "changed", "findings", "truncated", "unused", "system_prompts"):
             getattr(self, name).update(getattr(other, name))
@@ -102,6 +122,7 @@ class Tally:
         self.system_prompts[messages[0]["content"] if messages[0]["role"] == "system" else None] += 1
 
     def note(self, where: str, changes: set[str], found: Counter) -> None:
+        """Count the changes and findings of a kept row, and note them for rejected.jsonl."""
         self.changed.update(changes)
         self.findings.update(found)
         if changes or found:
@@ -111,7 +132,23 @@ class Tally:
 
 @dataclass
 class Done:
-    """A chunk's kept rows, one entry each; ids and loss run over the tokens of all of them. text: the held-out rows' own."""
+    """The kept rows of a chunk.
+
+    The arrays have one entry a row, but for `ids` and `loss`, which have one entry for each token of all rows.
+
+    Attributes:
+        part: The number of the part.
+        tally: What happened to the rows of the chunk.
+        lines: Line or row number of each row in its part.
+        held: Whether the row is held out.
+        lengths: Tokens of each row.
+        ids: The token ids of all rows, one row after the other.
+        loss: Whether each token carries loss.
+        digests: Hashes by which exact duplicates are found.
+        questions: Hashes by which rows with the same question are found.
+        signatures: MinHash signatures, of shape (rows, PERMUTATIONS); empty where near duplicates are not searched.
+        texts: Prompt, answer and messages of each held-out row.
+    """
 
     part: int
     tally: Tally
@@ -125,11 +162,11 @@ class Done:
     signatures: np.ndarray
     texts: list[dict]
     questions_asked: list[str] = field(default_factory=list)
-    """The last question of training rows, of the first chunks only: what smoke prompts are made to look like."""
+    """The last questions of training rows from the first chunks only: smoke prompts are made to look like them."""
 
 
 class Fit(NamedTuple):
-    """A row that is clean and rendered. question: 64 bits that decide the split."""
+    """A row that is cleaned and rendered; `question_hash` decides whether it is held out."""
 
     line: int
     where: str
@@ -142,7 +179,7 @@ class Fit(NamedTuple):
 
 
 class Worker:
-    """A chunk in, a Done out. The same rows give the same bytes wherever it runs."""
+    """Process one chunk of rows at a time. The same rows give the same bytes in every process."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -154,6 +191,7 @@ class Worker:
         self.cleaner = Cleaner(settings.clean, settings.chat.specials, settings.chat.raw)
 
     def __call__(self, chunk: Chunk) -> Done:
+        """Return the kept rows of a chunk, with a tally of all its rows."""
         tally = Tally(len(chunk.items))
         fit = [item for item in (self.cleaned(chunk, line, payload, tally) for line, payload in chunk.items) if item]
         kept = []
@@ -172,7 +210,7 @@ class Worker:
         return self.done(chunk, tally, kept)
 
     def cleaned(self, chunk: Chunk, line: int, payload: bytes | dict, tally: Tally) -> "Fit | None":
-        """One row up to its text; None when it is dropped."""
+        """Parse, clean and render one row; return None when it is dropped."""
         where, row = f"{chunk.name}:{line}", None
         try:
             row = parsed(payload)
@@ -188,7 +226,7 @@ class Worker:
         return Fit(line, where, messages, asked, self.held(chunk, asked), rendered, changes, findings)
 
     def drop(self, tally: Tally, where: str, unfit: Unfit, row: object) -> None:
-        """Note a row that is lost, with what is known of it, and without what may not stay anywhere."""
+        """Tally a dropped row and quote it, without the secrets and personal data that must not be kept."""
         try:
             known = self.harmless(row)
             text = json.dumps(known, default=repr, skipkeys=True)[:QUOTED]
@@ -198,7 +236,7 @@ class Worker:
         tally.drop(where, unfit.reason, detail, **({} if row is None else {"row": text}))
 
     def harmless(self, value: object) -> object:
-        """A row in which secrets and personal data are masked, if the config says mask or drop."""
+        """Return a row with secrets and personal data masked, if the config asks to mask or drop them."""
         looks = [look for action, look in self.looks if action in ("mask", "drop")]
         if not looks or isinstance(value, int | float | None):
             return value
@@ -211,14 +249,16 @@ class Worker:
         return masked if masked != text else value
 
     def held(self, chunk: Chunk, question: int) -> bool:
+        """Return whether a row with this hash of its question belongs to the held-out set."""
         share = self.settings.validation_share
         return chunk.held if share is None else question / 2**64 < share
 
     def longest(self) -> int | None:
-        """Tokens beyond which a row need not be tokenized at all."""
+        """Return the most tokens of a row that is worth tokenizing; None where long rows are truncated."""
         return self.settings.limit if self.settings.clean.too_long == "drop" else None
 
     def with_system(self, messages: list[dict]) -> list[dict]:
+        """Add the default system prompt where the row has none; raise UnusableRow when the template drops prompts."""
         if messages[0]["role"] != "system" and self.settings.system:
             messages = [{"role": "system", "content": self.settings.system}, *messages]
         if messages[0]["role"] == "system" and not self.settings.chat.system:
@@ -226,7 +266,11 @@ class Worker:
         return messages
 
     def fitted(self, row: Row | Unfit, held: bool) -> int:
-        """Cut the row to the limit; how many tokens that took. A held-out row is never cut. Raises Unfit."""
+        """Cut a row to the limit in place and return how many tokens were cut off; a held-out row is never cut.
+
+        Raises:
+            UnusableRow: The row is one already, is too short or too long, or has no token left that carries loss.
+        """
         if isinstance(row, Unfit):
             raise row
         limit, clean, length = self.settings.limit, self.settings.clean, len(row.ids)
@@ -240,11 +284,12 @@ class Worker:
         return max(0, length - limit)
 
     def done(self, chunk: Chunk, tally: Tally, kept: list[tuple["Fit", Row]]) -> Done:
-        """The kept rows as arrays."""
+        """Return the kept rows as arrays."""
         clean, fits, rows = self.settings.clean, [fit for fit, _ in kept], [row for _, row in kept]
         compared = fits if clean.near_duplicates or clean.leakage else []
         return Done(
-            chunk.part, tally,
+            chunk.part,
+            tally,
             lines=np.array([fit.line for fit in fits], dtype=np.int64),
             held=np.array([fit.held for fit in fits], dtype=bool),
             lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
@@ -254,18 +299,29 @@ class Worker:
             questions=np.array([fit.question for fit in fits], dtype=np.uint64),
             signatures=duplicates.signatures([duplicates.plain(fit.messages) for fit in compared]),
             texts=[
-                {"prompt": row.prompt, "prompt_tokens": row.prompt_tokens, "answer": row.answer, "messages": fit.messages[:-1]}
-                for fit, row in kept if fit.held
+                {
+                    "prompt": row.prompt,
+                    "prompt_tokens": row.prompt_tokens,
+                    "answer": row.answer,
+                    "messages": fit.messages[:-1],
+                }
+                for fit, row in kept
+                if fit.held
             ],
             questions_asked=[
-                fit.messages[-2]["content"] for fit, _ in kept
+                fit.messages[-2]["content"]
+                for fit, _ in kept
                 if not fit.held and fit.line <= SAMPLED_QUESTIONS and len(fit.messages) > 1
             ],
-        )  # fmt: skip
+        )
 
 
 def parsed(payload: bytes | dict) -> dict:
-    """A row as an object. Raises Unfit for a bad row and for a line that is no JSON."""
+    """Return a row as an object, parsed where it is JSON text.
+
+    Raises:
+        UnusableRow: The text is no UTF-8 or no JSON, or the object has a key twice.
+    """
     if isinstance(payload, bytes):
         try:
             payload = json.loads(payload.decode(), object_pairs_hook=distinct)
@@ -282,8 +338,9 @@ _worker: Worker | None = None
 
 
 def _begin(settings: Settings) -> None:
+    """Prepare a process of the pool: create its worker, ignore Ctrl-C, and let it end with its parent."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says it once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent reports it
     _worker = Worker(settings)
     gc.freeze()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -291,7 +348,7 @@ def _begin(settings: Settings) -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool's workers would wait for ever after a kill -9 of their parent."""
+    """End this process when its parent ends: after a kill -9 of the parent, a worker would wait for ever."""
     parent_process().join()
     os._exit(1)
 
@@ -301,7 +358,7 @@ def _work(chunk: Chunk) -> Done:
 
 
 def through(chunks: Iterable[Chunk], settings: Settings, processes: int) -> Iterator[Done]:
-    """Every chunk's Done, in the chunks' order; at most two chunks a process are in memory."""
+    """Process all chunks and yield the results in their order, with at most two chunks a process in memory."""
     chunks = iter(chunks)
     head = list(islice(chunks, SMALL // CHUNK))
     if processes == 1 or len(head) < SMALL // CHUNK:

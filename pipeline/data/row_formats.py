@@ -1,4 +1,7 @@
-"""What a data set's rows look like: detected from their keys, said with the evidence, overridable; then rows -> messages."""
+"""Detect the format of a data set's rows from their keys, and convert rows to messages.
+
+The detected format is reported with its evidence, and the config can override it.
+"""
 
 import json
 from collections import Counter
@@ -12,19 +15,24 @@ from pipeline.config.schema import Data
 from pipeline.data.drop_reasons import Unfit
 from pipeline.data.file_formats import DuplicateKeys, distinct
 
-HEAD = 200  # rows that the format is read off
+HEAD = 200  # rows from which the format is detected
 
-# Other names that data sets in wide use give to these fields.
+# Other names of these fields in popular data sets.
 ALIASES = {
-    "messages": ("conversation", "conversations"), "conversations": ("conversation",),
-    "output": ("response",), "input": ("context",), "completion": ("response",),
+    "messages": ("conversation", "conversations"),
+    "conversations": ("conversation",),
+    "output": ("response",),
+    "input": ("context",),
+    "completion": ("response",),
     "system": ("system_prompt",),
-}  # fmt: skip
+}
+# The role of a turn, by the names that data sets give it.
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "model": "assistant", "bot": "assistant",
 }  # fmt: skip
+# Roles of turns with tool calls or their results, which are not supported.
 TOOLS = {
     "tool",
     "function",
@@ -40,7 +48,13 @@ TOOLS = {
 
 @dataclass(frozen=True)
 class Schema:
-    """format: a key of FORMAT_FIELDS; columns: our field -> the data set's column; evidence: one sentence."""
+    """The format of a data set's rows.
+
+    Attributes:
+        format: A key of FORMAT_FIELDS.
+        columns: Ferry's name of each field -> its column in the data set.
+        evidence: A sentence that says why this is the format.
+    """
 
     format: str
     columns: dict[str, str]
@@ -48,14 +62,22 @@ class Schema:
 
 
 def detect(head: list[dict], data: Data, source: str) -> Schema:
-    """The format that most of the first rows have. Raises UserError when none has one that is known.
+    """Return the format that most of the first rows have.
 
-    head: [(row), ...], at most HEAD of them.
+    Args:
+        first_rows: The first rows, at most DETECTION_ROWS of them.
+        data: The section of the config, which may set the format and its columns.
+        source: The name of the file or split, for messages.
+
+    Raises:
+        UserError: No row has a known format, or a column that the config names is in no row.
     """
     gone = [name for name in data.columns.values() if not any(name in row for row in head)]
     if gone:
         raise UserError(
-            f"{source}: data.columns names {', '.join(gone)}, which none of the first {len(head)} rows has; they have {', '.join(map(str, head[0])) or 'nothing'}",
+            f"{source}: data.columns names {', '.join(gone)}, "
+            f"which none of the first {len(head)} rows has; "
+            f"they have {', '.join(map(str, head[0])) or 'nothing'}",
             "correct data.columns: our name first, then the data set's",
         )
     formats = [data.format] if data.format != "auto" else list(FORMAT_FIELDS)
@@ -67,7 +89,8 @@ def detect(head: list[dict], data: Data, source: str) -> Schema:
     keys = Counter(key for row in head for key in row)
     if not count:
         raise UserError(
-            f"{source}: no {'known' if data.format == 'auto' else data.format} format: the first {len(head)} rows have the keys {', '.join(map(str, keys)) or 'none'}",
+            f"{source}: no {'known' if data.format == 'auto' else data.format} format: "
+            f"the first {len(head)} rows have the keys {', '.join(map(str, keys)) or 'none'}",
             "set data.format and data.columns, such as {question: THEIR_NAME, answer: THEIR_NAME}; known: "
             + "; ".join(f"{name} ({', '.join(fields)})" for name, fields in FORMAT_FIELDS.items()),
         )
@@ -78,7 +101,11 @@ def detect(head: list[dict], data: Data, source: str) -> Schema:
 
 
 def _columns(head: list[dict], name: str, given: dict[str, str]) -> tuple[dict[str, str], int]:
-    """The columns that stand for a format's fields in most of the rows, and in how many."""
+    """Find the columns that hold a format's fields.
+
+    Returns:
+        The column of each field, and the number of rows that have the columns of all required fields.
+    """
     fits = _TURNS.get(name, lambda value: True)
     columns = {}
     for field in (*FORMAT_FIELDS[name], *(field for field in OPTIONAL_FIELDS if _takes(name, field))):
@@ -92,11 +119,12 @@ def _columns(head: list[dict], name: str, given: dict[str, str]) -> tuple[dict[s
 
 
 def _takes(name: str, field: str) -> bool:
+    """Return whether a format has this optional field."""
     return field == "system" or (name, field) in {("alpaca", "input"), ("question-answer", "context")}
 
 
 def _turns(role: str, content: str) -> Callable[[object], bool]:
-    """Is a value a list of objects with these keys?"""
+    """Return a predicate that tells whether a value is a list of turns with the key `role_key`."""
 
     def fits(value: object) -> bool:
         turns = _listed(value)
@@ -109,7 +137,7 @@ _TURNS = {"messages": _turns("role", "content"), "sharegpt": _turns("from", "val
 
 
 def _listed(value: object) -> object:
-    """CSV and some Parquet files hold a list of turns as JSON text."""
+    """Return a list of turns that is JSON text, as in CSV and some Parquet files, as a list; other values unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value, object_pairs_hook=distinct)
@@ -118,13 +146,13 @@ def _listed(value: object) -> object:
     return value
 
 
-# Fields that other trainers use, and this one does not: their rows are trained on without them.
+# Fields that other trainers use and this one does not: rows are trained on without them.
 UNUSED_IN_ROW = ("tools", "functions", "reasoning_content", "reasoning", "thinking", "weight")
 UNUSED_IN_TURN = (*UNUSED_IN_ROW, "tool_calls", "function_call", "tool_call_id")
 
 
 def unused_fields(row: object, schema: Schema) -> set[str]:
-    """Names of fields that hold something and that no part of the training reads."""
+    """Return the names of the row's fields that hold something but are not used for training."""
     if not isinstance(row, dict):
         return set()
     found = {
@@ -141,7 +169,11 @@ def unused_fields(row: object, schema: Schema) -> set[str]:
 
 
 def conversation(row: dict, schema: Schema) -> list[dict]:
-    """One row as [{role, content}, ...]. Raises Unfit."""
+    """Return a row as [{role, content}, ...].
+
+    Raises:
+        UnusableRow: The row does not have the format, or one of its values is not text.
+    """
     if not isinstance(row, dict):
         raise Unfit("wrong_format", f"a row must be a JSON object, this is {type(row).__name__}")
     if None in row:
@@ -158,11 +190,16 @@ def conversation(row: dict, schema: Schema) -> list[dict]:
 
 
 def _said(role: str, content: object) -> dict:
+    """Return a message. Raises UnusableRow when its content is no text."""
     return {"role": role, "content": _text(content, role)}
 
 
 def _text(content: object, what: str) -> str:
-    """The text of one turn; OpenAI's list of text parts is joined."""
+    """Return the text of one turn; the parts of OpenAI's lists of text parts are joined.
+
+    Raises:
+        UnusableRow: The content is no text.
+    """
     if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         parts = [part.get("text") for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None if None in parts else parts
@@ -175,6 +212,7 @@ def _text(content: object, what: str) -> str:
 
 
 def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict]:
+    """Return a list of turns as messages. Raises UnusableRow when it is no such list."""
     turns = _listed(turns)
     if not isinstance(turns, list):
         raise Unfit("not_text", f"the conversation is {type(turns).__name__}, not a list of turns")
@@ -184,6 +222,7 @@ def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict]:
 
 
 def _turn(turn: object, role_key: str, content_key: str) -> dict:
+    """Return one turn as a message. Raises UnusableRow for unknown roles and for tool calls."""
     if not isinstance(turn, dict) or role_key not in turn:
         raise Unfit("wrong_format", f"a turn without {role_key!r}: {str(turn)[:60]}")
     if isinstance(turn, DuplicateKeys):
@@ -201,6 +240,7 @@ def _pair(question: object, answer: object) -> list[dict]:
 
 
 def _alpaca(row: dict) -> list[dict]:
+    """Return the messages of an instruction and its output; an input is appended to the instruction."""
     question, more = _text(row["instruction"], "instruction"), row.get("input")
     if more is not None and _text(more, "input").strip():
         question += ALPACA_INPUT + more
@@ -208,13 +248,14 @@ def _alpaca(row: dict) -> list[dict]:
 
 
 def _question_answer(row: dict) -> list[dict]:
+    """Return the messages of a question and its answer; a context is put before the question."""
     context = row.get("context")
     before = _text(context, "context") + "\n\n" if context not in (None, "") else ""
     return _pair(before + _text(row["question"], "question"), row["answer"])
 
 
 def _prompt_completion(row: dict) -> list[dict]:
-    """Texts, or lists of messages as TRL has them."""
+    """Return the messages of a prompt and completion, which are texts, or lists of messages as in TRL."""
     if _TURNS["messages"](row["prompt"]):
         return _read_turns(row["prompt"], "role", "content") + _read_turns(row["completion"], "role", "content")
     return _pair(row["prompt"], row["completion"])

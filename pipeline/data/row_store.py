@@ -1,4 +1,7 @@
-"""All rows of a data set between the workers and the outputs: token rows on disk, fingerprints in memory."""
+"""Store all rows of a data set between the workers and the outputs.
+
+Token ids and labels are on disk, and hashes of the rows are in memory.
+"""
 
 import json
 from collections.abc import Iterator
@@ -17,24 +20,40 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
-ROW_GROUP = 10_000  # rows of train.parquet that are written at once
+ROW_GROUP = 10_000  # rows that are read from the spool and written at once
 COLUMNS = ("part", "lines", "held", "lengths", "learned", "digests", "questions")
 
 
 class Spool:
-    """Takes the workers' results in order, decides what concerns all rows, writes the outputs without the rest.
+    """Collect the results of the workers in order, find rows to drop among all of them, and write the outputs.
 
-    folder: of the outputs; names: of the parts, as said in messages. After `close` each of COLUMNS is an array with one
-    entry a row: part and line it came from, held out, tokens, tokens that carry loss, fingerprints; `kept` says which stay.
+    After `close`, each of COLUMNS is an attribute: an array with one entry a row.
+
+    Attributes:
+        part: The number of the part that the row came from.
+        lines: Its line or row number there.
+        held: Whether it is held out.
+        lengths: Its number of tokens.
+        learned: Its number of tokens that carry loss.
+        digests: Its hash for exact duplicates.
+        questions: The hash of its question.
+        kept: Whether it is kept.
+        tally: What happened to all rows.
     """
 
     def __init__(self, folder: Path, names: list[str]):
+        """Open the spool.
+
+        Args:
+            folder: The folder of the outputs.
+            names: The names of the parts in messages.
+        """
         import pyarrow as pa
 
         self.folder, self.names, self.tally = folder, names, Tally()
         self.at = folder / "spool"
         self.at.mkdir(parents=True)
-        self._texts: list[bytes] = []  # of held-out rows
+        self._texts: list[bytes] = []  # of held-out rows, as JSON
         self.questions_asked: list[str] = []  # of the first training rows
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self._rows = pa.ipc.new_file(str(self.at / "rows.arrow"), trained.schema())
@@ -42,7 +61,7 @@ class Spool:
         self._rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
 
     def add(self, done: Done) -> None:
-        """One chunk."""
+        """Write the rows of one chunk to the spool."""
         self.tally.add(done.tally)
         self._note(done.tally.notes)
         ends = np.concatenate([[0], np.cumsum(done.lengths)])
@@ -59,7 +78,7 @@ class Spool:
         self._rejected.writelines(json.dumps(note, ensure_ascii=False) + "\n" for note in notes)
 
     def close(self) -> None:
-        """No more chunks."""
+        """Close the spool after the last chunk, and make the columns."""
         self._rows.close()
         self._signatures.close()
         self._rejected.flush()
@@ -68,10 +87,17 @@ class Spool:
         self.kept = np.ones(len(self.lines), dtype=bool)
 
     def where(self, row: int) -> str:
+        """Return the place of a row for messages, such as rows.jsonl:12."""
         return f"{self.names[self.part[row]]}:{self.lines[row]}"
 
     def decide(self, clean: Clean, split: bool) -> None:
-        """Drop duplicates and leaking rows. split: held-out rows were split off here; else they are used as they are."""
+        """Mark duplicates, and training rows that leak held-out ones, as dropped.
+
+        Args:
+            clean: The section of the config that says which of them to drop.
+            split: Whether the held-out rows were split off here and so may be dropped as duplicates; held-out rows that
+                the user gave are used as they are.
+        """
         self._repeated: dict[int, dict] = {}
         signatures = np.fromfile(self.at / "signatures", np.uint16).reshape(-1, duplicates.PERMUTATIONS)
         compared = np.flatnonzero(~self.held | split)
@@ -89,7 +115,7 @@ class Spool:
             self._drop("leaked", duplicates.near(signatures, clean.leakage, np.flatnonzero(self.kept), self.held))
 
     def _drop(self, reason: str, found: dict[int, tuple[int, float]]) -> None:
-        """found: {row: (the row that it repeats, similarity)}"""
+        """Mark rows as dropped, given as {row: (the row that it repeats, similarity)}."""
         for row, (other, alike) in sorted(found.items()):
             self.kept[row] = False
             detail = f"{'equal to' if alike == 1 else f'{alike:.2f} like'} {self.where(other)}"
@@ -98,7 +124,11 @@ class Spool:
             self.tally.examples.setdefault(reason, f"{self.where(row)}: {detail}")
 
     def write(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Path]:
-        """train.parquet, heldout.jsonl, the rest of rejected.jsonl; the spool goes."""
+        """Write train.parquet, heldout.jsonl and the rest of rejected.jsonl, and remove the spool.
+
+        Returns:
+            The outputs by name.
+        """
         from pyarrow import parquet
 
         outputs = {
@@ -106,9 +136,11 @@ class Spool:
         }
         texts = iter(self._texts)
         with (
-            files.writing(outputs["train"]) as train, files.writing(outputs["heldout"]) as held, held.open("wb") as out,
+            files.writing(outputs["train"]) as train,
+            files.writing(outputs["heldout"]) as held,
+            held.open("wb") as out,
             parquet.ParquetWriter(train, trained.schema(), compression="zstd") as writer,
-        ):  # fmt: skip
+        ):
             for table, numbers in self._groups():
                 writer.write_table(table.filter(self.kept[numbers] & ~self.held[numbers]), ROW_GROUP * 2)
                 self._write_held(out, table.filter(self.held[numbers]), numbers[self.held[numbers]], texts)
@@ -118,7 +150,7 @@ class Spool:
         return outputs
 
     def _groups(self) -> Iterator[tuple["pa.Table", np.ndarray]]:
-        """The spool in pieces of about ROW_GROUP rows, with the rows' numbers."""
+        """Yield the spool in tables of about GROUP_ROWS rows, each with the numbers of its rows."""
         import pyarrow as pa
 
         with pa.OSFile(str(self.at / "rows.arrow")) as source:
@@ -131,12 +163,14 @@ class Spool:
                     batches, at = [], at + count
 
     def _write_held(self, out, table: "pa.Table", numbers: np.ndarray, texts: Iterator[bytes]) -> None:
+        """Write the held-out rows of a table that are kept, and take the texts of all its held-out rows."""
         for number, row in zip(numbers, table.to_pylist(), strict=True):
             line = {**row, **json.loads(next(texts))}
             if self.kept[number]:
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def _note_repeated(self, table: "pa.Table", numbers: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """Write the rows of a table that repeat another row to rejected.jsonl."""
         for place, number in enumerate(numbers.tolist()):
             if number in self._repeated:
                 text = tokenizer.decode(table["input_ids"][place].as_py())
@@ -146,7 +180,12 @@ class Spool:
 
 
 def _batch(done: Done, ends: np.ndarray) -> "pa.RecordBatch":
-    """A chunk's tokens and labels as Arrow. ends: where each row's tokens begin, and the end of the last."""
+    """Return the token ids and labels of a chunk as an Arrow batch.
+
+    Args:
+        chunk: The kept rows.
+        row_offsets: Where the tokens of each row begin, and where those of the last one end.
+    """
     import pyarrow as pa
 
     offsets = pa.array(ends.astype(np.int32))

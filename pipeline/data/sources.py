@@ -1,4 +1,4 @@
-"""Rows out of files, folders and Hub data sets, in order, each with the line or row number it stands at."""
+"""Read rows from files, folders and Hub data sets, in order, each with its line or row number."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,15 @@ LOCAL_SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d{0,15}):(?P<stop>\d{0,1
 
 @dataclass(frozen=True)
 class Part:
-    """One file, or one split of a Hub data set. name: as said in messages; path: of a file; rows: first, last + 1."""
+    """A part of a data set: one file, or one split of a Hub data set.
+
+    Attributes:
+        name: The name of the part in messages.
+        path: The file; None for a split of a Hub data set.
+        hub_rows: The loaded split of a Hub data set; None for a file.
+        start: The index of the first row.
+        stop: The index behind the last row; None: to the end.
+    """
 
     name: str
     path: Path | None = None
@@ -29,7 +37,11 @@ class Part:
     stop: int | None = None
 
     def items(self) -> Iterator[Item]:
-        """The rows. Raises UserError where the file itself is damaged."""
+        """Yield the rows, each with its line or row number.
+
+        Raises:
+            UserError: The file itself is damaged.
+        """
         return islice(
             _hub_items(self.hub) if self.path is None else file_formats.items(self.path), self.start, self.stop
         )
@@ -37,7 +49,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """parts: in order; inputs: sha256 of each local file; facts: what a record says of a Hub data set."""
+    """The rows that a setting names.
+
+    Attributes:
+        parts: The files or the split, in order.
+        inputs: The sha256 of each local file, by its path.
+        facts: What the record says about a Hub data set; empty for files.
+    """
 
     parts: list[Part]
     inputs: dict[str, str]
@@ -45,12 +63,16 @@ class Source:
 
 
 def training(data: Data) -> Source:
-    """What data.source and data.split name."""
+    """Load the rows that data.source and data.split name."""
     return _source(data.source, data.split, data)
 
 
 def validation(data: Data) -> Source | None:
-    """data.validation: a file, a folder, or a split of the same Hub data set; or the validation files of a folder."""
+    """Load the held-out rows that the user gives; None where they are split off from the training rows.
+
+    They are those of data.validation (a file, a folder, or a split of the same Hub data set), or the validation files
+    of the folder data.source.
+    """
     if data.validation:
         same = is_hub_dataset(data.source) and LOCAL_SPLIT.match(data.validation) and not Path(data.validation).exists()
         if same:
@@ -63,7 +85,17 @@ def validation(data: Data) -> Source | None:
 
 
 def _source(source: str, split: str, data: Data, setting: str = "data.source") -> Source:
-    """setting: where the user wrote it."""
+    """Load the rows of one split of a data set.
+
+    Args:
+        source: A file, a folder, or the id of a Hub data set.
+        split: The split: a name, or NAME[FIRST:LAST] in rows.
+        data: The section of the config.
+        setting: The setting that names `source`, for messages.
+
+    Raises:
+        UserError: The source is missing or of no known kind, or has no such split.
+    """
     if is_hub_dataset(source):
         return _from_hub(source, split, data)
     path = expand_source_path(source)
@@ -92,7 +124,10 @@ def _source(source: str, split: str, data: Data, setting: str = "data.source") -
 
 
 def _of_split(folder: Path, split: str) -> list[Path]:
-    """A folder's files of one split, such as train.jsonl or train-00000-of-00002.parquet, in order of their names."""
+    """Return a folder's files of one split, in order of their names.
+
+    Such as train.jsonl, or train-00000-of-00002.parquet and those after it.
+    """
     files_there = sorted(p for p in folder.iterdir() if p.is_file() and row_file_suffix(p) in ROW_FILE_SUFFIXES)
     for name in SPLITS.get(split, (split,)):
         if found := [p for p in files_there if re.match(rf"{re.escape(name)}(?![a-zA-Z])", p.name)]:
@@ -101,6 +136,11 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 
 
 def _local(paths: list[Path], rows: slice, folder: Path | None) -> Source:
+    """Return the rows of local files, with the files' hashes.
+
+    Raises:
+        UserError: There are too many files, or rows are to be cut from several of them.
+    """
     if rows != slice(0, None) and len(paths) > 1 and rows != slice(None):
         raise UserError(
             f"data.split cuts rows, and {folder} has {len(paths)} files", "name one file in data.source, or no rows"
@@ -119,6 +159,7 @@ def _local(paths: list[Path], rows: slice, folder: Path | None) -> Source:
 
 
 def _from_hub(source: str, split: str, data: Data) -> Source:
+    """Load one split of a Hub data set, from the cache where the Hub cannot be reached."""
     from datasets import load_dataset
     from httpx import HTTPError
     from huggingface_hub import HfApi
@@ -127,13 +168,14 @@ def _from_hub(source: str, split: str, data: Data) -> Source:
     cause, revision = None, data.revision
     try:
         revision = HfApi().dataset_info(source, revision=revision).sha
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # offline: what is in the cache decides
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # offline: load_dataset tries the cache
         cause = error
     try:
         rows = load_dataset(source, data.subset, revision=revision, split=split)
-    except Exception as error:  # load_dataset lets every library's errors through; all mean the same to a user
+    except Exception as error:  # load_dataset raises the errors of all its libraries; they mean the same to a user
         raise UserError(
-            f"the data set {source} cannot be loaded: {(str(cause or error).strip() or type(error).__name__).splitlines()[0][:300]}",
+            f"the data set {source} cannot be loaded: "
+            f"{(str(cause or error).strip() or type(error).__name__).splitlines()[0][:300]}",
             "check data.source, subset, revision and split, the network and HF_TOKEN; a local file ends in "
             + ", ".join(ROW_FILE_SUFFIXES),
         ) from error
@@ -142,6 +184,7 @@ def _from_hub(source: str, split: str, data: Data) -> Source:
 
 
 def _hub_items(rows) -> Iterator[Item]:
+    """Yield the rows of a loaded Hub data set, read 500 at a time, each with its row number."""
     for start in range(0, len(rows), 500):
         for offset, row in enumerate(rows.select(range(start, min(start + 500, len(rows)))).to_list()):
             yield start + offset + 1, row

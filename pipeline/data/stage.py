@@ -1,9 +1,9 @@
-"""data: rows in; token ids, labels and held-out questions out, every row that is lost accounted for.
+"""Run the stage `data`: turn rows into token ids, labels and held-out rows, and account for every row that is dropped.
 
-    read -> schema -> clean -> mask (in chunks, on all cores) -> spool -> duplicates, leakage -> write -> report
+    read -> detect format -> clean -> mask (in chunks, on all cores) -> spool -> duplicates, leakage -> write -> report
 
-What concerns all rows at once is decided on fingerprints, and the spool is copied without the rows that fall away: so
-memory grows by some 400 bytes a row, whatever the rows' length.
+Checks that compare all rows use hashes only, and the rows that are kept are then copied from the spool. Memory use
+therefore grows by about 400 bytes a row, whatever the length of the rows.
 """
 
 import json
@@ -34,10 +34,15 @@ from pipeline.run.run_folder import Run
 
 
 def stage(config: Config, run: Run, processes: int | None = None) -> dict:
-    """Write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and the record.
+    """Write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and return the record.
 
-    processes: how many work on the rows (none: one a core); the result does not depend on it. Raises UserError when the
-    source, the template or too many of the rows cannot be used.
+    Args:
+        config: The whole config.
+        run: The run to write to; its folder data/ is emptied first.
+        processes: The number of processes that work on the rows; None: one a core. The result does not depend on it.
+
+    Raises:
+        UserError: The source, the template or too many of the rows cannot be used.
     """
     folder = run.folder / "data"
     files.remove(folder)
@@ -68,18 +73,37 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     ]
     beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
     return run.write(
-        "data", (), outputs | beside | licence(base, folder / "licence"), inputs=sources.inputs, dataset=sources.facts,
-        formats=sources.formats(), fingerprints={name: fingerprint.of(Path(name)) for name in sources.inputs}, base=describe_base(config.base, base), warnings=said,
-        chat={"end": chat_format.ends, "scaffold": chat_format.scaffolds[0], "system": chat_format.system, "joined": chat_format.joined},
-        default_system=system.default, rows_keep_their_system=config.data.system == system_prompt.NONE, has_input=sources.has_input(),
-        smoke_prompts=list(smoke_prompts), **facts,
-    )  # fmt: skip
+        "data",
+        (),
+        outputs | beside | licence(base, folder / "licence"),
+        inputs=sources.inputs,
+        dataset=sources.facts,
+        formats=sources.formats(),
+        fingerprints={name: fingerprint.of(Path(name)) for name in sources.inputs},
+        base=describe_base(config.base, base),
+        warnings=said,
+        chat={
+            "end": chat_format.ends,
+            "scaffold": chat_format.scaffolds[0],
+            "system": chat_format.system,
+            "joined": chat_format.joined,
+        },
+        default_system=system.default,
+        rows_keep_their_system=config.data.system == system_prompt.NONE,
+        has_input=sources.has_input(),
+        smoke_prompts=list(smoke_prompts),
+        **facts,
+    )
 
 
 def settings_of(
     config: Config, chat_format: chat_template.Chat, tokenizer: Path, sources: "Sources"
 ) -> process_rows.Settings:
-    """What a worker needs, with the refusal that format and template do not fit each other."""
+    """Return the settings of the workers.
+
+    Raises:
+        UserError: The rows are plain text, and the template puts turns around it.
+    """
     formats = {found.format for _, _, found in sources.parts}
     if "text" in formats and not chat_format.raw:
         raise UserError(
@@ -87,15 +111,18 @@ def settings_of(
             "set data.template to completion, or map the columns of questions and answers in data.columns",
         )
     return process_rows.Settings(
-        tokenizer=tokenizer, chat=chat_format, clean=config.clean, every_turn=config.data.labels == "all",
+        tokenizer=tokenizer,
+        chat=chat_format,
+        clean=config.clean,
+        every_turn=config.data.labels == "all",
         system=None if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE) else config.data.system,
         limit=config.base.max_seq_length,
         validation_share=None if sources.held else config.data.validation_share,
-    )  # fmt: skip
+    )
 
 
 def gathered(sources: "Sources", settings: process_rows.Settings, folder: Path, processes: int) -> row_store.Spool:
-    """All rows, cleaned and masked, in the spool."""
+    """Clean and mask all rows, and return them in a spool that is closed."""
     rows = row_store.Spool(folder, [part.name for part, _, _ in sources.parts])
     with console.progress(0, "cleaning and tokenizing") as tick:
         for done in process_rows.through(sources.chunks(), settings, processes):
@@ -106,7 +133,7 @@ def gathered(sources: "Sources", settings: process_rows.Settings, folder: Path, 
 
 
 def refuse_long_prompts(tokenizer, prompts: Sequence[str], system: str | None, config: Config) -> None:
-    """Raise UserError where a smoke prompt, its system prompt included, does not fit the model or a manifest."""
+    """Raise UserError when a smoke prompt and its system prompt together are too long for the model or a manifest."""
     most = min(config.base.max_seq_length, limits.MAX_PROMPT_TOKENS)
     before = [{"role": "system", "content": system}] if system else []
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
@@ -114,13 +141,22 @@ def refuse_long_prompts(tokenizer, prompts: Sequence[str], system: str | None, c
         text = chat_format.render(tokenizer.chat_template, [*before, {"role": "user", "content": prompt}], bos, eos)
         if (tokens := len(tokenizer.encode(text, add_special_tokens=False))) > most:
             raise UserError(
-                f"the smoke prompt {shown(prompt, 60)!r} has {tokens:,} tokens with its system prompt, at most {most:,} fit",
+                f"the smoke prompt {shown(prompt, 60)!r} has {tokens:,} tokens with its system prompt, "
+                f"at most {most:,} fit",
                 "shorten generation.smoke_prompts or data.system, or raise base.max_seq_length",
             )
 
 
 class Sources:
-    """The parts of the data set with their formats. parts: (part, held out as a whole?, schema)."""
+    """All parts of the data set, training and validation, with their formats.
+
+    Attributes:
+        parts: (part, whether it is held out as a whole, format) of each part.
+        has_validation: Whether the user gives the held-out rows.
+        first_rows: The first rows of each part.
+        inputs: The sha256 of each local file, by its path.
+        facts: What the record says about a Hub data set.
+    """
 
     def __init__(self, data: Data):
         training, held = sources.training(data), sources.validation(data)
@@ -138,18 +174,19 @@ class Sources:
         self.facts = {"training": training.facts, "validation": held.facts if held else {}}
 
     def formats(self) -> list[str]:
-        """One sentence a part: which format, and why."""
+        """Return a sentence for each part that says which format it has and why."""
         return [f"{part.name}: {found.format} ({found.evidence})" for part, _, found in self.parts]
 
     def has_input(self) -> bool:
-        """Do rows have an instruction and an input, which go into one user message?"""
+        """Return whether rows have an instruction and an input, which become one user message."""
         return any(found.format == "alpaca" and "input" in found.columns for _, _, found in self.parts)
 
     def reasoning(self) -> bool:
-        """Do answers hold a thinking block of their own?"""
+        """Return whether rows hold a thinking block of their own."""
         return any("</think>" in json.dumps(row, default=repr, skipkeys=True) for head in self.heads for row in head)
 
     def chunks(self) -> Iterator[process_rows.Chunk]:
+        """Read all rows and yield them in chunks."""
         for number, (part, held, found) in enumerate(self.parts):
             items = part.items()
             while some := list(islice(items, process_rows.CHUNK)):
@@ -157,7 +194,11 @@ class Sources:
 
 
 def heads(part: sources.Part) -> list[dict]:
-    """The first rows that can be read, for the format. Raises UserError when there is none."""
+    """Return the rows that can be parsed among the first ones of a part, to detect its format.
+
+    Raises:
+        UserError: None of them can be parsed.
+    """
     rows, faults = [], []
     for line, payload in islice(part.items(), row_formats.HEAD):
         try:
@@ -175,7 +216,7 @@ def heads(part: sources.Part) -> list[dict]:
 
 
 def licence(base: Path, folder: Path) -> dict[str, Path]:
-    """The base's licence files, which whoever publishes a derivative passes on; by name of output."""
+    """Copy the base model's licence files, which a published derivative must include; return them by name of output."""
     made = {}
     for path in licences.files_of(base):
         made[f"licence/{path.name}"] = folder / path.name
@@ -185,15 +226,21 @@ def licence(base: Path, folder: Path) -> dict[str, Path]:
 
 
 def describe_base(base: Base, source: Path) -> dict:
-    """What the manifest says of the base model; its licence in its own words, else in the config's."""
+    """Return what the manifest says about the base model. Its own metadata about the licence precedes the config's."""
     if source.is_file():
         meta = restore_gguf.read_metadata(source)
         return {
-            "model": base.model, "revision": restore_gguf.hash_gguf(source), "architecture": meta["general.architecture"],
-            "license": meta.get("general.license") or base.license, "name": meta.get("general.basename") or source.stem,
-        }  # fmt: skip
+            "model": base.model,
+            "revision": restore_gguf.hash_gguf(source),
+            "architecture": meta["general.architecture"],
+            "license": meta.get("general.license") or base.license,
+            "name": meta.get("general.basename") or source.stem,
+        }
     revision = source.name if "snapshots" in source.parts else None
     return {
-        "model": base.model, "revision": revision or base.revision, "architecture": model_config.read_architecture(source),
-        "license": base.license, "name": base.model.rstrip("/").split("/")[-1],
-    } | {key: value for key, value in licences.read_card(source).items() if value}  # fmt: skip
+        "model": base.model,
+        "revision": revision or base.revision,
+        "architecture": model_config.read_architecture(source),
+        "license": base.license,
+        "name": base.model.rstrip("/").split("/")[-1],
+    } | {key: value for key, value in licences.read_card(source).items() if value}

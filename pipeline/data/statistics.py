@@ -1,4 +1,4 @@
-"""What `data` says: counts, lengths, packing, steps, cautions, refusals, and a look at single rows."""
+"""Report on prepared rows: counts, lengths, packing, steps, warnings, refusals, and previews of single rows."""
 
 import math
 from bisect import bisect_right
@@ -26,7 +26,7 @@ BARS = " ▏▎▍▌▋▊▉█"
 
 
 def refuse_broken(tally: "Tally", clean: Clean, rejected: Path) -> None:
-    """Raises UserError when more rows are broken than clean.max_rejected allows."""
+    """Raise UserError when more rows are broken than clean.max_rejected allows."""
     broken = {reason: count for reason, count in tally.dropped.items() if reason in BROKEN}
     count = sum(broken.values())
     if count > clean.max_rejected * tally.rows or count == tally.rows:
@@ -42,7 +42,7 @@ def refuse_broken(tally: "Tally", clean: Clean, rejected: Path) -> None:
 
 
 def list_places(places: list[str], count: int) -> str:
-    """`rows.jsonl:3, 7-12`: line numbers, the file's name once."""
+    """Return places of rows as text, each file's name once, such as `rows.jsonl:3, 7-12`."""
     by_file: dict[str, list[int]] = {}
     for place in places:
         name, _, line = place.rpartition(":")
@@ -52,7 +52,7 @@ def list_places(places: list[str], count: int) -> str:
 
 
 def runs_of(lines: list[int]) -> list[str]:
-    """[3, 7, 8, 9] as 3 and 7-9."""
+    """Return line numbers with runs joined: [3, 7, 8, 9] as 3 and 7-9."""
     runs: list[list[int]] = []
     for line in lines:
         if runs and line == runs[-1][1] + 1:
@@ -63,57 +63,73 @@ def runs_of(lines: list[int]) -> list[str]:
 
 
 def describe_system(system: "SystemPrompt", chat: "Chat") -> list[str]:
-    """What a user should know of the default system prompt."""
+    """Return sentences about the default system prompt that a user should know."""
     said = [system.note] if system.note else []
     if system.default and not chat.system:
         said.append("the chat template drops system prompts, so the default one has no effect")
     if system.default and (why := unsayable(system.default)):
         said.append(
-            f"Ollama's Modelfile {why}: the default system prompt needs a chat template that a TEMPLATE can hold (docs/templates.md)"
+            f"Ollama's Modelfile {why}: the default system prompt needs a chat template "
+            "that a TEMPLATE can hold (docs/templates.md)"
         )
     return said
 
 
 def refuse_empty(rows: "Spool", config: Config) -> None:
-    """Raises UserError when nothing is left to train on, or to be judged by."""
+    """Raise UserError when no training row or no held-out row is left."""
     train, held = int((rows.kept & ~rows.held).sum()), int((rows.kept & rows.held).sum())
     if not train or not held:
         questions = len(np.unique(rows.questions))
         raise UserError(
-            f"{train} training and {held} held-out rows are left of {rows.tally.rows} ({questions} different questions; dropped: {_counts(rows.tally.dropped) or 'none'})",
+            f"{train} training and {held} held-out rows are left of {rows.tally.rows} "
+            f"({questions} different questions; dropped: {_counts(rows.tally.dropped) or 'none'})",
             "more rows, a larger data.validation_share (a question never stands on both sides), or data.validation",
         )
 
 
 def facts(rows: "Spool", config: Config) -> dict:
-    """The record's numbers."""
+    """Return the numbers that the record holds."""
     train = rows.kept & ~rows.held
     lengths = np.sort(rows.lengths[train])
     total, learned = int(lengths.sum()), int(rows.learned[train].sum())
     limit, packs = config.base.max_seq_length, packed(lengths, config.base.max_seq_length)
     return {
         "rows": {
-            "read": rows.tally.rows, "train": len(lengths), "heldout": int((rows.kept & rows.held).sum()),
+            "read": rows.tally.rows,
+            "train": len(lengths),
+            "heldout": int((rows.kept & rows.held).sum()),
             "dropped": sum(rows.tally.dropped.values()),
         },
-        "dropped": dict(rows.tally.dropped.most_common()), "changed": dict(rows.tally.changed.most_common()),
-        "findings": dict(rows.tally.findings.most_common()), "unused": dict(rows.tally.unused.most_common()), "truncated": dict(rows.tally.truncated),
+        "dropped": dict(rows.tally.dropped.most_common()),
+        "changed": dict(rows.tally.changed.most_common()),
+        "findings": dict(rows.tally.findings.most_common()),
+        "unused": dict(rows.tally.unused.most_common()),
+        "truncated": dict(rows.tally.truncated),
         "tokens": {
-            "train": total, "loss": learned, "p50": int(_at(lengths, 0.5)), "p95": int(_at(lengths, 0.95)), "max": int(lengths[-1]),
+            "train": total,
+            "loss": learned,
+            "p50": int(_at(lengths, 0.5)),
+            "p95": int(_at(lengths, 0.95)),
+            "max": int(lengths[-1]),
         },
-        "packing": {"packs": packs, "full": round(total / (packs * limit), 4), "unpacked_full": round(total / (len(lengths) * limit), 4)},
+        "packing": {
+            "packs": packs,
+            "full": round(total / (packs * limit), 4),
+            "unpacked_full": round(total / (len(lengths) * limit), 4),
+        },
         "steps": steps(config.finetune, len(lengths)),
-        "max_seq_length": limit, "histogram": histogram(lengths),
-    }  # fmt: skip
+        "max_seq_length": limit,
+        "histogram": histogram(lengths),
+    }
 
 
 def _at(lengths: np.ndarray, share: float) -> int:
-    """The length that `share` of the rows do not exceed."""
+    """Return the length that `share` of the rows do not exceed; `lengths` are sorted."""
     return lengths[min(len(lengths) - 1, math.ceil(share * len(lengths)) - 1)]
 
 
 def packed(lengths: np.ndarray, limit: int) -> int:
-    """Sequences of at most `limit` tokens that rows of these (sorted) lengths fit into, longest first, best fit."""
+    """Return how many sequences of at most `limit` tokens the rows fill, packed longest first, best fit."""
     left = Counter(lengths.tolist())
     there, packs = sorted(left), 0
     while there:
@@ -130,14 +146,14 @@ def packed(lengths: np.ndarray, limit: int) -> int:
 
 
 def steps(tune: Finetune, rows: int) -> int | None:
-    """Optimizer steps; None where the rows of a step are left to the card."""
+    """Return the number of optimizer steps; None where the global batch size depends on the GPU."""
     if tune.max_steps or tune.train_batch_size == "auto":
         return tune.max_steps
     return math.ceil(math.ceil(tune.num_train_epochs * rows) / tune.train_batch_size)
 
 
 def histogram(lengths: np.ndarray) -> list[list[int]]:
-    """[from, to, rows] in up to 12 bins of a round width, tokens."""
+    """Return [from, to, rows] of up to 12 bins of a round width in tokens; `lengths` are sorted."""
     width = max(1, math.ceil(int(lengths[-1]) / 12))
     width = next(w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62) if w >= width)
     bins = enumerate(np.bincount(lengths // width))
@@ -145,16 +161,18 @@ def histogram(lengths: np.ndarray) -> list[list[int]]:
 
 
 def cautions(facts: dict, config: Config, chat: "Chat") -> list[str]:
-    """What a user should know before paying, with numbers."""
+    """Return warnings, with numbers, that a user should know before paying for a training."""
     rows, cut, said = facts["rows"], facts["truncated"], []
     if cut:
         tokens = cut["tokens"] / (cut["tokens"] + facts["tokens"]["train"])
         said.append(
-            f"{cut['rows']} rows ({cut['rows'] / rows['read']:.1%}; {tokens:.1%} of the tokens) are cut at {facts['max_seq_length']} tokens and lose their end token"
+            f"{cut['rows']} rows ({cut['rows'] / rows['read']:.1%}; {tokens:.1%} of the tokens) "
+            f"are cut at {facts['max_seq_length']} tokens and lose their end token"
         )
     if chat.ends[0] != chat.eos:
         said.append(
-            f"answers end with {chat.ends[0]}, the tokenizer's end token is {chat.eos or 'none'}: runtimes must stop at the first"
+            f"answers end with {chat.ends[0]}, the tokenizer's end token is {chat.eos or 'none'}: "
+            "runtimes must stop at the first"
         )
     if chat.scaffolds[0].strip():
         said.append(f"the model learns to write {chat.scaffolds[0]!r} before each answer: the template has it there")
@@ -164,14 +182,16 @@ def cautions(facts: dict, config: Config, chat: "Chat") -> list[str]:
         )
     if facts["findings"]:
         said.append(
-            f"found in rows: {_counts(facts['findings'])}; clean.secrets and clean.personal: mask or drop takes them out"
+            f"found in rows: {_counts(facts['findings'])}; "
+            "clean.secrets and clean.personal: mask or drop takes them out"
         )
     if facts["unused"]:
         said.append(f"not trained on: {_counts(facts['unused'])}; the rows are used without them")
     too_long = facts["dropped"].get("too_long", 0)
     if too_long:
         said.append(
-            f"{too_long} rows ({too_long / rows['read']:.1%}) are longer than {facts['max_seq_length']} tokens and were dropped: raise base.max_seq_length, or set clean.too_long to truncate"
+            f"{too_long} rows ({too_long / rows['read']:.1%}) are longer than {facts['max_seq_length']} tokens "
+            "and were dropped: raise base.max_seq_length, or set clean.too_long to truncate"
         )
     return said
 
@@ -181,7 +201,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def table(record: dict) -> str:
-    """The record's numbers for a terminal."""
+    """Return the numbers of a record as lines for a terminal."""
     rows, tokens, packing, limit = record["rows"], record["tokens"], record["packing"], record["max_seq_length"]
     width = max(map(len, [*record["dropped"], ""]))
     lines = [("format", text) for text in record["formats"]]
@@ -195,13 +215,19 @@ def table(record: dict) -> str:
     lines.append(
         (
             "tokens",
-            f"{tokens['train']:,}, {tokens['loss'] / tokens['train']:.0%} carry loss; a row: p50 {tokens['p50']}, p95 {tokens['p95']}, longest {tokens['max']}",
+            (
+                f"{tokens['train']:,}, {tokens['loss'] / tokens['train']:.0%} carry loss; "
+                f"a row: p50 {tokens['p50']}, p95 {tokens['p95']}, longest {tokens['max']}"
+            ),
         )
     )
     lines.append(
         (
             "packing",
-            f"{packing['packs']:,} sequences of {limit} tokens, {packing['full']:.1%} full; {packing['unpacked_full']:.1%} full one row each",
+            (
+                f"{packing['packs']:,} sequences of {limit} tokens, {packing['full']:.1%} full; "
+                f"{packing['unpacked_full']:.1%} full one row each"
+            ),
         )
     )
     lines.append(
@@ -219,7 +245,7 @@ def table(record: dict) -> str:
 
 
 def bars(histogram: list[list[int]]) -> list[str]:
-    """Rows by tokens, as bars of text."""
+    """Return a histogram of the rows' tokens as bars of text."""
     most = max(count for _, _, count in histogram)
     lines = []
     for first, last, count in histogram:
@@ -230,7 +256,7 @@ def bars(histogram: list[list[int]]) -> list[str]:
 
 
 def preview(rows: list[dict], tokenizer) -> str:
-    """Rows as text; what carries loss is green, or stands in »« without colour."""
+    """Return rows as text, in which the tokens that carry loss are green and between »«."""
 
     def shown(row: dict, number: int) -> str:
         pieces = []

@@ -1,8 +1,8 @@
-"""Smoke prompts that look like the rows, and hold no row's text.
+"""Make smoke prompts that look like the rows but repeat no row's text.
 
-A smoke prompt enters the manifest, so it may not repeat a user's words. It is a chain of words that each occur in several
-rows; no three words in a row are taken from fewer rows than that; digits and codes are drawn anew. Of many such chains the
-most usual ones are taken.
+A smoke prompt becomes part of the manifest, so it must not repeat a user's words. It is a chain of words. Each of its
+words, and each three words that follow each other, occur in at least SHARED_BY rows; digits and codes are drawn anew.
+Of many such chains the most probable ones are taken.
 """
 
 import math
@@ -15,7 +15,7 @@ from itertools import pairwise
 from contract.chat_format import ALPACA_INPUT
 from pipeline.data import personal_data
 
-SHARED_BY = 5  # rows that must have a word, and three words that stand together
+SHARED_BY = 5  # rows that must have a word, or three words that follow each other
 TRIES = 20_000  # 0.3 s for 2,000 rows
 LEAST, MOST = 4, 25  # words of a prompt
 START, END = "<start>", "<end>"
@@ -24,7 +24,13 @@ GENERAL = ("What can you do?", "Say hello in one sentence.", "Name three colours
 
 @dataclass(frozen=True)
 class WordStatistics:
-    """Of the rows: how many have a word, three words together; and how often a word follows another."""
+    """Word counts of the rows.
+
+    Attributes:
+        rows_with: Rows that have a word.
+        rows_with_three: Rows that have three words in this order.
+        followers: How often a word follows another.
+    """
 
     rows_with: Counter
     rows_with_three: Counter
@@ -32,9 +38,9 @@ class WordStatistics:
 
 
 def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
-    """Up to `count` prompts in the manner of `questions`, which begin differently; fewer where the rows share too little.
+    """Return up to `count` prompts like `questions`, each with another first word; fewer if the rows share too little.
 
-    A question with a secret or personal data lends no words: an address in everybody's signature is in many rows.
+    Questions with a secret or personal data are left out: an address in everybody's signature is in many rows.
     """
     plain = [
         question for question in questions if not (personal_data.secrets(question) or personal_data.personal(question))
@@ -51,6 +57,7 @@ def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
 
 
 def count_words(rows: list[list[str]]) -> WordStatistics:
+    """Count the words of the rows."""
     rows_with = Counter(word for row in rows for word in {START, END, *row})
     rows_with_three: Counter = Counter()
     followers: dict[str, Counter] = defaultdict(Counter)
@@ -64,7 +71,7 @@ def count_words(rows: list[list[str]]) -> WordStatistics:
 
 
 def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str] | None:
-    """A chain of words from START to END; None where it ends nowhere, repeats itself, or would quote a row."""
+    """Draw a chain of words; return None where it does not end, repeats a word, has a wrong length, or quotes a row."""
     words, word = [], START
     while len(words) <= MOST:
         choices = statistics.followers.get(word)
@@ -83,20 +90,20 @@ def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str
 
 
 def usualness(words: tuple[str, ...], statistics: WordStatistics) -> float:
-    """Mean log-probability of a word after the one before it."""
+    """Return the mean log-probability of each word, given the word before it."""
     whole = [START, *words, END]
     logs = [math.log(statistics.followers[a][b] / statistics.rows_with[a]) for a, b in pairwise(whole)]
     return sum(logs) / len(logs)
 
 
 def to_words(text: str) -> list[str]:
-    """Words and line breaks, with every digit as 0 and the letters of a code as A: `K4821` is `A0000`."""
+    """Return the words and line breaks of a text; words with a digit become codes of 0 and A: `K4821` is `A0000`."""
     words = re.findall(r"\n+|[^\s]+", text.replace(ALPACA_INPUT, f" {ALPACA_INPUT.strip()} "))
     return [re.sub(r"\d", "0", re.sub(r"[A-Z]", "A", word)) if re.search(r"\d", word) else word for word in words]
 
 
 def to_text(words: list[str], generator: random.Random) -> str:
-    """The words as text, with new digits and letters in codes."""
+    """Return the words as text, with random digits and letters in codes."""
 
     def draw(match: re.Match) -> str:
         return str(generator.randrange(10)) if match[0] == "0" else generator.choice("BCDFGHKLMNPRTVWX")

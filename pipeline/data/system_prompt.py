@@ -1,7 +1,7 @@
-"""The default system prompt: what every runtime puts in front of a conversation that brings none.
+"""Choose the default system prompt, which every runtime puts before a conversation that has none.
 
-A model that was trained behind a system prompt answers badly without it, so what the rows share becomes the default; where
-they share none, the user chooses.
+A model that was trained with a system prompt answers badly without it. The prompt that the rows share therefore becomes
+the default; where they share none, the user chooses.
 """
 
 from collections import Counter
@@ -9,28 +9,34 @@ from dataclasses import dataclass
 
 from common.errors import UserError, shown
 
-FROM_ROWS, NONE = "from-rows", "none"  # values of data.system that are no prompt
-SHARED = 0.9  # share of rows from which one prompt, or none, is the rows' own
-FEW = 5  # different prompts among which the most frequent one is the default, where every row has one
+FROM_ROWS, NONE = "from-rows", "none"  # values of data.system that are not a prompt
+SHARED = 0.9  # share of rows that must have a prompt, or none, to make it the default
+FEW = 5  # where every row has a prompt and there are at most so many, the most frequent one is the default
 SHOWN = 6  # prompts that a message lists
 
 
 @dataclass(frozen=True)
 class SystemPrompt:
-    """default: None: runtimes send none. note: a sentence for the user, None where there is nothing to say."""
+    """The choice of the default system prompt.
+
+    Attributes:
+        default: The prompt; None: runtimes send none.
+        note: A sentence about it for the user, or None.
+    """
 
     default: str | None
     note: str | None
 
 
 def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
-    """The default system prompt of the model.
+    """Choose the default system prompt of the model.
 
     Args:
-        setting: data.system: a prompt, `none`, or `from-rows`.
-        prompts: rows by their own system prompt; None stands for rows without one.
+        setting: The setting data.system: a prompt, `none`, or `from-rows`.
+        prompts: The number of rows with each system prompt; None stands for rows without one.
 
-    Raises UserError where it shall come from the rows and they have too many different ones.
+    Raises:
+        UserError: The prompt is to come from the rows, and they have too many different ones.
     """
     if setting == NONE:
         return SystemPrompt(
@@ -56,17 +62,18 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
 
 
 def _note_others(default: str | None, prompts: Counter) -> str | None:
+    """Return a sentence about rows with another system prompt than the default; None where there are none."""
     others = Counter({prompt: count for prompt, count in prompts.items() if prompt not in (None, default)})
     if not others:
         return None
     return (
-        f"{sum(others.values()):,} rows have another system prompt than the default {quote(default)}, the most frequent: "
-        f"{quote(others.most_common(1)[0][0])}"
+        f"{sum(others.values()):,} rows have another system prompt than the default {quote(default)}, "
+        f"the most frequent: {quote(others.most_common(1)[0][0])}"
     )
 
 
 def list_prompts(prompts: Counter) -> str:
-    """The most frequent ones with their shares, a line each."""
+    """Return the most frequent prompts with their shares, a line each."""
     total = sum(prompts.values())
     lines = [f"  {count / total:6.1%}  {quote(prompt)}" for prompt, count in prompts.most_common(SHOWN)]
     rest = total - sum(count for _, count in prompts.most_common(SHOWN))
@@ -74,4 +81,5 @@ def list_prompts(prompts: Counter) -> str:
 
 
 def quote(prompt: str | None) -> str:
+    """Return the beginning of a prompt in quotes, or (none)."""
     return "(none)" if prompt is None else f'"{shown(prompt, 70)}{"..." if len(prompt) > 70 else ""}"'

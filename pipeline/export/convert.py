@@ -1,4 +1,4 @@
-"""llama.cpp's converter, with Ferry's own key-values in the GGUF: run as a program, because the converter is one.
+"""Run llama.cpp's converter and add Ferry's own key-values to the GGUF. It is a program because the converter is one.
 
 python convert.py <llama.cpp's convert folder> <key-values.json> <the converter's own arguments>
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Patch the converter so that it writes the key-values, then run it."""
     folder, values = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     sys.path.insert(0, str(folder))
     from conversion.base import ModelBase

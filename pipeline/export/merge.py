@@ -1,8 +1,9 @@
-"""base + adapter -> merged 16-bit weights, tensor by tensor: memory follows the largest tensor, not the model.
+"""Merge an adapter into the base model: merged 16-bit weights, tensor by tensor.
 
-Not Unsloth's merged_16bit, which rounds to bfloat16 (most of a short training's changes are below half a bfloat16 step of
-the weight they belong to and vanish there), and not PEFT's merge_and_unload, which holds the whole model; the result is
-PEFT's, bit for bit (tests/test_export.py). `check` then reads the written files again and holds them against the formula.
+The memory needed follows the largest tensor, not the model. Unsloth's merged_16bit is not used because it rounds to
+bfloat16: most changes of a short training are below half a bfloat16 step of their weight, and vanish there. PEFT's
+merge_and_unload is not used because it holds the whole model in memory; the result here is the same as PEFT's, bit for
+bit (tests/test_export.py). `find_merge_faults` then reads the written files again and compares them with the formula.
 """
 
 import json
@@ -19,21 +20,30 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-ROWS = 1024  # of a matrix at a time in `check`: float64 needs four times the room of the weights
-HALF_STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative to a value, at most
-TINY = {"float16": 2.0**-25, "bfloat16": 2.0**-134}  # half a step among the smallest numbers
+# Rows of a matrix that `find_merge_faults` reads at a time: float64 needs four times the memory of the weights.
+ROWS = 1024
+HALF_STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a step relative to a value, at most
+TINY = {"float16": 2.0**-25, "bfloat16": 2.0**-134}  # half a step between the smallest numbers
 NAMES = {"float16": "F16", "bfloat16": "BF16"}
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class Adapter:
-    """A LoRA adapter: what it adds to which tensor of the base.
+    """A LoRA adapter: which tensors of the base model it changes, and what it adds to them.
 
     Source: PEFT's LoraLayer: delta = scale * B @ A, scale = alpha / r (rsLoRA: alpha / sqrt(r)).
     """
 
     def __init__(self, folder: Path, names: set[str]):
-        """names: the base's tensors. Raises UserError for an adapter that is more than LoRA matrices and biases."""
+        """Open an adapter.
+
+        Args:
+            folder: The adapter folder in PEFT's layout.
+            tensor_names: The tensors of the base model.
+
+        Raises:
+            UserError: The adapter is more than LoRA matrices and biases.
+        """
         from safetensors import safe_open
 
         self.settings = files.read_json(folder / "adapter_config.json")
@@ -55,7 +65,7 @@ class Adapter:
             raise UserError("the adapter belongs to Conv1D layers (fan_in_fan_out)", "choose a base with Linear layers")
 
     def matrices(self, name: str) -> tuple["torch.Tensor", "torch.Tensor", float]:
-        """A of shape (r, in), B of shape (out, r), and the scale."""
+        """Return A of shape (r, in), B of shape (out, r), and the scale, for a tensor of the base model."""
         key = self.pairs[name]
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         a, b = self.file.get_tensor(key), self.file.get_tensor(key.replace(".lora_A.", ".lora_B."))
@@ -65,12 +75,16 @@ class Adapter:
 
 
 def _pattern(patterns: dict | None, module: str, usual: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: a module's own value."""
+    """Return a module's own value from PEFT's rank_pattern or alpha_pattern, else the default."""
     return next((v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?{k}", module)), usual)
 
 
 def _tensor(path: str, names: set[str]) -> str:
-    """The base's tensor that a module path of the adapter means: wrappers may put other words in front."""
+    """Return the base model's tensor that a module path of the adapter means; wrappers may add a prefix to the path.
+
+    Raises:
+        UserError: The base model has no such tensor.
+    """
     if path in names:
         return path
     parts = path.split(".")
@@ -85,9 +99,16 @@ def _tensor(path: str, names: set[str]) -> str:
 
 
 def merge(weights: Path, adapter: Path, target: Path, dtype: str) -> None:
-    """Write `target`: the base's files with scale * B @ A added in float32 and rounded once to `dtype`.
+    """Write the merged model to `target`: scale * B @ A is added to the base in float32 and rounded once to `dtype`.
 
-    weights: the 16- or 32-bit base, a folder in Transformers layout. Raises UserError when a value does not fit `dtype`.
+    Args:
+        weights: The 16- or 32-bit base model, a folder in Transformers layout.
+        adapter: The adapter folder.
+        target: The folder to write.
+        dtype: float16 or bfloat16.
+
+    Raises:
+        UserError: A value does not fit `dtype`.
     """
     from safetensors import safe_open
 
@@ -104,6 +125,11 @@ def merge(weights: Path, adapter: Path, target: Path, dtype: str) -> None:
 
 
 def _merged(name: str, base: "torch.Tensor", lora: Adapter, dtype: str) -> "torch.Tensor":
+    """Return a tensor of the merged model.
+
+    Raises:
+        UserError: A value of the result is not finite.
+    """
     import torch
 
     if name in lora.replaced:
@@ -128,7 +154,11 @@ def _merged(name: str, base: "torch.Tensor", lora: Adapter, dtype: str) -> "torc
 
 
 def safetensors_of(folder: Path) -> list[Path]:
-    """A model's weights. Raises UserError when it has none, or quantized ones."""
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        UserError: There are none, or they hold quantized weights.
+    """
     shards = sorted(folder.glob("model*.safetensors"))
     kinds = {item["dtype"] for shard in shards for item in header(shard).values()}
     if not shards or not kinds & BYTES.keys() or kinds & {"U8", "I8", "F8_E4M3", "F8_E5M2"}:
@@ -140,7 +170,7 @@ def safetensors_of(folder: Path) -> list[Path]:
 
 
 def header(shard: Path) -> dict[str, dict]:
-    """{name: {dtype, shape, data_offsets}} in the order of the file."""
+    """Return {name: {dtype, shape, data_offsets}} of a safetensors file, in the order of the file."""
     with shard.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     header.pop("__metadata__", None)
@@ -148,18 +178,26 @@ def header(shard: Path) -> dict[str, dict]:
 
 
 def sixteen_bits(shards: list[Path]) -> int:
-    """Bytes of the model with every floating-point tensor in 16 bits."""
+    """Return the bytes of the model once every floating-point tensor has 16 bits."""
     return sum(_size(item) for shard in shards for item in header(shard).values())
 
 
 def _size(item: dict) -> int:
-    """Bytes of a tensor once its floats have 16 bits."""
+    """Return the bytes of a tensor once its floats have 16 bits."""
     size = item["data_offsets"][1] - item["data_offsets"][0]
     return size * 2 // BYTES[item["dtype"]] if item["dtype"] in BYTES else size
 
 
 def write(path: Path, described: dict[str, dict], tensors: Iterator["torch.Tensor"], dtype: str, tick) -> None:
-    """A safetensors file from tensors that come one by one (the library's own writer wants all of them at once)."""
+    """Write a safetensors file from tensors that come one by one (the library's own writer wants all of them at once).
+
+    Args:
+        path: The file to write.
+        header: The tensors of the base model, as `read_shard_header` returns them.
+        tensors: The merged tensors in the same order.
+        dtype: The type of their floats, float16 or bfloat16.
+        advance: A function that gets the number of bytes done, for the progress bar.
+    """
     import torch
 
     written, place = {"__metadata__": {"format": "pt"}}, 0
@@ -177,7 +215,10 @@ def write(path: Path, described: dict[str, dict], tensors: Iterator["torch.Tenso
 
 
 def _other_files(weights: Path, target: Path, dtype: str) -> None:
-    """Config, index and a SentencePiece model, which the converter reads and a fast tokenizer does not save."""
+    """Copy the generation config, the index and the SentencePiece model of the base model, and write the config.
+
+    The converter reads a SentencePiece model, and a fast tokenizer does not save it.
+    """
     for name in ("generation_config.json", "model.safetensors.index.json", "tokenizer.model"):
         if (weights / name).is_file():
             files.copy(weights / name, target / name)
@@ -187,10 +228,10 @@ def _other_files(weights: Path, target: Path, dtype: str) -> None:
 
 
 def check(weights: Path, adapter: Path, merged: Path, dtype: str) -> list[dict]:
-    """The merge gate: what is not as it must be, empty when all is; {tensor, what, ...} each.
+    """Run the merge gate and return the faults, {tensor, what, ...} each; an empty list when the merge is right.
 
-    Every targeted tensor is W + scale * B @ A within the rounding of `dtype`; every other one is the base's, rounded to
-    `dtype`, bit for bit. Computed in float64 from the files on disk, in pieces.
+    Every targeted tensor must be W + scale * B @ A within the rounding of `dtype`. Every other tensor must be the
+    base's, rounded to `dtype`, bit for bit. The comparison is computed in float64 from the files on disk, in pieces.
     """
     from safetensors import safe_open
 
@@ -211,6 +252,15 @@ def check(weights: Path, adapter: Path, merged: Path, dtype: str) -> list[dict]:
 
 
 def _compared(name: str, source, where: dict[str, Path], lora: Adapter, dtype: str) -> list[dict]:
+    """Return the faults of one tensor.
+
+    Args:
+        name: The tensor's name in the base model.
+        source: The opened shard of the base model that holds it.
+        merged_shards: The shard of the merged model that holds each tensor.
+        lora: The adapter.
+        dtype: The type of the merged weights.
+    """
     import torch
     from safetensors import safe_open
 
@@ -231,15 +281,15 @@ def _compared(name: str, source, where: dict[str, Path], lora: Adapter, dtype: s
 def _worst(
     made: "torch.Tensor", base: "torch.Tensor", a: "torch.Tensor", b: "torch.Tensor", scale: float, dtype: str
 ) -> float:
-    """The largest error of a merged matrix, as a multiple of what rounding explains; infinite for NaN."""
+    """Return the largest error of a merged matrix, as a multiple of what rounding explains; infinite for NaN."""
     a, worst, lost = a.double(), 0.0, (len(a) + 3) * 2.0**-24
     for start in range(0, len(base), ROWS):
         rows = slice(start, start + ROWS)
         w, left = base[rows].double(), b[rows].double() * scale
         exact = w + left @ a
         error = made[rows].double().sub_(exact).abs_()
-        # half a step of dtype, and what float32 may lose in a sum of r products that cancel (Higham's gamma);
-        # in place: fresh memory for every step took twice the time
+        # The bound is half a step of dtype, plus what float32 may lose in a sum of r products that cancel (Higham's
+        # gamma). It is computed in place: new memory for every step took twice the time.
         bound = exact.abs_().mul_(HALF_STEP[dtype] * (1 + 2**-6)).add_(TINY[dtype])
         bound.add_(w.abs_().add_(left.abs() @ a.abs()), alpha=lost)
         worst = max(worst, error.div_(bound).max().nan_to_num(nan=math.inf).item())

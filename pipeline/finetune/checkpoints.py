@@ -1,4 +1,4 @@
-"""When checkpoints are written, and the signals that end a training early."""
+"""Decide when checkpoints are written, and handle the signals that end a training early."""
 
 import signal
 import time
@@ -10,18 +10,18 @@ from pipeline.run.checkpoint_files import mark_complete, remove_all_but
 
 
 class Stop(Exception):
-    """The training ends here, its state saved or about to be: a signal, or memory that is too small."""
+    """Ends the training early, because of a signal or because GPU memory is too small. A checkpoint follows."""
 
 
 class Signals:
-    """SIGTERM (docker stop, a spot machine that is taken back) and Ctrl-C, heard and not obeyed at once.
+    """Records SIGTERM (docker stop, a spot instance that is taken away) and Ctrl-C, so that a checkpoint comes first.
 
-    The second one is obeyed at once, but for one that comes in the same second: who ends a job tells every process of it,
-    and make tells its children what it was told.
+    A second signal ends the process at once, except within one second of the first: whoever ends a job often signals
+    each of its processes, and make passes its signals on to its children. An instance is true after a signal.
     """
 
-    ECHO = 1.0  # seconds
-    PATIENCE = 10  # seconds for the step in progress; docker stop's 10 are raised to 120 by setup/container.py
+    ECHO = 1.0  # seconds in which a second signal counts as the same one
+    PATIENCE = 10  # seconds that the step in progress may take; setup/container.py raises the 10 of docker stop to 120
 
     def __init__(self):
         self.number: int | None = None
@@ -32,10 +32,12 @@ class Signals:
 
     @property
     def urgent(self) -> bool:
+        """Return whether the step in progress must be abandoned, because it takes too long after the signal."""
         return bool(self) and time.monotonic() - self.since > self.PATIENCE
 
     @contextmanager
     def heard(self):
+        """Record signals as long as the block runs, then restore the previous handlers."""
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
         self.before = before
         try:
@@ -54,9 +56,14 @@ class Signals:
 
 
 def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals, pusher: Pusher):
-    """A callback that asks for a checkpoint every so many minutes (and steps) and at a signal, and keeps what is whole.
+    """Return a trainer callback that requests checkpoints, marks them complete, removes old ones and sends new ones.
 
-    pusher: gets each one, and holds the one that it sends.
+    A checkpoint is requested every `minutes`, every `steps` where they are set, and at a signal. The newest one, the
+    best one and the one that is being sent stay.
+
+    Args:
+        folder: the folder of the checkpoints.
+        checkpoint_sync: sends new checkpoints in the background.
     """
     from transformers import TrainerCallback
 
@@ -74,10 +81,10 @@ def keeper(folder: Path, minutes: float, steps: int | None, signals: Signals, pu
         def on_save(self, args, state, control, **kwargs):
             self.saved = time.monotonic()
             path = folder / f"checkpoint-{state.global_step}"
-            if path.is_dir():  # it is gone when the disk was full
+            if path.is_dir():  # it was removed if the disk is full
                 mark_complete(path, state.global_step)
                 remove_all_but(folder, {path, Path(state.best_model_checkpoint or path), pusher.busy or path})
-                if not signals:  # the last one is sent when the training has ended
+                if not signals:  # after a signal it is sent when the training has ended
                     pusher.offer(path)
 
     return Keeper()

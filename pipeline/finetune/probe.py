@@ -1,7 +1,7 @@
-"""What arithmetic cannot know, measured on this card: a few steps at the longest batch, for everything the config leaves open.
+"""probe: measure the speed and memory of a training on this GPU, for every setting that the config leaves open.
 
-Each model (4 or 16 bit, with or without gradient checkpointing) is loaded in a process of its own, where the micro-batches
-that might fit are tried from the largest on. The fastest is what `finetune` takes then.
+Each model (4 or 16 bit, with or without gradient checkpointing) is loaded in a process of its own. There a few steps
+with the longest rows are trained for each micro-batch size that might fit, the largest first. `finetune` uses the best.
 """
 
 import contextlib
@@ -26,12 +26,18 @@ from pipeline.run.run_folder import Run
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STEPS = 6  # the first ones compile; the last is looked at
-TOLD = "probed: "
+STEPS = 6  # steps to train: the first ones compile kernels, and the last one is measured
+TOLD = "probed: "  # precedes a result in the output of a measuring process
 
 
 def stage(run: Run) -> str:
-    """The table; the fastest candidate with the config's own bits goes into finetune/choice.json. Raises UserError without a GPU."""
+    """Measure all candidates and return them as a table.
+
+    The fastest one with the precision of the config is written to finetune/choice.json.
+
+    Raises:
+        UserError: there is no GPU, or no candidate fits.
+    """
     config = run.config()
     asked = config.finetune.use_gradient_checkpointing
     found = [
@@ -52,7 +58,15 @@ def stage(run: Run) -> str:
 
 
 def alone(run: Run, bits: bool, policy) -> list[dict]:
-    """Rows of one model, from a process of its own; none where it does not load."""
+    """Measure one model in a process of its own and return its results; none when the model does not fit into memory.
+
+    Args:
+        load_in_4bit: whether the model is loaded in 4 bit, else in 16 bit.
+        policy: the gradient checkpointing policy.
+
+    Raises:
+        UserError: the process reports one.
+    """
     asked = [sys.executable, "-m", "pipeline.finetune.probe", str(run.folder), json.dumps([bits, policy])]
     done = subprocess.run(asked, capture_output=True, text=True, errors="replace")
     if done.returncode == 2:
@@ -63,7 +77,10 @@ def alone(run: Run, bits: bool, policy) -> list[dict]:
 
 
 def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
-    """Real tokens a second and peak memory (GB) of each micro-batch; None where it does not fit."""
+    """Measure each micro-batch size, print each result and return them all.
+
+    A result has tokens_per_second (padding not counted) and peak_memory_gb, which are None when the size does not fit.
+    """
     from pipeline.base_model import fetch as bases
     from pipeline.base_model import restore_gguf
     from pipeline.finetune import build_trainer
@@ -89,14 +106,17 @@ def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
 
 
 def longest(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
-    """Row numbers of a micro-batch as full as it may be, of the longest rows."""
+    """Return the numbers of the longest rows that fill a micro-batch of at most `tokens`, one row at least."""
     order = np.argsort(-lengths, kind="stable")
     count = next((n for n in range(len(order), 1, -1) if batches.size(lengths[order[:n]], packed) <= tokens), 1)
     return order[:count]
 
 
 def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa.Table") -> dict:
-    """Train a full micro-batch by the stage's own trainer, in a folder that goes again."""
+    """Train some steps of one full micro-batch with the trainer of `finetune`, and return speed and peak memory.
+
+    The training runs in a temporary folder.
+    """
     from pipeline.finetune.build_trainer import build_trainer
     from pipeline.toolchain import unsloth_loader
 
@@ -110,8 +130,9 @@ def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa
         )
         order = batches.ShuffledRows(len(full), STEPS * len(full), tune.seed)
         trainer = build_trainer(model, base, quiet, beside, choice, full, order)
-        trainer.packed = trainer.args.packing  # Unsloth does not pack every model
-        trainer.smallest = trainer.budget  # what does not fit is not made to
+        trainer.packed = trainer.args.packing  # Unsloth does not pack rows for every model
+        # A micro-batch that does not fit is a result here, so it must not be made smaller.
+        trainer.smallest = trainer.budget
         try:
             trainer.train()
         except OutOfMemory:
@@ -121,17 +142,19 @@ def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa
 
 
 def keep(run: Run, probed: dict) -> None:
-    """For finetune. What it has begun with stays."""
+    """Write the settings for `finetune` to its choice.json; the settings of a training in progress stay there."""
     path = run.workspace("finetune", "data") / "choice.json"
     files.write_json(path, (files.read_json(path) if path.is_file() else {}) | {"probed": probed})
 
 
 def table(found: list[dict], best: dict) -> list[str]:
+    """Return the lines of the table of results, with the best one marked."""
     head = f"  {'base':<8}{'checkpointing':<15}{'at once':>9}{'tokens/s':>10}{'peak GB':>9}"
     return [head, *(f"  {line(row)}{'  <- finetune takes this' if row is best else ''}" for row in found)]
 
 
 def line(row: dict) -> str:
+    """Return one result as a line of the table."""
     bits, policy = "4 bit" if row["load_in_4bit"] else "16 bit", POLICIES[row["use_gradient_checkpointing"]]
     start = f"{bits:<8}{policy:<15}{row['micro_batch_tokens']:>9,}"
     if not row["tokens_per_second"]:
@@ -140,7 +163,10 @@ def line(row: dict) -> str:
 
 
 def other(best: dict, fitting: list[dict]) -> list[str]:
-    """The other number of bits is the user's to choose: it is another model that is trained."""
+    """Return a hint when the other precision is at least 5 % faster.
+
+    The user has to choose it, because it changes which model is trained.
+    """
     rivals = [row["tokens_per_second"] for row in fitting if row["load_in_4bit"] != best["load_in_4bit"]]
     faster = max(rivals, default=0) / best["tokens_per_second"] - 1
     if faster < 0.05:
@@ -150,6 +176,7 @@ def other(best: dict, fitting: list[dict]) -> list[str]:
 
 
 def main(folder: str, asked: str) -> None:
+    """Measure one model; `model_settings` is JSON: [whether it is loaded in 4 bit, checkpointing policy]."""
     from pipeline.toolchain import unsloth_loader
 
     run, (bits, policy) = Run(Path(folder)), json.loads(asked)
@@ -159,7 +186,7 @@ def main(folder: str, asked: str) -> None:
         raise UserError("PROBE measures a GPU, and torch sees none here", "leave it out: `make plan` needs no GPU")
     import torch
 
-    with contextlib.suppress(torch.OutOfMemoryError):  # of the weights alone
+    with contextlib.suppress(torch.OutOfMemoryError):  # the weights alone do not fit
         measure(run, config.base.model_copy(update={"load_in_4bit": bits}), config.finetune, policy)
 
 

@@ -1,4 +1,7 @@
-"""What the model is about to see is what `data` wrote. Each raises RuntimeError: some library changed the rows."""
+"""Verify that the model is trained on exactly the rows that `data` wrote.
+
+Each check raises RuntimeError, because a fault means that a library has changed the rows.
+"""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
-    """Every row of the first step, ids and labels, unpadded; and it is packed if that was chosen."""
+    """Raise RuntimeError unless the trainer's first step has exactly its rows of the training table.
+
+    Token ids and labels are compared without padding, and the step must be packed if packing was chosen.
+    """
     rows = next(iter(trainer.get_train_dataloader()))["rows"]
     known = {_fingerprint(row["input_ids"], row["labels"]) for row in written.take(rows.numbers).to_pylist()}
     seen = 0
@@ -23,37 +29,50 @@ def first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
             seen += 1
             if _fingerprint(ids, labels) not in known:
                 raise RuntimeError(
-                    f"the trainer's first step holds a row that data did not write: {ids[:20]}... labels {labels[:20]}..."
+                    f"the trainer's first step holds a row that data did not write: {ids[:20]}... "
+                    f"labels {labels[:20]}..."
                 )
     if seen != len(rows.numbers):
         raise RuntimeError(f"the first step has {seen} rows instead of {len(rows.numbers)}")
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> set[int]:
+    """Return the ids of the tokens that end an answer: EOS and the tokens of `texts`."""
     return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(texts)}
 
 
 def ends(written: "pa.Table", wanted: set[int], cut: int = 0) -> None:
-    """In every row but the `cut` ones a token that ends an answer carries loss, or the model never learns to stop."""
+    """Raise RuntimeError when more than `truncated_rows` rows have no token with loss that ends an answer.
+
+    The model would never learn to stop.
+
+    Args:
+        training_table: the rows that `data` wrote.
+        end_ids: ids of the tokens that end an answer.
+        truncated_rows: number of rows that `data` truncated.
+    """
     import numpy as np
 
     labels = written["labels"].combine_chunks()
     seen = np.concatenate([[0], np.cumsum(np.isin(labels.values.to_numpy(), list(wanted)))])
     offsets = labels.offsets.to_numpy()
     endless = np.flatnonzero(seen[offsets[1:]] == seen[offsets[:-1]])
-    if len(endless) > cut:  # cut at max_seq_length, as clean.too_long asks
+    if len(endless) > cut:  # rows truncated at max_seq_length, as clean.too_long configures
         raise RuntimeError(
             f"training row {endless[0]} teaches no end: none of its labels is one of the tokens {sorted(wanted)}"
         )
 
 
 def _fingerprint(ids: list[int], labels: list[int]) -> int:
-    """Of one row. The first label follows nothing: it carries no loss, and packing masks it."""
+    """Return a hash of one row without its first label, which carries no loss and is masked by packing."""
     return hash((tuple(ids), tuple(labels[1:])))
 
 
 def _unpadded(batch: dict) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows of a padded batch, or of TRL's packed one: a long row whose position_ids restart where a row starts."""
+    """Return (token ids, labels) of the rows in a padded batch, or in a packed batch of TRL.
+
+    A packed batch is one long row, whose position_ids start again at each of its rows.
+    """
     ids, labels = [], []
     for i, row in enumerate(batch["input_ids"].tolist()):
         marks = batch["labels"][i].tolist()

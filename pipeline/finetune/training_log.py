@@ -1,6 +1,6 @@
-"""What a training says while it runs: a line for the terminal, an entry in log.jsonl, the same to `report_to`.
+"""Report the progress of a training: a line in the terminal, an entry in log.jsonl, and the same entry to `report_to`.
 
-Everything is read at the logging steps, where the trainer waits for the card anyway.
+All values are read at the logging steps, where the trainer waits for the GPU anyway.
 """
 
 import contextlib
@@ -13,10 +13,14 @@ from common import console, files
 
 
 class Meter:
-    """Real tokens a second, MFU, memory, time left and cost since the last entry.
+    """Measures speed, MFU, remaining time and costs of a training. Padding is not counted.
 
-    count_tokens: of the first so many steps. steps: of the whole training. flops: of one token, forward and backward,
-    recomputation not counted. peak: FLOP/s of the card, price: dollars an hour; None where they are not known.
+    Args:
+        count_tokens: returns the number of tokens in the first so many steps.
+        steps: optimizer steps of the whole training.
+        flops: FLOPs to train on one token, forward and backward, without recomputation.
+        peak_flops: FLOP/s of the GPU, None when unknown.
+        dollars_per_hour: price of the GPU, None when unknown.
     """
 
     def __init__(
@@ -27,15 +31,16 @@ class Meter:
         self.first = self.step = 0
 
     def start(self, step: int) -> None:
-        """Count from here; what an earlier process trained is not this one's speed."""
+        """Start to measure at this step; the steps that an earlier process trained do not count."""
         self.began = self.last = time.monotonic()
         self.first = self.step = step
 
     def pause(self, seconds: float) -> None:
-        """Time that was not training: an evaluation, a checkpoint."""
+        """Leave out seconds that were not spent on training, but on an evaluation or a checkpoint."""
         self.last += seconds
 
     def read(self, step: int, memory_gb: float) -> dict:
+        """Return the values for a log entry, and start a new interval. The speed is that since the last entry."""
         now = time.monotonic()
         tokens = self.count_tokens(step)
         seconds, done = now - self.last, tokens - self.count_tokens(self.step)
@@ -50,10 +55,16 @@ class Meter:
 
 
 def line(step: int, steps: int, entry: dict) -> str:
-    """One entry for the terminal."""
+    """Return a log entry as a line for the terminal."""
     parts = [f"step {step:,}/{steps:,}"]
-    for name, form in (("loss", "loss {:.4f}"), ("eval_loss", "held-out loss {:.4f}"), ("tokens_per_second", "{:,.0f} tokens/s"),
-                       ("mfu", "MFU {:.0%}"), ("memory_gb", "{:.1f} GB"), ("dollars", "${:.2f}")):  # fmt: skip
+    for name, form in (
+        ("loss", "loss {:.4f}"),
+        ("eval_loss", "held-out loss {:.4f}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("mfu", "MFU {:.0%}"),
+        ("memory_gb", "{:.1f} GB"),
+        ("dollars", "${:.2f}"),
+    ):
         if name in entry:
             parts.append(form.format(entry[name]))
     if "seconds_left" in entry:
@@ -62,16 +73,18 @@ def line(step: int, steps: int, entry: dict) -> str:
 
 
 def watcher(log: Path, meter: Meter):
-    """A callback that writes each entry to `log` and shows it."""
+    """Return a trainer callback that writes each entry to the file `log` and prints it."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             meter.start(state.global_step)
-            write(log, state.log_history)  # a killed run may have logged steps that are trained again now
+            # A run that was killed may have logged steps that are now trained again.
+            write(log, state.log_history)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the end writes all of it
+            # An error is ignored, because the whole log is written at the end.
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
             if "loss" in logs or "eval_loss" in logs:
                 console.say(line(state.global_step, state.max_steps, logs))
@@ -81,7 +94,11 @@ def watcher(log: Path, meter: Meter):
 
 @contextlib.contextmanager
 def showing_steps(trainer, done: int) -> Iterator[None]:
-    """Show how far the training is, by time, as long as the block runs. done: steps of an earlier process."""
+    """Show a progress bar as long as the block runs.
+
+    Args:
+        done: steps that an earlier process trained.
+    """
     from transformers import TrainerCallback
 
     with console.progress(trainer.args.max_steps, "finetune", "steps", done=done) as advance:
@@ -95,5 +112,6 @@ def showing_steps(trainer, done: int) -> Iterator[None]:
 
 
 def write(log: Path, history: list[dict]) -> None:
+    """Write all entries to the log file, which they replace."""
     with files.writing(log) as part:
         part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")

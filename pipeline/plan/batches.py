@@ -1,9 +1,9 @@
-"""Which rows make an optimizer step, and how many of them go through the model at once.
+"""Which rows make an optimizer step, and how a step is split into micro-batches.
 
-The first is exact and follows from the seed alone: every step has `train_batch_size` rows, the last one what is left. The
-second is not the model's business: the gradients of a step's micro-batches add up to those of the whole step, so fewer
-tokens at once cost time and save memory, and nothing else changes. That is why a run that ran out of memory, or goes on
-with another card, still trains the same steps.
+The rows of a step follow from the seed alone: every step has `train_batch_size` rows, and the last one has the rest.
+The split does not change what is learned: the gradients of a step's micro-batches add up to those of the whole step, so
+smaller micro-batches only take more time and less memory. Therefore a run that ran out of memory, or that resumes on
+another GPU, still trains the same steps.
 """
 
 import functools
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-PACKED, PADDED = 64, 8  # tokens that a micro-batch's length is rounded up to: what the kernels like, and its cost
+# The length of a micro-batch is rounded up to a multiple of so many tokens, which the kernels need to be fast.
+PACKED, PADDED = 64, 8
 
 
 @dataclass(frozen=True)
 class ShuffledRows:
-    """The rows of a training in order: epoch after epoch, each shuffled by its own seed.
+    """The order of a training's rows: one epoch after another, each shuffled by its own seed.
 
-    A slice of it is an array of row numbers, int64. Only epochs in use are in memory, so a hundred optimizer steps and a
-    million take the same.
+    A slice is an array of row numbers, int64. Only the epochs in use are in memory, so that a million optimizer steps
+    take no more memory than a hundred.
     """
 
     rows: int
     visits: int
-    """Rows trained on; a row that is trained on twice counts twice."""
+    """Number of rows trained on; a row that is trained on twice counts twice."""
     seed: int
 
     def __len__(self) -> int:
@@ -46,7 +47,11 @@ class ShuffledRows:
         return numbers[start - epochs[0] * self.rows : stop - epochs[0] * self.rows]
 
     def count_tokens(self, lengths: np.ndarray, visits: int) -> int:
-        """Return the tokens of the first `visits` rows. lengths: tokens of each row, int [rows]."""
+        """Return the number of tokens in the first `visits` rows of the order.
+
+        Args:
+            lengths: tokens of each row, int [rows].
+        """
         epochs, rest = divmod(min(visits, self.visits), self.rows)
         begun = lengths[_shuffled_epoch(self.rows, self.seed, epochs)[:rest]] if rest else lengths[:0]
         return epochs * int(lengths.sum()) + int(begun.sum())
@@ -54,12 +59,13 @@ class ShuffledRows:
 
 @functools.lru_cache(maxsize=2)
 def _shuffled_epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled row numbers of one epoch, int64 [rows]."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One step's rows: their numbers in train.parquet, token ids and labels."""
+    """The rows of one optimizer step: their numbers in train.parquet, token ids and labels."""
 
     numbers: list[int]
     ids: list[np.ndarray]
@@ -67,32 +73,37 @@ class Rows:
 
     @property
     def lengths(self) -> list[int]:
+        """Return the number of tokens of each row."""
         return [len(ids) for ids in self.ids]
 
     @property
     def tokens(self) -> int:
+        """Return the number of tokens of all rows."""
         return sum(self.lengths)
 
     @property
     def targets(self) -> int:
-        """Tokens that carry loss. A row's first token follows nothing and never does."""
+        """Return the number of tokens that carry loss. The first token of a row follows nothing, so it never does."""
         return int(sum(np.count_nonzero(labels[1:] != IGNORED) for labels in self.labels))
 
 
 def lengths(table: "pa.Table") -> np.ndarray:
-    """Tokens of each row, int [rows]."""
+    """Return the number of tokens of each row in the training table, int [rows]."""
     return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table["input_ids"].chunks])
 
 
 def step_rows(table: "pa.Table", numbers: np.ndarray) -> Rows:
-    """The rows of these numbers, read from the table."""
+    """Return the rows with these numbers from the training table."""
     taken = table.take(numbers)
     columns = ([row.values.to_numpy() for row in taken[name]] for name in ("input_ids", "labels"))
     return Rows(numbers.tolist(), *columns)
 
 
 def dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, per_step: int) -> "Dataset":
-    """One item a step, {"rows": Rows}, made when it is asked for: it costs no memory, whatever the number of epochs."""
+    """Return a data set with one item for each optimizer step, {"rows": StepRows}.
+
+    An item is made when it is read, so the data set takes no memory for any number of epochs.
+    """
     from datasets import Dataset
 
     def items(batch: dict) -> dict:
@@ -103,15 +114,20 @@ def dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, per_step: int) 
 
 
 def micro_batches(lengths: list[int], budget: int, packed: bool) -> list[list[int]]:
-    """Positions of rows that go through the model together, at most `budget` tokens a micro-batch, padding counted.
+    """Split the rows of a step into micro-batches and return the positions of the rows in each.
 
-    A row that is longer than that goes alone.
+    A row that is longer than `max_tokens` is a micro-batch by itself.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: the most tokens of a micro-batch, padding included.
+        packed: put the rows of a micro-batch one after another in one sequence instead of padding them.
     """
     return _packs(lengths, budget) if packed else _padded(lengths, budget)
 
 
 def _packs(lengths: list[int], budget: int) -> list[list[int]]:
-    """As few as possible and equally full: rows one after another in one row. Longest first, into the emptiest."""
+    """Make as few packed micro-batches as possible, of equal size: the longest row first, each into the emptiest."""
     count = max(1, math.ceil(sum(lengths) / budget))
     while True:
         heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(min(count, len(lengths)))]
@@ -125,7 +141,7 @@ def _packs(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def _padded(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows of similar length together, each padded to the longest."""
+    """Make padded micro-batches of rows of similar length, each row padded to the longest."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and _up(lengths[groups[-1][0]], PADDED) * (len(groups[-1]) + 1) <= budget:
@@ -136,7 +152,13 @@ def _padded(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed: bool) -> int:
-    """Tokens of the largest one of these steps, padding counted. lengths: of the rows in the order of training."""
+    """Return the tokens of the largest micro-batch in these steps, padding included.
+
+    Args:
+        lengths: tokens of the rows in the order of training, int [rows].
+        rows_per_step: rows of an optimizer step.
+        max_tokens: the most tokens of a micro-batch, padding included.
+    """
     largest = 0
     for start in range(0, len(lengths), per_step):
         step = lengths[start : start + per_step]
@@ -146,12 +168,12 @@ def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed:
 
 
 def size(lengths: np.ndarray, packed: bool) -> int:
-    """Tokens of a micro-batch of such rows, padding counted."""
+    """Return the tokens of a micro-batch of rows with these lengths, padding included."""
     return _up(int(lengths.sum()), PACKED) if packed else _up(int(lengths.max()), PADDED) * len(lengths)
 
 
 def examples(rows: Rows, group: list[int], packed: bool) -> list[dict]:
-    """A micro-batch as TRL's collator takes it: one long row with `seq_lengths`, or the rows themselves."""
+    """Return a micro-batch as TRL's collator takes it: one long row with `seq_lengths` when packed, else the rows."""
     if not packed:
         return [{"input_ids": rows.ids[i], "labels": rows.labels[i]} for i in group]
     ids, labels = (np.concatenate([column[i] for i in group]) for column in (rows.ids, rows.labels))
@@ -159,7 +181,12 @@ def examples(rows: Rows, group: list[int], packed: bool) -> list[dict]:
 
 
 def largest_step(lengths: np.ndarray, budget: int, packed: bool) -> int:
-    """How many rows a step can have so that each of them fits into one micro-batch. lengths: in the order of training."""
+    """Return how many rows a step can have so that every step fits into one micro-batch.
+
+    Args:
+        lengths: tokens of the rows in the order of training, int [rows].
+        max_tokens: the most tokens of a micro-batch, padding included.
+    """
     for count in range(max(1, int(budget // lengths.mean())), 1, -1):
         starts = np.arange(0, len(lengths), count)
         longest, rows = np.maximum.reduceat(lengths, starts), np.diff([*starts, len(lengths)])
@@ -170,4 +197,5 @@ def largest_step(lengths: np.ndarray, budget: int, packed: bool) -> int:
 
 
 def _up(length, multiple: int):
+    """Round a number, or an array of numbers, up to a multiple."""
     return -(-length // multiple) * multiple

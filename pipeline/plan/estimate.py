@@ -1,4 +1,7 @@
-"""plan: memory, disk, steps, hours and money of a training, before any of it is paid. Needs the rows that `data` made, no torch."""
+"""plan: estimate memory, disk, steps, hours and costs of a training before it starts.
+
+It needs the rows that `data` made, and no torch.
+"""
 
 import json
 import math
@@ -19,32 +22,34 @@ from pipeline.plan.gpu_table import Card
 from pipeline.run import training_rows
 from pipeline.run.run_folder import Run
 
-# Measured on an H200 (benchmarks/results/gpu.md), applied to other cards by their dense bf16 peak.
-EFFICIENCY = 0.47  # of that peak, where a micro-batch is large: 8B, nf4; a 1B model reaches 0.39
-LAUNCH = 7e-3  # seconds a layer and micro-batch at least: the processor starts the kernels
-RECOMPUTED = 0.69  # of the speed, with gradient checkpointing
-START = 60  # seconds to load the base and compile the kernels
-# Merge and its gate, 16-bit GGUF, one quantization, hashes: 75 s for 2.2 GB of weights on two cores (benchmarks/results/export.md).
-EXPORT = 75 / 2.2e9  # seconds a byte of 16-bit weights
+# Measured on an H200 (benchmarks/results/gpu.md), and scaled to other GPUs by their dense bf16 peak.
+# The share of that peak with a large micro-batch: 8B model in nf4; a 1B model reaches 0.39.
+EFFICIENCY = 0.47
+LAUNCH = 7e-3  # the least seconds for each layer and micro-batch, in which the CPU starts the kernels
+RECOMPUTED = 0.69  # speed with gradient checkpointing, relative to that without
+START = 60  # seconds to load the base model and compile the kernels
+# Merge and its gate, 16-bit GGUF, one quantization, hashes: 75 s for 2.2 GB of weights on two cores
+# (benchmarks/results/export.md).
+EXPORT = 75 / 2.2e9  # seconds for each byte of 16-bit weights
 POLICIES = {False: "none", True: "plain", "unsloth": "Unsloth's"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be trained, as far as it is known before a card is."""
+    """What is to be trained, independent of the GPU."""
 
     base: Base
     tune: Finetune
     model: memory_need.Shape
     kind: str
-    """model_type of config.json."""
+    """`model_type` of config.json."""
     lengths: np.ndarray
     """Tokens of each row, int [rows]."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The training on one card."""
+    """The training on one type of GPU."""
 
     card: Card
     choice: Choice
@@ -59,21 +64,29 @@ class Plan:
 
     @property
     def peak(self) -> float:
+        """Return the peak GPU memory in bytes."""
         return sum(self.parts.values())
 
     @property
     def hours(self) -> float:
+        """Return the hours of training and export."""
         return (self.training + self.export) / 3600
 
     @property
     def dollars(self) -> float:
+        """Return the price of these hours."""
         return self.hours * self.card.dollars_per_hour
 
 
 def stage(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
-    """The page. gpu: a card of the table to look at; None: `here`, the card of this machine, else the cheapest that fits.
+    """Return the plan as text: details for one GPU, a line for each GPU of the table, and one for this processor.
 
-    Raises UserError where there are no rows yet, or the table has no such card.
+    Args:
+        gpu: the GPU to show in detail. None selects that of this machine, or the cheapest that fits.
+        local_gpu: the name of this machine's GPU, None without one.
+
+    Raises:
+        UserError: there are no rows yet, or `gpu` is not in the table or does not fit.
     """
     found = work(config, run)
     made = [on(card, found) for card in gpu_table.table()]
@@ -89,7 +102,7 @@ def stage(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
 
 
 def to_json(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
-    """The same for programs: a list of {gpu, fits, ...}, this machine's processor last."""
+    """Return the plan as JSON: a list of {gpu, fits, ...} for each GPU, and this machine's processor at the end."""
     found = work(config, run)
     rows = []
     for card in gpu_table.table():
@@ -108,15 +121,20 @@ def to_json(config: Config, run: Run, gpu: str | None, here: str | None) -> str:
 
 
 def facts_of(plan: Plan) -> dict:
+    """Return the values of a plan that its JSON has."""
     return {
-        "peak_gb": round(plan.peak / 1e9, 2), "train_batch_size": plan.choice.train_batch_size,
-        "micro_batch_tokens": plan.choice.micro_batch_tokens, "steps": plan.steps, "tokens": plan.tokens,
-        "hours": round(plan.hours, 3), "dollars": round(plan.dollars, 2),
-    }  # fmt: skip
+        "peak_gb": round(plan.peak / 1e9, 2),
+        "train_batch_size": plan.choice.train_batch_size,
+        "micro_batch_tokens": plan.choice.micro_batch_tokens,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "hours": round(plan.hours, 3),
+        "dollars": round(plan.dollars, 2),
+    }
 
 
 def describe_processor(found: Work) -> list[str]:
-    """A line for this machine without its GPU."""
+    """Return the line for a training on this machine's processor."""
     processor = this_machine.plan_on_processor(found)
     if isinstance(processor, str):
         return [f"  this machine's processor: {processor}"]
@@ -125,6 +143,11 @@ def describe_processor(found: Work) -> list[str]:
 
 
 def work(config: Config, run: Run) -> Work:
+    """Return what is to be trained; the config of the base model is downloaded when it is not in the cache.
+
+    Raises:
+        UserError: there are no rows yet, or the base model's memory and speed cannot be estimated.
+    """
     if not run.done("data"):
         raise UserError(
             f"there is no prepared data in {run.folder} yet, and the plan depends on the rows' lengths",
@@ -144,7 +167,7 @@ def work(config: Config, run: Run) -> Work:
 
 
 def described(source: Path) -> tuple[memory_need.Shape | None, str]:
-    """Shape and model type of a folder or a GGUF."""
+    """Return shape and model type of a base model, from its folder or its GGUF. An unknown shape is None."""
     if source.is_dir():
         config = model_config.read_config(source)
         return memory_need.shape(config), config.get("model_type", "")
@@ -153,6 +176,7 @@ def described(source: Path) -> tuple[memory_need.Shape | None, str]:
 
 
 def named(name: str) -> Card:
+    """Return the GPU type with this name in the table or in torch. Raise UserError when the table has none."""
     known = gpu_table.table()
     card = next((card for card in known if card.name.lower() == name.lower()), None) or gpu_table.find(name)
     if not card:
@@ -164,7 +188,7 @@ def named(name: str) -> Card:
 
 
 def on(card: Card, found: Work) -> Plan | str:
-    """The plan for a card, or why there is none."""
+    """Return the plan for a GPU, or the reason why it cannot train the model."""
     if why := gpu_table.unfit(card.capability, found.kind):
         return why
     packed = found.tune.packing and packs(found.kind)
@@ -176,15 +200,21 @@ def on(card: Card, found: Work) -> Plan | str:
         found.model, found.base, found.tune, choice.largest_micro_batch, choice.use_gradient_checkpointing, packed
     )
     return Plan(
-        card, choice, parts | {"CUDA itself": memory_need.CONTEXT}, math.ceil(len(order) / choice.train_batch_size), order.count_tokens(found.lengths, len(order)),
-        seconds(found, choice, order, card), EXPORT * found.model.sixteen,
-    )  # fmt: skip
+        card,
+        choice,
+        parts | {"CUDA itself": memory_need.CONTEXT},
+        math.ceil(len(order) / choice.train_batch_size),
+        order.count_tokens(found.lengths, len(order)),
+        seconds(found, choice, order, card),
+        EXPORT * found.model.sixteen,
+    )
 
 
 def seconds(found: Work, choice: Choice, order: batches.ShuffledRows, card: Card) -> float:
-    """Of the training: what the card computes, or what the processor takes to start its kernels, whichever is longer.
+    """Return the seconds of the training, export not included.
 
-    The steps of a sample are added up; the rest takes as long for each token.
+    A micro-batch takes as long as the GPU computes, or as long as the CPU needs to start the kernels, whichever is
+    longer. The first steps are added up, and the others are assumed to take as long for each token.
     """
     model, lengths = found.model, found.lengths[sample(order, choice.train_batch_size)]
     speed = EFFICIENCY * card.tflops * 1e12 / model.flops() * (RECOMPUTED if choice.use_gradient_checkpointing else 1)
@@ -197,25 +227,46 @@ def seconds(found: Work, choice: Choice, order: batches.ShuffledRows, card: Card
 
 
 def detail(plan: Plan, config: Config, found: Work) -> str:
+    """Return the details of a plan: rows, batches, memory and disk by part, time and costs."""
     choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
     space = space_of(config, found)
-    batch = f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, learning rate {choice.learning_rate:.3g}"
-    once = f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; gradient checkpointing: {shown}"
+    batch = (
+        f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, "
+        f"learning rate {choice.learning_rate:.3g}"
+    )
+    once = (
+        f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; "
+        f"gradient checkpointing: {shown}"
+    )
     lines = [
-        ("rows", f"{len(found.lengths):,} with {found.lengths.sum():,} tokens, the longest has {found.lengths.max():,}"),
+        (
+            "rows",
+            (f"{len(found.lengths):,} with {found.lengths.sum():,} tokens, the longest has {found.lengths.max():,}"),
+        ),
         ("visits", f"{describe_visits(plan, found)}"),
-        ("batch", batch), ("at once", once), ("steps", f"{plan.steps:,}"),
-        ("memory", f"{plan.peak / 1e9:.1f} GB at its peak"), *sizes(plan.parts), ("", "    -  logits (the loss is computed without holding them)"),
-        ("disk", f"{sum(space.values()) / 1e9:.1f} GB at its end"), *sizes(space),
-        ("time", f"{duration(plan.training)} training, {duration(plan.export)} export, downloads not counted: about ${plan.dollars:.2f}"),
-    ]  # fmt: skip
+        ("batch", batch),
+        ("at once", once),
+        ("steps", f"{plan.steps:,}"),
+        ("memory", f"{plan.peak / 1e9:.1f} GB at its peak"),
+        *sizes(plan.parts),
+        ("", "    -  logits (the loss is computed without holding them)"),
+        ("disk", f"{sum(space.values()) / 1e9:.1f} GB at its end"),
+        *sizes(space),
+        (
+            "time",
+            (
+                f"{duration(plan.training)} training, {duration(plan.export)} export, "
+                f"downloads not counted: about ${plan.dollars:.2f}"
+            ),
+        ),
+    ]
     return "\n".join(
         [f"on {plan.card.name} ({plan.card.memory_gb:.0f} GB)", *(f"  {name:8} {text}" for name, text in lines)]
     )
 
 
 def describe_visits(plan: Plan, found: Work) -> str:
-    """How often the rows are seen: a row that is trained on twice is two visits."""
+    """Return how many rows are trained on, in how many epochs; a row that is trained on twice counts twice."""
     visits = (
         found.tune.max_steps * plan.choice.train_batch_size
         if found.tune.max_steps
@@ -225,18 +276,24 @@ def describe_visits(plan: Plan, found: Work) -> str:
 
 
 def space_of(config: Config, found: Work) -> dict[str, float]:
-    """Disk that the run needs to its end, bytes."""
+    """Return the disk space that the run needs until it is complete, bytes by part."""
     return disk_space.parts(config, found.model.sixteen) | {
         "checkpoints": disk_space.checkpoints(found.model, found.tune)
     }
 
 
 def sizes(parts: dict[str, float]) -> list[tuple[str, str]]:
+    """Return a line for each part with its GB, as (empty heading, text)."""
     return [("", f"{size / 1e9:5.1f}  {name}") for name, size in parts.items()]
 
 
 def table(made: list[Plan | str], cheapest: Plan | None, here: Card | None = None) -> list[str]:
-    """A line a GPU, and the cheapest that fits. here: the GPU of this machine."""
+    """Return a line for each GPU of the table, and one with the cheapest that fits.
+
+    Args:
+        plans: the plan, or the reason why there is none, for each GPU in the order of the table.
+        local_gpu: the GPU of this machine.
+    """
     lines = [
         "",
         f"  {'GPU':<13}{'GB':>5}{'peak':>7}{'at once':>9}{'rows':>6}  {'checkpointing':<15}{'hours':>7}{'$':>8}",
@@ -256,5 +313,9 @@ def table(made: list[Plan | str], cheapest: Plan | None, here: Card | None = Non
 
 
 def figures(plan: Plan) -> str:
+    """Return the numbers of a plan as columns of the table."""
     choice, shown = plan.choice, POLICIES[plan.choice.use_gradient_checkpointing]
-    return f"{plan.peak / 1e9:>7.1f}{choice.micro_batch_tokens:>9,}{choice.train_batch_size:>6}  {shown:<15}{plan.hours:>7.2f}{plan.dollars:>8.2f}"
+    return (
+        f"{plan.peak / 1e9:>7.1f}{choice.micro_batch_tokens:>9,}{choice.train_batch_size:>6}  {shown:<15}"
+        f"{plan.hours:>7.2f}{plan.dollars:>8.2f}"
+    )

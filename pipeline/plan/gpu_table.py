@@ -1,8 +1,10 @@
-"""The table of GPU types, configs/gpus.csv: yours to edit, prices above all.
+"""The table of GPU types, configs/gpus.csv. Users can edit it, the prices above all.
 
-match: a regular expression for the name that torch gives the card. memory_gb: what torch sees of it, 1 GB = 1e9 bytes.
-tflops: dense bf16 (fp16 before Ampere) with 32-bit sums, from NVIDIA's data sheets. dollars_per_hour: about what an hour
-of it costs when rented alone.
+Its columns:
+    match: a regular expression for the name of the GPU in torch.
+    memory_gb: the memory that torch sees, 1 GB = 1e9 bytes.
+    tflops: dense bf16 (fp16 before Ampere) with 32-bit accumulation, from NVIDIA's data sheets.
+    dollars_per_hour: the approximate price of an instance with one such GPU.
 """
 
 import csv
@@ -12,13 +14,14 @@ from pathlib import Path
 
 from common.errors import UserError
 
-TABLE = Path("configs/gpus.csv")  # of the current folder; where it has none, the checkout's
-OLDEST, BF16 = 7.5, 8.0  # compute capabilities: the first that CUDA 13 compiles for (T4), the first with bf16 (A100)
+TABLE = Path("configs/gpus.csv")  # in the current folder, or in the checkout where the current folder has none
+# Compute capabilities: the oldest that CUDA 13 compiles for (T4), and the first one with bf16 (A100).
+OLDEST, BF16 = 7.5, 8.0
 
 
 @dataclass(frozen=True)
 class Card:
-    """One line of the table."""
+    """One line of the table; the fields are its columns."""
 
     name: str
     match: str
@@ -29,7 +32,7 @@ class Card:
 
 
 def table(path: Path = TABLE) -> list[Card]:
-    """All cards. Raises UserError for a line that cannot be read."""
+    """Return all GPU types of the table. Raise UserError for a line that cannot be read."""
     path = path if path.is_file() else Path(__file__).parents[2] / path
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -46,20 +49,31 @@ def table(path: Path = TABLE) -> list[Card]:
 
 
 def find(device: str) -> Card | None:
-    """The card of that name, such as NVIDIA H100 80GB HBM3."""
+    """Return the GPU type of a device by its name in torch, such as NVIDIA H100 80GB HBM3; None when there is none."""
     return next((card for card in table() if re.search(rf"\b{card.match}\b", device)), None)
 
 
 def of(device: str) -> tuple[float | None, float | None]:
-    """FLOP/s and dollars an hour; None where the table does not have the card."""
+    """Return FLOP/s and dollars per hour of a device; both are None when the table does not have it."""
     card = find(device)
     return (card.tflops * 1e12, card.dollars_per_hour) if card else (None, None)
 
 
 def unfit(capability: float, model_type: str) -> str | None:
-    """Why such a card cannot train such a model; None: it can. model_type: of config.json."""
+    """Return the reason why a GPU cannot train a model, or None when it can.
+
+    Args:
+        capability: compute capability of the GPU.
+        model_type: `model_type` of config.json.
+    """
     if capability < OLDEST:
-        return f"compute capability {capability}: CUDA 13, and torch, Triton and bitsandbytes with it, begin with {OLDEST} (T4)"
+        return (
+            f"compute capability {capability}: CUDA 13, and torch, Triton and bitsandbytes with it, "
+            f"begin with {OLDEST} (T4)"
+        )
     if capability < BF16 and model_type.startswith("gemma"):
-        return f"compute capability {capability} has no bf16, and Gemma's activations overflow float16 (its losses become NaN)"
+        return (
+            f"compute capability {capability} has no bf16, and Gemma's activations overflow float16 "
+            "(its losses become NaN)"
+        )
     return None

@@ -1,4 +1,4 @@
-"""How long a training takes on this machine's processor, from a short measurement of what it computes."""
+"""Estimate how long a training takes on this machine's processor, from a short measurement of its speed."""
 
 import os
 import time
@@ -8,13 +8,14 @@ from pipeline.plan.choose_batch import Choice, choose
 from pipeline.toolchain import machine
 
 MEASURED_SECONDS = 0.3
-# Of numpy's matrix multiplication, what a training reaches: 160 of 260 GFLOP/s with the demo's model on two cores.
+# A training reaches this share of the speed of numpy's matrix multiplication: 160 of 260 GFLOP/s with the demo's model
+# on two cores.
 EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True)
 class ProcessorPlan:
-    """The training on the processor. seconds: of the training alone."""
+    """The training on this machine's processor; `seconds` are those of the training alone."""
 
     choice: Choice
     seconds: float
@@ -23,7 +24,7 @@ class ProcessorPlan:
 
 
 def plan_on_processor(work) -> ProcessorPlan | str:
-    """The plan, or why there is none. work: a plan.stage.Work."""
+    """Return the plan for a `pipeline.plan.estimate.Workload`, or the reason why there is none."""
     if work.base.load_in_4bit:
         return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
     choice, order = choose(work.model, work.base, work.tune, work.lengths, None, packed=False)
@@ -32,11 +33,11 @@ def plan_on_processor(work) -> ProcessorPlan | str:
 
 
 def measure_processor() -> float:
-    """FLOP/s of numpy's 32-bit matrix multiplication on all cores."""
+    """Measure numpy's 32-bit matrix multiplication on all cores for MEASURED_SECONDS, and return its FLOP/s."""
     import numpy as np
 
     matrix = np.ones((1024, 1024), dtype=np.float32)
-    matrix @ matrix  # the first one starts the threads
+    matrix @ matrix  # the first multiplication starts the threads
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < MEASURED_SECONDS:
         matrix @ matrix

@@ -1,4 +1,4 @@
-"""preflight: what would be noticed only after hours of paid GPU time, asked before the first of them."""
+"""preflight: check what would otherwise fail only after hours of paid GPU time."""
 
 import os
 import shutil
@@ -20,17 +20,20 @@ from pipeline.publish import upload_process
 from pipeline.publish.stage import hub_folder
 from pipeline.run.run_folder import Run
 
-LARGEST = 50e9  # bytes of one file that the Hub takes: https://huggingface.co/docs/hub/storage-limits
+LARGEST = 50e9  # bytes of one file that the Hub accepts: https://huggingface.co/docs/hub/storage-limits
 WRITE = {"repo.write", "repo.content.write"}  # permissions of a fine-grained token
-FREE_PRIVATE = 100e9  # of a free account, from the same page
+FREE_PRIVATE = 100e9  # bytes of private files in a free account, from the same page
 
 
 def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None = None) -> list[str]:
-    """Ask all that can be asked without a GPU; returns what a user should know, a sentence each.
+    """Run all checks that need no GPU; return what the user should know, one sentence an item.
 
-    here: whether this machine will train, so that its disk matters. checkpoints: the repo for them.
+    Args:
+        trains_here: Whether this machine will train, so that its disk is checked.
+        checkpoints: The repo that checkpoints go to; None when they stay on the machine.
 
-    Raises UserError for the first thing that would stop the run later.
+    Raises:
+        UserError: The first thing that would stop the run later.
     """
     if run.done("publish"):
         return []
@@ -43,7 +46,11 @@ def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None =
 
 
 def writable(what: str, name: str) -> dict:
-    """Who the token's user is, who may write to that repo. Raises UserError otherwise."""
+    """Return the user of the Hub token. Raise UserError when there is none or it may not write to the repo.
+
+    Args:
+        action: The start of the error message, such as "publish.repo you/model".
+    """
     if not hub.token():
         raise UserError(f"{what}: no token of the Hub is set", hub.LOGIN)
     user = hub.patiently(what, hub.api().whoami, seconds=hub.QUICK)
@@ -53,7 +60,11 @@ def writable(what: str, name: str) -> dict:
 
 
 def leaving(config: Config, run: Run, checkpoints: str) -> str:
-    """The repo for checkpoints is private, ours, and no other run's."""
+    """Check the repo for checkpoints; return a sentence about it.
+
+    Raises:
+        UserError: The token may not write to the repo, the repo is public, or it holds another run.
+    """
     name = repository(checkpoints, run.folder.name)
     writable(f"CHECKPOINTS {name}", name)
     api = hub.api()
@@ -65,11 +76,18 @@ def leaving(config: Config, run: Run, checkpoints: str) -> str:
         State(run.name, files.sha256_bytes(dump_config(config).encode()), training=hash_training_settings(config)),
         behind=True,
     )
-    return f"checkpoints go to {name} on the Hub ({f'at {there}' if there else 'there already' if head else 'new'}, private)"
+    return (
+        f"checkpoints go to {name} on the Hub "
+        f"({f'at {there}' if there else 'there already' if head else 'new'}, private)"
+    )
 
 
 def destination(config: Config, repo: str, model: str) -> str:
-    """The repo is ours to write."""
+    """Check that publish.repo can be written; return a sentence about it.
+
+    Raises:
+        UserError: The folder or the repo cannot be written, or it holds something else.
+    """
     if hub.is_folder(repo):
         folder = hub_folder(repo, model)
         above = files.nearest(folder)
@@ -84,11 +102,14 @@ def destination(config: Config, repo: str, model: str) -> str:
         if manifest.NAME in {sibling.rfilename for sibling in head.siblings}:
             upload_process.outdated(name, head.sha, model)
         refuse_tag(api, name, config.publish.tag)
-    return f"goes to {name} on the Hub ({'there already' if head else 'new'}, {'private' if config.publish.private else 'public'}), as {user['name']}"
+    return (
+        f"goes to {name} on the Hub ({'there already' if head else 'new'}, "
+        f"{'private' if config.publish.private else 'public'}), as {user['name']}"
+    )
 
 
 def refuse_tag(api, repo: str, tag: str | None) -> None:
-    """A wanted tag is free. (Another one is found when it is needed.)"""
+    """Raise UserError when the repo has the requested tag already. (Without one, the next free tag is chosen later.)"""
     if tag and tag in {there.name for there in hub.patiently(repo, lambda: api.list_repo_refs(repo)).tags}:
         raise UserError(
             f"{repo} has a tag {tag} already, of another version", "choose another publish.tag, or none for the next"
@@ -96,7 +117,13 @@ def refuse_tag(api, repo: str, tag: str | None) -> None:
 
 
 def lacks(user: dict, repo: str) -> str | None:
-    """Why this user's token may not write to `repo`; None when it may, or when what the Hub says is not understood."""
+    """Return why this user's token may not write to `repo`.
+
+    The result is None when it may write, or when the Hub's answer has an unknown form.
+
+    Args:
+        user: The Hub's answer to `whoami`.
+    """
     owner, token = repo.split("/")[0].lower(), (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "fineGrained":
         scopes = (token.get("fineGrained") or {}).get("scoped") or []
@@ -115,7 +142,11 @@ def lacks(user: dict, repo: str) -> str | None:
 
 
 def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
-    """The base model can be fetched, its licence lets us publish, and the disk holds it."""
+    """Check that the base model can be fetched, that its licence allows publishing, and that the disk has space for it.
+
+    Returns:
+        What the user should know, one sentence an item.
+    """
     model = config.base.model
     if not references.is_hub_model(model):
         sixteen = local_weights(model)
@@ -130,23 +161,27 @@ def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
         return [f"{error.message}: what is in the local cache decides"]
     sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
     said = disk(config, run, sixteen, repo) if here else []
-    if not hub.is_folder(repo):  # a folder is no publication
+    if not hub.is_folder(repo):  # a folder on this machine is not a publication
         said += [*licence(config, info, repo), upload(config, sixteen)]
     return said
 
 
 def licence(config: Config, info, repo: str) -> list[str]:
-    """What the base's licence asks of whoever publishes."""
+    """Return what the base model's licence asks of the publisher. Raise UserError when it forbids publishing."""
     card = info.card_data.to_dict() if info.card_data else {}
     names = card.get("license") or config.base.license
     return licences.refuse(
-        names if isinstance(names, str) or names is None else "other", config.base.model, config.publish.private,
-        bool(config.base.license), name=repo, copies=sum(bool(licences.NAMES.match(s.rfilename)) for s in info.siblings),
-    )  # fmt: skip
+        names if isinstance(names, str) or names is None else "other",
+        config.base.model,
+        config.publish.private,
+        bool(config.base.license),
+        name=repo,
+        copies=sum(bool(licences.NAMES.match(s.rfilename)) for s in info.siblings),
+    )
 
 
 def local_weights(model: str) -> int:
-    """Bytes of a local base's weights in 16 bit; 0 where they are not known before the base is fetched."""
+    """Return the bytes of a local base model in 16 bit; 0 when they are not known before the base model is fetched."""
     path = Path(model).expanduser()
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -155,16 +190,20 @@ def local_weights(model: str) -> int:
 
 
 def disk(config: Config, run: Run, sixteen: int, repo: str) -> list[str]:
-    """Room for the base, the merged weights, the 16-bit GGUF and the quantizations; and for the copy in a folder hub.
+    """Check the disk space for the base model, the merged model, the 16-bit GGUF and the quantizations.
 
-    sixteen: bytes of the base's weights in 16 bit. A folder hub on the run's own disk gets hard links, which take nothing.
+    The copy in a folder hub is checked too. On the run's own disk it consists of hard links, which take no space.
+
+    Args:
+        weights_bytes: The size of the base model in 16 bit.
     """
     parts = space.parts(config, sixteen)
     need, free = sum(parts.values()), shutil.disk_usage(files.nearest(run.folder)).free
     refuse_full_hub(config, run, sixteen, repo)
     if free < need:
         raise UserError(
-            f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}), "
+            f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end "
+            f"({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}), "
             f"{free / 1e9:.0f} GB are free",
             "take a machine with more disk, then run the same command again",
         )
@@ -172,7 +211,7 @@ def disk(config: Config, run: Run, sixteen: int, repo: str) -> list[str]:
 
 
 def refuse_full_hub(config: Config, run: Run, sixteen: int, repo: str) -> None:
-    """Raises UserError where a folder hub on another disk has no room for what is published."""
+    """Raise UserError when a folder hub on another disk has too little space for what is published."""
     if not hub.is_folder(repo):
         return
     there = files.nearest(hub.folder(repo))
@@ -187,7 +226,11 @@ def refuse_full_hub(config: Config, run: Run, sixteen: int, repo: str) -> None:
 
 
 def upload(config: Config, sixteen: int) -> str:
-    """What goes to the Hub; whether the account has room for it, the Hub does not tell."""
+    """Return a sentence about the size of the upload. The Hub does not tell whether the account has space for it.
+
+    Raises:
+        UserError: A GGUF is larger than the Hub accepts.
+    """
     sizes = space.quantized(config, sixteen)
     if max(sizes) > LARGEST:
         raise UserError(
@@ -199,7 +242,13 @@ def upload(config: Config, sixteen: int) -> str:
 
 
 def dataset(config: Config) -> list[str]:
-    """The data set can be fetched. (Its subset and split are `data`'s to find, minutes later and without a GPU.)"""
+    """Check that the data set can be fetched.
+
+    Its subset and split are not checked here: the `data` stage does that minutes later, and needs no GPU.
+
+    Returns:
+        What the user should know, one sentence an item.
+    """
     source = config.data.source
     if not references.is_hub_dataset(source):
         return []

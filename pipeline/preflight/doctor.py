@@ -1,4 +1,4 @@
-"""doctor: what the machine that trains is, has and lacks, and for every lack the command that cures it."""
+"""doctor: report what the training machine is, has and lacks, with the command that cures each lack."""
 
 import os
 import shutil
@@ -13,30 +13,45 @@ from pipeline.preflight import gpu_checks, library_checks
 from pipeline.toolchain import llama_tools, machine
 from pipeline.toolchain.machine import Ask, Nvidia, Where, gb
 
-# Llama 3.1 8B, the largest of the configs here: its 16-bit weights, and q4_k_m. The base is cached; merged weights, 16-bit
-# GGUF, and q4_k_m with and without an importance matrix are the run's. (`make preflight` knows it for each config.)
+# Bytes of Llama 3.1 8B, the largest base model in configs/: in 16 bit, and as q4_k_m. The base model lies in the Hub's
+# cache. The merged model, the 16-bit GGUF, and q4_k_m with and without an importance matrix lie in the run's folder.
+# `make preflight` computes the need of each config.
 SIXTEEN, QUANTIZED = 16.1e9, 4.9e9
-# The inputs of all layers, 2 bytes * 4096 * 32 a token of a micro-batch, are 4.3 GB at 16,384 tokens; and what 16-bit
-# weights are read through, when they are merged and converted.
+# Bytes of memory for an 8B model. The inputs of all layers take 2 bytes * 4096 * 32 a token of a micro-batch, which is
+# 4.3 GB at 16,384 tokens. The rest is for reading the 16-bit weights while they are merged and converted.
 MEMORY = 16e9
-DEMO = 3e9  # bytes of disk, beside the environment that is there, and of memory
+DEMO = 3e9  # bytes of disk (without the environment) and of memory that the demo needs
 
 
 def checks(runs: Path, ask: Ask = machine.ask) -> list[Check]:
-    """Everything that can be known without changing anything. runs: where runs go. ask: what runs a command."""
+    """Return all checks of this machine. Nothing is changed.
+
+    Args:
+        runs: The folder that holds the runs.
+        ask: Runs a command and returns its output; tests replace it.
+    """
     found, where = machine.nvidia(ask), machine.where(ask)
     tools = [compiler(found, ask), headers(found)]
     return [
-        *gpu_checks.checks(found, where), *environment(), *library_checks.checks(found, tools, ask), *tools, *llama(found),
-        *disks(runs, found), memory(found), container(where, ask),
-    ]  # fmt: skip
+        *gpu_checks.checks(found, where),
+        *environment(),
+        *library_checks.checks(found, tools, ask),
+        *tools,
+        *llama(found),
+        *disks(runs, found),
+        memory(found),
+        container(where, ask),
+    ]
 
 
 def environment() -> list[Check]:
-    """Before anything is set up, what that will take."""
+    """Return a lack when the training environment is not set up yet, with what the set-up takes."""
     if machine.is_set_up():
         return []
-    text = "the Python environment that trains is not set up yet: torch, Unsloth and llama.cpp, about 2 GB (8 GB for a GPU)"
+    text = (
+        "the Python environment that trains is not set up yet: torch, Unsloth and llama.cpp, about 2 GB "
+        "(8 GB for a GPU)"
+    )
     return [
         Check(
             "packages", "lack", text, "make env (about 6 minutes on 2 cores), or any target that trains, which does it"
@@ -44,11 +59,11 @@ def environment() -> list[Check]:
     ]
 
 
-# What Triton compiles with when the training runs, and llama.cpp
+# What Triton compiles with during the training, and llama.cpp
 
 
 def compiler(found: Nvidia, ask: Ask) -> Check:
-    """Triton's own choice: CC, gcc, clang."""
+    """Check for a C compiler, in the order in which Triton looks for one: CC, gcc, clang."""
     for name in filter(None, (os.environ.get("CC"), "gcc", "clang")):
         said = ask([name, "--version"])
         if said.state == "ok" and said.out.strip():
@@ -58,6 +73,7 @@ def compiler(found: Nvidia, ask: Ask) -> Check:
 
 
 def headers(found: Nvidia) -> Check:
+    """Check for Python.h, which Triton compiles against."""
     place = Path(sysconfig.get_path("include")) / "Python.h"
     if place.is_file():
         return Check("Python.h", "ok", str(place))
@@ -66,15 +82,17 @@ def headers(found: Nvidia) -> Check:
 
 
 def needed(found: Nvidia) -> str:
-    """The state of a lack without which no card can be used."""
+    """Return the state of a check whose lack makes GPUs unusable: `fault` when there is a GPU, else `lack`."""
     return "fault" if found.cards else "lack"
 
 
 def llama(found: Nvidia) -> list[Check]:
+    """Return the check of llama.cpp, or nothing before the environment is set up."""
     return [llama_cpp(found)] if machine.is_set_up() else []
 
 
 def llama_cpp(found: Nvidia) -> Check:
+    """Check that llama.cpp is built, and built for CUDA when there is a GPU."""
     if not llama_tools.there():
         return Check(
             "llama.cpp", "fault", f"not set up ({llama_tools.folder()}); export and verify need it", "make env"
@@ -91,7 +109,7 @@ def llama_cpp(found: Nvidia) -> Check:
 
 
 def disks(runs: Path, found: Nvidia) -> list[Check]:
-    """Free space, a line for each disk. With a card a model of 8B shall fit, without one the demo."""
+    """Check the free space of each disk: for an 8B model when there is a GPU, else for the demo."""
     ours, cached = (2 * SIXTEEN + 2 * QUANTIZED, SIXTEEN) if found.cards else (DEMO, 0)
     wanted = (
         ("runs", runs, ours),
@@ -106,37 +124,50 @@ def disks(runs: Path, found: Nvidia) -> list[Check]:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads (its constants.py; the library may not be there yet)."""
+    """Return the folder where huggingface_hub stores its downloads.
+
+    It follows the library's constants.py, because the library may not be installed yet.
+    """
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
 def disk(place: list[tuple[str, Path, float]], model: str) -> Check:
+    """Check one disk.
+
+    Args:
+        folders: (label, folder, needed bytes) of each folder on this disk.
+        workload: What needs the space, for the message.
+    """
     free, need = shutil.disk_usage(place[0][1]).free, sum(need for _, _, need in place)
     text = f"{gb(free)} free for {', '.join(name for name, _, _ in place)}"
     text += f"; {model} takes {gb(need)}" if need else ""
     if free >= need:
         return Check("disk", "ok", text)
-    cure = f"free {gb(need - free)}, or take another disk: RUNS=, HF_HOME= (`make preflight CONFIG=...` knows your model's need)"
+    cure = (
+        f"free {gb(need - free)}, or take another disk: RUNS=, HF_HOME= "
+        "(`make preflight CONFIG=...` knows your model's need)"
+    )
     return Check("disk", "lack", text, cure)
 
 
 def memory(found: Nvidia) -> Check:
+    """Check the memory of the machine or its container."""
     there, need = machine.memory(), MEMORY if found.cards else DEMO
-    text = (
-        f'{gb(there)} of this machine, where "unsloth" checkpointing keeps activations; {what(found)} wants {gb(need)}'
-    )
+    text = f'{gb(there)} of this machine, where "unsloth" checkpointing keeps activations; '
+    text += f"{what(found)} wants {gb(need)}"
     if there >= need:
         return Check("memory", "ok", text)
     return Check("memory", "lack", text, "take a machine (or give its container) more, or a smaller base.model")
 
 
 def what(found: Nvidia) -> str:
+    """Return what the machine is measured against, for messages."""
     return "a model of 8B" if found.cards else "the demo"
 
 
 def container(where: Where, ask: Ask) -> Check:
-    """In Ferry's image or natively: the same locks, and the same code."""
+    """Report whether `make train` runs in Ferry's image or natively. Both have the same locks and the same code."""
     if "FERRY_IMAGE" in os.environ:
         return Check("container", "ok", "this is Ferry's image")
     if not where.word:
@@ -144,7 +175,8 @@ def container(where: Where, ask: Ask) -> Check:
             "container", "lack", f"setup/container.py does not answer: {where.why}", "DOCKER=1 or DOCKER=0 decides"
         )
     told = f"`make train` runs {'in the image' if where.word == 'image' else 'natively'}: {where.why}"
-    if where.word == "image" or "docker" not in where.why:  # nothing of an engine is missing
+    # Without "docker" in the reason, no part of a container engine is missing.
+    if where.word == "image" or "docker" not in where.why:
         return Check("container", "ok", told)
     podman = machine.where(ask, "podman").word == "image"
     cure = (

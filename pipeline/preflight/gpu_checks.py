@@ -1,4 +1,4 @@
-"""The driver and the cards: can what is locked here compute on them, and does another process hold them?"""
+"""Checks of the NVIDIA driver and the GPUs: whether the locked torch can use them, and whether they are free."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from pipeline.plan import gpu_table as table
 from pipeline.toolchain import machine
 from pipeline.toolchain.machine import Card, Nvidia, Where, gb
 
-CUDA, DRIVER = (13, 0), 580  # of the torch that is locked, as in setup/packages.py
-IDLE = 1 << 30  # bytes that a desktop or the driver itself may hold
+CUDA, DRIVER = (13, 0), 580  # what the locked torch needs, as in setup/packages.py
+IDLE = 1 << 30  # bytes of GPU memory that a desktop or the driver itself may use
 MADE = f"torch here is made for CUDA {CUDA[0]}.{CUDA[1]}"
 INSTALL = f"sudo apt-get install nvidia-driver-{DRIVER}-server (Ubuntu's name of it), then reboot"
 ELSEWHERE = f"rent a machine with driver {DRIVER} or newer: a container has its host's"
@@ -18,7 +18,7 @@ VISIBLE = "start the container with its cards (docker run --gpus all), or rent a
 
 
 def checks(found: Nvidia, where: Where) -> list[Check]:
-    """The driver, then three lines a card: what it is, its memory, its price."""
+    """Check the driver, then for each GPU its type, its memory and its price."""
     return [
         driver(found, where),
         *(check for card in found.cards for check in (kind(card), room(card, found), price(card))),
@@ -26,6 +26,7 @@ def checks(found: Nvidia, where: Where) -> list[Check]:
 
 
 def driver(found: Nvidia, where: Where) -> Check:
+    """Check that the NVIDIA driver answers, names a GPU and is new enough for the locked torch."""
     if found.state == "absent":
         text = "no nvidia-smi here, so no NVIDIA card: `make demo` works, training a model of your own needs one"
         cure = VISIBLE if where.container else f"where there is a card: {INSTALL}; else rent a machine that has one"
@@ -42,16 +43,22 @@ def driver(found: Nvidia, where: Where) -> Check:
 
 
 def too_old(found: Nvidia) -> bool:
-    """By the CUDA it runs, for NVIDIA's compatibility packages raise that; by its number where it does not say."""
+    """Return whether the driver is too old for the locked torch.
+
+    The CUDA version that it runs decides, because NVIDIA's compatibility packages raise that. A driver that does not
+    state it is judged by its own version number.
+    """
     major = found.driver.partition(".")[0]
     return found.cuda < CUDA if found.cuda else major.isdecimal() and int(major) < DRIVER
 
 
 def runs(found: Nvidia) -> str:
+    """Return which CUDA the driver runs, for messages."""
     return "runs CUDA {}.{}".format(*found.cuda) if found.cuda else "runs a CUDA that it does not name"
 
 
 def kind(card: Card) -> Check:
+    """Check the compute capability of a GPU, and whether it computes in bf16."""
     name, text = f"card {card.index}", f"{shown(card.name, 80)}, compute capability {card.capability}"
     if why := table.unfit(card.capability, ""):
         return Check(
@@ -67,7 +74,7 @@ def kind(card: Card) -> Check:
 
 
 def room(card: Card, found: Nvidia) -> Check:
-    """What is free. Another process takes memory, and time."""
+    """Check that no other process uses the GPU: it would take memory and computing time."""
     name, text = f"memory {card.index}", f"{gb(card.free)} of {gb(card.total)} free"
     if idle(card):
         return Check(name, "ok", text)
@@ -81,11 +88,12 @@ def room(card: Card, found: Nvidia) -> Check:
 
 
 def idle(card: Card) -> bool:
+    """Return whether no process uses the GPU, as far as the driver tells."""
     return not card.users and (card.used or 0) < IDLE
 
 
 def price(card: Card) -> Check:
-    """The table gives a run its price and its share of the card's speed; nothing else hangs on it."""
+    """Check that the GPU is in the table, which only serves to tell a run's price and its share of the GPU's speed."""
     name = f"price {card.index}"
     try:
         known = table.find(card.name)
@@ -98,6 +106,6 @@ def price(card: Card) -> Check:
 
 
 def line(card: Card) -> str:
-    """For the table, as far as it can be known. `match` is a regular expression."""
+    """Return a line for the GPU table with what the driver tells. Its field `match` is a regular expression."""
     plain = re.sub(r"[^\w .-]", ".", re.sub(r"^(NVIDIA|Tesla)( GeForce)? ", "", shown(card.name, 80)))
     return f"{plain},{plain},{(card.total or 0) / 1e9:.1f},{card.capability},TFLOPS in bf16,$ an hour"

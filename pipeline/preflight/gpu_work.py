@@ -1,6 +1,6 @@
-"""Do Unsloth, torch, Triton and bitsandbytes load together, and compute here? `python -m pipeline.preflight.gpu_work`
+"""Load Unsloth, torch, Triton and bitsandbytes together and compute: `python -m pipeline.preflight.gpu_work`.
 
-A line of JSON a step, as soon as it is known: a library may end the process, and the step that has no line did it.
+It prints a line of JSON after each step. A library may end the process; the first step without a line is the cause.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ CUDA, CPU = "cuda", "cpu"
 
 
 def unsloth() -> dict:
-    """First: it changes the others, and wants to be imported before them."""
+    """Import Unsloth. It has to be imported before the other libraries, because it changes them."""
     from pipeline.toolchain import unsloth_loader
 
     return {"version": unsloth_loader.start().__version__}
 
 
 def torch() -> dict:
-    """Which build, and the cards it sees. why: what it says when it was made for CUDA and sees none."""
+    """Return torch's build and the number of GPUs it sees; `why` is its error when a CUDA build sees none."""
     import torch
 
     found = {"version": torch.__version__, "cuda": torch.version.cuda, "cards": torch.cuda.device_count(), "why": ""}
@@ -35,7 +35,10 @@ def torch() -> dict:
 
 
 def triton() -> dict:
-    """A kernel of Unsloth's, compiled now: that takes a C compiler, Python.h and the driver. Without a card only its version."""
+    """Compile a kernel of Unsloth and compare its result with torch's; without a GPU only return Triton's version.
+
+    Compiling takes a C compiler, Python.h and the driver.
+    """
     if not importlib.util.find_spec("triton"):
         return {"version": None}
     found = {"version": importlib.metadata.version("triton")}
@@ -50,7 +53,10 @@ def triton() -> dict:
 
 
 def bitsandbytes() -> dict:
-    """A row to nf4 and back: its 16 values lie at most 0.304 apart, so a value moves by at most 0.152."""
+    """Quantize a row to nf4 and back, and compare.
+
+    The 16 values of nf4 lie at most 0.304 apart, so a value moves by at most 0.152.
+    """
     import bitsandbytes
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -61,14 +67,17 @@ def bitsandbytes() -> dict:
 
 
 def attention() -> dict:
-    """What Unsloth chose for packed rows when it was imported. varlen: has this torch what Unsloth wants of it?"""
+    """Return which attention Unsloth chose for packed rows when it was imported.
+
+    `varlen` tells whether this torch's varlen attention has the parameters that Unsloth needs.
+    """
     import torch
     from torch.nn.attention import varlen
 
     has = {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
     found = {"torch": torch.__version__, "varlen": has, "loaded": False, "chosen": "sdpa", "capability": None}
     dispatch = sys.modules.get("unsloth.utils.attention_dispatch")
-    if dispatch and torch.cuda.is_available():  # on the CPU Unsloth loads no such thing
+    if dispatch and torch.cuda.is_available():  # on the CPU Unsloth does not load it
         found["capability"] = float("{}.{}".format(*torch.cuda.get_device_capability()))
         found["loaded"] = dispatch._TORCH_VARLEN_ATTN is not None
         found["chosen"] = dispatch.select_attention_backend(use_varlen=True)
@@ -76,24 +85,29 @@ def attention() -> dict:
 
 
 def device() -> str:
+    """Return the device that the steps compute on."""
     import torch
 
     return CUDA if torch.cuda.is_available() else CPU
 
 
 STEPS: dict[str, Callable[[], dict]] = {
-    "unsloth": unsloth, "torch": torch, "triton": triton, "bitsandbytes": bitsandbytes, "attention": attention,
-}  # fmt: skip
+    "unsloth": unsloth,
+    "torch": torch,
+    "triton": triton,
+    "bitsandbytes": bitsandbytes,
+    "attention": attention,
+}
 
 
 def main() -> None:
-    """All steps; one that fails does not hinder the next."""
+    """Run all steps and print their results. When a step fails, its line holds the error and the next step runs."""
     out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # libraries have banners
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print banners
         for name, step in STEPS.items():
             try:
                 found = step()
-            except Exception as error:  # noqa: BLE001  any of theirs: it is the answer
+            except Exception as error:  # noqa: BLE001  any error of a library is the result of its step
                 found = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps({"step": name, **found}), file=out, flush=True)
 

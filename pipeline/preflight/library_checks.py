@@ -1,4 +1,4 @@
-"""torch, Triton, bitsandbytes and Unsloth: do they load together, and which attention is in use?"""
+"""Checks of Unsloth, torch, Triton and bitsandbytes: whether they load together, and which attention is in use."""
 
 import contextlib
 import json
@@ -13,13 +13,17 @@ from pipeline.preflight import gpu_work
 from pipeline.toolchain import machine
 from pipeline.toolchain.machine import Ask, Nvidia, Said
 
-LOADING = 300  # seconds; 7 with warm caches and no card, minutes from a pod's network disk
-VARLEN = 8.0  # the compute capability from which PyTorch's varlen attention is there
+LOADING = 300  # seconds; it takes 7 with warm caches and no GPU, and minutes from a pod's network disk
+VARLEN = 8.0  # the lowest compute capability that PyTorch's varlen attention supports
 SERIAL = "SDPA, packed rows one after the other"
 
 
 def checks(found: Nvidia, tools: Sequence[Check], ask: Ask) -> list[Check]:
-    """Loaded and used in a process of their own, which they may end. tools: what Triton compiles with."""
+    """Run gpu_work.py in a process of its own, which a library may end, and judge its steps.
+
+    Args:
+        tools: The checks of what Triton compiles with; their cures apply when Triton fails.
+    """
     if not machine.is_set_up():
         return []
     if found.state == "hangs":
@@ -28,7 +32,7 @@ def checks(found: Nvidia, tools: Sequence[Check], ask: Ask) -> list[Check]:
     said = ask([sys.executable, "-m", gpu_work.__name__], LOADING)
     steps, judged = told(said.out), []
     for name, (label, judge) in JUDGES.items():
-        if name not in steps:  # it ended the process or hangs; what comes after it is not known
+        if name not in steps:  # this step ended the process or hangs, so the later steps are unknown
             return [*judged, silent(label, said)]
         judged.append(
             failed(label, steps[name]["error"], tools) if "error" in steps[name] else judge(steps[name], found)
@@ -37,7 +41,7 @@ def checks(found: Nvidia, tools: Sequence[Check], ask: Ask) -> list[Check]:
 
 
 def told(out: str) -> dict[str, dict]:
-    """The lines of gpu_work.py, by step. A library's own words may stand between them."""
+    """Return the JSON lines of gpu_work.py by step, and skip what libraries print between them."""
     steps = {}
     for line in out.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -47,6 +51,7 @@ def told(out: str) -> dict[str, dict]:
 
 
 def silent(label: str, said: Said) -> Check:
+    """Return the fault of the step that printed no line."""
     if said.state == "hangs":
         cure = f"make doctor once more, a slow disk has been read by now; else {anew()}"
         return Check(label, "fault", f"no answer within {LOADING} s", cure)
@@ -54,25 +59,30 @@ def silent(label: str, said: Said) -> Check:
 
 
 def failed(label: str, why: str, tools: Sequence[Check]) -> Check:
-    """A library says what is wrong; where a line above says it already, its cure is the one."""
+    """Return the fault of a step that raised an error. When Triton lacks a tool, the cure is the one of that tool."""
     cure = next((tool.cure for tool in tools if tool.cure and label == "triton"), anew())
     return Check(label, "fault", shown(why), "free the card's memory (above)" if "out of memory" in why else cure)
 
 
 def anew() -> str:
-    """The locks were proven together: what does not load was changed, or is there by half."""
+    """Return the command that installs the locked packages again.
+
+    The locks are tested together, so a package that does not load was changed or is incomplete.
+    """
     if "FERRY_IMAGE" in os.environ:
         return "make image"
-    if sys.prefix == sys.base_prefix:  # no environment of ours
+    if sys.prefix == sys.base_prefix:  # this Python belongs to no virtual environment
         return "make env"
     return f"rm -r {shlex.quote(os.path.relpath(sys.prefix))}, then make env"
 
 
 def unsloth(step: dict, found: Nvidia) -> Check:
+    """Report Unsloth's version."""
     return Check("unsloth", "ok", f"Unsloth {step['version']} loads together with those below")
 
 
 def torch(step: dict, found: Nvidia) -> Check:
+    """Check that torch is built for the GPUs of this machine and sees them."""
     text = f"{step['version']}, made for {'CUDA ' + step['cuda'] if step['cuda'] else 'the CPU'}"
     if not found.cards:
         return Check("torch", "ok", f"{text}, computes on the CPU")
@@ -85,7 +95,7 @@ def torch(step: dict, found: Nvidia) -> Check:
 
 
 def unseen(text: str, why: str, visible: str | None) -> Check:
-    """nvidia-smi names a card, and torch, made for CUDA, sees none."""
+    """Return the fault that nvidia-smi names a GPU and torch, although built for CUDA, sees none."""
     if visible is not None:
         text, cure = f"{text}, sees no card with CUDA_VISIBLE_DEVICES={shown(visible)}", "unset CUDA_VISIBLE_DEVICES"
         return Check("torch", "fault", text, cure)
@@ -94,6 +104,7 @@ def unseen(text: str, why: str, visible: str | None) -> Check:
 
 
 def triton(step: dict, found: Nvidia) -> Check:
+    """Check that Triton compiles a kernel with correct results; on the CPU it is not needed."""
     text = f"Triton {step['version']}" if step["version"] else "not here"
     if "right" not in step:
         return Check("triton", "ok", f"{text}, not needed on the CPU")
@@ -103,6 +114,7 @@ def triton(step: dict, found: Nvidia) -> Check:
 
 
 def bitsandbytes(step: dict, found: Nvidia) -> Check:
+    """Check that bitsandbytes quantizes to 4 bit with correct results."""
     text = f"bitsandbytes {step['version']}, nf4 and back on the {'card' if step['device'] == gpu_work.CUDA else 'CPU'}"
     if step["right"]:
         return Check("4-bit", "ok", text)
@@ -110,7 +122,10 @@ def bitsandbytes(step: dict, found: Nvidia) -> Check:
 
 
 def attention(step: dict, found: Nvidia) -> Check:
-    """Unsloth's order for packed rows: FlashAttention; PyTorch's varlen (torch 2.12, cards from 8.0); xFormers; SDPA."""
+    """Check which attention Unsloth uses for packed rows.
+
+    Its order is FlashAttention; PyTorch's varlen (torch 2.12, compute capability from 8.0); xFormers; SDPA.
+    """
     if step["chosen"] in CHOSEN:
         return Check("attention", "ok", CHOSEN[step["chosen"]])
     if step["capability"] is None:
@@ -132,6 +147,9 @@ CHOSEN = {
     "xformers": "xFormers, which Unsloth takes where PyTorch's varlen is not for this torch or card",
 }
 JUDGES: dict[str, tuple[str, Callable[[dict, Nvidia], Check]]] = {
-    "unsloth": ("unsloth", unsloth), "torch": ("torch", torch), "triton": ("triton", triton),
-    "bitsandbytes": ("4-bit", bitsandbytes), "attention": ("attention", attention),
-}  # fmt: skip
+    "unsloth": ("unsloth", unsloth),
+    "torch": ("torch", torch),
+    "triton": ("triton", triton),
+    "bitsandbytes": ("4-bit", bitsandbytes),
+    "attention": ("attention", attention),
+}

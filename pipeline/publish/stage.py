@@ -1,4 +1,4 @@
-"""publish: the artifacts into the hub, GGUF first, manifest.json last."""
+"""publish: put the artifacts of a run into a folder hub or on the Hub. The GGUFs go first, manifest.json last."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from pipeline.run.run_folder import STAGES, Run
 from pipeline.toolchain import git, llama_tools, machine
 
 CARD = "README.md"
-HUB_MARKER = ".ferry-hub.json"  # {"model": name}
+HUB_MARKER = ".ferry-hub.json"  # holds {"model": name}
 LOCKS = Path(__file__).resolve().parents[2] / "setup" / "locks"
 
 STACK = (
@@ -34,9 +34,10 @@ STACK = (
 
 
 def stage(config: Config, run: Run) -> dict:
-    """Lay the repo out in a folder, send it to the Hub if that is where it goes, and write the record.
+    """Write the repo into a folder, upload it when `publish.repo` is on the Hub, and write the record of the stage.
 
-    Raises UserError when it does not arrive; everything stays in the folder.
+    Raises:
+        UserError: The upload failed. Everything stays in the folder.
     """
     repo = config.publish.repo.replace("{run}", run.model)
     if hub.is_folder(repo):
@@ -47,16 +48,20 @@ def stage(config: Config, run: Run) -> dict:
     else:
         made, sent = to_hub(config, run, repo)
     return run.write(
-        "publish", ("verify", "export", "evaluate", "finetune", "data"), {}, **sent,
+        "publish",
+        ("verify", "export", "evaluate", "finetune", "data"),
+        {},
+        **sent,
         default=made.default().model_dump(mode="json"),
-    )  # fmt: skip
+    )
 
 
 def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict]:
-    """The manifest, and {repo, commit, tag} of what is on the Hub now."""
+    """Upload the run to the Hub; return its manifest and the {repo, commit, tag} that the Hub now holds."""
     folder = run.workspace("publish", "verify") / run.model
     made = lay_out(config, run, folder)
-    finish(config, run, folder, made, None)  # whole, whatever the Hub says
+    # The folder is complete before the Hub is asked, so a failure loses nothing.
+    finish(config, run, folder, made, None)
     try:
         repo, _ = hub.split(hub.named(repo, run.model))
         may_go(config, run, repo)
@@ -66,13 +71,14 @@ def to_hub(config: Config, run: Run, repo: str) -> tuple[manifest.Manifest, dict
     except UserError as error:
         raise UserError(
             f"{error.message}\n  nothing is lost: all of it is in {folder}. Before this machine is given back:\n"
-            f"  scp -r {socket.gethostname()}:{folder.absolute()} .   and then, on your Mac: make deploy-mac REPO=./{folder.name}",
+            f"  scp -r {socket.gethostname()}:{folder.absolute()} .   "
+            f"and then, on your Mac: make deploy-mac REPO=./{folder.name}",
             error.hint,
         ) from error
 
 
 def may_go(config: Config, run: Run, repo: str) -> None:
-    """Raises UserError when the base's licence forbids it; says what it asks."""
+    """Raise UserError when the base model's licence forbids publishing to `repo`; print what the licence asks for."""
     base, outputs = run.read("data")["base"], run.read("data")["outputs"]
     copies = sum(name.lower().startswith(("licence/lic", "licence/copying")) for name in outputs)
     for note in licences.refuse(
@@ -82,7 +88,7 @@ def may_go(config: Config, run: Run, repo: str) -> None:
 
 
 def lay_out(config: Config, run: Run, folder: Path) -> manifest.Manifest:
-    """Everything but card and manifest, into the folder."""
+    """Write everything but the model card and manifest.json into the folder; return the manifest without the card."""
     files.remove(folder / manifest.NAME)  # an old manifest must not describe new files
     artifacts = [put_gguf(run, stage, name, folder) for stage, name in published(run)]
     artifacts.append(put_adapter(run, folder))
@@ -94,7 +100,11 @@ def lay_out(config: Config, run: Run, folder: Path) -> manifest.Manifest:
 
 
 def finish(config: Config, run: Run, folder: Path, made: manifest.Manifest, repo: str | None) -> manifest.Manifest:
-    """The card, and manifest.json last. repo: its id on the Hub, for the card's commands; None for a folder hub."""
+    """Write the model card, then manifest.json; return the complete manifest.
+
+    Args:
+        repo: The repo's id on the Hub, for the commands in the model card; None for a folder hub.
+    """
     ladder = run.output("verify", "ladder").read_text(encoding="utf-8").rstrip()
     with files.writing(folder / CARD) as part:
         part.write_text(model_card.text(made, ladder, repo, config.publish.private), encoding="utf-8")
@@ -104,13 +114,17 @@ def finish(config: Config, run: Run, folder: Path, made: manifest.Manifest, repo
 
 
 def described(folder: Path, name: str) -> manifest.File:
+    """Return the manifest's entry for a file: its name, sha256 and size."""
     return manifest.File(file=name, sha256=files.sha256(folder / name), bytes=(folder / name).stat().st_size)
 
 
 def hub_folder(repo: str, model: str) -> Path:
-    """Return the folder hub of a model. Raises UserError when Ferry did not make the folder, or made it for another model.
+    """Return the folder hub of a model.
 
-    Its own manifest proves that it is ours, or the marker that `claim_hub_folder` writes before anything else.
+    Its manifest proves that Ferry made the folder, or the marker that `claim_hub_folder` writes before anything else.
+
+    Raises:
+        UserError: Ferry did not make the folder, or made it for another model, or it holds a symbolic link.
     """
     folder = hub.folder(repo)
     if not folder.exists():
@@ -133,7 +147,7 @@ def hub_folder(repo: str, model: str) -> Path:
 
 
 def hub_owner(folder: Path) -> str | None:
-    """Name of the model that a folder hub is for; None where the folder is no hub of Ferry's."""
+    """Return the name of the model that a folder hub belongs to; None when Ferry did not make the folder."""
     try:
         return manifest.read(folder / manifest.NAME).name
     except UserError:
@@ -145,13 +159,13 @@ def hub_owner(folder: Path) -> str | None:
 
 
 def claim_hub_folder(folder: Path, model: str) -> None:
-    """Mark the folder as a hub of Ferry's: while files are exchanged it has no manifest."""
+    """Write the marker of a Ferry hub: while files are replaced, the folder has no manifest that could prove it."""
     if not (folder / HUB_MARKER).is_file():
         files.write_json(folder / HUB_MARKER, {"model": model})
 
 
 def keep_edited_card(folder: Path) -> None:
-    """Keep a model card that was edited after it was published: the new one replaces it."""
+    """Rename a model card that the user edited after it was published, because the new model card takes its name."""
     try:
         written = {item.file: item.sha256 for item in manifest.read(folder / manifest.NAME).files}
     except UserError:
@@ -162,7 +176,10 @@ def keep_edited_card(folder: Path) -> None:
 
 
 def published(run: Run) -> list[tuple[str, str]]:
-    """(stage, output) of every GGUF that goes out: the quantizations, and 16 bit only where nothing smaller will do."""
+    """Return (stage, output name) of every GGUF to publish.
+
+    These are the quantizations. The 16-bit GGUF is published only when `verify` chose it as the default.
+    """
     export, verify = run.read("export"), run.read("verify")
     kept = {export["sixteen"], "imatrix"} - {verify["default"]}
     ours = [
@@ -172,7 +189,15 @@ def published(run: Run) -> list[tuple[str, str]]:
 
 
 def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact:
-    """name: its quantization."""
+    """Put one GGUF into the folder and return its manifest entry.
+
+    Args:
+        stage: The stage that made the file, `export` or `verify`.
+        name: The quantization, which is also the name of the stage's output.
+
+    Raises:
+        UserError: The file is not the one that the stage recorded.
+    """
     source, export = run.output(stage, name), run.read("export")
     digest = put(source, folder / source.name)
     if digest != run.read(stage)["outputs"][name]["sha256"]:
@@ -181,14 +206,20 @@ def put_gguf(run: Run, stage: str, name: str, folder: Path) -> manifest.Artifact
         )
     header = gguf_reader.read(source)
     return manifest.Artifact(
-        kind="gguf", file=source.name, quantization=name, sha256=digest, bytes=source.stat().st_size,
-        tensor_types=gguf_reader.tensor_types(header), weights_sha256=gguf_reader.weights_sha256(source, header), default=name == run.read("verify")["default"],
+        kind="gguf",
+        file=source.name,
+        quantization=name,
+        sha256=digest,
+        bytes=source.stat().st_size,
+        tensor_types=gguf_reader.tensor_types(header),
+        weights_sha256=gguf_reader.weights_sha256(source, header),
+        default=name == run.read("verify")["default"],
         imatrix=export["imatrix"] if name != export["sixteen"] else None,
-    )  # fmt: skip
+    )
 
 
 def put_adapter(run: Run, folder: Path) -> manifest.Artifact:
-    """The LoRA weights."""
+    """Put the LoRA adapter into the folder and return its manifest entry."""
     weights = run.output("finetune", "adapter")
     digest = put(weights, folder / "adapter" / weights.name)
     return manifest.Artifact(
@@ -197,22 +228,29 @@ def put_adapter(run: Run, folder: Path) -> manifest.Artifact:
 
 
 def put_merged(run: Run, folder: Path) -> tuple[list[manifest.Artifact], list[str]]:
-    """The merged 16-bit weights, for Transformers, vLLM and others; and the names of their config and tokenizer."""
+    """Put the merged 16-bit model into the folder, for Transformers, vLLM and others.
+
+    Returns:
+        The manifest entries of its weights, and the names of its other files (config and tokenizer).
+    """
     weights, beside = [], []
     for path in sorted(path for path in (run.folder / "export" / "merged").iterdir() if path.is_file()):
         name, digest = f"merged/{path.name}", put(path, folder / "merged" / path.name)
         if path.suffix == ".safetensors":
-            weights.append(manifest.Artifact(
-                kind="merged", file=name, quantization=None, sha256=digest, bytes=path.stat().st_size
-            ))  # fmt: skip
+            weights.append(
+                manifest.Artifact(kind="merged", file=name, quantization=None, sha256=digest, bytes=path.stat().st_size)
+            )
         else:
             beside.append(name)
     return weights, beside
 
 
 def put_companions(config: Config, run: Run, folder: Path) -> list[str]:
-    """Small files, by name: the adapter's config, which names the base by its public name and not by a path of this
-    machine; the trained tokenizer with its template; the base's licence files, and the notice that its licence asks for."""
+    """Write the small files that belong to the model into the folder and return their names.
+
+    These are the adapter's config, which names the base model by its public name and not by a path of this machine; the
+    trained tokenizer with its chat template; the base model's licence files; and the notice that its licence asks for.
+    """
     settings = files.read_json(run.output("finetune", "adapter_config"))
     names = ["adapter/adapter_config.json"]
     files.write_json(folder / names[0], settings | {"base_model_name_or_path": config.base.model})
@@ -226,7 +264,11 @@ def put_companions(config: Config, run: Run, folder: Path) -> list[str]:
 
 
 def put_notice(notice: str | None, names: list[str], folder: Path) -> list[str]:
-    """The text that the licence wants passed on, where none of its files says it yet."""
+    """Write the notice that the licence asks to pass on, unless a licence file holds it already.
+
+    Returns:
+        The names of the written files: one or none.
+    """
     if not notice or any(
         notice in (folder / name).read_text(encoding="utf-8", errors="replace") for name in names if "/" not in name
     ):
@@ -238,7 +280,7 @@ def put_notice(notice: str | None, names: list[str], folder: Path) -> list[str]:
 
 
 def put(source: Path, target: Path) -> str:
-    """The file under another name, without a second copy where the disk allows it; returns its sha256."""
+    """Hard-link `source` to `target`, or copy it where the disk does not allow that; return its sha256."""
     if target.is_file() and target.samefile(source):
         return files.sha256(source)
     with files.writing(target) as part:
@@ -252,7 +294,11 @@ def put(source: Path, target: Path) -> str:
 def build(
     config: Config, run: Run, artifacts: list[manifest.Artifact], beside: list[manifest.File]
 ) -> manifest.Manifest:
-    """The manifest of this run, from its records."""
+    """Build the manifest of a run from its records.
+
+    Args:
+        companion_files: The entries of the files that are no artifacts: configs, tokenizer, licence files.
+    """
     data, tune = run.read("data"), run.read("finetune")
     contract = files.read_json(run.output("verify", "contract"))
     scores = run.read("evaluate")["scores"] | run.read("verify")["scores"]
@@ -261,29 +307,52 @@ def build(
         name=run.model,
         base=manifest.BaseModelInfo(**data["base"]),
         dataset=manifest.Dataset(
-            source=config.data.source, revision=data["dataset"]["training"].get("revision") or config.data.revision, sha256=data["inputs"], rows=data["rows"],
+            source=config.data.source,
+            revision=data["dataset"]["training"].get("revision") or config.data.revision,
+            sha256=data["inputs"],
+            rows=data["rows"],
             split=config.data.validation or f"{config.data.validation_share:g} of the rows, by content hash",
-            split_hash=data["outputs"]["heldout"]["sha256"], train_sha256=data["outputs"]["train"]["sha256"],
+            split_hash=data["outputs"]["heldout"]["sha256"],
+            train_sha256=data["outputs"]["train"]["sha256"],
             fingerprints=data.get("fingerprints", {}),
         ),
         generation=manifest.Generation(
-            temperature=config.generation.temperature, top_p=config.generation.top_p, max_tokens=config.generation.max_tokens,
+            temperature=config.generation.temperature,
+            top_p=config.generation.top_p,
+            max_tokens=config.generation.max_tokens,
             num_ctx=config.generation.num_ctx or config.base.max_seq_length,
         ),
         artifacts=tuple(artifacts),
         files=tuple(beside),
         config=config.model_dump(mode="json"),
         training={"method": "QLoRA" if config.base.load_in_4bit else "LoRA"}
-        | {key: tune[key] for key in ("steps", "epochs", "tokens", "seconds", "peak_memory_gb", "device", "seed", "final_loss", "trainable",
-                                  "rows", "train_batch_size", "learning_rate", "best_step")},
-        scores={"rule": config.evaluate.rule, "heldout": scores, "used": run.read("verify")["used"]} | thresholds(run, config),
+        | {
+            key: tune[key]
+            for key in (
+                "steps",
+                "epochs",
+                "tokens",
+                "seconds",
+                "peak_memory_gb",
+                "device",
+                "seed",
+                "final_loss",
+                "trainable",
+                "rows",
+                "train_batch_size",
+                "learning_rate",
+                "best_step",
+            )
+        },
+        scores={"rule": config.evaluate.rule, "heldout": scores, "used": run.read("verify")["used"]}
+        | thresholds(run, config),
         provenance=provenance(run),
         **contract,
-    )  # fmt: skip
+    )
 
 
 def thresholds(run: Run, config: Config) -> dict:
-    """What was asked of the scores, and what came of it."""
+    """Return the thresholds of `verify` and its results, together with the training loss that `evaluate` measured."""
     verify = run.read("verify")
     return {
         "thresholds": config.verify.model_dump(mode="json"),
@@ -295,7 +364,7 @@ def thresholds(run: Run, config: Config) -> dict:
 
 
 def provenance(run: Run) -> dict:
-    """What made this, to make it again."""
+    """Return what is needed to make the model again: hashes of config, records and locks; versions; git; the image."""
     image = files.read_json(Path(os.environ["FERRY_IMAGE"])) if os.environ.get("FERRY_IMAGE") else {}
     return {
         "config_sha256": files.sha256(run.config_file),

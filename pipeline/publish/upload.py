@@ -1,8 +1,8 @@
-"""Sending a folder to the Hub: one commit with all of it, then a tag, then a look at what arrived.
+"""Upload a folder to the Hub: one commit with all files, a comparison with what arrived, then a tag.
 
-The sending is done by a process of its own, because an upload over Xet can hang where no time limit reaches
-(xet-core#883): it tells every second how far it is, and one that stands still is killed and replaced by a fresh one
-that uses plain LFS. What is on the Hub already is not sent again.
+A child process uploads, because an upload over Xet can hang where no timeout applies (xet-core#883). The child process
+reports its progress, at most once a second. When it reports none until the timeout, it is killed, and a new process
+continues over plain LFS. Files that are on the Hub already are not sent again.
 """
 
 import json
@@ -21,13 +21,23 @@ BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
 def patience() -> float:
-    """Seconds without progress after which a sender is given up: 5 minutes, beyond all that the client retries itself."""
+    """Return the timeout of an upload: seconds without progress after which its process is killed.
+
+    By default 5 minutes, which is longer than the client's own retries take.
+    """
     return 5 * hub.silence()
 
 
 def send(job: dict) -> dict:
-    """The sender's result for `job` (pipeline/publish/upload_process.py). Raises UserError when it cannot be done."""
-    # Bars are its signs of life: they must not be turned off.
+    """Upload the folder of a job and return {repo, commit, tag}.
+
+    Args:
+        job: See pipeline/publish/upload_process.py.
+
+    Raises:
+        UserError: The Hub refuses the upload, or every attempt ended without a result.
+    """
+    # The child process takes its progress from the progress bars, so they must not be turned off.
     settings = {name: value for name, value in os.environ.items() if name not in BARS}
     for attempt in range(TRIES):
         found = _sent(job, settings | ({"HF_HUB_DISABLE_XET": "1"} if attempt else {}))
@@ -41,7 +51,7 @@ def send(job: dict) -> dict:
 
 
 def _sent(job: dict, settings: dict[str, str]) -> dict:
-    """What one sender says last: {result}, {error} or {lost: why}."""
+    """Run one upload process and return its last message: {result}, {error} or {lost: reason}."""
     command = [sys.executable, "-m", "pipeline.publish.upload_process"]
     sender = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings, start_new_session=True
@@ -56,7 +66,7 @@ def _sent(job: dict, settings: dict[str, str]) -> dict:
 
 
 def _followed(sender: subprocess.Popen) -> dict:
-    """Its last word, or that it stood still or died."""
+    """Return the last message of an upload process, or {lost: reason} when it ended or made no progress."""
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=lambda: [lines.put(line) for line in chain(sender.stdout, [""])], daemon=True).start()
     heard = ""
@@ -74,7 +84,7 @@ def _followed(sender: subprocess.Popen) -> dict:
 
 
 def _word(line: str) -> dict:
-    """What a library writes to stdout is no word of ours, but a sign of life."""
+    """Parse one line of the upload process. Any other output comes from a library and counts as progress."""
     try:
         said = json.loads(line)
     except ValueError:

@@ -1,7 +1,11 @@
-"""python -m pipeline.publish.upload_process: the process that sends (upload.py starts it). A job on stdin, JSON lines on stdout.
+"""Upload a folder in a process of its own, which upload.py starts: `python -m pipeline.publish.upload_process`.
 
-A job is {"folder": a laid-out repo, "repo": owner/name, "private": bool, "tag": name or null}. Lines are {"beat": n} when
-something moved, and last {"result": ...}, {"error": [message, hint]} or {"lost": why}, worth a fresh process.
+It reads a job as JSON from stdin:
+
+    {"folder": a complete repo, "repo": owner/name, "private": bool, "tag": name or null}
+
+It writes JSON lines to stdout: {"beat": n, "client": last warning} for progress, and at the end {"result": ...},
+{"error": [message, hint]} or {"lost": reason}. "lost" means that a new process may succeed.
 """
 
 import json
@@ -19,22 +23,23 @@ from contract import manifest
 
 
 def main() -> None:
+    """Read the job from stdin, upload its folder, and print the outcome as the last line."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing but our lines goes to the courier, whatever a library prints
+    os.dup2(2, 1)  # only our own lines reach the parent process; what a library prints goes to stderr
     job = json.load(sys.stdin)
     threading.Thread(target=beat, args=(out, os.getppid()), daemon=True).start()
     try:
         word = {"result": send(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
     except UserError as error:
         word = {"error": [error.message, error.hint]}
-    except Exception as error:  # noqa: BLE001 of hf_xet, say: a fresh process may do without
+    except Exception as error:  # noqa: BLE001 for example from hf_xet, which a new process does not use
         word = {"lost": hub.hidden(f"{type(error).__name__}: {error}")}
     print(json.dumps(word), file=out, flush=True)
-    os._exit(0)  # no thread of a library may hold it
+    os._exit(0)  # do not wait for the threads of a library
 
 
 class Heard(logging.Handler):
-    """The client's last warning: why it waits."""
+    """A log handler that keeps the last warning of the Hub client, which says why it waits."""
 
     text = ""
 
@@ -46,9 +51,13 @@ heard = Heard(logging.WARNING)
 
 
 def beat(out, courier: int) -> None:
-    """Tell the courier whenever a progress bar has moved or a call was made; end with it: no orphan goes on sending.
+    """Write a progress line whenever a progress bar moved or the Hub was called; exit when the parent process is gone.
 
-    courier: its process id.
+    So an upload does not continue without its parent process.
+
+    Args:
+        output: The file that the parent process reads.
+        parent_pid: The process id of the parent process.
     """
     from tqdm import tqdm
 
@@ -66,16 +75,19 @@ def beat(out, courier: int) -> None:
 
 
 def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
-    """Repo, commit and tag of the folder's manifest on the Hub, made or found there.
+    """Create the repo, commit the folder, compare the hashes and tag the commit; skip what is done already.
 
-    Raises UserError when the repo is somebody's or something else's, when the Hub refuses, and when what arrived is not
-    what was sent.
+    Returns:
+        {repo, commit, tag}.
+
+    Raises:
+        UserError: The repo holds something else, the Hub refuses, or what arrived differs from what was sent.
     """
     api, what = hub.api(), f"publish to {repo}"
     listen()
     made = manifest.read(folder / manifest.NAME)
     hub.patiently(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
-    # A lost answer looks like a failure: each try looks at the repo again, and what was done is not done twice.
+    # A lost answer looks like a failure, so each attempt reads the repo again and does not repeat what succeeded.
     commit = hub.patiently(what, lambda: committed(api, folder, repo, private, made), again=(409, 412))
     hub.patiently(what, lambda: compare(api, folder, repo, commit, made))
     name = hub.patiently(what, lambda: tagged(api, repo, commit, tag), again=(409,))
@@ -83,14 +95,17 @@ def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
 
 
 def listen() -> None:
-    """The client's warnings go to the courier instead of the terminal: they quote signed addresses."""
+    """Send the client's warnings to the parent process instead of the terminal, because they quote signed URLs."""
     logger = logging.getLogger("huggingface_hub")
     logger.handlers, logger.propagate = [heard], False
     logger.setLevel(logging.WARNING)
 
 
 def committed(api, folder: Path, repo: str, private: bool, made: manifest.Manifest) -> str:
-    """The commit that holds the folder: all of it in one, so no revision has a manifest without its files."""
+    """Commit the whole folder at once and return the commit's id, so that no revision has a manifest without its files.
+
+    The same commit deletes the files of the previous version.
+    """
     from huggingface_hub import CommitOperationDelete
 
     head = api.repo_info(repo, files_metadata=True)
@@ -105,13 +120,16 @@ def committed(api, folder: Path, repo: str, private: bool, made: manifest.Manife
 
 
 def digests(folder: Path, made: manifest.Manifest) -> dict[str, str]:
-    """sha256 by file name; the manifest itself comes last."""
+    """Return the sha256 of every file by its name, from the manifest; the manifest itself comes last."""
     named = {item.file: item.sha256 for item in (*made.artifacts, *made.files)}
     return named | {manifest.NAME: files.sha256(folder / manifest.NAME)}
 
 
 def addition(folder: Path, name: str, digest: str):
-    """The client would hash the file once more; the manifest has its sha256, and the Hub compares what arrives with it."""
+    """Return the client's operation that adds a file, with the sha256 from the manifest.
+
+    Without that the client would hash the file once more. The Hub compares what arrives with the sha256.
+    """
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, folder / name)
@@ -120,11 +138,12 @@ def addition(folder: Path, name: str, digest: str):
 
 
 def refuse_strange(head, repo: str, private: bool) -> None:
-    """Raises UserError for a repo that holds something else, or is open to all when the config says private."""
+    """Raise UserError for a repo that holds something else, or that is public when the config says private."""
     if private and not head.private:
         raise UserError(
             f"{repo} is public, and publish.private is true",
-            "make it private in its settings on the Hub, or choose another publish.repo, or set publish.private to false",
+            "make it private in its settings on the Hub, or choose another publish.repo, "
+            "or set publish.private to false",
         )
     if strange := hub.strange(head, manifest.NAME):
         raise UserError(
@@ -134,10 +153,15 @@ def refuse_strange(head, repo: str, private: bool) -> None:
 
 
 def outdated(repo: str, revision: str, name: str) -> set[str]:
-    """Files that the manifest on the Hub names: they go when the new one does not name them (tags keep them).
+    """Return the files that the manifest on the Hub names.
 
-    name: of the model that is published. Raises UserError when that manifest is another program's, another model's, or
-    a newer Ferry's.
+    Those that the new manifest does not name are deleted from the main branch; tags keep them.
+
+    Args:
+        name: The name of the model that is published now.
+
+    Raises:
+        UserError: The manifest on the Hub is of another program, another model or a newer Ferry.
     """
     content = hub.read_small(repo, manifest.NAME, revision, manifest.MAX_BYTES)
     try:
@@ -148,13 +172,13 @@ def outdated(repo: str, revision: str, name: str) -> set[str]:
         if (older := read_older_manifest(content)) is None:
             raise UserError(f"{repo} holds another program's {manifest.NAME}", "choose another publish.repo") from error
         refuse_other_model(repo, older.get("name", name), name)
-        return set()  # of an older Ferry, which this one cannot read: its files stay
+        return set()  # this Ferry cannot read the manifest of an older one, so its files stay
     refuse_other_model(repo, made.name, name)
     return {item.file for item in (*made.artifacts, *made.files)}
 
 
 def read_older_manifest(content: bytes) -> dict | None:
-    """Return the JSON of a manifest that an older Ferry may have written; None: no Ferry did."""
+    """Return the JSON of a manifest that an older Ferry wrote; None when it is not one of Ferry's."""
     if manifest.schema(content) is None:
         return None
     value = json.loads(content)
@@ -162,7 +186,7 @@ def read_older_manifest(content: bytes) -> dict | None:
 
 
 def refuse_other_model(repo: str, published: object, name: str) -> None:
-    """Raise UserError where the repo holds a model of another name: its files would leave the main branch."""
+    """Raise UserError when the repo holds a model of another name, whose files this one would delete."""
     if published != name:
         raise UserError(
             f"{repo} holds the model {shown(str(published))}, and this one is {name}", "choose another publish.repo"
@@ -170,7 +194,7 @@ def refuse_other_model(repo: str, published: object, name: str) -> None:
 
 
 def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) -> None:
-    """Raises UserError unless the Hub holds every file with the sha256 that was sent."""
+    """Raise UserError unless the Hub holds every file with the sha256 that was sent."""
     there = {s.rfilename: s for s in api.repo_info(repo, revision=commit, files_metadata=True).siblings}
     for name, digest in digests(folder, made).items():
         large = there[name].lfs if name in there else None
@@ -178,7 +202,7 @@ def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) 
             found = "nothing"
         elif large:
             found = large.sha256
-        else:  # git names small files by SHA-1 only
+        else:  # the Hub knows only the SHA-1 of files that are not in LFS
             limit = (folder / name).stat().st_size + 1
             found = files.sha256_bytes(hub.read_small(repo, name, commit, limit))
         if found != digest:
@@ -186,11 +210,17 @@ def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) 
 
 
 def tagged(api, repo: str, commit: str, wanted: str | None) -> str:
-    """The tag of the commit: the one it has, the one that is wanted, or the next of v1, v2, ..."""
+    """Tag the commit and return the tag's name.
+
+    It is the requested one; else the version tag that the commit has already; else the next of v1, v2, ...
+
+    Raises:
+        UserError: The requested tag belongs to another commit.
+    """
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
     numbered = sorted((int(name[1:]), name) for name in tags if re.fullmatch(r"v\d{1,6}", name))
 
-    def is_ours(name: str) -> bool:  # of an annotated tag the refs may name the tag itself
+    def is_ours(name: str) -> bool:  # for an annotated tag the refs may give the id of the tag, not of the commit
         return tags[name] == commit or api.repo_info(repo, revision=name).sha == commit
 
     if wanted and wanted in tags and not is_ours(wanted):

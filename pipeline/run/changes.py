@@ -1,7 +1,8 @@
-"""Does a run still fit its config, its data and its own records? What does not is refused, or made again.
+"""Compare a run with its config, its data and its own records, and decide what is refused and what runs again.
 
-Rows and training cost hours: a change of theirs is refused, and the next version of the model is another run. The stages
-after them cost minutes: a change of theirs makes them and all that follow stale, and only those run again.
+Making the rows and training take hours, so a change that affects them is refused: the next version of the model is
+another run. The later stages take minutes, so a change that affects one of them makes it and all stages after it stale,
+and only those run again.
 """
 
 from dataclasses import dataclass, field
@@ -13,26 +14,27 @@ from pipeline.config.schema import Config
 from pipeline.config.stage_settings import settings_of_stage
 from pipeline.run.run_folder import RESTORED, STAGES, Run, next_version
 
-KEPT = ("data", "finetune")  # stages that are never made again in the same run
-CLEANED = "cleaned.json"  # outputs that `clean` removed, and that only an earlier stage would need
+KEPT = ("data", "finetune")  # stages that never run a second time in the same run
+CLEANED = "cleaned.json"  # lists the outputs that `clean` removed; only a stage that runs again would need them
 
 
 @dataclass
 class Changes:
-    """What no longer holds, as sentences: faults stop the run, stale stages run again."""
+    """What has changed, as sentences: faults stop the run, stale stages run again."""
 
     faults: list[str] = field(default_factory=list)
     stale: dict[str, list[str]] = field(default_factory=dict)
-    """{stage: why}, in the stages' order."""
+    """{stage: reasons}, in the order of the stages."""
 
     def describe(self) -> list[str]:
-        """Which stages run again and why, as sentences for the user."""
+        """Return which stages run again and why, as sentences for the user."""
         if not self.stale:
             return []
         reasons = next(iter(self.stale.values()))
         return [f"{', '.join(self.stale)} {'run' if len(self.stale) > 1 else 'runs'} again: {'; '.join(reasons)}"]
 
     def add(self, stage: str, reasons: list[str]) -> None:
+        """Add the reasons why `stage` no longer holds: as faults where it never runs again, else as a stale stage."""
         if not reasons:
             return
         if stage in KEPT:
@@ -44,7 +46,9 @@ class Changes:
 def find_changes(run: Run, config: Config) -> Changes:
     """Compare the run's records with `config`, with its input files and with each other.
 
-    A run whose `data` never came to its end belongs to no config yet.
+    A run whose `data` stage was never completed has no record, so it fits any config.
+
+    Outputs that `clean` removed count as missing only when a stale stage would need them.
     """
     note = run.folder / CLEANED
     cleaned = files.read_json(note)["paths"] if note.is_file() else []
@@ -54,7 +58,7 @@ def find_changes(run: Run, config: Config) -> Changes:
 
 
 def _find_changes(run: Run, config: Config, cleaned: list[str]) -> Changes:
-    """cleaned: outputs that may be gone."""
+    """Compare all records. `cleaned_paths` are the outputs that may be missing."""
     changes = Changes()
     for stage in filter(run.done, STAGES):
         record = run.read(stage)
@@ -69,15 +73,20 @@ def _find_changes(run: Run, config: Config, cleaned: list[str]) -> Changes:
 
 
 def _changed_training(run: Run, config: Config) -> list[str]:
-    """Settings of a training that was begun and not ended: its checkpoints were made with the frozen ones."""
+    """Return the changed settings of a training that is not complete.
+
+    Its checkpoints were made with the settings of the frozen config.
+    """
     if not run.config_file.is_file():
         return []
     return describe_differences(settings_of_stage(run.config(), "finetune"), settings_of_stage(config, "finetune"))
 
 
 def _changed_inputs(run: Run, record: dict) -> list[str]:
+    """Return the data files that are gone or whose content has changed since the rows were made."""
     faults = []
-    is_restored = (run.folder / RESTORED).is_file()  # from another machine, which had the files; the rows came along
+    # A restored run comes from another machine, which had the data files. Its rows were restored with it.
+    is_restored = (run.folder / RESTORED).is_file()
     for name, digest in record["inputs"].items():
         path = Path(name)
         if not path.is_file():
@@ -88,7 +97,7 @@ def _changed_inputs(run: Run, record: dict) -> list[str]:
 
 
 def _changed_sources(run: Run, stage: str, record: dict, changes: Changes) -> list[str]:
-    """Records that this one was made from and that are others now, or will be."""
+    """Return which of the records that this one was made from have changed, or will change."""
     reasons = []
     for name, digest in record["sources"].items():
         if name in changes.stale:
@@ -100,7 +109,7 @@ def _changed_sources(run: Run, stage: str, record: dict, changes: Changes) -> li
 
 
 def _lost_outputs(run: Run, stage: str, record: dict, cleaned: list[str]) -> list[str]:
-    """Outputs that are gone or have another size."""
+    """Return the outputs that are missing or have another size than the record says."""
     reasons = []
     for output in record["outputs"].values():
         path = run.folder / output["path"]
@@ -112,7 +121,7 @@ def _lost_outputs(run: Run, stage: str, record: dict, cleaned: list[str]) -> lis
 
 
 def describe_differences(before: dict, now: dict, there: str = "in the run", here: str = "now") -> list[str]:
-    """A sentence for each setting that has another value."""
+    """Return a sentence for each setting that has another value."""
     return [
         f"{name}: {before.get(name)!r} {there}, {now.get(name)!r} {here}"
         for name in sorted(before.keys() | now.keys())
@@ -121,14 +130,19 @@ def describe_differences(before: dict, now: dict, there: str = "in the run", her
 
 
 def find_allowed_changes(run: Run, config: Config, is_own_config: bool) -> Changes:
-    """What would run again with `config`. Raises UserError when the rows or the training would be others.
+    """Return what would run again with `config`.
 
-    is_own_config: `config` was read from the run's own config.yaml, so an edit there is meant.
+    Args:
+        is_own_config: `config` was read from the run's own config.yaml, so an edit there is intended.
+
+    Raises:
+        UserError: the rows or the training would change, or config.yaml was edited and CONFIG names another file.
     """
     if run.is_config_edited() and not is_own_config:
         raise UserError(
             f"{run.config_file} was edited, and CONFIG names another file",
-            f"put the change into CONFIG and delete {run.config_file}; or leave out CONFIG to take the edit: RUN={run.name}",
+            f"put the change into CONFIG and delete {run.config_file}; or leave out CONFIG to take the edit: "
+            f"RUN={run.name}",
         )
     changes = find_changes(run, config)
     if changes.faults:
@@ -140,7 +154,7 @@ def find_allowed_changes(run: Run, config: Config, is_own_config: bool) -> Chang
 
 
 def accept_config(run: Run, config: Config, changes: Changes) -> None:
-    """Let the run go on with `config`: remove the records of stale stages and freeze the config."""
+    """Continue the run with `config`: remove the records of stale stages and freeze the config."""
     for stage in reversed(changes.stale):
         files.remove(run.path(stage))
     if not run.config_file.is_file() or run.is_config_edited() or run.config() != config:

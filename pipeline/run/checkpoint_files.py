@@ -1,7 +1,7 @@
-"""Checkpoints of a training on this disk: which are complete, which are kept.
+"""The checkpoints of a training on this disk: mark complete ones, list them, remove old and incomplete ones.
 
-A checkpoint is complete once it is marked. Older ones are removed only after that, so there is always a complete one, and a
-disk that is full costs the new one, never the last.
+A checkpoint is complete when it contains the marker file. Older checkpoints are removed only after the new one is
+marked, so there is always a complete one: when the disk is full, the new checkpoint is lost and the last one stays.
 """
 
 import re
@@ -12,17 +12,18 @@ from common import files
 from common.errors import UserError
 
 COMPLETE = "ferry-complete"
-NAME = re.compile(r"checkpoint-[0-9]+")  # checkpoint-best, checkpoint-8-mine: a user's own copies
+# Other names, such as checkpoint-best or checkpoint-8-mine, are a user's own copies.
+NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 def mark_complete(path: Path, step: int) -> None:
-    """All of it is on disk, and then it says so, with the names of its files."""
+    """Sync the checkpoint to disk, then write its marker, which names the step and all files."""
     files.sync(path)
     files.write_json(path / COMPLETE, {"step": step, "files": sorted(item.name for item in path.iterdir())})
 
 
 def remove_all_but(folder: Path, kept: set[Path]) -> None:
-    """Remove all checkpoints but these."""
+    """Remove all checkpoints except those in `keep`, which are compared by name."""
     names = {path.name for path in kept}
     for path in list_checkpoints(folder):
         if path.name not in names:
@@ -30,15 +31,17 @@ def remove_all_but(folder: Path, kept: set[Path]) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints, the oldest first: folders that are called as the trainer calls them, and no others."""
+    """Return the checkpoint folders, oldest first. Folders whose names the trainer does not use are left out."""
     found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def find_last_complete(folder: Path) -> Path | None:
-    """The newest marked checkpoint; unmarked ones are removed.
+    """Remove incomplete checkpoints and return the newest complete one, or None.
 
-    Raises UserError when a file of it is gone: without its optimizer state, say, another training would go on from it.
+    Raises:
+        UserError: a file of that checkpoint is missing. Without the optimizer state, for example, a resumed training
+            would differ from the one that was interrupted.
     """
     found = list_checkpoints(folder)
     for path in found:

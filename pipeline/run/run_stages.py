@@ -1,7 +1,7 @@
-"""Run the stages of a run in order, each in a process of its own, from where the run stands.
+"""Run the stages of a run that are not complete, in order, each in a process of its own.
 
-A process each, because a library that has loaded a model does not give all of its memory back, and because what a stage
-prints can then go to its own log file.
+Each stage has its own process because a library that has loaded a model does not return all of its memory, and because
+what a stage prints can then go to its own log file.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.lock import hold_lock
 from pipeline.run.run_folder import STAGES, Run
 
-# Signals that end a stage without a word of its own, and what usually sends them.
+# Signals that end a stage before it can print an error, with their usual cause.
 KILLED = {
     signal.SIGKILL: "killed (SIGKILL), most often because memory ran out",
     signal.SIGSEGV: "ended by a crash of a library (SIGSEGV)",
@@ -27,9 +27,10 @@ KILLED = {
 
 @contextlib.contextmanager
 def lock_run(run: Run, command: str) -> Iterator[int | None]:
-    """Hold the run, so that no second command works in its folder; yield the lock's descriptor for child processes.
+    """Lock the run, so that no second command works in its folder, and yield the lock's descriptor for child processes.
 
-    Raises UserError with the holder's pid and command when another command has it.
+    Raises:
+        UserError: another command holds the lock; the message has its pid and command.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -41,16 +42,16 @@ def lock_run(run: Run, command: str) -> Iterator[int | None]:
 
 
 def lock_file(run: Run) -> Path:
-    """Beside the run's folder, which `restore` replaces as a whole."""
+    """Return the path of the lock, which is beside the run's folder because `restore_run` replaces the folder."""
     return run.folder.with_name(f".{run.name}.lock")
 
 
 def run_stages(run: Run, last: str, lock: int | None, arguments: dict[str, list[str]] | None = None) -> None:
-    """Run every stage up to `last` that is not done.
+    """Run every stage up to and including `last` that is not complete.
 
     Args:
-        lock: descriptor that each stage's process inherits, so that it holds the run as long as it lives.
-        arguments: further arguments by stage, for its own process.
+        lock: descriptor that each stage's process inherits, so that the run stays locked as long as the process lives.
+        arguments: further command line arguments by stage.
     """
     wanted = STAGES[: STAGES.index(last) + 1]
     for stage in wanted:
@@ -63,7 +64,12 @@ def run_stages(run: Run, last: str, lock: int | None, arguments: dict[str, list[
 
 
 def run_stage(run: Run, stage: str, lock: int | None, arguments: list[str] = []) -> None:  # noqa: B006 never changed
-    """Run one stage to its end in a process of its own. Raises SystemExit with its exit code when it fails."""
+    """Run one stage in a process of its own and wait until it ends.
+
+    Raises:
+        UserError: a signal killed the process.
+        SystemExit: the stage failed; with its exit code.
+    """
     command = [sys.executable, "-m", "pipeline", stage, str(run.folder), *arguments]
     process = subprocess.Popen(command, pass_fds=() if lock is None else (lock,))
     code = wait_for_process(process)
@@ -77,7 +83,10 @@ def run_stage(run: Run, stage: str, lock: int | None, arguments: list[str] = [])
 
 
 def wait_for_process(process: subprocess.Popen) -> int:
-    """Wait for a stage's process; SIGTERM is passed on to it, and Ctrl-C reaches it by itself: it writes its state first."""
+    """Wait for a stage's process and return its exit code.
+
+    SIGTERM is passed on to the process and Ctrl-C reaches it directly; it saves its state before it exits.
+    """
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number)),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),

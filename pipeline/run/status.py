@@ -1,4 +1,4 @@
-"""How far runs are, and what of them can be removed: from their records, without any library."""
+"""Read the status of runs from their records, and find what can be removed. Needs no machine learning library."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,37 +14,46 @@ from pipeline.run.run_stages import lock_file
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run. Stages are named in their order; sizes are bytes."""
+    """The status of one run. Stages are in their order; sizes are in bytes."""
 
     name: str
     model: str
     done: tuple[str, ...]
     next_stage: str | None
-    """None: the run is complete."""
+    """None when the run is complete."""
     held_by: str | None
-    """The command that works in it now, with its pid."""
+    """The command that works in the run now, with its pid."""
     step: int | None
-    """Of the training that is under way."""
+    """The last logged step of a training in progress."""
     loss: float | None
     seconds_left: float | None
     score: float | None
-    """Of the default file, by the task's rule, 0 to 1."""
+    """The score of the default file by the task's rule, 0 to 1."""
     heldout_loss: float | None
     published: str | None
     bytes: int
 
 
 def read_status(run: Run) -> RunStatus:
+    """Return the status of a run."""
     done = tuple(stage for stage in STAGES if run.done(stage))
     holder = read_holder(lock_file(run))
     last = _last_log_entry(run) if "data" in done and "finetune" not in done else {}
     scores = _scores_of_default(run) if "verify" in done else {}
     return RunStatus(
-        name=run.name, model=run.model, done=done, next_stage=next((stage for stage in STAGES if stage not in done), None),
-        held_by=str(holder) if holder else None, step=last.get("step"), loss=last.get("loss"),
-        seconds_left=last.get("seconds_left") if holder else None, score=scores.get("score"), heldout_loss=scores.get("loss"),
-        published=run.read("publish")["repo"] if "publish" in done else None, bytes=_size(run.folder),
-    )  # fmt: skip
+        name=run.name,
+        model=run.model,
+        done=done,
+        next_stage=next((stage for stage in STAGES if stage not in done), None),
+        held_by=str(holder) if holder else None,
+        step=last.get("step"),
+        loss=last.get("loss"),
+        seconds_left=last.get("seconds_left") if holder else None,
+        score=scores.get("score"),
+        heldout_loss=scores.get("loss"),
+        published=run.read("publish")["repo"] if "publish" in done else None,
+        bytes=_size(run.folder),
+    )
 
 
 def _scores_of_default(run: Run) -> dict:
@@ -53,6 +62,7 @@ def _scores_of_default(run: Run) -> dict:
 
 
 def _last_log_entry(run: Run) -> dict:
+    """Return the last entry of the training log that has a loss, or {}."""
     log = run.folder / "finetune" / "log.jsonl"
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     return next((entry for entry in reversed(entries) if "loss" in entry), {})
@@ -63,14 +73,14 @@ def _size(folder: Path) -> int:
 
 
 def list_runs(runs: Path) -> list[Run]:
-    """All folders that are a run of Ferry's, in order of their names. Raises UserError where `runs` is no folder."""
+    """Return the runs in a folder, in the order of their names. Raise UserError when `runs` is a file."""
     if runs.exists() and not runs.is_dir():
         raise UserError(f"RUNS={runs} is no folder", "name the folder that runs are in")
     return [Run(folder) for folder in sorted(runs.glob("*/")) if is_run_folder(folder)]
 
 
 def format_runs(statuses: list[RunStatus]) -> str:
-    """A line a run."""
+    """Return a table with one line for each run."""
     lines = [f"{'run':<26}{'stage':<16}{'score':>7}{'loss':>9}{'disk':>10}"]
     for status in statuses:
         stage = "complete" if status.next_stage is None else f"{len(status.done)}/{len(STAGES)} {status.next_stage}"
@@ -82,7 +92,7 @@ def format_runs(statuses: list[RunStatus]) -> str:
 
 
 def format_status(status: RunStatus, run: Run) -> str:
-    """A line a stage, and what works in the run now."""
+    """Return one line for each stage, and the command that works in the run now."""
     lines = [f"{run.folder}" + (f", in use by {status.held_by}" if status.held_by else "")]
     for number, stage in enumerate(STAGES, 1):
         if stage in status.done:
@@ -100,11 +110,15 @@ def format_status(status: RunStatus, run: Run) -> str:
 
 
 def to_json(value: RunStatus | list[RunStatus]) -> str:
+    """Return one status, or a list of them, as JSON."""
     return json.dumps([asdict(one) for one in value] if isinstance(value, list) else asdict(value), indent=2)
 
 
 def find_removable(run: Run) -> list[Path]:
-    """What can be made again from the adapter, and what no later stage reads: 16-bit weights, unweighted GGUFs, checkpoints."""
+    """Return what `clean` can remove: paths that can be made again from the adapter or that no later stage reads.
+
+    These are the 16-bit weights, the GGUFs made without an importance matrix, and the checkpoints.
+    """
     found: list[Path] = []
     if run.done("finetune"):
         found.append(run.folder / "finetune" / "checkpoints")
@@ -120,12 +134,12 @@ def find_removable(run: Run) -> list[Path]:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """A record names paths; one from elsewhere may name any."""
+    """Return whether a path is inside the folder. A record from another machine may name any path."""
     return path.resolve().is_relative_to(folder.resolve()) and path.resolve() != folder.resolve()
 
 
 def remove(run: Run, paths: list[Path]) -> int:
-    """Remove these parts of the run, and note which of its outputs are gone on purpose; returns the bytes that came back."""
+    """Remove these paths of the run and return the bytes freed. Record the paths first, as removed on purpose."""
     size = sum(_size(path) if path.is_dir() else path.stat().st_size for path in paths)
     note = run.folder / CLEANED
     before = files.read_json(note)["paths"] if note.is_file() else []
@@ -137,7 +151,7 @@ def remove(run: Run, paths: list[Path]) -> int:
 
 
 def require_run(folder: Path) -> Run:
-    """Raises UserError for a folder that is no run of Ferry's."""
+    """Return the run in a folder. Raise UserError when Ferry did not make the folder."""
     if not is_run_folder(folder):
         raise UserError(f"{folder} is no run of Ferry's", "`ferry runs` lists them")
     return Run(folder)

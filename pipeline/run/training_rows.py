@@ -1,4 +1,4 @@
-"""Tokenized training rows on disk: Parquet with input_ids and labels, lists of int32, one entry a row."""
+"""Tokenized training rows on disk: a Parquet file with input_ids and labels, both lists of int32, for each row."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,24 +6,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IGNORED = -100  # the label of a token that carries no loss (torch's and transformers' convention)
+IGNORED = -100  # the label of a token that carries no loss, by convention of torch and transformers
 
 
 def schema() -> "pa.Schema":
+    """Return the Parquet schema of training rows."""
     import pyarrow as pa
 
     return pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
 def read(path: Path) -> "pa.Table":
-    """All rows, in order."""
+    """Return all rows as a table, in order."""
     from pyarrow import parquet
 
     return parquet.read_table(path)
 
 
 def first(path: Path, count: int) -> list[dict]:
-    """The first rows as {input_ids, labels}."""
+    """Return the first `count` rows as {input_ids, labels}."""
     from pyarrow import parquet
 
     batch = next(parquet.ParquetFile(path).iter_batches(count), None)

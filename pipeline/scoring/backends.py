@@ -1,9 +1,13 @@
-"""What is scored, behind one face: a torch model and a GGUF in llama.cpp, fed with the same token ids.
+"""The backends that score and generate: a torch model, and a GGUF in llama.cpp. Both get the same token ids.
 
-read(rows)         a Reading of each row
-generate(prompts)  greedy token ids for each prompt (token ids), the end token left out
-text(ids)          those as text
-log_probs(ids, positions)   float32, shape (len(positions), vocabulary): of the token after each position
+Both classes have these methods:
+
+    score_rows(rows, label)           the RowScore of each row
+    iter_row_scores(rows, label)      the same one by one, each with the log-probabilities at its response positions
+    generate(prompts, label)          the greedy token ids for each prompt (token ids), without the end token
+    decode(token_ids)                 the text of token ids
+    log_probs(token_ids, positions)   the log-probabilities of the token after each position: float32, shape
+                                      (len(positions), vocabulary)
 """
 
 import time
@@ -25,27 +29,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BATCH_TOKENS = 4096  # 1 GB for the demo on a CPU; larger batches were no faster there
-# Of answers on a GPU, where a step is bound by its launches (57 ms for 11 answers of an 8B model on an H100) and keeps no
-# logits but the last.
+# The limit when a GPU generates answers. A step there is bound by its kernel launches (57 ms for 11 answers of an 8B
+# model on an H100) and keeps only the last logits.
 ANSWER_TOKENS = 4 * BATCH_TOKENS
-TIMED = 3  # prompts answered one at a time, for the speed that a user sees
+TIMED = 3  # prompts that are answered one at a time, to measure the speed that a user sees
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One row, read with its reference answer in place."""
+    """How a model scores one row with its reference answer in place."""
 
     loss: float
-    """Summed over the response positions, nats."""
+    """The sum over the response positions, in nats."""
     says_reference: bool
-    """At every position of the last answer its end included, the likeliest token is the reference's: the greedy answer to
-    the prompt is then the reference, and need not be generated."""
+    """Whether the likeliest token is the reference's at every position of the last answer, its end token included. The
+    greedy answer to the prompt is then the reference and need not be generated."""
 
 
 def measure(
     side: "Torch | Gguf", rows: list[dict], rule: Evaluate, label: str, own: Sequence[dict] = ()
 ) -> tuple[dict, list[str]]:
-    """The scores of one system, and its greedy answers to the rows that are asked and to the user's own prompts."""
+    """Return the scores of one backend, and its greedy answers to the selected rows and to the user's own prompts."""
     readings = side.read(rows, label)
     return finish(side, rows, readings, rule, label, own)
 
@@ -58,7 +62,11 @@ def finish(
     label: str,
     own: Sequence[dict] = (),
 ) -> tuple[dict, list[str]]:
-    """The same, from readings that are there already. Raises UserError when a loss is no number."""
+    """Return what `score_backend` returns, from row scores that exist already.
+
+    Raises:
+        UserError: A loss is NaN or infinite.
+    """
     refuse_broken_losses((reading.loss for reading in readings), label)
     questions = [*asked(rows, rule), *own]
     known = [reading.says_reference for reading in readings][: len(questions) - len(own)] + [False] * len(own)
@@ -74,7 +82,7 @@ def finish(
 
 
 def speed(side: "Torch | Gguf", prompts: list[list[int]]) -> float:
-    """Generated tokens a second, one prompt at a time, reading the prompt included."""
+    """Return the generated tokens per second, one prompt at a time; the time to read the prompt is included."""
     started, tokens = time.perf_counter(), 0
     for prompt in prompts:
         tokens += len(side.generate([prompt])[0]) + 1
@@ -82,7 +90,7 @@ def speed(side: "Torch | Gguf", prompts: list[list[int]]) -> float:
 
 
 class Torch:
-    """A model in torch: the base, the adapter, the merged weights."""
+    """A model in torch: the base model, the adapter or the merged model."""
 
     def __init__(
         self,
@@ -91,15 +99,22 @@ class Torch:
         max_new_tokens: int,
         ends: list[str],
     ):
-        """ends: the tokens that end an answer, besides EOS (a chat template may end turns with another one)."""
+        """Wrap a loaded model.
+
+        Args:
+            model: The model in torch.
+            tokenizer: Its tokenizer.
+            max_new_tokens: The limit for one answer.
+            end_tokens: The tokens besides EOS that end an answer (a chat template may end turns with another token).
+        """
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.ends = sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends)})
-        # generate() hands the last position as a strided view, for which torch copies the head's weights once a row:
-        # measured 9.6 s against 4.8 to 5.9 s, and 2.2 GB more, for 40 rows of the demo on a CPU.
+        # generate() passes the last position as a strided view, and torch then copies the head's weights once per row:
+        # 9.6 s instead of 4.8 to 5.9 s, and 2.2 GB more, measured for 40 rows of the demo on a CPU.
         model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
 
     def close(self) -> None:
-        """Give the GPU's memory back: torch keeps what it once had, and llama.cpp needs it next."""
+        """Free the GPU memory: torch keeps what it once allocated, and llama.cpp needs it next."""
         import gc
 
         import torch
@@ -110,19 +125,30 @@ class Torch:
             torch.cuda.empty_cache()
 
     def read(self, rows: list[dict], label: str) -> list[Reading]:
+        """Return the score of each row."""
         return self._batched([row["input_ids"] for row in rows], rows, self._read, label)
 
     def generate(self, prompts: list[list[int]], label: str = "") -> list[list[int]]:
+        """Return the greedy answer to each prompt, without its end token; `label` titles the progress bar."""
         most = ANSWER_TOKENS if self.model.device.type == "cuda" else BATCH_TOKENS
         return self._batched(prompts, prompts, self._generate, label, most)
 
     def text(self, ids: list[int]) -> str:
+        """Return the text of token ids."""
         return self.tokenizer.decode(ids)
 
     def _batched(
         self, ids: list[list[int]], items: list, work: Callable[[list], list], label: str, most: int = BATCH_TOKENS
     ) -> list:
-        """`work` on as many items at a time as `most` tokens allow, padding and answers included."""
+        """Run a function on batches of items and return all results.
+
+        Args:
+            token_ids: The token ids of each item, from which the batch size follows.
+            items: What the function gets.
+            process_batch: A function from a batch of items to their results.
+            label: The title of the progress bar; "" shows none.
+            max_tokens: The largest batch in tokens, padding and answers included.
+        """
         size = max(1, most // (max(map(len, ids)) + self.max_new_tokens))
         done: list = []
         with console.progress(len(items), label, show=bool(label)) as tick:
@@ -151,14 +177,14 @@ class Torch:
 
         ids, mask, longest = self._padded([row["input_ids"] for row in rows])
         with torch.inference_mode():
-            # position_ids: padding on the left must not shift a row's positions
+            # position_ids are set because padding on the left must not shift a row's positions
             logits = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
             ).logits
         return [self._reading(logits[i, longest - len(row["input_ids"]) :], row) for i, row in enumerate(rows)]
 
     def _reading(self, logits: "torch.Tensor", row: dict) -> Reading:
-        """logits: shape (tokens of the row, vocabulary)."""
+        """Return the score of a row from its logits, which have the shape (tokens of the row, vocabulary)."""
         import torch
 
         positions = response_positions(row)
@@ -168,10 +194,11 @@ class Torch:
         return Reading(loss, says_reference(row, positions, values.argmax(-1).tolist(), self.ends))
 
     def distributions(self, rows: list[dict], label: str) -> "Iterator[tuple[Reading, np.ndarray]]":
-        """Of each row its Reading, and the log-probabilities at its response positions."""
+        """Yield the score of each row, and the log-probabilities at its response positions."""
         return distributions(self, rows, label, self.ends)
 
     def log_probs(self, ids: list[int], positions: Sequence[int]) -> "np.ndarray":
+        """Return the log-probabilities of the token after each position, shape (len(positions), vocabulary)."""
         import torch
 
         with torch.inference_mode():
@@ -179,7 +206,7 @@ class Torch:
             return logits.float().log_softmax(-1).cpu().numpy()
 
     def _padded(self, rows: list[list[int]]) -> tuple["torch.Tensor", "torch.Tensor", int]:
-        """ids and attention mask, padded on the left, each of shape (rows, longest); and longest."""
+        """Return token ids and attention mask, padded on the left, each of shape (rows, longest); and longest."""
         import torch
 
         longest = max(map(len, rows))
@@ -188,39 +215,53 @@ class Torch:
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device), longest
 
     def _until_end(self, ids: list[int]) -> list[int]:
+        """Return the token ids before the first end token."""
         return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
 
 
 class Gguf:
-    """A GGUF in llama.cpp, one open file at a time."""
+    """A GGUF in llama.cpp; one file is open at a time."""
 
     def __init__(self, path: Path, context: int, max_new_tokens: int):
-        """context: tokens, of the longest row at least."""
+        """Load a GGUF.
+
+        Args:
+            path: The GGUF.
+            context: The context length in tokens, at least that of the longest row.
+            max_new_tokens: The limit for one answer.
+        """
         self.model: Llama = llama_runtime.load(path, context, spill=True)
         self.max_new_tokens = max_new_tokens
 
     def read(self, rows: list[dict], label: str) -> list[Reading]:
+        """Return the score of each row."""
         return [reading for reading, _ in self.distributions(rows, label)]
 
     def distributions(self, rows: list[dict], label: str) -> "Iterator[tuple[Reading, np.ndarray]]":
-        """Of each row its Reading, and the log-probabilities at its response positions."""
+        """Yield the score of each row, and the log-probabilities at its response positions."""
         return distributions(self, rows, label, llama_runtime.ends(self.model))
 
     def generate(self, prompts: list[list[int]], label: str = "") -> list[list[int]]:
+        """Return the greedy answer to each prompt, without its end token; `label` titles the progress bar."""
         with console.progress(len(prompts), label, show=bool(label)) as tick:
             return [ids for ids, _ in llama_runtime.answers(self.model, prompts, self.max_new_tokens, tick=tick)]
 
     def text(self, ids: list[int]) -> str:
+        """Return the text of token ids."""
         return llama_runtime.text(self.model, ids)
 
     def log_probs(self, ids: list[int], positions: Sequence[int]) -> "np.ndarray":
+        """Return the log-probabilities of the token after each position, shape (len(positions), vocabulary)."""
         return llama_runtime.log_probs(self.model, ids, positions)
 
 
 def distributions(
     side: "Torch | Gguf", rows: list[dict], label: str, ends: Sequence[int]
 ) -> "Iterator[tuple[Reading, np.ndarray]]":
-    """Row by row: its Reading, and the log-probabilities at its response positions, shape (positions, vocabulary)."""
+    """Yield the score of each row, and the log-probabilities at its response positions: shape (positions, vocabulary).
+
+    `end_ids` are the tokens that end an answer.
+    """
     with console.progress(len(rows), label) as tick:
         for row in rows:
             positions = response_positions(row)
@@ -231,7 +272,14 @@ def distributions(
 
 
 def says_reference(row: dict, positions: list[int], likeliest: list[int], ends: Sequence[int]) -> bool:
-    """likeliest: the token at each of `positions`, given all before it."""
+    """Return whether the last answer of a row is what the model would generate greedily.
+
+    Args:
+        row: The row with its reference answer.
+        positions: Its response positions.
+        likeliest: The likeliest token at each of `positions`, given all tokens before it.
+        end_ids: The tokens that end an answer.
+    """
     last = answer_positions(row)
     if not last or last[0] != row["prompt_tokens"] or row["input_ids"][last[-1]] not in ends:
         return False

@@ -1,7 +1,7 @@
 """Scores that mean the same in torch and in llama.cpp: the same rows, one rule, one definition of held-out loss.
 
-Held-out loss: mean natural-log loss over every response position (labels that carry loss) of the rows used.
-Perplexity: its exponential.
+The held-out loss is the mean natural-log loss over every response position of the rows used, that is, over every label
+that carries loss. The perplexity is its exponential.
 """
 
 import math
@@ -15,7 +15,10 @@ from pipeline.scoring.judges import judge
 
 
 def held_out(path: Path, rule: Evaluate) -> tuple[list[dict], str]:
-    """The rows that are scored, and in words which: the first ones, up to evaluate.max_rows and evaluate.max_tokens."""
+    """Return the rows that are scored, and a text that says which.
+
+    They are the first rows, up to evaluate.max_rows and evaluate.max_tokens.
+    """
     every = files.read_rows(path)
     rows, tokens = [], 0
     for row in every[: rule.max_rows]:
@@ -28,18 +31,27 @@ def held_out(path: Path, rule: Evaluate) -> tuple[list[dict], str]:
 
 
 def asked(rows: list[dict], rule: Evaluate) -> list[dict]:
-    """Those rows that are answered too: all of them where a rule judges, else a few to look at."""
+    """Return the rows that are answered too: all of them when a rule judges the answers, else a few samples."""
     return rows if rule.rule != "loss" else rows[: rule.samples]
 
 
 def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Sequence[str]) -> dict:
-    """{loss, perplexity, positions, rows[, score, interval]} of one system.
+    """Return {loss, perplexity, positions, rows[, score, interval]} of one backend.
 
-    losses: of each row, summed over its response positions; answers: greedy, to `asked(rows, rule)`.
+    Args:
+        rows: The held-out rows.
+        evaluate_config: The section `evaluate` of the config.
+        losses: The loss of each row, summed over its response positions.
+        answers: The greedy answers to `select_rows_to_answer(rows, evaluate_config)`.
     """
     positions = sum(len(response_positions(row)) for row in rows)
     loss = sum(losses) / positions
-    result = {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 4), "positions": positions, "rows": len(rows)}  # fmt: skip
+    result = {
+        "loss": round(loss, 4),
+        "perplexity": round(math.exp(min(loss, 50)), 4),
+        "positions": positions,
+        "rows": len(rows),
+    }
     if right := judge(rule):
         points = [right(said, row["answer"]) for said, row in zip(answers, rows, strict=True)]
         share = sum(points) / len(points)
@@ -48,7 +60,10 @@ def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Se
 
 
 def confidence_interval(share: float, count: int) -> list[float]:
-    """95 % interval of a share of `count` answers, by Wilson's formula (https://doi.org/10.1080/01621459.1927.10502953)."""
+    """Return the 95 % interval of a share of `count` answers.
+
+    Source: Wilson's formula, https://doi.org/10.1080/01621459.1927.10502953.
+    """
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -56,23 +71,23 @@ def confidence_interval(share: float, count: int) -> list[float]:
 
 
 def describe_interval(scores: dict) -> str:
-    """Such as `96.0% (90-98 %)` of a system's scores."""
+    """Return a score and its interval as text, such as `96.0% (90-98 %)`."""
     low, high = scores["interval"]
     return f"{scores['score']:.1%} ({100 * low:.0f}-{100 * high:.0f} %)"
 
 
 def prompt_ids(row: dict) -> list[int]:
-    """The tokens of a row up to its last answer."""
+    """Return the token ids of a row up to its last answer."""
     return row["input_ids"][: row["prompt_tokens"]]
 
 
 def answer_positions(row: dict) -> list[int]:
-    """Indexes of the last answer's tokens, its end token the last of them."""
+    """Return the indexes of the last answer's tokens; the last of them is its end token."""
     positions = [p for p in response_positions(row) if p >= row["prompt_tokens"]]
     ends = [i for i, p in enumerate(positions) if i and p != positions[i - 1] + 1]
     return positions[: ends[0]] if ends else positions
 
 
 def response_positions(row: dict) -> list[int]:
-    """Indexes of the tokens that carry loss."""
+    """Return the indexes of the tokens that carry loss."""
     return [i for i, label in enumerate(row["labels"]) if label != IGNORED]

@@ -1,4 +1,4 @@
-"""How right one answer is: the rules of evaluate.rule, each a number from 0 to 1."""
+"""The rules of evaluate.rule: each one judges an answer with a number from 0 (wrong) to 1 (right)."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,32 @@ from common.errors import UserError
 from contract.answer_rules import BY_NAME, Judge
 from pipeline.config.schema import Evaluate
 
-SECONDS = 2  # for a pattern and an answer: a sensible one takes microseconds
+SECONDS = 2  # for one pattern on one answer; a sensible pattern takes microseconds
 
 
 def judge(rule: Evaluate) -> Judge | None:
-    """None for `loss`: free text is judged by its held-out loss only. Raises UserError for an unusable rule."""
+    """Return the judge of evaluate.rule; None for `loss`, where free text is judged by its held-out loss only.
+
+    Raises:
+        UserError: The rule cannot be used.
+    """
     made = {"loss": lambda: None, "regex": lambda: regex(rule.pattern)}
     made |= {"json_schema": lambda: json_schema(Path(rule.json_schema))}
     return BY_NAME.get(rule.rule) or made[rule.rule]()
 
 
 def regex(pattern: str) -> Judge:
-    """The pattern is found in the answer."""
+    """Return a judge that gives 1 when the pattern occurs in the answer."""
     return lambda said, reference: float(is_found(pattern, said, "evaluate.pattern"))
 
 
 def is_found(pattern: str, text: str, setting: str) -> bool:
-    """Whether the pattern is somewhere in the text. Raises UserError where that takes longer than any sensible one."""
-    import regex as library  # as Python's own, with a time limit
+    """Return whether the pattern occurs in the text.
+
+    Raises:
+        UserError: The search takes longer than any sensible pattern does, or the pattern is no regular expression.
+    """
+    import regex as library  # the same as Python's own module, with a timeout
 
     try:
         return library.search(pattern, text, library.DOTALL, timeout=SECONDS) is not None
@@ -39,7 +47,11 @@ def is_found(pattern: str, text: str, setting: str) -> bool:
 
 
 def json_schema(path: Path) -> Judge:
-    """The answer is JSON and fits the schema in the file."""
+    """Return a judge that gives 1 when the answer is JSON and fits the schema in the file.
+
+    Raises:
+        UserError: The file cannot be read, or holds no schema that can be used.
+    """
     from jsonschema.exceptions import SchemaError, UnknownType
     from jsonschema.validators import validator_for
     from jsonschema_specifications import REGISTRY
@@ -59,10 +71,9 @@ def json_schema(path: Path) -> Judge:
             raise SchemaError("it holds no JSON schema")
         validator = validator_for(schema)
         validator.check_schema(schema)
-        fits = limited(validator)(
-            schema, registry=REGISTRY
-        ).is_valid  # its own registry would fetch a $ref from anywhere
-        fits({})  # some faults show only when a value is judged
+        # the validator's own registry would fetch a $ref from anywhere
+        fits = limited(validator)(schema, registry=REGISTRY).is_valid
+        fits({})  # some faults of a schema show only when a value is judged
     except Unresolvable as error:
         raise unusable(f"a $ref leads nowhere in it: {error}") from error
     except (OSError, ValueError, ArithmeticError, RecursionError, SchemaError, UnknownType) as error:
@@ -83,7 +94,7 @@ def json_schema(path: Path) -> Judge:
 
 
 def limited(validator: type) -> type:
-    """The same validator, whose patterns have a time limit."""
+    """Return a subclass of a validator class whose patterns have a timeout."""
     from jsonschema import ValidationError
     from jsonschema.validators import extend
 

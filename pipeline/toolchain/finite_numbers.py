@@ -1,4 +1,7 @@
-"""Weights and losses must be numbers: NaN and infinity end a run where they are first seen, whatever the exit code before."""
+"""Weights and losses must be finite: NaN and infinity end a run where they are first seen.
+
+An earlier stage may have written them and still ended with exit code 0.
+"""
 
 import math
 from collections.abc import Iterable
@@ -11,9 +14,12 @@ if TYPE_CHECKING:
     import torch
 
 RETRAIN = 'train again with a lower rate: a new RUN=name and SET="finetune.learning_rate=1e-4"'
-# By what gave the loss; the ladder's other names are those of GGUF files.
+# The hint for each source of a loss; the other names in the quality ladder are those of GGUFs.
 CURES = {
-    "base": 'the base model computes no numbers here: SET="base.load_in_4bit=false", or another base.model, with a new RUN=name',
+    "base": (
+        'the base model computes no numbers here: SET="base.load_in_4bit=false", or another base.model, '
+        "with a new RUN=name"
+    ),
     "adapter": RETRAIN,
 }
 CONVERT = 'its numbers are too large for float16: a new RUN=name and SET="export.dtype=bfloat16"'
@@ -38,8 +44,8 @@ def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
     """Raise UserError for the first loss that is not finite.
 
     Args:
-        losses: of each row, nats.
-        label: what gave them, by the quality ladder's names.
+        losses: The loss of each row, in nats.
+        label: The source of the losses, as the quality ladder names it.
     """
     for number, loss in enumerate(losses):
         if not math.isfinite(loss):

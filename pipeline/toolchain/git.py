@@ -1,4 +1,4 @@
-"""Which code runs: the checkout's commit, and whether it was changed since."""
+"""Which code runs: the commit of the checkout, and whether the files were changed since."""
 
 import os
 import re
@@ -8,22 +8,31 @@ from pathlib import Path
 from common import files
 
 ROOT = Path(__file__).resolve().parents[2]
-# What `make cloud-to-local` sends beside a committed tree, for git does not travel: {url, commit, files: {name: sha256}}.
+# What `make cloud-to-local` uploads with a committed tree, because the repository itself is not uploaded:
+# {url, commit, files: {name: sha256}}.
 SENT = ROOT / "revision.json"
 
 
 def checkout() -> dict:
-    """{url, commit, dirty}. In an image git is not there to be asked, and on a box there is no repository: both know it."""
+    """Return {url, commit, dirty} of the code.
+
+    In an image there is no git, and on an instance there is no repository: there it is read from a file.
+    """
     if image := os.environ.get("FERRY_IMAGE"):
         return files.read_json(Path(image))["git"]
     if SENT.is_file():
         return sent(files.read_json(SENT), ROOT)
-    url = re.sub(r"//[^/@]*@", "//", git("remote", "get-url", "origin") or "")  # no token of a remote
+    url = re.sub(r"//[^/@]*@", "//", git("remote", "get-url", "origin") or "")  # a remote's URL may contain a token
     return {"url": url or None, "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
 def sent(revision: dict, root: Path) -> dict:
-    """The same of a tree that was sent: dirty when one of its files is no longer what was sent."""
+    """Return {url, commit, dirty} of an uploaded tree, which is dirty when one of its files was changed since.
+
+    Args:
+        revision: The content of revision.json.
+        root: The folder of the tree.
+    """
     changed = (name for name, digest in revision["files"].items() if not _same(root / name, digest))
     return {"url": revision["url"], "commit": revision["commit"], "dirty": any(changed)}
 
@@ -33,7 +42,7 @@ def _same(path: Path, digest: str) -> bool:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says in the current folder, which it does not change; None when it fails, says nothing or is not there."""
+    """Run a read-only git command and return its output; None when it fails, prints nothing or is not installed."""
     try:
         done = subprocess.run(["git", "--no-optional-locks", *arguments], capture_output=True, text=True)
     except OSError:

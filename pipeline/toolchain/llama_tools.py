@@ -1,4 +1,4 @@
-"""The pinned llama.cpp that `make env` built: converter, quantizer, and what they know."""
+"""The pinned llama.cpp that `make env` built: its converter, quantizer and other tools, and what they support."""
 
 import functools
 import json
@@ -15,51 +15,56 @@ from pathlib import Path
 from common import console, files
 from common.errors import UserError
 
-# Bits a weight, as llama.cpp's own table has them for 8B models: good enough for a progress bar and a disk estimate.
+# Bits per weight from llama.cpp's own table for 8B models: good enough for a progress bar and a disk estimate.
 BITS = {
-    "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q5_0": 5.6, "q4_k_m": 4.9, "q4_k_s": 4.7,
-    "q4_0": 4.7, "iq4_nl": 4.7, "iq4_xs": 4.5, "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.7, "iq3_xxs": 3.3, "q2_k": 3.2,
-    "iq2_xs": 2.6, "iq2_xxs": 2.4,
+    "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q5_0": 5.6, "q4_k_m": 4.9,
+    "q4_k_s": 4.7, "q4_0": 4.7, "iq4_nl": 4.7, "iq4_xs": 4.5, "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.7,
+    "iq3_xxs": 3.3, "q2_k": 3.2, "iq2_xs": 2.6, "iq2_xxs": 2.4,
 }  # fmt: skip
-STATIC = "-static"  # a quantization without the importance matrix, to be compared; the field's word for it
+STATIC = "-static"  # marks a quantization without the importance matrix, made to compare; the usual word for it
 CHUNK = 512  # tokens of an imatrix chunk: llama-imatrix's own default
-CHUNK_DONE = b"save_imatrix: saving"  # what it logs after each one
+CHUNK_DONE = b"save_imatrix: saving"  # what llama-imatrix logs after each chunk
 
 
 def folder() -> Path:
-    """Where `make env` links it into the environment."""
+    """Return the folder where `make env` links llama.cpp into the environment."""
     return Path(os.environ.get("FERRY_LLAMA_CPP") or Path(sys.prefix) / "llama.cpp")
 
 
 def there() -> bool:
+    """Return whether llama.cpp is set up in this environment."""
     return (folder() / "build.json").is_file()
 
 
 def home() -> Path:
-    """Its folder. Raises UserError when it is not there."""
+    """Return the folder of llama.cpp.
+
+    Raises:
+        UserError: It is not set up.
+    """
     if not there():
         raise UserError(f"llama.cpp is not set up ({folder()})", "run `make env`")
     return folder()
 
 
 def version() -> str:
-    """Such as 'llama.cpp 0c1e57098 of llama-cpp-python 0.3.36'."""
+    """Return the version as text, such as 'llama.cpp 0c1e57098 of llama-cpp-python 0.3.36'."""
     build = files.read_json(home() / "build.json")
     return f"llama.cpp {build['commit'][:9]} of llama-cpp-python {build['version']}"
 
 
 def surroundings() -> dict[str, str]:
-    """The environment of its tools: on a GPU box they load the CUDA libraries that torch brought."""
+    """Return the environment variables for the tools: with a GPU they load the CUDA libraries that torch installed."""
     cuda = Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "lib"
     if not cuda.is_dir():
         return dict(os.environ)
-    before = os.environ.get("LD_LIBRARY_PATH")  # some machines have the driver's own library only there
+    before = os.environ.get("LD_LIBRARY_PATH")  # on some machines only this finds the driver's library
     return os.environ | {"LD_LIBRARY_PATH": f"{cuda}:{before}" if before else str(cuda)}
 
 
 @functools.cache
 def architectures() -> frozenset[str]:
-    """Every `architectures` name of a config.json that the converter registers for text models."""
+    """Return every `architectures` name of a config.json that the converter registers for text models."""
     register = re.compile(r"@ModelBase\.register\(([^)]*)\)")
     names: set[str] = set()
     for source in (home() / "convert" / "conversion").glob("*.py"):
@@ -69,9 +74,15 @@ def architectures() -> frozenset[str]:
 
 
 def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, log: Path) -> None:
-    """A Transformers folder to a GGUF of `kind` (f16 or bf16).
+    """Convert a folder in Transformers layout to a GGUF.
 
-    metadata: general.* values for the converter; keys: further string key-values, both JSON.
+    Args:
+        model: The folder.
+        target: The GGUF to write.
+        gguf_type: f16 or bf16.
+        metadata: A JSON file with general.* values for the converter.
+        key_values: A JSON file with further string key-values.
+        log: The file that gets the converter's output.
     """
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     script = Path(__file__).parents[1] / "export" / "convert.py"
@@ -80,24 +91,46 @@ def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, lo
 
 
 def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | None = None) -> None:
-    """A 16-bit GGUF to `kind`, such as q4_k_m."""
+    """Quantize a 16-bit GGUF.
+
+    Args:
+        source: The 16-bit GGUF.
+        target: The GGUF to write.
+        quantization: Such as q4_k_m.
+        log: The file that gets the output of llama-quantize.
+        imatrix: The importance matrix, if there is one.
+    """
     size = int(source.stat().st_size * BITS[kind] / BITS["f16"])
-    # Only its name: llama-quantize writes the path into the file.
+    # Only the name of the importance matrix is passed, because llama-quantize writes the path into the GGUF.
     weighed = ["--imatrix", imatrix.name] if imatrix else []
     command = [home() / "bin" / "llama-quantize", *weighed, source.absolute(), target.absolute(), kind.upper()]
     _run(command, log, _growth(target, size, kind), imatrix.parent if imatrix else None)
 
 
 def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
-    """<run>.<name>.gguf in `folder`, made from the 16-bit `base` unless it is there. name: such as q4_k_m or q4_k_m-static."""
+    """Write <run>.<name>.gguf in `folder` from a 16-bit GGUF, unless it exists; return its path.
+
+    Args:
+        source: The 16-bit GGUF, <run>.f16.gguf.
+        name: Such as q4_k_m or q4_k_m-static.
+        imatrix: The importance matrix, if there is one.
+        folder: Where the GGUF and the log are written.
+    """
     target, kind = folder / f"{base.name.rsplit('.', 2)[0]}.{name}.gguf", name.removesuffix(STATIC)
     return files.once(target, lambda part: quantize(base, part, kind, folder / "quantize.log", imatrix))
 
 
 def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) -> None:
-    """An importance matrix of `model` over rendered text, its special tokens read as such.
+    """Compute the importance matrix of a GGUF over rendered text, whose special tokens are parsed as such.
 
-    It runs beside the text, whose name stands in the matrix: so a run's folder may lie anywhere.
+    The tool runs in the folder of the text and writes only the text's name into the matrix, so a run may be anywhere.
+
+    Args:
+        model: The 16-bit GGUF.
+        text: The rendered training rows.
+        target: The importance matrix to write.
+        token_count: The number of tokens to read.
+        log: The file that gets the output of llama-imatrix.
     """
     command = [home() / "bin" / "llama-imatrix", "-m", model.absolute(), "-f", text.name, "-o", target.absolute()]
     command += ["--parse-special", "--no-ppl"]
@@ -106,9 +139,17 @@ def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) ->
 
 
 def render(model: Path, conversations: list[dict]) -> list[dict]:
-    """{prompt, ids} of each conversation ({messages, add_generation_prompt}), or {error}, as llama.cpp's server makes them.
+    """Render conversations as llama.cpp's server does, with its own Jinja and the template inside the GGUF.
 
-    With llama.cpp's own Jinja and the template inside the GGUF; ids as the server feeds them, BOS included.
+    Args:
+        model: The GGUF.
+        conversations: {messages, add_generation_prompt} each.
+
+    Returns:
+        {prompt, ids} or {error} of each conversation; ids as the server feeds them, BOS included.
+
+    Raises:
+        UserError: The tool fails.
     """
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in conversations)
     command = [str(home() / "bin" / "llama-render"), str(model)]
@@ -119,7 +160,7 @@ def render(model: Path, conversations: list[dict]) -> list[dict]:
 
 
 def perplexity(model: Path, text: Path, context: int, log: Path) -> float:
-    """llama-perplexity's own figure for a plain text. Only to hold Ferry's method against it."""
+    """Return the perplexity of a plain text from llama-perplexity. It is only used to check Ferry's own method."""
     command = [home() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
     _run(command, log, Progress(0, "perplexity", "", lambda: 0))
     return float(re.findall(r"Final estimate: PPL = ([\d.]+)", log.read_text(encoding="utf-8", errors="replace"))[-1])
@@ -127,7 +168,7 @@ def perplexity(model: Path, text: Path, context: int, log: Path) -> float:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a tool is: `done` is asked now and then, out of `total`."""
+    """The progress of a tool: `count_done` is called regularly and returns how much of `total` is done."""
 
     total: float
     label: str
@@ -136,20 +177,21 @@ class Progress:
 
 
 def _growth(target: Path, size: int, label: str) -> Progress:
-    """The progress of a tool that writes a file of about `size` bytes."""
+    """Return the progress of a tool that writes a file of about `size` bytes."""
     return Progress(size, label, "B", lambda: min(target.stat().st_size, size) if target.exists() else 0)
 
 
 def _passes(log: Path, chunks: int) -> Progress:
-    """The progress of llama-imatrix, which writes a line into its log for each chunk of tokens."""
+    """Return the progress of llama-imatrix, which logs a line for each chunk of tokens."""
     before = log.read_bytes().count(CHUNK_DONE) if log.is_file() else 0
     return Progress(chunks, "importance matrix", "chunks", lambda: log.read_bytes().count(CHUNK_DONE) - before)
 
 
 def _run(command: list, log: Path, progress: Progress, folder: Path | None = None) -> None:
-    """Run a tool in `folder` with its output in `log`.
+    """Run a tool in `folder`, append its output to `log`, and show its progress.
 
-    Raises UserError, with the tool's last line, when it fails.
+    Raises:
+        UserError: The tool fails; the message has its last line.
     """
     command = [str(part) for part in command]
     with log.open("ab") as out, console.progress(progress.total, progress.label, progress.unit) as advance:

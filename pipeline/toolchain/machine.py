@@ -1,6 +1,6 @@
-"""What the machine that trains is: its driver, its cards and who uses them, its memory, where `make train` would run.
+"""Facts about the machine that trains: its driver, its GPUs and their processes, its memory, where `make train` runs.
 
-Facts only; pipeline/preflight judges them.
+pipeline/preflight judges these facts.
 """
 
 import contextlib
@@ -17,12 +17,11 @@ from pathlib import Path
 from common import linux
 from common.errors import shown
 
-PATIENCE = (
-    30  # seconds; without persistence mode each nvidia-smi wakes all cards first, with eight of them 10 s and more
-)
+# Seconds. Without persistence mode each nvidia-smi first wakes all GPUs: 10 s and more with eight of them.
+PATIENCE = 30
 CONTAINER = Path(__file__).parents[2] / "setup" / "container.py"
 CSV = "--format=csv,noheader,nounits"
-# The name may hold anything but stands between fields that do not; a process's stands last.
+# The name of a GPU may contain anything, but it is between fields that do not; the name of a process is the last field.
 CARDS = (
     "nvidia-smi",
     "--query-gpu=index,uuid,name,compute_cap,memory.total,memory.used,memory.free,driver_version",
@@ -33,7 +32,7 @@ USERS = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,process_na
 
 @dataclass(frozen=True)
 class Said:
-    """What a command said."""
+    """The output of a command, and how it ended."""
 
     state: str
     """'ok', 'absent', 'failed' or 'hangs'."""
@@ -43,16 +42,17 @@ class Said:
 
 @dataclass(frozen=True)
 class User:
-    """A process on a card. memory: bytes; None where it is not told (in a container)."""
+    """A process on a GPU."""
 
     pid: str
     name: str
     memory: int | None
+    """None where the driver does not report it (in a container)."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """Memory in bytes; None where the driver does not tell it."""
+    """A GPU. Its memory is None where the driver does not report it."""
 
     index: str
     uuid: str
@@ -66,45 +66,55 @@ class Card:
 
 @dataclass(frozen=True)
 class Nvidia:
-    """What nvidia-smi tells."""
+    """What nvidia-smi reports."""
 
     state: str
-    """Of Said: 'ok', 'absent', 'failed' or 'hangs'."""
+    """The state of the CommandResult: 'ok', 'absent', 'failed' or 'hangs'."""
     words: str = ""
-    """Its own, where it failed."""
+    """Its last line, where it failed."""
     driver: str = ""
     cuda: tuple[int, int] | None = None
-    """The newest that the driver runs; None: it does not say."""
+    """The newest CUDA version that the driver runs; None where it does not report one."""
     cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where `make train` would run, as setup/container.py says: 'image', 'native' or '' (no answer), and why."""
+    """Where `make train` would run, as setup/container.py decides: 'image', 'native' or '' (no answer), and why."""
 
     word: str
     why: str
 
     @property
     def container(self) -> bool:
-        """Is this machine one itself?"""
+        """Whether this machine is itself a container."""
         return "itself a container" in self.why
 
 
 Ask = Callable[..., Said]
-"""ask(command, patience=PATIENCE)"""
+"""A function such as `run_command`: (command, timeout=COMMAND_TIMEOUT) -> CommandResult."""
 
 
 def ask(command: Sequence[str], patience: float = PATIENCE) -> Said:
-    """Run a command. One that hangs is killed with all that it started, and not waited for.
+    """Run a command and return its output.
 
-    (A process that waits for a driver does not die, and subprocess.run would wait with it.)
+    A command that hangs is killed with all processes that it started, and is not waited for: a process that waits for a
+    driver does not die, and subprocess.run would wait for it.
+
+    Args:
+        command: The program and its arguments.
+        timeout: Seconds.
     """
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
             start_new_session=True,
-        )  # fmt: skip
+        )
     except OSError:
         return Said("absent")
     try:
@@ -123,23 +133,29 @@ def ask(command: Sequence[str], patience: float = PATIENCE) -> Said:
 
 
 def nvidia(ask: Ask = ask) -> Nvidia:
-    """Driver and cards. Old drivers do not know every field, so the banner is asked first: it says how old they are."""
+    """Return the driver and the GPUs as nvidia-smi reports them.
+
+    Old drivers do not support every field of the query, so the banner is read first: it has their version.
+    """
     banner = ask(["nvidia-smi"])
     if banner.state != "ok":
         return Nvidia(banner.state, last(banner))
-    # `Driver Version: 580.95.05  CUDA Version: 13.0`; from 610 on `KMD Version: ...  CUDA UMD Version: ...`.
+    # `Driver Version: 580.95.05  CUDA Version: 13.0`; from driver 610 on `KMD Version: ...  CUDA UMD Version: ...`.
     driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", banner.out)
     cuda = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", banner.out)
     listed = ask(CARDS)
     lines = listed.out.splitlines() if listed.state == "ok" else []
     return Nvidia(
-        listed.state, last(listed) if listed.state != "ok" else "", driver[1] if driver else "",
-        (int(cuda[1]), int(cuda[2])) if cuda else None, tuple(cards(lines, users(ask(USERS).out) if lines else {})),
-    )  # fmt: skip
+        listed.state,
+        last(listed) if listed.state != "ok" else "",
+        driver[1] if driver else "",
+        (int(cuda[1]), int(cuda[2])) if cuda else None,
+        tuple(cards(lines, users(ask(USERS).out) if lines else {})),
+    )
 
 
 def cards(lines: list[str], users: dict[str, list[User]]) -> list[Card]:
-    """From nvidia-smi's lines."""
+    """Return the GPUs from the lines of nvidia-smi; `processes` has the processes of each GPU's uuid."""
     found = []
     for fields in (re.split(r", *", line.strip()) for line in lines):
         if len(fields) < 8:
@@ -152,7 +168,7 @@ def cards(lines: list[str], users: dict[str, list[User]]) -> list[Card]:
 
 
 def users(said: str) -> dict[str, list[User]]:
-    """The processes of each card's uuid."""
+    """Return the processes of each GPU's uuid from the output of nvidia-smi."""
     found: dict[str, list[User]] = {}
     for fields in (re.split(r", *", line.strip(), maxsplit=3) for line in said.splitlines()):
         if len(fields) == 4:
@@ -162,18 +178,25 @@ def users(said: str) -> dict[str, list[User]]:
 
 
 def mebibytes(value: str) -> int | None:
-    """Bytes; None for [N/A] and the like."""
+    """Return the bytes of a number of mebibytes; None for [N/A] and the like."""
     return int(value) << 20 if value.isdecimal() else None
 
 
 def last(said: Said) -> str:
-    """The last line that is not empty: where a program says why it failed."""
+    """Return the last line of output that is not empty: it usually says why a program failed."""
     lines = [line.strip() for line in (said.out + "\n" + said.err).splitlines() if line.strip()]
     return shown(lines[-1]) if lines else "it says nothing"
 
 
 def where(ask: Ask = ask, engine: str = "docker") -> Where:
-    """setup/container.py's decision: its word on stdout, `train: natively (why)` on stderr."""
+    """Ask setup/container.py where `make train` would run.
+
+    It prints one word on stdout and `train: natively (why)` on stderr.
+
+    Args:
+        runner: What runs the command.
+        engine: docker or podman.
+    """
     said = ask([sys.executable, str(CONTAINER), "where", f"ENGINE={engine}", "--", "train"])
     word, why = said.out.strip(), re.search(r"\((.*)\)$", said.err.strip())
     if said.state == "ok" and word in ("image", "native") and why:
@@ -182,17 +205,17 @@ def where(ask: Ask = ask, engine: str = "docker") -> Where:
 
 
 def is_set_up() -> bool:
-    """Whether this Python has the libraries that train; the doctor also runs before they are there."""
+    """Return whether this Python has the libraries that train; the doctor also runs before they are installed."""
     return importlib.util.find_spec("torch") is not None
 
 
 def memory() -> int:
-    """Bytes of this machine; in a container what it may have."""
+    """Return the bytes of main memory; in a container those that it may use."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *linux.limits()])
 
 
 def gb(bytes: float | None) -> str:
-    """1 GB = 1e9 bytes."""
+    """Return a number of bytes as text in GB (1e9 bytes)."""
     if bytes is None:
         return "an unknown amount"
     return f"{bytes / 1e9:.0f} GB" if bytes >= 10e9 else f"{bytes / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""Unsloth as both torch stages use it: quiet, offline where it can be, one way to load."""
+"""Load models with Unsloth, as all torch stages do: quietly, and without telemetry."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# What leaves the machine or floods the terminal by default; set before the first import.
+# By default the libraries send statistics and flood the terminal. These are set before the first import.
 QUIET = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -25,16 +25,16 @@ QUIET = {
 }
 
 
-# Loggers that speak of kernels which a CPU does not have.
+# Loggers that warn about kernels which a CPU does not have.
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
 
 
-# What is compiled for a card is kept between runs, and not in /tmp, which a container loses.
+# Kernels that are compiled for a GPU are kept between runs, and not in /tmp, which a container loses.
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
 def hush() -> None:
-    """To be called before transformers is imported."""
+    """Turn off telemetry and most log messages. Call this before transformers is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in CHATTY:
@@ -42,7 +42,10 @@ def hush() -> None:
 
 
 def start():
-    """Import Unsloth (7-9 s) before transformers is; its banner goes to stderr, so that stdout is ours."""
+    """Import Unsloth (7-9 s) and return it; transformers must not be imported before.
+
+    Its banner goes to stderr, so that stdout has only Ferry's output.
+    """
     hush()
     for name, folder in COMPILED.items():
         os.environ.setdefault(name, str(files.cache_dir() / "compiled" / folder))
@@ -52,7 +55,11 @@ def start():
 
 
 def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerFast"]:
-    """A model folder or an adapter folder (its base comes along), ready for training or inference."""
+    """Load a model folder, or an adapter folder together with its base model, for training or inference.
+
+    Raises:
+        UserError: The config asks for QLoRA, and torch sees no GPU.
+    """
     unsloth = start()
     import torch
 
@@ -71,21 +78,21 @@ def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreT
 
 
 def gpu_bytes() -> float | None:
-    """The card's memory; None where torch sees no GPU."""
+    """Return the memory of the first GPU in bytes; None where torch sees no GPU."""
     import torch
 
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def capability() -> float | None:
-    """The card's compute capability, such as 9.0; None where torch sees no GPU."""
+    """Return the compute capability of the GPU, such as 9.0; None where torch sees no GPU."""
     import torch
 
     return float("{}.{}".format(*torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
 
 
 def device() -> str:
-    """What the work ran on, in words."""
+    """Return the name of the GPU, or the CPU with its number of threads."""
     import torch
 
     if torch.cuda.is_available():
@@ -94,7 +101,7 @@ def device() -> str:
 
 
 def peak_memory_gb() -> float:
-    """Peak of this process so far: GPU memory where there is one, else resident memory. 1 GB = 1e9 bytes."""
+    """Return the peak memory of this process in GB (1e9 bytes): GPU memory if there is a GPU, else resident memory."""
     import resource
 
     import torch
@@ -106,7 +113,7 @@ def peak_memory_gb() -> float:
 
 
 def forget_peak() -> None:
-    """Count the peak of GPU memory from here."""
+    """Measure the peak of GPU memory from now on."""
     import torch
 
     if torch.cuda.is_available():

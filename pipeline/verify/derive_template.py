@@ -1,7 +1,8 @@
-"""A Go TEMPLATE for Ollama, read off the trained Jinja by rendering probes: no table of model names.
+"""Derive a Go TEMPLATE for Ollama from the trained Jinja template by rendering probes, without a table of model names.
 
-Marked messages are rendered and what stands around the marks is read off; the golden conversations then prove or
-refuse the result. What a TEMPLATE cannot say is said as a reason, and the template inside the GGUF is used instead.
+Messages with marks are rendered, and the text around the marks is read from the result. The golden conversations then
+prove or refuse it. When a TEMPLATE cannot express something, the reason is returned, and the template inside the GGUF
+is used instead.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from common.errors import UserError
 from contract import chat_format
 from contract.ollama_template import Turns
 
-# (messages, add_generation_prompt) -> text without the BOS that the runtime puts there itself
+# (messages, add_generation_prompt) -> the text without a BOS that the runtime adds itself
 Render = Callable[[Sequence[dict], bool], str]
 
 SYSTEM, USERS, ANSWERS = "\x02S\x03", ("\x02U1\x03", "\x02U2\x03", "\x02U3\x03"), ("\x02A1\x03", "\x02A2\x03")
@@ -20,13 +21,20 @@ MARK = re.compile("\x02(?:S|U1|U2|U3|A1|A2)\x03")
 
 
 def derive(render: Render, template: str, golden: Sequence[dict]) -> tuple[Turns | None, list[str]]:
-    """The template as Turns, proven on every golden conversation that asks for an answer, and what it leaves out.
+    """Return the template as Turns that are proven on every golden conversation, and what Turns leave out.
 
-    golden: {"messages", "prompt" (as `render` gives it)}. None: no Turns give them all.
+    Args:
+        render: Renders messages with the trained template.
+        template: The trained Jinja template.
+        golden: The golden conversations that ask for an answer, {"messages", "prompt" (as `render` gives it)} each.
+
+    Returns:
+        The Turns, or None when no Turns reproduce all prompts; and the reasons to use the template inside the GGUF.
     """
     reasons = has(template)
     looks, needles = watched(render)
-    reasons += looks  # then it is not for a TEMPLATE at all: the golden conversations cannot hold every such text
+    # With a string operation there is no TEMPLATE at all: the golden conversations cannot contain every such text.
+    reasons += looks
     try:
         found = next((turns for turns in shapes(render, needles) if proven(turns, golden)), None)
         looks = looks or (listens(render, template, found) if found else [])
@@ -40,8 +48,11 @@ def derive(render: Render, template: str, golden: Sequence[dict]) -> tuple[Turns
 
 
 def has(template: str) -> list[str]:
-    """What a TEMPLATE of ours cannot do. Ollama (0.33, server/images.go: shouldPreferChatTemplate) then silently prefers the
-    template inside the GGUF, which for plain conversations gives the same prompt. The signs are Ollama's own."""
+    """Return the features of a chat template that a TEMPLATE of ours does not support.
+
+    With one of them Ollama (0.33, server/images.go: shouldPreferChatTemplate) silently prefers the template inside the
+    GGUF, which gives the same prompt for plain conversations. The features are recognized as Ollama does it.
+    """
     splits = any(f"content.split({q}</think>{q})" in template for q in "'\"")
     thinks = "<think>" in template and "</think>" in template
     thinks |= splits and "reasoning_content" not in template and "<SPECIAL_12>" not in template
@@ -50,12 +61,30 @@ def has(template: str) -> list[str]:
 
 
 def proven(turns: Turns, golden: Sequence[dict]) -> bool:
+    """Return whether Turns reproduce every golden prompt."""
     return all(turns.prompt(item["messages"]) == item["prompt"] for item in golden)
 
 
 def shapes(render: Render, needles: list[str]) -> list[Turns]:
-    """Every reading of the probes, the usual ones first."""
-    plain = _around(render, [("user", USERS[0]), ("assistant", ANSWERS[0]), ("user", USERS[1]), ("assistant", ANSWERS[1]), ("user", USERS[2])])  # fmt: skip
+    """Return every interpretation of the probes, the usual ones first.
+
+    Args:
+        render: Renders messages with the trained template.
+        literals: The texts that the template looks for in a user's message.
+
+    Raises:
+        ValueError: The template drops or repeats messages.
+    """
+    plain = _around(
+        render,
+        [
+            ("user", USERS[0]),
+            ("assistant", ANSWERS[0]),
+            ("user", USERS[1]),
+            ("assistant", ANSWERS[1]),
+            ("user", USERS[2]),
+        ],
+    )
     asked = _around(render, [("user", USERS[0])], False)
     told = _around(render, [("user", USERS[0]), ("assistant", ANSWERS[0])], False)
     if plain is None or asked is None:
@@ -65,9 +94,11 @@ def shapes(render: Render, needles: list[str]) -> list[Turns]:
     after_answer = told[2] if told and again.startswith(told[2]) else ""
     user, trimmed = again[len(after_answer) :], trims(render)
     common = {
-        "user": (user, after_user), "assistant": (reply[len(after_user) :], after_answer),
-        "generate": end[len(after_user) :], "trimmed": trimmed,
-    }  # fmt: skip
+        "user": (user, after_user),
+        "assistant": (reply[len(after_user) :], after_answer),
+        "generate": end[len(after_user) :],
+        "trimmed": trimmed,
+    }
     marker = marked(render, needles, first)
     start = first.removesuffix(user) if first.endswith(user) else None
     return [
@@ -78,7 +109,13 @@ def shapes(render: Render, needles: list[str]) -> list[Turns]:
 
 
 def systems(render: Render, user: str, start: str) -> list[tuple[str, tuple[str, str] | None]]:
-    """Where a system prompt may stand, and what stands around it."""
+    """Return the places where a system prompt may be, each with the texts before and after it.
+
+    Args:
+        render: Renders messages with the trained template.
+        user: The text before a user's message.
+        start: The text at the start of a conversation.
+    """
     turns = [("system", SYSTEM), ("user", USERS[0]), ("assistant", ANSWERS[0]), ("user", USERS[1])]
     try:
         short, long = _around(render, turns[:2]), _around(render, turns)
@@ -87,7 +124,7 @@ def systems(render: Render, user: str, start: str) -> list[tuple[str, tuple[str,
     if short and long:
         own = [("own", (short[0], short[1].removesuffix(user)))] if short[1].endswith(user) else []
         return [*own, ("first", (short[0], short[1]))]
-    if short:  # with more turns it is no longer in front: some put it before the last question
+    if short:  # with more turns it is not at the start: some templates put it before the last question
         moved = _split(render([_message(*turn) for turn in turns], True))
         if [mark for mark, _ in moved[1:]] == [USERS[0], ANSWERS[0], SYSTEM, USERS[1]]:
             between = moved[2][1]
@@ -102,18 +139,21 @@ def _message(role: str, words: str) -> dict:
 
 
 def _around(render: Render, turns: Sequence[tuple[str, str]], prompt: bool = True) -> list[str] | None:
-    """The texts before, between and after the words of `turns`; None when they do not come in order, each once."""
+    """Return the texts before, between and after the contents of `turns`.
+
+    Return None unless each content is in the prompt once, and in order.
+    """
     pieces = _split(render([_message(*turn) for turn in turns], prompt))
     return [text for _, text in pieces] if [mark for mark, _ in pieces[1:]] == [words for _, words in turns] else None
 
 
 def _split(text: str) -> list[tuple[str, str]]:
-    """[("", before the first mark), (mark, what follows it), ...]"""
+    """Return [("", the text before the first mark), (mark, the text after it), ...]."""
     return list(zip(["", *MARK.findall(text)], MARK.split(text), strict=True))
 
 
 def trims(render: Render) -> tuple[str, ...]:
-    """Roles whose words lose the white space at their ends."""
+    """Return the roles whose messages lose the white space at both ends."""
     found = []
     turns = {"system": SYSTEM, "user": USERS[0], "assistant": ANSWERS[0]}
     for role, mark in turns.items():
@@ -128,7 +168,16 @@ def trims(render: Render) -> tuple[str, ...]:
 
 
 def marked(render: Render, needles: list[str], usual: str) -> tuple[str, str] | None:
-    """The text that makes a user turn open otherwise, as Alpaca's '### Input:'."""
+    """Return a text in a user's message that changes how the turn starts, such as Alpaca's '### Input:'.
+
+    Args:
+        render: Renders messages with the trained template.
+        literals: The texts that the template looks for in a user's message.
+        usual_start: The usual text before a user's message.
+
+    Returns:
+        The text and the start that it causes; None when there is no such text.
+    """
     for needle in needles:
         pieces = _around(render, [("user", USERS[0])])
         text = render([_message("user", USERS[0] + needle)], True)
@@ -137,13 +186,17 @@ def marked(render: Render, needles: list[str], usual: str) -> tuple[str, str] | 
     return None
 
 
-# --- what the template does with the words themselves
+# What the template does with the contents of a message
 
-LOOKS = ["split", "rsplit", "partition", "rpartition", "splitlines", "startswith", "endswith", "find", "rfind", "index", "count", "replace", "lower", "upper", "title", "capitalize", "lstrip", "rstrip", "removeprefix", "removesuffix", "__getitem__", "__iter__", "__len__"]  # fmt: skip
+LOOKS = [
+    "split", "rsplit", "partition", "rpartition", "splitlines", "startswith", "endswith", "find", "rfind", "index",
+    "count", "replace", "lower", "upper", "title", "capitalize", "lstrip", "rstrip", "removeprefix", "removesuffix",
+    "__getitem__", "__iter__", "__len__",
+]  # fmt: skip
 
 
 def watched(render: Render) -> tuple[list[str], list[str]]:
-    """What the template asks of a message's own words, and the texts it looks for in a user's."""
+    """Return the string operations that the template uses on messages, and the texts it looks for in the user's."""
     seen: dict[str, set[str]] = {"system": set(), "user": set(), "assistant": set()}
     needles: list[str] = []
     turns = [("system", SYSTEM), ("user", USERS[0]), ("assistant", ANSWERS[0]), ("user", USERS[1])]
@@ -153,14 +206,17 @@ def watched(render: Render) -> tuple[list[str], list[str]]:
         except UserError:
             continue
         break
-    # A text looked for in what the user said can be said in Go (Turns.marker); everything else cannot.
+    # A text that is looked for in the user's message can be expressed in Go (Turns.marker); nothing else can.
     if needles and len(set(needles)) == 1 and seen["user"] == {f"looks for {needles[0]!r}"}:
         seen["user"].clear()
     return [f"it {look} in what the {role} said" for role, looks in seen.items() for look in sorted(looks)], needles
 
 
 def listens(render: Render, template: str, turns: Turns) -> list[str]:
-    """What `watched` cannot see, as where words pass a macro first: every text that the template holds is put into them."""
+    """Return the string operations that `record_string_ops` cannot see, such as those on a macro's result.
+
+    Every text constant of the template is put into each message, and the rendered prompts are compared.
+    """
     from jinja2 import nodes
 
     constants = chat_format.compiled(template).environment.parse(template).find_all(nodes.Const)
@@ -179,6 +235,7 @@ def listens(render: Render, template: str, turns: Turns) -> list[str]:
 
 
 def _gives(turns: Turns, render: Render, messages: Sequence[dict]) -> bool:
+    """Return whether Turns and the trained template give the same prompt; False when the template refuses it."""
     try:
         return turns.prompt(messages) == render(messages, True)
     except UserError:
@@ -186,7 +243,7 @@ def _gives(turns: Turns, render: Render, messages: Sequence[dict]) -> bool:
 
 
 class _Words(str):
-    """Words that note what a template asks of them."""
+    """A string that records which operations a template uses on it."""
 
     def __new__(cls, text: str, role: str, seen: dict, needles: list[str]):
         words = super().__new__(cls, text)
@@ -207,6 +264,8 @@ class _Words(str):
 
 
 def _noting(name: str):
+    """Return a method of str that records its use."""
+
     def method(self, *arguments):
         self.seen[self.role].add(f"uses {name.strip('_')}")
         return getattr(str, name)(self, *arguments)

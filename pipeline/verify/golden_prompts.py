@@ -1,4 +1,4 @@
-"""The golden conversations: synthetic, and rendered by transformers, they are what every other side must reproduce."""
+"""The golden conversations: synthetic, rendered by transformers, and reproduced by every runtime or refused."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,12 @@ def _user(words: str) -> dict:
 
 
 def conversations(eos: str, default_system: str | None = None) -> list[list[dict]]:
-    """eos: the text of the tokenizer's own end token, for a user who writes it. default_system: what runtimes put in front."""
+    """Return the messages of each golden conversation.
+
+    Args:
+        eos: The text of the tokenizer's own end token, for a user who writes it.
+        default_system: The system prompt that runtimes put first.
+    """
     turns = [_user("First question?"), {"role": "assistant", "content": "First answer."}, _user("And then?")]
     default = [{"role": "system", "content": default_system}] if default_system else []
     served = [[*default, _user("Hello! Who are you?")], [*default, *turns]] if default else []
@@ -34,7 +39,10 @@ def conversations(eos: str, default_system: str | None = None) -> list[list[dict
 
 
 def golden(tokenizer: "PreTrainedTokenizerFast", default_system: str | None = None) -> list[dict]:
-    """{messages, add_generation_prompt, prompt, ids}: those that the template takes (some refuse a system message)."""
+    """Return {messages, add_generation_prompt, prompt, ids} of each conversation that the template accepts.
+
+    Some templates refuse a system message.
+    """
     from jinja2 import TemplateError
 
     found = []

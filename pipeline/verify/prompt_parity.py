@@ -1,8 +1,8 @@
-"""Prompt parity: the trained tokenizer, llama.cpp with the template inside the GGUF, and Ollama's TEMPLATE give one prompt.
+"""Prompt parity: the trained tokenizer, llama.cpp with the template in the GGUF and Ollama's TEMPLATE give one prompt.
 
-Text that a user puts in is treated alike on all sides: where it spells a special token, every one of them reads the token
-(transformers, llama.cpp's server, LM Studio and Ollama all parse special tokens in the rendered prompt). A golden
-conversation holds them to it; training rows with such text are dropped by `clean.special_tokens`.
+A user's text is treated the same everywhere: where it spells a special token, the token is read (transformers,
+llama.cpp's server, LM Studio and Ollama all parse special tokens in the rendered prompt). A golden conversation proves
+it. Training rows with such text are dropped by `clean.special_tokens`.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """The prompt format as trained."""
+    """The prompt format as it was trained."""
 
     tokenizer: "PreTrainedTokenizerFast"
     golden: Sequence[dict]
     ends: Sequence[str]
-    """Texts of the tokens that end an answer."""
+    """The texts of the tokens that end an answer."""
     prompts: Sequence[tuple[str, list[int]]]
-    """Held-out prompts and their ids."""
+    """Held-out prompts and their token ids."""
 
 
 class Different(Exception):
-    """A side that does not give the trained prompt. evidence: what was expected and what came."""
+    """A runtime or file that does not give the trained prompt. `evidence` has what was expected and what was found."""
 
     def __init__(self, what: str, expected, found):
         super().__init__(what)
@@ -42,12 +42,17 @@ class Different(Exception):
 
 
 def same(what: str, expected, found) -> None:
+    """Raise ParityError with the text `what` unless both values are equal."""
     if expected != found:
         raise Different(what, expected, found)
 
 
 def gguf(path: Path, model: "Llama", trained: Trained) -> None:
-    """One GGUF gives the trained prompts, ids and end. Raises Different."""
+    """Check that a GGUF gives the trained prompts, token ids and end token.
+
+    Raises:
+        ParityError: It does not.
+    """
     same(
         "its embedded chat template is not the one that was trained",
         trained.tokenizer.chat_template,
@@ -63,6 +68,7 @@ def gguf(path: Path, model: "Llama", trained: Trained) -> None:
 
 
 def not_stopping(model: "Llama", trained: Trained) -> list[str]:
+    """Return the trained end tokens at which llama.cpp does not stop."""
     import llama_cpp
 
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
@@ -75,14 +81,18 @@ def not_stopping(model: "Llama", trained: Trained) -> list[str]:
 
 
 def adds_bos(model: "Llama") -> bool:
-    """Do runtimes put a BOS in front of a prompt by themselves?"""
+    """Return whether runtimes add a BOS to the start of a prompt by themselves."""
     import llama_cpp
 
     return llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
 
 
 def one_bos(model: "Llama", prompts: Sequence[Sequence[int]]) -> None:
-    """A runtime that adds a BOS finds a prompt that was trained with exactly that one."""
+    """Check that prompts were trained with exactly one BOS where a runtime adds one.
+
+    Raises:
+        ParityError: A prompt starts with other BOS tokens.
+    """
     bos, adds = model.token_bos(), adds_bos(model)
     for ids in prompts:
         wanted = 1 if adds else int(ids[:1] == [bos])
@@ -91,23 +101,30 @@ def one_bos(model: "Llama", prompts: Sequence[Sequence[int]]) -> None:
 
 
 def served(path: Path, golden: Sequence[dict]) -> None:
-    """llama.cpp's own Jinja and tokenizer, as its server, LM Studio and Ollama use them, on every golden conversation."""
+    """Check every golden conversation with llama.cpp's own Jinja and tokenizer.
+
+    Its server, LM Studio and Ollama use them.
+
+    Raises:
+        ParityError: A prompt differs.
+    """
     answers = llama_tools.render(path, [{k: item[k] for k in ("messages", "add_generation_prompt")} for item in golden])
     for item, found in zip(golden, answers, strict=True):
         if found.get("ids") != list(item["ids"]):
             raise Different(
                 f"llama.cpp's server makes another prompt of {item['messages'][-1]['content'][:60]!r}",
-                {"prompt": item["prompt"], "ids": list(item["ids"])}, found,
-            )  # fmt: skip
+                {"prompt": item["prompt"], "ids": list(item["ids"])},
+                found,
+            )
 
 
 def without_bos(text: str, bos: str | None, adds: bool) -> str:
-    """The prompt as a TEMPLATE must say it: llama.cpp puts the BOS there, and would put a second one before ours."""
+    """Return the prompt as a TEMPLATE must give it: where llama.cpp adds the BOS, a second one must not be there."""
     return text.removeprefix(bos) if bos and adds else text
 
 
 def ollama(trained: Trained, adds: bool) -> tuple[Turns | None, list[str]]:
-    """The template as Turns for Ollama's TEMPLATE, and what Turns cannot say of it."""
+    """Return the trained template as Turns for Ollama's TEMPLATE, and the reasons for what Turns cannot express."""
     tokenizer = trained.tokenizer
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
 
@@ -120,7 +137,7 @@ def ollama(trained: Trained, adds: bool) -> tuple[Turns | None, list[str]]:
 
 
 def asking(golden: Sequence[dict], bos: str | None, adds: bool) -> list[dict]:
-    """The golden conversations that Ollama can be asked: those that want an answer, without the BOS it adds."""
+    """Return the golden conversations that end with a question, their prompts without a BOS that llama.cpp adds."""
     return [
         {"messages": item["messages"], "prompt": without_bos(item["prompt"], bos, adds)}
         for item in golden
@@ -129,6 +146,10 @@ def asking(golden: Sequence[dict], bos: str | None, adds: bool) -> list[dict]:
 
 
 def template(turns: Turns, trained: Trained, adds: bool) -> None:
-    """The TEMPLATE that the manifest will carry gives every golden prompt. Raises Different."""
+    """Check that the TEMPLATE for the manifest gives every golden prompt.
+
+    Raises:
+        ParityError: It does not.
+    """
     for item in asking(trained.golden, trained.tokenizer.bos_token, adds):
         same("Ollama's TEMPLATE gives another prompt", item["prompt"], turns.prompt(item["messages"]))

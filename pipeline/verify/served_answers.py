@@ -1,7 +1,7 @@
-"""Does the model answer as it was scored when it is asked as its runtimes ask it?
+"""The gate for served answers: the model must answer the prompts of its runtimes as well as the prompts of the rows.
 
-Runtimes put the default system prompt in front of a conversation that brings none. A held-out row may have been trained
-behind another one, or behind one that nobody will send: such a model passes every other gate and answers nonsense.
+Runtimes put the default system prompt before a conversation that has none. The rows may have been trained with another
+one, or with one that nobody will send: such a model passes every other gate and answers nonsense.
 """
 
 from pathlib import Path
@@ -16,13 +16,17 @@ from pipeline.scoring.heldout_scores import describe_interval, prompt_ids
 
 
 def score(config: Config, data: dict, rows: list[dict], path: Path, scored: dict) -> dict:
-    """Score the default file on the held-out rows as runtimes send them; {same_prompts, rows, score or loss}.
+    """Score the default file on the held-out rows as runtimes send them; return {same_prompts, rows, score or loss}.
 
     Args:
-        data: the record of the stage that made the rows: which system prompt is sent.
-        scored: the file's scores in the ladder.
+        config: The config of the run.
+        data: The record of the stage `data`, which has the system prompt that runtimes send.
+        rows: The held-out rows.
+        path: The default file.
+        ladder_scores: The scores of the file in the quality ladder.
 
-    Raises UserError when it answers worse than it was scored.
+    Raises:
+        UserError: The file answers worse than its scores in the ladder.
     """
     asked = as_served(data, rows, path)
     same = sum(prompt_ids(a) == prompt_ids(b) for a, b in zip(asked, rows, strict=True))
@@ -40,10 +44,10 @@ def score(config: Config, data: dict, rows: list[dict], path: Path, scored: dict
 
 
 def as_served(data: dict, rows: list[dict], path: Path) -> list[dict]:
-    """The rows with the prompts that runtimes make of their questions, rendered by the file's own template.
+    """Return the rows with the prompts that runtimes make of their questions, rendered by the file's own template.
 
-    Plain text has no question and stays as it is. With `data.system: none` requests bring their own system prompts, so the
-    rows keep theirs.
+    Plain text has no question and stays as it is. With `data.system: none` requests have their own system prompts, so
+    the rows keep theirs.
     """
     default = [{"role": "system", "content": data["default_system"]}] if data["default_system"] else []
     model = llama_runtime.load(path, vocab_only=True)
@@ -65,11 +69,12 @@ def as_served(data: dict, rows: list[dict], path: Path) -> list[dict]:
 
 
 def last_answers(rows: list[dict]) -> list[dict]:
-    """The rows with loss on their last answer alone."""
+    """Return the rows with loss on their last answer only."""
     return [row | {"labels": [IGNORED] * row["prompt_tokens"] + row["labels"][row["prompt_tokens"] :]} for row in rows]
 
 
 def refuse_worse(config: Config, default_system: str | None, scored: dict, served: dict) -> None:
+    """Raise UserError when the scores as served are worse than the scores in the ladder by more than verify allows."""
     system = (
         f"with the default system prompt {shown(default_system, 60)!r}" if default_system else "without a system prompt"
     )
@@ -80,13 +85,15 @@ def refuse_worse(config: Config, default_system: str | None, scored: dict, serve
         allowed = max(config.verify.max_score_drop, 1 / served["rows"])
         if scored["score"] - served["score"] > allowed + 1e-9:
             raise UserError(
-                f"asked as its runtimes ask it ({system}), the model answers {describe_interval(served)} of the held-out rows, "
+                f"asked as its runtimes ask it ({system}), "
+                f"the model answers {describe_interval(served)} of the held-out rows, "
                 f"and {describe_interval(scored)} with the prompts of the rows",
                 cure,
             )
     elif served["loss"] - scored["loss"] > config.verify.max_extra_loss:
         raise UserError(
-            f"asked as its runtimes ask it ({system}), the held-out loss is {served['loss']:.3f} nats a token, "
+            f"asked as its runtimes ask it ({system}), "
+            f"the held-out loss is {served['loss']:.3f} nats a token, "
             f"and {scored['loss']:.3f} with the prompts of the rows",
             cure,
         )

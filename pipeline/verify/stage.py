@@ -1,10 +1,12 @@
-"""verify: is every file what was trained? Parity of prompts, conversion, quality ladder; nothing is published before.
+"""verify: prove that every file is what was trained. Nothing is published before its gates pass.
 
-    parity       same prompt, same ids, one BOS, the trained end: transformers, llama.cpp's own server, Ollama's TEMPLATE
-    conversion   logits of the 16-bit GGUF in llama.cpp == logits of the merged weights in Transformers, within a bound
-    quant        the default quantization costs at most so much; else the next larger one is made and becomes the default
+    parity       transformers, llama.cpp's own server and Ollama's TEMPLATE give the same prompt and token ids, with one
+                 BOS and the trained end token
+    conversion   the logits of the 16-bit GGUF in llama.cpp are those of the merged weights in Transformers, within a
+                 bound
+    quant        the default quantization costs at most so much; else the next larger one is made and is the default
 
-The first two stop the run, with the evidence in verify/evidence.json.
+The first two stop the run and write the evidence to verify/evidence.json.
 """
 
 import hashlib
@@ -28,18 +30,20 @@ from pipeline.verify.golden_prompts import golden
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-LARGER = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0")  # what a failed quantization is followed by
-COMPARED_ROWS = 8  # held-out rows whose every position is compared in the conversion gate, beside the golden prompts
+# A quantization that fails is followed by the next larger one.
+LARGER = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
+COMPARED_ROWS = 8  # held-out rows of which the conversion gate compares every position, besides the golden prompts
 
 
 def stage(config: Config, run: Run) -> dict:
     """Write verify/contract.json (chat format, golden and smoke prompts), verify/ladder.md and the record.
 
-    Raises UserError when a gate does not hold.
+    Raises:
+        UserError: A gate does not pass.
     """
     unsloth_loader.hush()
     folder = run.workspace("verify", "export")
-    files.remove(folder / "evidence.json")  # of a try that failed
+    files.remove(folder / "evidence.json")  # left by an attempt that failed
     rows, used = held_out(run.output("data", "heldout"), config.evaluate)
     trained, files_ = as_trained(run, rows), {name: run.output("export", name) for name in ggufs(run)}
     sixteen = run.read("export")["sixteen"]
@@ -61,21 +65,33 @@ def stage(config: Config, run: Run) -> dict:
     files.write_json(contract, parts)
     page.write_text(quality_ladder.table(climb.all_scores()) + "\n", encoding="utf-8")
     return run.write(
-        "verify", ("data", "evaluate", "export"), {"contract": contract, "ladder": page, **extra},
-        scores=climb.scores, default=default, as_served=as_served, used=used, conversion=climb.conversion, compared=climb.reference.positions,
-        notes=climb.notes, sixteen=sixteen, template="derived" if turns and not reasons else "embedded", reasons=reasons,
-    )  # fmt: skip
+        "verify",
+        ("data", "evaluate", "export"),
+        {"contract": contract, "ladder": page, **extra},
+        scores=climb.scores,
+        default=default,
+        as_served=as_served,
+        used=used,
+        conversion=climb.conversion,
+        compared=climb.reference.positions,
+        notes=climb.notes,
+        sixteen=sixteen,
+        template="derived" if turns and not reasons else "embedded",
+        reasons=reasons,
+    )
 
 
 def ggufs(run: Run) -> list[str]:
+    """Return the names of the exported GGUFs, such as f16 and q4_k_m."""
     return [name for name in run.read("export")["outputs"] if name != "imatrix"]
 
 
 def as_trained(run: Run, rows: list[dict]) -> prompt_parity.Trained:
+    """Load the tokenizer of a run and return the prompt format as it was trained."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
-    # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there, whoever wrote it
+    # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there
     held = [(row["prompt"], prompt_ids(row)) for row in rows if unicodedata.is_normalized("NFC", row["prompt"])]
     return prompt_parity.Trained(
         tokenizer, golden(tokenizer, run.read("data")["default_system"]), run.read("data")["chat"]["end"], held
@@ -83,7 +99,14 @@ def as_trained(run: Run, rows: list[dict]) -> prompt_parity.Trained:
 
 
 def prompts(paths: dict[str, Path], trained: prompt_parity.Trained, folder: Path):
-    """The parity gate on every file; then Ollama's TEMPLATE. Returns (turns or None, reasons, whether runtimes add BOS)."""
+    """Run the parity gate on every file, then on Ollama's TEMPLATE.
+
+    Returns:
+        The Turns of the TEMPLATE or None, the reasons for what they leave out, and whether runtimes add a BOS.
+
+    Raises:
+        UserError: A file or the TEMPLATE does not give the trained prompts.
+    """
     for name, path in paths.items():
         model = llama_runtime.load(path, vocab_only=True)
         adds = prompt_parity.adds_bos(model)
@@ -105,22 +128,27 @@ def prompts(paths: dict[str, Path], trained: prompt_parity.Trained, folder: Path
 
 
 def stopped(gate: str, why: str, folder: Path, evidence: dict) -> UserError:
-    """The evidence goes into a file; the error names it."""
+    """Write the evidence of a failed gate to folder/evidence.json and return the error, which names that file."""
     path = folder / "evidence.json"
     files.write_json(path, {"gate": gate, **evidence})
     return UserError(why, f"do not use this file; read {path} and report it with the run's records")
 
 
 class Ladder:
-    """Scores file after file; what they are compared with stays on disk meanwhile."""
+    """Scores the files of the quality ladder one by one; the log-probabilities to compare with stay on disk."""
 
     def __init__(self, config: Config, run: Run, rows: list[dict], folder: Path):
+        """Prepare the ladder: `rows` are the held-out rows, `folder` is verify/ of the run."""
         self.config, self.run, self.rows, self.folder = config, run, rows, folder
         self.scores: dict[str, dict] = {}
         self.notes: list[str] = []
 
     def start(self, path: Path, name: str, trained: prompt_parity.Trained) -> None:
-        """The 16-bit GGUF, then the merged weights: the conversion gate, and what all others are compared with."""
+        """Score the 16-bit GGUF, with which all others are compared, then the merged weights; run the conversion gate.
+
+        Raises:
+            UserError: The conversion gate does not pass.
+        """
         side = self.open(path)
         texts = [item["ids"] for item in trained.golden] + [row["input_ids"] for row in self.rows[:COMPARED_ROWS]]
         converted = quality_ladder.Conversion(self.folder, texts, side)
@@ -133,38 +161,50 @@ class Ladder:
         self.conversion = converted.compare(merged)
         self.refuse_conversion(name)
         self.scores = {
-            "merged": self.measured("merged", merged, *self.reference.compare(merged, "merged")), name: sixteen
-        }  # fmt: skip
+            "merged": self.measured("merged", merged, *self.reference.compare(merged, "merged")),
+            name: sixteen,
+        }
         merged.close()
 
     def refuse_conversion(self, name: str) -> None:
+        """Raise UserError when the 16-bit GGUF is too far from the merged weights."""
         found, bound = self.conversion, self.config.verify.max_conversion_kl
         if not found["kl"] <= bound:
             raise stopped(
                 "conversion",
-                f"the {name} GGUF does not compute what the merged weights compute: mean KL {found['kl']:.3g} nats, at most {bound:g}",
-                self.folder, {"bound": bound, **found},
-            )  # fmt: skip
+                f"the {name} GGUF does not compute what the merged weights compute: "
+                f"mean KL {found['kl']:.3g} nats, at most {bound:g}",
+                self.folder,
+                {"bound": bound, **found},
+            )
 
     def merged(self, trained: prompt_parity.Trained) -> Torch:
-        """The merged weights in Transformers: on a GPU in their own type, what does not fit beside it; on a CPU in float32."""
+        """Load the merged weights in Transformers.
+
+        On a GPU they keep their own type, and the part that does not fit is placed in main memory. On a CPU they are
+        float32.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         cuda = torch.cuda.is_available()
         where = {"dtype": "auto", "device_map": "auto"} if cuda else {"dtype": torch.float32}
         folder = self.run.folder / "export" / "merged"
-        # eager: torch's fused attention leaves out Gemma 2's soft cap
+        # eager, because torch's fused attention leaves out Gemma 2's soft cap
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **where).eval()
         return Torch(model, trained.tokenizer, self.config.evaluate.max_new_tokens, list(trained.ends))
 
     def open(self, path: Path) -> Gguf:
-        """With the context that will be served: some models compute otherwise in a longer one (Phi 3's LongRoPE)."""
+        """Load a GGUF with the context that will be served: some models compute differently in a longer one.
+
+        One of them is Phi 3, because of its LongRoPE.
+        """
         served = self.config.generation.num_ctx or self.config.base.max_seq_length
         longest = max(len(row["input_ids"]) for row in self.rows) + 64
         return Gguf(path, max(served, longest), self.config.evaluate.max_new_tokens)
 
     def step(self, name: str, path: Path) -> None:
+        """Score a quantized GGUF and compare it with the 16-bit one."""
         side = self.open(path)
         self.scores[name] = self.measured(name, side, *self.reference.compare(side, name), path)
         side.model.close()
@@ -172,16 +212,34 @@ class Ladder:
     def measured(
         self, name: str, side: Torch | Gguf, readings: list[Reading], near: dict, path: Path | None = None
     ) -> dict:
+        """Return the scores of a backend from its row scores.
+
+        Args:
+            name: The name in the quality ladder.
+            backend: The loaded model.
+            row_scores: Its row scores.
+            distance: {kl, top1}, its difference from the 16-bit GGUF.
+            path: Its file, whose size belongs to the scores; None for the merged weights.
+        """
         found, _ = finish(side, self.rows, readings, self.config.evaluate, name)
         size = {"megabytes": round(path.stat().st_size / 1e6, 1)} if path else {}
         return found | near | size
 
     def all_scores(self) -> dict[str, dict]:
+        """Return the scores of `evaluate` and of this stage: the whole ladder."""
         return self.run.read("evaluate")["scores"] | self.scores
 
 
 def choose(config: Config, run: Run, climb: Ladder, wanted: str, sixteen: str) -> tuple[str, dict[str, Path]]:
-    """The quant gate: the default artifact, and the larger quantizations that had to be made for it."""
+    """Run the quant gate: return the name of the default file, and the larger quantizations that had to be made for it.
+
+    Args:
+        config: The config of the run.
+        run: The run.
+        scorer: Has the scores so far, and scores what is made here.
+        default: The quantization that `export` made the default.
+        sixteen_bit_name: The name of the 16-bit GGUF, such as f16.
+    """
     made: dict[str, Path] = {}
     name, base = wanted, run.output("export", sixteen)
     while why := too_coarse(config, climb.scores[name], climb.scores[sixteen]):
@@ -196,25 +254,27 @@ def choose(config: Config, run: Run, climb: Ladder, wanted: str, sixteen: str) -
 
 
 def too_coarse(config: Config, scores: dict, sixteen: dict) -> str | None:
-    """Why a quantization may not be the default."""
+    """Return why a quantization may not be the default; None when it may."""
     extra = scores["loss"] - sixteen["loss"]
     if not extra <= config.verify.max_extra_loss:
         return f"costs {extra:.3f} nats a token (verify.max_extra_loss {config.verify.max_extra_loss:g})"
     drop = sixteen.get("score", 0) - scores.get("score", 0)
     if drop > allowed_drop(config, scores) + 1e-9:
         return (
-            f"costs {100 * drop:.1f} points of its score: {describe_interval(sixteen)} before, {describe_interval(scores)} now "
+            f"costs {100 * drop:.1f} points of its score: "
+            f"{describe_interval(sixteen)} before, {describe_interval(scores)} now "
             f"(verify.max_score_drop {config.verify.max_score_drop:g}, or one answer)"
         )
     return None
 
 
 def allowed_drop(config: Config, scores: dict) -> float:
-    """Points of the score that may be lost: verify.max_score_drop, or one answer where that is more."""
+    """Return the part of the score that may be lost: verify.max_score_drop, or one answer if that is more."""
     return max(config.verify.max_score_drop, 1 / scores["rows"])
 
 
 def refuse_score(config: Config, scores: dict, default: str) -> None:
+    """Raise UserError when the default file scores below verify.min_score."""
     wanted = config.verify.min_score
     if wanted is not None and scores[default]["score"] < wanted:
         raise UserError(
@@ -224,7 +284,7 @@ def refuse_score(config: Config, scores: dict, default: str) -> None:
 
 
 def described(config: Config, run: Run, trained: prompt_parity.Trained, adds: bool) -> dict:
-    """The manifest's ChatFormat, as trained."""
+    """Return the fields of the manifest's ChatFormat, as trained, except `turns` and `embedded`."""
     tokenizer = trained.tokenizer
     bos = tokenizer.bos_token
     return {
@@ -240,7 +300,10 @@ def described(config: Config, run: Run, trained: prompt_parity.Trained, adds: bo
 
 
 def smoke_prompts(path: Path, data: dict, config: Config) -> list[dict]:
-    """What the default file answers to the config's messages, else to those that look like the rows. data: its record."""
+    """Return the smoke prompts: what the default file answers to the config's messages.
+
+    Without such messages those in the record of `data` are used, which look like the rows.
+    """
     longest = min(config.generation.max_tokens, limits.MAX_ANSWER_TOKENS)
     model = llama_runtime.load(path, config.base.max_seq_length + longest)
     messages = config.generation.smoke_prompts or data["smoke_prompts"]
@@ -250,7 +313,7 @@ def smoke_prompts(path: Path, data: dict, config: Config) -> list[dict]:
 
 
 def smoke_prompt(model: "Llama", message: str, system: str | None, generation: Generation) -> dict:
-    """What this file answers to a synthetic message, with the log-probability of each token."""
+    """Return what a file answers to a synthetic message, with the log-probability of each token."""
     before = [{"role": "system", "content": system}] if system else []
     ids = llama_runtime.tokenize(model, chat_format.prompt(model, [*before, {"role": "user", "content": message}]))
     said, ended = llama_runtime.greedy(model, ids, min(generation.max_tokens, limits.MAX_ANSWER_TOKENS))
