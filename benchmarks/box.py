@@ -90,7 +90,7 @@ def run(name: str, work: Path, made: list[dict] | None):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(prepared(work / "demo"), folder)
     if made:
-        pq.write_table(pa.Table.from_pylist(made, schema=training.schema()), folder / "data" / "train.parquet")
+        pq.write_table(pa.Table.from_pylist(made, schema=training.row_schema()), folder / "data" / "train.parquet")
     return Run(folder)
 
 
@@ -200,7 +200,7 @@ def unsloth() -> None:
 
     from pipeline.toolchain import unsloth_loader
 
-    unsloth_loader.start()
+    unsloth_loader.import_unsloth()
 
 
 if __name__ == "__main__":

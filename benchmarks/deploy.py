@@ -38,8 +38,8 @@ def llama_bench(work: Path) -> Path:
     """llama-bench of the pinned llama.cpp, linked to the libraries that Ferry runs with."""
     import llamacpp
 
-    built, log = llamacpp.folder(), work / "log"
-    source = llamacpp.download(work, log, llamacpp.with_tools(work, log)) / "vendor" / "llama.cpp"
+    built, log = llamacpp.build_folder(), work / "log"
+    source = llamacpp.download_source(work, log, llamacpp.install_build_tools(work, log)) / "vendor" / "llama.cpp"
     headers = [f"-I{source / name}" for name in ("common", "include", "ggml/include", "vendor", ".")]
     libraries = [
         f"-L{built / 'bin'}",
@@ -73,7 +73,7 @@ def bench(tool: Path, gguf: Path) -> dict:
 
 def ours(version: Path) -> dict:
     """The same of the smoke test, in a process of its own."""
-    code = "import sys; from pathlib import Path; from deploy.stages import smoke; import json; print(json.dumps(smoke.stage(Path(sys.argv[1]))))"
+    code = "import sys; from pathlib import Path; from deploy.stages import smoke; import json; print(json.dumps(smoke.run_smoke(Path(sys.argv[1]))))"
     done = subprocess.run([sys.executable, "-c", code, version], cwd=ROOT, capture_output=True, text=True, check=True)
     record = json.loads(done.stdout)
     return {
@@ -130,9 +130,9 @@ def measured(repo: str, work: Path, repeat: int) -> list[tuple[str, str, dict]]:
     from deploy.stages import pull, smoke
 
     models = work / "models"
-    pulled = pull.stage(repo, models)
+    pulled = pull.run_pull(repo, models)
     version, gguf = Path(pulled["folder"]), Path(pulled["folder"]) / pulled["file"]
-    smoke.stage(version)
+    smoke.run_smoke(version)
     tool = llama_bench(work)
     pairs = [(ours(version), bench(tool, gguf)) for _ in range(repeat)]
     ferry = [sys.executable, "-m", "cli"]

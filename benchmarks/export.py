@@ -121,7 +121,7 @@ def bare(run: Path, work: Path) -> dict:
     """What a user would type instead, on the weights that Ferry merged."""
     from pipeline.toolchain import llama_tools
 
-    home, f16 = llama_tools.home(), work / "bare.f16.gguf"
+    home, f16 = llama_tools.require_folder(), work / "bare.f16.gguf"
     convert = [sys.executable, home / "convert" / "convert_hf_to_gguf.py", run / "export" / "merged", "--outtype", "f16", "--outfile", f16]  # fmt: skip
     quantize = [home / "bin" / "llama-quantize", f16, work / "bare.q4_k_m.gguf", "Q4_K_M"]
     return measure([[str(part) for part in command] for command in (convert, quantize)], work)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import box
 
+from pipeline.run.records import DataRecord
+
 SETTINGS = {
     "learning_rate": 2e-4, "warmup_steps": 5, "lr_scheduler_type": "linear", "optim": "adamw_8bit", "weight_decay": 0.01,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1, "bf16": True, "report_to": "none",
@@ -54,11 +56,11 @@ def one(system: str, case: str, per_step: str, shape: str, work: Path) -> None:
     from pipeline.plan import gpu_table, memory_need
 
     speed = tokens / (seen[last] - seen[first])
-    built = memory_need.shape(box.SHAPES[shape] | {"vocab_size": 128256})
+    built = memory_need.shape_from_config(box.SHAPES[shape] | {"vocab_size": 128256})
     box.tell({
         "system": system, "case": case, "rows_per_step": int(per_step) if per_step.isdecimal() else per_step,
         "real_tokens_per_second": round(speed), "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-        "mfu": round(speed * built.flops() / gpu_table.of(torch.cuda.get_device_name())[0], 3),
+        "mfu": round(speed * built.flops_per_token() / gpu_table.find_speed_and_price(torch.cuda.get_device_name())[0], 3),
         "load_s": round(seen["begin"] - box.started(), 1), "first_step_s": round(seen[1] - seen["begin"], 1), **more,
     })  # fmt: skip
 
@@ -104,15 +106,15 @@ def library(base, more: dict, weights: Path, made: list[dict], per_step: str, fi
 
 def ferry(weights: Path, made: list[dict], per_step: str, first: int, last: int, work: Path) -> tuple[int, dict]:
     from pipeline.config.schema import Base, Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
 
     run = box.run(f"gpu-{per_step}", work, made)
     tune = Finetune(train_batch_size="auto" if per_step == "free" else 8, max_steps=last, logging_steps=4)
-    record = stage(Base(model=str(weights), max_seq_length=box.LONGEST), tune, run)
+    record = run_finetune(Base(model=str(weights), max_seq_length=box.LONGEST), tune, run.read_record(DataRecord), run)
     tokens = {entry["step"]: entry["tokens"] for entry in box.log(run) if "tokens" in entry}
     return tokens[last] - tokens[first], {
-        "rows": record["train_batch_size"],
-        "micro_batch_tokens": record["micro_batch_tokens"],
+        "rows": record.train_batch_size,
+        "micro_batch_tokens": record.micro_batch_tokens,
     }
 
 

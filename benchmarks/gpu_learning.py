@@ -15,6 +15,8 @@ from pathlib import Path
 
 import box
 
+from pipeline.run.records import DataRecord
+
 EVERY = 8  # a held-out loss each so many times eight rows, or each step of larger ones
 TUTORIAL = 3  # epochs
 RATE = 2e-4
@@ -113,20 +115,21 @@ def tutorial(per_step: str, rate: float, epochs: float, base: str, work: Path) -
     data = work / "demo" / "data"
     args = SFTConfig(**(SETTINGS | {"learning_rate": rate, "max_length": 256, "train_sampling_strategy": "random"}),
                      num_train_epochs=epochs, output_dir=str(work / "trainer"))  # fmt: skip
-    SFTTrainer(model=model, args=args, train_dataset=Dataset(training_rows.read(data / "train.parquet")),
+    SFTTrainer(model=model, args=args, train_dataset=Dataset(training_rows.read_table(data / "train.parquet")),
                processing_class=AutoTokenizer.from_pretrained(data / "tokenizer")).train()  # fmt: skip
     return {"learning_rate": rate, "rows": 8}
 
 
 def ferry(per_step: str, rate: float, epochs: float, base: str, work: Path) -> dict:
     from pipeline.config.schema import Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
 
     tune = Finetune(
         train_batch_size=per_step if per_step == "auto" else int(per_step), learning_rate=rate, num_train_epochs=epochs
     )
-    record = stage(box.smol(base), tune, box.run(f"learning-{per_step}", work, None))
-    return {"learning_rate": record["learning_rate"], "rows": record["train_batch_size"]}
+    run = box.run(f"learning-{per_step}", work, None)
+    record = run_finetune(box.smol(base), tune, run.read_record(DataRecord), run)
+    return {"learning_rate": record.learning_rate, "rows": record.train_batch_size}
 
 
 def measured(found: list[dict]) -> list[dict]:

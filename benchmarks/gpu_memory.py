@@ -10,6 +10,8 @@ from pathlib import Path
 
 import box
 
+from pipeline.run.records import DataRecord
+
 # name: (shape, rows, base, finetune)
 CASES = {
     "1B, nf4, packed": ("1B", "alpaca", {}, {"micro_batch_tokens": 8192}),
@@ -27,20 +29,20 @@ def one(name: str, work: Path) -> None:
 
     from common import files
     from pipeline.config.schema import Base, Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
     from pipeline.plan import memory_need
 
     shape, case, base, tune = CASES[name]
     folder = box.model(shape, work)
     run = box.run(f"memory {name}", work, box.rows(case, 1000))
     base, tune = Base(model=str(folder), **base), Finetune(max_steps=3, train_batch_size="auto", **tune)
-    record = stage(base, tune, run)
+    record = run_finetune(base, tune, run.read_record(DataRecord), run)
 
-    built = memory_need.shape(files.read_json(folder / "config.json"))
-    tokens = record["largest_micro_batch"]
-    told = memory_need.peak(built, base, tune, tokens, record["use_gradient_checkpointing"], record["packing"]) / 1e9
-    box.tell({"system": "ferry", "case": name, "tokens": tokens, "predicted_gb": round(told, 2), "measured_gb": record["peak_memory_gb"],
-              "error": round(told / record["peak_memory_gb"] - 1, 4)})  # fmt: skip
+    built = memory_need.shape_from_config(files.read_json(folder / "config.json"))
+    tokens = record.largest_micro_batch
+    told = memory_need.peak_bytes(built, base, tune, tokens, record.use_gradient_checkpointing, record.packing) / 1e9
+    box.tell({"system": "ferry", "case": name, "tokens": tokens, "predicted_gb": round(told, 2), "measured_gb": record.peak_memory_gb,
+              "error": round(told / record.peak_memory_gb - 1, 4)})  # fmt: skip
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import box
 
+from pipeline.run.records import DataRecord
+
 REPO = "you/benchmark-checkpoints"
 TUNE = {"max_steps": 150, "logging_steps": 5, "save_minutes": 1 / 30, "learning_rate": 5e-4, "lora_dropout": 0.05}
 WARM = 20  # steps: kernels are compiled, clocks settle
@@ -34,20 +36,20 @@ def one(case: str, steps: int, work: Path) -> None:
     box.unsloth()
     from pipeline.checkpoint_sync import background_push
     from pipeline.config.schema import Base, Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
 
     seen, sent = box.clock(tuple(range(1, steps + 1))), []
-    real = background_push.started
+    real = background_push.start_push_process
 
     def started(*given, **more):
         process, began = real(*given, **more), time.time()
         threading.Thread(target=lambda: sent.append((began, process.wait(), time.time()))).start()
         return process
 
-    background_push.started = started
+    background_push.start_push_process = started
     tune = Finetune(max_steps=steps, train_batch_size=8, save_minutes=PACE, logging_steps=10)
     run = box.run(case, work, box.rows("full", 8 * steps))
-    record = stage(Base(model=str(box.model("8B", work))), tune, run)
+    record = run_finetune(Base(model=str(box.model("8B", work))), tune, run.read_record(DataRecord), run)
     time.sleep(2)
     took = {step: seen[step] - seen[step - 1] for step in range(WARM + 1, steps + 1)}
     whole = [(began, ended) for began, code, ended in sent if code == 0]
@@ -56,11 +58,11 @@ def one(case: str, steps: int, work: Path) -> None:
     quiet = [seconds for step, seconds in took.items() if step not in beside | saved]
     busy = [seconds for step, seconds in took.items() if step in beside - saved]
     box.tell({
-        "system": "ferry" if case == "sent" else "checkpoints kept on the disk", "case": "8B, nf4, 8 rows of 2,048", "steps": record["steps"],
+        "system": "ferry" if case == "sent" else "checkpoints kept on the disk", "case": "8B, nf4, 8 rows of 2,048", "steps": record.steps,
         "seconds": round(seen[steps] - seen[WARM], 1), "seconds_a_step_quiet": round(statistics.mean(quiet), 4),
         "seconds_a_step_beside_a_sender": round(statistics.mean(busy), 4) if busy else None, "sent": len(whole),
         "seconds_a_sender": round(statistics.mean(ended - began for began, ended in whole), 1) if whole else None,
-        "checkpoint_mb": round(size(run) / 1e6), "final_loss": record["final_loss"],
+        "checkpoint_mb": round(size(run) / 1e6), "final_loss": record.final_loss,
     })  # fmt: skip
 
 
@@ -69,14 +71,14 @@ def learn(name: str, base: str, work: Path) -> None:
     box.unsloth()
     from pipeline.checkpoint_sync import restore
     from pipeline.config.schema import Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
     from pipeline.run.run_folder import Run
 
     run = Run(work / "runs" / name)
-    if not run.done("data"):
-        restore.resume(os.environ["FERRY_CHECKPOINTS"], work / "runs")
-    record = stage(box.smol(base), Finetune(**TUNE), run)
-    box.tell({key: record[key] for key in ("resumed_from", "steps", "rows", "final_loss")})
+    if not run.is_done("data"):
+        restore.resume_run(os.environ["FERRY_CHECKPOINTS"], work / "runs")
+    record = run_finetune(box.smol(base), Finetune(**TUNE), run.read_record(DataRecord), run)
+    box.tell({key: getattr(record, key) for key in ("resumed_from", "steps", "rows", "final_loss")})
 
 
 def evicted(base: str, work: Path, hub) -> dict:

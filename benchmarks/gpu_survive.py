@@ -18,6 +18,8 @@ from pathlib import Path
 
 import box
 
+from pipeline.run.records import DataRecord, FinetuneRecord
+
 STEPS = 150
 TUNE = {"max_steps": STEPS, "logging_steps": 5, "save_minutes": 1 / 30, "learning_rate": 5e-4, "lora_dropout": 0.05}
 
@@ -27,10 +29,11 @@ def one(name: str, base: str, work: Path) -> None:
     box.unsloth()
 
     from pipeline.config.schema import Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
     from pipeline.run.run_folder import Run
 
-    stage(box.smol(base), Finetune(**TUNE), Run(work / "runs" / name))
+    run = Run(work / "runs" / name)
+    run_finetune(box.smol(base), Finetune(**TUNE), run.read_record(DataRecord), run)
 
 
 def command(name: str, base: str, work: Path) -> list[str]:
@@ -53,7 +56,9 @@ def interrupted(name: str, number: int | None, at: int, base: str, work: Path) -
         done = subprocess.run(command(name, base, work), **told)
     if done.returncode:
         return found | {"failed": done.returncode}
-    return found | {key: run.read("finetune")[key] for key in ("resumed_from", "steps", "rows", "final_loss")}
+    return found | {
+        key: getattr(run.read_record(FinetuneRecord), key) for key in ("resumed_from", "steps", "rows", "final_loss")
+    }
 
 
 def reached(run) -> int:
@@ -66,15 +71,15 @@ def short_of_memory(work: Path) -> None:
     box.unsloth()
 
     from pipeline.config.schema import Base, Finetune
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
 
     run = box.run("oom", work, box.rows("full", 300))
     tune = Finetune(
         max_steps=3, train_batch_size=64, micro_batch_tokens=131072, use_gradient_checkpointing=False, logging_steps=1
     )
-    record = stage(Base(model=str(box.model("8B", work))), tune, run)
-    box.tell({"system": "ferry", "case": "out of memory", "steps": record["steps"], "rows": record["rows"], "final_loss": record["final_loss"],
-              "peak_memory_gb": record["peak_memory_gb"]})  # fmt: skip
+    record = run_finetune(Base(model=str(box.model("8B", work))), tune, run.read_record(DataRecord), run)
+    box.tell({"system": "ferry", "case": "out of memory", "steps": record.steps, "rows": record.rows, "final_loss": record.final_loss,
+              "peak_memory_gb": record.peak_memory_gb})  # fmt: skip
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ FIGURES = ("wall_s", "cpu_s", "peak_memory_gb")
 # This process makes no file itself: a child's peak begins with what its parent holds.
 MAKE = "import sys; from pathlib import Path; from tests import repos; repos.make(Path(sys.argv[1]), int(sys.argv[2]))"
 ADD = f"import sys; from tests.hub import Storage; Storage(sys.argv[1]).add('models/{REPO}', sys.argv[2])"
-SEND = f"from pipeline.publish import upload; upload.send({{'folder': sys.argv[1], 'repo': '{REPO}', 'private': False, 'tag': None}})"
-PUT = f"from pathlib import Path; from pipeline.publish import stage; gguf = Path(sys.argv[1], '{GGUF}'); stage.put(gguf, gguf)"
+SEND = f"from pipeline.publish import upload; upload.upload_folder({{'folder': sys.argv[1], 'repo': '{REPO}', 'private': False, 'tag': None}})"
+PUT = f"from pathlib import Path; from pipeline.publish import repo_files; gguf = Path(sys.argv[1], '{GGUF}'); repo_files.link_or_copy(gguf, gguf)"
 UPLOAD = f"from huggingface_hub import HfApi; HfApi().create_repo('{REPO}'); HfApi().upload_folder(repo_id='{REPO}', folder_path=sys.argv[1])"
 DOWNLOAD = f"from huggingface_hub import hf_hub_download; path = hf_hub_download('{REPO}', '{GGUF}')"
 DIGEST = "import hashlib; hashlib.file_digest(open(path, 'rb'), 'sha256')"

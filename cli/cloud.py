@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.environment import ROOT, Command
-from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, find_run, find_run_folder, several
+from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, combine_decorators, find_run, find_run_folder
 from cli.settings import FiniteRange, operand, setting
 from cli.train import choose_environment_for_rows, open_run
 from common.errors import UserError
@@ -42,7 +42,7 @@ CHECKPOINTS = setting(
     help="A private repo on the Hub for checkpoints; a rented machine has one always.",
 )
 # Option -> setting of the `make` on the other machine.
-THERE = {
+REMOTE_SETTINGS = {
     "docker": "DOCKER",
     "image": "IMAGE",
     "device": "DEVICE",
@@ -51,7 +51,7 @@ THERE = {
     "docker_build_flags": "DOCKER_BUILD_FLAGS",
     "docker_run_flags": "DOCKER_RUN_FLAGS",
 }
-THERE_OPTIONS = several(
+REMOTE_OPTIONS = combine_decorators(
     setting(
         "--device", make="DEVICE", type=click.Choice(["cpu", "cuda"]), help="cpu: a machine without a GPU will do."
     ),
@@ -64,18 +64,18 @@ THERE_OPTIONS = several(
 )
 
 
-def settings_there(typed: dict[str, str | None]) -> tuple[str, ...]:
+def format_remote_settings(values: dict[str, str | None]) -> tuple[str, ...]:
     """Return NAME=VALUE of the typed options that are settings of the `make` on the other machine."""
-    return tuple(f"{THERE[name]}={value}" for name, value in typed.items() if value is not None)
+    return tuple(f"{REMOTE_SETTINGS[name]}={value}" for name, value in values.items() if value is not None)
 
 
 @click.command("cloud-to-local", cls=Command, choose_environment=choose_environment_for_rows)
-@several(RUN_OPTIONS, CLOUD, MAX_DOLLARS)
+@combine_decorators(RUN_OPTIONS, CLOUD, MAX_DOLLARS)
 @setting("--hours", make="HOURS", type=FiniteRange(0, min_open=True), help="Time limit of a rented machine.")
 @setting(
     "--gpu", make="GPU", metavar="NAME", help="Rent this GPU of configs/gpus.csv, or this machine of the provider's."
 )
-@several(SPOT, CHECKPOINTS, TEARDOWN, YES, THERE_OPTIONS, MODELS, START)
+@combine_decorators(SPOT, CHECKPOINTS, TEARDOWN, YES, REMOTE_OPTIONS, MODELS, START)
 @setting("--quantization", make="QUANT", metavar="NAME", help="Which GGUF comes home.")
 @setting("--name", make="NAME", help="What Ollama calls it.")
 def cloud_to_local(
@@ -95,7 +95,7 @@ def cloud_to_local(
     start,
     quantization,
     name,
-    **there,
+    **remote_values,
 ) -> None:
     """Train on another machine, then deploy here.
 
@@ -113,20 +113,24 @@ def cloud_to_local(
     if not cloud:
         raise UserError("CLOUD is missing", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs")
     request = find_run(config_file, run_name, runs, overrides)
-    launcher = create.of(cloud, request.folder, checkpoints, spot)
-    wish = module.Wish(overrides, settings_there(there), teardown, limit, yes, checkpoints, gpu, hours, spot)
+    provider = create.create_provider(cloud, request.folder, checkpoints, spot)
+    launch_options = module.LaunchOptions(
+        overrides, format_remote_settings(remote_values), teardown, limit, yes, checkpoints, gpu, hours, spot
+    )
     with open_run(request, "cloud-to-local") as (run, _, lock):
-        record = module.stage(request.config_file, run, launcher, cloud, wish, lock)
-    console.show(f"cloud: {record['repo']}\n  trained on {record['where']} by the code of {record['commit'][:12]}")
+        record = module.run_cloud_to_local(request.config_file, run, provider, cloud, launch_options, lock)
+    console.print_result(
+        f"cloud: {record['repo']}\n  trained on {record['where']} by the code of {record['commit'][:12]}"
+    )
     options = ["--models", models, *(["--start"] if start else []), *(["--name", name] if name else [])]
     options += ["--quantization", quantization] if quantization else []
     code = subprocess.call([sys.executable, str(ROOT / "ferry"), "deploy-mac", record["repo"], *map(str, options)])
-    console.show(record["billing"])
+    console.print_result(record["billing"])
     raise SystemExit(code)
 
 
 @click.command("cloud-stop", cls=Command)
-@several(RUN_OPTIONS, CLOUD, CHECKPOINTS, SPOT, TEARDOWN)
+@combine_decorators(RUN_OPTIONS, CLOUD, CHECKPOINTS, SPOT, TEARDOWN)
 def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot, teardown) -> None:
     """End the job of a run, which writes its state first.
 
@@ -147,13 +151,13 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
         )
     folder = find_run_folder(config_file, run_name, runs)
     refuse_foreign_folder(folder)
-    launcher = create.of(cloud, folder, checkpoints, spot)
-    report = module.stop_job(launcher, folder, teardown)
-    console.show(f"stop: {report}")
+    provider = create.create_provider(cloud, folder, checkpoints, spot)
+    report = module.stop_job(provider, folder, teardown)
+    console.print_result(f"stop: {report}")
 
 
 @click.command(cls=Command)
-@several(
+@combine_decorators(
     operand("repo", make="REPO", metavar="REPO"),
     RUNS,
     setting("--cloud", make="CLOUD", metavar="ADDRESS", help="ssh://user@host[:port][/folder]; default: this machine."),
@@ -161,9 +165,9 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
     MAX_DOLLARS,
     TEARDOWN,
     YES,
-    THERE_OPTIONS,
+    REMOTE_OPTIONS,
 )
-def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **there) -> None:
+def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **remote_values) -> None:
     """Make REPO again from its manifest alone, and compare.
 
     Exit code 1 when it is not the same.
@@ -175,14 +179,26 @@ def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **there) -> N
     from common import console, files
     from launch import reproduce as module
     from launch import verdict
-    from launch.cloud_to_local import Wish
+    from launch.cloud_to_local import LaunchOptions
     from launch.providers import ssh_address
-    from launch.providers.ssh import Box
+    from launch.providers.ssh import SshProvider
 
-    this = module.published(repo, runs)
-    launcher = Box(ssh_address.read(cloud)) if cloud else Box(None, str((runs / "reproduce" / "here").absolute()))
-    stop = f"`make cloud-stop CLOUD={cloud} RUN={this.name}`" if cloud else "the same command, and then Ctrl-C,"
-    rows = module.stage(this, launcher, stop, data, Wish((), settings_there(there), teardown, limit, yes))
-    files.write_json(this.folder / "verdict.json", {"repo": repo, "rows": [vars(row) for row in rows]})
-    console.show(verdict.page(rows, repo))
-    raise SystemExit(0 if verdict.reproduced(rows) else 1)
+    reproduction = module.load_reproduction(repo, runs)
+    provider = (
+        SshProvider(ssh_address.parse_address(cloud))
+        if cloud
+        else SshProvider(None, str((runs / "reproduce" / "here").absolute()))
+    )
+    stop_command = (
+        f"`make cloud-stop CLOUD={cloud} RUN={reproduction.name}`" if cloud else "the same command, and then Ctrl-C,"
+    )
+    rows = module.run_reproduce(
+        reproduction,
+        provider,
+        stop_command,
+        data,
+        LaunchOptions((), format_remote_settings(remote_values), teardown, limit, yes),
+    )
+    files.write_json(reproduction.folder / "verdict.json", {"repo": repo, "rows": [vars(row) for row in rows]})
+    console.print_result(verdict.format_verdict(rows, repo))
+    raise SystemExit(0 if verdict.is_reproduced(rows) else 1)

@@ -7,36 +7,36 @@ from pathlib import Path
 import click
 
 from cli.environment import Command
-from cli.options import JSON, MODELS, PATH, QUANTIZATION, START, several
+from cli.options import JSON, MODELS, PATH, QUANTIZATION, START, combine_decorators
 from cli.settings import operand, setting
 from common.errors import UserError
 
 REPO = operand("repo", make="REPO", required=False, metavar="[REPO]")
 NAME = setting("--name", make="NAME", help="What Ollama calls it; default: as before, else the model's name.")
-REPO_OPTIONS = several(REPO, MODELS)
+REPO_OPTIONS = combine_decorators(REPO, MODELS)
 
 
-def check_model(params: dict) -> None:
+def require_model_choice(params: dict) -> None:
     """Raise UserError when it is not clear which model is meant, before any environment is set up."""
-    resolve(params["repo"], params["models"])
+    resolve_repo(params["repo"], params["models"])
 
 
-def resolve(repo: str | None, models: Path) -> str:
+def resolve_repo(repo: str | None, models: Path) -> str:
     """Return the repo that a command is about: the one that was typed, else the only model on this machine."""
     from deploy import store
 
-    return store.resolve(repo, models)
+    return store.resolve_model(repo, models)
 
 
-def find_version(repo: str | None, models: Path) -> Path:
+def find_current_version(repo: str | None, models: Path) -> Path:
     """Return the folder of the version in use. Raises UserError when it was not pulled or the model is not clear."""
     from deploy import store
 
-    return store.current(models, resolve(repo, models))
+    return store.require_version(models, resolve_repo(repo, models))
 
 
 @click.command("deploy-mac", cls=Command)
-@several(REPO, MODELS, QUANTIZATION, NAME, START)
+@combine_decorators(REPO, MODELS, QUANTIZATION, NAME, START)
 def deploy_mac(repo, models, quantization, name, start) -> None:
     """Pull REPO, test it, put it into Ollama and LM Studio.
 
@@ -57,11 +57,11 @@ def deploy_everywhere(repo: str, models: Path, quantization: str | None, name: s
     from common import checks, console
     from deploy import doctor, store
 
-    found = doctor.checks(repo, models, quantization)
-    console.show(checks.page(found))
-    checks.refuse(found)
+    results = doctor.run_doctor(repo, models, quantization)
+    console.print_result(checks.format_checks(results))
+    checks.refuse_faults(results)
     pull_model(repo, models, quantization)
-    version = store.current(models, repo)
+    version = store.require_version(models, repo)
     smoke_test(version)
     write_modelfile(version)
     install_in_ollama(version, name, start, optional=True)
@@ -70,7 +70,7 @@ def deploy_everywhere(repo: str, models: Path, quantization: str | None, name: s
 
 
 @click.command(cls=Command)
-@several(REPO, MODELS, QUANTIZATION)
+@combine_decorators(REPO, MODELS, QUANTIZATION)
 def pull(repo, models, quantization) -> None:
     """Fetch one GGUF of REPO, check it against the manifest.
 
@@ -90,14 +90,14 @@ def pull_model(repo: str, models: Path, quantization: str | None) -> None:
     from common import console
     from deploy.stages import pull as module
 
-    record = module.stage(repo, models, quantization)
-    console.show(
+    record = module.run_pull(repo, models, quantization)
+    console.print_result(
         f"pull: {record['folder']}/{record['file']}\n"
         f"  {record['bytes'] / 1e6:.0f} MB, sha256 {record['sha256'][:12]}... matches the manifest"
     )
 
 
-@click.command(cls=Command, choose_environment=check_model)
+@click.command(cls=Command, choose_environment=require_model_choice)
 @REPO_OPTIONS
 def smoke(repo, models) -> None:
     """Ask the model the manifest's questions, compare answers.
@@ -106,7 +106,7 @@ def smoke(repo, models) -> None:
     Example:
       ferry smoke ./hub/demo
     """
-    smoke_test(find_version(repo, models))
+    smoke_test(find_current_version(repo, models))
 
 
 def smoke_test(version: Path) -> None:
@@ -114,11 +114,11 @@ def smoke_test(version: Path) -> None:
     from common import console
     from deploy.stages import smoke as module
 
-    record = module.run_in_child(version)
-    console.show(f"smoke: passed\n{module.page(record)}")
+    record = module.run_smoke_in_child(version)
+    console.print_result(f"smoke: passed\n{module.render_record(record)}")
 
 
-@click.command(cls=Command, choose_environment=check_model)
+@click.command(cls=Command, choose_environment=require_model_choice)
 @REPO_OPTIONS
 def modelfile(repo, models) -> None:
     """Write Ollama's Modelfile from manifest and template.
@@ -127,7 +127,7 @@ def modelfile(repo, models) -> None:
     Example:
       ferry modelfile ./hub/demo
     """
-    write_modelfile(find_version(repo, models))
+    write_modelfile(find_current_version(repo, models))
 
 
 def write_modelfile(version: Path) -> None:
@@ -135,15 +135,17 @@ def write_modelfile(version: Path) -> None:
     from common import console
     from deploy.stages import modelfile as module
 
-    record = module.stage(version)
+    record = module.run_modelfile(version)
     is_cut = record["num_ctx"] < record["trained_ctx"]
-    why = f" of {record['trained_ctx']}: more does not fit in memory" if is_cut else ""
+    limit_note = f" of {record['trained_ctx']}: more does not fit in memory" if is_cut else ""
     template = "explicit TEMPLATE" if record["template"] else "template embedded in the GGUF"
-    console.show(f"modelfile: {version / record['file']}\n  {template}, num_ctx {record['num_ctx']}{why}")
+    console.print_result(
+        f"modelfile: {version / record['file']}\n  {template}, num_ctx {record['num_ctx']}{limit_note}"
+    )
 
 
-@click.command(cls=Command, choose_environment=check_model)
-@several(REPO, MODELS, NAME, START)
+@click.command(cls=Command, choose_environment=require_model_choice)
+@combine_decorators(REPO, MODELS, NAME, START)
 def ollama(repo, models, name, start) -> None:
     """Create the model in Ollama, prove its prompts there.
 
@@ -153,7 +155,7 @@ def ollama(repo, models, name, start) -> None:
     Example:
       ferry ollama ./hub/demo --name tickets
     """
-    install_in_ollama(find_version(repo, models), name, start, optional=False)
+    install_in_ollama(find_current_version(repo, models), name, start, optional=False)
 
 
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
@@ -161,16 +163,16 @@ def install_in_ollama(version: Path, name: str | None, start: bool, optional: bo
     from common import console
     from deploy.apps import ollama as module
 
-    with skip_absent_app(module.Absent, optional, "ollama"):
-        record = module.stage(version, name, start)
-        score = "" if record["score"] is None else f", {record['score']:.0%} of the answers as where it was made"
-        console.show(
+    with skip_absent_app(module.OllamaUnavailable, optional, "ollama"):
+        record = module.run_ollama(version, name, start)
+        score_text = "" if record["score"] is None else f", {record['score']:.0%} of the answers as where it was made"
+        console.print_result(
             f"ollama: {record['latest']} is {record['model']}\n"
-            f"  prompts as trained ({record['template']}, Ollama {record['server']}){score}"
+            f"  prompts as trained ({record['template']}, Ollama {record['server']}){score_text}"
         )
 
 
-@click.command(cls=Command, choose_environment=check_model)
+@click.command(cls=Command, choose_environment=require_model_choice)
 @REPO_OPTIONS
 def lmstudio(repo, models) -> None:
     """Put the file into LM Studio's models folder.
@@ -181,7 +183,7 @@ def lmstudio(repo, models) -> None:
     Example:
       ferry lmstudio ./hub/demo
     """
-    install_in_lmstudio(find_version(repo, models), optional=False)
+    install_in_lmstudio(find_current_version(repo, models), optional=False)
 
 
 def install_in_lmstudio(version: Path, optional: bool) -> None:
@@ -189,10 +191,10 @@ def install_in_lmstudio(version: Path, optional: bool) -> None:
     from common import console
     from deploy.apps import lmstudio as module
 
-    with skip_absent_app(module.Absent, optional, "lmstudio"):
-        record = module.stage(version)
-        listed = f", listed as {record['key']}" if record["key"] else ""
-        console.show(f"lmstudio: {record['target']} ({record['how']}){listed}")
+    with skip_absent_app(module.LMStudioMissing, optional, "lmstudio"):
+        record = module.run_lmstudio(version)
+        key_text = f", listed as {record['key']}" if record["key"] else ""
+        console.print_result(f"lmstudio: {record['target']} ({record['how']}){key_text}")
 
 
 @contextlib.contextmanager
@@ -205,10 +207,10 @@ def skip_absent_app(absent: type[UserError], optional: bool, app: str) -> Iterat
     except absent as error:
         if not optional:
             raise
-        console.show(f"{app}: skipped: {error.message}\n next: {error.hint}, then the same command again")
+        console.print_result(f"{app}: skipped: {error.message}\n next: {error.hint}, then the same command again")
 
 
-@click.command(cls=Command, choose_environment=check_model)
+@click.command(cls=Command, choose_environment=require_model_choice)
 @REPO_OPTIONS
 def summary(repo, models) -> None:
     """Print scores, answers and how to talk to the model.
@@ -217,7 +219,7 @@ def summary(repo, models) -> None:
     Example:
       ferry summary ./hub/demo
     """
-    show_summary(find_version(repo, models), resolve(repo, models))
+    show_summary(find_current_version(repo, models), resolve_repo(repo, models))
 
 
 def show_summary(version: Path, repo: str) -> None:
@@ -225,10 +227,10 @@ def show_summary(version: Path, repo: str) -> None:
     from common import console
     from deploy import summary as module
 
-    console.show(module.text(version, repo))
+    console.print_result(module.render_summary(version, repo))
 
 
-@click.command(cls=Command, choose_environment=check_model)
+@click.command(cls=Command, choose_environment=require_model_choice)
 @REPO_OPTIONS
 @setting(
     "--system",
@@ -258,11 +260,13 @@ def chat(repo, models, system, input_file) -> None:
     from deploy.serving import conversation
 
     question = [system, str(input_file) if input_file else None]
-    code = conversation.run_in_child("deploy.serving.chat:stage_of", find_version(repo, models), question)
+    code = conversation.run_in_child(
+        "deploy.serving.chat:run_chat_from_path", find_current_version(repo, models), question
+    )
     raise SystemExit(code)
 
 
-@click.command(cls=Command, choose_environment=check_model)
+@click.command(cls=Command, choose_environment=require_model_choice)
 @REPO_OPTIONS
 @setting("--host", make="HOST", default="127.0.0.1", show_default=True, help="Others need a key in FERRY_API_KEY.")
 @setting("--port", make="PORT", type=click.IntRange(1, 65535), default=8080, show_default=True)
@@ -275,12 +279,14 @@ def serve(repo, models, host, port) -> None:
     """
     from deploy.serving import conversation
 
-    code = conversation.run_in_child("deploy.serving.server:stage_of", find_version(repo, models), [host, port])
+    code = conversation.run_in_child(
+        "deploy.serving.server:run_server_from_path", find_current_version(repo, models), [host, port]
+    )
     raise SystemExit(code)
 
 
 @click.command(cls=Command)
-@several(MODELS, JSON)
+@combine_decorators(MODELS, JSON)
 def models(models, as_json) -> None:
     """List the versions on this machine.
 
@@ -293,11 +299,11 @@ def models(models, as_json) -> None:
     from common import console
     from deploy import store
 
-    console.show(store.list_as_json(models) if as_json else store.list_for_terminal(models))
+    console.print_result(store.list_as_json(models) if as_json else store.list_for_terminal(models))
 
 
 @click.command(cls=Command)
-@several(
+@combine_decorators(
     operand("what", make="FILE", required=False, metavar="[FILE]"),
     setting("--name", make="NAME", help="A model in Ollama instead of a file."),
     MODELS,
@@ -318,11 +324,11 @@ def trace(what, name, models, as_json) -> None:
 
     if not (what or name):
         raise UserError("FILE is missing", "name a GGUF, or a model in Ollama with NAME=")
-    console.show(module.stage(what or name, models, as_json))
+    console.print_result(module.run_trace(what or name, models, as_json))
 
 
-@click.command(cls=Command, choose_environment=check_model)
-@several(REPO, MODELS, START)
+@click.command(cls=Command, choose_environment=require_model_choice)
+@combine_decorators(REPO, MODELS, START)
 def rollback(repo, models, start) -> None:
     """Use the version before this one, or MODEL@VERSION.
 
@@ -336,12 +342,12 @@ def rollback(repo, models, start) -> None:
     from common import console
     from deploy import versions
 
-    version, done = versions.rollback(resolve(repo, models), models, start)
-    console.show("\n".join([f"rollback: {version} is in use", *(f"  {line}" for line in done)]))
+    version, messages = versions.roll_back(resolve_repo(repo, models), models, start)
+    console.print_result("\n".join([f"rollback: {version} is in use", *(f"  {message}" for message in messages)]))
 
 
-@click.command(cls=Command, choose_environment=check_model)
-@several(REPO, MODELS, START)
+@click.command(cls=Command, choose_environment=require_model_choice)
+@combine_decorators(REPO, MODELS, START)
 @setting(
     "--keep", make="KEEP", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest stay."
 )
@@ -354,12 +360,12 @@ def prune(repo, models, start, keep) -> None:
     """
     from deploy import versions
 
-    removed = versions.prune(resolve(repo, models), models, keep, start)
+    removed = versions.prune_versions(resolve_repo(repo, models), models, keep, start)
     show_removed("prune", removed)
 
 
 @click.command(cls=Command)
-@several(REPO, MODELS, START)
+@combine_decorators(REPO, MODELS, START)
 def undeploy(repo, models, start) -> None:
     """Remove a model, or one version of it (MODEL@VERSION).
 
@@ -374,7 +380,7 @@ def undeploy(repo, models, start) -> None:
 
     if repo is None:
         raise UserError("REPO is missing", "name what to remove; `ferry models` lists what is here")
-    removed = versions.undeploy(resolve(repo, models), models, start)
+    removed = versions.undeploy_model(resolve_repo(repo, models), models, start)
     show_removed("undeploy", removed)
 
 
@@ -383,5 +389,5 @@ def show_removed(command: str, removed: list[tuple[Path, int]]) -> None:
     from common import console
 
     for version, _ in removed:
-        console.show(f"{command}: {version} is gone")
-    console.show(f"{command}: {sum(size for _, size in removed):,} bytes came back")
+        console.print_result(f"{command}: {version} is gone")
+    console.print_result(f"{command}: {sum(size for _, size in removed):,} bytes came back")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.environment import Command
-from cli.options import IMAGE_OPTIONS, JSON, MODELS, QUANTIZATION, RUNS, several
+from cli.options import IMAGE_OPTIONS, JSON, MODELS, QUANTIZATION, RUNS, combine_decorators
 from cli.settings import operand, setting
 
 
@@ -26,7 +26,7 @@ def choose_environment(params: dict) -> str | None:
 
 
 @click.command(cls=Command, choose_environment=choose_environment)
-@several(
+@combine_decorators(
     operand("repo", make="REPO", required=False, metavar="[REPO]"),
     setting(
         "--side", make="SIDE", type=click.Choice(["cloud", "mac"]), help="The machine that trains, or that runs models."
@@ -53,10 +53,10 @@ def doctor(repo, side, runs: Path, models: Path, quantization, as_json, **image)
     if find_side(side, repo) == "cloud":
         from pipeline.preflight import doctor
 
-        found = doctor.checks(runs)
+        results = doctor.run_doctor(runs)
     else:
         from deploy import doctor as mac
 
-        found = mac.checks(repo, models, quantization)
-    console.show(checks.to_json(found) if as_json else checks.page(found))
-    checks.refuse(found)
+        results = mac.run_doctor(repo, models, quantization)
+    console.print_result(checks.to_json(results) if as_json else checks.format_checks(results))
+    checks.refuse_faults(results)

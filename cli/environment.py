@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from cli.settings import settings_of
-from cli.table import IN_IMAGE
+from cli.settings import list_make_settings
+from cli.table import IMAGE_COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "setup"
@@ -19,7 +19,7 @@ MAY_SWITCH = "FERRY_MAY_SWITCH"
 IMAGE_SETTINGS = ("DOCKER", "IMAGE", "DEVICE", "ENGINE", "MOUNT", "DOCKER_BUILD_FLAGS", "DOCKER_RUN_FLAGS")
 FOLDER_SETTINGS = ("CONFIG", "RUNS", "MODELS", "REPO")  # paths on this machine that the image needs
 # Environment -> options of setup/env.py.
-OPTIONS = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}
+ENV_SCRIPT_OPTIONS = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}
 
 
 class Command(click.Command):
@@ -38,14 +38,14 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context):
         if os.environ.pop(MAY_SWITCH, None) and not os.environ.get("FERRY_IMAGE"):
-            chosen = self.choose_environment(ctx.params) if self.choose_environment else None
-            enter_environment(self, ctx, chosen or self.environment)
+            kind = self.choose_environment(ctx.params) if self.choose_environment else None
+            enter_environment(self, ctx, kind or self.environment)
         return super().invoke(ctx)
 
 
 def enter_environment(command: Command, ctx: click.Context, kind: str) -> None:
     """Return if this process can run the command; else replace it by one that can, in the image or an environment."""
-    if command.name in IN_IMAGE or kind == "image":
+    if command.name in IMAGE_COMMANDS or kind == "image":
         run_in_image_if_chosen(command, ctx)
     if kind == "core":
         return
@@ -58,7 +58,7 @@ def enter_environment(command: Command, ctx: click.Context, kind: str) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class EnvironmentFolder:
     """An environment of a kind, in a folder where it is or will be."""
 
     kind: str
@@ -74,17 +74,19 @@ class Place:
         return (self.folder / "ferry.json").is_file() and self.python.exists()
 
 
-def places() -> dict[str, Place]:
+def environment_folders() -> dict[str, EnvironmentFolder]:
     """Return each kind of environment with its folder."""
-    given = os.environ.get("FERRY_VENV")
-    deploy = os.environ.get("FERRY_DEPLOY_VENV") or given
-    folders = {"train": given or ".venv", "deploy": deploy or ".venv-deploy", "data": given or ".venv-light"}
-    return {kind: Place(kind, ROOT / folder) for kind, folder in folders.items()}
+    venv = os.environ.get("FERRY_VENV")
+    deploy_venv = os.environ.get("FERRY_DEPLOY_VENV") or venv
+    folders = {"train": venv or ".venv", "deploy": deploy_venv or ".venv-deploy", "data": venv or ".venv-light"}
+    return {kind: EnvironmentFolder(kind, ROOT / folder) for kind, folder in folders.items()}
 
 
 def find_environment(kinds: tuple[str, ...]) -> Path | None:
     """Return the Python of the first of these environments that is set up, or None."""
-    return next((places()[kind].python for kind in kinds if places()[kind].is_finished()), None)
+    return next(
+        (environment_folders()[kind].python for kind in kinds if environment_folders()[kind].is_finished()), None
+    )
 
 
 def prepare_environment(kind: str) -> Path:
@@ -92,14 +94,16 @@ def prepare_environment(kind: str) -> Path:
 
     A finished environment for training serves all kinds. Raises SystemExit when the set-up fails.
     """
-    place = places()[kind]
-    if places()["train"].is_finished() and not (kind == "deploy" and os.environ.get("FERRY_DEPLOY_VENV")):
-        place = places()["train"]
-    options = OPTIONS[place.kind]
-    code = subprocess.call([sys.executable, str(SETUP / "env.py"), "--quiet", "--venv", str(place.folder), *options])
+    environment = environment_folders()[kind]
+    if environment_folders()["train"].is_finished() and not (kind == "deploy" and os.environ.get("FERRY_DEPLOY_VENV")):
+        environment = environment_folders()["train"]
+    options = ENV_SCRIPT_OPTIONS[environment.kind]
+    code = subprocess.call(
+        [sys.executable, str(SETUP / "env.py"), "--quiet", "--venv", str(environment.folder), *options]
+    )
     if code:
         raise SystemExit(code)
-    return place.python
+    return environment.python
 
 
 def is_this_python(python: Path) -> bool:
@@ -109,20 +113,20 @@ def is_this_python(python: Path) -> bool:
 
 def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
     """Replace this process by one in the image, if the command is to run there. Raises SystemExit on bad settings."""
-    words = typed_words(command, ctx, IMAGE_SETTINGS)
+    settings = list_typed_settings(command, ctx, IMAGE_SETTINGS)
     script = [sys.executable, str(SETUP / "container.py")]
-    decided = subprocess.run([*script, "where", *words, "--", command.name], stdout=subprocess.PIPE, text=True)
-    if decided.stdout.strip() == "native":
+    decision = subprocess.run([*script, "where", *settings, "--", command.name], stdout=subprocess.PIPE, text=True)
+    if decision.stdout.strip() == "native":
         return
-    if decided.stdout.strip() != "image":
+    if decision.stdout.strip() != "image":
         raise SystemExit(2)
-    words += typed_words(command, ctx, FOLDER_SETTINGS)
-    os.execv(sys.executable, [*script, "run", *words, "--", *sys.argv[1:]])
+    settings += list_typed_settings(command, ctx, FOLDER_SETTINGS)
+    os.execv(sys.executable, [*script, "run", *settings, "--", *sys.argv[1:]])
 
 
-def typed_words(command: Command, ctx: click.Context, names: tuple[str, ...]) -> list[str]:
+def list_typed_settings(command: Command, ctx: click.Context, names: tuple[str, ...]) -> list[str]:
     """Return NAME=VALUE of those of these make settings that were typed, as setup/container.py takes them."""
-    parameters = settings_of(command)
+    parameters = list_make_settings(command)
     return [
         f"{name}={ctx.params[parameters[name].name]}"
         for name in names

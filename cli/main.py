@@ -10,12 +10,12 @@ import click
 
 from cli.table import COMMANDS, SECTIONS, load_command
 from common import console, files
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 # The threads of libraries wait by spinning. Next to another busy program that made a training 20 times slower on two
 # cores (benchmarks/results/contention.md). With this limit it is 2.4 times slower next to a busy loop on each core, and
 # no slower alone.
-SPINS = "3000"
+SPIN_COUNT = "3000"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,7 +30,7 @@ class Ferry(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise unknown_command(args[0], "ferry")
+            raise unknown_command_error(args[0], "ferry")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -39,12 +39,12 @@ class Ferry(click.Group):
                 formatter.write_dl([(name, load_command(name).get_short_help_str(60)) for name in names])
 
 
-def unknown_command(name: str, program: str) -> UserError:
+def unknown_command_error(name: str, program: str) -> UserError:
     """Return the error for a command that does not exist, with the closest one. program: 'ferry' or 'make'."""
-    close = difflib.get_close_matches(name, COMMANDS, 1)
-    meant = f", did you mean `{program} {close[0]}`?" if close else ""
+    matches = difflib.get_close_matches(name, COMMANDS, 1)
+    suggestion = f", did you mean `{program} {matches[0]}`?" if matches else ""
     return UserError(
-        f"`{program} {shown(name, 60)}` is no command{meant}",
+        f"`{program} {printable_line(name, 60)}` is no command{suggestion}",
         f"`{program} --help` lists them" if program == "ferry" else "`make` alone lists them",
     )
 
@@ -54,9 +54,9 @@ def read_version() -> str:
     return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
-def print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+def print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
     """Print the version and exit, as the callback of --version."""
-    if wanted and not ctx.resilient_parsing:
+    if value and not ctx.resilient_parsing:
         click.echo(f"ferry {read_version()}")
         ctx.exit()
 
@@ -86,11 +86,11 @@ def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
     """What `make TARGET NAME=VALUE ...` forwards to. goals: all targets of that call."""
     from cli.settings import explain_bad_value, translate_make_settings
 
-    forget_make(words)
-    targets = {goal: load_command(goal) for goal in check_goals(goals.split() or [target])}
+    remove_make_variables(words)
+    targets = {goal: load_command(goal) for goal in require_known_goals(goals.split() or [target])}
     for goal, command in targets.items():  # the settings of every target are checked before the first one runs
-        others = {name: other for name, other in targets.items() if name != goal}
-        arguments = translate_make_settings(command, words, others)
+        other_targets = {name: other_command for name, other_command in targets.items() if name != goal}
+        arguments = translate_make_settings(command, words, other_targets)
         try:
             command.make_context(goal, [*arguments], parent=click.get_current_context().parent)
         except click.BadParameter as error:
@@ -101,17 +101,17 @@ def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
     ferry.main(sys.argv[1:], prog_name="ferry", standalone_mode=False)
 
 
-def forget_make(words: tuple[str, ...]) -> None:
+def remove_make_variables(words: tuple[str, ...]) -> None:
     """Remove what make puts into the environment for its children: a `make` that Ferry starts is a separate one."""
     for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", *(word.partition("=")[0] for word in words)):
         os.environ.pop(name.removeprefix("env:"), None)
 
 
-def check_goals(goals: list[str]) -> list[str]:
+def require_known_goals(goals: list[str]) -> list[str]:
     """Return the make targets. Raises UserError when one of them does not exist."""
     for goal in goals:
         if goal not in COMMANDS:
-            raise unknown_command(goal, "make")
+            raise unknown_command_error(goal, "make")
     return goals
 
 
@@ -137,16 +137,16 @@ def main() -> None:
     if sys.platform == "darwin":  # Unsloth would look for MLX there; Ferry uses its CPU backend
         os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # for a terminal that cannot show a character
     try:
         code = ferry.main(prog_name="ferry", standalone_mode=False)
     except (UserError, click.ClickException, OSError) as error:
-        console.say(str(translate_error(error)))
+        console.print_message(str(translate_error(error)))
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        console.say("stopped; the same command goes on from here")
+        console.print_message("stopped; the same command goes on from here")
         code = 130
     sys.exit(code)
 
@@ -159,4 +159,4 @@ def translate_error(error: UserError | click.ClickException | OSError) -> UserEr
             error.format_message(),
             f"`{context.command_path} --help` shows what it takes" if context else "ferry --help",
         )
-    return files.explain_unhandled(error) if isinstance(error, OSError) else error
+    return files.translate_unhandled_error(error) if isinstance(error, OSError) else error

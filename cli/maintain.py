@@ -6,11 +6,11 @@ import sys
 
 import click
 
-from cli.environment import IMAGE_SETTINGS, ROOT, SETUP, Command, places, typed_words
+from cli.environment import IMAGE_SETTINGS, ROOT, SETUP, Command, environment_folders, list_typed_settings
 from cli.options import IMAGE_OPTIONS
 
 
-def become(*command: object) -> None:
+def replace_process(*command: object) -> None:
     """Replace this process by another program, in the checkout's folder."""
     os.chdir(ROOT)
     os.execv(str(command[0]), [str(word) for word in command])
@@ -26,7 +26,7 @@ def env() -> None:
     Example:
       ferry env
     """
-    become(sys.executable, SETUP / "env.py", "--venv", places()["train"].folder)
+    replace_process(sys.executable, SETUP / "env.py", "--venv", environment_folders()["train"].folder)
 
 
 @click.command(cls=Command)
@@ -39,13 +39,15 @@ def deploy_env() -> None:
     Example:
       ferry deploy-env
     """
-    become(sys.executable, SETUP / "env.py", "--deploy", "--venv", places()["deploy"].folder)
+    replace_process(sys.executable, SETUP / "env.py", "--deploy", "--venv", environment_folders()["deploy"].folder)
 
 
 def run_container_script(verb: str) -> None:
     """Replace this process by setup/container.py, with the typed settings of the current command."""
     context = click.get_current_context()
-    become(sys.executable, SETUP / "container.py", verb, *typed_words(context.command, context, IMAGE_SETTINGS))
+    replace_process(
+        sys.executable, SETUP / "container.py", verb, *list_typed_settings(context.command, context, IMAGE_SETTINGS)
+    )
 
 
 @click.command(cls=Command)
@@ -82,7 +84,7 @@ def lock() -> None:
     Example:
       ferry lock
     """
-    become(sys.executable, SETUP / "lock.py")
+    replace_process(sys.executable, SETUP / "lock.py")
 
 
 @click.command(cls=Command)
@@ -95,7 +97,7 @@ def lock_images() -> None:
     Example:
       ferry lock-images
     """
-    become(sys.executable, SETUP / "pin.py")
+    replace_process(sys.executable, SETUP / "pin.py")
 
 
 @click.command(cls=Command)
@@ -107,7 +109,7 @@ def lint() -> None:
       ferry lint
     """
     os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
-    become("/bin/bash", SETUP / "lint.sh")
+    replace_process("/bin/bash", SETUP / "lint.sh")
 
 
 @click.command(cls=Command)
@@ -120,7 +122,7 @@ def test() -> None:
     Example:
       make test
     """
-    run_tests("not release" if "test-image" in other_goals() else "not image and not release")
+    run_tests("not release" if "test-image" in list_make_goals() else "not image and not release")
 
 
 @click.command(cls=Command)
@@ -133,11 +135,11 @@ def test_image() -> None:
     Example:
       make test-image
     """
-    if "test" not in other_goals():  # else `test` runs them too, in one session
+    if "test" not in list_make_goals():  # else `test` runs them too, in one session
         run_tests("image")
 
 
-def other_goals() -> list[str]:
+def list_make_goals() -> list[str]:
     """Return all targets of this call of make; empty without make."""
     return os.environ.get("FERRY_GOALS", "").split()
 
@@ -159,4 +161,4 @@ def bench() -> None:
     Example:
       ferry bench
     """
-    become("/bin/bash", ROOT / "benchmarks" / "demo.sh")
+    replace_process("/bin/bash", ROOT / "benchmarks" / "demo.sh")

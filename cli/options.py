@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from cli.settings import operand, setting
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 PATH = click.Path(path_type=Path)
-LONGEST_RUN = 96  # characters: file names are the model's name and a suffix, and a manifest allows 128
+MAX_RUN_NAME = 96  # characters: file names are the model's name and a suffix, and a manifest allows 128
 
 
-def several(*decorators):
+def combine_decorators(*decorators):
     """Return one decorator that applies several, in their order."""
 
     def decorate(function):
@@ -34,12 +34,12 @@ SET = setting(
     metavar="SECTION.KEY=VALUE",
     help="Override one value of the config; repeatable.",
 )
-WHICH_RUN = several(
+RUN_CHOICE = combine_decorators(
     operand("config_file", make="CONFIG", metavar="[CONFIG]", required=False, type=PATH),
     setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: the config's."),
     RUNS,
 )
-RUN_OPTIONS = several(WHICH_RUN, SET)
+RUN_OPTIONS = combine_decorators(RUN_CHOICE, SET)
 CHECKPOINTS = setting(
     "--checkpoints",
     make="CHECKPOINTS",
@@ -47,7 +47,7 @@ CHECKPOINTS = setting(
     envvar="FERRY_CHECKPOINTS",
     help="A private repo on the Hub that gets the newest checkpoint, so that another machine can resume.",
 )
-IMAGE_OPTIONS = several(
+IMAGE_OPTIONS = combine_decorators(
     setting("--docker", make="DOCKER", type=click.Choice(["0", "1"]), help="1: in Ferry's image; 0: natively."),
     setting("--image", make="IMAGE", metavar="NAME:TAG", help="A ready image to run in."),
     setting("--device", make="DEVICE", type=click.Choice(["cpu", "cuda"]), help="Which image."),
@@ -97,7 +97,7 @@ def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) 
     if run_name is None and config_file is None:
         raise UserError("CONFIG is missing", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
     name = config_file.stem if run_name is None else run_name
-    refuse_bad_name(name)
+    refuse_bad_run_name(name)
     return runs / name
 
 
@@ -114,18 +114,18 @@ def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrid
     return RunRequest(folder / "config.yaml", folder, overrides, True)
 
 
-def refuse_bad_name(name: str) -> None:
+def refuse_bad_run_name(name: str) -> None:
     """Raise UserError for a name that cannot be that of a folder and of a model."""
-    from contract.manifest import PLAIN
+    from contract.manifest import NAME_PATTERN
 
     if (
-        not re.fullmatch(PLAIN, Path(name).name)
-        or len(Path(name).name) > LONGEST_RUN
+        not re.fullmatch(NAME_PATTERN, Path(name).name)
+        or len(Path(name).name) > MAX_RUN_NAME
         or (not Path(name).is_absolute() and "/" in name)
     ):
         raise UserError(
-            f"RUN={shown(name)!r} cannot name a folder and a model",
-            f"choose another: up to {LONGEST_RUN} letters, digits, dots, dashes and underscores, "
+            f"RUN={printable_line(name)!r} cannot name a folder and a model",
+            f"choose another: up to {MAX_RUN_NAME} letters, digits, dots, dashes and underscores, "
             "a letter or digit first",
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from cli.environment import Command
-from cli.options import JSON, PATH, RUNS, WHICH_RUN, YES, find_run_folder, several, typed_command
+from cli.options import JSON, PATH, RUN_CHOICE, RUNS, YES, combine_decorators, find_run_folder, typed_command
 from cli.settings import setting
 from common.errors import UserError
 
@@ -15,12 +15,12 @@ def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path
     from pipeline.run import status
 
     if config_file is None and run_name is None:
-        found = status.list_runs(runs)
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(run.name for run in found) or "none yet"
+        existing_runs = status.list_runs(runs)
+        if len(existing_runs) == 1:
+            return existing_runs[0]
+        names = ", ".join(run.name for run in existing_runs) or "none yet"
         raise UserError(f"which run? {runs} holds {names}", "RUN=name, or CONFIG=configs/yours.yaml")
-    return status.require_run(find_run_folder(config_file, run_name, runs))
+    return status.load_run(find_run_folder(config_file, run_name, runs))
 
 
 @click.command(cls=Command)
@@ -51,13 +51,15 @@ def init(source: str, model: str | None, goal: str | None, target: Path | None) 
     from pipeline.preflight import new_config
 
     path, facts = new_config.write_config(source, model, goal, target)
-    console.show(
-        "\n".join([f"{path}", *(console.wrap(f"  {fact}", 4) for fact in facts), f" next: make preview CONFIG={path}"])
+    console.print_result(
+        "\n".join(
+            [f"{path}", *(console.wrap_text(f"  {fact}", 4) for fact in facts), f" next: make preview CONFIG={path}"]
+        )
     )
 
 
 @click.command(cls=Command)
-@several(RUNS, JSON)
+@combine_decorators(RUNS, JSON)
 def list_runs(runs, as_json) -> None:
     """List the runs on this machine and how far they are.
 
@@ -70,15 +72,15 @@ def list_runs(runs, as_json) -> None:
 
     statuses = [status.read_status(run) for run in status.list_runs(runs)]
     if as_json:
-        console.show(status.to_json(statuses))
+        console.print_result(status.status_to_json(statuses))
     elif statuses:
-        console.show(status.format_runs(statuses))
+        console.print_result(status.format_runs(statuses))
     else:
-        console.show(f"{runs} holds no run yet: make demo, or make init DATA=rows.jsonl")
+        console.print_result(f"{runs} holds no run yet: make demo, or make init DATA=rows.jsonl")
 
 
 @click.command(cls=Command)
-@several(WHICH_RUN, JSON)
+@combine_decorators(RUN_CHOICE, JSON)
 def status(config_file, run_name, runs, as_json) -> None:
     """Say how far a run is, and which command works in it.
 
@@ -90,12 +92,12 @@ def status(config_file, run_name, runs, as_json) -> None:
     from pipeline.run import status
 
     run = find_existing_run(config_file, run_name, runs)
-    found = status.read_status(run)
-    console.show(status.to_json(found) if as_json else status.format_status(found, run))
+    run_status = status.read_status(run)
+    console.print_result(status.status_to_json(run_status) if as_json else status.format_status(run_status, run))
 
 
 @click.command(cls=Command)
-@several(WHICH_RUN, YES)
+@combine_decorators(RUN_CHOICE, YES)
 @setting("--all", "everything", make="ALL", is_flag=True, help="The whole run, its adapter and records too.")
 def clean(config_file, run_name, runs, yes, everything) -> None:
     """Remove what a run can make again.
@@ -109,7 +111,7 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
     """
     from common import console, files
     from pipeline.run import status
-    from pipeline.run.run_stages import lock_file, lock_run
+    from pipeline.run.run_stages import lock_path, lock_run
 
     run = find_existing_run(config_file, run_name, runs)
     if everything and config_file is None and run_name is None:
@@ -123,12 +125,12 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
                     "the same command with YES=1",
                 )
             files.remove(run.folder)
-            files.remove(lock_file(run))
+            files.remove(lock_path(run))
         else:
-            paths = status.find_removable(run)
+            paths = status.find_removable_paths(run)
             for path in paths:
-                console.show(f"clean: {path}")
+                console.print_result(f"clean: {path}")
             size = 0
             if paths:
-                size = status.remove(run, paths)
-        console.show(f"clean: {size / 1e9:.2f} GB came back")
+                size = status.remove_paths(run, paths)
+        console.print_result(f"clean: {size / 1e9:.2f} GB came back")

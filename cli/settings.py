@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 import click
 
-from cli.table import all_commands
-from common.errors import UserError, shown
+from cli.table import load_all_commands
+from common.errors import UserError, printable_line
 
 # Settings that every target takes: make and the `ferry` script read them from the environment.
-EVERYWHERE = {"VENV": "FERRY_VENV", "DEPLOY_VENV": "FERRY_DEPLOY_VENV", "PYTHON": None}
+GLOBAL_SETTINGS = {"VENV": "FERRY_VENV", "DEPLOY_VENV": "FERRY_DEPLOY_VENV", "PYTHON": None}
 # Empty, they come from a script whose variable is not set, and the command would take another run or model.
 NEVER_EMPTY = ("RUN", "CONFIG", "REPO", "RUNS", "MODELS")
-YES, NO = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+YES_WORDS, NO_WORDS = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
 
 
 class Setting(click.Option):
@@ -58,13 +58,13 @@ def operand(*names: str, make: str | None = None, **attributes):
     return click.argument(*names, cls=Operand, make=make, **attributes)
 
 
-def settings_of(command: click.Command) -> dict[str, click.Parameter]:
+def list_make_settings(command: click.Command) -> dict[str, click.Parameter]:
     """Return name in make -> parameter of a command."""
     return {parameter.make: parameter for parameter in command.params if getattr(parameter, "make", None)}
 
 
 def translate_make_settings(
-    command: click.Command, words: Iterable[str], others: dict[str, click.Command]
+    command: click.Command, words: Iterable[str], other_targets: dict[str, click.Command]
 ) -> list[str]:
     """Return NAME=VALUE words as the command's own arguments.
 
@@ -78,31 +78,35 @@ def translate_make_settings(
         UserError: No target takes a name, or a switch is neither yes nor no.
     """
     arguments, operands = [], []
-    mine = settings_of(command)
-    elsewhere = set().union(*(settings_of(other) for other in others.values())) if others else set()
+    own_settings = list_make_settings(command)
+    other_settings = (
+        set().union(*(list_make_settings(other_command) for other_command in other_targets.values()))
+        if other_targets
+        else set()
+    )
     for word in words:
         name, _, value = word.removeprefix("env:").partition("=")
-        if name in mine:
+        if name in own_settings:
             if name in NEVER_EMPTY and not value and not word.startswith("env:"):
                 raise UserError(f"{name}= is empty", f"write {name}=..., or leave it out")
-            target = operands if isinstance(mine[name], click.Argument) else arguments
-            target += _arguments_of(mine[name], name, value)
-        elif name not in elsewhere and name not in EVERYWHERE and not word.startswith("env:"):
-            raise _unknown_setting(name, command, mine)
+            target = operands if isinstance(own_settings[name], click.Argument) else arguments
+            target += _format_arguments(own_settings[name], name, value)
+        elif name not in other_settings and name not in GLOBAL_SETTINGS and not word.startswith("env:"):
+            raise _unknown_setting_error(name, command, own_settings)
     return [*arguments, *(["--", *operands] if operands else [])]
 
 
-def _arguments_of(parameter: click.Parameter, name: str, value: str) -> list[str]:
+def _format_arguments(parameter: click.Parameter, name: str, value: str) -> list[str]:
     """Return NAME=VALUE as the arguments of one parameter. Raises UserError for a switch that is neither yes nor no."""
     if isinstance(parameter, click.Argument):
         return [value] if value else []
     option = parameter.opts[0]
     if parameter.is_flag:
-        if value.lower() not in YES + NO:
+        if value.lower() not in YES_WORDS + NO_WORDS:
             raise UserError(
-                f"{name}={shown(value)} is neither yes nor no", f"{name}=1 turns it on; leave it out otherwise"
+                f"{name}={printable_line(value)} is neither yes nor no", f"{name}=1 turns it on; leave it out otherwise"
             )
-        return [option] if value.lower() in YES else []
+        return [option] if value.lower() in YES_WORDS else []
     values = split_overrides(value) if parameter.multiple else [value] if value or parameter.takes_empty else []
     return [f"{option}={item}" for item in values]
 
@@ -125,47 +129,51 @@ def split_overrides(text: str) -> list[str]:
     from pipeline.config.schema import Config
 
     starts, quote = [], ""
-    for at, character in enumerate(text):
-        begins = not quote and (at == 0 or text[at - 1].isspace())
-        found = re.match(r"(\w+)\.\w+=", text[at:]) if begins else None
-        if found and found[1] not in Config.model_fields:
-            raise _unknown_section(found, list(Config.model_fields))
-        if found:
-            starts.append(at)
+    for index, character in enumerate(text):
+        can_start = not quote and (index == 0 or text[index - 1].isspace())
+        match = re.match(r"(\w+)\.\w+=", text[index:]) if can_start else None
+        if match and match[1] not in Config.model_fields:
+            raise _unknown_section_error(match, list(Config.model_fields))
+        if match:
+            starts.append(index)
         elif quote:
             quote = "" if character == quote else quote
-        elif character in "'\"" and at and text[at - 1] == "=":
+        elif character in "'\"" and index and text[index - 1] == "=":
             quote = character
     if not starts or text[: starts[0]].strip():
         return [text.strip()] if text.strip() else []
     return [text[start:end].strip() for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
-def _unknown_section(found: re.Match, sections: list[str]) -> UserError:
+def _unknown_section_error(match: re.Match, sections: list[str]) -> UserError:
     """Return the error for an override of a section that the config does not have, with the closest one."""
-    close = difflib.get_close_matches(found[1], sections, 1)
+    matches = difflib.get_close_matches(match[1], sections, 1)
     return UserError(
-        f"SET: {shown(found[0])} names the section {found[1]}, which the config does not have"
-        + (f", did you mean {close[0]}?" if close else ""),
+        f"SET: {printable_line(match[0])} names the section {match[1]}, which the config does not have"
+        + (f", did you mean {matches[0]}?" if matches else ""),
         f"sections: {', '.join(sections)}; a value that holds such text is put in quotes: SET=\"data.system='a.b=c'\"",
     )
 
 
-def _unknown_setting(name: str, command: click.Command, mine: dict[str, click.Parameter]) -> UserError:
+def _unknown_setting_error(name: str, command: click.Command, own_settings: dict[str, click.Parameter]) -> UserError:
     """Return the error for a setting that the command does not take, with the commands that do or the closest name."""
-    users = [target for target, other in all_commands().items() if name in settings_of(other)]
-    known = sorted({*mine, *EVERYWHERE})
-    shown_ones = sorted(make for make, parameter in mine.items() if not getattr(parameter, "hidden", False))
-    listing = f"`make {command.name}` takes {', '.join(shown_ones) or 'no settings'}"
-    if users:
-        usual = ", ".join(f"`make {target}`" for target in users[:3])
-        return UserError(f"{shown(name)} is no setting of `make {command.name}`; it belongs to {usual}", listing)
-    close = difflib.get_close_matches(name.upper(), known, 1, 0.5)
-    close = close or difflib.get_close_matches(name.upper(), sorted(_all_settings()), 1, 0.5)
-    meant = f", did you mean {close[0]}?" if close else ""
-    return UserError(f"{shown(name)} is no setting{meant}", listing)
+    target_names = [
+        target for target, target_command in load_all_commands().items() if name in list_make_settings(target_command)
+    ]
+    known_names = sorted({*own_settings, *GLOBAL_SETTINGS})
+    visible_names = sorted(make for make, parameter in own_settings.items() if not getattr(parameter, "hidden", False))
+    listing = f"`make {command.name}` takes {', '.join(visible_names) or 'no settings'}"
+    if target_names:
+        examples = ", ".join(f"`make {target}`" for target in target_names[:3])
+        return UserError(
+            f"{printable_line(name)} is no setting of `make {command.name}`; it belongs to {examples}", listing
+        )
+    matches = difflib.get_close_matches(name.upper(), known_names, 1, 0.5)
+    matches = matches or difflib.get_close_matches(name.upper(), sorted(_all_settings()), 1, 0.5)
+    suggestion = f", did you mean {matches[0]}?" if matches else ""
+    return UserError(f"{printable_line(name)} is no setting{suggestion}", listing)
 
 
 def _all_settings() -> set[str]:
     """Return the names in make of all commands' settings."""
-    return set().union(*(settings_of(command) for command in all_commands().values()))
+    return set().union(*(list_make_settings(command) for command in load_all_commands().values()))

@@ -69,7 +69,7 @@ SECTIONS = {
 }
 COMMANDS = {name: entry for commands in SECTIONS.values() for name, entry in commands.items()}
 # These run in Ferry's image on a machine with Docker and a GPU.
-IN_IMAGE = frozenset(
+IMAGE_COMMANDS = frozenset(
     [
         "demo",
         "train",
@@ -96,6 +96,6 @@ def load_command(name: str) -> click.Command:
     return command
 
 
-def all_commands() -> dict[str, click.Command]:
+def load_all_commands() -> dict[str, click.Command]:
     """Import and return all commands by their names."""
     return {name: load_command(name) for name in COMMANDS}

@@ -20,17 +20,18 @@ from cli.options import (
     SET,
     START,
     RunRequest,
+    combine_decorators,
     find_run,
-    several,
     typed_command,
 )
 from cli.settings import operand, setting
+from pipeline.run.records import PublishRecord
 
-STAGE_OPTIONS = several(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
-DEMO = Path("configs/demo.yaml")
+STAGE_OPTIONS = combine_decorators(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
+DEMO_CONFIG = Path("configs/demo.yaml")
 
 
-def check_config(params: dict):
+def load_valid_config(params: dict):
     """Return the config, before any environment is set up. Raises UserError when it is missing or bad."""
     from pipeline.base_model import restore_gguf
 
@@ -42,12 +43,12 @@ def check_config(params: dict):
 
 def choose_environment_for_training(params: dict) -> None:
     """Return None, for the table's environment. Raises UserError when the config is missing or bad."""
-    check_config(params)
+    load_valid_config(params)
 
 
 def choose_environment_for_rows(params: dict) -> str | None:
     """Return 'train' for a base model that is a GGUF, which llama.cpp must read; None for the table's environment."""
-    model = check_config(params).base.model
+    model = load_valid_config(params).base.model
     return "train" if model.startswith("pypi:") or model.endswith(".gguf") else None
 
 
@@ -65,13 +66,13 @@ def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
     from pipeline.base_model import model_config, restore_gguf
     from pipeline.config import advice, load, user_files
 
-    tree = load.load_config(config_file, overrides)
-    model_config.refuse_unsupported_base(tree.base)
-    user_files.refuse_missing_files(tree)
-    restore_gguf.refuse_unusable_gguf(tree.base.model)
-    console.show(load.dump_config(tree).rstrip("\n"))
-    for text in advice.list_warnings(tree):
-        console.note(text)
+    config = load.load_config(config_file, overrides)
+    model_config.refuse_unsupported_base(config.base)
+    user_files.refuse_missing_files(config)
+    restore_gguf.refuse_unusable_gguf(config.base.model)
+    console.print_result(load.dump_config(config).rstrip("\n"))
+    for text in advice.list_warnings(config):
+        console.print_note(text)
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
     from pipeline.checkpoint_sync import restore
     from pipeline.config.user_files import refuse_files_inside
     from pipeline.preflight.user_inputs import refuse_unusable_inputs
-    from pipeline.run.changes import accept_config, find_allowed_changes
+    from pipeline.run.changes import apply_config, find_allowed_changes
     from pipeline.run.run_folder import Run, refuse_foreign_folder
     from pipeline.run.run_stages import lock_run
 
@@ -94,17 +95,17 @@ def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> 
         refuse_files_inside(config, run.folder)
         if checkpoints:
             os.environ["FERRY_CHECKPOINTS"] = checkpoints
-            restore.restore(checkpoints, run, config)
+            restore.restore_run(checkpoints, run, config)
         changes = find_allowed_changes(run, config, request.is_own_config)
-        if not run.done("evaluate") or "evaluate" in changes.stale:
-            refuse_unusable_inputs(config, run.done("data"))
-        accept_config(run, config, changes)
-        for text in changes.describe():
-            console.note(text)
+        if not run.is_done("evaluate") or "evaluate" in changes.stale:
+            refuse_unusable_inputs(config, run.is_done("data"))
+        apply_config(run, config, changes)
+        for text in changes.describe_reruns():
+            console.print_note(text)
         yield run, config, lock
 
 
-def run_up_to(stage: str, request: RunRequest, checkpoints: str | None, **arguments: list[str]) -> None:
+def run_stages_up_to(stage: str, request: RunRequest, checkpoints: str | None, **arguments: list[str]) -> None:
     """Run every stage up to this one. arguments: stage -> further arguments of its process."""
     from pipeline.run.run_stages import run_stages
 
@@ -135,15 +136,15 @@ def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
     from pipeline.run.run_stages import run_stages
 
     with open_run(request, "train", checkpoints) as (run, config, lock):
-        for text in check_run.stage(config, run, checkpoints=checkpoints):
-            console.say(console.wrap(f"preflight: {text}"))
+        for text in check_run.run_preflight(config, run, checkpoints=checkpoints):
+            console.print_message(console.wrap_text(f"preflight: {text}"))
         run_stages(run, "publish", lock)
-        console.show(train_summary.summarize(run))
-        return run.read("publish")
+        console.print_result(train_summary.summarize(run))
+        return run.read_record(PublishRecord)
 
 
 @click.command(cls=Command)
-@several(
+@combine_decorators(
     setting("--run", "run_name", make="RUN", metavar="NAME", help="Name of the run; default: demo."),
     RUNS,
     SET,
@@ -163,10 +164,9 @@ def demo(run_name, runs, overrides, models, repo, quantization, start, **image) 
       ferry demo
     """
     from cli.deploy import deploy_everywhere
-    from pipeline.run.records import published_name
 
-    record = train_and_summarize(find_run(DEMO, run_name, runs, overrides), None)
-    deploy_everywhere(repo or published_name(record), models, quantization, None, start)
+    record = train_and_summarize(find_run(DEMO_CONFIG, run_name, runs, overrides), None)
+    deploy_everywhere(repo or record.repo_with_tag, models, quantization, None, start)
 
 
 @click.command(cls=Command, choose_environment=choose_environment_for_rows)
@@ -180,11 +180,11 @@ def data(config_file, run_name, runs, overrides, checkpoints, processes, **image
       ferry data configs/tickets.yaml
     """
     request = find_run(config_file, run_name, runs, overrides)
-    run_up_to("data", request, checkpoints, data=[str(processes)] if processes else [])
+    run_stages_up_to("data", request, checkpoints, data=[str(processes)] if processes else [])
 
 
 @click.command(cls=Command, choose_environment=choose_environment_for_rows)
-@several(RUN_OPTIONS, IMAGE_OPTIONS)
+@combine_decorators(RUN_OPTIONS, IMAGE_OPTIONS)
 @setting("--rows", "count", make="ROWS", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many.")
 def preview(config_file, run_name, runs, overrides, count, **image) -> None:
     """Show the first rows as they will be trained.
@@ -200,11 +200,11 @@ def preview(config_file, run_name, runs, overrides, count, **image) -> None:
     from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
-    console.show(rows_preview.preview_rows(request.load_config(), Run(request.folder), count))
+    console.print_result(rows_preview.preview_rows(request.load_config(), Run(request.folder), count))
 
 
 @click.command(cls=Command, choose_environment=choose_environment_for_rows)
-@several(RUN_OPTIONS, IMAGE_OPTIONS)
+@combine_decorators(RUN_OPTIONS, IMAGE_OPTIONS)
 @setting(
     "--gpu", make="GPU", metavar="NAME", help="A GPU of configs/gpus.csv; default: the one here, else the cheapest."
 )
@@ -230,22 +230,22 @@ def plan(config_file, run_name, runs, overrides, gpu, probe, as_json, **image) -
 
     request = find_run(config_file, run_name, runs, overrides)
     run = Run(request.folder)
-    if probe or not run.done("data"):
+    if probe or not run.is_done("data"):
         with open_run(request, "plan") as (_, _, lock):
             run_stages(run, "data", lock)
-    here = machine.nvidia().cards
-    show = planning.to_json if as_json else planning.stage
-    console.show(show(request.load_config(), run, gpu, here[0].name if here else None))
+    gpus = machine.query_nvidia().gpus
+    format_plan = planning.plan_to_json if as_json else planning.run_plan
+    console.print_result(format_plan(request.load_config(), run, gpu, gpus[0].name if gpus else None))
     if probe:
         from pipeline.finetune import probe as probing
 
-        console.say("\nmeasured on this GPU, a few steps each, at the longest rows:")
-        measured = probing.stage(run)
-        console.show(measured)
+        console.print_message("\nmeasured on this GPU, a few steps each, at the longest rows:")
+        probe_table = probing.run_probe(run)
+        console.print_result(probe_table)
 
 
 @click.command(cls=Command, choose_environment=choose_environment_for_rows)
-@several(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
+@combine_decorators(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
 def preflight(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
     """Ask first what would fail at the end.
 
@@ -260,12 +260,12 @@ def preflight(config_file, run_name, runs, overrides, checkpoints, **image) -> N
     from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
-    for text in module.stage(request.load_config(), Run(request.folder), checkpoints=checkpoints):
-        console.show(console.wrap(f"preflight: {text}"))
+    for text in module.run_preflight(request.load_config(), Run(request.folder), checkpoints=checkpoints):
+        console.print_result(console.wrap_text(f"preflight: {text}"))
 
 
 @click.command(cls=Command)
-@several(RUN_OPTIONS)
+@combine_decorators(RUN_OPTIONS)
 def check(config_file, run_name, runs, overrides) -> None:
     """Say which stages would run again with this config.
 
@@ -281,11 +281,11 @@ def check(config_file, run_name, runs, overrides) -> None:
 
     request = find_run(config_file, run_name, runs, overrides)
     changes = find_allowed_changes(Run(request.folder), request.load_config(), request.is_own_config)
-    for text in changes.describe() or [f"{request.folder} fits: nothing that is done runs again"]:
-        console.show(console.wrap(text))
+    for text in changes.describe_reruns() or [f"{request.folder} fits: nothing that is done runs again"]:
+        console.print_result(console.wrap_text(text))
 
 
-def stage_command(stage: str, summary: str) -> Command:
+def create_stage_command(stage: str, summary: str) -> Command:
     """Return the command that runs every stage up to this one."""
 
     @click.command(
@@ -296,23 +296,23 @@ def stage_command(stage: str, summary: str) -> Command:
     )
     @STAGE_OPTIONS
     def command(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
-        run_up_to(stage, find_run(config_file, run_name, runs, overrides), checkpoints)
+        run_stages_up_to(stage, find_run(config_file, run_name, runs, overrides), checkpoints)
 
     return command
 
 
-finetune = stage_command("finetune", "Train the LoRA adapter; resume from the last checkpoint.")
-evaluate = stage_command("evaluate", "Score base model and adapter on held-out rows, in torch.")
-export = stage_command("export", "Merge to 16 bit, convert to GGUF, quantize.")
-verify = stage_command(
+finetune = create_stage_command("finetune", "Train the LoRA adapter; resume from the last checkpoint.")
+evaluate = create_stage_command("evaluate", "Score base model and adapter on held-out rows, in torch.")
+export = create_stage_command("export", "Merge to 16 bit, convert to GGUF, quantize.")
+verify = create_stage_command(
     "verify",
     "Check and score the GGUF files in llama.cpp.\n\nA file that does not answer as the trained model is refused.",
 )
-publish = stage_command("publish", "Put GGUF, adapter and model card into the hub.")
+publish = create_stage_command("publish", "Put GGUF, adapter and model card into the hub.")
 
 
 @click.command(cls=Command)
-@several(
+@combine_decorators(
     setting(
         "--checkpoints",
         make="CHECKPOINTS",
@@ -334,5 +334,5 @@ def resume(checkpoints, runs, **image) -> None:
     """
     from pipeline.checkpoint_sync import restore
 
-    state = restore.resume(checkpoints, runs)
-    train_and_summarize(find_run(None, state.run, runs), checkpoints)
+    snapshot = restore.resume_run(checkpoints, runs)
+    train_and_summarize(find_run(None, snapshot.run, runs), checkpoints)

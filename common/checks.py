@@ -22,7 +22,7 @@ class Check:
     """The next command or edit; empty when nothing has to be done."""
 
 
-def page(checks: list[Check]) -> str:
+def format_checks(checks: list[Check]) -> str:
     """Return one line for each check, with its cure on the line below."""
     lines = []
     for check in checks:
@@ -36,7 +36,7 @@ def to_json(checks: list[Check]) -> str:
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 
-def refuse(checks: list[Check]) -> None:
+def refuse_faults(checks: list[Check]) -> None:
     """Raise UserError for the first fault, if there is one."""
     for check in checks:
         if check.state == "fault":

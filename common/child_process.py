@@ -23,22 +23,22 @@ from pathlib import Path
 from typing import IO
 
 from common import console
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOK_EVERY = 0.1  # seconds between two checks of a child
-LOOK_AT_SERVER_EVERY = 2.0  # seconds, once the child is ready; on macOS each check starts `ps`
-QUIET = {"GGML_NO_BACKTRACE": "1"}  # otherwise llama.cpp starts a debugger when it aborts
-MAX_ANSWER = 64 << 20  # of JSON
-MAX_WRITTEN = 128 << 20  # of any file that a child of `call_in_child` writes
+POLL_SECONDS = 0.1  # seconds between two checks of a child
+SERVER_POLL_SECONDS = 2.0  # seconds, once the child is ready; on macOS each check starts `ps`
+EXTRA_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}  # otherwise llama.cpp starts a debugger when it aborts
+MAX_ANSWER_BYTES = 64 << 20  # of JSON
+MAX_FILE_BYTES = 128 << 20  # of any file that a child of `call_in_child` writes
 # The key that clients of `ferry serve` must send. The child gets it, because the child is the server.
-SECRET_OF_SERVER = "FERRY_API_KEY"
-SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY", re.IGNORECASE)
-START = (
+SERVER_KEY_VARIABLE = "FERRY_API_KEY"
+SECRET_VARIABLES = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY", re.IGNORECASE)
+CHILD_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from common import child_process; child_process.main(*sys.argv[2:])"
 )
-MEANINGS = {
+SIGNAL_MEANINGS = {
     signal.SIGABRT: "llama.cpp broke off",
     signal.SIGSEGV: "llama.cpp crashed",
     signal.SIGBUS: "llama.cpp crashed, most often because the file became shorter or the disk is full",
@@ -46,7 +46,7 @@ MEANINGS = {
     signal.SIGILL: "llama.cpp was built for another processor",
     signal.SIGKILL: "the system killed it, most often because memory ran out",
 }
-AGAIN = "do not use this model if it stays so: pull it again, or report it"
+CRASH_HINT = "do not use this model if it stays so: pull it again, or report it"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Limits:
     """Resident memory in bytes."""
 
 
-def call(function: str, arguments: list, limits: Limits, subject: str) -> object:
+def call_in_child(function: str, arguments: list, limits: Limits, subject: str) -> object:
     """Call `function` in a child process and return its result; arguments and result must be JSON values.
 
     Args:
@@ -69,19 +69,23 @@ def call(function: str, arguments: list, limits: Limits, subject: str) -> object
     Raises:
         UserError: the function raised it, or the child crashed or exceeded its limits.
     """
-    with tempfile.TemporaryFile() as request, tempfile.TemporaryFile() as log, _pipe() as (reader, writer):
-        request.write(json.dumps([function, arguments]).encode())
-        request.seek(0)
-        process = _start(["call", str(writer.fileno())], (writer.fileno(),), request, log)
+    with (
+        tempfile.TemporaryFile() as request_file,
+        tempfile.TemporaryFile() as log_file,
+        _open_pipe() as (reader, writer),
+    ):
+        request_file.write(json.dumps([function, arguments]).encode())
+        request_file.seek(0)
+        process = _start_child(["call", str(writer.fileno())], (writer.fileno(),), request_file, log_file)
         writer.close()
         try:
             answer = _read_answer(process, reader, limits, subject)
-            code = process.wait(limits.seconds)
+            exit_code = process.wait(limits.seconds)
         except subprocess.TimeoutExpired:
-            raise _too_slow(limits.seconds, subject) from None
+            raise _timeout_error(limits.seconds, subject) from None
         finally:
             kill_with_children(process)
-        return _result(answer, code, log, subject)
+        return _parse_answer(answer, exit_code, log_file, subject)
 
 
 def run_attached(function: str, arguments: list, limits: Limits, subject: str) -> int:
@@ -97,13 +101,18 @@ def run_attached(function: str, arguments: list, limits: Limits, subject: str) -
     Raises:
         UserError: the child crashed or exceeded its limits.
     """
-    with _pipe() as (ready, writer), _pipe() as (alive, _):
-        words = ["attached", str(writer.fileno()), str(alive.fileno()), json.dumps([function, arguments])]
-        process = _start(words, (writer.fileno(), alive.fileno()))
+    with _open_pipe() as (ready_pipe, writer), _open_pipe() as (alive_pipe, _):
+        child_arguments = [
+            "attached",
+            str(writer.fileno()),
+            str(alive_pipe.fileno()),
+            json.dumps([function, arguments]),
+        ]
+        process = _start_child(child_arguments, (writer.fileno(), alive_pipe.fileno()))
         writer.close()
         try:
-            with _passing_signals(process):
-                return _wait_attached(process, ready, limits, subject)
+            with _forward_signals(process):
+                return _wait_for_child(process, ready_pipe, limits, subject)
         finally:
             process.kill()
             process.wait()
@@ -118,19 +127,23 @@ def report_ready() -> None:
 # The parent's side
 
 
-def _start(
-    words: list[str], inherited: tuple[int, ...], request: IO | None = None, log: IO | None = None
+def _start_child(
+    arguments: list[str], inherited_descriptors: tuple[int, ...], request: IO | None = None, log: IO | None = None
 ) -> subprocess.Popen:
     """Start a Python that imports from the same places as this one, without secrets in its environment.
 
     With a `request` the child has a session of its own and no terminal. Without one it shares this terminal.
     """
-    places = json.dumps([str(ROOT), *(str(Path(place).resolve()) for place in sys.path)])
-    public = {name: value for name, value in os.environ.items() if not SECRETS.search(name) or name == SECRET_OF_SERVER}
+    import_paths = json.dumps([str(ROOT), *(str(Path(folder).resolve()) for folder in sys.path)])
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not SECRET_VARIABLES.search(name) or name == SERVER_KEY_VARIABLE
+    }
     return subprocess.Popen(
-        [sys.executable, "-B", "-c", START, places, *words],
-        pass_fds=inherited,
-        env=public | QUIET,
+        [sys.executable, "-B", "-c", CHILD_CODE, import_paths, *arguments],
+        pass_fds=inherited_descriptors,
+        env=environment | EXTRA_ENVIRONMENT,
         stdin=request,
         stdout=log,
         stderr=log,
@@ -139,7 +152,7 @@ def _start(
 
 
 @contextlib.contextmanager
-def _pipe() -> Iterator[tuple[IO, IO]]:
+def _open_pipe() -> Iterator[tuple[IO, IO]]:
     """Open a pipe; yield (the end to read from, the end to write to), and close both afterwards."""
     reader, writer = (os.fdopen(end, mode, 0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     with reader, writer:
@@ -148,19 +161,21 @@ def _pipe() -> Iterator[tuple[IO, IO]]:
 
 def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject: str) -> bytes:
     """Return what the child writes to the pipe until it closes it. Raise UserError when it exceeds its limits."""
-    answer, until = bytearray(), time.monotonic() + limits.seconds
+    answer, deadline = bytearray(), time.monotonic() + limits.seconds
     while True:
-        if select.select([reader], [], [], LOOK_EVERY)[0]:
+        if select.select([reader], [], [], POLL_SECONDS)[0]:
             block = reader.read(1 << 20)
             if not block:
                 return bytes(answer)
             answer += block
-        if len(answer) > MAX_ANSWER:
-            raise UserError(f"{subject}: the answer is larger than {MAX_ANSWER:,} bytes", AGAIN)
-        _refuse_beyond(process, limits.memory, until, limits.seconds, subject)
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise UserError(f"{subject}: the answer is larger than {MAX_ANSWER_BYTES:,} bytes", CRASH_HINT)
+        _refuse_over_limits(process, limits.memory, deadline, limits.seconds, subject)
 
 
-def _refuse_beyond(process: subprocess.Popen, memory: int, until: float, seconds: float, subject: str) -> None:
+def _refuse_over_limits(
+    process: subprocess.Popen, max_memory: int, deadline: float, seconds: float, subject: str
+) -> None:
     """Raise UserError when the deadline has passed or the child uses more than `max_memory` bytes.
 
     Args:
@@ -168,16 +183,16 @@ def _refuse_beyond(process: subprocess.Popen, memory: int, until: float, seconds
         deadline: the end of the time limit, as time.monotonic() counts.
         seconds: the time limit that the deadline was made from, for the message.
     """
-    if time.monotonic() > until:
-        raise _too_slow(seconds, subject)
-    if (taken := resident_bytes(process.pid)) > memory:
+    if time.monotonic() > deadline:
+        raise _timeout_error(seconds, subject)
+    if (used_bytes := resident_bytes(process.pid)) > max_memory:
         raise UserError(
-            f"{subject} took {taken / 1e9:.1f} GB of memory, at most {memory / 1e9:.1f} GB are expected of it",
-            AGAIN,
+            f"{subject} took {used_bytes / 1e9:.1f} GB of memory, at most {max_memory / 1e9:.1f} GB are expected of it",
+            CRASH_HINT,
         )
 
 
-def _too_slow(seconds: float, subject: str) -> UserError:
+def _timeout_error(seconds: float, subject: str) -> UserError:
     return UserError(
         f"{subject} took more than {seconds:.0f} s",
         "close other programs and run the same command again; if it stays so, do not use this model",
@@ -190,36 +205,40 @@ def resident_bytes(pid: int) -> int:
         if sys.platform == "linux":
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             return pages * os.sysconf("SC_PAGE_SIZE")
-        told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
-        return int(told.stdout.strip() or 0) * 1024
+        result = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+        return int(result.stdout.strip() or 0) * 1024
     except (OSError, ValueError, IndexError):
         return 0
 
 
-def _result(answer: bytes, code: int, log: IO, subject: str) -> object:
+def _parse_answer(answer: bytes, exit_code: int, log: IO, subject: str) -> object:
     """Return the value in the child's answer. Raise UserError for the error in it, or when there is no answer."""
     try:
-        told = json.loads(answer)
+        reply = json.loads(answer)
     except ValueError:
         log.seek(0)
-        last = log.read(MAX_ANSWER).decode("utf-8", "replace").strip().rpartition("\n")[2] if code > 0 else ""
-        raise _death(code, subject, last) from None
-    if "error" in told:
-        raise UserError(*told["error"])
-    return told["value"]
+        last_line = (
+            log.read(MAX_ANSWER_BYTES).decode("utf-8", "replace").strip().rpartition("\n")[2] if exit_code > 0 else ""
+        )
+        raise _crash_error(exit_code, subject, last_line) from None
+    if "error" in reply:
+        raise UserError(*reply["error"])
+    return reply["value"]
 
 
-def _death(code: int, subject: str, last: str = "") -> UserError:
+def _crash_error(exit_code: int, subject: str, last_line: str = "") -> UserError:
     """Return the error for a child that ended without an answer.
 
     Args:
         exit_code: its exit code; negative: the signal that ended it.
         last_line: the last line that it printed.
     """
-    why = (
-        MEANINGS.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}{': ' * bool(last)}{shown(last, 200)}"
+    reason = (
+        SIGNAL_MEANINGS.get(-exit_code, f"signal {-exit_code}")
+        if exit_code < 0
+        else f"exit code {exit_code}{': ' * bool(last_line)}{printable_line(last_line, 200)}"
     )
-    return UserError(f"{subject} ended without a result: {why}", AGAIN)
+    return UserError(f"{subject} ended without a result: {reason}", CRASH_HINT)
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
@@ -231,20 +250,20 @@ def kill_with_children(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def _passing_signals(process: subprocess.Popen) -> Iterator[None]:
+def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
     """Pass SIGTERM on to the child; SIGINT too, where no terminal sends it to the child by itself."""
 
-    def pass_on(number: int, frame) -> None:
+    def forward_signal(number: int, frame) -> None:
         process.send_signal(number)
 
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if is_in_foreground() else pass_on),
+    previous_handlers = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward_signal),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if is_in_foreground() else forward_signal),
     }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -256,80 +275,80 @@ def is_in_foreground() -> bool:
     return False
 
 
-def _wait_attached(process: subprocess.Popen, ready: IO, limits: Limits, subject: str) -> int:
+def _wait_for_child(process: subprocess.Popen, ready_pipe: IO, limits: Limits, subject: str) -> int:
     """Wait until the child ends and return its exit code: 128 + number for a signal that a user sends.
 
     The time limit ends when `ready_pipe` becomes readable, which is when the child closes its end of it.
     """
-    until, pause = time.monotonic() + limits.seconds, LOOK_EVERY
+    deadline, pause = time.monotonic() + limits.seconds, POLL_SECONDS
     while process.poll() is None:
-        if until < math.inf and select.select([ready], [], [], 0)[0]:
-            until, pause = math.inf, LOOK_AT_SERVER_EVERY
-        _refuse_beyond(process, limits.memory, until, limits.seconds, subject)
+        if deadline < math.inf and select.select([ready_pipe], [], [], 0)[0]:
+            deadline, pause = math.inf, SERVER_POLL_SECONDS
+        _refuse_over_limits(process, limits.memory, deadline, limits.seconds, subject)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(pause)
-    code = process.returncode
-    if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGHUP):
-        raise _death(code, subject)
-    return code if code >= 0 else 128 - code
+    exit_code = process.returncode
+    if exit_code < 0 and -exit_code not in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGHUP):
+        raise _crash_error(exit_code, subject)
+    return exit_code if exit_code >= 0 else 128 - exit_code
 
 
 # The child's side
 
 
-def main(kind: str, *words: str) -> None:
+def main(kind: str, *arguments: str) -> None:
     """Run a child: `kind` is "call" (one function, its answer to a pipe) or "attached" (with this terminal)."""
-    _limit_files(kind)
+    _limit_file_sizes(kind)
     if kind == "call":
-        _answer_call(int(words[0]))
+        _answer_call(int(arguments[0]))
     else:
-        ready, alive, request = words
-        os.environ["FERRY_READY"] = ready
-        threading.Thread(target=_end_with_parent, args=(int(alive),), daemon=True).start()
-        _run_here(*json.loads(request))
+        ready_descriptor, alive_descriptor, request = arguments
+        os.environ["FERRY_READY"] = ready_descriptor
+        threading.Thread(target=_exit_with_parent, args=(int(alive_descriptor),), daemon=True).start()
+        _run_function(*json.loads(request))
 
 
-def _answer_call(writer: int) -> None:
+def _answer_call(answer_descriptor: int) -> None:
     """Call the function that stdin names and write its result, or its UserError, to the pipe; then exit."""
     function, arguments = json.load(sys.stdin)
     try:
-        answer = {"value": _find(function)(*arguments)}
+        answer = {"value": _import_function(function)(*arguments)}
     except UserError as error:
         answer = {"error": [error.message, error.hint]}
-    with os.fdopen(writer, "wb") as out:
-        out.write(json.dumps(answer).encode())
+    with os.fdopen(answer_descriptor, "wb") as stream:
+        stream.write(json.dumps(answer).encode())
     sys.stdout.flush()
     os._exit(0)  # do not wait for any library's clean-up
 
 
-def _run_here(function: str, arguments: list) -> None:
+def _run_function(function: str, arguments: list) -> None:
     """Call the function; print a UserError and exit with code 2, or exit with 130 after Ctrl-C."""
     try:
-        _find(function)(*arguments)
+        _import_function(function)(*arguments)
     except UserError as error:
-        console.say(str(error))
+        console.print_message(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.say("stopped")
+        console.print_message("stopped")
         sys.exit(130)
 
 
-def _find(function: str):
+def _import_function(function: str):
     """Return the function that "module:name" names."""
     module, name = function.split(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _end_with_parent(alive: int) -> None:
+def _exit_with_parent(alive_descriptor: int) -> None:
     """Exit when the parent has ended: it alone has the other end of the pipe, which closes with it, however it ends."""
-    os.read(alive, 1)
+    os.read(alive_descriptor, 1)
     os._exit(1)
 
 
-def _limit_files(kind: str) -> None:
+def _limit_file_sizes(kind: str) -> None:
     """Forbid core files, and large files to a child of `call_in_child`."""
     import resource
 
-    for name, most in ({"CORE": 0} | ({"FSIZE": MAX_WRITTEN} if kind == "call" else {})).items():
+    for name, limit in ({"CORE": 0} | ({"FSIZE": MAX_FILE_BYTES} if kind == "call" else {})).items():
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))

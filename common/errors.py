@@ -2,7 +2,7 @@
 
 from common.text import indent_further_lines, make_printable
 
-LONGEST = 20_000  # a config may have many faults, and foreign text may be endless
+MAX_MESSAGE_CHARS = 20_000  # a config may have many faults, and foreign text may be endless
 
 
 class UserError(Exception):
@@ -19,10 +19,10 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        message, hint = (indent_further_lines(text[:LONGEST]) for text in (self.message, self.hint))
+        message, hint = (indent_further_lines(text[:MAX_MESSAGE_CHARS]) for text in (self.message, self.hint))
         return f"error: {message}\n next: {hint}"
 
 
-def shown(text: str, most: int = 400) -> str:
+def printable_line(text: str, max_chars: int = 400) -> str:
     """Return untrusted text as one printable line of at most `max_chars` characters, without escape sequences."""
-    return make_printable(" ".join(text[: 4 * most].split())[:most])
+    return make_printable(" ".join(text[: 4 * max_chars].split())[:max_chars])

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import console
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
-CHUNK = 1 << 20  # read at once
+CHUNK_BYTES = 1 << 20  # read at once
 # Errors that a user can fix: a wrong path, or missing permissions.
-MENDABLE = (
+USER_ERRNOS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
@@ -26,7 +26,7 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it.
 
     `path` therefore never holds an incomplete file or folder, whatever kills the process.
@@ -39,50 +39,50 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
         yield part
-        sync(part)
+        fsync_tree(part)
         if path.is_dir() and part.is_dir():  # a folder in the place of a file is not ours, and `rename` refuses it
             remove(path)
         part.rename(path)
-        _sync(path.parent)  # makes the new name durable; other files of the folder are not ours
+        _fsync(path.parent)  # makes the new name durable; other files of the folder are not ours
     except OSError as error:
-        raise translated(error, path) from error
+        raise translate_write_error(error, path) from error
     finally:
         with contextlib.suppress(OSError):  # an earlier error says more
             remove(part)
 
 
-def once(target: Path, write) -> Path:
+def write_if_missing(target: Path, write) -> Path:
     """Write `target` atomically with `write(part)`, unless an interrupted stage has already written it completely."""
     if not target.exists():
-        with writing(target) as part:
+        with write_atomically(target) as part:
             write(part)
     return target
 
 
-def translated(error: OSError, path: Path) -> Exception:
+def translate_write_error(error: OSError, path: Path) -> Exception:
     """Return a UserError for an error that the user can fix while `path` is written, and any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(nearest(path)).free / 1e9
+        free = shutil.disk_usage(nearest_existing_path(path)).free / 1e9
         return UserError(
             f"no space left while writing {path} ({free:.1f} GB free)",
             "free some disk, then run the same command again",
         )
-    if error.errno in (*MENDABLE, errno.ENOENT):
+    if error.errno in (*USER_ERRNOS, errno.ENOENT):
         return UserError(
             f"cannot write {path}: {error.strerror}", f"make {path.parent} a writable folder, or choose another"
         )
     return error
 
 
-def explain_unhandled(error: OSError) -> UserError:
+def translate_unhandled_error(error: OSError) -> UserError:
     """Return an OSError that was not handled as a UserError; raise it again when the user cannot fix it."""
-    if error.errno not in MENDABLE or error.filename is None:
+    if error.errno not in USER_ERRNOS or error.filename is None:
         raise error
     hint = "correct its name, owner or permissions, then run the same command again"
-    return UserError(f"{shown(str(error.filename))}: {error.strerror}", hint)
+    return UserError(f"{printable_line(str(error.filename))}: {error.strerror}", hint)
 
 
-def user_path(text: str, setting: str) -> Path:
+def expand_user_path(text: str, setting: str) -> Path:
     """Return a path of a setting with `~` expanded.
 
     Raises:
@@ -91,16 +91,16 @@ def user_path(text: str, setting: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{setting}: {shown(text, 100)}: {error}", "write the path of the file") from None
+        raise UserError(f"{setting}: {printable_line(text, 100)}: {error}", "write the path of the file") from None
 
 
-def refuse_no_file(path: Path) -> None:
+def refuse_special_file(path: Path) -> None:
     """Raise OSError for a pipe or a device: reading it could block for ever. Other faults are reported by reading."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is no file", str(path))
 
 
-def nearest(path: Path) -> Path:
+def nearest_existing_path(path: Path) -> Path:
     """Return `path`, or the nearest of its parents that exists."""
     path = path.absolute()
     while not os.path.exists(path):  # Path.exists raises for a name that is too long
@@ -121,35 +121,35 @@ def set_aside(path: Path) -> Path | None:
     """Rename `path` to the first free one of path.before, path.before.2, ... and return it; None: `path` is missing."""
     if not os.path.lexists(path):
         return None
-    older, number = path.with_name(f"{path.name}.before"), 1
-    while os.path.lexists(older):
+    backup, number = path.with_name(f"{path.name}.before"), 1
+    while os.path.lexists(backup):
         number += 1
-        older = path.with_name(f"{path.name}.before.{number}")
-    path.rename(older)
-    return older
+        backup = path.with_name(f"{path.name}.before.{number}")
+    path.rename(backup)
+    return backup
 
 
-def sync(path: Path) -> None:
+def fsync_tree(path: Path) -> None:
     """Call fsync for a file, or for a folder and all that is in it."""
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        _sync(item)
+        _fsync(item)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: dict) -> None:
     """Write `value` as JSON to `path`, atomically."""
-    with writing(path) as part:
-        part.write_bytes(to_json(value))
+    with write_atomically(path) as part:
+        part.write_bytes(encode_json(value))
 
 
-def to_json(value: dict) -> bytes:
+def encode_json(value: dict) -> bytes:
     """Return `value` as JSON. Lone surrogates, as of a file name that is not UTF-8, become JSON escapes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
@@ -169,20 +169,20 @@ def read_json(path: Path) -> dict:
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write `rows` to `path`, one JSON object per line, atomically."""
-    with writing(path) as part, part.open("w", encoding="utf-8") as out:
+    with write_atomically(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of a file that `write_rows` wrote."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def sha256(path: Path) -> str:
     """Return the sha256 of a file as a hex digest; show progress when it takes long."""
-    return copy(path, None)
+    return copy_and_hash(path, None)
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -190,18 +190,18 @@ def sha256_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def copy(source: Path, target: Path | None) -> str:
+def copy_and_hash(source: Path, target: Path | None) -> str:
     """Copy `source` to `target` (None: only read it) and return the sha256 of the bytes that were read."""
     digest = hashlib.sha256()
     size = source.stat().st_size
     with (
-        source.open("rb") as src,
-        open(target or os.devnull, "wb") as out,
-        console.progress(size, f"reading {source.name}", "B") as tick,
+        source.open("rb") as source_file,
+        open(target or os.devnull, "wb") as target_file,
+        console.show_progress(size, f"reading {source.name}", "B") as advance,
     ):
-        while block := src.read(CHUNK):
+        while block := source_file.read(CHUNK_BYTES):
             digest.update(block)
             if target:
-                out.write(block)
-            tick(len(block))
+                target_file.write(block)
+            advance(len(block))
     return digest.hexdigest()

@@ -15,25 +15,25 @@ from pathlib import Path
 from common.errors import UserError
 
 # The largest header of the vocabularies that llama.cpp ships (Gemma 4: 262,144 tokens, 514,906 merges) is 16 MB.
-MAX_HEADER = 64 << 20
+MAX_HEADER_BYTES = 64 << 20
 # In all arrays together; Gemma 4 has 1.3 million. An item takes 60 bytes in a list, a string at least 8 in the file.
 MAX_ITEMS = 4_000_000
 MAX_ENTRIES = 65_536  # of metadata pairs, and of tensors: real files have about 50, and a few thousand at most
-MAX_KEY = 65_535  # by GGUF's own specification
-MAX_NAME = 63  # ggml keeps a tensor's name in 64 bytes, with a NUL at its end
+MAX_KEY_BYTES = 65_535  # by GGUF's own specification
+MAX_NAME_BYTES = 63  # ggml keeps a tensor's name in 64 bytes, with a NUL at its end
 MAX_ALIGNMENT = 65_536  # bytes; 32 in practice, and a page of memory is at most 64 KB
-LEAST_PAIR = 8 + 1 + 4 + 1  # a key of one letter, a type, a value
-LEAST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # a name of one letter, one dimension, a type, an offset
+MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # a key of one letter, a type, a value
+MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # a name of one letter, one dimension, a type, an offset
 
-ARCHITECTURE, ALIGNMENT, SPLITS = "general.architecture", "general.alignment", "split.count"
+ARCHITECTURE_KEY, ALIGNMENT_KEY, SPLIT_COUNT_KEY = "general.architecture", "general.alignment", "split.count"
 
 # Value type (enum gguf_type) -> format letter of Python's struct; strings and arrays have no fixed size.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, STRING, ARRAY = 4, 8, 9
 
 # Tensor type -> (name, elements per block, bytes per block), as in gguf-py's GGML_QUANT_SIZES; a test compares the two.
 # Missing numbers were withdrawn, and llama.cpp refuses them too.
-TYPES = {
+TENSOR_TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
@@ -70,11 +70,11 @@ class Header:
     """Values are int, float, bool, str, or a list of one of them. Bytes that are not UTF-8 become U+FFFD."""
     tensors: tuple[Tensor, ...]
     """In the order of the file, which is also the order of their data."""
-    data: int = 0
+    data_offset: int = 0
     """Where the tensor data begins, in bytes from the start of the file."""
 
 
-def read(path: Path, name: str | None = None) -> Header:
+def read_header(path: Path, name: str | None = None) -> Header:
     """Return the header of a GGUF file.
 
     Reads at most the first 64 MB, no tensor data, and takes at most about 0.5 GB of memory.
@@ -87,15 +87,15 @@ def read(path: Path, name: str | None = None) -> Header:
         UserError: the file cannot be read, llama.cpp would not load it, its numbers are impossible for a file of its
             size, or it holds anything besides one whole model. The message says what is wrong.
     """
-    head, size = _start(path)
+    head, size = _read_head(path)
     cursor = _Cursor(name or path.name, head, size)
-    version, tensors, pairs = _counts(cursor)
-    metadata, alignment = _metadata(cursor, pairs)
-    found = _tensors(cursor, tensors, alignment)
-    return Header(version, metadata, found, _padded(cursor.at, alignment))
+    version, tensor_count, pair_count = _read_counts(cursor)
+    metadata, alignment = _read_metadata(cursor, pair_count)
+    tensor_infos = _read_tensors(cursor, tensor_count, alignment)
+    return Header(version, metadata, tensor_infos, _round_up(cursor.position, alignment))
 
 
-def tensor_types(header: Header) -> dict[str, int]:
+def count_tensor_types(header: Header) -> dict[str, int]:
     """Return the number of tensors of each type, by the type's name."""
     return dict(Counter(tensor.type for tensor in header.tensors))
 
@@ -104,13 +104,13 @@ def weights_sha256(path: Path, header: Header) -> str:
     """Return the sha256 of the tensor data alone, as hex: equal for files with equal weights and different headers."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        file.seek(header.data)
+        file.seek(header.data_offset)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _start(path: Path) -> tuple[bytes, int]:
+def _read_head(path: Path) -> tuple[bytes, int]:
     """Return the first bytes of the file, as many as a header may have, and the size of the whole file in bytes."""
     if not path.is_file():  # reading a pipe or a device could block
         raise UserError(f"{path} is no file", "name a GGUF file: `make pull` brings one")
@@ -118,12 +118,12 @@ def _start(path: Path) -> tuple[bytes, int]:
         # Read, not mapped: when a mapped file becomes shorter while it is read, the process is killed.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            return file.read(min(size, MAX_HEADER)), size
+            return file.read(min(size, MAX_HEADER_BYTES)), size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "make it readable, or pull it again") from error
 
 
-def _shown(text: str | bytes) -> str:
+def _quote_name(text: str | bytes) -> str:
     """Return an untrusted name as one short line without control characters, in quotes."""
     return ascii(text[:64]) + ("..." if len(text) > 64 else "")
 
@@ -135,207 +135,224 @@ class _Cursor:
     The `subject` of its methods names the value that is read, for messages.
     """
 
-    file: str
+    file_name: str
     """The file's name, for messages."""
     head: bytes
     """The first bytes of the file."""
-    size: int
+    file_size: int
     """Size of the whole file in bytes."""
-    at: int = 0
+    position: int = 0
     """Offset of the next byte to read."""
-    items: int = 0
+    item_count: int = 0
     """Number of items in all arrays so far."""
 
-    def refuse(self, what: str) -> UserError:
+    def error(self, fault: str) -> UserError:
         """Return the error to raise: the file is not a sound GGUF, and `fault` says why."""
         return UserError(
-            f"{self.file} is no sound GGUF: {what}",
+            f"{self.file_name} is no sound GGUF: {fault}",
             "do not load it; pull it again, and if it stays so, its publisher has to mend it",
         )
 
-    def take(self, count: int, what: str) -> int:
+    def take(self, count: int, subject: str) -> int:
         """Move past the next `count` bytes and return their offset. Raise UserError when the file has fewer."""
-        if count > self.size - self.at:
-            raise self.refuse(f"{what} takes {count} bytes, and the file has {self.size - self.at} more")
-        if count > len(self.head) - self.at:
-            raise self.refuse(f"its header is longer than {MAX_HEADER >> 20} MB ({what})")
-        self.at += count
-        return self.at - count
+        if count > self.file_size - self.position:
+            raise self.error(f"{subject} takes {count} bytes, and the file has {self.file_size - self.position} more")
+        if count > len(self.head) - self.position:
+            raise self.error(f"its header is longer than {MAX_HEADER_BYTES >> 20} MB ({subject})")
+        self.position += count
+        return self.position - count
 
-    def number(self, letter: str, what: str) -> int | float | bool:
+    def read_number(self, format_letter: str, subject: str) -> int | float | bool:
         """Read one little-endian value; `format_letter` is its type in Python's struct."""
-        form = struct.Struct("<" + letter)
-        return form.unpack_from(self.head, self.take(form.size, what))[0]
+        layout = struct.Struct("<" + format_letter)
+        return layout.unpack_from(self.head, self.take(layout.size, subject))[0]
 
-    def raw(self, most: int, what: str) -> bytes:
+    def read_bytes(self, max_bytes: int, subject: str) -> bytes:
         """Read a string of 1 to `max_bytes` bytes."""
-        length = self.number("Q", f"the length of {what}")
-        if not 0 < length <= most:
-            raise self.refuse(f"{what} has {length} bytes, not 1 to {most}")
-        start = self.take(length, what)
+        length = self.read_number("Q", f"the length of {subject}")
+        if not 0 < length <= max_bytes:
+            raise self.error(f"{subject} has {length} bytes, not 1 to {max_bytes}")
+        start = self.take(length, subject)
         return self.head[start : start + length]
 
-    def name(self, most: int, what: str) -> str:
+    def read_name(self, max_bytes: int, subject: str) -> str:
         """Read a name: UTF-8 without NUL, because C ends a text at a NUL and so would see another name."""
-        raw = self.raw(most, what)
+        raw = self.read_bytes(max_bytes, subject)
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise self.refuse(f"{what} is no UTF-8: {_shown(raw)}") from None
+            raise self.error(f"{subject} is no UTF-8: {_quote_name(raw)}") from None
         if "\0" in text:
-            raise self.refuse(f"{what} holds a NUL: {_shown(text)}")
+            raise self.error(f"{subject} holds a NUL: {_quote_name(text)}")
         return text
 
-    def string(self, what: str) -> str:
+    def read_string(self, subject: str) -> str:
         """Read a value that is one string, of any length; it need not be UTF-8, as in llama.cpp."""
-        (text,) = self.strings(1, what)
+        (text,) = self.read_strings(1, subject)
         if "\0" in text:  # C would see a shorter value
-            raise self.refuse(f"{what} holds a NUL")
+            raise self.error(f"{subject} holds a NUL")
         return text
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def read_strings(self, count: int, subject: str) -> list[str]:
         """Read `count` strings, in a fast loop: a vocabulary has 300,000 and more."""
-        found, head, end, at, length_at = [], self.head, len(self.head), self.at, struct.Struct("<Q").unpack_from
+        texts, head, end, position, unpack_length = (
+            [],
+            self.head,
+            len(self.head),
+            self.position,
+            struct.Struct("<Q").unpack_from,
+        )
         for _ in range(count):
-            if at + 8 > end or (length := length_at(head, at)[0]) > end - at - 8:
-                self.at = at
-                self.take(self.number("Q", f"the length of a string in {what}"), f"a string in {what}")
-            at += 8 + length
-            found.append(str(head[at - length : at], "utf-8", "replace"))
-        self.at = at
-        return found
+            if position + 8 > end or (length := unpack_length(head, position)[0]) > end - position - 8:
+                self.position = position
+                self.take(self.read_number("Q", f"the length of a string in {subject}"), f"a string in {subject}")
+            position += 8 + length
+            texts.append(str(head[position - length : position], "utf-8", "replace"))
+        self.position = position
+        return texts
 
-    def array(self, what: str) -> list:
+    def read_array(self, subject: str) -> list:
         """Read an array of numbers or strings."""
-        kind, count = self.number("I", what), self.number("Q", what)
-        if kind != STRING and kind not in SCALARS:
-            raise self.refuse(f"{what} is an array of {'arrays' if kind == ARRAY else f'unknown type {kind}'}")
-        self.items += count
-        if self.items > MAX_ITEMS:
-            raise self.refuse(f"{what} has {count} items, more than {MAX_ITEMS:,} in all arrays together")
-        if kind == STRING:
-            return self.strings(count, what)
-        form = struct.Struct(f"<{count}{SCALARS[kind]}")
-        return list(form.unpack_from(self.head, self.take(form.size, what)))
+        item_type, count = self.read_number("I", subject), self.read_number("Q", subject)
+        if item_type != STRING and item_type not in SCALAR_FORMATS:
+            raise self.error(
+                f"{subject} is an array of {'arrays' if item_type == ARRAY else f'unknown type {item_type}'}"
+            )
+        self.item_count += count
+        if self.item_count > MAX_ITEMS:
+            raise self.error(f"{subject} has {count} items, more than {MAX_ITEMS:,} in all arrays together")
+        if item_type == STRING:
+            return self.read_strings(count, subject)
+        layout = struct.Struct(f"<{count}{SCALAR_FORMATS[item_type]}")
+        return list(layout.unpack_from(self.head, self.take(layout.size, subject)))
 
-    def value(self, kind: int, what: str) -> object:
+    def read_value(self, value_type: int, subject: str) -> object:
         """Read a metadata value of a type of enum gguf_type."""
-        if kind == STRING:
-            return self.string(what)
-        if kind == ARRAY:
-            return self.array(what)
-        if kind not in SCALARS:
-            raise self.refuse(f"{what} has the unknown type {kind}")
-        return self.number(SCALARS[kind], what)
+        if value_type == STRING:
+            return self.read_string(subject)
+        if value_type == ARRAY:
+            return self.read_array(subject)
+        if value_type not in SCALAR_FORMATS:
+            raise self.error(f"{subject} has the unknown type {value_type}")
+        return self.read_number(SCALAR_FORMATS[value_type], subject)
 
 
-def _counts(cursor: _Cursor) -> tuple[int, int, int]:
+def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
     """Read the start of the file; return (version, number of tensors, number of metadata pairs)."""
     magic = cursor.head[cursor.take(4, "the magic number") : 4]
     if magic != b"GGUF":
-        raise cursor.refuse(f"it begins with {magic!r}, not with 'GGUF'")
-    version = cursor.number("I", "the version")
+        raise cursor.error(f"it begins with {magic!r}, not with 'GGUF'")
+    version = cursor.read_number("I", "the version")
     if version & 0xFFFF == 0 and version:
-        raise cursor.refuse("it is big-endian, made for other processors")
+        raise cursor.error("it is big-endian, made for other processors")
     if version not in (2, 3):
-        raise cursor.refuse(f"it has version {version}, and llama.cpp reads 2 and 3")
-    tensors, pairs = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of metadata pairs")
-    _possible(cursor, tensors, LEAST_TENSOR, "tensors")
-    _possible(cursor, pairs, LEAST_PAIR, "metadata pairs")
-    return version, tensors, pairs
+        raise cursor.error(f"it has version {version}, and llama.cpp reads 2 and 3")
+    tensor_count, pair_count = (
+        cursor.read_number("Q", "the number of tensors"),
+        cursor.read_number("Q", "the number of metadata pairs"),
+    )
+    _refuse_impossible_count(cursor, tensor_count, MIN_TENSOR_BYTES, "tensors")
+    _refuse_impossible_count(cursor, pair_count, MIN_PAIR_BYTES, "metadata pairs")
+    return version, tensor_count, pair_count
 
 
-def _possible(cursor: _Cursor, count: int, least: int, what: str) -> None:
+def _refuse_impossible_count(cursor: _Cursor, count: int, min_bytes: int, subject: str) -> None:
     """Raise UserError for a count that the file cannot hold, at `min_bytes` bytes each."""
     if count > MAX_ENTRIES:
-        raise cursor.refuse(f"it claims {count} {what}, at most {MAX_ENTRIES:,} are read")
-    if count * least > cursor.size - cursor.at:
-        raise cursor.refuse(f"it claims {count} {what}, more than {cursor.size} bytes can hold")
+        raise cursor.error(f"it claims {count} {subject}, at most {MAX_ENTRIES:,} are read")
+    if count * min_bytes > cursor.file_size - cursor.position:
+        raise cursor.error(f"it claims {count} {subject}, more than {cursor.file_size} bytes can hold")
 
 
-def _metadata(cursor: _Cursor, pairs: int) -> tuple[dict[str, object], int]:
+def _read_metadata(cursor: _Cursor, pair_count: int) -> tuple[dict[str, object], int]:
     """Read the metadata; return it as key -> value, and the alignment of tensor data in bytes."""
     values, types = {}, {}
-    for number in range(pairs):
-        key = cursor.name(MAX_KEY, f"key {number}")
+    for index in range(pair_count):
+        key = cursor.read_name(MAX_KEY_BYTES, f"key {index}")
         if key in values:
-            raise cursor.refuse(f"the key {_shown(key)} is there twice")
-        types[key] = cursor.number("I", f"the type of {_shown(key)}")
-        values[key] = cursor.value(types[key], f"the value of {_shown(key)}")
-    if types.get(ARCHITECTURE) != STRING or not values[ARCHITECTURE]:
-        raise cursor.refuse(f"{ARCHITECTURE} is {'no text' if ARCHITECTURE in types else 'missing'}")
-    splits = values.get(SPLITS, 1)
-    if type(splits) is not int or splits not in (0, 1):
-        raise cursor.refuse(f"{SPLITS} is {_shown(str(splits))}: it is one part of a model in several files")
-    return values, _alignment(cursor, types.get(ALIGNMENT, UINT32), values.get(ALIGNMENT, 32))
+            raise cursor.error(f"the key {_quote_name(key)} is there twice")
+        types[key] = cursor.read_number("I", f"the type of {_quote_name(key)}")
+        values[key] = cursor.read_value(types[key], f"the value of {_quote_name(key)}")
+    if types.get(ARCHITECTURE_KEY) != STRING or not values[ARCHITECTURE_KEY]:
+        raise cursor.error(f"{ARCHITECTURE_KEY} is {'no text' if ARCHITECTURE_KEY in types else 'missing'}")
+    split_count = values.get(SPLIT_COUNT_KEY, 1)
+    if type(split_count) is not int or split_count not in (0, 1):
+        raise cursor.error(
+            f"{SPLIT_COUNT_KEY} is {_quote_name(str(split_count))}: it is one part of a model in several files"
+        )
+    return values, _validate_alignment(cursor, types.get(ALIGNMENT_KEY, UINT32), values.get(ALIGNMENT_KEY, 32))
 
 
-def _alignment(cursor: _Cursor, kind: int, value: object) -> int:
+def _validate_alignment(cursor: _Cursor, value_type: int, value: object) -> int:
     """Return the alignment in bytes. Raise UserError when it is not a uint32 that is a power of two."""
-    if kind != UINT32:
-        raise cursor.refuse(f"{ALIGNMENT} has value type {kind}, not uint32")
+    if value_type != UINT32:
+        raise cursor.error(f"{ALIGNMENT_KEY} has value type {value_type}, not uint32")
     if value & (value - 1) or not 0 < value <= MAX_ALIGNMENT:
-        raise cursor.refuse(f"{ALIGNMENT} is {value}, no power of two up to {MAX_ALIGNMENT:,}")
+        raise cursor.error(f"{ALIGNMENT_KEY} is {value}, no power of two up to {MAX_ALIGNMENT:,}")
     return value
 
 
-def _tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
+def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
     """Read all tensor descriptions. Each tensor begins where the one before it ends; the file ends with the last."""
-    found, names, end = [], set(), 0
-    for number in range(count):
-        tensor = _tensor(cursor, number)
+    tensors, names, end = [], set(), 0
+    for index in range(count):
+        tensor = _read_tensor(cursor, index)
         if tensor.name in names:
-            raise cursor.refuse(f"the tensor {_shown(tensor.name)} is there twice")
+            raise cursor.error(f"the tensor {_quote_name(tensor.name)} is there twice")
         names.add(tensor.name)
-        found.append(tensor)
+        tensors.append(tensor)
         if tensor.offset % alignment:
-            raise cursor.refuse(f"the tensor {_shown(tensor.name)} is at {tensor.offset}, no multiple of {alignment}")
-        if tensor.offset != (wanted := _padded(end, alignment)):
-            raise cursor.refuse(f"the tensor {_shown(tensor.name)} is at {tensor.offset}, expected at {wanted}")
+            raise cursor.error(
+                f"the tensor {_quote_name(tensor.name)} is at {tensor.offset}, no multiple of {alignment}"
+            )
+        if tensor.offset != (expected_offset := _round_up(end, alignment)):
+            raise cursor.error(
+                f"the tensor {_quote_name(tensor.name)} is at {tensor.offset}, expected at {expected_offset}"
+            )
         end = tensor.offset + tensor.bytes
-    _whole(cursor, end, alignment)
-    return tuple(found)
+    _refuse_wrong_file_size(cursor, end, alignment)
+    return tuple(tensors)
 
 
-def _whole(cursor: _Cursor, data: int, alignment: int) -> None:
+def _refuse_wrong_file_size(cursor: _Cursor, data_bytes: int, alignment: int) -> None:
     """Raise UserError unless the file ends after its `data_bytes` of tensors, or after the padding behind them."""
-    end = cursor.at if not data else _padded(cursor.at, alignment) + data
-    if cursor.size < end:
-        raise cursor.refuse(f"its tensors end at byte {end}, and the file has {cursor.size}: is it cut off?")
-    if cursor.size > _padded(end, alignment):
-        raise cursor.refuse(f"{cursor.size - end} bytes follow its last tensor, which no part of it explains")
+    end = cursor.position if not data_bytes else _round_up(cursor.position, alignment) + data_bytes
+    if cursor.file_size < end:
+        raise cursor.error(f"its tensors end at byte {end}, and the file has {cursor.file_size}: is it cut off?")
+    if cursor.file_size > _round_up(end, alignment):
+        raise cursor.error(f"{cursor.file_size - end} bytes follow its last tensor, which no part of it explains")
 
 
-def _padded(count: int, alignment: int) -> int:
+def _round_up(count: int, alignment: int) -> int:
     """Round `count` up to a multiple of `alignment`."""
     return -(-count // alignment) * alignment
 
 
-def _tensor(cursor: _Cursor, number: int) -> Tensor:
+def _read_tensor(cursor: _Cursor, index: int) -> Tensor:
     """Read the description of one tensor."""
-    name = cursor.name(MAX_NAME, f"the name of tensor {number}")
-    what = f"the tensor {_shown(name)}"
-    shape = _shape(cursor, what)
-    kind = cursor.number("I", what)
-    if kind not in TYPES:
-        raise cursor.refuse(f"{what} has the unknown type {kind}")
-    label, block, block_bytes = TYPES[kind]
+    name = cursor.read_name(MAX_NAME_BYTES, f"the name of tensor {index}")
+    subject = f"the tensor {_quote_name(name)}"
+    shape = _read_shape(cursor, subject)
+    type_number = cursor.read_number("I", subject)
+    if type_number not in TENSOR_TYPES:
+        raise cursor.error(f"{subject} has the unknown type {type_number}")
+    type_name, block_size, block_bytes = TENSOR_TYPES[type_number]
     elements = 1
     for size in shape:
         elements *= size
     if elements >= 1 << 63:
-        raise cursor.refuse(f"{what} has {elements} elements: its shape overflows")
-    if shape[0] % block:
-        raise cursor.refuse(f"{what} has rows of {shape[0]} elements, {label} needs a multiple of {block}")
-    return Tensor(name, shape, label, cursor.number("Q", what), elements // block * block_bytes)
+        raise cursor.error(f"{subject} has {elements} elements: its shape overflows")
+    if shape[0] % block_size:
+        raise cursor.error(f"{subject} has rows of {shape[0]} elements, {type_name} needs a multiple of {block_size}")
+    return Tensor(name, shape, type_name, cursor.read_number("Q", subject), elements // block_size * block_bytes)
 
 
-def _shape(cursor: _Cursor, what: str) -> tuple[int, ...]:
+def _read_shape(cursor: _Cursor, subject: str) -> tuple[int, ...]:
     """Read a shape: 1 to 4 dimensions of at least one element."""
-    dimensions = cursor.number("I", what)
+    dimensions = cursor.read_number("I", subject)
     if not 1 <= dimensions <= 4:
-        raise cursor.refuse(f"{what} has {dimensions} dimensions, not 1 to 4")
-    shape = tuple(cursor.number("q", what) for _ in range(dimensions))
+        raise cursor.error(f"{subject} has {dimensions} dimensions, not 1 to 4")
+    shape = tuple(cursor.read_number("q", subject) for _ in range(dimensions))
     if min(shape) < 1:
-        raise cursor.refuse(f"{what} has a dimension of {min(shape)} elements")
+        raise cursor.error(f"{subject} has a dimension of {min(shape)} elements")
     return shape

@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from common import console
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
-ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
-LONGEST_WAIT = 30  # seconds between two attempts at most
-QUICK = 2  # seconds of retry pauses where nothing is lost yet, so that a missing network is reported soon
-CONNECT = 3  # seconds until a connection is accepted
+REPO_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+REVISION_PATTERN = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
+MAX_RETRY_PAUSE = 30  # seconds between two attempts at most
+QUICK_RETRY_SECONDS = 2  # seconds of retry pauses where nothing is lost yet, so that a missing network is reported soon
+CONNECT_TIMEOUT = 3  # seconds until a connection is accepted
 # Statuses that go away by themselves. 501 (not implemented) and 507 (no storage) do not.
-PASSING = (408, 425, 429, 500, 502, 503, 504)
+TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 attempts = 0  # calls tried by this process; a watchdog sees by it that the process is not stuck
 
 
-class Passing(Exception):
+class TransientError(Exception):
     """A failure that a new request may cure: a signed address has expired, or a wrong part of a file was sent."""
 
 
@@ -39,23 +39,25 @@ class Unreachable(UserError):
     """The Hub cannot be reached: there is no network, or it is down."""
 
 
-def silence() -> float:
+def timeout_seconds() -> float:
     """Return the seconds without a byte after which a connection times out: $FERRY_SILENCE_SECONDS, by default 60."""
-    return seconds_of("FERRY_SILENCE_SECONDS", 60)
+    return seconds_from_environment("FERRY_SILENCE_SECONDS", 60)
 
 
-def budget() -> float:
+def max_retry_seconds() -> float:
     """Return the seconds of pauses that a failing call is retried for: $FERRY_HUB_SECONDS, by default 300."""
-    return seconds_of("FERRY_HUB_SECONDS", 300)
+    return seconds_from_environment("FERRY_HUB_SECONDS", 300)
 
 
-def seconds_of(name: str, default: float) -> float:
+def seconds_from_environment(name: str, default: float) -> float:
     """Return a time limit from the environment. Raise UserError when it is not a number."""
-    said = os.environ.get(name)
+    text = os.environ.get(name)
     try:
-        return float(said) if said else default
+        return float(text) if text else default
     except ValueError:
-        raise UserError(f"{name}={shown(said)} is no number of seconds", f"unset {name}, or set it to one") from None
+        raise UserError(
+            f"{name}={printable_line(text)} is no number of seconds", f"unset {name}, or set it to one"
+        ) from None
 
 
 def is_folder(repo: str) -> bool:
@@ -63,94 +65,104 @@ def is_folder(repo: str) -> bool:
     if repo.startswith((".", "/", "~", "file://")):
         return True
     # A folder in the working directory does not hide a Hub repo of the same name, unless it has a manifest.
-    return os.path.exists(Path(repo) / "manifest.json" if ID.fullmatch(repo) else repo)
+    return os.path.exists(Path(repo) / "manifest.json" if REPO_ID_PATTERN.fullmatch(repo) else repo)
 
 
-def is_folder_there(repo: str) -> bool:
+def is_existing_folder(repo: str) -> bool:
     """Return whether `repo` names a folder that exists."""
-    return is_folder(repo) and os.path.exists(folder(repo))
+    return is_folder(repo) and os.path.exists(folder_path(repo))
 
 
-def folder(repo: str) -> Path:
+def folder_path(repo: str) -> Path:
     """Return the path of a folder hub. Raise UserError when it begins with `~name`, and there is no such user."""
     try:
         return Path(repo.removeprefix("file://")).expanduser()
     except RuntimeError as error:
-        raise UserError(f"REPO {shown(repo)}: {error}", "write the path of the folder") from None
+        raise UserError(f"REPO {printable_line(repo)}: {error}", "write the path of the folder") from None
 
 
-def split(repo: str) -> tuple[str, str | None]:
+def parse_repo_id(repo: str) -> tuple[str, str | None]:
     """Return (id, revision or None) of owner/name[@revision]. Raise UserError for any other text."""
     name, _, revision = repo.partition("@")
-    if not ID.fullmatch(name) or (revision and not REVISION.fullmatch(revision)) or ".." in repo or repo.endswith("@"):
+    if (
+        not REPO_ID_PATTERN.fullmatch(name)
+        or (revision and not REVISION_PATTERN.fullmatch(revision))
+        or ".." in repo
+        or repo.endswith("@")
+    ):
         raise UserError(
-            f"REPO {shown(repo)}: no such folder, and no Hub id",
+            f"REPO {printable_line(repo)}: no such folder, and no Hub id",
             "write owner/name or owner/name@tag for the Hub, ./folder for a folder hub",
         )
     return name, revision or None
 
 
-def api() -> "HfApi":
+def create_client() -> "HfApi":
     """Return a client of the Hub with timeouts. Raise UserError when HF_ENDPOINT is not an address."""
-    refuse_endpoint()
+    refuse_bad_endpoint()
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    def limited():
+    def create_http_client():
         client = default_client_factory()
         # (connect, read, write, pool). A tuple, because huggingface_hub 2 has the client of httpx2, which does not take
         # an httpx.Timeout.
-        client.timeout = (min(CONNECT, silence()), silence(), silence(), silence())
+        client.timeout = (
+            min(CONNECT_TIMEOUT, timeout_seconds()),
+            timeout_seconds(),
+            timeout_seconds(),
+            timeout_seconds(),
+        )
         return client
 
     logging.set_verbosity_error()  # its own messages contain signed URLs
-    set_client_factory(limited)
+    set_client_factory(create_http_client)
     return HfApi(library_name="ferry")
 
 
-def refuse_endpoint() -> None:
+def refuse_bad_endpoint() -> None:
     """Raise UserError when HF_ENDPOINT is not an address. (With some values huggingface_hub cannot be imported.)"""
     from urllib.parse import urlsplit
 
-    said = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        address = urlsplit(said)
-        fits = address.scheme in ("http", "https") and address.hostname and (address.port or 1)
+        url_parts = urlsplit(url)
+        is_valid = url_parts.scheme in ("http", "https") and url_parts.hostname and (url_parts.port or 1)
     except ValueError:
-        fits = False
-    if not fits:
-        raise UserError(f"HF_ENDPOINT={shown(said)} is no address of a Hub", "unset HF_ENDPOINT, or correct it")
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"HF_ENDPOINT={printable_line(url)} is no address of a Hub", "unset HF_ENDPOINT, or correct it")
 
 
-def token() -> str | None:
+def read_token() -> str | None:
     """Return the Hub's token, None when there is none. Raise UserError when it cannot be sent in a header."""
     from huggingface_hub import get_token
 
-    found = get_token()
-    if found and not (found.isascii() and found.isprintable()):
-        raise UserError("the Hub's token holds characters that no token has", LOGIN)
-    return found
+    hub_token = get_token()
+    if hub_token and not (hub_token.isascii() and hub_token.isprintable()):
+        raise UserError("the Hub's token holds characters that no token has", LOGIN_HINT)
+    return hub_token
 
 
-def headers() -> dict[str, str]:
+def request_headers() -> dict[str, str]:
     """Return the headers, with the token, of a request to the Hub's own host; never send them to another one."""
     from huggingface_hub.utils import build_hf_headers
 
     return build_hf_headers(library_name="ferry")
 
 
-def same_host(url: str) -> bool:
+def is_hub_url(url: str) -> bool:
     """Return whether a URL leads to the Hub that the token is for."""
     from urllib.parse import urlsplit
 
     from huggingface_hub import constants
 
-    ours, there = urlsplit(constants.ENDPOINT), urlsplit(url)
-    return (ours.scheme, ours.netloc) == (there.scheme, there.netloc)
+    hub_url, target_url = urlsplit(constants.ENDPOINT), urlsplit(url)
+    return (hub_url.scheme, hub_url.netloc) == (target_url.scheme, target_url.netloc)
 
 
-def read_small(repo: str, name: str, revision: str, limit: int, kind: str = "model") -> bytes:
+def read_small_file(repo: str, name: str, revision: str, max_bytes: int, repo_type: str = "model") -> bytes:
     """Return the content of a file of at most `max_bytes` bytes, whatever size the server claims.
 
     Raises:
@@ -160,22 +172,26 @@ def read_small(repo: str, name: str, revision: str, limit: int, kind: str = "mod
     from huggingface_hub.utils import hf_raise_for_status
 
     content = bytearray()
-    plain = headers() | {"Accept-Encoding": "identity"}
+    headers = request_headers() | {"Accept-Encoding": "identity"}
     with get_session().stream(
-        "GET", hf_hub_url(repo, name, revision=revision, repo_type=kind), headers=plain
-    ) as answer:
-        hf_raise_for_status(answer)
-        for block in answer.iter_raw():
+        "GET", hf_hub_url(repo, name, revision=revision, repo_type=repo_type), headers=headers
+    ) as response:
+        hf_raise_for_status(response)
+        for block in response.iter_raw():
             content += block
-            if len(content) > limit:
+            if len(content) > max_bytes:
                 raise UserError(
-                    f"{repo}/{name} is larger than {limit} bytes", "is this the right repo? Ask who published it"
+                    f"{repo}/{name} is larger than {max_bytes} bytes", "is this the right repo? Ask who published it"
                 )
     return bytes(content)
 
 
-def patiently(
-    what: str, call: Callable[[], T], again: tuple[int, ...] = (), seconds: float | None = None, progress=lambda: 0
+def retry(
+    action: str,
+    call: Callable[[], T],
+    retry_statuses: tuple[int, ...] = (),
+    retry_seconds: float | None = None,
+    progress=lambda: 0,
 ) -> T:
     """Return `call()`; while it fails with a transient error, repeat it after growing pauses.
 
@@ -189,109 +205,120 @@ def patiently(
         UserError: any failure of the Hub or the network.
     """
     global attempts
-    left, wait, reached = budget() if seconds is None else min(seconds, budget()), 1.0, progress()
+    remaining_seconds, base_pause, last_progress = (
+        max_retry_seconds() if retry_seconds is None else min(retry_seconds, max_retry_seconds()),
+        1.0,
+        progress(),
+    )
     while True:
         attempts += 1
         try:
             return call()
         except Exception as error:
-            if (cause := _known(error)) is None:
+            if (cause := _find_hub_error(error)) is None:
                 raise
-            if progress() > reached:
-                left, wait, reached = budget(), 1.0, progress()
-            pause = _asked_for(cause) or wait * random.uniform(0.5, 1.5)
-            if not _passes(cause, again) or pause > left:
-                raise translated(cause, what) from error
-        say(f"{what}: {_brief(cause)}; again in {pause:.0f} s")
+            if progress() > last_progress:
+                remaining_seconds, base_pause, last_progress = max_retry_seconds(), 1.0, progress()
+            pause = _retry_after_seconds(cause) or base_pause * random.uniform(0.5, 1.5)
+            if not _is_transient(cause, retry_statuses) or pause > remaining_seconds:
+                raise translate_hub_error(cause, action) from error
+        print_message(f"{action}: {_describe_error(cause)}; again in {pause:.0f} s")
         time.sleep(pause)
-        left, wait = left - pause, min(wait * 2, LONGEST_WAIT)
+        remaining_seconds, base_pause = remaining_seconds - pause, min(base_pause * 2, MAX_RETRY_PAUSE)
 
 
-def named(repo: str, run: str | None) -> str:
+def fill_placeholders(repo: str, run: str | None) -> str:
     """Return `repo` with {run} and {user} filled in. Raise UserError when the Hub does not know the user."""
     repo = repo.replace("{run}", run) if run else repo
     if "{user}" in repo:
-        client = api()
-        repo = repo.replace("{user}", patiently("ask the Hub who you are", client.whoami)["name"])
+        client = create_client()
+        repo = repo.replace("{user}", retry("ask the Hub who you are", client.whoami)["name"])
     return repo
 
 
-def strange(head, index: str) -> list[str]:
+def find_foreign_files(repo_info, index: str) -> list[str]:
     """Return files which show that a repo serves another purpose.
 
     The list is empty where the file `index` is among them, or where there is only what a new repo may hold.
     """
-    names = sorted(sibling.rfilename for sibling in head.siblings)
+    names = sorted(sibling.rfilename for sibling in repo_info.siblings)
     return [] if index in names else [name for name in names if name not in (".gitattributes", "README.md")]
 
 
-def found(what: str, ask):
+def fetch_or_none(action: str, call):
     """Return `call()` with short retries, or None where the Hub has no such repo."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    def asked():
+    def call_or_none():
         try:
-            return ask()
+            return call()
         except RepositoryNotFoundError:
             return None
 
-    return patiently(what, asked, seconds=QUICK)
+    return retry(action, call_or_none, retry_seconds=QUICK_RETRY_SECONDS)
 
 
-def say(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a line about the work on stderr, without tokens and signed addresses."""
-    console.say(hidden(text))
+    console.print_message(redact_secrets(text))
 
 
-def _known(error: BaseException | None) -> BaseException | None:
+def _find_hub_error(error: BaseException | None) -> BaseException | None:
     """Return the error of Hub or network behind an exception, or None.
 
     huggingface_hub wraps the errors of uploads in a RuntimeError.
     """
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    known = (HTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, Passing, json.JSONDecodeError)
-    while error is not None and not isinstance(error, known):
+    known_types = (
+        HTTPError,
+        OfflineModeIsEnabled,
+        LocalTokenNotFoundError,
+        HFValidationError,
+        TransientError,
+        json.JSONDecodeError,
+    )
+    while error is not None and not isinstance(error, known_types):
         error = error.__cause__
     return error
 
 
-def explain(error: Exception, what: str) -> UserError:
+def translate_client_error(error: Exception, action: str) -> UserError:
     """Return a failed call of the client as a UserError; raise `error` again when Hub, network and disk are fine."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    cause = error if isinstance(error, LocalEntryNotFoundError) else _known(error)
+    cause = error if isinstance(error, LocalEntryNotFoundError) else _find_hub_error(error)
     if cause is not None:
-        return translated(cause, what)
+        return translate_hub_error(cause, action)
     if isinstance(error, OSError):
-        return UserError(f"{what}: it cannot be fetched: {hidden(str(error))}", HINTS[None])
+        return UserError(f"{action}: it cannot be fetched: {redact_secrets(str(error))}", STATUS_HINTS[None])
     raise error
 
 
-def status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """Return the HTTP status of the answer behind an error; None when there was no answer."""
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
-def _passes(error: BaseException, again: tuple[int, ...]) -> bool:
+def _is_transient(error: BaseException, retry_statuses: tuple[int, ...]) -> bool:
     """Return whether another attempt may succeed."""
     from huggingface_hub.errors import HTTPError
 
-    code = status(error)
+    code = http_status(error)
     if isinstance(error, HTTPError):
-        return code is None or code in PASSING or code in again
-    return isinstance(error, Passing)
+        return code is None or code in TRANSIENT_STATUSES or code in retry_statuses
+    return isinstance(error, TransientError)
 
 
-def _asked_for(error: BaseException) -> float | None:
+def _retry_after_seconds(error: BaseException) -> float | None:
     """Return the seconds that the Hub asks to wait (Retry-After), or None."""
     response = getattr(error, "response", None)
-    asked = response.headers.get("retry-after", "") if response is not None else ""
-    return float(asked) if asked.isascii() and asked.isdecimal() else None
+    retry_after = response.headers.get("retry-after", "") if response is not None else ""
+    return float(retry_after) if retry_after.isascii() and retry_after.isdecimal() else None
 
 
-def translated(error: BaseException, what: str) -> UserError:
+def translate_hub_error(error: BaseException, action: str) -> UserError:
     """Return a failure of Hub or network as a UserError.
 
     A missing token, terms that are not accepted, no network and a wrong address are four errors with four cures.
@@ -306,51 +333,55 @@ def translated(error: BaseException, what: str) -> UserError:
     )
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return translated(error.__cause__, what)  # the error itself only adds that the cache has no copy
+        return translate_hub_error(error.__cause__, action)  # the error itself only adds that the cache has no copy
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return Unreachable(
-            f"{what}: HF_HUB_OFFLINE is set, and the local cache does not have it",
+            f"{action}: HF_HUB_OFFLINE is set, and the local cache does not have it",
             "unset HF_HUB_OFFLINE, then run the same command again",
         )
     if isinstance(error, json.JSONDecodeError):
-        return Unreachable(f"{what}: {address()} answers, and it is no Hub", CORRECT_ADDRESS)
+        return Unreachable(f"{action}: {endpoint()} answers, and it is no Hub", ENDPOINT_HINT)
     if isinstance(error, HFValidationError):
-        return UserError(f"{what}: {_brief(error)}", "correct the name: a Hub id reads owner/name")
+        return UserError(f"{action}: {_describe_error(error)}", "correct the name: a Hub id reads owner/name")
     if isinstance(error, GatedRepoError):
         return UserError(
-            f"{what}: it is gated, and this account has not accepted its terms",
-            f"accept them on its page on the Hub, {address()} (and `hf auth login`), then run the same command again",
+            f"{action}: it is gated, and this account has not accepted its terms",
+            f"accept them on its page on the Hub, {endpoint()} (and `hf auth login`), then run the same command again",
         )
-    if isinstance(error, RepositoryNotFoundError) and token() is None:
-        return UserError(f"{what}: it is not on the Hub, or private, and no token of the Hub is set", LOGIN)
+    if isinstance(error, RepositoryNotFoundError) and read_token() is None:
+        return UserError(f"{action}: it is not on the Hub, or private, and no token of the Hub is set", LOGIN_HINT)
     if isinstance(error, RevisionNotFoundError):
-        return UserError(f"{what}: no such revision", "name a branch, tag or commit that the repo has")
-    if status(error) is None and os.environ.get("HF_ENDPOINT") and _passes(error, ()):
-        return Unreachable(f"{what}: nothing answers at HF_ENDPOINT={address()}: {_brief(error)}", CORRECT_ADDRESS)
-    kind = Unreachable if _passes(error, ()) else UserError
-    return kind(f"{what}: {_brief(error)}", HINTS.get(_code(error), "run the same command again"))
+        return UserError(f"{action}: no such revision", "name a branch, tag or commit that the repo has")
+    if http_status(error) is None and os.environ.get("HF_ENDPOINT") and _is_transient(error, ()):
+        return Unreachable(
+            f"{action}: nothing answers at HF_ENDPOINT={endpoint()}: {_describe_error(error)}", ENDPOINT_HINT
+        )
+    error_type = Unreachable if _is_transient(error, ()) else UserError
+    return error_type(
+        f"{action}: {_describe_error(error)}", STATUS_HINTS.get(_status_or_missing(error), "run the same command again")
+    )
 
 
-def address() -> str:
+def endpoint() -> str:
     """Return the address of the Hub in use, as one printable line."""
-    return shown(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", 100)
+    return printable_line(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", 100)
 
 
-CORRECT_ADDRESS = "unset HF_ENDPOINT, or correct it, then run the same command again"
-LOGIN = "`hf auth login`, or set HF_TOKEN, then run the same command again"
-ROOM = "make room on the Hub (https://huggingface.co/settings/billing), then run the same command again"
-HINTS = {
+ENDPOINT_HINT = "unset HF_ENDPOINT, or correct it, then run the same command again"
+LOGIN_HINT = "`hf auth login`, or set HF_TOKEN, then run the same command again"
+STORAGE_HINT = "make room on the Hub (https://huggingface.co/settings/billing), then run the same command again"
+STATUS_HINTS = {
     None: "check the network, then run the same command again; what is there already is kept",
-    401: LOGIN,
-    402: ROOM,
+    401: LOGIN_HINT,
+    402: STORAGE_HINT,
     403: "use a token that may do this (https://huggingface.co/settings/tokens), then run the same command again",
-    404: "correct the name; a private repo needs a token that may read it: " + LOGIN,
+    404: "correct the name; a private repo needs a token that may read it: " + LOGIN_HINT,
     409: "choose another name, or run the same command again",
     412: "somebody else writes to this repo: wait for the other one, then run the same command again",
     413: "the Hub takes no file of this size: choose a smaller quantization",
     429: "the Hub asks for a pause: run the same command again in some minutes",
 }
-MEANINGS = {
+STATUS_MEANINGS = {
     401: "the Hub does not know this token",
     402: "the Hub asks for payment",
     403: "the Hub refuses",
@@ -361,26 +392,26 @@ MEANINGS = {
 }
 
 
-def _code(error: BaseException) -> int | None:
+def _status_or_missing(error: BaseException) -> int | None:
     """Return the HTTP status; 404 for a missing repo, for which the Hub answers 401 to a client without a token."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    return 404 if isinstance(error, RepositoryNotFoundError) else status(error)
+    return 404 if isinstance(error, RepositoryNotFoundError) else http_status(error)
 
 
-def _brief(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """Return one line: what the status means, and what the Hub's answer says about it."""
-    code = _code(error)
+    code = _status_or_missing(error)
     if isinstance(error, ValueError) and code is None:  # an invalid repo name
-        return hidden(str(error))
+        return redact_secrets(str(error))
     if code is None:
-        return hidden(f"the Hub cannot be reached ({str(error).strip() or type(error).__name__})")
-    said = " ".join((getattr(error, "server_message", None) or "").split())
-    meaning = MEANINGS.get(code, f"the Hub answers {code}")
-    return hidden(f"{meaning}{f' ({said})' if said else ''}")
+        return redact_secrets(f"the Hub cannot be reached ({str(error).strip() or type(error).__name__})")
+    server_message = " ".join((getattr(error, "server_message", None) or "").split())
+    meaning = STATUS_MEANINGS.get(code, f"the Hub answers {code}")
+    return redact_secrets(f"{meaning}{f' ({server_message})' if server_message else ''}")
 
 
-def hidden(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """Return `text` as one printable line without tokens and without the queries of signed addresses."""
     from huggingface_hub import get_token
 
@@ -388,4 +419,4 @@ def hidden(text: str) -> str:
         text = text.replace(secret, "hf_***")
     text = re.sub(r"\bhf_\w{4,}", "hf_***", text)
     text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?...", text)
-    return shown(text)
+    return printable_line(text)

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-LESS = (0.75, 0.5, 0.25, 0)  # shares of the layers to try, where a GPU cannot hold them all
+LAYER_SHARES = (0.75, 0.5, 0.25, 0)  # shares of the layers to try, where a GPU cannot hold them all
 
 
-def load(
-    gguf: Path, context: int = 1024, vocab_only: bool = False, spill: bool = False, log: io.StringIO | None = None
+def load_model(
+    gguf: Path,
+    context: int = 1024,
+    vocab_only: bool = False,
+    allow_partial_offload: bool = False,
+    log: io.StringIO | None = None,
 ) -> "Llama":
     """Load a GGUF, with every layer on the GPU where there is one.
 
@@ -44,28 +48,28 @@ def load(
 
     if not gguf.is_file():
         raise UserError(f"{gguf} is missing", "run the stage that writes it again")
-    layers = [-1]
-    if spill and llama_cpp.llama_supports_gpu_offload():
-        blocks = _blocks(gguf)
-        layers += [int(share * blocks) for share in LESS]
-    said = log or io.StringIO()  # without a log the messages matter only when loading fails
-    for count in layers:
+    layer_counts = [-1]
+    if allow_partial_offload and llama_cpp.llama_supports_gpu_offload():
+        total_layers = _count_layers(gguf)
+        layer_counts += [int(share * total_layers) for share in LAYER_SHARES]
+    messages = log or io.StringIO()  # without a log the messages matter only when loading fails
+    for layer_count in layer_counts:
         try:
-            with contextlib.redirect_stderr(said):
-                return _open(gguf, context, vocab_only, count, log is not None)
+            with contextlib.redirect_stderr(messages):
+                return _open_model(gguf, context, vocab_only, layer_count, log is not None)
         except ValueError as error:
-            refused = error
-    why = said.getvalue().strip().splitlines()[-1:] or [str(refused)]
+            last_error = error
+    reasons = messages.getvalue().strip().splitlines()[-1:] or [str(last_error)]
     raise UserError(
-        f"llama.cpp cannot load {gguf}: {why[0]}",
+        f"llama.cpp cannot load {gguf}: {reasons[0]}",
         "make or pull it again if it is damaged; close other programs or ask for less context if memory is short",
-    ) from refused
+    ) from last_error
 
 
-def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool) -> "Llama":
+def _open_model(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool) -> "Llama":
     from llama_cpp import Llama, _logger
 
-    with _templates_ignored():
+    with _ignore_chat_templates():
         model = Llama(
             str(gguf),
             n_ctx=context,
@@ -82,7 +86,7 @@ def _open(gguf: Path, context: int, vocab_only: bool, layers: int, verbose: bool
 
 
 @contextlib.contextmanager
-def _templates_ignored() -> Iterator[None]:
+def _ignore_chat_templates() -> Iterator[None]:
     """Keep llama-cpp-python from compiling the chat templates of a file while a model is loaded.
 
     They are programs in an untrusted file, and Ferry renders prompts itself.
@@ -97,20 +101,20 @@ def _templates_ignored() -> Iterator[None]:
         llama_chat_format.Jinja2ChatFormatter = formatter
 
 
-def backend() -> str:
+def compute_device() -> str:
     """Return what llama.cpp computes on here: 'Metal', 'CUDA', another kind of GPU, or 'CPU'."""
     import llama_cpp
 
     if not llama_cpp.llama_supports_gpu_offload():
         return "CPU"
-    told = llama_cpp.llama_print_system_info().decode()
-    found = [name for name in ("Metal", "CUDA", "ROCm", "Vulkan", "SYCL") if name.lower() in told.lower()]
-    return found[0] if found else "GPU"
+    system_info = llama_cpp.llama_print_system_info().decode()
+    gpu_names = [name for name in ("Metal", "CUDA", "ROCm", "Vulkan", "SYCL") if name.lower() in system_info.lower()]
+    return gpu_names[0] if gpu_names else "GPU"
 
 
-def _blocks(gguf: Path) -> int:
+def _count_layers(gguf: Path) -> int:
     """Return the model's number of layers. (llama_model_n_layer knows it only after the weights are loaded.)"""
-    model = load(gguf, vocab_only=True)
+    model = load_model(gguf, vocab_only=True)
     try:
         return int(model.metadata[f"{model.metadata['general.architecture']}.block_count"])
     finally:
@@ -122,7 +126,9 @@ def tokenize(model: "Llama", text: str) -> list[int]:
     return model.tokenize(text.encode(), add_bos=False, special=True)
 
 
-def log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int] | None = None) -> "np.ndarray":
+def next_token_log_probs(
+    model: "Llama", token_ids: Sequence[int], positions: Sequence[int] | None = None
+) -> "np.ndarray":
     """Return the natural-log probabilities of the next token after token_ids[p], for every p of `positions`.
 
     Args:
@@ -136,28 +142,28 @@ def log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int] | Non
     """
     import numpy as np
 
-    positions = range(len(ids)) if positions is None else positions
-    _forget(model)
-    with _batch(len(ids)) as batch:
-        wanted = set(positions)
-        for place, token in enumerate(ids):
-            _add(batch, token, place, place in wanted)
-        _decode(model.ctx, batch)
+    positions = range(len(token_ids)) if positions is None else positions
+    _clear_cache(model)
+    with _create_batch(len(token_ids)) as batch:
+        wanted_positions = set(positions)
+        for position, token in enumerate(token_ids):
+            _add_token(batch, token, position, position in wanted_positions)
+        _decode_batch(model.ctx, batch)
         # One position at a time, because half a megabyte stays in the processor's cache: 0.18 ms instead of 0.5 to
         # 1.8 ms for a vocabulary of 128k tokens.
         size = model.n_vocab()
         values, scratch = np.empty((len(positions), size), np.float32), np.empty(size, np.float32)
-        for row, place in zip(values, positions, strict=True):
-            logits = _logits(model.ctx, place, size)
+        for row, position in zip(values, positions, strict=True):
+            logits = _read_logits(model.ctx, position, size)
             np.subtract(logits, logits.max(), out=row)
             row -= np.log(np.exp(row, out=scratch).sum())
     return values
 
 
-def token_log_probs(model: "Llama", ids: Sequence[int], positions: Sequence[int]) -> list[float]:
+def token_log_probs(model: "Llama", token_ids: Sequence[int], positions: Sequence[int]) -> list[float]:
     """Return the natural-log probability of token_ids[p], given all before it, for every p of `positions` (>= 1)."""
-    rows = log_probs(model, ids, [p - 1 for p in positions])
-    return [float(row[ids[p]]) for row, p in zip(rows, positions, strict=True)]
+    rows = next_token_log_probs(model, token_ids, [position - 1 for position in positions])
+    return [float(row[token_ids[position]]) for row, position in zip(rows, positions, strict=True)]
 
 
 def answer_log_probs(model: "Llama", prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
@@ -166,13 +172,13 @@ def answer_log_probs(model: "Llama", prompt: Sequence[int], answer: Sequence[int
     return [round(value, 4) for value in token_log_probs(model, [*prompt, *answer], positions)]
 
 
-def greedy(model: "Llama", ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
+def generate_greedy(model: "Llama", token_ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
     """Return the greedy continuation of `token_ids`, and the end token that the model closed it with: [token] or []."""
-    return answers(model, [ids], max_tokens)[0]
+    return generate_greedy_answers(model, [token_ids], max_tokens)[0]
 
 
-def answers(
-    model: "Llama", prompts: Sequence[Sequence[int]], max_tokens: int, tick=lambda count: None
+def generate_greedy_answers(
+    model: "Llama", prompts: Sequence[Sequence[int]], max_tokens: int, advance=lambda count: None
 ) -> list[tuple[list[int], list[int]]]:
     """Return the result of `generate_greedy` for each of `prompts`; call `advance(1)` after each of them.
 
@@ -180,37 +186,37 @@ def answers(
     they round differently, which changed 2 of 24 answers of a model trained for 30 steps. End tokens are all tokens
     that llama.cpp stops at (EOS, and ends of turns such as <end_of_turn>), as in every runtime built on it.
     """
-    longest = max(map(len, prompts))
-    found = []
-    with _context(model, longest + max_tokens) as ctx, _batch(longest) as batch:
+    longest_prompt = max(map(len, prompts))
+    results = []
+    with _create_context(model, longest_prompt + max_tokens) as ctx, _create_batch(longest_prompt) as batch:
         for prompt in prompts:
-            found.append(_answer(model, ctx, batch, prompt, max_tokens))
-            tick(1)
-    return found
+            results.append(_generate_answer(model, ctx, batch, prompt, max_tokens))
+            advance(1)
+    return results
 
 
-def _answer(model: "Llama", ctx, batch, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
+def _generate_answer(model: "Llama", ctx, batch, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
     """Return one greedy answer and its end token, in a context and a batch that earlier answers have used."""
     import llama_cpp
 
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
-    vocabulary, size = llama_cpp.llama_model_get_vocab(model.model), model.n_vocab()
-    tokens, answer, place = list(prompt), [], 0
+    vocabulary, vocabulary_size = llama_cpp.llama_model_get_vocab(model.model), model.n_vocab()
+    next_tokens, answer, position = list(prompt), [], 0
     while len(answer) < max_tokens:
         batch.n_tokens = 0
-        for token in tokens:
-            _add(batch, token, place, place + 1 == len(prompt) + len(answer))
-            place += 1
-        _decode(ctx, batch)
-        token = int(_logits(ctx, batch.n_tokens - 1, size).argmax())
+        for token in next_tokens:
+            _add_token(batch, token, position, position + 1 == len(prompt) + len(answer))
+            position += 1
+        _decode_batch(ctx, batch)
+        token = int(_read_logits(ctx, batch.n_tokens - 1, vocabulary_size).argmax())
         if llama_cpp.llama_vocab_is_eog(vocabulary, token):
             return answer, [token]
         answer.append(token)
-        tokens = [token]
+        next_tokens = [token]
     return answer, []
 
 
-def ends(model: "Llama") -> list[int]:
+def end_tokens(model: "Llama") -> list[int]:
     """Return the ids of all tokens that llama.cpp stops at."""
     import llama_cpp
 
@@ -219,62 +225,62 @@ def ends(model: "Llama") -> list[int]:
 
 
 @contextlib.contextmanager
-def _context(model: "Llama", tokens: int) -> Iterator:
+def _create_context(model: "Llama", max_tokens: int) -> Iterator:
     """Create a separate llama_context for up to `tokens` tokens; free it at the end."""
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = -(-tokens // 256) * 256
+    params.n_ctx = params.n_batch = -(-max_tokens // 256) * 256
     # Another attention rounds differently, which decides near ties.
     params.flash_attn_type = model.context_params.flash_attn_type
     params.n_threads = params.n_threads_batch = os.cpu_count()
     ctx = llama_cpp.llama_init_from_model(model.model, params)
     if not ctx:
-        raise UserError(f"no memory for an answer in {tokens} tokens", "lower evaluate.max_new_tokens")
+        raise UserError(f"no memory for an answer in {max_tokens} tokens", "lower evaluate.max_new_tokens")
     try:
         yield ctx
     finally:
         llama_cpp.llama_free(ctx)
 
 
-def pace(model: "Llama", ids: Sequence[int], at_a_time: int, seconds: float = math.inf) -> float:
+def measure_decode_speed(model: "Llama", token_ids: Sequence[int], batch_size: int, seconds: float = math.inf) -> float:
     """Decode `token_ids` in batches from an empty context and return the tokens per second; stop after `seconds`."""
-    _forget(model)
-    with _batch(at_a_time) as batch:
-        started, done = time.perf_counter(), 0
-        while done < len(ids) and time.perf_counter() - started < seconds:
+    _clear_cache(model)
+    with _create_batch(batch_size) as batch:
+        start_time, done = time.perf_counter(), 0
+        while done < len(token_ids) and time.perf_counter() - start_time < seconds:
             batch.n_tokens = 0
-            for place, token in enumerate(ids[done : done + at_a_time], done):
-                _add(batch, token, place, place + 1 in (len(ids), done + at_a_time))
-            _decode(model.ctx, batch)
-            _logits(model.ctx, batch.n_tokens - 1, model.n_vocab())  # waits until a GPU has finished
+            for position, token in enumerate(token_ids[done : done + batch_size], done):
+                _add_token(batch, token, position, position + 1 in (len(token_ids), done + batch_size))
+            _decode_batch(model.ctx, batch)
+            _read_logits(model.ctx, batch.n_tokens - 1, model.n_vocab())  # waits until a GPU has finished
             done += batch.n_tokens
-        rate = done / (time.perf_counter() - started)
-    _forget(model)
+        rate = done / (time.perf_counter() - start_time)
+    _clear_cache(model)
     return rate
 
 
 @contextlib.contextmanager
-def _batch(tokens: int) -> Iterator:
+def _create_batch(max_tokens: int) -> Iterator:
     """Create a llama_batch for up to `tokens` tokens; free it at the end."""
     import llama_cpp
 
-    batch = llama_cpp.llama_batch_init(tokens, 0, 1)
+    batch = llama_cpp.llama_batch_init(max_tokens, 0, 1)
     try:
         yield batch
     finally:
         llama_cpp.llama_batch_free(batch)
 
 
-def _add(batch, token: int, place: int, logits: bool) -> None:
+def _add_token(batch, token: int, position: int, logits: bool) -> None:
     """Append a token at `position` of sequence 0; `logits`: whether its logits are wanted."""
     i = batch.n_tokens
-    batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, place, 1, logits
+    batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, logits
     batch.seq_id[i][0] = 0
     batch.n_tokens += 1
 
 
-def _forget(model: "Llama") -> None:
+def _clear_cache(model: "Llama") -> None:
     """Empty the cache, and llama-cpp-python's own record of what is in it."""
     import llama_cpp
 
@@ -282,33 +288,33 @@ def _forget(model: "Llama") -> None:
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
 
 
-def _decode(ctx, batch) -> None:
+def _decode_batch(ctx, batch) -> None:
     import llama_cpp
 
     if code := llama_cpp.llama_decode(ctx, batch):
         raise RuntimeError(f"llama_decode says {code} for {batch.n_tokens} tokens")
 
 
-def _logits(ctx, place: int, size: int) -> "np.ndarray":
+def _read_logits(ctx, index: int, vocabulary_size: int) -> "np.ndarray":
     """Return the logits after the token at `index`: a float32 view of shape (vocabulary,), until the next decode."""
     import llama_cpp
     import numpy as np
 
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, place), shape=(size,))
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, index), shape=(vocabulary_size,))
 
 
-def piece(model: "Llama", token: int, size: int = 256) -> bytes:
+def token_bytes(model: "Llama", token: int, buffer_bytes: int = 256) -> bytes:
     """Return the bytes that a token adds to the text.
 
     The library's own detokenize has room for 32 bytes, so that Llama 3's long indents are lost.
     """
     import llama_cpp
 
-    vocabulary, buffer = llama_cpp.llama_model_get_vocab(model.model), ctypes.create_string_buffer(size)
-    length = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
-    return buffer.raw[:length] if length >= 0 else piece(model, token, -length)
+    vocabulary, buffer = llama_cpp.llama_model_get_vocab(model.model), ctypes.create_string_buffer(buffer_bytes)
+    length = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, buffer_bytes, 0, False)
+    return buffer.raw[:length] if length >= 0 else token_bytes(model, token, -length)
 
 
-def text(model: "Llama", ids: Sequence[int]) -> str:
+def detokenize(model: "Llama", token_ids: Sequence[int]) -> str:
     """Return the text of generated ids; an incomplete character at the end becomes U+FFFD."""
-    return b"".join(piece(model, token) for token in ids).decode("utf-8", errors="replace")
+    return b"".join(token_bytes(model, token) for token in token_ids).decode("utf-8", errors="replace")

@@ -17,11 +17,11 @@ from common import console
 from common.errors import UserError
 
 # What `flock` reports on a file system without locks, as some network file systems are.
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """The process that holds a lock."""
 
     pid: int
@@ -35,7 +35,7 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, what: str, command: str) -> Iterator[int | None]:
+def hold_lock(path: Path, subject: str, command: str) -> Iterator[int | None]:
     """Hold the lock file `path` and yield its descriptor; a child process that inherits it holds the lock too.
 
     None is yielded, and nothing is locked, on a file system without locks.
@@ -52,11 +52,11 @@ def hold_lock(path: Path, what: str, command: str) -> Iterator[int | None]:
         is_locked = _try_lock(descriptor, path)
     except BlockingIOError:
         os.close(descriptor)
-        raise _busy(path, what) from None
+        raise _busy_error(path, subject) from None
     try:
         if is_locked:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(asdict(Holder(os.getpid(), command, time.time()))).encode(), 0)
+            os.pwrite(descriptor, json.dumps(asdict(LockHolder(os.getpid(), command, time.time()))).encode(), 0)
         yield descriptor if is_locked else None
     finally:
         os.close(descriptor)
@@ -69,20 +69,20 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except BlockingIOError:
         raise
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED_ERRNOS:
             raise
-        console.note(f"{path.parent} is on a file system without locks: do not start a second command there")
+        console.print_note(f"{path.parent} is on a file system without locks: do not start a second command there")
         return False
     return True
 
 
-def _busy(path: Path, what: str) -> UserError:
+def _busy_error(path: Path, subject: str) -> UserError:
     holder = read_holder(path)
-    stop = f"wait for it, or stop it: kill {holder.pid}" if holder else "wait for the other command"
-    return UserError(f"{what} is in use by {holder or 'another process'}", stop)
+    hint = f"wait for it, or stop it: kill {holder.pid}" if holder else "wait for the other command"
+    return UserError(f"{subject} is in use by {holder or 'another process'}", hint)
 
 
-def read_holder(path: Path) -> Holder | None:
+def read_holder(path: Path) -> LockHolder | None:
     """Return the process that holds the lock; None when there is none, or the file does not say."""
     try:
         descriptor = os.open(path, os.O_RDWR)
@@ -93,7 +93,7 @@ def read_holder(path: Path) -> Holder | None:
         return None
     except BlockingIOError:
         try:
-            return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+            return LockHolder(**json.loads(os.pread(descriptor, 4096, 0)))
         except (ValueError, TypeError):
             return None
     except OSError:

@@ -4,8 +4,8 @@ import re
 import unicodedata
 
 JOINERS = "\u200c\u200d"  # not printable in Python's definition, but part of Persian words and of emoji
-STYLES = re.compile("(\x1b\\[(?:0|1|32)m)")  # what `console.style` writes: green, bold, and reset
-LIKE_OURS = re.compile(r"(?i)\s*(error|next|note|warning)\s*:")
+STYLE_CODES = re.compile("(\x1b\\[(?:0|1|32)m)")  # what `console.style` writes: green, bold, and reset
+OWN_PREFIX = re.compile(r"(?i)\s*(error|next|note|warning)\s*:")
 
 
 def make_printable(text: str) -> str:
@@ -25,13 +25,13 @@ def _make_character_printable(character: str) -> str:
     return "" if unicodedata.category(character) == "Cf" else "?"
 
 
-def make_printable_but_styles(text: str) -> str:
+def make_printable_except_styles(text: str) -> str:
     """Return `text` as `make_printable` does, but keep the colours that Ferry itself writes."""
-    return "".join(part if STYLES.fullmatch(part) else make_printable(part) for part in STYLES.split(text))
+    return "".join(part if STYLE_CODES.fullmatch(part) else make_printable(part) for part in STYLE_CODES.split(text))
 
 
 def indent_further_lines(text: str) -> str:
     """Return a message with all lines but the first indented, and marked where they look like Ferry's own messages."""
     first, *rest = make_printable(text).split("\n")
-    marked = [f"  | {line.strip()}" if LIKE_OURS.match(line) else line for line in rest]
-    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in marked)])
+    marked_lines = [f"  | {line.strip()}" if OWN_PREFIX.match(line) else line for line in rest]
+    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in marked_lines)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -38,9 +38,9 @@ def render(
     Raises:
         UserError: the template is not valid Jinja, or it fails.
     """
-    text = compiled(template)
+    jinja_template = compile_template(template)
     try:
-        return text.render(
+        return jinja_template.render(
             messages=list(messages),
             tools=None,
             documents=None,
@@ -52,39 +52,39 @@ def render(
     except Exception as error:  # a template is a program: it can divide by zero, recurse, ask for all memory
         raise UserError(
             "the chat template cannot render "
-            f"{' '.join(str(m.get('role')) for m in messages) or 'an empty conversation'}: "
-            f"{why(error)}",
+            f"{' '.join(str(message.get('role')) for message in messages) or 'an empty conversation'}: "
+            f"{describe_template_error(error)}",
             "use a template that can: data.template names one, a published model is published again",
         ) from error
 
 
-def why(error: BaseException) -> str:
+def describe_template_error(error: BaseException) -> str:
     """Return what failed in a template as one printable line: the text may come from the template itself."""
-    said = str(error)
-    if not said or isinstance(error, LookupError | RecursionError | MemoryError):  # "'x'" alone says nothing
-        said = f"{type(error).__name__} {said}"
-    return shown(said, 300)
+    text = str(error)
+    if not text or isinstance(error, LookupError | RecursionError | MemoryError):  # "'x'" alone says nothing
+        text = f"{type(error).__name__} {text}"
+    return printable_line(text, 300)
 
 
-def lacking(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:
+def find_undefined_names(template: str, messages: Sequence[dict], bos: str = "", eos: str = "") -> list[str]:
     """Return the names of undefined variables that the template prints: they would be empty in every prompt."""
     from jinja2 import Undefined
 
     names: list[str] = []
 
-    class Noted(Undefined):
+    class RecordingUndefined(Undefined):
         def __str__(self) -> str:
             names.append(self._undefined_name)
             return ""
 
-    text = compiled(template, Noted)
+    jinja_template = compile_template(template, RecordingUndefined)
     with contextlib.suppress(Exception):  # `render` reports what fails
-        text.render(messages=list(messages), tools=None, documents=None, bos_token=bos, eos_token=eos)
+        jinja_template.render(messages=list(messages), tools=None, documents=None, bos_token=bos, eos_token=eos)
     return sorted(set(names))
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(template: str, undefined: type | None = None) -> "Template":
+def compile_template(template: str, undefined: type | None = None) -> "Template":
     """Compile a chat template with the settings, filters and functions of transformers (chat_template_utils.py).
 
     Raises:
@@ -96,21 +96,24 @@ def compiled(template: str, undefined: type | None = None) -> "Template":
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", _generation()],
+        extensions=["jinja2.ext.loopcontrols", _generation_extension()],
         undefined=undefined or Undefined,
     )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise_template_error,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     try:
         return environment.from_string(template)
     except Exception as error:  # Python's compiler refuses more than Jinja's: 20 nested loops, deep nesting
         raise UserError(
-            f"the chat template is no valid Jinja: {why(error)}",
+            f"the chat template is no valid Jinja: {describe_template_error(error)}",
             "set data.template to another one, such as alpaca or chatml",
         ) from error
 
 
-def _generation() -> type:
+def _generation_extension() -> type:
     """Return a Jinja extension that accepts {% generation %}, with which transformers marks the assistant's text."""
     from jinja2 import nodes
     from jinja2.ext import Extension
@@ -125,18 +128,18 @@ def _generation() -> type:
     return Generation
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """Return `value` as JSON; Jinja's own filter would escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise(message: str):
+def _raise_template_error(message: str):
     from jinja2 import TemplateError
 
     raise TemplateError(message)
 
 
-def embedded(model: "Llama") -> str:
+def embedded_template(model: "Llama") -> str:
     """Return the chat template inside a GGUF. Raise UserError when there is none: llama-cpp-python would guess one."""
     template = model.metadata.get("tokenizer.chat_template")
     if not template:
@@ -147,17 +150,23 @@ def embedded(model: "Llama") -> str:
     return template
 
 
-def special(model: "Llama", role: str) -> str:
+def special_token_text(model: "Llama", role: str) -> str:
     """Return the text of the GGUF's 'bos' or 'eos' token; '' when it has none."""
     import llama_cpp
 
-    number = model.metadata.get(f"tokenizer.ggml.{role}_token_id")
-    if number is None:
+    token_id = model.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    if token_id is None:
         return ""
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    return llama_cpp.llama_vocab_get_text(vocabulary, int(number)).decode()
+    return llama_cpp.llama_vocab_get_text(vocabulary, int(token_id)).decode()
 
 
-def prompt(model: "Llama", messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
+def render_model_prompt(model: "Llama", messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
     """Return `messages` rendered with the template inside the model's file."""
-    return render(embedded(model), messages, special(model, "bos"), special(model, "eos"), add_generation_prompt)
+    return render(
+        embedded_template(model),
+        messages,
+        special_token_text(model, "bos"),
+        special_token_text(model, "eos"),
+        add_generation_prompt,
+    )

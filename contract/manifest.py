@@ -15,27 +15,27 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from typing_extensions import Required, TypedDict  # pydantic needs this one below Python 3.12
 
 from common import files
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import limits
 from contract.limits import Message, Temperature, Text, Tokens, TopP
 from contract.ollama_template import Turns
 
-SCHEMA = 5
-NAME = "manifest.json"
+SCHEMA_VERSION = 5
+FILE_NAME = "manifest.json"
 MAX_BYTES = 8 << 20  # a manifest has about 20 KB of text; anything far larger is not one
 
-SUFFIXES = {"gguf": ".gguf", "adapter": ".safetensors", "merged": ".safetensors"}  # never a pickle
+SUFFIX_BY_KIND = {"gguf": ".gguf", "adapter": ".safetensors", "merged": ".safetensors"}  # never a pickle
 # Ends of names that Ferry itself uses beside the pulled files, and of files that run as code when they are loaded.
-RESERVED = (
+FORBIDDEN_SUFFIXES = (
     *(".part", "pull.json", "smoke.json", "modelfile", "modelfile.json"),
     *(".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".py", ".so", ".dylib", ".sh"),
 )
-PLAIN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def _safe(name: str) -> str:
+def _validate_file_name(name: str) -> str:
     """Return `name`. Raise ValueError unless it is a plain relative name, which cannot leave its folder."""
     if not is_safe_name(name):
         raise ValueError(f"{name!r} is no safe file name")
@@ -44,23 +44,25 @@ def _safe(name: str) -> str:
 
 def is_safe_name(name: str) -> bool:
     """Return whether a manifest may list a file of that name."""
-    return bool(re.fullmatch(f"{PLAIN}(/{PLAIN})?", name)) and not name.lower().endswith(RESERVED)
+    return bool(re.fullmatch(f"{NAME_PATTERN}(/{NAME_PATTERN})?", name)) and not name.lower().endswith(
+        FORBIDDEN_SUFFIXES
+    )
 
 
-Ids = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
+TokenIds = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
 # One token more than an answer may have: the end token.
-Answer = Annotated[Ids, Field(min_length=1, max_length=limits.MAX_ANSWER_TOKENS + 1)]
+AnswerIds = Annotated[TokenIds, Field(min_length=1, max_length=limits.MAX_ANSWER_TOKENS + 1)]
 Quantization = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]  # llama.cpp's names, such as q4_k_m
 Fingerprint = Annotated[str, Field(pattern=r"^(\d{1,9}:[0-9a-f]{0,8192})?$")]  # pipeline/data/fingerprint.py
 Nats = Annotated[float, Field(ge=-1e9, le=1e9)]
 # A step of the quality ladder: base, adapter, q4_k_m.
-SystemName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]
-Stop = Annotated[str, Field(max_length=256)]
-FileName = Annotated[str, AfterValidator(_safe)]
-Name = Annotated[str, Field(pattern=f"^{PLAIN}$")]
+LadderStep = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]
+ShortText = Annotated[str, Field(max_length=256)]
+FileName = Annotated[str, AfterValidator(_validate_file_name)]
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 
 
-class Part(BaseModel):
+class ManifestPart(BaseModel):
     """A part of the manifest: frozen, without unknown fields."""
 
     model_config = ConfigDict(
@@ -68,7 +70,7 @@ class Part(BaseModel):
     )
 
 
-class BaseModelInfo(Part):
+class BaseModelInfo(ManifestPart):
     """The base model."""
 
     model: Text
@@ -81,7 +83,7 @@ class BaseModelInfo(Part):
     name: Text
 
 
-class Dataset(Part):
+class Dataset(ManifestPart):
     """The training data."""
 
     source: Text
@@ -98,20 +100,20 @@ class Dataset(Part):
     """By name of each local file: tells which rows changed when its sha256 differs (pipeline/data/fingerprint.py)."""
 
 
-class ChatFormat(Part):
+class ChatFormat(ManifestPart):
     """How conversations become prompts."""
 
     template: Annotated[str, Field(max_length=limits.MAX_TEMPLATE)]
     """The chat template (Jinja), as trained and as embedded in the GGUF."""
     sha256: Sha256
-    stop: Annotated[tuple[Stop, ...], Field(max_length=64)]
-    bos: Stop | None
+    stop: Annotated[tuple[ShortText, ...], Field(max_length=64)]
+    bos: ShortText | None
     bos_in_template: bool
     adds_bos: bool = False
     """Whether runtimes add the BOS in front of a prompt by themselves (tokenizer.ggml.add_bos_token)."""
     system: Message | None
     """The default system prompt, for conversations that have none."""
-    input: Stop | None = None
+    input: ShortText | None = None
     """The text between an instruction and its input in one user message, where the rows have both (Alpaca)."""
     turns: Turns | None = None
     """The template in the form of an Ollama TEMPLATE, proven on the golden prompts; None: no TEMPLATE is equivalent."""
@@ -119,7 +121,7 @@ class ChatFormat(Part):
     """What a TEMPLATE cannot express, so that the template inside the GGUF is used. Empty: it expresses everything."""
 
 
-class Generation(Part):
+class Generation(ManifestPart):
     """The default settings for generating text."""
 
     temperature: Temperature
@@ -128,7 +130,7 @@ class Generation(Part):
     max_tokens: Tokens
 
 
-class File(Part):
+class PublishedFile(ManifestPart):
     """One published file, such as the model card, the licence, or the adapter's config and tokenizer."""
 
     file: FileName
@@ -136,7 +138,7 @@ class File(Part):
     bytes: Annotated[int, Field(ge=0, le=limits.MAX_BYTES, strict=True)]
 
 
-class Artifact(File):
+class Artifact(PublishedFile):
     """A published file with weights."""
 
     kind: Literal["gguf", "adapter", "merged"]
@@ -149,16 +151,16 @@ class Artifact(File):
     default: bool = False
 
 
-class Golden(Part):
+class GoldenPrompt(ManifestPart):
     """A golden prompt: a synthetic conversation, its exact prompt and the prompt's token ids."""
 
-    messages: Annotated[tuple[dict[Stop, Message], ...], Field(min_length=1, max_length=64)]
+    messages: Annotated[tuple[dict[ShortText, Message], ...], Field(min_length=1, max_length=64)]
     add_generation_prompt: bool = True
     prompt: Annotated[str, Field(max_length=4 * limits.MAX_MESSAGE)]
-    ids: Annotated[Ids, Field(max_length=limits.MAX_GOLDEN_TOKENS)]
+    ids: Annotated[TokenIds, Field(max_length=limits.MAX_GOLDEN_TOKENS)]
 
     @model_validator(mode="after")
-    def _said(self) -> "Golden":
+    def _require_role_and_content(self) -> "GoldenPrompt":
         if not all({"role", "content"} <= message.keys() for message in self.messages):
             raise ValueError("a message has a role and a content")
         return self
@@ -183,7 +185,7 @@ class Scores(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     rule: str
     used: str
-    heldout: Annotated[dict[SystemName, Score], Field(max_length=64)]
+    heldout: Annotated[dict[LadderStep, Score], Field(max_length=64)]
     """By backend, in the order of the quality ladder."""
     notes: list[str]
 
@@ -206,33 +208,33 @@ class Provenance(TypedDict, total=False):
     packages: Annotated[dict[Text, Text | None], Field(max_length=1000)] | None
 
 
-class Smoke(Part):
+class SmokePrompt(ManifestPart):
     """A smoke prompt, and what the default artifact answered on the GPU side."""
 
     message: Message
-    ids: Annotated[Ids, Field(min_length=1, max_length=limits.MAX_PROMPT_TOKENS)]
+    ids: Annotated[TokenIds, Field(min_length=1, max_length=limits.MAX_PROMPT_TOKENS)]
     """Token ids of the rendered prompt."""
     answer: str
-    answer_ids: Answer
+    answer_ids: AnswerIds
     """Token ids of the greedy answer, with the end token when the model produced it."""
     log_probs: tuple[float, ...]
     """Natural-log probability of each answer token, given all tokens before it."""
 
     @model_validator(mode="after")
-    def _paired(self) -> "Smoke":
+    def _require_equal_lengths(self) -> "SmokePrompt":
         if len(self.answer_ids) != len(self.log_probs):
             raise ValueError("answer_ids and log_probs have different lengths")
         return self
 
 
-Goldens = Annotated[tuple[Golden, ...], Field(max_length=limits.MAX_GOLDEN_PROMPTS)]
-Smokes = Annotated[tuple[Smoke, ...], Field(max_length=limits.MAX_SMOKE_PROMPTS)]
+GoldenPrompts = Annotated[tuple[GoldenPrompt, ...], Field(max_length=limits.MAX_GOLDEN_PROMPTS)]
+SmokePrompts = Annotated[tuple[SmokePrompt, ...], Field(max_length=limits.MAX_SMOKE_PROMPTS)]
 
 
-class Manifest(Part):
+class Manifest(ManifestPart):
     """A published model: its origin, its files, and how to prompt and test it."""
 
-    schema_version: int = SCHEMA
+    schema_version: int = SCHEMA_VERSION
     id: Sha256 | None = None
     """Also written to every GGUF of the run, as ferry.manifest_id."""
     name: Name
@@ -242,41 +244,43 @@ class Manifest(Part):
     chat: ChatFormat
     generation: Generation
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=limits.MAX_FILES)]
-    files: Annotated[tuple[File, ...], Field(max_length=limits.MAX_FILES)] = ()
+    files: Annotated[tuple[PublishedFile, ...], Field(max_length=limits.MAX_FILES)] = ()
     """All other files of the repo except this manifest."""
     config: dict[str, dict]
     training: dict
     scores: Scores
     provenance: Provenance
-    golden: Goldens
-    smoke: Smokes
+    golden: GoldenPrompts
+    smoke: SmokePrompts
 
     @model_validator(mode="after")
-    def _whole(self) -> "Manifest":
-        if [a.kind for a in self.artifacts if a.default] != ["gguf"]:
+    def _require_consistent_files(self) -> "Manifest":
+        if [artifact.kind for artifact in self.artifacts if artifact.default] != ["gguf"]:
             raise ValueError("artifacts: exactly one GGUF must be the default")
         names = [item.file for item in (*self.artifacts, *self.files)]
         # Names that differ in case only are one file on a Mac's disk.
-        if len({name.lower() for name in names}) < len(names) or NAME in names:
+        if len({name.lower() for name in names}) < len(names) or FILE_NAME in names:
             raise ValueError("artifacts and files: a name stands twice")
-        if wrong := [a.file for a in self.artifacts if not a.file.endswith(SUFFIXES[a.kind])]:
-            raise ValueError(f"artifacts: {wrong[0]!r} does not end as its kind does")
-        if any(a.kind == "gguf" and "/" in a.file for a in self.artifacts):
+        if bad_names := [
+            artifact.file for artifact in self.artifacts if not artifact.file.endswith(SUFFIX_BY_KIND[artifact.kind])
+        ]:
+            raise ValueError(f"artifacts: {bad_names[0]!r} does not end as its kind does")
+        if any(artifact.kind == "gguf" and "/" in artifact.file for artifact in self.artifacts):
             raise ValueError("artifacts: a GGUF lies in no folder")
         if hashlib.sha256(self.chat.template.encode()).hexdigest() != self.chat.sha256:
             raise ValueError("chat: the template has another sha256")
         return self
 
-    def artifact(self, file: str) -> Artifact:
+    def find_artifact(self, file: str) -> Artifact:
         """Return the artifact with that file name. Raise StopIteration when there is none."""
         return next(artifact for artifact in self.artifacts if artifact.file == file)
 
-    def default(self) -> Artifact:
+    def default_artifact(self) -> Artifact:
         """Return the artifact that the Mac uses when the user names none."""
         return next(artifact for artifact in self.artifacts if artifact.default)
 
 
-def read(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
     """Return the manifest in a file.
 
     Raises:
@@ -289,10 +293,10 @@ def read(path: Path) -> Manifest:
         raise UserError(
             f"{path} cannot be read: {error.strerror}", "run the stage that writes it (`make` lists them)"
         ) from error
-    return parse(content, str(path))
+    return parse_manifest(content, str(path))
 
 
-def parse(content: bytes, where: str) -> Manifest:
+def parse_manifest(content: bytes, source: str) -> Manifest:
     """Return the manifest in `content`, which may be untrusted.
 
     Args:
@@ -303,34 +307,36 @@ def parse(content: bytes, where: str) -> Manifest:
         UserError: it is too large, newer than this reader, or not a valid manifest.
     """
     if len(content) > MAX_BYTES:
-        raise UserError(f"{where} is larger than {MAX_BYTES} bytes, which no manifest is", "is this the right repo?")
+        raise UserError(f"{source} is larger than {MAX_BYTES} bytes, which no manifest is", "is this the right repo?")
     try:
-        value = _read_json(content)
+        value = _parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON: {shown(str(error), 100)}", AGAIN) from error
-    version = _schema(value)
-    if version is not None and version > SCHEMA:
-        raise UserError(f"{where} has schema {version}, this Ferry reads up to {SCHEMA}", "update Ferry: `git pull`")
+        raise UserError(f"{source} is no JSON: {printable_line(str(error), 100)}", PUBLISH_HINT) from error
+    version = _schema_version(value)
+    if version is not None and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{source} has schema {version}, this Ferry reads up to {SCHEMA_VERSION}", "update Ferry: `git pull`"
+        )
     try:
         return Manifest.model_validate(value)
     except (ValidationError, RecursionError) as error:
-        raise UserError(f"{where} is no valid manifest: {_describe_fault(error)}", AGAIN) from error
+        raise UserError(f"{source} is no valid manifest: {_describe_fault(error)}", PUBLISH_HINT) from error
 
 
-def write(path: Path, made: Manifest) -> None:
+def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest. Raise UserError, and write nothing, when a reader would refuse it."""
-    content = files.to_json(made.model_dump(mode="json"))
-    parse(content, str(path))
-    with files.writing(path) as part:
+    content = files.encode_json(manifest.model_dump(mode="json"))
+    parse_manifest(content, str(path))
+    with files.write_atomically(path) as part:
         part.write_bytes(content)
 
 
-def refuse_invalid(parts: dict) -> None:
+def refuse_invalid_parts(parts: dict) -> None:
     """Raise UserError when `parts`, {"chat", "golden", "smoke"}, would not be valid in a manifest."""
     try:
         ChatFormat.model_validate(parts["chat"])
-        TypeAdapter(Goldens).validate_python(parts["golden"])
-        TypeAdapter(Smokes).validate_python(parts["smoke"])
+        TypeAdapter(GoldenPrompts).validate_python(parts["golden"])
+        TypeAdapter(SmokePrompts).validate_python(parts["smoke"])
     except ValidationError as error:
         raise UserError(
             f"the manifest cannot hold this: {_describe_fault(error)}",
@@ -342,16 +348,16 @@ def _describe_fault(error: ValidationError | RecursionError) -> str:
     """Return the first fault as one line: where it is, and what is wrong."""
     fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
     text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    return shown(text, 300)
+    return printable_line(text, 300)
 
 
-def _read_json(content: bytes) -> object:
+def _parse_json(content: bytes) -> object:
     """Return the JSON value in `content`.
 
     Raises:
         ValueError: it is not JSON, or only Python's reader takes it: NaN, infinity, a lone surrogate.
     """
-    value = json.loads(content, parse_constant=_refuse_constant, parse_float=_read_finite)
+    value = json.loads(content, parse_constant=_refuse_constant, parse_float=_parse_finite)
     json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
@@ -360,25 +366,25 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
-def _read_finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no number that a computer holds")
     return number
 
 
-def schema(content: bytes) -> int | None:
+def read_schema_version(content: bytes) -> int | None:
     """Return the schema version that a manifest states; None: it is not a manifest of Ferry."""
     try:
-        value = _read_json(content)
+        value = _parse_json(content)
     except (ValueError, RecursionError):
         return None
-    return _schema(value)
+    return _schema_version(value)
 
 
-def _schema(value: object) -> int | None:
+def _schema_version(value: object) -> int | None:
     version = value.get("schema_version") if isinstance(value, dict) else None
     return version if isinstance(version, int) else None
 
 
-AGAIN = "publish it again: `make publish`"
+PUBLISH_HINT = "publish it again: `make publish`"

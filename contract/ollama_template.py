@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SPACE = " \t\n\r\v\f"
+WHITE_SPACE = " \t\n\r\v\f"
 """The characters that are trimmed from the ends of a message. Jinja's trim also removes Unicode's white space."""
 
-Pair = tuple[str, str]  # (the text before, the text after)
+TextPair = tuple[str, str]  # (the text before, the text after)
 
 
 class Turns(BaseModel):
@@ -24,10 +24,10 @@ class Turns(BaseModel):
 
     start: str
     """Text before the first message when no system prompt is given; contains the template's default system prompt."""
-    system: Pair | None
+    system: TextPair | None
     """None: the format has no system prompt."""
-    user: Pair
-    assistant: Pair
+    user: TextPair
+    assistant: TextPair
     generate: str
     """Text after the last message: opens the answer."""
     place: Literal["own", "first", "last"] = "own"
@@ -35,123 +35,136 @@ class Turns(BaseModel):
     Inside a user turn, `system` replaces the text that otherwise opens it: `start` for "first", `user` for "last"."""
     trimmed: tuple[str, ...] = ()
     """Roles whose messages lose the white space at their ends."""
-    marker: Pair | None = None
+    marker: TextPair | None = None
     """(text, the opening of a user turn whose message contains that text), such as Alpaca's '### Input:'."""
 
-    def prompt(self, messages: Sequence[dict]) -> str:
+    def render_prompt(self, messages: Sequence[dict]) -> str:
         """Return the prompt for an answer to `messages`, which are passed in as Ollama passes them to its templates."""
-        messages = collated(messages)
+        messages = merge_consecutive_messages(messages)
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
         users = [i for i, m in enumerate(messages) if m["role"] == "user"]
         text = "" if self.place == "first" or (system and self.place == "own") else self.start
         for i, message in enumerate(messages):
-            role, words = message["role"], self.trim(message["role"], message["content"])
+            role, content = message["role"], self.trim(message["role"], message["content"])
             if role == "user":
-                opening = self._opening(message["content"], system, i == users[0], i == len(messages) - 1)
-                text += opening + words + self.user[1]
+                opening = self._user_opening(message["content"], system, i == users[0], i == len(messages) - 1)
+                text += opening + content + self.user[1]
             elif role == "assistant":
-                text += self.assistant[0] + words + self.assistant[1]
+                text += self.assistant[0] + content + self.assistant[1]
             elif role == "system" and self.system and self.place == "own":
-                text += self.system[0] + words + self.system[1]
+                text += self.system[0] + content + self.system[1]
         return text + self.generate
 
-    def _opening(self, words: str, system: str, first: bool, last: bool) -> str:
+    def _user_opening(self, content: str, system: str, is_first: bool, is_last: bool) -> str:
         """Return the text that opens a user turn."""
-        here = {"own": False, "first": first, "last": last}[self.place]
-        if here and system and self.system:
+        is_here = {"own": False, "first": is_first, "last": is_last}[self.place]
+        if is_here and system and self.system:
             return self.system[0] + self.trim("system", system) + self.system[1]
-        if here and self.place == "first":
+        if is_here and self.place == "first":
             return self.start
-        return self.marker[1] if self.marker and self.marker[0] in words else self.user[0]
+        return self.marker[1] if self.marker and self.marker[0] in content else self.user[0]
 
-    def trim(self, role: str, words: str) -> str:
+    def trim(self, role: str, content: str) -> str:
         """Return a message's text, without white space at its ends when the role is trimmed."""
-        return words.strip(SPACE) if role in self.trimmed else words
+        return content.strip(WHITE_SPACE) if role in self.trimmed else content
 
-    def go(self) -> str:
+    def to_go_template(self) -> str:
         """Return the TEMPLATE. It needs Ollama's .System and .Messages, and only functions of text/template."""
-        roles = [("user", self._go_opening() + self._go_words("user") + _say(self.user[1]))]
-        roles += [("assistant", _say(self.assistant[0]) + self._go_words("assistant") + _say(self.assistant[1]))]
+        roles = [("user", self._go_user_opening() + self._go_content("user") + _literal_action(self.user[1]))]
+        roles += [
+            (
+                "assistant",
+                _literal_action(self.assistant[0]) + self._go_content("assistant") + _literal_action(self.assistant[1]),
+            )
+        ]
         if self.system and self.place == "own":
-            roles.insert(0, ("system", _say(self.system[0]) + self._go_words("system") + _say(self.system[1])))
+            roles.insert(
+                0,
+                (
+                    "system",
+                    _literal_action(self.system[0]) + self._go_content("system") + _literal_action(self.system[1]),
+                ),
+            )
         branches = [f'{{{{- {"else " * (i > 0)}if eq .Role "{role}" }}}}{text}' for i, (role, text) in enumerate(roles)]
         loop = "{{- range $i, $m := .Messages }}" if self.place == "last" else "{{- range .Messages }}"
-        lines = [*self._go_start(), loop, *branches, "{{- end }}", "{{- end }}" + _say(self.generate)]
+        lines = [*self._go_prologue(), loop, *branches, "{{- end }}", "{{- end }}" + _literal_action(self.generate)]
         return "\n".join(lines)
 
-    def _go_start(self) -> list[str]:
+    def _go_prologue(self) -> list[str]:
         """Return the Go lines before the loop over the messages."""
         if self.place == "first":
             return ["{{- $first := true }}"]
         if not self.start:
             return []
         return [
-            f"{{{{- if not .System }}}}{_say(self.start)}{{{{ end }}}}" if self.place == "own" else _say(self.start)
+            f"{{{{- if not .System }}}}{_literal_action(self.start)}{{{{ end }}}}"
+            if self.place == "own"
+            else _literal_action(self.start)
         ]
 
-    def _go_opening(self) -> str:
+    def _go_user_opening(self) -> str:
         """Return the Go text that opens a user turn, with `$.System` where the system prompt is inside a user turn."""
-        usual = _say(self.user[0])
+        plain_opening = _literal_action(self.user[0])
         if self.marker:
-            usual = _holds(*self.marker, self.user[0])
+            plain_opening = _contains_action(*self.marker, self.user[0])
         if self.place == "own" or (self.place == "last" and not self.system):
-            return usual
+            return plain_opening
         before, after = self.system or ("", "")
-        system = f"{_say(before)}{self._go_words('system')}{_say(after)}"
+        system = f"{_literal_action(before)}{self._go_content('system')}{_literal_action(after)}"
         if self.place == "last":
             return (
                 f"{{{{ if and $.System (eq (len (slice $.Messages $i)) 1) }}}}{system}"
-                f"{{{{ else }}}}{usual}{{{{ end }}}}"
+                f"{{{{ else }}}}{plain_opening}{{{{ end }}}}"
             )
-        start = _say(self.start)
-        first = f"{{{{ if $.System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}" if self.system else start
-        return f"{{{{ if $first }}}}{first}{{{{ $first = false }}}}{{{{ else }}}}{usual}{{{{ end }}}}"
+        start = _literal_action(self.start)
+        first_opening = f"{{{{ if $.System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}" if self.system else start
+        return f"{{{{ if $first }}}}{first_opening}{{{{ $first = false }}}}{{{{ else }}}}{plain_opening}{{{{ end }}}}"
 
-    def _go_words(self, role: str) -> str:
+    def _go_content(self, role: str) -> str:
         """Return the Go action that prints a message's text, or the system prompt inside a user turn."""
-        words = "$.System" if role == "system" and self.place != "own" else ".Content"
-        return _trimmed(words) if role in self.trimmed else f"{{{{ {words} }}}}"
+        expression = "$.System" if role == "system" and self.place != "own" else ".Content"
+        return _trim_action(expression) if role in self.trimmed else f"{{{{ {expression} }}}}"
 
 
-def collated(messages: Sequence[dict]) -> list[dict]:
+def merge_consecutive_messages(messages: Sequence[dict]) -> list[dict]:
     """Return `messages` as Ollama passes them to a template: consecutive messages of one role become one."""
-    joined: list[dict] = []
+    merged: list[dict] = []
     for message in messages:
-        if joined and joined[-1]["role"] == message["role"]:
-            joined[-1] = joined[-1] | {"content": joined[-1]["content"] + "\n\n" + message["content"]}
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1] = merged[-1] | {"content": merged[-1]["content"] + "\n\n" + message["content"]}
         else:
-            joined.append(dict(message))
-    return joined
+            merged.append(dict(message))
+    return merged
 
 
-def _say(text: str) -> str:
+def _literal_action(text: str) -> str:
     """Return a Go action that prints a literal text, so that no trim marker removes its line ends."""
-    return f"{{{{ {_quoted(text)} }}}}" if text else ""
+    return f"{{{{ {_quote_go_string(text)} }}}}" if text else ""
 
 
-ESCAPED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+GO_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def _quoted(text: str) -> str:
+def _quote_go_string(text: str) -> str:
     """Return a Go string literal. What is not printable is escaped, because Ollama's Modelfile parser drops it."""
-    return '"' + "".join(ESCAPED.get(c) or (c if c.isprintable() else _escaped(c)) for c in text) + '"'
+    return '"' + "".join(GO_ESCAPES.get(c) or (c if c.isprintable() else _escape_character(c)) for c in text) + '"'
 
 
-def _escaped(character: str) -> str:
+def _escape_character(character: str) -> str:
     """Return a character as an escape of Go: \\uXXXX or \\UXXXXXXXX."""
     code = ord(character)
     return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
 
 
-def _trimmed(words: str) -> str:
+def _trim_action(expression: str) -> str:
     """Return Go actions that print an expression without white space at its ends.
 
     Go's templates have no trim: `$s` becomes the index of the first byte that is not white space, `$e` the end of the
     last one.
     """
-    spaces = " ".join(str(ord(c)) for c in SPACE)
+    spaces = " ".join(str(ord(c)) for c in WHITE_SPACE)
     return (
-        f"{{{{ $t := {words} }}}}{{{{ $s := len $t }}}}{{{{ $e := len $t }}}}"
+        f"{{{{ $t := {expression} }}}}{{{{ $s := len $t }}}}{{{{ $e := len $t }}}}"
         f"{{{{ range $at := len $t }}}}{{{{ if not (eq (index $t $at) {spaces}) }}}}"
         "{{ $s = $at }}{{ break }}{{ end }}{{ end }}"
         "{{ range $at := len (slice $t $s) }}{{ if $at }}{{ $cut := len (slice $t $at) }}"  # `$cut` counts down
@@ -160,7 +173,7 @@ def _trimmed(words: str) -> str:
     )
 
 
-def _holds(text: str, then: str, otherwise: str) -> str:
+def _contains_action(text: str, found_text: str, other_text: str) -> str:
     """Return Go actions that print `found_text` when the message contains `text`, else `other_text`.
 
     Go's templates have no search in a text either.
@@ -168,18 +181,18 @@ def _holds(text: str, then: str, otherwise: str) -> str:
     return (
         "{{ $t := .Content }}{{ $there := false }}{{ range $at := len $t }}"
         f"{{{{ if eq (index $t $at) {text.encode()[0]} }}}}"
-        f'{{{{ if eq (printf "%.{len(text)}s" (slice $t $at)) {_quoted(text)} }}}}'
+        f'{{{{ if eq (printf "%.{len(text)}s" (slice $t $at)) {_quote_go_string(text)} }}}}'
         "{{ $there = true }}{{ break }}{{ end }}{{ end }}{{ end }}"
-        f"{{{{ if $there }}}}{_say(then)}{{{{ else }}}}{_say(otherwise)}{{{{ end }}}}"
+        f"{{{{ if $there }}}}{_literal_action(found_text)}{{{{ else }}}}{_literal_action(other_text)}{{{{ end }}}}"
     )
 
 
-def unsayable(text: str) -> str | None:
+def find_modelfile_fault(text: str) -> str | None:
     """Return why a Modelfile cannot contain a text; None when it can.
 
     Its parser (Ollama 0.33, parser/parser.go) has no escapes, drops what is not printable, and ends a value at the
     first line that ends with the closing quotes.
     """
-    if lost := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
-        return f"drops {', '.join(f'U+{ord(c):04X}' for c in lost)}"
+    if dropped_characters := sorted({c for c in text if not c.isprintable() and c not in "\n\r\t"}):
+        return f"drops {', '.join(f'U+{ord(c):04X}' for c in dropped_characters)}"
     return 'cannot hold a line that ends with """' if re.search(r'"""[ \t]*[\r\n]', text) else None

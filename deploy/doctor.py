@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import files, gguf_reader, hub, llama_runtime
 from common.checks import Check
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import manifest, published_model
 from contract.manifest import Artifact, Manifest
 from deploy import machine, store
@@ -21,34 +21,37 @@ from deploy.apps import ollama_server as ollama
 from deploy.machine import Machine
 from deploy.stages import header_check, memory_need, pull
 
-ENVIRONMENT = "make deploy-env"
-ARM = (
+SETUP_COMMAND = "make deploy-env"
+ARM_PYTHON_HINT = (
     "/opt/homebrew/bin/brew install python@3.13   or: uv python install cpython-3.13-macos-aarch64   "
-    f"(is this terminal under Rosetta? first: arch -arm64 zsh), then {ENVIRONMENT}"
+    f"(is this terminal under Rosetta? first: arch -arm64 zsh), then {SETUP_COMMAND}"
 )
 # Llama 3.2 1B, Llama 3.2 3B and Llama 3.1 8B as q4_k_m: bytes, layers, embedding width, feed-forward width, attention
 # heads, key and value heads.
-TYPICAL = {
+TYPICAL_MODELS = {
     "1B": (0.81e9, 16, 2048, 8192, 32, 8),
     "3B": (2.02e9, 28, 3072, 8192, 24, 8),
     "8B": (4.92e9, 32, 4096, 14336, 32, 8),
 }
-LONGEST, WORDS = 131_072, 128_256  # their context length in tokens, their vocabulary size
+TYPICAL_CONTEXT, TYPICAL_VOCABULARY = 131_072, 128_256  # their context length in tokens, their vocabulary size
 
 
 @dataclass(frozen=True)
-class File:
+class RepoFile:
     """The file that `pull` would fetch."""
 
-    made: Manifest
+    manifest: Manifest
     artifact: Artifact
     header: gguf_reader.Header
     path: Path
     """Where the file is, or will be, in the store."""
 
 
-def checks(
-    repo: str | None, models: Path, quantization: str | None = None, here: Callable[[], Machine] = machine.here
+def run_doctor(
+    repo: str | None,
+    models: Path,
+    quantization: str | None = None,
+    detect_machine: Callable[[], Machine] = machine.detect_machine,
 ) -> list[Check]:
     """Run all checks and return their results. Nothing is changed, and without a repo no network is needed.
 
@@ -58,72 +61,74 @@ def checks(
         quantization: The GGUF of the repo; None takes the manifest's default.
         detect_machine: Returns the facts of this machine.
     """
-    this, computes, served = here(), llama(), ollama.version()
-    room = machine.budget(this, computes.backend not in (None, "CPU"))
-    asked, file = wanted(repo, models, quantization) if repo else ([], None)
+    this_machine, llama_cpp, ollama_version = detect_machine(), find_llama_cpp(), ollama.find_server_version()
+    memory_budget = machine.memory_budget(this_machine, llama_cpp.backend not in (None, "CPU"))
+    file_checks, file = check_repo_file(repo, models, quantization) if repo else ([], None)
     return [
-        system(this),
-        computes.check(this),
-        *tools(this, computes),
-        *asked,
-        *disks(models, file, served),
-        memory_of(this, room),
-        context(room, file) if file else typical(room),
-        in_ollama(served),
-        in_lmstudio(),
+        check_system(this_machine),
+        llama_cpp.to_check(this_machine),
+        *check_compiler(this_machine, llama_cpp),
+        *file_checks,
+        *check_disks(models, file, ollama_version),
+        check_memory(this_machine, memory_budget),
+        check_context(memory_budget, file) if file else check_typical_models(memory_budget),
+        check_ollama(ollama_version),
+        check_lmstudio(),
     ]
 
 
 # The machine and its llama.cpp
 
 
-def system(this: Machine) -> Check:
+def check_system(this_machine: Machine) -> Check:
     """Check that this Python runs natively: under Rosetta there is no Metal."""
-    text = f"{this.release}, {this.chip}, {this.arch} Python"
-    if this.rosetta:
-        return Check("system", "fault", f"{text}: made for Intel, translated by Rosetta, without Metal", ARM)
+    text = f"{this_machine.release}, {this_machine.chip}, {this_machine.arch} Python"
+    if this_machine.rosetta:
+        return Check(
+            "system", "fault", f"{text}: made for Intel, translated by Rosetta, without Metal", ARM_PYTHON_HINT
+        )
     return Check("system", "ok", text)
 
 
 @dataclass(frozen=True)
-class Llama:
+class LlamaCpp:
     """The llama.cpp of this environment. When it cannot be used, `backend` is None and `error` says why."""
 
     version: str | None
     backend: str | None
-    why: str = ""
+    error: str = ""
 
-    def check(self, this: Machine) -> Check:
+    def to_check(self, this_machine: Machine) -> Check:
         """Return the doctor's line about llama.cpp."""
         if self.version is None and not (Path(sys.prefix) / "ferry.json").is_file():
             text = "the Python environment that runs models is not set up yet: llama.cpp and 0.2 GB of packages"
-            return Check("llama.cpp", "lack", text, f"{ENVIRONMENT}, or make deploy-mac, which does it")
+            return Check("llama.cpp", "lack", text, f"{SETUP_COMMAND}, or make deploy-mac, which does it")
         if self.version is None:
-            return Check("llama.cpp", "fault", "llama-cpp-python is not in this environment", ENVIRONMENT)
+            return Check("llama.cpp", "fault", "llama-cpp-python is not in this environment", SETUP_COMMAND)
         text = f"llama-cpp-python {self.version}"
         if self.backend is None:
-            return Check("llama.cpp", "fault", f"{text} does not load: {shown(self.why)}", ENVIRONMENT)
-        if self.backend == "CPU" and this.gpu:
-            flag = "METAL" if this.system == "Darwin" else "CUDA"
-            cure = f"FERRY_LLAMA_FLAGS=-DGGML_{flag}=ON {ENVIRONMENT}   (compiles it for this GPU)"
-            return Check("llama.cpp", "lack", f"{text} computes on the CPU, {this.gpu} is not used", cure)
+            return Check("llama.cpp", "fault", f"{text} does not load: {printable_line(self.error)}", SETUP_COMMAND)
+        if self.backend == "CPU" and this_machine.gpu:
+            flag = "METAL" if this_machine.system == "Darwin" else "CUDA"
+            cure = f"FERRY_LLAMA_FLAGS=-DGGML_{flag}=ON {SETUP_COMMAND}   (compiles it for this GPU)"
+            return Check("llama.cpp", "lack", f"{text} computes on the CPU, {this_machine.gpu} is not used", cure)
         return Check("llama.cpp", "ok", f"{text}, computes on {self.backend}")
 
 
-def llama() -> Llama:
+def find_llama_cpp() -> LlamaCpp:
     """Load the llama.cpp of this environment and return its version and backend."""
     if not importlib.util.find_spec("llama_cpp"):
-        return Llama(None, None)
+        return LlamaCpp(None, None)
     version = importlib.metadata.version("llama_cpp_python")
     try:
-        return Llama(version, llama_runtime.backend())
+        return LlamaCpp(version, llama_runtime.compute_device())
     except (ImportError, OSError, RuntimeError) as error:
-        return Llama(version, None, str(error))
+        return LlamaCpp(version, None, str(error))
 
 
-def tools(this: Machine, computes: Llama) -> list[Check]:
+def check_compiler(this_machine: Machine, llama_cpp: LlamaCpp) -> list[Check]:
     """Check on a Mac that Apple's compiler is there, only where llama.cpp still has to be built."""
-    if this.system != "Darwin" or computes.version or machine.ask(["xcode-select", "-p"]):
+    if this_machine.system != "Darwin" or llama_cpp.version or machine.run_command(["xcode-select", "-p"]):
         return []
     text = "no command line tools of Xcode; llama.cpp is compiled with them where no ready one fits"
     return [Check("compiler", "lack", text, "xcode-select --install")]
@@ -132,170 +137,204 @@ def tools(this: Machine, computes: Llama) -> list[Check]:
 # The file of a repo
 
 
-def wanted(repo: str, models: Path, quantization: str | None) -> tuple[list[Check], File | None]:
+def check_repo_file(repo: str, models: Path, quantization: str | None) -> tuple[list[Check], RepoFile | None]:
     """Check the repo's file by its manifest and its header.
 
     Returns:
         The checks, and the file; None instead of the file when it cannot be used.
     """
     try:
-        found = published_model.find(repo)
-        content = found.manifest()
-        made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
-        artifact = pull.chosen(made, quantization)
-        found.refuse(artifact)
-        head, header = header_check.header(found, artifact)
-        header_check.check(head, artifact.bytes, artifact.file)
+        source = published_model.find_source(repo)
+        content = source.read_manifest()
+        model_manifest = manifest.parse_manifest(content, f"{printable_line(repo)}/{manifest.FILE_NAME}")
+        artifact = pull.choose_artifact(model_manifest, quantization)
+        source.refuse_changed(artifact)
+        header_bytes, header = header_check.read_header(source, artifact)
+        header_check.refuse_unloadable_header(header_bytes, artifact.bytes, artifact.file)
     except hub.Unreachable as error:
         return [Check("file", "lack", f"{error.message}; what was pulled before can be used", error.hint)], None
     except UserError as error:
         return [Check("file", "fault", error.message, error.hint)], None
     except OSError as error:
-        return [Check("file", "fault", f"{shown(repo)} cannot be read: {error.strerror}", "make it readable")], None
-    path = models / found.name / files.sha256_bytes(content)[:12] / artifact.file
-    kinds = [str(header.metadata.get(key, "none")) for key in (gguf_reader.ARCHITECTURE, "tokenizer.ggml.pre")]
+        return [
+            Check("file", "fault", f"{printable_line(repo)} cannot be read: {error.strerror}", "make it readable")
+        ], None
+    path = models / source.name / files.sha256_bytes(content)[:12] / artifact.file
+    header_names = [
+        str(header.metadata.get(key, "none")) for key in (gguf_reader.ARCHITECTURE_KEY, "tokenizer.ggml.pre")
+    ]
     text = (
-        f"{artifact.file}, {disk(artifact.bytes)}; "
-        f"llama.cpp knows it (architecture {kinds[0]}, pre-tokenizer {kinds[1]})"
+        f"{artifact.file}, {format_disk(artifact.bytes)}; "
+        f"llama.cpp knows it (architecture {header_names[0]}, pre-tokenizer {header_names[1]})"
     )
-    return [Check("file", "ok", shown(text))], File(made, artifact, header, path)
+    return [Check("file", "ok", printable_line(text))], RepoFile(model_manifest, artifact, header, path)
 
 
-def disks(models: Path, file: File | None, served: str | None) -> list[Check]:
+def check_disks(models: Path, file: RepoFile | None, ollama_version: str | None) -> list[Check]:
     """Check the free space of each disk that will hold a copy of the file."""
-    places: dict[int, list[tuple[str, Path, int]]] = {}
-    for name, folder, size in copies(models, file, served):
-        places.setdefault(device(folder), []).append((name, files.nearest(folder), size))
-    return [free(place, file) for place in places.values()]
+    copies_by_disk: dict[int, list[tuple[str, Path, int]]] = {}
+    for app, folder, size in list_copies(models, file, ollama_version):
+        copies_by_disk.setdefault(device_id(folder), []).append((app, files.nearest_existing_path(folder), size))
+    return [check_free_space(copies, file) for copies in copies_by_disk.values()]
 
 
-def copies(models: Path, file: File | None, served: str | None) -> list[tuple[str, Path, int]]:
+def list_copies(models: Path, file: RepoFile | None, ollama_version: str | None) -> list[tuple[str, Path, int]]:
     """Return (app, folder, bytes still to be written) for each copy of the file.
 
     The store holds the file itself, Ollama writes a copy of its own, and LM Studio gets a hard link where its folder is
     on the same disk.
     """
-    size, here = (file.artifact.bytes, file.path.is_file()) if file else (0, False)
-    found = [("store", models, 0 if here else size)]
-    if (ollama.program() or served) and ollama.local(ollama.host()):
-        made = here and store.read(file.path.with_name("ollama.json")).get("digest")
-        found.append(("Ollama", ollama.models_folder(), 0 if made else size))
-    if lmstudio.home().is_dir():
-        found.append(("LM Studio", lmstudio.models(), 0 if device(lmstudio.models()) == device(models) else size))
-    return found
+    size, is_pulled = (file.artifact.bytes, file.path.is_file()) if file else (0, False)
+    copies = [("store", models, 0 if is_pulled else size)]
+    if (ollama.find_command() or ollama_version) and ollama.is_local(ollama.server_url()):
+        is_created = is_pulled and store.read_record(file.path.with_name("ollama.json")).get("digest")
+        copies.append(("Ollama", ollama.models_folder(), 0 if is_created else size))
+    if lmstudio.home_folder().is_dir():
+        copies.append(
+            (
+                "LM Studio",
+                lmstudio.models_folder(),
+                0 if device_id(lmstudio.models_folder()) == device_id(models) else size,
+            )
+        )
+    return copies
 
 
-def device(folder: Path) -> int:
+def device_id(folder: Path) -> int:
     """Return the device number of the disk that a folder is on, or will be on."""
-    return os.stat(files.nearest(folder)).st_dev
+    return os.stat(files.nearest_existing_path(folder)).st_dev
 
 
-def free(place: list[tuple[str, Path, int]], file: File | None) -> Check:
+def check_free_space(copies: list[tuple[str, Path, int]], file: RepoFile | None) -> Check:
     """Check the free space of one disk. The copies are those of `list_copies` that this disk will hold."""
-    there, need = shutil.disk_usage(place[0][1]).free, sum(size for _, _, size in place)
-    text = f"{disk(there)} free for {', '.join(name for name, _, _ in place)}"
+    free_bytes, needed_bytes = shutil.disk_usage(copies[0][1]).free, sum(size for _, _, size in copies)
+    text = f"{format_disk(free_bytes)} free for {', '.join(app for app, _, _ in copies)}"
     if file:
-        each = ", ".join(f"{name} {disk(size)}" if size else f"{name} nothing" for name, _, size in place)
-        text = f"{disk(there)} free, {disk(need)} needed: {each}"
-    if there >= need:
+        sizes = ", ".join(f"{app} {format_disk(size)}" if size else f"{app} nothing" for app, _, size in copies)
+        text = f"{format_disk(free_bytes)} free, {format_disk(needed_bytes)} needed: {sizes}"
+    if free_bytes >= needed_bytes:
         return Check("disk", "ok", text)
-    return Check("disk", "lack", text, f"free {disk(need - there)} (`make models` lists what Ferry keeps)")
+    return Check(
+        "disk", "lack", text, f"free {format_disk(needed_bytes - free_bytes)} (`make models` lists what Ferry keeps)"
+    )
 
 
 # Memory
 
 
-def memory_of(this: Machine, room: int) -> Check:
+def check_memory(this_machine: Machine, memory_budget: int) -> Check:
     """Report the memory of this machine and how much of it a model may take, in bytes."""
-    kind = " unified" if this.unified else ""
-    other = f", {this.gpu} with {size(this.gpu_memory)}" if this.gpu and not this.unified else ""
-    return Check("memory", "ok", f"{size(this.memory)}{kind}{other}; a model may take {size(room)}")
+    kind = " unified" if this_machine.has_unified_memory else ""
+    gpu = (
+        f", {this_machine.gpu} with {format_memory(this_machine.gpu_memory)}"
+        if this_machine.gpu and not this_machine.has_unified_memory
+        else ""
+    )
+    return Check(
+        "memory",
+        "ok",
+        f"{format_memory(this_machine.memory)}{kind}{gpu}; a model may take {format_memory(memory_budget)}",
+    )
 
 
-def context(room: int, file: File) -> Check:
+def check_context(memory_budget: int, file: RepoFile) -> Check:
     """Check how much of the trained context length fits into memory."""
-    trained, weights = file.made.generation.num_ctx, file.artifact.bytes
-    fits = memory_need.context(file.header, weights, room, trained)
-    need = memory_need.need(file.header, weights, fits or memory_need.STEP)
-    if fits == trained:
-        return Check("context", "ok", f"{fits} tokens, as trained, need {size(need)}")
+    trained_tokens, weights = file.manifest.generation.num_ctx, file.artifact.bytes
+    fitting_tokens = memory_need.largest_context(file.header, weights, memory_budget, trained_tokens)
+    needed_bytes = memory_need.total_bytes(file.header, weights, fitting_tokens or memory_need.CONTEXT_STEP)
+    if fitting_tokens == trained_tokens:
+        return Check("context", "ok", f"{fitting_tokens} tokens, as trained, need {format_memory(needed_bytes)}")
     smaller = sorted(
-        a.quantization for a in file.made.artifacts if a.kind == "gguf" and a.quantization and a.bytes < weights
+        a.quantization for a in file.manifest.artifacts if a.kind == "gguf" and a.quantization and a.bytes < weights
     )
     cure = f"QUANT=one of: {', '.join(smaller)}" if smaller else "close other programs, or take a smaller model"
-    if fits:
-        return Check("context", "lack", f"{fits} of the trained {trained} tokens fit into {size(room)}", cure)
-    return Check("context", "lack", f"it needs {size(need)}, and {size(room)} are there for a model", cure)
+    if fitting_tokens:
+        return Check(
+            "context",
+            "lack",
+            f"{fitting_tokens} of the trained {trained_tokens} tokens fit into {format_memory(memory_budget)}",
+            cure,
+        )
+    return Check(
+        "context",
+        "lack",
+        f"it needs {format_memory(needed_bytes)}, and {format_memory(memory_budget)} are there for a model",
+        cure,
+    )
 
 
-def typical(room: int) -> Check:
+def check_typical_models(memory_budget: int) -> Check:
     """Report how long the context of typical models may be. It stands in for `check_context` without a file."""
-    told = []
-    for name, (weights, *shape) in TYPICAL.items():
-        fits = memory_need.context(usual(*shape), int(weights), room, LONGEST)
-        told.append(f"{name} {f'{fits} tokens' if fits else 'does not fit'}")
-    return Check("context", "ok", f"{', '.join(told)}, as q4_k_m")
+    descriptions = []
+    for name, (weights, *shape) in TYPICAL_MODELS.items():
+        fitting_tokens = memory_need.largest_context(
+            build_typical_header(*shape), int(weights), memory_budget, TYPICAL_CONTEXT
+        )
+        descriptions.append(f"{name} {f'{fitting_tokens} tokens' if fitting_tokens else 'does not fit'}")
+    return Check("context", "ok", f"{', '.join(descriptions)}, as q4_k_m")
 
 
-def usual(layers: int, width: int, wide: int, heads: int, kept: int) -> gguf_reader.Header:
+def build_typical_header(
+    layers: int, width: int, feed_forward_width: int, heads: int, kv_heads: int
+) -> gguf_reader.Header:
     """Build the header of a Llama model with these sizes, enough to estimate its memory need."""
     facts = {
         "block_count": layers,
         "embedding_length": width,
-        "feed_forward_length": wide,
-        "vocab_size": WORDS,
+        "feed_forward_length": feed_forward_width,
+        "vocab_size": TYPICAL_VOCABULARY,
         "attention.head_count": heads,
-        "attention.head_count_kv": kept,
+        "attention.head_count_kv": kv_heads,
     }
     return gguf_reader.Header(
-        3, {gguf_reader.ARCHITECTURE: "llama"} | {f"llama.{key}": value for key, value in facts.items()}, ()
+        3, {gguf_reader.ARCHITECTURE_KEY: "llama"} | {f"llama.{key}": value for key, value in facts.items()}, ()
     )
 
 
 # The apps
 
 
-def in_ollama(version: str | None) -> Check:
+def check_ollama(version: str | None) -> Check:
     """Check that Ollama answers. version: that of the server that answers; None when none does."""
-    address = ollama.host()
+    address = ollama.server_url()
     if version:
-        where = "" if ollama.local(address) else ", which is another machine"
-        return Check("Ollama", "ok", f"{shown(version, 40)} answers at {address}{where}")
-    if ollama.program():
+        location = "" if ollama.is_local(address) else ", which is another machine"
+        return Check("Ollama", "ok", f"{printable_line(version, 40)} answers at {address}{location}")
+    if ollama.find_command():
         return Check(
             "Ollama",
             "lack",
             f"installed, but nothing answers at {address}",
             "`ollama serve`, or open the app (START=1 does it)",
         )
-    return Check("Ollama", "lack", "not installed", ollama.INSTALL)
+    return Check("Ollama", "lack", "not installed", ollama.INSTALL_HINT)
 
 
-def in_lmstudio() -> Check:
+def check_lmstudio() -> Check:
     """Check that LM Studio is installed and has a runtime for GGUF files."""
-    home, command = lmstudio.home(), lmstudio.program()
+    home, command = lmstudio.home_folder(), lmstudio.find_command()
     if not home.is_dir() and not command:
-        return Check("LM Studio", "lack", "not installed", lmstudio.INSTALL)
-    text = f"models in {lmstudio.models()}, {'with' if command else 'without'} lms"
+        return Check("LM Studio", "lack", "not installed", lmstudio.INSTALL_HINT)
+    text = f"models in {lmstudio.models_folder()}, {'with' if command else 'without'} lms"
     # The folders are called <home>/extensions/backends/llama.cpp-mac-arm64-apple-metal-advsimd-2.50.0. `lms runtime ls`
     # lists them too, but it needs the app.
     engines = [path.name for path in home.glob("extensions/backends/llama.cpp-*") if path.is_dir()]
     if not engines:
         cure = "start LM Studio once, or `lms runtime get llama.cpp`"
         return Check("LM Studio", "lack", f"{text}, no runtime for GGUF files", cure)
-    return Check("LM Studio", "ok", f"{text}, {shown(max(engines, key=numbers))}")
+    return Check("LM Studio", "ok", f"{text}, {printable_line(max(engines, key=version_numbers))}")
 
 
-def numbers(name: str) -> list[int]:
+def version_numbers(name: str) -> list[int]:
     """Return the numbers of the version at the end of a name, in their order."""
     return [int(number) for number in re.findall(r"\d+", name.rpartition("-")[2])]
 
 
-def size(bytes: int) -> str:
+def format_memory(byte_count: int) -> str:
     """Format a memory size as memory is sold: 36 GB are 36 * 2^30 bytes."""
-    return f"{bytes / 2**30:.1f} GB"
+    return f"{byte_count / 2**30:.1f} GB"
 
 
-def disk(bytes: int) -> str:
+def format_disk(byte_count: int) -> str:
     """Format a size on disk as macOS counts it: 1 GB is 10^9 bytes."""
-    return f"{bytes / 1e9:.2f} GB" if bytes < 10e9 else f"{bytes / 1e9:.0f} GB"
+    return f"{byte_count / 1e9:.2f} GB" if byte_count < 10e9 else f"{byte_count / 1e9:.0f} GB"

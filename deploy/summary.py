@@ -10,21 +10,31 @@ from deploy import store
 TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merged": "merged weights, torch"}
 
 
-def text(folder: Path, repo: str) -> str:
+def render_summary(folder: Path, repo: str) -> str:
     """Return the last page that `make demo` and `make deploy-mac` print."""
-    made, path = store.passed(folder)
-    smoke = store.read(folder / "smoke.json")
+    manifest, path = store.load_tested(folder)
+    smoke = store.read_record(folder / "smoke.json")
     if not smoke:
         raise UserError(
-            f"{folder / 'smoke.json'} is damaged", f"run `make smoke {store.which(repo, folder.parent.parent)}`"
+            f"{folder / 'smoke.json'} is damaged",
+            f"run `make smoke {store.format_make_arguments(repo, folder.parent.parent)}`",
         )
     return "\n".join(
-        ["", *_made(made, path, folder), "", *_table(made), "", *_answers(smoke), "", *_talk(folder, repo)]
+        [
+            "",
+            *_file_lines(manifest, path, folder),
+            "",
+            *_score_lines(manifest),
+            "",
+            *_answer_lines(smoke),
+            "",
+            *_command_lines(folder, repo),
+        ]
     )
 
 
-def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
-    artifact = made.artifact(path.name)
+def _file_lines(manifest: Manifest, path: Path, folder: Path) -> list[str]:
+    artifact = manifest.find_artifact(path.name)
     return [
         f"{path}  {artifact.bytes / 1e6:.1f} MB",
         f"  sha256 {artifact.sha256}",
@@ -32,30 +42,33 @@ def _made(made: Manifest, path: Path, folder: Path) -> list[str]:
     ]
 
 
-def _table(made: Manifest) -> list[str]:
+def _score_lines(manifest: Manifest) -> list[str]:
     """Return the quality ladder: loss, KL and score of base model, adapter, merged model and GGUFs."""
-    if not (scores := made.scores.get("heldout")):
+    if not (scores := manifest.scores.get("heldout")):
         return ["(nothing was scored)"]
-    rows = [f"  {_title(name):<28}{s['loss']:>14.3f}{_kl(s):>14}{_percent(s):>14}" for name, s in scores.items()]
+    rows = [
+        f"  {_score_title(name):<28}{s['loss']:>14.3f}{_format_kl(s):>14}{_format_score(s):>14}"
+        for name, s in scores.items()
+    ]
     return [
-        console.wrap(f"{made.scores.get('used', 'held-out rows')}, rule: {made.scores.get('rule')}", 2),
+        console.wrap_text(f"{manifest.scores.get('used', 'held-out rows')}, rule: {manifest.scores.get('rule')}", 2),
         f"  {'':<28}{'held-out loss':>14}{'KL to 16 bit':>14}{'right':>14}",
         *rows,
-        *(f"  note: {note}" for note in made.scores.get("notes", [])),
+        *(f"  note: {note}" for note in manifest.scores.get("notes", [])),
     ]
 
 
-def _title(name: str) -> str:
+def _score_title(name: str) -> str:
     if name in TITLES:
         return TITLES[name]
     return f"{name.removesuffix('-static')} GGUF{', no imatrix' if name.endswith('-static') else ''}"
 
 
-def _kl(scores: dict) -> str:
+def _format_kl(scores: dict) -> str:
     return f"{scores['kl']:.5f}" if "kl" in scores else "-"
 
 
-def _percent(scores: dict) -> str:
+def _format_score(scores: dict) -> str:
     return (
         f"{round(scores['score'] * scores['rows'])}/{scores['rows']} {scores['score']:.1%}"
         if {"score", "rows"} <= scores.keys()
@@ -63,18 +76,18 @@ def _percent(scores: dict) -> str:
     )
 
 
-def _answers(smoke: dict) -> list[str]:
+def _answer_lines(smoke: dict) -> list[str]:
     head = (
         f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, "
         f"loaded in {smoke['load_seconds']} s, log-probabilities within {smoke['difference']} of where it was made:"
     )
-    return [console.wrap(head, 2), *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
+    return [console.wrap_text(head, 2), *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
 
 
-def _talk(folder: Path, repo: str) -> list[str]:
+def _command_lines(folder: Path, repo: str) -> list[str]:
     """Return the commands that reach the model; those of the apps that have it come first."""
-    ollama, lmstudio = store.read(folder / "ollama.json"), store.read(folder / "lmstudio.json")
-    which = store.which(repo, folder.parent.parent)
+    ollama, lmstudio = store.read_record(folder / "ollama.json"), store.read_record(folder / "lmstudio.json")
+    arguments = store.format_make_arguments(repo, folder.parent.parent)
     return [
         "talk to it:",
         *([f"  ollama run {ollama['latest'].removesuffix(':latest')}"] if ollama.get("digest") else []),
@@ -83,6 +96,6 @@ def _talk(folder: Path, repo: str) -> list[str]:
             if lmstudio.get("done")
             else []
         ),
-        f"  make chat {which}",
-        f"  make serve {which}      # OpenAI's API on 127.0.0.1:8080",
+        f"  make chat {arguments}",
+        f"  make serve {arguments}      # OpenAI's API on 127.0.0.1:8080",
     ]

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from deploy import store
 from deploy.apps import lmstudio, ollama
 
 
-def rollback(repo: str, models: Path, start: bool = False) -> tuple[Path, list[str]]:
+def roll_back(repo: str, models: Path, start: bool = False) -> tuple[Path, list[str]]:
     """Use another version: the one that `repo` names (REPO@tag), else the one pulled before the current one.
 
     The current version stays in use until the apps have the other one.
@@ -18,66 +18,76 @@ def rollback(repo: str, models: Path, start: bool = False) -> tuple[Path, list[s
     Raises:
         UserError: There is no such version, or it has not passed its smoke test.
     """
-    version = _named(repo, models) or _older(repo, models)
-    store.passed(version)
-    done = install(version, start)
-    store.use(version)
-    return version, done
+    version = _find_requested_version(repo, models) or _find_older_version(repo, models)
+    store.load_tested(version)
+    changes = update_apps(version, start)
+    store.set_current_version(version)
+    return version, changes
 
 
-def _named(repo: str, models: Path) -> Path | None:
-    return store.current(models, repo) if store.find_model(models, repo)[1] else None
+def _find_requested_version(repo: str, models: Path) -> Path | None:
+    return store.require_version(models, repo) if store.find_model(models, repo)[1] else None
 
 
-def _older(repo: str, models: Path) -> Path:
+def _find_older_version(repo: str, models: Path) -> Path:
     """Return the newest tested version that is older than the current one. Raises UserError when there is none."""
-    using, every = store.current(models, repo), store.versions(store.place(models, repo))
-    older = [version for version in every[every.index(using) + 1 :] if store.proven(version)]
+    in_use, complete = (
+        store.require_version(models, repo),
+        store.list_complete_versions(store.model_folder(models, repo)),
+    )
+    older = [version for version in complete[complete.index(in_use) + 1 :] if store.is_tested(version)]
     if not older:
         raise UserError(
-            f"there is no version of {shown(repo)} older than {using.name} on this machine that passed its smoke test",
+            f"there is no version of {printable_line(repo)} older than {in_use.name} on this machine that passed "
+            "its smoke test",
             "`make models` lists what is; `make deploy-mac REPO=you/model@v1` fetches a certain one",
         )
     return older[0]
 
 
-def install(version: Path, start: bool = False) -> list[str]:
+def update_apps(version: Path, start: bool = False) -> list[str]:
     """Install a version in each app that has any version of this model, and return a line for each."""
-    done = []
-    if store.records(version.parent, ollama.RECORD):
-        done.append(f"Ollama: {ollama.stage(version, start=start)['latest']} is {version.name}")
-    if store.records(version.parent, lmstudio.RECORD):
-        done.append(f"LM Studio: {lmstudio.stage(version)['target']}")
-    return done
+    changes = []
+    if store.read_records(version.parent, ollama.RECORD):
+        changes.append(f"Ollama: {ollama.run_ollama(version, start=start)['latest']} is {version.name}")
+    if store.read_records(version.parent, lmstudio.RECORD):
+        changes.append(f"LM Studio: {lmstudio.run_lmstudio(version)['target']}")
+    return changes
 
 
-def prune(repo: str, models: Path, keep: int, start: bool = False) -> list[tuple[Path, int]]:
+def prune_versions(repo: str, models: Path, keep: int, start: bool = False) -> list[tuple[Path, int]]:
     """Remove all versions but the `keep` newest and the one in use; return [(version, bytes that became free)].
 
     Raises UserError when the store has no current version of the model.
     """
-    folder = store.place(models, repo)
-    using, every = store.in_use(folder), store.versions(folder)
-    if not using:
-        raise UserError(f"{shown(repo)} is not in {models}", "`make models` lists what is")
-    return [(version, _gone(version, start)) for version in every[keep:] if version != using]
+    folder = store.model_folder(models, repo)
+    in_use, complete = store.current_version(folder), store.list_complete_versions(folder)
+    if not in_use:
+        raise UserError(f"{printable_line(repo)} is not in {models}", "`make models` lists what is")
+    return [(version, _remove_version(version, start)) for version in complete[keep:] if version != in_use]
 
 
-def undeploy(repo: str, models: Path, start: bool = False) -> list[tuple[Path, int]]:
+def undeploy_model(repo: str, models: Path, start: bool = False) -> list[tuple[Path, int]]:
     """Remove a model, or one version of it (REPO@tag), from Ollama, LM Studio and the store.
 
     Returns [(version, bytes that became free)]. When an app that has a version cannot be asked, it raises UserError and
     removes nothing of that version.
     """
-    going = store.matching(models, repo)
-    staying = [v for v in store.versions(store.place(models, repo)) if v not in going and store.proven(v)]
-    if staying and store.in_use(going[0].parent) in going:  # LM Studio and NAME:latest then have a version that stays
-        install(staying[0], start)
-        store.use(staying[0])
-    return [(version, _gone(version, start)) for version in going]
+    removed = store.find_matching_versions(models, repo)
+    remaining = [
+        v
+        for v in store.list_complete_versions(store.model_folder(models, repo))
+        if v not in removed and store.is_tested(v)
+    ]
+    if (
+        remaining and store.current_version(removed[0].parent) in removed
+    ):  # LM Studio and NAME:latest then have a version that stays
+        update_apps(remaining[0], start)
+        store.set_current_version(remaining[0])
+    return [(version, _remove_version(version, start)) for version in removed]
 
 
-def _gone(version: Path, start: bool) -> int:
+def _remove_version(version: Path, start: bool) -> int:
     """Remove a version and return the bytes that became free. The apps come first: the records say what they have."""
-    back = ollama.gone(version, start) + lmstudio.gone(version)
-    return back + store.forget(version)
+    freed_bytes = ollama.remove_version(version, start) + lmstudio.remove_version(version)
+    return freed_bytes + store.delete_version(version)

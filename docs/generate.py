@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cli.main import ferry
-from cli.settings import settings_of
+from cli.settings import list_make_settings
 from cli.table import SECTIONS, load_command
 from pipeline.config.schema import Config
 
@@ -174,7 +174,7 @@ def help_of(command: click.Command, name: str) -> str:
 def make_settings_line(command: click.Command) -> list[str]:
     pairs = [
         f"`{name}`" + (f" (`{parameter.opts[0]}`)" if parameter.opts[0].startswith("-") else "")
-        for name, parameter in settings_of(command).items()
+        for name, parameter in list_make_settings(command).items()
         if not getattr(parameter, "hidden", False)
     ]
     return [f"In make: {', '.join(pairs)}.", ""] if pairs else []

@@ -33,7 +33,7 @@ class Case:
     """A real template, as it would be trained, and what was derived from it."""
 
     name: str
-    trained: prompt_parity.Trained | None
+    trained: prompt_parity.TrainedFormat | None
     """None: Ferry refuses to train it, and `reasons` says why."""
     adds: bool
     turns: Turns | None
@@ -42,7 +42,7 @@ class Case:
     @property
     def asking(self) -> list[dict]:
         """The golden conversations that want an answer, with the prompt that a TEMPLATE must give."""
-        return prompt_parity.asking(self.trained.golden, self.trained.tokenizer.bos_token, self.adds)
+        return prompt_parity.select_answer_prompts(self.trained.golden, self.trained.tokenizer.bos_token, self.adds)
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def cases() -> tuple[Case, ...]:
         text = vocabularies.header(name)["tokenizer.chat_template"]
         found.append(case(f"{name} (inside its vocabulary's GGUF)", family, text))
     for name, family in test_templates.NAMED.items():
-        found.append(case(f"{name} (Ferry's)", family, chat_template.source(name, None)))
+        found.append(case(f"{name} (Ferry's)", family, chat_template.read_template_text(name, None)))
     return tuple(found)
 
 
@@ -62,17 +62,19 @@ def case(name: str, family: "test_templates.Family | None", text: str) -> Case:
     with tempfile.TemporaryDirectory() as folder:
         stand_in(family or test_templates.WILLING, text).save_pretrained(folder)
         try:
-            tokenizer, facts, _ = chat_template.load(Path(folder), "tokenizer", test_templates.DAY)
+            tokenizer, facts, _ = chat_template.load_chat_tokenizer(Path(folder), "tokenizer", test_templates.DAY)
         except UserError as error:
             return Case(name, None, False, None, [str(error).splitlines()[0].removeprefix("error: ")])
     return derived(name, tokenizer, facts)
 
 
-def derived(name: str, tokenizer: PreTrainedTokenizerFast, facts: chat_template.Chat) -> Case:
+def derived(name: str, tokenizer: PreTrainedTokenizerFast, facts: chat_template.ChatFormat) -> Case:
     """What `verify` would derive."""
-    trained = prompt_parity.Trained(tokenizer, golden_prompts.golden(tokenizer), facts.ends, ())
+    trained = prompt_parity.TrainedFormat(
+        tokenizer, golden_prompts.build_golden_prompts(tokenizer), facts.end_tokens, ()
+    )
     adds = bool(tokenizer.bos_token) and tokenizer.bos_token_id in tokenizer("").input_ids
-    return Case(name, trained, adds, *prompt_parity.ollama(trained, adds))
+    return Case(name, trained, adds, *prompt_parity.derive_ollama_turns(trained, adds))
 
 
 def stand_in(family: "test_templates.Family", text: str) -> PreTrainedTokenizerFast:

@@ -1,19 +1,19 @@
 """Choose the instance that a job asks for: of the types on offer, the one that costs least for the whole job."""
 
 from common.errors import UserError
-from launch.provider import Machine, Offer, Order
+from launch.provider import InstanceRequest, InstanceType, Machine
 from pipeline.plan import estimate as plans
 from pipeline.plan import gpu_table
 
-SETUP = 1.0  # hours for the environment, for downloads and for all that the plan does not count
-SLACK = 1.5  # the time limit allows so many times the hours of the plan
-UNPLANNED = 3.0  # hours, where there is no plan
+SETUP_HOURS = 1.0  # hours for the environment, for downloads and for all that the plan does not count
+TIME_LIMIT_FACTOR = 1.5  # the time limit allows so many times the hours of the plan
+UNPLANNED_HOURS = 3.0  # hours, where there is no plan
 
 
-def order(
+def choose_cheapest_instance(
     machine: Machine,
-    work: plans.Work | None,
-    disk: int,
+    work: plans.Workload | None,
+    disk_bytes: int,
     image: str,
     *,
     gpu: str | None,
@@ -21,7 +21,7 @@ def order(
     spot: bool,
     hours: float | None,
     dollars: float | None,
-) -> tuple[Order, plans.Plan | None]:
+) -> tuple[InstanceRequest, plans.TrainingPlan | None]:
     """Return the request for the cheapest instance that can do the job, and the plan of the job on it.
 
     Args:
@@ -38,43 +38,47 @@ def order(
     Raises:
         UserError: No type of instance on offer will do.
     """
-    fitting, why = [], []
-    for offer in machine.offers:
-        if bool(offer.card) == cpu or (gpu and not called(offer, gpu)):
+    candidates, reasons = [], []
+    for instance_type in machine.instance_types:
+        if bool(instance_type.gpu_name) == cpu or (gpu and not has_gpu_name(instance_type, gpu)):
             continue
-        plan = planned(offer, work, disk)
-        why += [f"{offer.name}: {plan}"] if isinstance(plan, str) else []
-        fitting += [] if isinstance(plan, str) else [(offer, plan)]
-    if not fitting:
-        named = ", ".join(offer.name for offer in machine.offers)
+        plan = plan_on_instance(instance_type, work, disk_bytes)
+        reasons += [f"{instance_type.name}: {plan}"] if isinstance(plan, str) else []
+        candidates += [] if isinstance(plan, str) else [(instance_type, plan)]
+    if not candidates:
+        names = ", ".join(instance_type.name for instance_type in machine.instance_types)
         raise UserError(
-            "no machine that is offered will do" + "".join(f"\n  {line}" for line in why),
-            f"offered are {named or 'none'}; GPU=name takes one, `make plan` says what fits which card",
+            "no machine that is offered will do" + "".join(f"\n  {line}" for line in reasons),
+            f"offered are {names or 'none'}; GPU=name takes one, `make plan` says what fits which card",
         )
-    offer, plan = min(fitting, key=cost)
-    limit = hours or (SETUP + SLACK * plan.hours if plan else UNPLANNED)
-    if hours is None and dollars is not None and offer.dollars:
-        limit = min(limit, dollars / offer.dollars)
-    return Order(offer, limit, disk, image, spot), plan
+    instance_type, plan = min(candidates, key=job_cost_key)
+    time_limit = hours or (SETUP_HOURS + TIME_LIMIT_FACTOR * plan.hours if plan else UNPLANNED_HOURS)
+    if hours is None and dollars is not None and instance_type.dollars_per_hour:
+        time_limit = min(time_limit, dollars / instance_type.dollars_per_hour)
+    return InstanceRequest(instance_type, time_limit, disk_bytes, image, spot), plan
 
 
-def called(offer: Offer, gpu: str) -> bool:
+def has_gpu_name(instance_type: InstanceType, gpu: str) -> bool:
     """Return whether `gpu` names this type of instance, or the GPU in it."""
-    card = gpu_table.find(offer.card)
-    return gpu.lower() in (offer.name.lower(), card.name.lower() if card else "")
+    table_gpu = gpu_table.find_gpu(instance_type.gpu_name)
+    return gpu.lower() in (instance_type.name.lower(), table_gpu.name.lower() if table_gpu else "")
 
 
-def planned(offer: Offer, work: plans.Work | None, disk: int) -> plans.Plan | None | str:
+def plan_on_instance(
+    instance_type: InstanceType, work: plans.Workload | None, disk_bytes: int
+) -> plans.TrainingPlan | None | str:
     """Return the plan on this type of instance, None when none can be made, or the reason why it will not do."""
-    if offer.disk is not None and offer.disk < disk:
-        return f"{offer.disk / 1e9:.0f} GB of disk, {disk / 1e9:.0f} are needed"
-    if not offer.card or work is None:
+    if instance_type.disk_bytes is not None and instance_type.disk_bytes < disk_bytes:
+        return f"{instance_type.disk_bytes / 1e9:.0f} GB of disk, {disk_bytes / 1e9:.0f} are needed"
+    if not instance_type.gpu_name or work is None:
         return None
-    card = gpu_table.find(offer.card)
-    return plans.on(card, work) if card else f"{gpu_table.TABLE} has no {offer.card}"
+    table_gpu = gpu_table.find_gpu(instance_type.gpu_name)
+    return (
+        plans.plan_on_gpu(table_gpu, work) if table_gpu else f"{gpu_table.TABLE_PATH} has no {instance_type.gpu_name}"
+    )
 
 
-def cost(found: tuple[Offer, plans.Plan | None]) -> tuple[bool, float]:
+def job_cost_key(candidate: tuple[InstanceType, plans.TrainingPlan | None]) -> tuple[bool, float]:
     """Return a sort key: the cost of the whole job; instances without a known price come last."""
-    offer, plan = found
-    return offer.dollars is None, (offer.dollars or 0) * (plan.hours if plan else 1)
+    instance_type, plan = candidate
+    return instance_type.dollars_per_hour is None, (instance_type.dollars_per_hour or 0) * (plan.hours if plan else 1)

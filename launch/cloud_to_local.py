@@ -13,19 +13,20 @@ from common.errors import UserError
 from contract import manifest
 from launch import choose_instance as orders
 from launch import fetch_result, job_script, rescue, source_archive, upload_files, watch_job
-from launch.costs import Session, ask
-from launch.provider import Job, Launcher, Machine, Order, State
+from launch.costs import JobSession, confirm_cost
+from launch.provider import InstanceRequest, Job, JobState, Machine, Provider
 from pipeline.config import load
 from pipeline.config.schema import Config
 from pipeline.plan import estimate as plans
 from pipeline.plan import gpu_table
 from pipeline.preflight import check_run
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from pipeline.run.run_stages import run_stages
 from pipeline.toolchain import git
 
 # Variables of this machine that the job gets. They go over the connection, and stand in no file and no argument.
-PASSED = (
+FORWARDED_VARIABLES = (
     "HF_TOKEN",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
@@ -36,12 +37,12 @@ PASSED = (
     "FERRY_SILENCE_SECONDS",
     "FERRY_DEVICE",
 )
-STARTED = "started.json"
-ENVIRONMENT = {"cuda": 9e9, "cpu": 4e9}  # peak bytes of disk: packages and the build of llama.cpp
+START_FILE = "started.json"
+ENVIRONMENT_BYTES = {"cuda": 9e9, "cpu": 4e9}  # peak bytes of disk: packages and the build of llama.cpp
 
 
 @dataclass(frozen=True)
-class Wish:
+class LaunchOptions:
     """What the user typed."""
 
     overrides: tuple[str, ...] = ()
@@ -50,9 +51,9 @@ class Wish:
     """NAME=VALUE for the job's `make`, such as DOCKER=0."""
     teardown: str | None = None
     """The command that ends what bills."""
-    limit: float | None = None
+    max_dollars: float | None = None
     """The most that the job may cost, in dollars."""
-    yes: bool = False
+    assume_yes: bool = False
     """Start without asking."""
     checkpoints: str | None = None
     """Repo for the checkpoints of a machine of yours; those of a rented instance always go to a repo."""
@@ -66,14 +67,16 @@ class Wish:
     @property
     def device(self) -> str:
         """Return what the job trains on: 'cuda' or 'cpu'."""
-        return self.typed("DEVICE", "cuda")
+        return self.get_setting("DEVICE", "cuda")
 
-    def typed(self, name: str, otherwise: str) -> str:
+    def get_setting(self, name: str, default: str) -> str:
         """Return the value of a setting for the job's `make`, or the default."""
-        return dict(word.split("=", 1) for word in self.settings).get(name, otherwise)
+        return dict(setting.split("=", 1) for setting in self.settings).get(name, default)
 
 
-def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wish, lock: int | None = None) -> dict:
+def run_cloud_to_local(
+    config_file: Path, run: Run, provider: Provider, cloud: str, options: LaunchOptions, lock: int | None = None
+) -> dict:
     """Train a config at a provider, fetch the result, and write and return cloud.json.
 
     The record's `repo` is what `make deploy-mac` takes.
@@ -89,349 +92,400 @@ def stage(config_file: Path, run: Run, launcher: Launcher, cloud: str, wish: Wis
     Raises:
         UserError: What went wrong. What still bills has been reported before.
     """
-    settings = load.load_config(config_file, wish.overrides)
-    name = run.folder.name
-    notes = run.folder / "cloud"
-    refuse_folder(settings, launcher)
-    refuse_choice(launcher, wish)
-    job = prepared(settings, run, launcher, wish)
-    if record := here_already(run, job):
+    config = load.load_config(config_file, options.overrides)
+    run_name = run.folder.name
+    cloud_folder = run.folder / "cloud"
+    refuse_folder_hub(config, provider)
+    refuse_instance_options(provider, options)
+    job = build_job(config, run, provider, options)
+    if record := find_earlier_result(run, job):
         return record
-    session = Session(
-        launcher,
-        name,
-        stopping(cloud, name, wish),
-        wish.teardown,
-        running=started(run, launcher),
-        home=notes / "rescued",
+    session = JobSession(
+        provider,
+        run_name,
+        stop_command(cloud, run_name, options),
+        options.teardown,
+        is_running=has_unfinished_job(run, provider),
+        rescue_folder=cloud_folder / "rescued",
     )
-    with session.billed():
-        state = found(session, job)
-        if not session.running and state.code != 0:
-            machine = launched_on(launcher, wish)
-            checked(config_file, run, launcher, wish, lock)
-            job = with_files(job, settings, run)
-            work = work_of(settings, run)
-            need = disk_of(settings, work, wish)
-            if launcher.rented:
-                order, plan = ordered(machine, work, need, wish)
-                job = replace(job, order=order)
+    with session.report_costs_on_exit():
+        state = find_existing_job(session, job)
+        if not session.is_running and state.exit_code != 0:
+            machine = require_suitable_machine(provider, options)
+            run_local_checks(config_file, run, provider, options, lock)
+            job = add_job_files(job, config, run)
+            work = estimate_work(config, run)
+            disk_bytes = estimate_disk_bytes(config, work, options)
+            if provider.is_rented:
+                request, plan = choose_instance_request(machine, work, disk_bytes, options)
+                job = replace(job, instance_request=request)
             else:
-                plan = planned(settings, work, machine)
-            if state.word == "absent":
-                refuse_full_disk(need, launcher, machine)
-                job = replace(job, files=job.files | brought_home(run))
-            if state.word == "absent" or launcher.rented:
+                plan = plan_on_machine(config, work, machine)
+            if state.status == "absent":
+                refuse_full_disk(disk_bytes, provider, machine)
+                job = replace(job, files=job.files | find_rescued_files(run))
+            if state.status == "absent" or provider.is_rented:
                 # it is of an earlier machine, and a log holds the output of one machine only
-                files.set_aside(notes / "log")
-            agree(settings, work, plan, job, session, machine, wish)
-            files.write_json(notes / STARTED, {"where": launcher.where})
-            begin(session, job, "train", wish)
-        state = watched(session, job, notes / "log")
-        files.remove(notes / STARTED)
-        repo = delivered(launcher, job, run)
-        rescue.remove_copies(session.home)
-    billing = session.ended()
+                files.set_aside(cloud_folder / "log")
+            confirm_start(config, work, plan, job, session, machine, options)
+            files.write_json(cloud_folder / START_FILE, {"where": provider.label})
+            submit_job(session, job, "train", options)
+        state = wait_for_job(session, job, cloud_folder / "log")
+        files.remove(cloud_folder / START_FILE)
+        repo = fetch_job_result(provider, job, run)
+        rescue.remove_rescued_copies(session.rescue_folder)
+    billing = session.teardown_and_report()
     record = {
         "repo": repo,
-        "where": launcher.where,
+        "where": provider.label,
         "commit": state.commit,
-        "config": digest(job),
+        "config": config_sha256(job),
         "billing": billing,
     }
     files.write_json(run.folder / "cloud.json", record)
     return record
 
 
-def stop_job(launcher: Launcher, folder: Path, teardown: str | None) -> str:
+def stop_job(provider: Provider, run_folder: Path, teardown: str | None) -> str:
     """Tell the job of a run to write its state and end, wait for that, and return what still bills."""
-    name = folder.name
+    job_name = run_folder.name
     # is_running=True: a job is taken to run until the provider says that it does not
-    session = Session(launcher, name, "the same command", teardown, running=True, home=folder / "cloud" / "rescued")
-    with session.billed():
-        session.running = launcher.state(name).word == "running"
-        if session.running:
-            launcher.stop(name)
-            watch_job.through(launcher, name, folder / "cloud" / "log")
-            session.running = False
-    return session.ended(well=False)
+    session = JobSession(
+        provider,
+        job_name,
+        "the same command",
+        teardown,
+        is_running=True,
+        rescue_folder=run_folder / "cloud" / "rescued",
+    )
+    with session.report_costs_on_exit():
+        session.is_running = provider.read_job_state(job_name).status == "running"
+        if session.is_running:
+            provider.stop_job(job_name)
+            watch_job.watch_until_end(provider, job_name, run_folder / "cloud" / "log")
+            session.is_running = False
+    return session.teardown_and_report(succeeded=False)
 
 
-def stopping(cloud: str, name: str, wish: Wish) -> str:
+def stop_command(cloud: str, run_name: str, options: LaunchOptions) -> str:
     """Return the command that ends the job, with the settings by which it finds the job where it was started."""
-    more = (" SPOT=1" if wish.spot else "") + (f" CHECKPOINTS={wish.checkpoints}" if wish.checkpoints else "")
-    return f"`make cloud-stop CLOUD={cloud} RUN={name}{more}`"
+    extra_settings = (" SPOT=1" if options.spot else "") + (
+        f" CHECKPOINTS={options.checkpoints}" if options.checkpoints else ""
+    )
+    return f"`make cloud-stop CLOUD={cloud} RUN={run_name}{extra_settings}`"
 
 
-def here_already(run: Run, job: Job) -> dict | None:
+def find_earlier_result(run: Run, job: Job) -> dict | None:
     """Return cloud.json when the result of this very config was fetched before; its machine may be gone by now."""
-    note = run.folder / "cloud.json"
-    said = files.read_json(note) if note.is_file() else {}
-    if said.get("config") != digest(job):
+    record_file = run.folder / "cloud.json"
+    record = files.read_json(record_file) if record_file.is_file() else {}
+    if record.get("config") != config_sha256(job):
         return None
-    gone = hub.is_folder(said["repo"]) and not (Path(said["repo"]) / manifest.NAME).is_file()
-    return None if gone else said
+    is_lost = hub.is_folder(record["repo"]) and not (Path(record["repo"]) / manifest.FILE_NAME).is_file()
+    return None if is_lost else record
 
 
-def digest(job: Job) -> str:
+def config_sha256(job: Job) -> str:
     """Return the sha256 of the job's config, as JobState has it."""
     return files.sha256_bytes(job.config.encode())
 
 
-def started(run: Run, launcher: Launcher) -> bool:
+def has_unfinished_job(run: Run, provider: Provider) -> bool:
     """Return whether this run was started at this provider and was not seen to end."""
-    note = run.folder / "cloud" / STARTED
-    return note.is_file() and files.read_json(note).get("where") == launcher.where
+    start_file = run.folder / "cloud" / START_FILE
+    return start_file.is_file() and files.read_json(start_file).get("where") == provider.label
 
 
-def refuse_folder(settings: Config, launcher: Launcher) -> None:
+def refuse_folder_hub(config: Config, provider: Provider) -> None:
     """Raise UserError when the result would go into a folder of an instance, which is lost when that is given back."""
-    if launcher.rented and hub.is_folder(settings.publish.repo):
+    if provider.is_rented and hub.is_folder(config.publish.repo):
         raise UserError(
-            f"publish.repo is {settings.publish.repo}, a folder, and {launcher.where} keeps none",
+            f"publish.repo is {config.publish.repo}, a folder, and {provider.label} keeps none",
             'a repo of the Hub: SET="publish.repo={user}/{run}-GGUF"',
         )
 
 
-def refuse_choice(launcher: Launcher, wish: Wish) -> None:
+def refuse_instance_options(provider: Provider, options: LaunchOptions) -> None:
     """Raise UserError when the options choose an instance and the job runs on a machine of yours."""
-    if not launcher.rented and (wish.gpu or wish.hours):
+    if not provider.is_rented and (options.gpu or options.hours):
         raise UserError(
-            f"GPU and HOURS choose a machine that is rented, and {launcher.where} is there already",
+            f"GPU and HOURS choose a machine that is rented, and {provider.label} is there already",
             "leave them out, or CLOUD=sky or hf-jobs",
         )
 
 
-def prepared(settings: Config, run: Run, launcher: Launcher, wish: Wish) -> Job:
+def build_job(config: Config, run: Run, provider: Provider, options: LaunchOptions) -> Job:
     """Return the job without its files, which are known once the data stage has read them."""
-    changed, _ = upload_files.moved(settings.model_dump(mode="json"))
-    url = git.checkout()["url"]
-    name, head = run.folder.name, source_archive.head(source_archive.ROOT)
-    typed = [word for word in wish.settings if not (launcher.rented and word.startswith("IMAGE="))]
-    typed += [f"CHECKPOINTS={wish.checkpoints}"] if wish.checkpoints and not launcher.rented else []
-    return Job(name, name, source_archive.ROOT, head, url, upload_files.dump(changed), settings=tuple(typed))
+    job_config, _ = upload_files.relocate_paths(config.model_dump(mode="json"))
+    url = git.describe_checkout()["url"]
+    run_name, commit = run.folder.name, source_archive.head_commit(source_archive.ROOT)
+    make_settings = [
+        setting for setting in options.settings if not (provider.is_rented and setting.startswith("IMAGE="))
+    ]
+    make_settings += [f"CHECKPOINTS={options.checkpoints}"] if options.checkpoints and not provider.is_rented else []
+    return Job(
+        run_name,
+        run_name,
+        source_archive.ROOT,
+        commit,
+        url,
+        upload_files.dump_config(job_config),
+        settings=tuple(make_settings),
+    )
 
 
-def found(session: Session, job: Job) -> State:
+def find_existing_job(session: JobSession, job: Job) -> JobState:
     """Return the state of the job at the provider.
 
     A job of that name with another config counts as died. Raises UserError when such a job still runs.
     """
-    launcher, state = session.launcher, session.launcher.state(job.name)
-    session.running = state.word == "running"
-    other = state.config and state.config != digest(job)
-    if other and session.running:
+    provider, state = session.provider, session.provider.read_job_state(job.name)
+    session.is_running = state.status == "running"
+    is_other_config = state.config_sha256 and state.config_sha256 != config_sha256(job)
+    if is_other_config and session.is_running:
         raise UserError(
-            f"{launcher.where} runs {job.name} already, with another config",
+            f"{provider.label} runs {job.name} already, with another config",
             "wait for it, or start this one beside it: RUN=another-name",
         )
-    if session.running:
-        code = "" if state.commit == job.commit else f", by the code of {state.commit[:12]}, not of {job.commit[:12]}"
-        hub.say(f"{launcher.where}: {job.name} runs there already{code}")
-    return replace(state, word="died", code=None) if other else state
+    if session.is_running:
+        code_note = (
+            "" if state.commit == job.commit else f", by the code of {state.commit[:12]}, not of {job.commit[:12]}"
+        )
+        hub.print_message(f"{provider.label}: {job.name} runs there already{code_note}")
+    return replace(state, status="died", exit_code=None) if is_other_config else state
 
 
-def checked(config_file: Path, run: Run, launcher: Launcher, wish: Wish, lock: int | None) -> None:
+def run_local_checks(config_file: Path, run: Run, provider: Provider, options: LaunchOptions, lock: int | None) -> None:
     """Make the rows and run the preflight here, which takes seconds.
 
     Raises UserError, or ends with the exit code of the data stage.
     """
     run_stages(run, "data", lock)
-    leaving = getattr(launcher, "checkpoints", wish.checkpoints)
-    for text in check_run.stage(load.load_config(config_file, wish.overrides), run, here=False, checkpoints=leaving):
-        hub.say(f"preflight: {text}")
+    checkpoints_repo = getattr(provider, "checkpoints", options.checkpoints)
+    for warning in check_run.run_preflight(
+        load.load_config(config_file, options.overrides), run, trains_here=False, checkpoints=checkpoints_repo
+    ):
+        hub.print_message(f"preflight: {warning}")
 
 
-def with_files(job: Job, settings: Config, run: Run) -> Job:
+def add_job_files(job: Job, config: Config, run: Run) -> Job:
     """Return the job with the files that its config names and the commit does not contain."""
-    _, moves = upload_files.moved(settings.model_dump(mode="json"))
-    beside = upload_files.below(moves, run.read("data")["inputs"])
-    sent = upload_files.untold(job.repository, job.commit, beside)
-    if left := source_archive.left_behind(job.repository, {str(path) for path in beside.values()}):
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        hub.say(f"note: {', '.join(left[:5])}{more}: not committed as they are here; what travels is {job.commit[:12]}")
-    return replace(job, files=sent)
+    _, tree_paths = upload_files.relocate_paths(config.model_dump(mode="json"))
+    config_files = upload_files.list_job_files(tree_paths, run.read_record(DataRecord).inputs)
+    files_to_send = upload_files.select_uncommitted_files(job.repository, job.commit, config_files)
+    if unsent_names := source_archive.list_unsent_files(job.repository, {str(path) for path in config_files.values()}):
+        more_note = f" and {len(unsent_names) - 5} more" if len(unsent_names) > 5 else ""
+        hub.print_message(
+            f"note: {', '.join(unsent_names[:5])}{more_note}: not committed as they are here; "
+            f"what travels is {job.commit[:12]}"
+        )
+    return replace(job, files=files_to_send)
 
 
-def brought_home(run: Run) -> dict[str, Path]:
+def find_rescued_files(run: Run) -> dict[str, Path]:
     """Return path in the tree -> local file of what an earlier machine made of the run before it was given back."""
-    found = rescue.along(run.folder / "cloud" / "rescued", run.folder.name)
-    if found:
-        hub.say(f"{run.folder.name} goes on there with what was brought home")
-    return found
+    rescued_files = rescue.list_rescued_files(run.folder / "cloud" / "rescued", run.folder.name)
+    if rescued_files:
+        hub.print_message(f"{run.folder.name} goes on there with what was brought home")
+    return rescued_files
 
 
-def launched_on(launcher: Launcher, wish: Wish) -> Machine:
+def require_suitable_machine(provider: Provider, options: LaunchOptions) -> Machine:
     """Return what the provider has, if it can do the job. Raises UserError for what would fail there after minutes."""
-    machine = launcher.look()
+    machine = provider.inspect_machine()
     if not machine.system.startswith("Linux"):
-        raise UserError(f"{launcher.where} is {machine.system}; Ferry trains on Linux", "CLOUD=ssh://user@a-linux-box")
-    if machine.lacks:
+        raise UserError(f"{provider.label} is {machine.system}; Ferry trains on Linux", "CLOUD=ssh://user@a-linux-box")
+    if machine.missing_programs:
         raise UserError(
-            f"{launcher.where} has no {', '.join(machine.lacks)}",
+            f"{provider.label} has no {', '.join(machine.missing_programs)}",
             "install it there (sudo apt-get install make python3 python3-venv python3-dev g++ util-linux), "
             "then the same command",
         )
-    if machine.unwritable:
+    if machine.unwritable_folder:
         raise UserError(
-            f"{launcher.where}: nothing can be written in {machine.unwritable}",
+            f"{provider.label}: nothing can be written in {machine.unwritable_folder}",
             "name another folder: CLOUD=ssh://user@box/folder",
         )
-    if not machine.cards and wish.device != "cpu":
+    if not machine.gpu_names and options.device != "cpu":
         raise UserError(
-            f"{launcher.where} {'offers' if launcher.rented else 'has'} no NVIDIA GPU"
-            f"{'' if launcher.rented else ' that answers'}",
+            f"{provider.label} {'offers' if provider.is_rented else 'has'} no NVIDIA GPU"
+            f"{'' if provider.is_rented else ' that answers'}",
             "take another one, or train on a processor: DEVICE=cpu",
         )
     return machine
 
 
-def ordered(machine: Machine, work: plans.Work | None, need: int, wish: Wish) -> tuple[Order, plans.Plan | None]:
+def choose_instance_request(
+    machine: Machine, work: plans.Workload | None, disk_bytes: int, options: LaunchOptions
+) -> tuple[InstanceRequest, plans.TrainingPlan | None]:
     """Return the request for the cheapest instance that fits the options, and the plan on it."""
-    return orders.order(
+    return orders.choose_cheapest_instance(
         machine,
         work,
-        need,
-        wish.typed("IMAGE", job_script.IMAGE),
-        gpu=wish.gpu,
-        cpu=wish.device == "cpu",
-        spot=wish.spot,
-        hours=wish.hours,
-        dollars=wish.limit,
+        disk_bytes,
+        options.get_setting("IMAGE", job_script.DEFAULT_IMAGE),
+        gpu=options.gpu,
+        cpu=options.device == "cpu",
+        spot=options.spot,
+        hours=options.hours,
+        dollars=options.max_dollars,
     )
 
 
-def agree(
-    settings: Config,
-    work: plans.Work | None,
-    plan: plans.Plan | None,
+def confirm_start(
+    config: Config,
+    work: plans.Workload | None,
+    plan: plans.TrainingPlan | None,
     job: Job,
-    session: Session,
+    session: JobSession,
     machine: Machine,
-    wish: Wish,
+    options: LaunchOptions,
 ) -> None:
     """Show the plan and ask the user to confirm hours and price; the same run on the same machine is asked for once."""
-    where = session.launcher.where
-    note = session.home.with_name("agreed.json")
-    order = job.order
-    card = order.offer.name if order else machine.cards[0] if machine.cards else "CPU"
-    this = {"where": where, "config": digest(job), "cards": [card] if order else list(machine.cards)}
-    this |= {"hours": order.hours, "dollars": order.offer.dollars, "spot": order.spot} if order else {}
-    before = note.is_file() and files.read_json(note) == this
-    if plan and not before:
-        console.say(plans.detail(plan, settings, work))
-    hourly = order.offer.dollars if order else plan.card.dollars_per_hour if plan else None
-    dollars = plan.hours * hourly if plan and hourly is not None else None
-    about = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
-    cost = f"about {plans.duration(3600 * plan.hours)}{about}" if plan else "hours and price are not known"
-    cost += f", set-up and downloads not counted{at_most(order)}"
-    if order and (dollars is None or wish.hours):  # the time limit is all that is known, or the user set it
-        dollars = order.most
-    ask(f"{job.run} on {where} ({card}): {cost}", dollars, wish.limit, wish.yes or before)
-    files.write_json(note, this)
+    label = session.provider.label
+    agreed_file = session.rescue_folder.with_name("agreed.json")
+    request = job.instance_request
+    gpu_name = request.instance_type.name if request else machine.gpu_names[0] if machine.gpu_names else "CPU"
+    terms = {"where": label, "config": config_sha256(job), "cards": [gpu_name] if request else list(machine.gpu_names)}
+    terms |= (
+        {"hours": request.hours, "dollars": request.instance_type.dollars_per_hour, "spot": request.spot}
+        if request
+        else {}
+    )
+    was_confirmed = agreed_file.is_file() and files.read_json(agreed_file) == terms
+    if plan and not was_confirmed:
+        console.print_message(plans.format_plan(plan, config, work))
+    dollars_per_hour = (
+        request.instance_type.dollars_per_hour if request else plan.gpu_type.dollars_per_hour if plan else None
+    )
+    dollars = plan.hours * dollars_per_hour if plan and dollars_per_hour is not None else None
+    price_text = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
+    cost_text = f"about {plans.duration(3600 * plan.hours)}{price_text}" if plan else "hours and price are not known"
+    cost_text += f", set-up and downloads not counted{describe_max_cost(request)}"
+    if request and (dollars is None or options.hours):  # the time limit is all that is known, or the user set it
+        dollars = request.max_dollars
+    confirm_cost(
+        f"{job.run_name} on {label} ({gpu_name}): {cost_text}",
+        dollars,
+        options.max_dollars,
+        options.assume_yes or was_confirmed,
+    )
+    files.write_json(agreed_file, terms)
 
 
-def at_most(order: Order | None) -> str:
+def describe_max_cost(request: InstanceRequest | None) -> str:
     """Return the most that a rented instance can cost, for a message; empty for a machine of yours."""
-    if not order:
+    if not request:
         return ""
-    most = f", ${order.most:.2f}" if order.most is not None else ""
-    hourly = f" at ${order.offer.dollars:.2f} an hour" if order.offer.dollars is not None else ""
-    return f"; at most {plans.duration(3600 * order.hours)}{most}{hourly}{', spot' if order.spot else ''}"
+    dollars_text = f", ${request.max_dollars:.2f}" if request.max_dollars is not None else ""
+    hourly_text = (
+        f" at ${request.instance_type.dollars_per_hour:.2f} an hour"
+        if request.instance_type.dollars_per_hour is not None
+        else ""
+    )
+    return (
+        f"; at most {plans.duration(3600 * request.hours)}{dollars_text}{hourly_text}{', spot' if request.spot else ''}"
+    )
 
 
-def disk_of(settings: Config, work: plans.Work | None, wish: Wish) -> int:
+def estimate_disk_bytes(config: Config, work: plans.Workload | None, options: LaunchOptions) -> int:
     """Return the bytes of disk that the environment and the whole run need."""
-    return round(ENVIRONMENT[wish.device] + (sum(plans.space_of(settings, work).values()) if work else 0))
+    return round(
+        ENVIRONMENT_BYTES[options.device] + (sum(plans.estimate_disk_parts(config, work).values()) if work else 0)
+    )
 
 
-def refuse_full_disk(need: int, launcher: Launcher, machine: Machine) -> None:
+def refuse_full_disk(disk_bytes: int, provider: Provider, machine: Machine) -> None:
     """Raise UserError when a machine of yours has too little free disk."""
-    if not launcher.rented and machine.free < need:
+    if not provider.is_rented and machine.free_bytes < disk_bytes:
         raise UserError(
-            f"{launcher.where} has {machine.free / 1e9:.1f} GB of disk free where the job goes, "
-            f"it needs {need / 1e9:.1f} GB",
+            f"{provider.label} has {machine.free_bytes / 1e9:.1f} GB of disk free where the job goes, "
+            f"it needs {disk_bytes / 1e9:.1f} GB",
             "take a box with more disk, or name a larger folder: CLOUD=ssh://user@box/folder",
         )
 
 
-def planned(settings: Config, work: plans.Work | None, machine: Machine) -> plans.Plan | None:
+def plan_on_machine(config: Config, work: plans.Workload | None, machine: Machine) -> plans.TrainingPlan | None:
     """Return the plan on the machine's first GPU; None when configs/gpus.csv does not have it.
 
     Raises UserError when the training does not fit.
     """
-    card = gpu_table.find(machine.cards[0]) if machine.cards else None
-    made = plans.on(card, work) if card and work else None
-    if isinstance(made, str):
-        raise UserError(f"{settings.base.model} on {card.name}: {made}", "`make plan` names the cards that fit")
-    return made
+    gpu = gpu_table.find_gpu(machine.gpu_names[0]) if machine.gpu_names else None
+    plan = plans.plan_on_gpu(gpu, work) if gpu and work else None
+    if isinstance(plan, str):
+        raise UserError(f"{config.base.model} on {gpu.name}: {plan}", "`make plan` names the cards that fit")
+    return plan
 
 
-def work_of(settings: Config, run: Run) -> plans.Work | None:
+def estimate_work(config: Config, run: Run) -> plans.Workload | None:
     """Return what the training needs; None for a model that is no plain decoder, whose need is known when it runs."""
     try:
-        return plans.work(settings, run)
+        return plans.load_workload(config, run)
     except UserError as error:
-        hub.say(f"plan: {error.message}")
+        hub.print_message(f"plan: {error.message}")
         return None
 
 
-def begin(session: Session, job: Job, goal: str, wish: Wish) -> None:
+def submit_job(session: JobSession, job: Job, goal: str, options: LaunchOptions) -> None:
     """Send the job and start `make <goal>`; from then on the session counts as running."""
-    launcher = session.launcher
-    hub.say(f"{launcher.where}: sending {job.commit[:12]}")
-    launcher.send(job)
-    passed = environment(wish)
-    hub.say(f"{launcher.where}: starting `make {goal}`" + (f", with {', '.join(passed)} of here" if passed else ""))
-    session.running = True  # before the call, which may fail after the job has started
+    provider = session.provider
+    hub.print_message(f"{provider.label}: sending {job.commit[:12]}")
+    provider.send_job(job)
+    variables = job_environment(options)
+    hub.print_message(
+        f"{provider.label}: starting `make {goal}`" + (f", with {', '.join(variables)} of here" if variables else "")
+    )
+    session.is_running = True  # before the call, which may fail after the job has started
     try:
-        launcher.start(job, goal, passed)
+        provider.start_job(job, goal, variables)
     except UserError:
-        session.running = not launcher.rented or may_run(launcher, job.name)
+        session.is_running = not provider.is_rented or can_be_running(provider, job.name)
         raise
 
 
-def may_run(launcher: Launcher, name: str) -> bool:
+def can_be_running(provider: Provider, job_name: str) -> bool:
     """Return whether a provider that refused a job may run it all the same."""
     try:
-        return launcher.state(name).word == "running"
+        return provider.read_job_state(job_name).status == "running"
     except UserError:
         return True
 
 
-def environment(wish: Wish) -> dict[str, str]:
+def job_environment(options: LaunchOptions) -> dict[str, str]:
     """Return the variables of this machine's environment that the job gets, and the Hub's token."""
-    passed = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
-    if token := hub.token():
-        passed["HF_TOKEN"] = token
-    return passed | ({"FERRY_DEVICE": "cpu"} if wish.device == "cpu" else {})
+    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if os.environ.get(name)}
+    if token := hub.read_token():
+        variables["HF_TOKEN"] = token
+    return variables | ({"FERRY_DEVICE": "cpu"} if options.device == "cpu" else {})
 
 
-def watched(session: Session, job: Job, log: Path) -> State:
+def wait_for_job(session: JobSession, job: Job, log: Path) -> JobState:
     """Show the job's log until it ends and return its state. Raises UserError when it failed."""
-    session.running = True
-    state = watch_job.through(session.launcher, job.name, log)
-    session.running = False
-    if state.word == "ended" and state.code == 0:
+    session.is_running = True
+    state = watch_job.watch_until_end(session.provider, job.name, log)
+    session.is_running = False
+    if state.status == "ended" and state.exit_code == 0:
         return state
-    ended = f"ended: {state.why}" if state.why else f"ended with exit code {state.code}"
-    ends = {
-        "ended": ended,
-        "absent": "is not there any more" if session.launcher.rented else "is gone, with its folder",
-    } | ({"died": ended} if state.why else {})
-    how = ends.get(state.word, "ended without a word (killed, or the machine was switched off)")
+    end_text = f"ended: {state.reason}" if state.reason else f"ended with exit code {state.exit_code}"
+    endings = {
+        "ended": end_text,
+        "absent": "is not there any more" if session.provider.is_rented else "is gone, with its folder",
+    } | ({"died": end_text} if state.reason else {})
+    ending = endings.get(state.status, "ended without a word (killed, or the machine was switched off)")
     raise UserError(
-        f"`make {state.goal or 'train'}` on {session.launcher.where} {how}; its log is above and in {log}",
+        f"`make {state.goal or 'train'}` on {session.provider.label} {ending}; its log is above and in {log}",
         "see what it says; the same command goes on from its records",
     )
 
 
-def delivered(launcher: Launcher, job: Job, run: Run) -> str:
+def fetch_job_result(provider: Provider, job: Job, run: Run) -> str:
     """Fetch what the job published and return the repo that `make deploy-mac` takes.
 
     Note where the rows made there differ from the rows made here.
     """
-    if run.done("data"):
-        for text in fetch_result.same_rows(run.read("data"), fetch_result.record(launcher, job.name, job.run, "data")):
-            hub.say(f"note: the rows made there are others than those made here: {text}")
-    return fetch_result.home(launcher, job.name, job.run, Path("hub"))
+    if run.is_done("data"):
+        for difference in fetch_result.list_row_differences(
+            run.read_record(DataRecord), fetch_result.read_remote_record(provider, job.name, job.run_name, DataRecord)
+        ):
+            hub.print_message(f"note: the rows made there are others than those made here: {difference}")
+    return fetch_result.fetch_published_repo(provider, job.name, job.run_name, Path("hub"))

@@ -11,57 +11,60 @@ import click
 from common import hub
 from common.errors import UserError
 from launch import rescue
-from launch.provider import Launcher
+from launch.provider import Provider
 
 
 @dataclass
-class Session:
+class JobSession:
     """One job at a provider, from its start to the report of what it costs."""
 
-    launcher: Launcher
-    name: str
-    stop: str
+    provider: Provider
+    job_name: str
+    stop_command: str
     """The command that ends a running job, as the end of a sentence."""
     teardown: str | None = None
     """The user's own command that ends what bills."""
-    running: bool = False
+    is_running: bool = False
     """Whether the job may run at this moment."""
-    home: Path | None = None
+    rescue_folder: Path | None = None
     """The folder that gets what the run made before a teardown, when the job did not end well."""
 
     @contextmanager
-    def billed(self):
+    def report_costs_on_exit(self):
         """Report what still costs money as the last lines of a failure, after a teardown if no job runs."""
         try:
             yield self
         except BaseException:
-            report = self.ended(well=False)
-            hub.say(report)
+            report = self.teardown_and_report(succeeded=False)
+            hub.print_message(report)
             raise
 
-    def ended(self, well: bool = True) -> str:
+    def teardown_and_report(self, succeeded: bool = True) -> str:
         """Run the teardown, unless the job runs or its work would be lost, and return what still costs money."""
-        if self.running:
+        if self.is_running:
             return (
-                f"still running on {self.launcher.where}: {self.name}; {self.stop} ends it. "
-                f"{self.launcher.bill(self.name, self.running)}"
+                f"still running on {self.provider.label}: {self.job_name}; {self.stop_command} ends it. "
+                f"{self.provider.describe_costs(self.job_name, self.is_running)}"
             )
-        if not (teardown := self.teardown or self.launcher.teardown(self.name)):
-            return f"{self.name} does not run on {self.launcher.where}. {self.launcher.bill(self.name, self.running)}"
-        if self.home and not well:
-            why = rescue.bring(self.launcher, self.name, self.name, self.home)
-            if why:
+        if not (teardown := self.teardown or self.provider.teardown_command(self.job_name)):
+            return (
+                f"{self.job_name} does not run on {self.provider.label}. "
+                f"{self.provider.describe_costs(self.job_name, self.is_running)}"
+            )
+        if self.rescue_folder and not succeeded:
+            reason = rescue.rescue_run(self.provider, self.job_name, self.job_name, self.rescue_folder)
+            if reason:
                 return (
-                    f"TEARDOWN was not run: what {self.name} made cannot be brought home ({why}). "
-                    f"{self.launcher.bill(self.name, self.running)}"
+                    f"TEARDOWN was not run: what {self.job_name} made cannot be brought home ({reason}). "
+                    f"{self.provider.describe_costs(self.job_name, self.is_running)}"
                 )
-        code = subprocess.run(["sh", "-c", teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
-        if code:
-            return f"TEARDOWN failed (exit {code}): {self.launcher.where} still bills; `{teardown}` was to end it"
-        return f"TEARDOWN has ended {self.launcher.where}: `{teardown}`"
+        exit_code = subprocess.run(["sh", "-c", teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
+        if exit_code:
+            return f"TEARDOWN failed (exit {exit_code}): {self.provider.label} still bills; `{teardown}` was to end it"
+        return f"TEARDOWN has ended {self.provider.label}: `{teardown}`"
 
 
-def ask(what: str, dollars: float | None, limit: float | None, yes: bool) -> None:
+def confirm_cost(summary: str, dollars: float | None, max_dollars: float | None, assume_yes: bool) -> None:
     """Ask the user to confirm the cost; nothing is started without a yes.
 
     Args:
@@ -73,16 +76,16 @@ def ask(what: str, dollars: float | None, limit: float | None, yes: bool) -> Non
     Raises:
         UserError: The price is over the limit, the user said no, or there is no terminal to ask on.
     """
-    if limit is not None and (dollars is None or dollars > limit):
-        price = "a price that is not known" if dollars is None else f"about ${dollars:.2f}"
+    if max_dollars is not None and (dollars is None or dollars > max_dollars):
+        price_text = "a price that is not known" if dollars is None else f"about ${dollars:.2f}"
         raise UserError(
-            f"{what}: {price}, the limit is ${limit:.2f}",
+            f"{summary}: {price_text}, the limit is ${max_dollars:.2f}",
             "raise MAX_DOLLARS, take a cheaper card, or correct its line in configs/gpus.csv",
         )
-    if yes:
-        hub.say(what)
+    if assume_yes:
+        hub.print_message(summary)
         return
     if not sys.stdin.isatty():
-        raise UserError(f"{what}: nobody is here to agree to it", "the same command with YES=1")
-    if not click.confirm(f"{what}. Start it?", err=True):
+        raise UserError(f"{summary}: nobody is here to agree to it", "the same command with YES=1")
+    if not click.confirm(f"{summary}. Start it?", err=True):
         raise UserError("not started", "the same command asks again")

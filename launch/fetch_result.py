@@ -1,116 +1,126 @@
 """Fetch the result of a job: from the Hub, or over the connection to it, where each file is checked by its sha256."""
 
-import json
 from pathlib import Path
 
 from common import console, files, hub
 from common.errors import UserError
 from contract import manifest
-from launch.provider import Launcher, Lost
-from launch.watch_job import Patience
-from pipeline.publish.stage import claim_hub_folder, hub_folder
+from launch.provider import ConnectionLost, Provider
+from launch.watch_job import RetryTimer
+from pipeline.publish.folder_hub import claim_hub_folder, hub_folder
+from pipeline.run.records import DataRecord, PublishRecord, RecordType
 from pipeline.run.run_folder import Run
 
-MOST = 64 << 20  # bytes of a record
+MAX_RECORD_BYTES = 64 << 20  # bytes of a record
 
 
-def record(launcher: Launcher, name: str, run: str, stage: str) -> dict:
-    """Return the record that a stage of the job's run wrote. Raises UserError when it is not JSON."""
+def read_remote_record(provider: Provider, job_name: str, run_name: str, record_type: type[RecordType]) -> RecordType:
+    """Return the record that a stage of the job's run wrote. Raises UserError when it is no such record."""
+    stage = record_type.model_fields["stage"].default
     try:
-        return json.loads(small(launcher, name, f"runs/{run}/{stage}.json"))
+        return record_type.model_validate_json(read_remote_file(provider, job_name, f"runs/{run_name}/{stage}.json"))
     except ValueError as error:
         raise UserError(
-            f"{launcher.where}: runs/{run}/{stage}.json is no record: {error}", "delete it there, then the same command"
+            f"{provider.label}: runs/{run_name}/{stage}.json is no record: {str(error).splitlines()[0]}",
+            "delete it there, then the same command",
         ) from None
 
 
-def small(launcher: Launcher, name: str, path: str) -> bytes:
+def read_remote_file(provider: Provider, job_name: str, path: str) -> bytes:
     """Return a file of the job's folder. Raises UserError when it does not exist or is larger than 64 MiB."""
     content = bytearray()
-    for block in launcher.rest(name, path):
+    for block in provider.read_file(job_name, path):
         content += block
-        if len(content) > MOST:
-            raise UserError(f"{path} on {launcher.where} is larger than any record", f"see to {path} there")
+        if len(content) > MAX_RECORD_BYTES:
+            raise UserError(f"{path} on {provider.label} is larger than any record", f"see to {path} there")
     return bytes(content)
 
 
-def home(launcher: Launcher, name: str, run: str, hubs: Path) -> str:
+def fetch_published_repo(provider: Provider, job_name: str, run_name: str, hubs_folder: Path) -> str:
     """Return the repo on the Hub that the job published; download it first when it is a folder hub at the provider.
 
     The result is what `make deploy-mac REPO=` takes.
     """
-    said = record(launcher, name, run, "publish")
-    if not hub.is_folder(said["repo"]):
-        return f"{said['repo']}@{said['tag']}"
-    model = Run(Path(run)).model
-    target = hub_folder(f"./{hubs / model}", model)
+    record = read_remote_record(provider, job_name, run_name, PublishRecord)
+    if not hub.is_folder(record.repo):
+        return record.repo_with_tag
+    model = Run(Path(run_name)).model_name
+    target = hub_folder(f"./{hubs_folder / model}", model)
     claim_hub_folder(target, model)
-    brought(launcher, name, said["repo"], target)
+    download_folder_hub(provider, job_name, record.repo, target)
     return f"./{target}"
 
 
-def brought(launcher: Launcher, name: str, there: str, target: Path) -> None:
+def download_folder_hub(provider: Provider, job_name: str, remote_folder: str, target: Path) -> None:
     """Download a folder hub, its manifest last. Files that are complete here already are not downloaded again."""
-    content = small(launcher, name, f"{there}/{manifest.NAME}")
-    made = manifest.parse(content, f"{launcher.where}:{there}/{manifest.NAME}")
-    if (target / manifest.NAME).is_file() and (target / manifest.NAME).read_bytes() != content:
-        files.remove(target / manifest.NAME)  # an old manifest must not describe new files
-    for item in (*made.artifacts, *made.files):
-        fetch(launcher, name, f"{there}/{item.file}", target / item.file, item)
-    with files.writing(target / manifest.NAME) as part:
-        part.write_bytes(content)
+    manifest_bytes = read_remote_file(provider, job_name, f"{remote_folder}/{manifest.FILE_NAME}")
+    remote_manifest = manifest.parse_manifest(manifest_bytes, f"{provider.label}:{remote_folder}/{manifest.FILE_NAME}")
+    if (target / manifest.FILE_NAME).is_file() and (target / manifest.FILE_NAME).read_bytes() != manifest_bytes:
+        files.remove(target / manifest.FILE_NAME)  # an old manifest must not describe new files
+    for entry in (*remote_manifest.artifacts, *remote_manifest.files):
+        download_file(provider, job_name, f"{remote_folder}/{entry.file}", target / entry.file, entry)
+    with files.write_atomically(target / manifest.FILE_NAME) as part:
+        part.write_bytes(manifest_bytes)
 
 
-def fetch(launcher: Launcher, name: str, there: str, target: Path, item: manifest.File) -> None:
+def download_file(
+    provider: Provider, job_name: str, remote_path: str, target: Path, entry: manifest.PublishedFile
+) -> None:
     """Download one file; after a lost connection only what was in transit is sent again.
 
     Raises UserError when the file has another sha256 than the manifest says.
     """
-    if target.is_file() and target.stat().st_size == item.bytes and files.sha256(target) == item.sha256:
+    if target.is_file() and target.stat().st_size == entry.bytes and files.sha256(target) == entry.sha256:
         return
-    part = target.with_name(f".{target.name}.{item.sha256[:12]}.part")
+    part = target.with_name(f".{target.name}.{entry.sha256[:12]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _filled(launcher, name, there, part, item)
-        if files.sha256(part) != item.sha256:
+        _download_with_retries(provider, job_name, remote_path, part, entry)
+        if files.sha256(part) != entry.sha256:
             files.remove(part)
             raise UserError(
-                f"{target.name} from {launcher.where} is not the file that was published", "run the same command again"
+                f"{target.name} from {provider.label} is not the file that was published", "run the same command again"
             )
-        files.sync(part)
+        files.fsync_tree(part)
         part.replace(target)
     except OSError as error:
-        raise files.translated(error, target) from error
+        raise files.translate_write_error(error, target) from error
 
 
-def _filled(launcher: Launcher, name: str, there: str, part: Path, item: manifest.File) -> None:
+def _download_with_retries(
+    provider: Provider, job_name: str, remote_path: str, part: Path, entry: manifest.PublishedFile
+) -> None:
     """Download the whole file into `part`, and retry after each lost connection. Progress resets the time limit."""
-    waiting, have = Patience(), 0
+    retry_timer, byte_count = RetryTimer(), 0
     while True:
         try:
-            return _append(launcher, name, there, part, item)
-        except Lost as error:
-            if part.is_file() and part.stat().st_size > have:
-                waiting, have = Patience(), part.stat().st_size
-            waiting.for_another_try(error)
+            return _append_missing_bytes(provider, job_name, remote_path, part, entry)
+        except ConnectionLost as error:
+            if part.is_file() and part.stat().st_size > byte_count:
+                retry_timer, byte_count = RetryTimer(), part.stat().st_size
+            retry_timer.pause_or_raise(error)
 
 
-def _append(launcher: Launcher, name: str, there: str, part: Path, item: manifest.File) -> None:
+def _append_missing_bytes(
+    provider: Provider, job_name: str, remote_path: str, part: Path, entry: manifest.PublishedFile
+) -> None:
     """Download what `part` does not have yet, over one connection."""
-    have = part.stat().st_size if part.is_file() else 0
-    if have >= item.bytes:
+    offset = part.stat().st_size if part.is_file() else 0
+    if offset >= entry.bytes:
         return
-    with console.progress(item.bytes, item.file, "B") as tick, part.open("ab") as out:
-        tick(have)
-        for block in launcher.rest(name, there, have):
-            out.write(block)
+    with console.show_progress(entry.bytes, entry.file, "B") as tick, part.open("ab") as file:
+        tick(offset)
+        for block in provider.read_file(job_name, remote_path, offset):
+            file.write(block)
             tick(len(block))
 
 
-def same_rows(local: dict, there: dict) -> list[str]:
+def list_row_differences(local: DataRecord, remote: DataRecord) -> list[str]:
     """Return how the training and held-out rows made there differ from those made here; empty when all bytes agree."""
-    said = []
+    differences = []
     for output in ("train", "heldout"):
-        a, b = (record["outputs"][output]["sha256"] for record in (local, there))
-        said += [f"{output}: {a[:12]} here, {b[:12]} there"] if a != b else []
-    return said
+        local_sha256, remote_sha256 = (record.outputs[output].sha256 for record in (local, remote))
+        differences += (
+            [f"{output}: {local_sha256[:12]} here, {remote_sha256[:12]} there"] if local_sha256 != remote_sha256 else []
+        )
+    return differences

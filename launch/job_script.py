@@ -8,14 +8,14 @@ instance that replaces another one resumes where that one was.
 import shlex
 from dataclasses import dataclass
 
-from launch.provider import Job, Order
+from launch.provider import InstanceRequest, Job
 
-IMAGE = "python:3.12-bookworm"  # Python 3.11 or newer with headers, make and g++: what `make env` needs
-SECRET = ("HF_TOKEN", "WANDB_API_KEY")
-SAVING = 180  # seconds before the provider's own time limit in which the state is written and uploaded
+DEFAULT_IMAGE = "python:3.12-bookworm"  # Python 3.11 or newer with headers, make and g++: what `make env` needs
+SECRET_VARIABLES = ("HF_TOKEN", "WANDB_API_KEY")
+SAVE_SECONDS = 180  # seconds before the provider's own time limit in which the state is written and uploaded
 # The same rule as claim in ssh_box.sh: a folder with both marks is a job's, a new one becomes a job's, and nothing is
 # unpacked over anything else. The token goes to the Hub only, never to where the Hub redirects us.
-UNPACK = (
+UNPACK_CODE = (
     "import os, sys, tarfile, urllib.request as u; marks = ['job/commit', 'job/listing']; "
     "names = os.listdir() + (os.listdir('job') if os.path.isdir('job') else []); "
     "strange = sorted({*names} - {'job', 'commit', 'listing'}) if not all(map(os.path.isfile, marks)) else []; "
@@ -29,18 +29,18 @@ UNPACK = (
 
 
 @dataclass(frozen=True)
-class Task:
+class JobTask:
     """A job from which each provider makes its own request."""
 
     name: str
-    order: Order
-    line: str
+    instance_request: InstanceRequest
+    command_line: str
     """For `sh -c`; a single line, because some providers take no more."""
     environment: dict[str, str]
     secrets: dict[str, str]
 
 
-def of(job: Job, goal: str, passed: dict[str, str], where: str) -> Task:
+def build_task(job: Job, goal: str, variables: dict[str, str], job_url: str) -> JobTask:
     """Return the task that runs `make <goal>` for a job.
 
     Args:
@@ -49,21 +49,21 @@ def of(job: Job, goal: str, passed: dict[str, str], where: str) -> Task:
         variables: The environment that the job gets; those of SECRET_VARIABLES become secrets.
         job_url: Address of the job's files on the Hub; it ends in a slash.
     """
-    secrets = {name: passed[name] for name in SECRET if name in passed}
-    environment = {name: value for name, value in passed.items() if name not in secrets}
-    environment |= {"FERRY_JOB": where, "PYTHONUNBUFFERED": "1"}
-    return Task(job.name, job.order, line(job, goal), environment, secrets)
+    secrets = {name: variables[name] for name in SECRET_VARIABLES if name in variables}
+    environment = {name: value for name, value in variables.items() if name not in secrets}
+    environment |= {"FERRY_JOB": job_url, "PYTHONUNBUFFERED": "1"}
+    return JobTask(job.name, job.instance_request, build_command_line(job, goal), environment, secrets)
 
 
-def line(job: Job, goal: str) -> str:
+def build_command_line(job: Job, goal: str) -> str:
     """Return the command line that unpacks a job, downloads its data and runs `make <goal>` within the time limit."""
-    stop = max(job.order.seconds - SAVING, job.order.seconds // 2)
-    words = [
+    make_seconds = max(job.instance_request.timeout_seconds - SAVE_SECONDS, job.instance_request.timeout_seconds // 2)
+    make_words = [
         "make",
         "--no-print-directory",
         goal,
         "CONFIG=job/config.yaml",
-        f"RUN={job.run}",
+        f"RUN={job.run_name}",
         "RUNS=runs",
         "DOCKER=0",
         *job.settings,
@@ -73,8 +73,8 @@ def line(job: Job, goal: str) -> str:
     steps = [
         f'mkdir -p "$HOME/ferry/{job.name}"',
         f'cd "$HOME/ferry/{job.name}"',
-        f"python3 -W ignore -c {shlex.quote(UNPACK)}",
+        f"python3 -W ignore -c {shlex.quote(UNPACK_CODE)}",
         "python3 launch/providers/fetch_data.py",
-        f"exec timeout --foreground -k {SAVING} {stop} {shlex.join(words)}",
+        f"exec timeout --foreground -k {SAVE_SECONDS} {make_seconds} {shlex.join(make_words)}",
     ]
     return " && ".join(steps)

@@ -10,15 +10,15 @@ from launch import source_archive, upload_files
 from pipeline.config import references
 from pipeline.data import fingerprint
 
-LINES = (".jsonl", ".json", ".csv")  # files of lines: git's copy can be shown next to the local one
+LINE_SUFFIXES = (".jsonl", ".json", ".csv")  # files of lines: git's copy can be shown next to the local one
 
 
-def moved(settings: dict) -> tuple[dict, dict[str, str]]:
+def relocate_published_paths(config: dict) -> tuple[dict, dict[str, str]]:
     """Return the config with paths in the sent tree, and {path on the machine that trained: path in the tree}."""
-    return upload_files.moved(settings, _path)
+    return upload_files.relocate_paths(config, _is_local_path)
 
 
-def _path(section: str, key: str, value: str) -> bool:
+def _is_local_path(section: str, key: str, value: str) -> bool:
     """Return whether the value was a path on the machine that trained.
 
     A name on the Hub, of a package or of one of Ferry's templates stays what it is.
@@ -32,7 +32,7 @@ def _path(section: str, key: str, value: str) -> bool:
     )
 
 
-def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> dict[str, Path]:
+def find_source_files(manifest: Manifest, config: dict, commit: str, data: Path | None) -> dict[str, Path]:
     """Return path in the sent tree -> local file of all that the config names and this machine has.
 
     Data is found by its sha256; a data file that the commit contains need not be here.
@@ -46,93 +46,110 @@ def located(made: Manifest, settings: dict, commit: str, data: Path | None) -> d
     Raises:
         UserError: A data file is missing or differs; the message shows the rows.
     """
-    given = {path: files.sha256(path) for path in _given(made, data)}
-    _, moves = moved(settings)
-    found, missing = {}, []
-    for name, digest in made.dataset.sha256.items():
-        path = next((path for path, its in given.items() if its == digest), None) or _as_named(name, digest)
+    data_files = {path: files.sha256(path) for path in _list_data_files(manifest, data)}
+    _, tree_paths = relocate_published_paths(config)
+    source_files, missing = {}, []
+    for name, sha256 in manifest.dataset.sha256.items():
+        path = next((path for path, file_sha256 in data_files.items() if file_sha256 == sha256), None) or _find_by_name(
+            name, sha256
+        )
         if path:
-            found[_there(name, moves)] = path
-        elif not _held(commit, name, digest):
+            source_files[_data_path_in_tree(name, tree_paths)] = path
+        elif not _is_in_commit(commit, name, sha256):
             missing.append(name)
-    names = {Path(name).name for name in missing}
-    strange = [path for path, its in given.items() if its not in made.dataset.sha256.values()]
-    strange = [path for path in strange if path == data or path.name in names]
-    if missing or strange:
-        raise changed(made, commit, missing, strange)
+    missing_names = {Path(name).name for name in missing}
+    unknown_files = [
+        path for path, file_sha256 in data_files.items() if file_sha256 not in manifest.dataset.sha256.values()
+    ]
+    unknown_files = [path for path in unknown_files if path == data or path.name in missing_names]
+    if missing or unknown_files:
+        raise data_mismatch_error(manifest, commit, missing, unknown_files)
     # The manifest may be a stranger's: of this machine's files only those of the checkout are sent by their names.
-    others = {target: Path(value) for value, target in moves.items() if target == value and Path(value).is_file()}
-    return {name: path for name, path in others.items() if name not in made.dataset.sha256} | found
+    checkout_files = {
+        target: Path(value) for value, target in tree_paths.items() if target == value and Path(value).is_file()
+    }
+    return {name: path for name, path in checkout_files.items() if name not in manifest.dataset.sha256} | source_files
 
 
-def _given(made: Manifest, data: Path | None) -> list[Path]:
+def _list_data_files(manifest: Manifest, data: Path | None) -> list[Path]:
     """Return the files that DATA names. Raises UserError when there are none, or when the data is on the Hub."""
     if data is None:
         return []
-    found = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
-    if not found:
+    paths = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
+    if not paths:
         raise UserError(f"DATA={data}: no such file or folder", "name the file, or the folder, that it was trained on")
-    if not made.dataset.sha256:
+    if not manifest.dataset.sha256:
         raise UserError(
-            f"{made.name} was trained on {made.dataset.source} from the Hub, at {made.dataset.revision}",
+            f"{manifest.name} was trained on {manifest.dataset.source} from the Hub, at {manifest.dataset.revision}",
             "leave out DATA",
         )
-    return found
+    return paths
 
 
-def _as_named(name: str, digest: str) -> Path | None:
+def _find_by_name(name: str, sha256: str) -> Path | None:
     """Return the file at the path that the manifest names, if this machine has it with the same sha256."""
     path = Path(name).expanduser()
-    return path if path.is_file() and files.sha256(path) == digest else None
+    return path if path.is_file() and files.sha256(path) == sha256 else None
 
 
-def _held(commit: str, name: str, digest: str) -> bool:
+def _is_in_commit(commit: str, name: str, sha256: str) -> bool:
     """Return whether the commit contains this file with this sha256."""
-    content = source_archive.content(source_archive.ROOT, commit, name)
-    return content is not None and files.sha256_bytes(content) == digest
+    content = source_archive.read_committed_file(source_archive.ROOT, commit, name)
+    return content is not None and files.sha256_bytes(content) == sha256
 
 
-def _there(name: str, moves: dict[str, str]) -> str:
+def _data_path_in_tree(name: str, tree_paths: dict[str, str]) -> str:
     """Return a data file's path in the sent tree; no name in a stranger's manifest leads out of the tree."""
     name = os.path.normpath(name)
-    for value, target in moves.items():
-        if Path(name).is_relative_to(os.path.normpath(value)):
-            return os.path.normpath(f"{target}/{os.path.relpath(name, value)}")
-    return upload_files.place(name)
+    for old_path, tree_path in tree_paths.items():
+        if Path(name).is_relative_to(os.path.normpath(old_path)):
+            return os.path.normpath(f"{tree_path}/{os.path.relpath(name, old_path)}")
+    return upload_files.path_in_tree(name)
 
 
-def changed(made: Manifest, commit: str, missing: list[str], strange: list[Path]) -> UserError:
+def data_mismatch_error(manifest: Manifest, commit: str, missing: list[str], unknown_files: list[Path]) -> UserError:
     """Return the error for missing or different data, with what is here instead as far as it can be told."""
-    lines, known = [], missing or list(made.dataset.sha256)
-    for path in strange:
-        name = next((name for name in known if Path(name).name == path.name), known[0])
-        lines.append(f"{path} has sha256 {files.sha256(path)[:12]}, {name} had {made.dataset.sha256[name][:12]}")
-        lines += [f"  {line}" for line in rows(path, name, made, commit)]
-    lines += [] if strange else [f"{name} (sha256 {made.dataset.sha256[name][:12]}) is not here" for name in missing]
+    lines, names = [], missing or list(manifest.dataset.sha256)
+    for path in unknown_files:
+        name = next((name for name in names if Path(name).name == path.name), names[0])
+        lines.append(f"{path} has sha256 {files.sha256(path)[:12]}, {name} had {manifest.dataset.sha256[name][:12]}")
+        lines += [f"  {line}" for line in describe_row_differences(path, name, manifest, commit)]
+    lines += (
+        []
+        if unknown_files
+        else [f"{name} (sha256 {manifest.dataset.sha256[name][:12]}) is not here" for name in missing]
+    )
     return UserError(
-        f"{made.name} was trained on other rows, nothing was started:\n  " + "\n  ".join(lines),
+        f"{manifest.name} was trained on other rows, nothing was started:\n  " + "\n  ".join(lines),
         "DATA=the file as it was then, or the folder that holds it",
     )
 
 
-def rows(path: Path, name: str, made: Manifest, commit: str) -> list[str]:
+def describe_row_differences(path: Path, name: str, manifest: Manifest, commit: str) -> list[str]:
     """Return lines that describe the first rows that differ, with the earlier row where the commit has the file."""
-    if path.suffix in LINES and _held(commit, name, made.dataset.sha256[name]):
-        before = source_archive.content(source_archive.ROOT, commit, name).decode(errors="replace").splitlines()
-        return beside(path, path.read_text(errors="replace").splitlines(), f"{name} of {commit[:12]}", before)
+    if path.suffix in LINE_SUFFIXES and _is_in_commit(commit, name, manifest.dataset.sha256[name]):
+        old_lines = (
+            source_archive.read_committed_file(source_archive.ROOT, commit, name).decode(errors="replace").splitlines()
+        )
+        return show_first_difference(
+            path, path.read_text(errors="replace").splitlines(), f"{name} of {commit[:12]}", old_lines
+        )
     try:
-        return fingerprint.differing(path, made.dataset.fingerprints.get(name, "")) or ["which row is not known"]
+        return fingerprint.find_differing_rows(path, manifest.dataset.fingerprints.get(name, "")) or [
+            "which row is not known"
+        ]
     except UserError as error:
         return [error.message]
 
 
-def beside(path: Path, now: list[str], then: str, before: list[str]) -> list[str]:
+def show_first_difference(path: Path, new_lines: list[str], old_name: str, old_lines: list[str]) -> list[str]:
     """Return the first line that differs, from the local file and from the earlier one, which is called `old_name`."""
-    pairs = enumerate(zip(before, now, strict=False))
-    number = next((i for i, (a, b) in pairs if a != b), min(len(before), len(now)))
-    if number == len(before) == len(now):
+    pairs = enumerate(zip(old_lines, new_lines, strict=False))
+    number = next((i for i, (a, b) in pairs if a != b), min(len(old_lines), len(new_lines)))
+    if number == len(old_lines) == len(new_lines):
         return ["its lines are the same, their ends are not"]
     return [
-        f"{of}, line {number + 1}: {hub.shown(lines[number]) if number < len(lines) else '(it ends before)'}"
-        for of, lines in ((path, now), (then, before))
+        f"{source}, line {number + 1}: "
+        f"{hub.printable_line(lines[number]) if number < len(lines) else '(it ends before)'}"
+        for source, lines in ((path, new_lines), (old_name, old_lines))
     ]

@@ -10,25 +10,25 @@ from pathlib import Path
 
 from common import files, hub
 from common.console import format_duration as duration
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import manifest, published_model
 from contract.manifest import Manifest
 from launch import cloud_to_local, fetch_result, published_sources, source_archive, upload_files, verdict
-from launch.cloud_to_local import Wish
-from launch.costs import Session, ask
-from launch.provider import Job, Launcher, Machine
+from launch.cloud_to_local import LaunchOptions
+from launch.costs import JobSession, confirm_cost
+from launch.provider import Job, Machine, Provider
 from pipeline.config import references
 from pipeline.plan import gpu_table
 
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+COMMIT_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Published:
+class Reproduction:
     """A published model to make again, and the folder for the log and the verdict."""
 
     repo: str
-    made: Manifest
+    manifest: Manifest
     folder: Path
 
     @property
@@ -37,14 +37,20 @@ class Published:
         return self.folder.name
 
 
-def published(repo: str, runs: Path) -> Published:
+def load_reproduction(repo: str, runs: Path) -> Reproduction:
     """Read the manifest of a published model. Raises UserError when there is no such repo or no valid manifest."""
-    content = published_model.find(repo).manifest()
-    made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
-    return Published(repo, made, runs / "reproduce" / f"{made.name}-{files.sha256_bytes(content)[:12]}")
+    manifest_bytes = published_model.find_source(repo).read_manifest()
+    published_manifest = manifest.parse_manifest(manifest_bytes, f"{printable_line(repo)}/{manifest.FILE_NAME}")
+    return Reproduction(
+        repo,
+        published_manifest,
+        runs / "reproduce" / f"{published_manifest.name}-{files.sha256_bytes(manifest_bytes)[:12]}",
+    )
 
 
-def stage(this: Published, launcher: Launcher, again: str, data: Path | None, wish: Wish) -> list[verdict.Row]:
+def run_reproduce(
+    reproduction: Reproduction, provider: Provider, stop_command: str, data: Path | None, options: LaunchOptions
+) -> list[verdict.VerdictRow]:
     """Train a published model again and return the rows of the comparison.
 
     Args:
@@ -57,156 +63,169 @@ def stage(this: Published, launcher: Launcher, again: str, data: Path | None, wi
     Raises:
         UserError: Code, data or machine cannot be had, or the rows differ from the published ones.
     """
-    wish = as_before(this.made, wish)
-    job = prepared(this, data, wish)
-    session, log = Session(launcher, this.name, again, wish.teardown), this.folder / "log"
-    with session.billed():
-        state = cloud_to_local.found(session, job)
-        if session.running:
-            state = cloud_to_local.watched(session, job, log)
-        if (state.goal, state.code) != ("train", 0):
-            agree(this, launcher, cloud_to_local.launched_on(launcher, wish), wish)
-            trained(session, job, this, wish, log)
-        rows = verdict.rows(this.made, remade(launcher, job))
-    report = session.ended()
-    hub.say(report)
+    options = keep_training_device(reproduction.manifest, options)
+    job = build_job(reproduction, data, options)
+    session, log = JobSession(provider, reproduction.name, stop_command, options.teardown), reproduction.folder / "log"
+    with session.report_costs_on_exit():
+        state = cloud_to_local.find_existing_job(session, job)
+        if session.is_running:
+            state = cloud_to_local.wait_for_job(session, job, log)
+        if (state.goal, state.exit_code) != ("train", 0):
+            confirm_start(reproduction, provider, cloud_to_local.require_suitable_machine(provider, options), options)
+            train_again(session, job, reproduction, options, log)
+        rows = verdict.compare_manifests(reproduction.manifest, read_new_manifest(provider, job))
+    report = session.teardown_and_report()
+    hub.print_message(report)
     return rows
 
 
-def as_before(made: Manifest, wish: Wish) -> Wish:
+def keep_training_device(published_manifest: Manifest, options: LaunchOptions) -> LaunchOptions:
     """Return the options with DEVICE=cpu when the model was trained on a CPU and the user typed no DEVICE."""
-    typed = any(word.startswith("DEVICE=") for word in wish.settings)
-    on_cpu = str(made.training.get("device", "")).startswith("CPU")
-    return replace(wish, settings=(*wish.settings, "DEVICE=cpu")) if on_cpu and not typed else wish
+    has_device = any(setting.startswith("DEVICE=") for setting in options.settings)
+    on_cpu = str(published_manifest.training.get("device", "")).startswith("CPU")
+    return replace(options, settings=(*options.settings, "DEVICE=cpu")) if on_cpu and not has_device else options
 
 
-def trained(session: Session, job: Job, this: Published, wish: Wish, log: Path) -> None:
+def train_again(session: JobSession, job: Job, reproduction: Reproduction, options: LaunchOptions, log: Path) -> None:
     """Make the rows and compare them, then run all the other stages. Raises UserError when the rows differ."""
-    cloud_to_local.begin(session, job, "data", wish)
-    cloud_to_local.watched(session, job, log)
-    same_rows(this, session.launcher, job)
-    cloud_to_local.begin(session, job, "train", wish)
-    cloud_to_local.watched(session, job, log)
+    cloud_to_local.submit_job(session, job, "data", options)
+    cloud_to_local.wait_for_job(session, job, log)
+    refuse_different_rows(reproduction, session.provider, job)
+    cloud_to_local.submit_job(session, job, "train", options)
+    cloud_to_local.wait_for_job(session, job, log)
 
 
-def prepared(this: Published, data: Path | None, wish: Wish) -> Job:
+def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOptions) -> Job:
     """Return the job with code, config and files. Raises UserError when one of them cannot be had."""
-    made, commit = this.made, code_of(this.made)
-    found = published_sources.located(made, pinned(made), commit, data)
-    settings, _ = published_sources.moved(pinned(made))
-    hub.say(f"{this.repo}: {made.name}, by the code of {commit[:12]}, trained on {made.training.get('device')}")
+    published_manifest, commit = reproduction.manifest, fetch_training_commit(reproduction.manifest)
+    source_files = published_sources.find_source_files(
+        published_manifest, pin_revisions(published_manifest), commit, data
+    )
+    config, _ = published_sources.relocate_published_paths(pin_revisions(published_manifest))
+    hub.print_message(
+        f"{reproduction.repo}: {published_manifest.name}, by the code of {commit[:12]}, "
+        f"trained on {published_manifest.training.get('device')}"
+    )
     return Job(
-        this.name,
-        made.name,
+        reproduction.name,
+        published_manifest.name,
         source_archive.ROOT,
         commit,
-        made.provenance["git"].get("url"),
-        upload_files.dump(settings),
-        upload_files.untold(source_archive.ROOT, commit, found),
-        wish.settings,
+        published_manifest.provenance["git"].get("url"),
+        upload_files.dump_config(config),
+        upload_files.select_uncommitted_files(source_archive.ROOT, commit, source_files),
+        options.settings,
     )
 
 
-def code_of(made: Manifest) -> str:
+def fetch_training_commit(published_manifest: Manifest) -> str:
     """Return the commit that trained the model, after fetching it from origin when this checkout does not have it.
 
     Raises UserError when origin does not have it either.
     """
-    git = made.provenance.get("git") or {}
+    git = published_manifest.provenance.get("git") or {}
     commit = str(git.get("commit") or "")
-    if not COMMIT.fullmatch(commit):
+    if not COMMIT_ID.fullmatch(commit):
         raise UserError(
-            f"the manifest of {made.name} names no commit: its code is not known",
+            f"the manifest of {published_manifest.name} names no commit: its code is not known",
             "nothing can be made again without it",
         )
     if git.get("dirty"):
-        hub.say(
-            f"note: {made.name} cannot be reproduced exactly: its checkout had changes that {commit[:12]} does not have"
+        hub.print_message(
+            f"note: {published_manifest.name} cannot be reproduced exactly: "
+            f"its checkout had changes that {commit[:12]} does not have"
         )
-    if not source_archive.has(source_archive.ROOT, commit):
+    if not source_archive.has_commit(source_archive.ROOT, commit):
         try:
-            source_archive.git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
+            source_archive.run_git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
         except UserError as error:
             # Never fetched from the address in the manifest: whoever wrote that would choose which code runs here.
             raise UserError(
                 f"this checkout does not have the commit {commit[:12]}, "
                 f"and its origin does not give it ({error.message})",
-                f"if you trust {shown(str(git.get('url')))}: "
-                f"`git fetch {shown(str(git.get('url')))} {commit}`, then the same command",
+                f"if you trust {printable_line(str(git.get('url')))}: "
+                f"`git fetch {printable_line(str(git.get('url')))} {commit}`, then the same command",
             ) from error
     return commit
 
 
-def pinned(made: Manifest) -> dict:
+def pin_revisions(published_manifest: Manifest) -> dict:
     """Return the model's config with every revision as it was resolved, and with a folder to publish to."""
-    settings = {section: dict(values) for section, values in made.config.items()}
-    if references.is_hub_model(made.base.model):
-        settings.setdefault("base", {})["revision"] = made.base.revision
-    if not made.dataset.sha256:
-        settings.setdefault("data", {})["revision"] = made.dataset.revision
-    settings["publish"] = settings.get("publish", {}) | {"repo": "./hub/{run}", "tag": None}
-    return settings
+    config = {section: dict(values) for section, values in published_manifest.config.items()}
+    if references.is_hub_model(published_manifest.base.model):
+        config.setdefault("base", {})["revision"] = published_manifest.base.revision
+    if not published_manifest.dataset.sha256:
+        config.setdefault("data", {})["revision"] = published_manifest.dataset.revision
+    config["publish"] = config.get("publish", {}) | {"repo": "./hub/{run}", "tag": None}
+    return config
 
 
-def agree(this: Published, launcher: Launcher, machine: Machine, wish: Wish) -> None:
+def confirm_start(reproduction: Reproduction, provider: Provider, machine: Machine, options: LaunchOptions) -> None:
     """Ask the user to confirm hours and price; once for the same machine, and never on this one."""
-    note = this.folder / "agreed.json"
-    mine = {"where": launcher.where, "cards": list(machine.cards)}
-    if launcher.ours:
+    agreed_file = reproduction.folder / "agreed.json"
+    terms = {"where": provider.label, "cards": list(machine.gpu_names)}
+    if provider.is_local:
         return
-    before = note.is_file() and files.read_json(note) == mine
-    hours, dollars = estimate(this.made, machine)
-    cost = f"about {duration(3600 * hours)} of training" if hours else "hours not known"
-    price = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
-    what = f"{this.repo} again on {launcher.where}: {cost}{price}, set-up and downloads not counted"
-    ask(what, dollars, wish.limit, wish.yes or before)
-    files.write_json(note, mine)
+    was_confirmed = agreed_file.is_file() and files.read_json(agreed_file) == terms
+    hours, dollars = estimate_cost(reproduction.manifest, machine)
+    hours_text = f"about {duration(3600 * hours)} of training" if hours else "hours not known"
+    price_text = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
+    summary = (
+        f"{reproduction.repo} again on {provider.label}: {hours_text}{price_text}, set-up and downloads not counted"
+    )
+    confirm_cost(summary, dollars, options.max_dollars, options.assume_yes or was_confirmed)
+    files.write_json(agreed_file, terms)
 
 
-def estimate(made: Manifest, machine: Machine) -> tuple[float | None, float | None]:
+def estimate_cost(published_manifest: Manifest, machine: Machine) -> tuple[float | None, float | None]:
     """Return (hours, dollars) of a training, from the time that it took before and the speed of the two GPUs.
 
     Both are None when only one of the two GPUs is in configs/gpus.csv, or when that time is not known; dollars are None
     when neither GPU is there.
     """
-    seconds = made.training.get("seconds")
-    before = gpu_table.find(str(made.training.get("device", "")))
-    card = gpu_table.find(machine.cards[0]) if machine.cards else None
-    if not isinstance(seconds, int | float) or (card is None) != (before is None):
+    seconds = published_manifest.training.get("seconds")
+    old_gpu = gpu_table.find_gpu(str(published_manifest.training.get("device", "")))
+    new_gpu = gpu_table.find_gpu(machine.gpu_names[0]) if machine.gpu_names else None
+    if not isinstance(seconds, int | float) or (new_gpu is None) != (old_gpu is None):
         return None, None
-    hours = seconds / 3600 * (before.tflops / card.tflops if card and before else 1)
-    return hours, hours * card.dollars_per_hour if card else None
+    hours = seconds / 3600 * (old_gpu.tflops / new_gpu.tflops if new_gpu and old_gpu else 1)
+    return hours, hours * new_gpu.dollars_per_hour if new_gpu else None
 
 
-def same_rows(this: Published, launcher: Launcher, job: Job) -> None:
+def refuse_different_rows(reproduction: Reproduction, provider: Provider, job: Job) -> None:
     """Raise UserError when the rows made there, or the base model, differ from the published ones."""
-    there = fetch_result.record(launcher, job.name, job.run, "data")
-    wanted = this.made.dataset
-    pairs = (("held-out rows", wanted.split_hash, "heldout"), ("training rows", wanted.train_sha256, "train"))
-    said = [
-        f"{what}: {before[:12]} published, {there['outputs'][name]['sha256'][:12]} now"
-        for what, before, name in pairs
-        if before and before != there["outputs"][name]["sha256"]
+    record = fetch_result.read_remote_record(provider, job.name, job.run_name, "data")
+    dataset = reproduction.manifest.dataset
+    pairs = (("held-out rows", dataset.split_hash, "heldout"), ("training rows", dataset.train_sha256, "train"))
+    differences = [
+        f"{title}: {published_sha256[:12]} published, {record['outputs'][output]['sha256'][:12]} now"
+        for title, published_sha256, output in pairs
+        if published_sha256 and published_sha256 != record["outputs"][output]["sha256"]
     ]
-    said += [
-        f"rows {kind}: {wanted.rows.get(kind)} published, {count} now"
-        for kind, count in there["rows"].items()
-        if wanted.rows.get(kind) != count
+    differences += [
+        f"rows {kind}: {dataset.rows.get(kind)} published, {count} now"
+        for kind, count in record["rows"].items()
+        if dataset.rows.get(kind) != count
     ]
-    base = there["base"]["revision"]
-    said += [f"base model: {this.made.base.revision} published, {base} now"] if base != this.made.base.revision else []
-    if said:
+    revision = record["base"]["revision"]
+    differences += (
+        [f"base model: {reproduction.manifest.base.revision} published, {revision} now"]
+        if revision != reproduction.manifest.base.revision
+        else []
+    )
+    if differences:
         raise UserError(
-            f"{this.made.name}: the same code and sources give other rows, nothing was trained:\n  "
-            + "\n  ".join(said),
-            f"see runs/{job.run}/data/rejected.jsonl in {launcher.where}'s {job.name}, "
+            f"{reproduction.manifest.name}: the same code and sources give other rows, nothing was trained:\n  "
+            + "\n  ".join(differences),
+            f"see runs/{job.run_name}/data/rejected.jsonl in {provider.label}'s {job.name}, "
             "and whether the data set's revision still is what it was",
         )
 
 
-def remade(launcher: Launcher, job: Job) -> Manifest:
+def read_new_manifest(provider: Provider, job: Job) -> Manifest:
     """Return the manifest of the model that the job made."""
-    there = fetch_result.record(launcher, job.name, job.run, "publish")["repo"]
-    return manifest.parse(
-        fetch_result.small(launcher, job.name, f"{there}/{manifest.NAME}"), f"{launcher.where}:{there}/{manifest.NAME}"
+    repo = fetch_result.read_remote_record(provider, job.name, job.run_name, "publish")["repo"]
+    return manifest.parse_manifest(
+        fetch_result.read_remote_file(provider, job.name, f"{repo}/{manifest.FILE_NAME}"),
+        f"{provider.label}:{repo}/{manifest.FILE_NAME}",
     )

@@ -11,69 +11,69 @@ from pathlib import Path
 
 from common import files, hub
 from common.errors import UserError
-from launch.provider import Launcher, Lost, Missing
+from launch.provider import ConnectionLost, Provider, RemoteFileMissing
 
 
-def bring(launcher: Launcher, name: str, run: str, target: Path) -> str | None:
+def rescue_run(provider: Provider, job_name: str, run_name: str, target: Path) -> str | None:
     """Download the run's folder into `target`, and set aside what was there.
 
     Return None, or the reason why the folder could not be downloaded though it may exist.
     """
-    stream = _Stream(_pack(launcher, name, run))
+    stream = _BlockStream(_read_tar_blocks(provider, job_name, run_name))
     try:
-        with files.writing(target) as part:
+        with files.write_atomically(target) as part:
             extract_tree(stream, part)
-            older = files.set_aside(target)
-    except (Lost, Missing) as error:
+            old_folder = files.set_aside(target)
+    except (ConnectionLost, RemoteFileMissing) as error:
         # Without a byte the machine is out of reach or the run made nothing; after the first byte work would be lost.
-        return error.message if stream.count else None
+        return error.message if stream.byte_count else None
     except (UserError, OSError, tarfile.TarError) as error:
         return getattr(error, "message", str(error))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    before = f"; what was there is in {older}" if older else ""
-    hub.say(f"{run}: {size / 1e6:.0f} MB of it brought home to {target}{before}")
+    old_note = f"; what was there is in {old_folder}" if old_folder else ""
+    hub.print_message(f"{run_name}: {size / 1e6:.0f} MB of it brought home to {target}{old_note}")
     return None
 
 
-def extract_tree(stream: "_Stream", target: Path) -> None:
+def extract_tree(stream: "_BlockStream", target: Path) -> None:
     """Write the files of a tar into a new folder. Raises what the stream raises, also after the tar's end mark."""
     target.mkdir()
     # hard links between the files of the tar are allowed; nothing is written outside of `target`
     with tarfile.open(fileobj=io.BufferedReader(stream), mode="r|") as tar:
         tar.extractall(target, filter="data")
     stream.drain()
-    files.sync(target)  # before the copy from an earlier machine is renamed
+    files.fsync_tree(target)  # before the copy from an earlier machine is renamed
 
 
-def remove_copies(target: Path) -> None:
+def remove_rescued_copies(target: Path) -> None:
     """Remove what was rescued, and what was set aside for it."""
     for path in (target, *target.parent.glob(f"{target.name}.before*")):
         files.remove(path)
 
 
-def along(target: Path, run: str) -> dict[str, Path]:
+def list_rescued_files(folder: Path, run_name: str) -> dict[str, Path]:
     """Return path in the sent tree -> local file of what was rescued."""
-    return {f"runs/{run}/{path.relative_to(target)}": path for path in sorted(target.rglob("*")) if path.is_file()}
+    return {f"runs/{run_name}/{path.relative_to(folder)}": path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _pack(launcher: Launcher, name: str, run: str) -> Iterator[bytes]:
+def _read_tar_blocks(provider: Provider, job_name: str, run_name: str) -> Iterator[bytes]:
     """Yield the blocks of the run's tar. As a generator it raises at the first block, whenever the provider raises."""
-    yield from launcher.pack(name, run)
+    yield from provider.pack_run(job_name, run_name)
 
 
-class _Stream(io.RawIOBase):
+class _BlockStream(io.RawIOBase):
     """A file that is read from blocks; `byte_count` counts the bytes that have come."""
 
     def __init__(self, blocks: Iterator[bytes]):
-        self.blocks, self.rest, self.count = blocks, b"", 0
+        self.blocks, self.unread, self.byte_count = blocks, b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        self.rest = self.rest or self._read_block()
-        count = min(len(buffer), len(self.rest))
-        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        self.unread = self.unread or self._read_block()
+        count = min(len(buffer), len(self.unread))
+        buffer[:count], self.unread = self.unread[:count], self.unread[count:]
         return count
 
     def drain(self) -> None:
@@ -83,5 +83,5 @@ class _Stream(io.RawIOBase):
 
     def _read_block(self) -> bytes:
         block = next(self.blocks, b"")
-        self.count += len(block)
+        self.byte_count += len(block)
         return block

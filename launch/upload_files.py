@@ -14,7 +14,7 @@ from common import files
 from launch import source_archive
 
 # The settings that may name a file or a folder.
-NAMING = (
+PATH_SETTINGS = (
     ("data", "source"),
     ("data", "validation"),
     ("data", "template"),
@@ -24,7 +24,7 @@ NAMING = (
 )
 
 
-def here(section: str, key: str, value: str) -> bool:
+def is_local_path(section: str, key: str, value: str) -> bool:
     """Return whether the value is a path on this machine.
 
     A template without .jinja, such as `alpaca`, is one of Ferry's, even when the folder has a file of that name.
@@ -32,56 +32,58 @@ def here(section: str, key: str, value: str) -> bool:
     return (key != "template" or value.endswith(".jinja")) and os.path.exists(Path(value).expanduser())
 
 
-def moved(config: dict, is_path: Callable[[str, str, str], bool] = here) -> tuple[dict, dict[str, str]]:
+def relocate_paths(
+    config: dict, is_path: Callable[[str, str, str], bool] = is_local_path
+) -> tuple[dict, dict[str, str]]:
     """Return the config with paths in the sent tree, and {path in the config now: path in the tree}.
 
     is_path: returns whether (section, key, value) is a path.
     """
-    config, moves = copy.deepcopy(config), {}
-    for section, key in NAMING:
+    config, tree_paths = copy.deepcopy(config), {}
+    for section, key in PATH_SETTINGS:
         value = config.get(section, {}).get(key)
         if isinstance(value, str) and value and is_path(section, key, value):
-            moves[value] = config[section][key] = place(value)
-    return config, moves
+            tree_paths[value] = config[section][key] = path_in_tree(value)
+    return config, tree_paths
 
 
-def place(path: str) -> str:
+def path_in_tree(path: str) -> str:
     """Return where a file goes in the sent tree: the same path inside the checkout, else a folder of its own."""
-    inside = os.path.normpath(path)
-    if inside.startswith(("..", "~")) or os.path.isabs(inside):
-        return f"job/files/{files.sha256_bytes(path.encode())[:8]}/{Path(inside).name}"
-    return inside
+    normal_path = os.path.normpath(path)
+    if normal_path.startswith(("..", "~")) or os.path.isabs(normal_path):
+        return f"job/files/{files.sha256_bytes(path.encode())[:8]}/{Path(normal_path).name}"
+    return normal_path
 
 
-def below(moves: dict[str, str], inputs: Iterable[str]) -> dict[str, Path]:
+def list_job_files(tree_paths: dict[str, str], inputs: Iterable[str]) -> dict[str, Path]:
     """Return path in the sent tree -> local file of the data files in `inputs` and of all else that the config names.
 
     Of a folder that holds data files, only those in `inputs` are sent; of another folder, every file.
     """
-    found: dict[str, Path] = {}
+    job_files: dict[str, Path] = {}
     inputs = [os.path.normpath(Path(name).expanduser()) for name in inputs]
-    for value, target in moves.items():
-        top = Path(value).expanduser()
-        read = [name for name in inputs if Path(name).is_relative_to(os.path.normpath(top))]
-        every = [Path(name) for name in read] or (
-            [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
+    for local_path, tree_path in tree_paths.items():
+        root = Path(local_path).expanduser()
+        input_files = [name for name in inputs if Path(name).is_relative_to(os.path.normpath(root))]
+        paths = [Path(name) for name in input_files] or (
+            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
         )
-        for path in every:
-            beneath = os.path.relpath(path, top)
-            found[target if beneath == "." else f"{target}/{beneath}"] = path
-    return found
+        for path in paths:
+            relative_path = os.path.relpath(path, root)
+            job_files[tree_path if relative_path == "." else f"{tree_path}/{relative_path}"] = path
+    return job_files
 
 
-def untold(repository: Path, commit: str, found: dict[str, Path]) -> dict[str, Path]:
+def select_uncommitted_files(repository: Path, commit: str, job_files: dict[str, Path]) -> dict[str, Path]:
     """Return those of the files that the commit does not contain, or contains with other bytes."""
 
-    def held(name: str, path: Path) -> bool:
-        said = source_archive.content(repository, commit, name)
-        return said is not None and files.sha256_bytes(said) == files.sha256(path)
+    def is_committed(name: str, path: Path) -> bool:
+        content = source_archive.read_committed_file(repository, commit, name)
+        return content is not None and files.sha256_bytes(content) == files.sha256(path)
 
-    return {name: path for name, path in found.items() if not held(name, path)}
+    return {name: path for name, path in job_files.items() if not is_committed(name, path)}
 
 
-def dump(config: dict) -> str:
+def dump_config(config: dict) -> str:
     """Return the resolved config as YAML; equal configs give equal text."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from contract.manifest import Manifest
 
 EQUAL = "equal"
-WITHIN = "within tolerance"
+WITHIN_TOLERANCE = "within tolerance"
 DIFFERENT = "different"
 UNKNOWN = "not known"
-OTHER = "other bits"
-LOSS = 0.01  # relative: another GPU, or another run on the same one, adds up in another order
-NATS = 0.002  # absolute, the alternative to it: a loss near zero is made of few tokens
-POINTS = 0.02  # of a score: with the loss two of a hundred answers may change, or one of fewer
-HEADER = 4096  # bytes by which the header of a GGUF may differ: scores, names and hashes have other digits
+OTHER_BITS = "other bits"
+LOSS_TOLERANCE = 0.01  # relative: another GPU, or another run on the same one, adds up in another order
+NATS_TOLERANCE = 0.002  # absolute, the alternative to it: a loss near zero is made of few tokens
+SCORE_TOLERANCE = 0.02  # of a score: with the loss two of a hundred answers may change, or one of fewer
+HEADER_BYTES = 4096  # bytes by which the header of a GGUF may differ: scores, names and hashes have other digits
 
 
 @dataclass(frozen=True)
-class Row:
+class VerdictRow:
     """One line of the comparison; verdict.json has these fields."""
 
     what: str
@@ -26,134 +26,181 @@ class Row:
     reason: str = ""
 
 
-def rows(before: Manifest, after: Manifest) -> list[Row]:
+def compare_manifests(before: Manifest, after: Manifest) -> list[VerdictRow]:
     """Return the rows of the comparison: first those that decide, then the differences that may explain them."""
-    why = surroundings(before, after)
-    reason = "; ".join(f"other {row.what}" for row in why if row.verdict == DIFFERENT)
+    environment_rows = compare_environments(before, after)
+    reason = "; ".join(f"other {row.what}" for row in environment_rows if row.verdict == DIFFERENT)
     decisive = [
-        *data(before, after),
-        *training(before, after, reason),
-        *ladder(before, after, reason),
-        *files(before, after, reason),
+        *compare_data(before, after),
+        *compare_training(before, after, reason),
+        *compare_quality_ladder(before, after, reason),
+        *compare_default_gguf(before, after, reason),
     ]
-    return [*code(before, after), *decisive, *(row for row in why if row.verdict == DIFFERENT)]
+    return [*compare_code(before, after), *decisive, *(row for row in environment_rows if row.verdict == DIFFERENT)]
 
 
-def reproduced(found: list[Row]) -> bool:
+def is_reproduced(rows: list[VerdictRow]) -> bool:
     """Return whether no deciding row is different; rows about the environment decide nothing."""
-    return not any(row.verdict == DIFFERENT for row in found if row.what not in SURROUNDINGS)
+    return not any(row.verdict == DIFFERENT for row in rows if row.what not in ENVIRONMENT_ROWS)
 
 
-def exact(what: str, a, b, reason: str = "") -> Row:
+def compare_exact(title: str, published, again, reason: str = "") -> VerdictRow:
     """Return the row of two values that have to be equal; UNKNOWN when one of the two manifests does not have it."""
-    if a is None or b is None:
-        return Row(what, _short(a), _short(b), UNKNOWN)
-    return Row(what, _short(a), _short(b), EQUAL if a == b else DIFFERENT, "" if a == b else reason)
+    if published is None or again is None:
+        return VerdictRow(title, _shorten(published), _shorten(again), UNKNOWN)
+    return VerdictRow(
+        title,
+        _shorten(published),
+        _shorten(again),
+        EQUAL if published == again else DIFFERENT,
+        "" if published == again else reason,
+    )
 
 
-def near(what: str, a: float | None, b: float | None, relative: float, absolute: float, reason: str) -> Row:
+def compare_numbers(
+    title: str, published: float | None, again: float | None, relative: float, absolute: float, reason: str
+) -> VerdictRow:
     """Return the row of two numbers, which may differ by the larger of the two tolerances."""
-    said = _short(a), _short(b)
-    if not (isinstance(a, int | float) and isinstance(b, int | float)):
-        return Row(what, *said, UNKNOWN)
-    if a == b:
-        return Row(what, *said, EQUAL)
-    inside = abs(a - b) <= max(relative * abs(a), absolute)
-    return Row(what, *said, WITHIN if inside else DIFFERENT, reason)
+    texts = _shorten(published), _shorten(again)
+    if not (isinstance(published, int | float) and isinstance(again, int | float)):
+        return VerdictRow(title, *texts, UNKNOWN)
+    if published == again:
+        return VerdictRow(title, *texts, EQUAL)
+    is_within = abs(published - again) <= max(relative * abs(published), absolute)
+    return VerdictRow(title, *texts, WITHIN_TOLERANCE if is_within else DIFFERENT, reason)
 
 
-def code(before: Manifest, after: Manifest) -> list[Row]:
+def compare_code(before: Manifest, after: Manifest) -> list[VerdictRow]:
     """Return the row of the commits; UNKNOWN when one of the checkouts had changes that were not committed."""
-    a, b = (made.provenance.get("git") or {} for made in (before, after))
-    row = exact("code", a.get("commit"), b.get("commit"))
-    if a.get("dirty") or b.get("dirty"):
+    published, again = (manifest.provenance.get("git") or {} for manifest in (before, after))
+    row = compare_exact("code", published.get("commit"), again.get("commit"))
+    if published.get("dirty") or again.get("dirty"):
         return [
-            Row("code", row.published, row.again, UNKNOWN, "the checkout had changes that the commit does not have")
+            VerdictRow(
+                "code", row.published, row.again, UNKNOWN, "the checkout had changes that the commit does not have"
+            )
         ]
     return [row]
 
 
-def data(before: Manifest, after: Manifest) -> list[Row]:
+def compare_data(before: Manifest, after: Manifest) -> list[VerdictRow]:
     """Return the rows of the data and of the base model."""
     return [
-        exact("training rows", before.dataset.train_sha256, after.dataset.train_sha256),
-        exact("held-out rows", before.dataset.split_hash, after.dataset.split_hash),
-        exact("base model", before.base.revision, after.base.revision),
+        compare_exact("training rows", before.dataset.train_sha256, after.dataset.train_sha256),
+        compare_exact("held-out rows", before.dataset.split_hash, after.dataset.split_hash),
+        compare_exact("base model", before.base.revision, after.base.revision),
     ]
 
 
-def training(before: Manifest, after: Manifest, reason: str) -> list[Row]:
+def compare_training(before: Manifest, after: Manifest, reason: str) -> list[VerdictRow]:
     """Return the rows of the training's counts and of its final loss."""
-    a, b = before.training, after.training
+    published, again = before.training, after.training
     counts = [
-        exact(name, a.get(name), b.get(name), reason)
+        compare_exact(name, published.get(name), again.get(name), reason)
         for name in ("steps", "tokens", "train_batch_size", "learning_rate")
     ]
-    return [*counts, near("final loss", a.get("final_loss"), b.get("final_loss"), LOSS, NATS, reason)]
-
-
-def ladder(before: Manifest, after: Manifest, reason: str) -> list[Row]:
-    """Return the rows of held-out loss and score, for every step of the quality ladder that one of the two has."""
-    a, b = (made.scores.get("heldout", {}) for made in (before, after))
-    found = []
-    for name in dict.fromkeys([*a, *b]):
-        if name not in a or name not in b:
-            found.append(exact(f"{name}", "scored" if name in a else "-", "scored" if name in b else "-", reason))
-            continue
-        found.append(near(f"{name}: loss", a[name]["loss"], b[name]["loss"], LOSS, NATS, reason))
-        if "score" in a[name] and "score" in b[name]:
-            one = 1 / max(1, a[name].get("rows", 1))
-            found.append(near(f"{name}: score", a[name]["score"], b[name]["score"], 0, max(POINTS, one) + 1e-9, reason))
-    return found
-
-
-def files(before: Manifest, after: Manifest, reason: str) -> list[Row]:
-    """Return the rows of the default GGUF: quantization, tensors, size, weights."""
-    a, b = before.default(), after.default()
     return [
-        exact("GGUF", a.quantization, b.quantization, reason),
-        exact("its tensors", _types(a.tensor_types), _types(b.tensor_types), reason),
-        near("its size", a.bytes, b.bytes, 0, HEADER, "its header holds the scores" if a.bytes != b.bytes else ""),
-        bits(a.weights_sha256, b.weights_sha256),
+        *counts,
+        compare_numbers(
+            "final loss", published.get("final_loss"), again.get("final_loss"), LOSS_TOLERANCE, NATS_TOLERANCE, reason
+        ),
     ]
 
 
-def bits(a: str | None, b: str | None) -> Row:
+def compare_quality_ladder(before: Manifest, after: Manifest, reason: str) -> list[VerdictRow]:
+    """Return the rows of held-out loss and score, for every step of the quality ladder that one of the two has."""
+    published, again = (manifest.scores.get("heldout", {}) for manifest in (before, after))
+    rows = []
+    for name in dict.fromkeys([*published, *again]):
+        if name not in published or name not in again:
+            rows.append(
+                compare_exact(
+                    f"{name}", "scored" if name in published else "-", "scored" if name in again else "-", reason
+                )
+            )
+            continue
+        rows.append(
+            compare_numbers(
+                f"{name}: loss", published[name]["loss"], again[name]["loss"], LOSS_TOLERANCE, NATS_TOLERANCE, reason
+            )
+        )
+        if "score" in published[name] and "score" in again[name]:
+            one_row = 1 / max(1, published[name].get("rows", 1))
+            rows.append(
+                compare_numbers(
+                    f"{name}: score",
+                    published[name]["score"],
+                    again[name]["score"],
+                    0,
+                    max(SCORE_TOLERANCE, one_row) + 1e-9,
+                    reason,
+                )
+            )
+    return rows
+
+
+def compare_default_gguf(before: Manifest, after: Manifest, reason: str) -> list[VerdictRow]:
+    """Return the rows of the default GGUF: quantization, tensors, size, weights."""
+    published, again = before.default_artifact(), after.default_artifact()
+    return [
+        compare_exact("GGUF", published.quantization, again.quantization, reason),
+        compare_exact(
+            "its tensors",
+            _format_tensor_types(published.tensor_types),
+            _format_tensor_types(again.tensor_types),
+            reason,
+        ),
+        compare_numbers(
+            "its size",
+            published.bytes,
+            again.bytes,
+            0,
+            HEADER_BYTES,
+            "its header holds the scores" if published.bytes != again.bytes else "",
+        ),
+        compare_weights(published.weights_sha256, again.weights_sha256),
+    ]
+
+
+def compare_weights(published: str | None, again: str | None) -> VerdictRow:
     """Return the row of the weights' sha256: equal ones prove that the weights agree in every bit.
 
     Different ones decide nothing (OTHER_BITS), because other kernels add up in another order.
     """
-    row = exact("its weights", a, b)
-    return row if row.verdict != DIFFERENT else Row(row.what, row.published, row.again, OTHER)
+    row = compare_exact("its weights", published, again)
+    return row if row.verdict != DIFFERENT else VerdictRow(row.what, row.published, row.again, OTHER_BITS)
 
 
-SURROUNDINGS = ("device", "driver", "platform", "python", "image", "llama.cpp", "locked environment", "packages")
+ENVIRONMENT_ROWS = ("device", "driver", "platform", "python", "image", "llama.cpp", "locked environment", "packages")
 
 
-def surroundings(before: Manifest, after: Manifest) -> list[Row]:
+def compare_environments(before: Manifest, after: Manifest) -> list[VerdictRow]:
     """Return the rows of the machines and the environments in which the two models were made."""
-    a, b = before.provenance, after.provenance
-    image = [(made.get("image") or {}).get("sources") or "none" for made in (a, b)]
-    packages = [", ".join(f"{k} {v}" for k, v in sorted((made.get("packages") or {}).items())) for made in (a, b)]
+    published, again = before.provenance, after.provenance
+    image = [(provenance.get("image") or {}).get("sources") or "none" for provenance in (published, again)]
+    packages = [
+        ", ".join(f"{name} {version}" for name, version in sorted((provenance.get("packages") or {}).items()))
+        for provenance in (published, again)
+    ]
     pairs = (
         ("device", before.training.get("device"), after.training.get("device")),
-        ("driver", a.get("driver"), b.get("driver")),
-        ("platform", a.get("platform"), b.get("platform")),
-        ("python", a.get("python"), b.get("python")),
+        ("driver", published.get("driver"), again.get("driver")),
+        ("platform", published.get("platform"), again.get("platform")),
+        ("python", published.get("python"), again.get("python")),
         ("image", *image),
-        ("llama.cpp", a.get("llama_cpp"), b.get("llama_cpp")),
-        ("locked environment", str(a.get("lock_sha256")), str(b.get("lock_sha256"))),
+        ("llama.cpp", published.get("llama_cpp"), again.get("llama_cpp")),
+        ("locked environment", str(published.get("lock_sha256")), str(again.get("lock_sha256"))),
         ("packages", *packages),
     )
-    return [exact(what, one, other) for what, one, other in pairs]
+    return [compare_exact(title, old_value, new_value) for title, old_value, new_value in pairs]
 
 
-def _types(types: dict[str, int]) -> str:
+def _format_tensor_types(types: dict[str, int]) -> str:
     """Return the number of tensors of each type, such as '60 F32, 211 Q4_K'."""
     return ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
 
 
-def _short(value) -> str:
+def _shorten(value) -> str:
     """Return a value for the table: five digits of a float, at most 26 characters of a text."""
     if value is None:
         return "-"
@@ -163,14 +210,19 @@ def _short(value) -> str:
     return text if len(text) <= 26 else f"{text[:12]}..." if " " not in text else f"{text[:23]}..."
 
 
-def page(found: list[Row], repo: str) -> str:
+def format_verdict(rows: list[VerdictRow], repo: str) -> str:
     """Return the table of rows, with the verdict as its last line."""
-    widths = [max(len(getattr(row, name)) for row in found) for name in ("what", "published", "again")]
+    widths = [max(len(getattr(row, name)) for row in rows) for name in ("what", "published", "again")]
     lines = [f"  {'':<{widths[0]}}  {'published':<{widths[1]}}  {'again':<{widths[2]}}"]
     lines += [
         f"  {row.what:<{widths[0]}}  {row.published:<{widths[1]}}  {row.again:<{widths[2]}}  {row.verdict}"
         f"{f': {row.reason}' if row.reason else ''}"
-        for row in found
+        for row in rows
     ]
-    wrong = [row.what for row in found if row.verdict == DIFFERENT and row.what not in SURROUNDINGS]
-    return "\n".join([*lines, f"{repo}: reproduced" if not wrong else f"{repo}: not reproduced: {', '.join(wrong)}"])
+    different_titles = [row.what for row in rows if row.verdict == DIFFERENT and row.what not in ENVIRONMENT_ROWS]
+    return "\n".join(
+        [
+            *lines,
+            f"{repo}: reproduced" if not different_titles else f"{repo}: not reproduced: {', '.join(different_titles)}",
+        ]
+    )

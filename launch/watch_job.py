@@ -8,33 +8,33 @@ from typing import IO
 
 from common import hub
 from common.errors import UserError
-from launch.provider import Launcher, Lost, State
+from launch.provider import ConnectionLost, JobState, Provider
 
-PAUSE = 5  # seconds between the first two tries to reach a provider again
-LONGEST = 30
+FIRST_PAUSE = 5  # seconds between the first two tries to reach a provider again
+LONGEST_PAUSE = 30
 
 
-class Running(UserError):
+class JobStillRunning(UserError):
     """The job may still run, but this command no longer watches it."""
 
 
-class Patience:
+class RetryTimer:
     """Waits between retries, with growing pauses, for up to $FERRY_SSH_SECONDS (by default 15 minutes)."""
 
     def __init__(self):
-        self.since, self.pause = time.monotonic(), PAUSE
-        self.limit = hub.seconds_of("FERRY_SSH_SECONDS", 900)
+        self.start, self.next_pause = time.monotonic(), FIRST_PAUSE
+        self.max_seconds = hub.seconds_from_environment("FERRY_SSH_SECONDS", 900)
 
-    def for_another_try(self, error: Lost) -> None:
+    def pause_or_raise(self, error: ConnectionLost) -> None:
         """Report `error` and pause before the next try. Raises `error` when the time limit has passed."""
-        if time.monotonic() - self.since > self.limit:
+        if time.monotonic() - self.start > self.max_seconds:
             raise error
-        hub.say(f"{error.message}; again in {self.pause} s")
-        time.sleep(self.pause)
-        self.pause = min(2 * self.pause, LONGEST)
+        hub.print_message(f"{error.message}; again in {self.next_pause} s")
+        time.sleep(self.next_pause)
+        self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
 
 
-def through(launcher: Launcher, name: str, log: Path) -> State:
+def watch_until_end(provider: Provider, job_name: str, log: Path) -> JobState:
     """Watch the job until it ends and return its state.
 
     What `log` already contains is not shown again. Ctrl-C ends the watching; a job on this machine is stopped too.
@@ -49,64 +49,66 @@ def through(launcher: Launcher, name: str, log: Path) -> State:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _watched(launcher, name, log)
+        return _copy_log_until_end(provider, job_name, log)
     except KeyboardInterrupt:
-        if launcher.ours:
-            launcher.stop(name)
-            hub.say("stopping: the stage in progress writes its state")
-            return _watched(launcher, name, log)
+        if provider.is_local:
+            provider.stop_job(job_name)
+            hub.print_message("stopping: the stage in progress writes its state")
+            return _copy_log_until_end(provider, job_name, log)
         raise
 
 
-def _watched(launcher: Launcher, name: str, log: Path) -> State:
+def _copy_log_until_end(provider: Provider, job_name: str, log: Path) -> JobState:
     """Copy the job's log until the job ends, and retry after each lost connection."""
-    waiting: Patience | None = None
-    with log.open("ab") as copy:
+    retry_timer: RetryTimer | None = None
+    with log.open("ab") as log_copy:
 
-        def out(block: bytes) -> None:
-            nonlocal waiting
-            waiting = None
-            copy.write(block)
-            copy.flush()
-            shown(block)
+        def write_block(block: bytes) -> None:
+            nonlocal retry_timer
+            retry_timer = None
+            log_copy.write(block)
+            log_copy.flush()
+            write_to_terminal(block)
 
         while True:
             try:
-                state = _once(launcher, name, copy, out)
+                state = _copy_log_once(provider, job_name, log_copy, write_block)
                 if state:
                     return state
-                waiting = None
-            except Lost as error:
-                waiting = waiting or Patience()
+                retry_timer = None
+            except ConnectionLost as error:
+                retry_timer = retry_timer or RetryTimer()
                 try:
-                    waiting.for_another_try(error)
-                except Lost:
-                    raise Running(f"{error.message}; the job may go on there", error.hint) from error
+                    retry_timer.pause_or_raise(error)
+                except ConnectionLost:
+                    raise JobStillRunning(f"{error.message}; the job may go on there", error.hint) from error
             except UserError as error:
-                raise Running(f"{error.message}; the job may go on there", error.hint) from error
+                raise JobStillRunning(f"{error.message}; the job may go on there", error.hint) from error
 
 
-def _once(launcher: Launcher, name: str, copy: IO[bytes], out: Callable[[bytes], None]) -> State | None:
+def _copy_log_once(
+    provider: Provider, job_name: str, log_copy: IO[bytes], write_block: Callable[[bytes], None]
+) -> JobState | None:
     """Pass on the job's log from where the copy ends, until the job or the connection ends.
 
     Return the state of a job that has ended, or None when it may still run.
     """
-    state = launcher.state(name)
-    if state.word == "absent":
+    state = provider.read_job_state(job_name)
+    if state.status == "absent":
         return state
-    if state.log is not None and state.log < copy.tell():  # the copy is the log of an earlier job
-        copy.truncate(0)
-        copy.seek(0)
-    if state.word != "running":
-        for block in launcher.rest(name, "job/log", copy.tell()):
-            out(block)
+    if state.log_bytes is not None and state.log_bytes < log_copy.tell():  # the copy is the log of an earlier job
+        log_copy.truncate(0)
+        log_copy.seek(0)
+    if state.status != "running":
+        for block in provider.read_file(job_name, "job/log", log_copy.tell()):
+            write_block(block)
         return state
-    launcher.follow(name, copy.tell(), out)
+    provider.follow_log(job_name, log_copy.tell(), write_block)
     time.sleep(0.2)  # the exit code is written a moment after the job has ended
     return None
 
 
-def shown(block: bytes) -> None:
+def write_to_terminal(block: bytes) -> None:
     """Write bytes of the log to stdout."""
     sys.stdout.flush()
     sys.stdout.buffer.write(block)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # unsloth comes before transformers, as in Ferry's imports.
-STACK = (
+STACK_MODULES = (
     "unsloth",
     "torch",
     "transformers",
@@ -32,23 +32,23 @@ STACK = (
 )
 
 
-def stack() -> dict:
+def check_stack() -> dict:
     """Import all packages, start the tools of llama.cpp, and return a description: device, base image, versions.
 
     Raises:
         SystemExit: A tool does not find its libraries.
     """
-    for name in STACK:
+    for name in STACK_MODULES:
         importlib.import_module(name)
     llama = Path(sys.prefix) / "llama.cpp"
-    cuda = os.environ | {"LD_LIBRARY_PATH": sysconfig.get_path("platlib") + "/nvidia/cu13/lib"}
+    environment = os.environ | {"LD_LIBRARY_PATH": sysconfig.get_path("platlib") + "/nvidia/cu13/lib"}
     for tool in (
         "llama-quantize",
         "llama-imatrix",
         "llama-perplexity",
         "llama-render",
     ):  # whether each finds its libraries
-        done = subprocess.run([llama / "bin" / tool, "--help"], env=cuda, capture_output=True, text=True)
+        done = subprocess.run([llama / "bin" / tool, "--help"], env=environment, capture_output=True, text=True)
         if "error while loading" in done.stderr:
             raise SystemExit(done.stderr)
     return {
@@ -57,11 +57,13 @@ def stack() -> dict:
         "debian": os.environ["DEBIAN"],
         "python": platform.python_version(),
         "llama.cpp": json.loads((llama / "build.json").read_text()),
-        "packages": dict(sorted((found.metadata["Name"].lower(), found.version) for found in distributions())),
+        "packages": dict(
+            sorted((distribution.metadata["Name"].lower(), distribution.version) for distribution in distributions())
+        ),
     }
 
 
-def whole(described: dict) -> dict:
+def check_image(description: dict) -> dict:
     """Run `ferry` and make as a user would, and return the description with the checkout that the code came from."""
     for command in ("/opt/ferry/ferry --help", "/opt/ferry/ferry deploy-mac --help", "make -f /opt/ferry/Makefile"):
         subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL, cwd="/")
@@ -73,14 +75,14 @@ def whole(described: dict) -> dict:
     locks = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((HERE / "locks").glob("*.txt"))
     }
-    return {"sources": os.environ.get("SOURCES"), "git": git, "locks": locks, **described}
+    return {"sources": os.environ.get("SOURCES"), "git": git, "locks": locks, **description}
 
 
 def main() -> None:
     """Run `stack` or `whole`, and write the description."""
-    what, *paths = sys.argv[1:]
-    described = stack() if what == "stack" else whole(json.loads(Path(paths[0]).read_text()))
-    Path(paths[-1]).write_text(json.dumps(described, indent=2) + "\n")
+    action, *paths = sys.argv[1:]
+    description = check_stack() if action == "stack" else check_image(json.loads(Path(paths[0]).read_text()))
+    Path(paths[-1]).write_text(json.dumps(description, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,41 +8,41 @@ import platform
 import subprocess
 import sys
 
-from shared import AGAIN, fail
+from shared import SETUP_COMMAND, fail
 
-NEWEST = (3, 14)
-NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3.10")  # the best tested ones first
+NEWEST_PYTHON = (3, 14)
+PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3.10")  # the best tested ones first
 # Of Homebrew, python.org and uv; they are not always on PATH.
-PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "~/.local/bin")
+PYTHON_FOLDERS = ("/opt/homebrew/bin", "/usr/local/bin", "~/.local/bin")
 
 
-def hand_over(oldest):
+def switch_to_usable_python(oldest):
     """Return when this Python fits. Else restart this program with one that does, or exit and say how to get one."""
-    disguised = intel_on_apple_silicon()
-    if oldest <= sys.version_info[:2] <= NEWEST and not disguised:
+    is_intel = is_intel_on_apple_silicon()
+    if oldest <= sys.version_info[:2] <= NEWEST_PYTHON and not is_intel:
         return
-    for path in candidates(oldest):
-        if fits(path, oldest, apple_silicon=disguised):
+    for path in find_pythons(oldest):
+        if is_usable_python(path, oldest, apple_silicon=is_intel):
             os.execv(path, [path] + sys.argv)
-    refuse(oldest, disguised)
+    fail_without_python(oldest, is_intel)
 
 
-def intel_on_apple_silicon():
+def is_intel_on_apple_silicon():
     """Return whether this is an x86_64 Python on Apple silicon, under Rosetta.
 
     It would build llama.cpp for Intel: without Metal, and at a tenth of the speed.
     """
     if sys.platform != "darwin" or platform.machine() != "x86_64":
         return False
-    return "1" in (sysctl("sysctl.proc_translated"), sysctl("hw.optional.arm64"))
+    return "1" in (read_sysctl("sysctl.proc_translated"), read_sysctl("hw.optional.arm64"))
 
 
-def sysctl(name):
+def read_sysctl(name):
     """Return a value of macOS's sysctl; empty for an unknown name."""
-    return said(["sysctl", "-n", name])
+    return read_output(["sysctl", "-n", name])
 
 
-def said(command):
+def read_output(command):
     """Return what a command prints on stdout; empty when it fails."""
     try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode(errors="replace").strip()
@@ -50,45 +50,50 @@ def said(command):
         return ""
 
 
-def candidates(oldest):
+def find_pythons(oldest):
     """Yield the Pythons of this machine: by name on PATH and in the usual folders, then the one that uv finds."""
-    folders = os.environ.get("PATH", "").split(os.pathsep) + [os.path.expanduser(place) for place in PLACES]
-    for name in NAMES:
+    folders = os.environ.get("PATH", "").split(os.pathsep) + [os.path.expanduser(folder) for folder in PYTHON_FOLDERS]
+    for name in PYTHON_NAMES:
         for folder in folders:
             if os.access(os.path.join(folder, name), os.X_OK):
                 yield os.path.join(folder, name)
-    asked = ">={}.{},<={}.{}.999".format(*(oldest + NEWEST))
+    version_range = ">={}.{},<={}.{}.999".format(*(oldest + NEWEST_PYTHON))
     for folder in folders:
         if os.access(os.path.join(folder, "uv"), os.X_OK):
-            found = said([os.path.join(folder, "uv"), "python", "find", "--system", "--no-python-downloads", asked])
-            if found:
-                yield found
+            uv_python = read_output(
+                [os.path.join(folder, "uv"), "python", "find", "--system", "--no-python-downloads", version_range]
+            )
+            if uv_python:
+                yield uv_python
 
 
-def fits(python, oldest, module="sys", apple_silicon=False):
+def is_usable_python(python, oldest, module="sys", apple_silicon=False):
     """Return whether this Python runs, is neither too old nor too new, and has the module.
 
     It is run to find out, because pyenv's names on PATH may only print an error.
     """
-    ask = f"import platform, sys, {module}; sys.exit(not {oldest} <= sys.version_info[:2] <= {NEWEST}"
-    ask += " or platform.machine() != 'arm64')" if apple_silicon else ")"
+    code = f"import platform, sys, {module}; sys.exit(not {oldest} <= sys.version_info[:2] <= {NEWEST_PYTHON}"
+    code += " or platform.machine() != 'arm64')" if apple_silicon else ")"
     try:
-        return subprocess.call([python, "-c", ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+        return subprocess.call([python, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
     except OSError:  # built for another processor
         return False
 
 
-def refuse(oldest, disguised):
+def fail_without_python(oldest, is_intel):
     """Exit with the error that this machine has no Python that fits, and how to get one."""
-    have = ".".join(map(str, sys.version_info[:3]))
-    need = "Python {}.{} to {}.{}".format(*(oldest + NEWEST))
+    version = ".".join(map(str, sys.version_info[:3]))
+    need = "Python {}.{} to {}.{}".format(*(oldest + NEWEST_PYTHON))
     cure = "brew install python@3.13   or: uv python install 3.13"
-    if disguised:
-        told = (
+    if is_intel:
+        message = (
             f"this Python ({sys.executable}) is an Intel one under Rosetta, and no {need} for Apple Silicon was found"
         )
         cure = "/opt/homebrew/bin/brew install python@3.13   or: uv python install cpython-3.13-macos-aarch64"
-        fail(told, f"{cure}   (is this terminal under Rosetta? first: arch -arm64 zsh), then {AGAIN}")
+        fail(message, f"{cure}   (is this terminal under Rosetta? first: arch -arm64 zsh), then {SETUP_COMMAND}")
     if sys.platform != "darwin":
         cure = "install python3.12 with its venv module   or: uv python install 3.13"
-    fail(f"{need} is needed; this is {have} ({sys.executable}), and no other was found", f"{cure}, then {AGAIN}")
+    fail(
+        f"{need} is needed; this is {version} ({sys.executable}), and no other was found",
+        f"{cure}, then {SETUP_COMMAND}",
+    )

@@ -30,17 +30,17 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from packages import capability, device, read_lock
-from shared import AGAIN, NETWORK, cache_folder, fail, run, writable_folder
+from packages import detect_device, gpu_capabilities, read_lock
+from shared import NETWORK_HINT, SETUP_COMMAND, cache_folder, ensure_writable_folder, fail, run_or_fail
 
 RECIPE = 2  # increase it when this file builds something else from the same inputs
 # Bytes. Measured: sdist 77 MB, unpacked 232 MB, build 60 MB, result 110 MB; the rest is reserve. nvcc alone is 0.84 GB.
-DISK = 700e6 if device() == "cpu" else 4e9
-RENDER = Path(__file__).with_name("render.cpp")
+DISK = 700e6 if detect_device() == "cpu" else 4e9
+RENDER_SOURCE = Path(__file__).with_name("render.cpp")
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
-MAC = sys.platform == "darwin"
+IS_MAC = sys.platform == "darwin"
 # For a build that is not for the GPUs of this machine: T4, A100 (its code runs on A10 and L4), H100, B200, RTX 50.
-CARDS = "75;80;90;100;120"
+DEFAULT_CAPABILITIES = "75;80;90;100;120"
 NO_AMX = "-U__AMX_INT8__"  # the macro that the kernels test; unlike -mno-amx-int8, every compiler accepts this flag
 
 
@@ -49,32 +49,36 @@ def version() -> str:
     return re.search(r"^llama-cpp-python==([\w.]+)$", read_lock("build"), re.MULTILINE)[1]
 
 
-def cuda() -> str:
+def cuda_capabilities() -> str:
     """Return the compute capabilities to compile for, such as 90 or 80;90; empty without a GPU."""
-    return (os.environ.get("FERRY_CUDA") or capability() or CARDS) if device() == "cuda" else ""
+    return (
+        (os.environ.get("FERRY_CUDA") or gpu_capabilities() or DEFAULT_CAPABILITIES)
+        if detect_device() == "cuda"
+        else ""
+    )
 
 
-def flags() -> list[str]:
+def cmake_flags() -> list[str]:
     """Return the arguments of CMake.
 
     The libraries find each other relative to their own folder, so that it can be moved and packed.
     """
-    ours = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
+    definitions = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_WITH_INSTALL_RPATH=ON"]
     # In an environment llama_cpp finds the CUDA libraries that torch uses. The tools get their path from
     # pipeline/toolchain/llama_tools.py.
-    beside = ";$ORIGIN/../../nvidia/cu13/lib" if cuda() else ""
-    ours += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if MAC else "$ORIGIN" + beside)]
-    ours += ["LLAMA_OPENSSL=OFF", "GGML_CCACHE=OFF"]
-    ours += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
+    cuda_rpath = ";$ORIGIN/../../nvidia/cu13/lib" if cuda_capabilities() else ""
+    definitions += ["CMAKE_INSTALL_RPATH=" + ("@loader_path" if IS_MAC else "$ORIGIN" + cuda_rpath)]
+    definitions += ["LLAMA_OPENSSL=OFF", "GGML_CCACHE=OFF"]
+    definitions += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")]
     # Without NO_VMM the driver's library is linked, and nothing loads on a machine without a driver (docker build).
-    ours += (
-        [f"CMAKE_CUDA_ARCHITECTURES={cuda()}", "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_NO_VMM=ON"]
-        if cuda()
+    definitions += (
+        [f"CMAKE_CUDA_ARCHITECTURES={cuda_capabilities()}", "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_NO_VMM=ON"]
+        if cuda_capabilities()
         else []
     )
-    ours += ["GGML_METAL_EMBED_LIBRARY=ON"] if MAC else []
-    ours += [f"CMAKE_{language}_FLAGS={NO_AMX}" for language in ("C", "CXX")] if native_build_uses_amx() else []
-    return ["-D" + flag for flag in ours] + os.environ.get("FERRY_LLAMA_FLAGS", "").split()
+    definitions += ["GGML_METAL_EMBED_LIBRARY=ON"] if IS_MAC else []
+    definitions += [f"CMAKE_{language}_FLAGS={NO_AMX}" for language in ("C", "CXX")] if native_build_uses_amx() else []
+    return ["-D" + flag for flag in definitions] + os.environ.get("FERRY_LLAMA_FLAGS", "").split()
 
 
 def native_build_uses_amx() -> bool:
@@ -84,64 +88,68 @@ def native_build_uses_amx() -> bool:
     and the first matrix multiplication then ends the process with a general protection fault.
     """
     return (
-        not MAC and "amx_tile" in cpu().split() and "-DGGML_NATIVE=OFF" not in os.environ.get("FERRY_LLAMA_FLAGS", "")
+        not IS_MAC
+        and "amx_tile" in cpu_features().split()
+        and "-DGGML_NATIVE=OFF" not in os.environ.get("FERRY_LLAMA_FLAGS", "")
     )
 
 
-def compiler() -> str:
+def compiler_version() -> str:
     """Return the first line of the C++ compiler's --version. Exit when there is no compiler."""
     for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
         if path := shutil.which(name):
-            said = subprocess.run([path, "--version"], capture_output=True, text=True)
-            if said.returncode == 0:  # a Mac without Xcode's tools has a c++ that only prints that they are missing
-                return said.stdout.splitlines()[0]
-    fix = "xcode-select --install" if MAC else "sudo apt-get install g++   (or your system's C++ compiler)"
+            result = subprocess.run([path, "--version"], capture_output=True, text=True)
+            if result.returncode == 0:  # a Mac without Xcode's tools has a c++ that only prints that they are missing
+                return result.stdout.splitlines()[0]
+    install_command = (
+        "xcode-select --install" if IS_MAC else "sudo apt-get install g++   (or your system's C++ compiler)"
+    )
     fail(
         "no C++ compiler: llama.cpp must be compiled once, and c++, g++ and clang++ are not on PATH",
-        f"{fix}, then {AGAIN}",
+        f"{install_command}, then {SETUP_COMMAND}",
     )
 
 
-def cpu() -> str:
+def cpu_features() -> str:
     """Return the instruction sets of this processor, which a native build depends on; on a Mac its name."""
-    if MAC:
-        ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    if IS_MAC:
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     try:
-        found = re.search(r"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return " ".join(sorted(found[2].split())) if found else "unknown"
+        match = None
+    return " ".join(sorted(match[2].split())) if match else "unknown"
 
 
-def key() -> str:
+def build_key() -> str:
     """Return eight hex digits of the hash of all that the result depends on."""
-    native = "-DGGML_NATIVE=OFF" not in flags()
-    ours = hashlib.sha256(RENDER.read_bytes()).hexdigest()
+    is_native = "-DGGML_NATIVE=OFF" not in cmake_flags()
+    render_hash = hashlib.sha256(RENDER_SOURCE.read_bytes()).hexdigest()
     parts = [
         version(),
-        flags(),
+        cmake_flags(),
         RECIPE,
-        ours,
-        compiler(),
+        render_hash,
+        compiler_version(),
         sys.platform,
         platform.machine(),
-        cpu() if native else "portable",
+        cpu_features() if is_native else "portable",
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
-def folder(only_wheel: bool = False) -> Path:
+def build_folder(only_wheel: bool = False) -> Path:
     """Return the folder of the build for this machine, which may not exist yet."""
-    return Path(cache_folder()) / "llama.cpp" / (f"{version()}-{key()}" + ("-wheel" if only_wheel else ""))
+    return Path(cache_folder()) / "llama.cpp" / (f"{version()}-{build_key()}" + ("-wheel" if only_wheel else ""))
 
 
-def complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Return whether the folder holds a complete build: build.json is written last, before the folder gets its name."""
     return (path / "build.json").is_file()
 
 
-def cached() -> Path | None:
+def find_build() -> Path | None:
     """Return a complete build for this machine, with or without the tools; None when there is none.
 
     When no build of this version exists, the compiler is not asked for its version: on a Mac without a compiler that
@@ -149,11 +157,11 @@ def cached() -> Path | None:
     """
     if not list((Path(cache_folder()) / "llama.cpp").glob(f"{version()}-*")):
         return None
-    return next(filter(complete, (folder(), folder(only_wheel=True))), None)
+    return next(filter(is_complete, (build_folder(), build_folder(only_wheel=True))), None)
 
 
 @contextmanager
-def locked(path: Path, say):
+def hold_lock(path: Path, say):
     """Hold a lock file, so that only one set-up runs at a time.
 
     The system releases the lock when this process and its child processes have ended, however they ended. The child
@@ -174,13 +182,13 @@ def locked(path: Path, say):
 
 def wait_for_lock(file, say) -> None:
     """Wait for the lock and take it. Say every 30 s which other set-up has it, and for how long."""
-    said = 0.0
+    last_said = 0.0
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() - said > 30 or not said:
-                said = time.monotonic()
+            if time.monotonic() - last_said > 30 or not last_said:
+                last_said = time.monotonic()
                 say(f"another set-up is running{describe_holder(file)}: waiting for it")
             time.sleep(0.2)
 
@@ -195,177 +203,230 @@ def describe_holder(file) -> str:
         return ""
 
 
-def tell(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print progress on stderr, because stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
 
 
-def ensure(say=tell, only_wheel: bool = False) -> Path:
+def ensure_build(say=print_progress, only_wheel: bool = False) -> Path:
     """Return the folder of a complete build; build it first when it is missing."""
-    target = folder(only_wheel)
-    if complete(target):
+    target = build_folder(only_wheel)
+    if is_complete(target):
         return target
-    writable_folder(str(target.parent), f"FERRY_CACHE=/some/other/folder {AGAIN}")
-    with locked(target.parent / "lock", say):
-        if not complete(target):
-            build(target, say, only_wheel)
+    ensure_writable_folder(str(target.parent), f"FERRY_CACHE=/some/other/folder {SETUP_COMMAND}")
+    with hold_lock(target.parent / "lock", say):
+        if not is_complete(target):
+            build_llama_cpp(target, say, only_wheel)
     return target
 
 
-def build(target: Path, say, only_wheel: bool) -> None:
+def build_llama_cpp(target: Path, say, only_wheel: bool) -> None:
     """Build in a temporary folder beside the target, and rename the result at the end. Exit when the disk is full."""
-    remove_unfinished(target.parent)
+    remove_unfinished_builds(target.parent)
     if (free := shutil.disk_usage(target.parent).free) < DISK:
         fail(
             f"too little disk: {free / 1e9:.1f} GB free in {target.parent}, {DISK / 1e9:.1f} GB needed for llama.cpp",
-            f"FERRY_CACHE=/a/bigger/disk {AGAIN}",
+            f"FERRY_CACHE=/a/bigger/disk {SETUP_COMMAND}",
         )
     log = target.parent / f"{target.name}.log"
     log.unlink(missing_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=target.name + ".part-", dir=target.parent))
+    work_folder = Path(tempfile.mkdtemp(prefix=target.name + ".part-", dir=target.parent))
     started = time.monotonic()
     try:
-        commit = make(work, log, say, only_wheel)
-        facts = {"version": version(), "commit": commit, "flags": flags(), "compiler": compiler(), "recipe": RECIPE}
-        facts["seconds"] = round(time.monotonic() - started)
-        (work / "out" / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
+        commit = build_in_folder(work_folder, log, say, only_wheel)
+        record = {
+            "version": version(),
+            "commit": commit,
+            "flags": cmake_flags(),
+            "compiler": compiler_version(),
+            "recipe": RECIPE,
+        }
+        record["seconds"] = round(time.monotonic() - started)
+        (work_folder / "out" / "build.json").write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(work / "out", target)
+        os.rename(work_folder / "out", target)
     except OSError as error:
-        fail(f"llama.cpp could not be built: {error}", f"free some disk, or FERRY_CACHE=/some/other/folder {AGAIN}")
+        fail(
+            f"llama.cpp could not be built: {error}",
+            f"free some disk, or FERRY_CACHE=/some/other/folder {SETUP_COMMAND}",
+        )
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work_folder, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished_builds(folder: Path) -> None:
     """Remove the temporary folders of killed builds of this version, which have the exact name that the build gives.
 
     No process uses them, because the caller holds the lock.
     """
-    ours = re.compile(re.escape(version()) + r"-[0-9a-f]{8}(-wheel)?\.part-\w+")
+    name_pattern = re.compile(re.escape(version()) + r"-[0-9a-f]{8}(-wheel)?\.part-\w+")
     for path in folder.glob(f"{version()}-*.part-*"):
-        if ours.fullmatch(path.name):
+        if name_pattern.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def make(work: Path, log: Path, say, only_wheel: bool) -> str:
+def build_in_folder(work_folder: Path, log: Path, say, only_wheel: bool) -> str:
     """Download, compile and collect the result in `work`/out; return the commit of llama.cpp."""
-    out, compiled = work / "out", work / "build"
-    out.mkdir()
-    env = with_tools(work, log)
-    source = download(work, log, env)
+    result_folder, compile_folder = work_folder / "out", work_folder / "build"
+    result_folder.mkdir()
+    environment = install_build_tools(work_folder, log)
+    source = download_source(work_folder, log, environment)
     vendored = source / "vendor" / "llama.cpp"
     commit = (source / ".git/modules/vendor/llama.cpp/HEAD").read_text().strip()
-    compile_all(vendored, compiled, ["llama"] if only_wheel else ["llama", *TOOLS], log, env, say)
+    compile_targets(vendored, compile_folder, ["llama"] if only_wheel else ["llama", *TOOLS], log, environment, say)
     if not only_wheel:
-        compile_render(vendored, compiled, log)
-        shutil.copytree(compiled / "bin", out / "bin", symlinks=True)
-    make_wheels(source, compiled / "bin", out / "wheels", only_wheel, log, env)
+        compile_render_tool(vendored, compile_folder, log)
+        shutil.copytree(compile_folder / "bin", result_folder / "bin", symlinks=True)
+    build_wheels(source, compile_folder / "bin", result_folder / "wheels", only_wheel, log, environment)
     if not only_wheel:
-        keep_converter(vendored, out)
-    shutil.copy(vendored / "LICENSE", out)
-    shutil.copytree(vendored / "licenses", out / "licenses")
+        move_converter(vendored, result_folder)
+    shutil.copy(vendored / "LICENSE", result_folder)
+    shutil.copytree(vendored / "licenses", result_folder / "licenses")
     return commit
 
 
-def keep_converter(vendored: Path, out: Path) -> None:
+def move_converter(vendored: Path, result_folder: Path) -> None:
     """Move the parts of the source that are used uncompiled into the result."""
-    (out / "convert").mkdir()
+    (result_folder / "convert").mkdir()
     for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py"):
-        os.rename(vendored / name, out / "convert" / name)
-    os.rename(vendored / "models", out / "models")
+        os.rename(vendored / name, result_folder / "convert" / name)
+    os.rename(vendored / "models", result_folder / "models")
 
 
-def with_tools(work: Path, log: Path) -> dict[str, str]:
+def install_build_tools(work_folder: Path, log: Path) -> dict[str, str]:
     """Install the pinned build tools into a virtual environment; return the environment variables to run them.
 
     For a GPU these include nvcc and CUDA's headers, which PyPI has too.
     """
-    say_venv = "Python cannot make a virtual environment"
-    run([sys.executable, "-m", "venv", work / "tools"], log, say_venv, f"install Python's venv module, then {AGAIN}")
-    pins = [line for name in ("build", "nvcc")[: 2 if cuda() else 1] for line in read_lock(name).splitlines()]
+    venv_message = "Python cannot make a virtual environment"
+    run_or_fail(
+        [sys.executable, "-m", "venv", work_folder / "tools"],
+        log,
+        venv_message,
+        f"install Python's venv module, then {SETUP_COMMAND}",
+    )
+    pins = [
+        line for name in ("build", "nvcc")[: 2 if cuda_capabilities() else 1] for line in read_lock(name).splitlines()
+    ]
     pins = [line for line in pins if line and not line.startswith(("#", "llama-cpp-python=="))]
-    pip = [work / "tools/bin/python", "-m", "pip", "install", "--no-deps", *pins]
-    run(pip, log, "the tools that compile llama.cpp could not be installed", NETWORK)
-    return os.environ | {"PATH": f"{work / 'tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
+    pip = [work_folder / "tools/bin/python", "-m", "pip", "install", "--no-deps", *pins]
+    run_or_fail(pip, log, "the tools that compile llama.cpp could not be installed", NETWORK_HINT)
+    return os.environ | {"PATH": f"{work_folder / 'tools' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
-def download(work: Path, log: Path, env: dict[str, str]) -> Path:
+def download_source(work_folder: Path, log: Path, environment: dict[str, str]) -> Path:
     """Download and unpack the sdist; return its folder. (pip also asks the sdist for its metadata, which takes 7 s.)"""
     name = f"llama-cpp-python=={version()}"
-    pip = [work / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+    pip = [work_folder / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
     pip += ["--no-binary", "llama-cpp-python"]
-    run([*pip, "--dest", work, name], log, f"the source of {name} cannot be downloaded", NETWORK, env)
-    (archive,) = work.glob("llama_cpp_python-*.tar.gz")
-    shutil.unpack_archive(archive, work)
+    run_or_fail(
+        [*pip, "--dest", work_folder, name],
+        log,
+        f"the source of {name} cannot be downloaded",
+        NETWORK_HINT,
+        environment,
+    )
+    (archive,) = work_folder.glob("llama_cpp_python-*.tar.gz")
+    shutil.unpack_archive(archive, work_folder)
     archive.unlink()
-    return work / archive.name.removesuffix(".tar.gz")
+    return work_folder / archive.name.removesuffix(".tar.gz")
 
 
-def compile_all(source: Path, build: Path, targets: list[str], log: Path, env: dict[str, str], say) -> None:
+def compile_targets(source: Path, build: Path, targets: list[str], log: Path, environment: dict[str, str], say) -> None:
     """Configure and compile the given targets: with the tools 145 files, which take 6 minutes on 2 cores."""
-    what, hint = "llama.cpp could not be compiled", f"read the log; then {AGAIN}"
-    run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *flags(), *toolkit(build.parent)], log, what, hint, env)
+    message, hint = "llama.cpp could not be compiled", f"read the log; then {SETUP_COMMAND}"
+    run_or_fail(
+        ["cmake", "-S", source, "-B", build, "-G", "Ninja", *cmake_flags(), *cuda_cmake_flags(build.parent)],
+        log,
+        message,
+        hint,
+        environment,
+    )
     # At most 16: a compiler takes up to 0.6 GB, and pods often show more cores than they may use.
     jobs = str(min(os.cpu_count() or 1, 16))
-    run(["cmake", "--build", build, "-j", jobs, "--target", *targets], log, what, hint, env, progress(say))
+    run_or_fail(
+        ["cmake", "--build", build, "-j", jobs, "--target", *targets],
+        log,
+        message,
+        hint,
+        environment,
+        create_progress_reader(say),
+    )
 
 
-def toolkit(work: Path) -> list[str]:
+def cuda_cmake_flags(work_folder: Path) -> list[str]:
     """Return the arguments by which CMake finds CUDA in wheels, which have no lib64 and no unversioned libraries."""
-    if not cuda():
+    if not cuda_capabilities():
         return []
-    there = cuda_wheels(work)
-    cudart, cublas = there / "lib/libcudart.so.13", there / "lib/libcublas.so.13"
-    places = {"CMAKE_CUDA_COMPILER": there / "bin/nvcc", "CMAKE_CUDA_FLAGS": f"-L{there}/lib", "CUDA_CUDART": cudart}
-    places |= {"CUDA_cudart_LIBRARY": cudart, "CUDA_cublas_LIBRARY": cublas}
-    places |= {"CMAKE_EXE_LINKER_FLAGS": "-Wl,-rpath-link," + str(there / "lib")}
-    return [f"-D{name}={place}" for name, place in places.items()]
+    toolkit_folder = cuda_toolkit_folder(work_folder)
+    cudart, cublas = toolkit_folder / "lib/libcudart.so.13", toolkit_folder / "lib/libcublas.so.13"
+    definitions = {
+        "CMAKE_CUDA_COMPILER": toolkit_folder / "bin/nvcc",
+        "CMAKE_CUDA_FLAGS": f"-L{toolkit_folder}/lib",
+        "CUDA_CUDART": cudart,
+    }
+    definitions |= {"CUDA_cudart_LIBRARY": cudart, "CUDA_cublas_LIBRARY": cublas}
+    definitions |= {"CMAKE_EXE_LINKER_FLAGS": "-Wl,-rpath-link," + str(toolkit_folder / "lib")}
+    return [f"-D{name}={path}" for name, path in definitions.items()]
 
 
-def cuda_wheels(work: Path) -> Path:
+def cuda_toolkit_folder(work_folder: Path) -> Path:
     """Return the folder where `install_build_tools` has put the CUDA toolkit."""
-    return next(work.glob("tools/lib/python3*/site-packages/nvidia/cu13"))
+    return next(work_folder.glob("tools/lib/python3*/site-packages/nvidia/cu13"))
 
 
-def compile_render(source: Path, build: Path, log: Path) -> None:
+def compile_render_tool(source: Path, build: Path, log: Path) -> None:
     """Compile llama-render (render.cpp) against the new libraries, with the compiler that CMake chose; it takes 4 s."""
     cache = (build / "CMakeCache.txt").read_text()
-    cxx = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
+    compiler_path = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
     # clang++ of a Mac needs it when called by its path
     sdk = re.search(r"^CMAKE_OSX_SYSROOT:\w+=(/.+)$", cache, re.MULTILINE)
     headers = ["-isysroot", sdk[1]] if sdk else []
     headers += [f"-I{source / name}" for name in ("common", "include", "ggml/include", "vendor")]
     libraries = ["-L" + str(build / "bin"), "-lllama-common", "-lllama", "-lggml", "-lggml-base"]
-    place = "-Wl,-rpath," + ("@loader_path" if MAC else "$ORIGIN")
-    libraries += [f"-Wl,-rpath-link,{cuda_wheels(build.parent)}/lib"] if cuda() else []
-    command = [cxx, "-std=c++17", "-O1", RENDER, *headers, *libraries, place, "-o", build / "bin" / "llama-render"]
-    run(command, log, "llama-render could not be compiled", f"read the log; then {AGAIN}")
+    rpath_flag = "-Wl,-rpath," + ("@loader_path" if IS_MAC else "$ORIGIN")
+    libraries += [f"-Wl,-rpath-link,{cuda_toolkit_folder(build.parent)}/lib"] if cuda_capabilities() else []
+    command = [
+        compiler_path,
+        "-std=c++17",
+        "-O1",
+        RENDER_SOURCE,
+        *headers,
+        *libraries,
+        rpath_flag,
+        "-o",
+        build / "bin" / "llama-render",
+    ]
+    run_or_fail(command, log, "llama-render could not be compiled", f"read the log; then {SETUP_COMMAND}")
 
 
-def progress(say):
+def create_progress_reader(say):
     """Return a reader of ninja's `[12/240]` that prints one changing line on a terminal, else a line every 30 s."""
-    started, last, terminal = time.monotonic(), [0.0], sys.stderr.isatty()
+    started, last_print, is_terminal = time.monotonic(), [0.0], sys.stderr.isatty()
 
-    def read(line: str) -> None:
-        now = time.monotonic() - started
-        found = re.match(r"\[(\d+)/(\d+)\]", line)
-        if not found:
+    def report_line(line: str) -> None:
+        spent = time.monotonic() - started
+        match = re.match(r"\[(\d+)/(\d+)\]", line)
+        if not match:
             return
-        done, total = int(found[1]), int(found[2])
-        if now - last[0] < (1 if terminal else 30) and done < total:
+        done, total = int(match[1]), int(match[2])
+        if spent - last_print[0] < (1 if is_terminal else 30) and done < total:
             return
-        last[0] = now
-        text = f"      compiled {done} of {total} files, {now:.0f} s, about {now * (total - done) / done:.0f} s to go"
-        if terminal:
+        last_print[0] = spent
+        text = (
+            f"      compiled {done} of {total} files, {spent:.0f} s, about {spent * (total - done) / done:.0f} s to go"
+        )
+        if is_terminal:
             sys.stderr.write(f"\r{text}\033[K" + ("\n" if done == total else ""))
         else:
             say(text)
 
-    return read
+    return report_line
 
 
-def make_wheels(source: Path, built: Path, wheels: Path, only_wheel: bool, log: Path, env: dict[str, str]) -> None:
+def build_wheels(
+    source: Path, built: Path, wheels: Path, only_wheel: bool, log: Path, environment: dict[str, str]
+) -> None:
     """Build the wheels of llama_cpp_python and of gguf of this commit.
 
     llama_cpp_python takes the libraries that were just compiled, and does not compile them again.
@@ -389,12 +450,14 @@ def make_wheels(source: Path, built: Path, wheels: Path, only_wheel: bool, log: 
         "--no-build-isolation",
     ]
     command = [*pip, "--wheel-dir", wheels, source, *([] if only_wheel else [source / "vendor/llama.cpp/gguf-py"])]
-    what = "the wheels of llama-cpp-python and gguf could not be made"
-    run(command, log, what, f"read the log; then {AGAIN}", env | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
+    message = "the wheels of llama-cpp-python and gguf could not be made"
+    run_or_fail(
+        command, log, message, f"read the log; then {SETUP_COMMAND}", environment | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+    )
 
 
 if __name__ == "__main__":
     try:
-        print(folder() if "--print" in sys.argv else ensure())
+        print(build_folder() if "--print" in sys.argv else ensure_build())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -15,17 +15,17 @@ import sys
 import sysconfig
 import tempfile
 
-from interpreter import fits, said
-from shared import AGAIN, NETWORK, attempt, fail, give_up, run
+from interpreter import is_usable_python, read_output
+from shared import NETWORK_HINT, SETUP_COMMAND, fail, fail_with_log, run_logged, run_or_fail
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-BUILT = ("llama_cpp_python", "gguf")  # built by setup/llamacpp.py, not named in a lock
-CUDA = (13, 0)  # the version of the torch in cuda.txt
-OLDEST_CARD = 75  # the lowest compute capability (7.5) that CUDA 13 compiles for
+BUILT_PACKAGES = ("llama_cpp_python", "gguf")  # built by setup/llamacpp.py, not named in a lock
+REQUIRED_CUDA = (13, 0)  # the version of the torch in cuda.txt
+OLDEST_CAPABILITY = 75  # the lowest compute capability (7.5) that CUDA 13 compiles for
 # A file in each environment that Ferry made or took over. It stays when the rest is removed.
-MARK = "ferry-environment"
+OWNER_MARK = "ferry-environment"
 # The files in a new environment of venv, virtualenv or uv, which are nobody's work.
-NEW = re.compile(
+NEW_VENV_FILES = re.compile(
     r"pyvenv\.cfg|\.gitignore|\.lock|\.DS_Store|CACHEDIR\.TAG|lib64"
     r"|bin/(python[\d.]*t?|\U0001D70Bthon|pip[\d.]*|wheel[\d.]*|[Aa]ctivate[\w.]*|deactivate[\w.]*|pydoc\.bat)"
     r"|lib/(python|pypy)[\d.]+t?/site-packages/"
@@ -33,66 +33,68 @@ NEW = re.compile(
     r"|distutils-precedence\.pth|_virtualenv\.(py|pth)|__pycache__/_virtualenv\.[\w.-]+)"
 )
 # The CUDA libraries that llama.cpp loads on a GPU. An environment with torch has them already.
-CUDA_RUNTIME = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
+CUDA_RUNTIME_PINS = ("nvidia-cublas==", "nvidia-cuda-nvrtc==", "nvidia-cuda-runtime==")
 # Only for torch, because pip asks an extra index for every package, and five times each when it is not reachable.
-TORCH_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+TORCH_INDEX_ARGUMENTS = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
 
 
-def device():
+def detect_device():
     """Return `cuda` when this machine has an NVIDIA GPU that torch can use, else `cpu`.
 
     FERRY_DEVICE overrides it. The result chooses the lock: cuda.txt or cpu.txt.
     """
-    given = os.environ.get("FERRY_DEVICE")
-    if given not in (None, "", "cpu", "cuda"):
-        fail(f"FERRY_DEVICE={given}: neither cpu nor cuda", "unset FERRY_DEVICE, then " + AGAIN)
-    suits = sys.platform == "linux" and platform.machine() == "x86_64"
-    return given or ("cuda" if suits and shutil.which("nvidia-smi") and not unfit() else "cpu")
+    requested = os.environ.get("FERRY_DEVICE")
+    if requested not in (None, "", "cpu", "cuda"):
+        fail(f"FERRY_DEVICE={requested}: neither cpu nor cuda", "unset FERRY_DEVICE, then " + SETUP_COMMAND)
+    is_supported = sys.platform == "linux" and platform.machine() == "x86_64"
+    return requested or ("cuda" if is_supported and shutil.which("nvidia-smi") and not find_gpu_fault() else "cpu")
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033 - functools.cache is of Python 3.9
-def nvidia_smi(*words):
+def run_nvidia_smi(*words):
     """Return what nvidia-smi prints. The result is cached, because a call may take a second."""
-    return said(("nvidia-smi",) + words)
+    return read_output(("nvidia-smi",) + words)
 
 
-def capability():
+def gpu_capabilities():
     """Return the compute capabilities of this machine's NVIDIA GPUs in the form of CMake, such as 90 or 80;90."""
-    lines = nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
-    found = {line.strip() for line in lines if re.match(r" *\d+\.\d+ *$", line)}
-    return ";".join(sorted((each.replace(".", "") for each in found), key=int))
+    lines = run_nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
+    capabilities = {line.strip() for line in lines if re.match(r" *\d+\.\d+ *$", line)}
+    return ";".join(sorted((capability.replace(".", "") for capability in capabilities), key=int))
 
 
-def unfit():
+def find_gpu_fault():
     """Return why torch cannot use the NVIDIA GPU of this machine; empty when it can."""
-    found = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", nvidia_smi())
-    if not capability():
+    cuda_match = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", run_nvidia_smi())
+    if not gpu_capabilities():
         return "nvidia-smi is here, and names no card"
-    if int(capability().split(";")[0]) < OLDEST_CARD:
-        return "a card of compute capability {}: CUDA {}.{} begins with 7.5 (T4)".format(capability(), *CUDA)
-    if found and (int(found.group(1)), int(found.group(2))) < CUDA:
-        told = "the NVIDIA driver here runs CUDA {}.{} at most; Ferry's torch needs {}.{} (driver 580)"
-        return told.format(*found.groups() + CUDA)
+    if int(gpu_capabilities().split(";")[0]) < OLDEST_CAPABILITY:
+        return "a card of compute capability {}: CUDA {}.{} begins with 7.5 (T4)".format(
+            gpu_capabilities(), *REQUIRED_CUDA
+        )
+    if cuda_match and (int(cuda_match.group(1)), int(cuda_match.group(2))) < REQUIRED_CUDA:
+        message = "the NVIDIA driver here runs CUDA {}.{} at most; Ferry's torch needs {}.{} (driver 580)"
+        return message.format(*cuda_match.groups() + REQUIRED_CUDA)
     return ""
 
 
-def check_card():
+def refuse_unusable_gpu():
     """Exit when this machine has an NVIDIA GPU that torch cannot use, unless FERRY_DEVICE is set.
 
     Otherwise the training would silently run on the CPU.
     """
-    if not os.environ.get("FERRY_DEVICE") and shutil.which("nvidia-smi") and unfit():
-        fail(unfit(), "take another machine, or FERRY_DEVICE=cpu for the CPU")
+    if not os.environ.get("FERRY_DEVICE") and shutil.which("nvidia-smi") and find_gpu_fault():
+        fail(find_gpu_fault(), "take another machine, or FERRY_DEVICE=cpu for the CPU")
 
 
-def check_headers():
+def refuse_missing_headers():
     """Exit when Python.h is missing on a GPU machine.
 
     Triton needs it in the first training step, and its own error is unclear.
     """
-    if device() == "cuda" and not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-        told = "Python.h is missing: on a GPU, Triton compiles against it when the training starts"
-        fail(told, "sudo apt-get install python{}.{}-dev, then {}".format(*sys.version_info[:2] + (AGAIN,)))
+    if detect_device() == "cuda" and not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        message = "Python.h is missing: on a GPU, Triton compiles against it when the training starts"
+        fail(message, "sudo apt-get install python{}.{}-dev, then {}".format(*sys.version_info[:2] + (SETUP_COMMAND,)))
 
 
 def read_lock(name):
@@ -108,49 +110,55 @@ def split_locks(names):
     return torch, [line for line in lines if line not in torch]
 
 
-def python_of(venv):
+def venv_python(venv):
     """Return the path of an environment's Python."""
     return os.path.join(venv, "bin", "python")
 
 
 def make_venv(venv, oldest, log):
     """Keep an environment that can be reused, else empty the folder and create a new one. Write the mark of Ferry."""
-    check_owner(venv)
-    if not can_build_upon(venv, oldest):
+    claim_venv(venv)
+    if not can_reuse_venv(venv, oldest):
         empty_venv(venv)
         create_venv(venv, log)
-    write_mark(venv)
+    write_owner_mark(venv)
 
 
-def check_owner(venv):
+def claim_venv(venv):
     """Exit when the folder is the user's. Mark one that Ferry made.
 
     An environment of an older Ferry has no mark yet. It gets one now, because its record is about to be removed.
     """
-    if is_ours(venv):
-        write_mark(venv)
-    elif not is_new(venv):
-        what = "an environment of yours, not made by Ferry" if is_venv(venv) else "there and is no virtual environment"
-        fail(f"{venv} is {what}", f"move it away, or {elsewhere()}")
+    if is_ferry_venv(venv):
+        write_owner_mark(venv)
+    elif not is_new_venv(venv):
+        description = (
+            "an environment of yours, not made by Ferry" if is_venv(venv) else "there and is no virtual environment"
+        )
+        fail(f"{venv} is {description}", f"move it away, or {other_folder_hint()}")
 
 
-def is_ours(venv):
+def is_ferry_venv(venv):
     """Return whether Ferry made the environment.
 
     Its mark proves that, or what an older Ferry left there: the record, the marker of a running pip, or its own link.
     """
-    left = [os.path.join(venv, name) for name in (MARK, "ferry.json")] + [marker(venv)]
-    link = os.path.join(venv, "bin", "ferry")
-    return any(map(os.path.isfile, left)) or (os.path.islink(link) and os.readlink(link).endswith("/ferry"))
+    proofs = [os.path.join(venv, name) for name in (OWNER_MARK, "ferry.json")] + [pip_marker_path(venv)]
+    ferry_link = os.path.join(venv, "bin", "ferry")
+    return any(map(os.path.isfile, proofs)) or (
+        os.path.islink(ferry_link) and os.readlink(ferry_link).endswith("/ferry")
+    )
 
 
-def is_new(venv):
+def is_new_venv(venv):
     """Return whether the folder is missing, empty or a new environment, so that it holds nothing of the user."""
-    walked = ((folder, name) for folder, folders, files in os.walk(venv) for name in files + links(folder, folders))
-    return all(NEW.fullmatch(os.path.relpath(os.path.join(*found), venv)) for found in walked)
+    entries = (
+        (folder, name) for folder, folders, files in os.walk(venv) for name in files + list_links(folder, folders)
+    )
+    return all(NEW_VENV_FILES.fullmatch(os.path.relpath(os.path.join(*entry), venv)) for entry in entries)
 
 
-def links(folder, names):
+def list_links(folder, names):
     """Return the names that are symbolic links. os.walk lists a link to a folder as a folder."""
     return [name for name in names if os.path.islink(os.path.join(folder, name))]
 
@@ -160,17 +168,17 @@ def is_venv(venv):
     return os.path.exists(os.path.join(venv, "pyvenv.cfg"))
 
 
-def write_mark(venv):
+def write_owner_mark(venv):
     """Write the file that marks an environment as Ferry's."""
-    with open(os.path.join(venv, MARK), "w", encoding="utf-8") as file:
+    with open(os.path.join(venv, OWNER_MARK), "w", encoding="utf-8") as file:
         file.write("Ferry made this environment: `make env` changes and removes what is in it.\n")
 
 
-def can_build_upon(venv, oldest):
+def can_reuse_venv(venv, oldest):
     """Return whether the environment is complete and its Python fits and has pip."""
-    python = python_of(venv)
-    whole = is_venv(venv) and not os.path.exists(marker(venv)) and os.path.exists(python)
-    return whole and fits(python, oldest, "pip")
+    python = venv_python(venv)
+    is_complete = is_venv(venv) and not os.path.exists(pip_marker_path(venv)) and os.path.exists(python)
+    return is_complete and is_usable_python(python, oldest, "pip")
 
 
 def empty_venv(venv):
@@ -182,24 +190,26 @@ def empty_venv(venv):
         path = os.path.join(venv, name)
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
-        elif name != MARK:
+        elif name != OWNER_MARK:
             os.remove(path)
 
 
 def create_venv(venv, log):
     """Create a new environment in an empty folder. Exit when that fails."""
-    hint = "sudo apt-get install python{}.{}-venv   (Debian, Ubuntu), then {}".format(*sys.version_info[:2], AGAIN)
+    hint = "sudo apt-get install python{}.{}-venv   (Debian, Ubuntu), then {}".format(
+        *sys.version_info[:2], SETUP_COMMAND
+    )
     if not importlib.util.find_spec("venv") or not importlib.util.find_spec("ensurepip"):
         fail(f"this Python ({sys.executable}) has no venv module", hint)
-    run([sys.executable, "-m", "venv", venv], log, f"no virtual environment could be made in {venv}", hint)
+    run_or_fail([sys.executable, "-m", "venv", venv], log, f"no virtual environment could be made in {venv}", hint)
 
 
-def elsewhere():
+def other_folder_hint():
     """Return the same command with another folder for the environment, for error messages."""
-    return AGAIN + (" DEPLOY_VENV=" if "deploy" in AGAIN else " VENV=") + "/some/other/folder"
+    return SETUP_COMMAND + (" DEPLOY_VENV=" if "deploy" in SETUP_COMMAND else " VENV=") + "/some/other/folder"
 
 
-def marker(venv):
+def pip_marker_path(venv):
     """Return the path of a file that exists while pip changes the environment.
 
     When it exists at the start, pip was killed half-way, and the environment cannot be trusted.
@@ -207,43 +217,47 @@ def marker(venv):
     return os.path.join(venv, "pip-is-running")
 
 
-def pip(venv, log, arguments):
+def run_pip(venv, log, arguments):
     """Run the environment's pip; return its exit code and last lines. Only a pip that was killed leaves the marker."""
-    open(marker(venv), "w").close()
-    command = [python_of(venv), "-m", "pip", "--no-input", "--disable-pip-version-check"]
-    done = attempt(command + arguments, log)
-    os.remove(marker(venv))
-    return done
+    open(pip_marker_path(venv), "w").close()
+    command = [venv_python(venv), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    result = run_logged(command + arguments, log)
+    os.remove(pip_marker_path(venv))
+    return result
 
 
-def install(venv, log, name, arguments):
+def install_packages(venv, log, name, arguments):
     """Install packages without their dependencies. Exit when pip fails.
 
     The locks are complete, and unsloth's own requirements cannot be met.
     """
-    code, tail = pip(venv, log, ["install", "--no-deps"] + arguments)
+    code, tail = run_pip(venv, log, ["install", "--no-deps"] + arguments)
     if code:
-        give_up(f"{name} could not be installed (exit {code})", tail, log, NETWORK)
+        fail_with_log(f"{name} could not be installed (exit {code})", tail, log, NETWORK_HINT)
 
 
-def install_lines(venv, log, lines):
+def install_lock_lines(venv, log, lines):
     """Install the pinned lines of a lock, and remove the packages that it does not name."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(lines) + "\n")
         file.flush()
-        install(venv, log, "the python packages", ["-r", file.name])
-    remove_others(venv, log, lines)
+        install_packages(venv, log, "the python packages", ["-r", file.name])
+    remove_unlisted_packages(venv, log, lines)
 
 
-def remove_others(venv, log, others):
+def remove_unlisted_packages(venv, log, lock_lines):
     """Remove the packages that no lock names: some break others by being installed (torchvision, xformers)."""
-    keep = {line.split("==")[0].replace("_", "-").lower() for line in others}
-    keep |= {"torch", "pip", "setuptools", "wheel"} | {name.replace("_", "-") for name in BUILT}
-    ask = [python_of(venv), "-m", "pip", "list", "--format=json"]
-    listed = json.loads(subprocess.run(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode())
-    extra = sorted({package["name"].replace("_", "-").lower() for package in listed} - keep)
-    if extra:
-        print(f" not in the locks, removed: {', '.join(extra)} ...", end="", flush=True)
-        code, tail = pip(venv, log, ["uninstall", "--yes"] + extra)
+    keep = {line.split("==")[0].replace("_", "-").lower() for line in lock_lines}
+    keep |= {"torch", "pip", "setuptools", "wheel"} | {name.replace("_", "-") for name in BUILT_PACKAGES}
+    list_command = [venv_python(venv), "-m", "pip", "list", "--format=json"]
+    installed = json.loads(
+        subprocess.run(list_command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+    )
+    unlisted_names = sorted({package["name"].replace("_", "-").lower() for package in installed} - keep)
+    if unlisted_names:
+        print(f" not in the locks, removed: {', '.join(unlisted_names)} ...", end="", flush=True)
+        code, tail = run_pip(venv, log, ["uninstall", "--yes"] + unlisted_names)
         if code:
-            give_up(f"pip cannot uninstall {', '.join(extra)} (exit {code})", tail, log, elsewhere())
+            fail_with_log(
+                f"pip cannot uninstall {', '.join(unlisted_names)} (exit {code})", tail, log, other_folder_hint()
+            )

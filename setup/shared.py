@@ -9,9 +9,9 @@ import shutil
 import subprocess
 import sys
 
-AGAIN = "make deploy-env" if "--deploy" in sys.argv else "make env"
-NETWORK = f"check the network (and pip config list), then {AGAIN}"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SETUP_COMMAND = "make deploy-env" if "--deploy" in sys.argv else "make env"
+NETWORK_HINT = f"check the network (and pip config list), then {SETUP_COMMAND}"
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fail(message, hint):
@@ -25,7 +25,7 @@ def cache_folder():
     return os.path.abspath(os.path.expanduser(os.environ.get("FERRY_CACHE") or "~/.cache/ferry"))
 
 
-def writable_folder(path, hint):
+def ensure_writable_folder(path, hint):
     """Create the folder when it is missing, and exit when no file can be written there."""
     try:
         os.makedirs(path, exist_ok=True)
@@ -36,7 +36,7 @@ def writable_folder(path, hint):
         fail(f"cannot write to {path}: {error.strerror}", hint)
 
 
-def write_whole(path, text):
+def write_atomically(path, text):
     """Write a text to a temporary file, then rename it to `path`, so that the file is never half-written."""
     path = os.path.realpath(path)  # a link stays a link
     part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.part")
@@ -53,7 +53,7 @@ def write_whole(path, text):
             os.remove(part)
 
 
-def attempt(command, log, env=None, each_line=None):
+def run_logged(command, log, env=None, each_line=None):
     """Run a command and append its output to the log file; return its exit code and its last 40 lines."""
     tail = []
     with open(log, "a") as file:
@@ -81,21 +81,21 @@ def attempt(command, log, env=None, each_line=None):
     return code, tail
 
 
-def run(command, log, message, hint, env=None, each_line=None):
+def run_or_fail(command, log, message, hint, env=None, each_line=None):
     """Run a command that must succeed. When it fails, exit with `message` and its last lines as the error."""
-    code, tail = attempt(command, log, env, each_line)
+    code, tail = run_logged(command, log, env, each_line)
     if code:
-        give_up(f"{message} (exit {code})", tail, log, hint)
+        fail_with_log(f"{message} (exit {code})", tail, log, hint)
 
 
-def give_up(message, tail, log, hint):
+def fail_with_log(message, tail, log, hint):
     """Exit with the error of a failed command, its last lines and the path of its log."""
-    if any(os.strerror(code) in line for code in DISK_FULL for line in tail):
-        hint = f"free some disk, then {AGAIN}"
-    fail(message + "\n" + "".join(f"  {line}\n" for line in telling(tail)) + f"  all of it: {log}", hint)
+    if any(os.strerror(code) in line for code in DISK_FULL_ERRORS for line in tail):
+        hint = f"free some disk, then {SETUP_COMMAND}"
+    fail(message + "\n" + "".join(f"  {line}\n" for line in error_lines(tail)) + f"  all of it: {log}", hint)
 
 
-def telling(tail):
+def error_lines(tail):
     """Return the last lines that say why a command failed, at most four."""
     errors = [line for line in tail if "error" in line.lower() and not line.startswith("WARNING")]
     return (errors or tail)[-4:]

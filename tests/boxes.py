@@ -171,7 +171,7 @@ def lend_environment(box: Box, laptop: Path, under: str = "ferry") -> None:
     """The locked environment, as if an earlier job had made it there."""
     from launch import source_archive
 
-    there = box.home / under / f"venv-{source_archive.locks(laptop, 'HEAD')}"
+    there = box.home / under / f"venv-{source_archive.hash_lock_files(laptop, 'HEAD')}"
     there.parent.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["cp", "-al", sys.prefix, there], capture_output=True).returncode:
         shutil.rmtree(there, ignore_errors=True)

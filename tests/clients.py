@@ -31,7 +31,7 @@ def install(target: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", part, *PINS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files.sync(Path(part))
+    files.fsync_tree(Path(part))
     try:
         os.rename(part, target)
     except OSError:  # another run was faster

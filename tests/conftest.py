@@ -160,7 +160,9 @@ def trained_format(source):
     from pipeline.base_model import restore_gguf
     from pipeline.data import chat_template
 
-    tokenizer, chat, _ = chat_template.load(restore_gguf.prepare_tokenizer(source), "tokenizer", date(2024, 7, 26))
+    tokenizer, chat, _ = chat_template.load_chat_tokenizer(
+        restore_gguf.prepare_tokenizer(source), "tokenizer", date(2024, 7, 26)
+    )
     return tokenizer, chat
 
 

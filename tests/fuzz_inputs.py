@@ -75,9 +75,9 @@ def config_target(folder: Path) -> Callable[[bytes], bool]:
             check_error(error)
             return False
         text = load.dump_config(tree)
-        assert load.build_config(*yaml_tree.parse(text, "dump"), path) == tree, "it reads otherwise what it wrote"
+        assert load.build_config(*yaml_tree.parse_yaml(text, "dump"), path) == tree, "it reads otherwise what it wrote"
         advice.list_warnings(tree, 1000, 64)
-        statistics.steps(tree.finetune, 1000)
+        statistics.count_steps(tree.finetune, 1000)
         publish_and_read(tree)
         return True
 
@@ -100,7 +100,7 @@ def publish_and_read(tree) -> None:
     smoke = {"ids": [1], "answer": "", "answer_ids": [2], "log_probs": [-1.0]}
     value["smoke"] = [{"message": text} | smoke for text in tree.generation.smoke_prompts or ()]
     value["chat"] |= {"system": None if tree.data.system in ("from-rows", "none") else tree.data.system}
-    manifest.parse(json.dumps(value).encode(), "published")
+    manifest.parse_manifest(json.dumps(value).encode(), "published")
 
 
 @functools.cache
@@ -154,20 +154,20 @@ def manifest_target(folder: Path) -> Callable[[bytes], bool]:
 
     def target(content: bytes) -> bool:
         try:
-            made = manifest.parse(content, "repo/manifest.json")
+            made = manifest.parse_manifest(content, "repo/manifest.json")
         except UserError as error:
             check_error(error)
             return False
-        manifest.schema(content)
+        manifest.read_schema_version(content)
         pages = [
-            trace.page("x", None, made, folder, {}),
-            "\n".join(summary._table(made)),
-            model_card.text(made, "ladder", "you/x", True),
+            trace.render_trace("x", None, made, folder, {}),
+            "\n".join(summary._score_lines(made)),
+            model_card.render_model_card(made, "ladder", "you/x", True),
         ]
         if made.chat.turns:
-            pages.append(made.chat.turns.prompt([{"role": "user", "content": "x"}]))
+            pages.append(made.chat.turns.render_prompt([{"role": "user", "content": "x"}]))
         assert all(isinstance(page, str) for page in pages)
-        manifest.parse(json.dumps(made.model_dump(mode="json")).encode(), "again")
+        manifest.parse_manifest(json.dumps(made.model_dump(mode="json")).encode(), "again")
         return True
 
     return target
@@ -371,7 +371,7 @@ def fuzz_model(seconds: float, seed: int = 3407, most: int = 10**9) -> Counter:
                 path.write_bytes(mutate(rng, path.read_bytes(), [b"\xff" * 8, b"\0" * 4, b"llama", b"\x08\0\0\0"]))
             counts["tried"] += 1
             try:
-                model_header.refuse_impossible(gguf_reader.read(path), path.name)
+                model_header.refuse_impossible_header(gguf_reader.read_header(path), path.name)
             except UserError as error:
                 check_error(error)
                 counts["refused by the header"] += 1
@@ -422,9 +422,9 @@ def _load_and_ask(path: Path, seconds: int) -> None:
         os.dup2(nothing.fileno(), 2)
     code = 3
     try:
-        model = llama_runtime.load(path, 64)
+        model = llama_runtime.load_model(path, 64)
         ids = llama_runtime.tokenize(model, "a b <s> c")[:8] or [0]
-        llama_runtime.greedy(model, ids, 4)
+        llama_runtime.generate_greedy(model, ids, 4)
         code = 0
     except UserError:
         code = 2

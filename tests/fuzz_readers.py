@@ -131,7 +131,7 @@ def target(folder: Path) -> Callable[[str, bytes], int]:
     from pipeline.config.schema import Clean, Data
     from pipeline.data import process_rows, row_formats, stage
     from pipeline.data.clean import Cleaner
-    from pipeline.data.drop_reasons import Unfit
+    from pipeline.data.drop_reasons import UnusableRow
     from pipeline.data.sources import Part
 
     cleaner, data = Cleaner(Clean(secrets="mask", personal="mask"), ("<|im_end|>",), False), Data(source="x")
@@ -141,18 +141,18 @@ def target(folder: Path) -> Callable[[str, bytes], int]:
         path.write_bytes(content)
         if suffix == ".gguf":
             with suppress(UserError):
-                count = len(gguf_reader.read(path).metadata)
+                count = len(gguf_reader.read_header(path).metadata)
             return count
         part = Part(path.name, path)
         with suppress(UserError):
-            found = row_formats.detect(stage.heads(part), data, part.name)
-            for number, payload in islice(part.items(), ROWS):
+            found = row_formats.detect_format(stage.read_first_rows(part), data, part.name)
+            for number, payload in islice(part.read_rows(), ROWS):
                 assert isinstance(number, int) and number > 0
                 count += 1
-                with suppress(Unfit):
-                    row = process_rows.parsed(payload)
-                    row_formats.unused_fields(row, found)
-                    messages, _, _ = cleaner(row_formats.conversation(row, found))
+                with suppress(UnusableRow):
+                    row = process_rows.parse_row(payload)
+                    row_formats.find_unused_fields(row, found)
+                    messages, _, _ = cleaner(row_formats.build_conversation(row, found))
                     assert messages[-1]["role"] == "assistant" and all(type(m["content"]) is str for m in messages)
                     json.dumps(messages, ensure_ascii=False).encode()
         return count

@@ -10,9 +10,9 @@ from tests import repos
 
 def ready(repo: Path, models: Path) -> Path:
     """The version's folder."""
-    version = Path(pull.stage(str(repo), models)["folder"])
-    smoke.stage(version)
-    modelfile.stage(version)
+    version = Path(pull.run_pull(str(repo), models)["folder"])
+    smoke.run_smoke(version)
+    modelfile.run_modelfile(version)
     return version
 
 

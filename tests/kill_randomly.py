@@ -27,7 +27,7 @@ def weights_of(chain: Chain) -> dict[str, str]:
     """sha256 of the adapter, and of the tensor data of each GGUF: headers hold times and scores."""
     found = {"adapter": files.sha256(chain.run / "finetune" / "adapter" / "adapter_model.safetensors")}
     for path in sorted(chain.hub.glob("*.gguf")):
-        found[path.name] = gguf_reader.weights_sha256(path, gguf_reader.read(path))
+        found[path.name] = gguf_reader.weights_sha256(path, gguf_reader.read_header(path))
     return found
 
 
@@ -73,8 +73,8 @@ def deploy_with_kills(hub: Path, folder: Path, rng: random.Random, longest: floa
         kills.append(f"{moment:.1f} s: {last[:90]}")
         print("  killed after", kills[-1], flush=True)
         run_and_kill(words, None)
-        version, path = store.passed(store.in_use(models / hub.name))
-        assert version.artifact(path.name).sha256 == files.sha256(path)
+        version, path = store.load_tested(store.current_version(models / hub.name))
+        assert version.find_artifact(path.name).sha256 == files.sha256(path)
         assert not list(models.rglob("*.part")), "nothing half done stays"
         shutil.rmtree(models)
     return kills

@@ -20,7 +20,7 @@ def make(folder: Path, size: int = 6 << 20, seed: int = 1, name: str = "tiny", t
     folder.mkdir(parents=True, exist_ok=True)
     write_gguf(folder / f"{name}.q4_k_m.gguf", size, seed, template)
     write_rest(folder, seed)
-    files.write_json(folder / manifest.NAME, described(folder, name, template))
+    files.write_json(folder / manifest.FILE_NAME, described(folder, name, template))
     return folder
 
 
@@ -79,7 +79,7 @@ def described(folder: Path, name: str = "tiny", template: str = TEMPLATE) -> dic
 
 def rewrite(folder: Path, change) -> Path:
     """Change the manifest's JSON. change: a function of it."""
-    path = folder / manifest.NAME
+    path = folder / manifest.FILE_NAME
     value = json.loads(path.read_text())
     path.write_text(json.dumps(change(value) or value))
     return folder
@@ -100,11 +100,11 @@ def real(
     path = folder / f"{name}.q4_k_m.gguf"
     path.write_bytes(source.read_bytes())
     write_rest(folder, seed)
-    model = llama_runtime.load(path, 2048)
+    model = llama_runtime.load_model(path, 2048)
     template, bos, eos = (
-        chat_format.embedded(model),
-        chat_format.special(model, "bos"),
-        chat_format.special(model, "eos"),
+        chat_format.embedded_template(model),
+        chat_format.special_token_text(model, "bos"),
+        chat_format.special_token_text(model, "eos"),
     )
 
     def render(messages, asks=True):
@@ -112,13 +112,15 @@ def real(
 
     rows = [
         {"messages": messages, "add_generation_prompt": asks, "prompt": render(messages, asks)}
-        for messages in golden_prompts.conversations(eos) for asks in (True, False)
+        for messages in golden_prompts.build_conversations(eos) for asks in (True, False)
     ]  # fmt: skip
-    turns, left_out = derive_template.derive(render, template, [row for row in rows if row["add_generation_prompt"]])
+    turns, left_out = derive_template.derive_turns(
+        render, template, [row for row in rows if row["add_generation_prompt"]]
+    )
     generation = Generation(max_tokens=24, num_ctx=1024, temperature=0)
     value = described(folder, name, template) | {
         "golden": [row | {"ids": llama_runtime.tokenize(model, row["prompt"])} for row in rows],
-        "smoke": [stage.smoke_prompt(model, m, system, generation) for m in SMOKE[:smoke]],
+        "smoke": [stage.build_smoke_prompt(model, m, system, generation) for m in SMOKE[:smoke]],
         "scores": {"rule": "exact", "used": "none", "heldout": {}, "notes": []},
         "training": {"seed": seed},
     }
@@ -128,7 +130,7 @@ def real(
     value["generation"] |= {"num_ctx": 1024, "temperature": 0.0, "max_tokens": 24}
     value["artifacts"][0] |= {"tensor_types": {}}
     model.close()
-    files.write_json(folder / manifest.NAME, value)
+    files.write_json(folder / manifest.FILE_NAME, value)
     return folder
 
 

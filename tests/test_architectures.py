@@ -22,7 +22,7 @@ from pipeline.__main__ import RUN_STAGE
 from pipeline.config.load import load_config
 from pipeline.run.run_folder import STAGES, Run
 run = Run(Path(sys.argv[2]))
-run.freeze(load_config(Path(sys.argv[1])))
+run.freeze_config(load_config(Path(sys.argv[1])))
 for stage in STAGES:
     RUN_STAGE[stage](run)
 """
@@ -76,7 +76,7 @@ def test_a_family_is_what_was_trained(name, tmp_path):
     assert abs(scores["merged"]["loss"] - scores["f16"]["loss"]) < 5e-3
     assert abs(scores["merged"]["loss"] - evaluate["scores"]["adapter"]["loss"]) < 0.05
     assert 0 < scores["q8_0"]["kl"] < scores["q4_k_m"]["kl"]
-    made = manifest.read(tmp_path / "hub" / manifest.NAME)
+    made = manifest.read_manifest(tmp_path / "hub" / manifest.FILE_NAME)
     assert {artifact.quantization for artifact in made.artifacts} == {"q8_0", "q4_k_m", None}
     assert len(made.golden) >= 16 and len({json.dumps(golden.messages) for golden in made.golden}) >= 8
     assert made.chat.turns is not None or made.chat.embedded

@@ -62,7 +62,7 @@ class Made:
 
     @functools.cached_property
     def trained(self) -> list[dict]:
-        return training_rows.read(self.folder / "train.parquet").to_pylist()
+        return training_rows.read_table(self.folder / "train.parquet").to_pylist()
 
     def texts(self) -> list[str]:
         """Every kept row, trained or held out, decoded."""
@@ -71,7 +71,7 @@ class Made:
     def learned(self) -> list[str]:
         """What each kept row learns."""
         kept = [*self.trained, *self.held]
-        return [self.tokenizer.decode([n for n in row["labels"] if n != training_rows.IGNORED]) for row in kept]
+        return [self.tokenizer.decode([n for n in row["labels"] if n != training_rows.IGNORED_LABEL]) for row in kept]
 
     def check(self) -> "Made":
         """Rows read == trained + held out + dropped, in the record and in the files."""
@@ -81,7 +81,7 @@ class Made:
         assert count["dropped"] == len(self.dropped) == sum(self.record["dropped"].values())
         assert len({note["where"] for note in self.dropped}) == len(self.dropped)
         assert all(note["reason"] in self.record["dropped"] for note in self.dropped)
-        assert statistics.table(self.record)
+        assert statistics.format_record(self.record)
         return self
 
 
@@ -99,9 +99,9 @@ def quick():
         return kept.get(key) or kept.setdefault(key, masker(folder, *more))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template, "load", functools.cache(chat_template.load))
+        patch.setattr(chat_template, "load_chat_tokenizer", functools.cache(chat_template.load_chat_tokenizer))
         patch.setattr(process_rows, "Masker", once)
-        patch.setattr(files, "sync", lambda path: None)
+        patch.setattr(files, "fsync_tree", lambda path: None)
         yield
 
 
@@ -121,10 +121,10 @@ def made(base: Path, folder: Path, source: Path | str, name: str = "run", proces
         tree[section][key] = value
     built = load.build_config(tree, {}, Path("test.yaml"))
     run = Run(folder / name)
-    run.freeze(built)
-    record = data.stage(built, run, processes)
+    run.freeze_config(built)
+    record = data.run_data(built, run, processes).model_dump()
     day = built.data.date
-    tokenizer, *_ = chat_template.load(base, built.data.template, day, False)
+    tokenizer, *_ = chat_template.load_chat_tokenizer(base, built.data.template, day, False)
     return Made(record, folder / name / "data", tokenizer).check()
 
 
@@ -649,15 +649,15 @@ def test_a_line_of_50_mb_is_dropped_in_seconds(run, tmp_path):
 def test_no_pattern_takes_for_ever(answer):
     """A megabyte that a quadratic pattern would chew for many minutes; no claim of speed."""
     began = time.process_time()
-    clean.normalized(answer, set())
-    personal_data.secrets(answer)
-    personal_data.personal(answer)
+    clean.normalize_text(answer, set())
+    personal_data.find_secrets(answer)
+    personal_data.find_personal_data(answer)
     assert time.process_time() - began < 60
 
 
 def test_what_normalizing_makes_is_clean_itself():
     for text in ("\u00e2\u20ac\u001a", "caf\u00c3\u001a x", "\u00e2\u20ac? so"):
-        clean.encodable(clean.normalized(text, set()))
+        clean.refuse_broken_text(clean.normalize_text(text, set()))
 
 
 @pytest.mark.parametrize(
@@ -890,24 +890,24 @@ def core(sample: str) -> str:
 
 
 def test_there_is_a_sample_of_every_kind_of_secret():
-    assert {kind for kind, _ in personal_data.patterns()} == SECRETS.keys()
+    assert {kind for kind, _ in personal_data.secret_patterns()} == SECRETS.keys()
 
 
 @pytest.mark.parametrize(("kind", "sample"), EACH)
 @pytest.mark.parametrize("around", ["{}", "my key is {}, keep it", '"{}"', "KEY={}", "line\n{}\nline"])
 def test_every_kind_of_secret_is_found_through_the_gate(kind, sample, around):
     text = around.format(sample)
-    assert personal_data.MAYBE.search(text)
-    assert personal_data.secrets(text)
+    assert personal_data.SECRET_HINT.search(text)
+    assert personal_data.find_secrets(text)
 
 
 @pytest.mark.parametrize(("kind", "sample"), EACH)
 def test_a_masked_secret_is_gone(kind, sample):
     text = f"before {sample} after"
-    found = personal_data.secrets(text)
+    found = personal_data.find_secrets(text)
     assert kind in {finding.kind for finding in found}
-    hidden = personal_data.masked(text, found)
-    assert hidden.startswith("before ") and core(sample) not in hidden and not personal_data.secrets(hidden)
+    hidden = personal_data.mask_findings(text, found)
+    assert hidden.startswith("before ") and core(sample) not in hidden and not personal_data.find_secrets(hidden)
 
 
 CARD, IBAN, SSN = "4111 1111 1111 " + "1111", "DE89 3704 0044 0532 " + "0130 00", "536-22-" + "8726"
@@ -925,9 +925,9 @@ PERSONAL = [
 @pytest.mark.parametrize("around", ["{}", "it is {}.", "({})", "x: {}, y"])
 def test_personal_data_is_found_and_masked(sample, kind, around):
     text = around.format(sample)
-    found = personal_data.personal(text)
+    found = personal_data.find_personal_data(text)
     assert [finding.kind for finding in found] == [kind]
-    assert personal_data.masked(text, found) == around.format(f"[{kind.upper()}]")
+    assert personal_data.mask_findings(text, found) == around.format(f"[{kind.upper()}]")
 
 
 @pytest.mark.parametrize(
@@ -940,7 +940,7 @@ def test_personal_data_is_found_and_masked(sample, kind, around):
      "lat 52.520008, lon 13.404954", "0x1234567890abcdef", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16"],
 )  # fmt: skip
 def test_numbers_of_daily_life_are_not_personal_data(text):
-    assert personal_data.personal(text) == []
+    assert personal_data.find_personal_data(text) == []
 
 
 @pytest.mark.parametrize(
@@ -950,7 +950,7 @@ def test_numbers_of_daily_life_are_not_personal_data(text):
      "the BEGIN of a PRIVATE story", "http://localhost:8080/x", "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="],
 )  # fmt: skip
 def test_long_words_are_not_secrets(text):
-    assert personal_data.secrets(text) == []
+    assert personal_data.find_secrets(text) == []
 
 
 def outputs(got: Made) -> str:
@@ -1029,11 +1029,11 @@ def test_no_piece_of_a_secret_is_quoted(run, tmp_path):
 def test_a_secret_across_no_word_border_of_a_unicode_text_is_found():
     token = "hf" + "_" + run_of(ALL, 34)
     for text in (f"\u300c{token}\u300d", f"\u2014{token}\u2014", f"\u2018{token}\u2019", f"key:{token}"):
-        assert personal_data.secrets(text), text
+        assert personal_data.find_secrets(text), text
 
 
 def test_reading_does_not_depend_on_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("LC_ALL", "C")
     (tmp_path / "r.csv").write_bytes(csv("caf\u00e9?,na\u00efve"))
-    part = sources.training(schema.Data(source=str(tmp_path / "r.csv"))).parts[0]
-    assert list(part.items())[-1] == (42, {"question": "caf\u00e9?", "answer": "na\u00efve"})
+    part = sources.load_training_source(schema.Data(source=str(tmp_path / "r.csv"))).parts[0]
+    assert list(part.read_rows())[-1] == (42, {"question": "caf\u00e9?", "answer": "na\u00efve"})

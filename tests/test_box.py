@@ -21,7 +21,7 @@ from common.checks import Check
 from pipeline.plan import gpu_table as table
 from pipeline.preflight import doctor, gpu_checks, gpu_work, library_checks
 from pipeline.toolchain import machine
-from pipeline.toolchain.machine import Nvidia, Said, Where
+from pipeline.toolchain.machine import CommandResult, NvidiaStatus, TrainLocation
 from tests.conftest import MAKE, ROOT, ferry, typed
 
 UUID = "GPU-5f8e0a3c-52b1-4b0c-9d0e-6c1f2a7b8c9{}"
@@ -69,9 +69,14 @@ LINES = {
     "attention": {"torch": "2.13.0+cu130", "varlen": True, "loaded": True, "chosen": "sdpa", "capability": 9.0},
 }
 HERE, SYSTEM = os.environ["PATH"], "/usr/bin:/bin"
-VM, POD = Where("native", "no docker here that answers"), Where("native", "this machine is itself a container")
-ONE = Nvidia("ok", "", "580.95.05", (13, 0), (machine.Card("0", "GPU-0", "NVIDIA H100", 9.0, 80 << 30, 0, 80 << 30),))
-NONE = Nvidia("absent")
+VM, POD = (
+    TrainLocation("native", "no docker here that answers"),
+    TrainLocation("native", "this machine is itself a container"),
+)
+ONE = NvidiaStatus(
+    "ok", "", "580.95.05", (13, 0), (machine.Gpu("0", "GPU-0", "NVIDIA H100", 9.0, 80 << 30, 0, 80 << 30),)
+)
+NONE = NvidiaStatus("absent")
 
 
 @pytest.fixture(autouse=True)
@@ -112,18 +117,18 @@ def smi(folder: Path, *models: tuple, driver=NEW, users=(), banner=BANNER, code=
     program(folder, "nvidia-smi", SMI.format(told=json.dumps(told)))
 
 
-def loading(lines: dict[str, dict], state: str = "ok", err: str = "") -> Said:
+def loading(lines: dict[str, dict], state: str = "ok", err: str = "") -> CommandResult:
     """What pipeline/preflight/gpu_work.py says."""
-    return Said(state, "".join(json.dumps({"step": name, **line}) + "\n" for name, line in lines.items()), err)
+    return CommandResult(state, "".join(json.dumps({"step": name, **line}) + "\n" for name, line in lines.items()), err)
 
 
-def of(folder: Path, said: Said | None = None, patience: float = 20) -> dict[str, Check]:
+def of(folder: Path, said: CommandResult | None = None, patience: float = 20) -> dict[str, Check]:
     """The doctor's page; the libraries are a stand-in, for they take 7 s."""
 
     def ask(command, _=None):
-        return (said or loading(LINES)) if gpu_work.__name__ in command else machine.ask(command, patience)
+        return (said or loading(LINES)) if gpu_work.__name__ in command else machine.run_command(command, patience)
 
-    found = doctor.checks(folder / "runs", ask)
+    found = doctor.run_doctor(folder / "runs", ask)
     sound(found)
     assert len({check.name for check in found}) == len(found)
     return {check.name: check for check in found}
@@ -153,9 +158,9 @@ def test_an_h100_with_a_new_driver_is_well(tmp_path):
 
 def test_an_old_driver_is_a_fault_and_its_cure_depends_on_whose_it_is(tmp_path):
     smi(tmp_path, H100, driver=OLD)
-    found = machine.nvidia()
+    found = machine.query_nvidia()
     for where, cure in ((VM, "apt-get install nvidia-driver-580"), (POD, "rent a machine with driver 580")):
-        check = gpu_checks.driver(found, where)
+        check = gpu_checks.check_driver(found, where)
         assert (
             check.state == "fault" and check.text.startswith("535.183.01 runs CUDA 12.2 at most") and cure in check.cure
         )
@@ -195,7 +200,7 @@ def test_a_card_that_cuda_13_does_not_compile_for_is_a_fault(model, tmp_path):
 def test_the_limits_are_the_set_ups():
     source = (ROOT / "setup" / "packages.py").read_text()
     assert f"CUDA = {gpu_checks.CUDA} " in source and f"(driver {gpu_checks.DRIVER})" in source
-    assert f"OLDEST_CARD = {gpu_checks.table.OLDEST * 10:.0f} " in source
+    assert f"OLDEST_CAPABILITY = {gpu_checks.table.OLDEST * 10:.0f} " in source
 
 
 def test_no_card_is_a_lack_and_the_demo_works(tmp_path):
@@ -203,8 +208,8 @@ def test_no_card_is_a_lack_and_the_demo_works(tmp_path):
     assert found["driver"].state == "lack" and "`make demo` works" in found["driver"].text
     assert "card 0" not in found and found["torch"].text == "2.13.0+cpu, made for the CPU, computes on the CPU"
     assert (
-        "docker run --gpus all" in gpu_checks.driver(NONE, POD).cure
-        and "apt-get install" in gpu_checks.driver(NONE, VM).cure
+        "docker run --gpus all" in gpu_checks.check_driver(NONE, POD).cure
+        and "apt-get install" in gpu_checks.check_driver(NONE, VM).cure
     )
 
 
@@ -221,8 +226,8 @@ def test_an_nvidia_smi_that_fails_is_a_fault_in_its_own_words(words, code, tmp_p
     found = of(tmp_path)
     assert found["driver"].state == "fault"
     assert words.split("\n")[-2 if words.endswith("\n") else -1].split("\x1b")[0] in found["driver"].text
-    assert "\x1b" not in checks.page(list(found.values()))
-    assert gpu_checks.driver(machine.nvidia(), VM).cure.startswith("reboot")
+    assert "\x1b" not in checks.format_checks(list(found.values()))
+    assert gpu_checks.check_driver(machine.query_nvidia(), VM).cure.startswith("reboot")
 
 
 def test_an_nvidia_smi_that_names_no_card_is_a_fault(tmp_path):
@@ -244,7 +249,7 @@ def test_an_nvidia_smi_that_hangs_is_given_up_and_nothing_else_asks_the_driver(t
 def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path):
     code = f"import subprocess, sys; subprocess.run(['{shutil.which('sleep', path='/usr/bin:/bin')}', '77.5'])"
     began = time.monotonic()
-    assert machine.ask([sys.executable, "-c", code], 1).state == "hangs" and time.monotonic() - began < 10
+    assert machine.run_command([sys.executable, "-c", code], 1).state == "hangs" and time.monotonic() - began < 10
     while running(b"sleep\x0077.5"):  # a kill takes its moment
         assert time.monotonic() - began < 20
         time.sleep(0.1)
@@ -294,16 +299,16 @@ def test_a_card_that_the_table_does_not_have_comes_with_its_line(tmp_path, monke
     line = found["price 0"].cure.removeprefix("add a line: ")
     mended = tmp_path / "gpus.csv"
     mended.write_text(
-        Path(table.TABLE).read_text() + line.replace("TFLOPS in bf16", "107").replace("$ an hour", "0.4") + "\n"
+        Path(table.TABLE_PATH).read_text() + line.replace("TFLOPS in bf16", "107").replace("$ an hour", "0.4") + "\n"
     )
-    known = table.table(mended)[-1]
+    known = table.read_gpu_table(mended)[-1]
     assert (known.capability, known.memory_gb, known.dollars_per_hour) == (8.9, 21.5, 0.4)
     assert re.search(rf"\b{known.match}\b", ADA[0])
 
 
 def test_a_table_that_cannot_be_read_is_a_lack(tmp_path, monkeypatch):
     smi(tmp_path, H100)
-    monkeypatch.setattr(table.table, "__defaults__", (tmp_path / "none.csv",))
+    monkeypatch.setattr(table.read_gpu_table, "__defaults__", (tmp_path / "none.csv",))
     assert of(tmp_path)["price 0"].state == "lack" and of(tmp_path)["card 0"].state == "ok"
 
 
@@ -349,23 +354,25 @@ def test_unsloth_s_choice_is_read_where_it_makes_it(monkeypatch):
         _TORCH_VARLEN_ATTN=print, select_attention_backend=lambda use_varlen: f"packed {use_varlen}"
     )
     monkeypatch.setitem(sys.modules, "unsloth.utils.attention_dispatch", chooses)
-    assert gpu_work.attention()["capability"] is None and gpu_work.attention()["varlen"], "torch 2.13 has enable_gqa"
+    assert gpu_work.inspect_attention()["capability"] is None and gpu_work.inspect_attention()["varlen"], (
+        "torch 2.13 has enable_gqa"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    found = gpu_work.attention()
+    found = gpu_work.inspect_attention()
     assert (found["capability"], found["loaded"], found["chosen"]) == (9.0, True, "packed True")
     chooses._TORCH_VARLEN_ATTN = None
-    assert not gpu_work.attention()["loaded"]
+    assert not gpu_work.inspect_attention()["loaded"]
 
 
 def test_every_step_has_a_judge():
-    assert list(gpu_work.STEPS) == list(library_checks.JUDGES)
+    assert list(gpu_work.STEPS) == list(library_checks.STEP_CHECKS)
 
 
 @pytest.mark.parametrize("step", list(LINES))
 def test_a_library_that_ends_the_process_is_named(step, tmp_path):
     before = dict(list(LINES.items())[: list(LINES).index(step)])
-    label = library_checks.JUDGES[step][0]
+    label = library_checks.STEP_CHECKS[step][0]
     found = of(tmp_path, loading(before, "failed", "some banner\nSegmentation fault\n"))
     assert (found[label].state, found[label].text) == ("fault", "it ended the process: Segmentation fault")
     assert found[label].cure.endswith("make env") and "rm -r" in found[label].cure
@@ -379,7 +386,7 @@ def test_the_image_is_cured_by_another_one(tmp_path, monkeypatch):
     assert found["unsloth"].cure == "make image" and found["container"].text == "this is Ferry's image"
     monkeypatch.delenv("FERRY_IMAGE")
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    assert library_checks.anew() == "make env", "never `rm -r /usr`"
+    assert library_checks.reinstall_command() == "make env", "never `rm -r /usr`"
 
 
 def test_a_library_that_fails_hinders_no_other(tmp_path):
@@ -452,7 +459,7 @@ def test_steps_fail_alone_and_a_banner_is_no_answer(capfd, monkeypatch):
     gpu_work.main()
     out, err = capfd.readouterr()
     assert "===" not in out and "===" in err
-    assert library_checks.told("odd words\n[1]\n{}\n" + out) == {
+    assert library_checks.parse_steps("odd words\n[1]\n{}\n" + out) == {
         "unsloth": {"step": "unsloth", "version": "1"}, "torch": {"step": "torch", "error": "OSError: no such library"},
         "triton": {"step": "triton", "version": "1"},
     }  # fmt: skip
@@ -476,10 +483,10 @@ def test_without_a_compiler_or_headers_no_card_can_be_used(tmp_path, monkeypatch
 
 def test_a_llama_cpp_without_cuda_is_a_lack_beside_a_card(tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_LLAMA_CPP", str(tmp_path))
-    assert (doctor.llama_cpp(NONE).state, doctor.llama_cpp(NONE).cure) == ("fault", "make env")
+    assert (doctor.check_llama_cpp(NONE).state, doctor.check_llama_cpp(NONE).cure) == ("fault", "make env")
     for flags, states in ((["-DGGML_NATIVE=ON"], ("ok", "lack")), (["-DGGML_CUDA=ON"], ("ok", "ok"))):
         (tmp_path / "build.json").write_text(json.dumps({"commit": "0c1e57098", "version": "0.3.36", "flags": flags}))
-        assert (doctor.llama_cpp(NONE).state, doctor.llama_cpp(ONE).state) == states
+        assert (doctor.check_llama_cpp(NONE).state, doctor.check_llama_cpp(ONE).state) == states
 
 
 # Disk, memory, container
@@ -487,12 +494,12 @@ def test_a_llama_cpp_without_cuda_is_a_lack_beside_a_card(tmp_path, monkeypatch)
 
 def test_a_disk_too_small_is_a_lack_with_the_number(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(0, 0, 40_000_000_000))
-    (found,) = doctor.disks(tmp_path, NONE)
+    (found,) = doctor.check_disks(tmp_path, NONE)
     assert (
         found.state == "ok"
         and found.text == "40 GB free for runs, the Hub's cache, Ferry's cache; the demo takes 3.0 GB"
     )
-    (found,) = doctor.disks(tmp_path, ONE)
+    (found,) = doctor.check_disks(tmp_path, ONE)
     assert found.state == "lack" and "a model of 8B takes 58 GB" in found.text and found.cure.startswith("free 18 GB")
 
 
@@ -504,14 +511,14 @@ def test_each_disk_has_its_own_line(tmp_path, monkeypatch):
     monkeypatch.setattr(
         doctor.os, "stat", lambda path, **more: other if str(path).endswith("cache") else real(path, **more)
     )
-    texts = [check.text for check in doctor.disks(tmp_path, ONE)]
+    texts = [check.text for check in doctor.check_disks(tmp_path, ONE)]
     assert len(texts) == 2 and texts[1].endswith("free for Ferry's cache")
 
 
 def test_memory_is_what_a_control_group_leaves(monkeypatch):
-    monkeypatch.setattr(machine.linux, "limits", lambda: [8_000_000_000])
-    assert doctor.memory(NONE).state == "ok" and doctor.memory(NONE).text.startswith("8.0 GB")
-    assert doctor.memory(ONE).state == "lack" and "a model of 8B wants 16 GB" in doctor.memory(ONE).text
+    monkeypatch.setattr(machine.linux, "memory_limits", lambda: [8_000_000_000])
+    assert doctor.check_memory(NONE).state == "ok" and doctor.check_memory(NONE).text.startswith("8.0 GB")
+    assert doctor.check_memory(ONE).state == "lack" and "a model of 8B wants 16 GB" in doctor.check_memory(ONE).text
 
 
 @pytest.mark.parametrize(
@@ -519,22 +526,22 @@ def test_memory_is_what_a_control_group_leaves(monkeypatch):
     [
         (POD, "ok", "natively: this machine is itself a container"),
         (
-            Where("image", "an NVIDIA GPU and a container engine that can reach it"),
+            TrainLocation("image", "an NVIDIA GPU and a container engine that can reach it"),
             "ok",
             "in the image: an NVIDIA GPU and",
         ),
         (VM, "lack", "natively: no docker here that answers"),
         (
-            Where("native", "docker has no NVIDIA runtime (nvidia-container-toolkit)"),
+            TrainLocation("native", "docker has no NVIDIA runtime (nvidia-container-toolkit)"),
             "lack",
             "docker has no NVIDIA runtime",
         ),
-        (Where("", "it hangs"), "lack", "setup/container.py does not answer: it hangs"),
+        (TrainLocation("", "it hangs"), "lack", "setup/container.py does not answer: it hangs"),
     ],
 )
 def test_where_make_train_runs_is_said(where, state, words):
-    found = doctor.container(
-        where, lambda command, *_: Said("ok", "native\n", "train: natively (no podman here that answers)\n")
+    found = doctor.check_container(
+        where, lambda command, *_: CommandResult("ok", "native\n", "train: natively (no podman here that answers)\n")
     )
     sound([found])
     assert found.state == state and words in found.text
@@ -547,17 +554,22 @@ def test_podman_is_named_where_it_could_do_it():
 
     def ask(command, *_):
         asked.append(command)
-        return Said("ok", "image\n", "train: in the image (an NVIDIA GPU and a container engine that can reach it)\n")
+        return CommandResult(
+            "ok", "image\n", "train: in the image (an NVIDIA GPU and a container engine that can reach it)\n"
+        )
 
-    assert doctor.container(VM, ask).cure == "ENGINE=podman" and "ENGINE=podman" in asked[0]
+    assert doctor.check_container(VM, ask).cure == "ENGINE=podman" and "ENGINE=podman" in asked[0]
 
 
 def test_setup_s_own_words_are_understood():
-    found = machine.where()
-    assert found.word in ("image", "native") and found.why
-    said = machine.ask([sys.executable, str(machine.CONTAINER), "where", "DOCKER=maybe", "--", "train"])
-    assert machine.where(lambda *_: said).word == "" and "next: DOCKER=1" in machine.where(lambda *_: said).why
-    source = machine.CONTAINER.read_text()
+    found = machine.find_train_location()
+    assert found.place in ("image", "native") and found.reason
+    said = machine.run_command([sys.executable, str(machine.CONTAINER_SCRIPT), "where", "DOCKER=maybe", "--", "train"])
+    assert (
+        machine.find_train_location(lambda *_: said).place == ""
+        and "next: DOCKER=1" in machine.find_train_location(lambda *_: said).reason
+    )
+    source = machine.CONTAINER_SCRIPT.read_text()
     assert (
         '"this machine is itself a container"' in source
         and 'f"no {engine} here' in source
@@ -571,7 +583,7 @@ def test_setup_s_own_words_are_understood():
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("lack", 0), ("fault", 2)])
 def test_a_lack_is_no_failure_and_a_fault_is(state, code, monkeypatch, capsys):
     found = [Check("torch", "ok", "2.13.0"), Check("card 0", state, "it is so", "" if state == "ok" else "do that")]
-    monkeypatch.setattr(doctor, "checks", lambda runs: found)
+    monkeypatch.setattr(doctor, "run_doctor", lambda runs: found)
     monkeypatch.setattr(sys, "argv", ["ferry", "doctor", "--side", "cloud"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -13,7 +13,7 @@ from contract import manifest
 from deploy.stages import modelfile, pull, smoke
 from pipeline.run.changes import find_changes
 from pipeline.run.run_folder import STAGES, Run
-from pipeline.run.training_rows import read as rows_of
+from pipeline.run.training_rows import read_table as rows_of
 from tests.conftest import make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,7 +27,7 @@ def hub(chain, tmp_path) -> Path:
 
 def pulled(repo: Path, models: Path) -> Path:
     """The folder of the version that was pulled."""
-    return Path(pull.stage(str(repo), models)["folder"])
+    return Path(pull.run_pull(str(repo), models)["folder"])
 
 
 def test_it_ends_by_saying_what_was_made(chain):
@@ -46,7 +46,7 @@ def test_it_ends_by_saying_what_was_made(chain):
 
 
 def test_the_model_has_learned(chain):
-    scores = manifest.read(chain.hub / manifest.NAME).scores["heldout"]
+    scores = manifest.read_manifest(chain.hub / manifest.FILE_NAME).scores["heldout"]
     assert scores["base"]["score"] <= 0.1
     assert scores["q4_k_m"]["loss"] < scores["base"]["loss"] / 3
     assert abs(scores["f16"]["loss"] - scores["adapter"]["loss"]) < 0.05 * scores["adapter"]["loss"] + 0.01
@@ -68,19 +68,19 @@ def test_every_stage_wrote_its_record_after_its_outputs(chain):
 def test_a_record_without_its_outputs_cannot_be_written(chain, tmp_path):
     shutil.copy(chain.run / "config.yaml", tmp_path)
     with pytest.raises(FileNotFoundError):
-        Run(tmp_path).write("data", (), {"train": tmp_path / "train.jsonl"})
+        Run(tmp_path).write_record("data", (), {"train": tmp_path / "train.jsonl"})
     assert not (tmp_path / "data.json").exists()
 
 
 def test_the_manifest_was_written_last_into_the_hub(chain):
     newest = max((path for path in chain.hub.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
-    assert newest == chain.hub / manifest.NAME
+    assert newest == chain.hub / manifest.FILE_NAME
     assert newest.stat().st_mtime_ns <= (chain.run / "publish.json").stat().st_mtime_ns
 
 
 def test_the_manifest_holds_what_the_mac_needs_and_no_rows_of_the_user(chain):
-    made = manifest.read(chain.hub / manifest.NAME)
-    text = (chain.hub / manifest.NAME).read_text() + (chain.hub / "README.md").read_text()
+    made = manifest.read_manifest(chain.hub / manifest.FILE_NAME)
+    text = (chain.hub / manifest.FILE_NAME).read_text() + (chain.hub / "README.md").read_text()
     for artifact in made.artifacts:
         path = chain.hub / artifact.file
         assert (files.sha256(path), path.stat().st_size) == (artifact.sha256, artifact.bytes)
@@ -136,7 +136,7 @@ def test_a_dropped_label_mask_is_noticed(chain):
     table = rows_of(chain.run / "data" / "train.parquet")
 
     def trainer(change, packed=False):
-        rows = batches.step_rows(table, numpy.arange(2))
+        rows = batches.take_step_rows(table, numpy.arange(2))
 
         def padded(lists, fill):
             width = max(map(len, lists))
@@ -148,16 +148,18 @@ def test_a_dropped_label_mask_is_noticed(chain):
             "attention_mask": padded([ids * 0 + 1 for ids in rows.ids], 0),
         }
         return SimpleNamespace(
-            packed=packed, get_train_dataloader=lambda: [{"rows": rows}], dealt=lambda rows: [change(batch)]
+            packed=packed,
+            get_train_dataloader=lambda: [{"rows": rows}],
+            iter_micro_batches=lambda rows: [change(batch)],
         )
 
-    row_checks.first_batch(trainer(lambda batch: batch), table)
+    row_checks.verify_first_step(trainer(lambda batch: batch), table)
     with pytest.raises(RuntimeError, match="a row that data did not write"):
-        row_checks.first_batch(trainer(lambda batch: batch | {"labels": batch["input_ids"]}), table)
+        row_checks.verify_first_step(trainer(lambda batch: batch | {"labels": batch["input_ids"]}), table)
     with pytest.raises(RuntimeError, match="has 1 rows instead of 2"):
-        row_checks.first_batch(trainer(lambda batch: {name: value[:1] for name, value in batch.items()}), table)
+        row_checks.verify_first_step(trainer(lambda batch: {name: value[:1] for name, value in batch.items()}), table)
     with pytest.raises(RuntimeError, match="Unsloth does not pack"):
-        row_checks.first_batch(trainer(lambda batch: batch, packed=True), table)
+        row_checks.verify_first_step(trainer(lambda batch: batch, packed=True), table)
 
 
 def test_most_labels_are_masked(chain):
@@ -200,13 +202,13 @@ def test_a_changed_training_is_refused_with_the_difference(chain):
 
 def test_changed_inputs_and_outputs_are_noticed(chain, tmp_path):
     copy = Run(Path(shutil.copytree(chain.run, tmp_path / "chain", ignore=shutil.ignore_patterns("merged", "*.gguf"))))
-    changes = find_changes(copy, copy.config())
+    changes = find_changes(copy, copy.read_config())
     assert list(changes.stale) == ["export", "verify", "publish"] and not changes.faults
     assert all("gguf: gone" in reason for reason in changes.stale["export"])
     assert len(changes.stale["export"]) == 4, "f16, q4_k_m, the one without imatrix, imatrix"
-    record = files.read_json(copy.path("data"))
-    files.write_json(copy.path("data"), record | {"inputs": {name: "0" * 64 for name in record["inputs"]}})
-    faults = "\n".join(find_changes(copy, copy.config()).faults)
+    record = files.read_json(copy.record_path("data"))
+    files.write_json(copy.record_path("data"), record | {"inputs": {name: "0" * 64 for name in record["inputs"]}})
+    faults = "\n".join(find_changes(copy, copy.read_config()).faults)
     assert (
         "train.jsonl: its content has changed" in faults and "finetune.json was made from another data.json" in faults
     )
@@ -215,7 +217,7 @@ def test_changed_inputs_and_outputs_are_noticed(chain, tmp_path):
 def test_a_pull_notices_a_flipped_byte(hub, tmp_path):
     damage(hub / "chain.q4_k_m.gguf")
     with pytest.raises(UserError, match="its manifest says"):
-        pull.stage(str(hub), tmp_path / "m")
+        pull.run_pull(str(hub), tmp_path / "m")
     assert not list((tmp_path / "m").rglob("*"))
 
 
@@ -229,8 +231,8 @@ def damage(path: Path) -> None:
 
 def test_repo_takes_a_file_url(chain, tmp_path):
     assert (
-        pull.stage(f"file://{chain.hub}", tmp_path / "m")["sha256"]
-        == manifest.read(chain.hub / manifest.NAME).default().sha256
+        pull.run_pull(f"file://{chain.hub}", tmp_path / "m")["sha256"]
+        == manifest.read_manifest(chain.hub / manifest.FILE_NAME).default_artifact().sha256
     )
 
 
@@ -239,12 +241,12 @@ def test_the_smoke_test_runs_on_the_very_file_that_was_pulled(hub, tmp_path):
     version = pulled(hub, tmp_path / "m")
     shutil.rmtree(hub)
     path = version / "chain.q4_k_m.gguf"
-    record = smoke.stage(version)
+    record = smoke.run_smoke(version)
     assert record["sha256"] == files.read_json(version / "pull.json")["sha256"] == files.sha256(path)
     damage(path)
     (version / "smoke.json").unlink()
     with pytest.raises(UserError, match="is not what was pulled"):
-        smoke.stage(version)
+        smoke.run_smoke(version)
     assert not (version / "smoke.json").exists()
 
 
@@ -252,16 +254,16 @@ def test_another_models_answers_fail_the_smoke_test(chain, source, tmp_path):
     """The base model under the fine-tune's manifest, all hashes made to fit: only its answers give it away."""
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "base.gguf").write_bytes(source.read_bytes())
-    made = files.read_json(chain.hub / manifest.NAME)
+    made = files.read_json(chain.hub / manifest.FILE_NAME)
     digest, size = files.sha256(source), source.stat().st_size
     wrong = made["artifacts"][0] | {"file": "base.gguf", "sha256": digest, "bytes": size, "tensor_types": {}}
-    files.write_json(tmp_path / "hub" / manifest.NAME, made | {"artifacts": [wrong]})
+    files.write_json(tmp_path / "hub" / manifest.FILE_NAME, made | {"artifacts": [wrong]})
     version = pulled(tmp_path / "hub", tmp_path / "m")
     with pytest.raises(UserError, match="does not answer as it did"):
-        smoke.stage(version)
+        smoke.run_smoke(version)
     assert "sha256" not in files.read_json(version / "smoke.json"), "the evidence, and no verdict to build on"
     with pytest.raises(UserError, match="has not passed"):
-        modelfile.stage(version)
+        modelfile.run_modelfile(version)
 
 
 def test_bad_arguments_end_with_exit_code_2_and_no_traceback(chain):
@@ -298,4 +300,4 @@ def test_qlora_without_a_gpu_is_one_clear_error(chain):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        unsloth_loader.load(chain.run / "finetune" / "adapter", Base(model="m"))
+        unsloth_loader.load_model(chain.run / "finetune" / "adapter", Base(model="m"))

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from common.errors import UserError
 from pipeline.config.schema import Config
 from pipeline.run import checkpoint_files
-from pipeline.run.changes import accept_config, find_allowed_changes, find_changes
+from pipeline.run.changes import apply_config, find_allowed_changes, find_changes
 from pipeline.run.run_folder import STAGES, Run
 
 # What the issue of each section is: the stages that a change of it makes again; None where it makes another model.
@@ -89,7 +89,7 @@ def test_all_keys_are_looked_at():
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_changed_setting_runs_again_what_depends_on_it(run, name):
-    config = run.config()
+    config = run.read_config()
     assert not find_changes(run, config).stale
     changes = find_changes(run, change(config, name))
     expected = [] if name in NOTHING else ["publish"] if name in ONLY_PUBLISH else AGAIN[name.split(".")[0]]
@@ -106,13 +106,13 @@ def test_only_stale_records_go_and_the_new_config_is_frozen(chain, tmp_path, nam
     copy = tmp_path / "chain"
     shutil.copytree(chain.run, copy, copy_function=lambda a, b: Path(b).hardlink_to(a))
     run = Run(copy)
-    config = change(run.config(), name)
+    config = change(run.read_config(), name)
     changes = find_allowed_changes(run, config, is_own_config=False)
-    accept_config(run, config, changes)
-    [sentence] = changes.describe()
+    apply_config(run, config, changes)
+    [sentence] = changes.describe_reruns()
     stale = AGAIN[name.split(".")[0]]
-    assert [stage for stage in STAGES if not run.done(stage)] == stale and name in sentence
-    assert run.config() == config and (chain.run / "publish.json").is_file()
+    assert [stage for stage in STAGES if not run.is_done(stage)] == stale and name in sentence
+    assert run.read_config() == config and (chain.run / "publish.json").is_file()
 
 
 def test_a_changed_export_setting_does_not_train_again(chain, tmp_path):
@@ -129,10 +129,10 @@ def test_an_edit_of_the_frozen_config_is_noticed(run, tmp_path):
     text = copy.config_file.read_text()
     copy.config_file.unlink()
     copy.config_file.write_text(text.replace("top_p: 0.9", "top_p: 0.8"))
-    edited = copy.config()
+    edited = copy.read_config()
     with pytest.raises(UserError, match=r"config\.yaml was edited"):
-        find_allowed_changes(copy, run.config(), is_own_config=False)
-    assert "publish runs again" in find_allowed_changes(copy, edited, is_own_config=True).describe()[0]
+        find_allowed_changes(copy, run.read_config(), is_own_config=False)
+    assert "publish runs again" in find_allowed_changes(copy, edited, is_own_config=True).describe_reruns()[0]
 
 
 def test_a_second_make_changes_nothing_and_names_the_first(chain):
@@ -150,7 +150,7 @@ def test_a_checkpoint_without_its_optimizer_is_refused(tmp_path):
     for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
         (checkpoint / name).write_bytes(b"x")
     checkpoint_files.mark_complete(checkpoint, 8)
-    assert checkpoint_files.find_last_complete(tmp_path) == checkpoint
+    assert checkpoint_files.prune_and_find_checkpoint(tmp_path) == checkpoint
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(UserError, match=r"lacks optimizer\.pt"):
-        checkpoint_files.find_last_complete(tmp_path)
+        checkpoint_files.prune_and_find_checkpoint(tmp_path)

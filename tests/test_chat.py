@@ -40,12 +40,12 @@ def version(real, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(version) -> Iterator[conversation.Talk]:
-    with conversation.opened(version) as opened:
+def engine(version) -> Iterator[conversation.ChatModel]:
+    with conversation.open_model(version) as opened:
         yield opened
 
 
-def answer(engine: conversation.Talk, ids: list[int], **how) -> conversation.Answer:
+def answer(engine: conversation.ChatModel, ids: list[int], **how) -> conversation.Answer:
     """One that was read to its end; its text is in `.text`."""
     stopped = how.pop("stopped", lambda: False)
     found = conversation.Answer(engine, ids, replace(engine.sampling, **how), stopped)
@@ -53,10 +53,10 @@ def answer(engine: conversation.Talk, ids: list[int], **how) -> conversation.Ans
     return found
 
 
-def likely(engine: conversation.Talk, found: conversation.Answer) -> bool:
+def likely(engine: conversation.ChatModel, found: conversation.Answer) -> bool:
     """No token is far from the likeliest one (another batch size rounds otherwise): the cache held what it should."""
     places = range(len(found.prompt) - 1, len(found.prompt) + len(found.ids) - 1)
-    rows = llama_runtime.log_probs(engine.model, [*found.prompt, *found.ids], places)
+    rows = llama_runtime.next_token_log_probs(engine.model, [*found.prompt, *found.ids], places)
     return all(row[token] > row.max() - 0.5 for row, token in zip(rows, found.ids, strict=True))
 
 
@@ -64,31 +64,38 @@ def likely(engine: conversation.Talk, found: conversation.Answer) -> bool:
 
 
 def test_every_golden_prompt_is_answered_as_by_contract_runtime_token_for_token(engine):
-    asked = [golden for golden in engine.made.golden if golden.add_generation_prompt]
+    asked = [golden for golden in engine.manifest.golden if golden.add_generation_prompt]
     assert len(asked) == 11
     for golden in asked:
         engine.model.reset()
         found = answer(engine, engine.ids([(golden.messages, True)])[0], max_tokens=16)
-        said, ended = llama_runtime.greedy(engine.model, golden.ids, 16)
+        said, ended = llama_runtime.generate_greedy(engine.model, golden.ids, 16)
         assert (found.prompt, found.ids) == (list(golden.ids), said)
-        assert found.text == llama_runtime.text(engine.model, said) and found.end == ("stop" if ended else "length")
+        assert found.text == llama_runtime.detokenize(engine.model, said) and found.end == (
+            "stop" if ended else "length"
+        )
 
 
 def test_the_manifests_smoke_prompt_is_what_a_user_asks(engine):
-    for known in engine.made.smoke:
+    for known in engine.manifest.smoke:
         engine.model.reset()
         asked = engine.with_default_system([{"role": "user", "content": known.message}])
         found = answer(engine, engine.prompt(asked))
-        assert found.prompt == list(known.ids) and found.ids == llama_runtime.greedy(engine.model, known.ids, 24)[0]
+        assert (
+            found.prompt == list(known.ids)
+            and found.ids == llama_runtime.generate_greedy(engine.model, known.ids, 24)[0]
+        )
 
 
 def test_the_system_prompt_of_the_training_is_told_where_a_conversation_has_none(engine):
     own = [{"role": "system", "content": "Own."}, *HI]
     whole = engine.with_default_system(HI)
     assert whole == [{"role": "system", "content": SYSTEM}, *HI] and engine.with_default_system(own) == own
-    assert engine.prompt(whole) == llama_runtime.tokenize(engine.model, template.prompt(engine.model, whole))
+    assert engine.prompt(whole) == llama_runtime.tokenize(
+        engine.model, template.render_model_prompt(engine.model, whole)
+    )
     # Without one in the manifest the template's own default is the template's business.
-    without = conversation.Talk(engine.made.model_copy(update={"chat": engine.made.chat.model_copy(update={"system": None})}), engine.model, 1024)  # fmt: skip
+    without = conversation.ChatModel(engine.manifest.model_copy(update={"chat": engine.manifest.chat.model_copy(update={"system": None})}), engine.model, 1024)  # fmt: skip
     assert without.with_default_system(HI) == HI
     assert (
         b"named SmolLM" in engine.model.detokenize(without.prompt(HI)) != engine.model.detokenize(engine.prompt(whole))
@@ -97,10 +104,10 @@ def test_the_system_prompt_of_the_training_is_told_where_a_conversation_has_none
 
 @pytest.mark.parametrize("what", ["golden", "smoke"])
 def test_a_prompt_that_is_not_the_manifests_is_refused(engine, what):
-    first, *rest = getattr(engine.made, what)
-    changed = engine.made.model_copy(update={what: (first.model_copy(update={"ids": (1, *first.ids)}), *rest)})
+    first, *rest = getattr(engine.manifest, what)
+    changed = engine.manifest.model_copy(update={what: (first.model_copy(update={"ids": (1, *first.ids)}), *rest)})
     with pytest.raises(UserError, match="is not the trained one"):
-        conversation.Talk(changed, engine.model, 1024).prove()
+        conversation.ChatModel(changed, engine.model, 1024).verify_prompts()
 
 
 def test_only_what_is_new_is_read(engine, monkeypatch):
@@ -117,11 +124,11 @@ def test_only_what_is_new_is_read(engine, monkeypatch):
 def test_a_long_prompt_is_read_in_parts_and_can_be_given_up(engine, monkeypatch):
     read, evaluate = [], engine.model.eval
     monkeypatch.setattr(engine.model, "eval", lambda tokens: (read.append(len(tokens)), evaluate(tokens))[1])
-    ids = engine.raw("one two three " * 300)[:900]
+    ids = engine.tokenize_text("one two three " * 300)[:900]
     found = answer(engine, ids, stopped=lambda: sum(read) > 300)
     assert (
         (found.text, found.ids, found.end) == ("", [], "stopped")
-        and max(read) <= conversation.BATCH
+        and max(read) <= conversation.PROMPT_BATCH
         and sum(read) <= 512
     )
     read.clear()
@@ -138,7 +145,7 @@ def test_an_answer_can_be_given_up_at_every_token(engine):
 def test_a_stop_string_ends_the_answer_and_no_part_of_it_is_shown(engine):
     whole = answer(engine, engine.prompt(HI), stop=())
     stop = whole.text[len(whole.text) // 2 :][:9]
-    assert len(engine.raw(stop)) > 1, "it is longer than a token"
+    assert len(engine.tokenize_text(stop)) > 1, "it is longer than a token"
     found = answer(engine, engine.prompt(HI), stop=(stop, "never said"))
     assert (
         found.end == "stop" and found.text == whole.text[: whole.text.index(stop)] and len(found.ids) < len(whole.ids)
@@ -146,10 +153,10 @@ def test_a_stop_string_ends_the_answer_and_no_part_of_it_is_shown(engine):
 
 
 def test_the_end_of_the_context_ends_an_answer(engine):
-    ids = engine.raw("one two three " * 400)
+    ids = engine.tokenize_text("one two three " * 400)
     found = answer(engine, ids[:1020], max_tokens=48, temperature=1.5)
     assert (len(found.ids), found.end) == (4, "length") or found.end == "stop"
-    with pytest.raises(conversation.TooLong, match="that makes 1024 tokens, the context has 1024"):
+    with pytest.raises(conversation.PromptTooLong, match="that makes 1024 tokens, the context has 1024"):
         answer(engine, ids[:1024])
     with pytest.raises(UserError, match="the prompt is empty"):
         answer(engine, [])
@@ -166,24 +173,26 @@ def test_the_oldest_turns_are_left_out_of_a_full_context_but_never_the_system_pr
     system = {"role": "system", "content": SYSTEM}
     turns = [{"role": role, "content": f"{i} " + "word " * 40} for i in range(15) for role in ("user", "assistant")]
     turns.append({"role": "user", "content": "last"})
-    kept, ids = engine.fitted([system, *turns])
+    kept, ids = engine.fit_messages([system, *turns])
     assert kept[0] == system and kept[1]["role"] == "user" and kept[1:] == turns[len(turns) - len(kept) + 1 :]
     assert (
         len(ids)
         <= 1024 - 24
-        < len(engine.prompt(conversation.without_oldest([*kept[:1], *turns[-len(kept) - 1 :]]) or kept)) + 100
+        < len(engine.prompt(conversation.drop_oldest([*kept[:1], *turns[-len(kept) - 1 :]]) or kept)) + 100
     )
     assert len(kept) > 10
     alone = [system, {"role": "user", "content": "word " * 2000}]
-    assert engine.fitted(alone)[0] == alone
+    assert engine.fit_messages(alone)[0] == alone
 
 
 def test_a_smaller_context_than_the_manifests_is_kept(version):
-    with conversation.opened(version, 300) as small:
+    with conversation.open_model(version, 300) as small:
         assert small.context == 300
-        found = answer(small, small.raw("one two three " * 400)[:298], stop=(), max_tokens=100, temperature=1.0)
+        found = answer(
+            small, small.tokenize_text("one two three " * 400)[:298], stop=(), max_tokens=100, temperature=1.0
+        )
         assert len(found.ids) <= 2
-    with conversation.opened(version, 5000) as large:
+    with conversation.open_model(version, 5000) as large:
         assert large.context == 1024
 
 
@@ -193,13 +202,13 @@ def test_a_file_that_did_not_pass_its_smoke_test_is_refused(version, tmp_path):
     for path in version.iterdir():
         if path.name != "smoke.json":
             os.link(path, untested / path.name)
-    with pytest.raises(UserError, match="has not passed its smoke test") as caught, conversation.opened(untested):
+    with pytest.raises(UserError, match="has not passed its smoke test") as caught, conversation.open_model(untested):
         pass
     assert "make smoke" in caught.value.hint
 
 
 def test_a_template_that_does_not_take_a_conversation_is_one_clear_error(engine):
-    strict = conversation.Talk(engine.made, engine.model, 1024)
+    strict = conversation.ChatModel(engine.manifest, engine.model, 1024)
     strict.template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UserError, match="does not take this conversation: System role not supported"):
         strict.prompt(HI)
@@ -212,7 +221,7 @@ BOS_TEMPLATE = "{{ bos_token }}" + repos.TEMPLATE
 
 
 @pytest.fixture(scope="module")
-def with_bos(source, tmp_path_factory) -> Iterator[conversation.Talk]:
+def with_bos(source, tmp_path_factory) -> Iterator[conversation.ChatModel]:
     """A model that tells runtimes to add a BOS, with a template that writes one."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
@@ -228,7 +237,7 @@ def with_bos(source, tmp_path_factory) -> Iterator[conversation.Talk]:
         },
         ["tokenizer.ggml.add_bos_token", "tokenizer.ggml.bos_token_id"],
     )  # fmt: skip
-    with conversation.opened(
+    with conversation.open_model(
         ready(repos.real(folder / "bos", folder / "bos.gguf", "bos"), folder / "models")
     ) as opened:
         yield opened
@@ -238,11 +247,11 @@ def test_a_model_that_adds_a_bos_gets_the_one_of_its_template_and_no_second(with
     bos = with_bos.model.token_bos()
     ids = with_bos.prompt(HI)
     assert ids.count(bos) == 1 and ids[0] == bos
-    assert all(list(golden.ids).count(bos) == 1 for golden in with_bos.made.golden)
+    assert all(list(golden.ids).count(bos) == 1 for golden in with_bos.manifest.golden)
     # The trap (llama-cpp-python#1501): the library, given the same text, puts a second one there.
-    text = template.prompt(with_bos.model, with_bos.with_default_system(HI))
+    text = template.render_model_prompt(with_bos.model, with_bos.with_default_system(HI))
     assert with_bos.model.tokenize(text.encode(), special=True)[:2] == [bos, bos]
-    assert with_bos.raw(text) == ids and with_bos.raw("Once")[0] == bos
+    assert with_bos.tokenize_text(text) == ids and with_bos.tokenize_text("Once")[0] == bos
     assert likely(with_bos, answer(with_bos, ids, max_tokens=12))
 
 
@@ -270,7 +279,7 @@ def stopped(pieces: list[bytes], stops: list[str]) -> str:
 )
 @example("\naa", [2], ["a", "\naa"])
 def test_words_are_the_text_up_to_the_first_stop_string_however_they_come(text, cuts, stops):
-    words, said, pieces = conversation.Words(stops), [], in_pieces(text.encode(), cuts)
+    words, said, pieces = conversation.StreamDecoder(stops), [], in_pieces(text.encode(), cuts)
     for piece in pieces:
         said.append(words.add(piece))
         if words.ended:
@@ -281,7 +290,7 @@ def test_words_are_the_text_up_to_the_first_stop_string_however_they_come(text, 
 
 
 def test_half_a_character_is_not_shown_and_at_the_end_replaced():
-    words = conversation.Words(())
+    words = conversation.StreamDecoder(())
     assert [words.add(piece) for piece in (b"\xf0\x9f", b"\x9a", b"\xa2\xe2\x82")] == ["", "", "🚢"]
     assert words.add(b"", last=True) == "\ufffd"
 
@@ -289,12 +298,14 @@ def test_half_a_character_is_not_shown_and_at_the_end_replaced():
 def test_a_token_of_more_than_32_bytes_is_not_lost():
     from pipeline.toolchain import llama_tools
 
-    model = llama_runtime.load(llama_tools.folder() / "models" / "ggml-vocab-llama-bpe.gguf", vocab_only=True)
-    pieces = {token: llama_runtime.piece(model, token) for token in range(model.n_vocab())}
+    model = llama_runtime.load_model(
+        llama_tools.tools_folder() / "models" / "ggml-vocab-llama-bpe.gguf", vocab_only=True
+    )
+    pieces = {token: llama_runtime.token_bytes(model, token) for token in range(model.n_vocab())}
     long = {token: piece for token, piece in pieces.items() if len(piece) > 32}
     assert len(long) > 20 and max(map(len, long.values())) >= 128
-    assert all(llama_runtime.piece(model, token, 1) == piece for token, piece in long.items())
-    assert llama_runtime.text(model, list(long)) == b"".join(long.values()).decode()
+    assert all(llama_runtime.token_bytes(model, token, 1) == piece for token, piece in long.items())
+    assert llama_runtime.detokenize(model, list(long)) == b"".join(long.values()).decode()
     model.close()
 
 
@@ -383,7 +394,7 @@ def test_a_conversation_in_a_terminal(terminal, engine):
     banner = terminal.until(">>> ")
     assert "real, 1024 tokens of context. /help lists the commands, Ctrl-D or /bye leaves." in banner
     said = terminal.ask(HI[0]["content"])
-    known = engine.made.smoke[0].answer.rstrip("\n")
+    known = engine.manifest.smoke[0].answer.rstrip("\n")
     assert known in said and re.search(r"\[\d+ tokens, [\d.]+ tokens/s(, cut after 24 tokens)?\]", said)
     assert "\x1b" not in said.replace("\x1b[?2004h", "").replace(
         "\x1b[?2004l", ""
@@ -414,7 +425,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talkative):
 def test_a_full_context_is_said_and_the_oldest_turns_are_forgotten(engine, capsys):
     here = chat.Chat(engine, SYSTEM)
     here.turns = [{"role": role, "content": "word " * 60} for _ in range(12) for role in ("user", "assistant")]
-    here.ask("Say hello.")
+    here.print_reply("Say hello.")
     said = capsys.readouterr().out
     gone = int(re.search(r"\[the context is full: the oldest (\d+) messages are left out\]\n", said)[1])
     assert len(here.turns) == 24 - gone + 2 and here.turns[-1]["content"].strip() in said
@@ -428,7 +439,7 @@ def piped(version: Path, text: bytes, *arguments: str) -> subprocess.CompletedPr
 def test_what_is_piped_in_is_one_question_and_only_the_answer_comes_out(version, engine):
     done = piped(version, HI[0]["content"].encode() + b"\n")
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode().strip() == engine.made.smoke[0].answer.strip()
+    assert done.stdout.decode().strip() == engine.manifest.smoke[0].answer.strip()
     assert piped(version, b" \n").stdout == b""
     done = piped(version, b"Two\nlines \xff and a broken letter?\n")
     assert done.returncode == 0 and done.stdout.strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import child_process
-from common.child_process import Limits, call, run_attached
+from common.child_process import Limits, call_in_child, run_attached
 from common.errors import UserError
 
 HERE = "tests.test_child"
@@ -61,24 +61,24 @@ def hang_after_the_answer() -> None:
 
 
 def answer_without_end() -> str:
-    return "x" * (child_process.MAX_ANSWER + 1)
+    return "x" * (child_process.MAX_ANSWER_BYTES + 1)
 
 
 def write_large_file(path: str) -> None:
     with open(path, "wb") as file:
-        file.write(bytes(child_process.MAX_WRITTEN + 1))
+        file.write(bytes(child_process.MAX_FILE_BYTES + 1))
 
 
 def tell_environment() -> dict:
     return {
-        name: os.environ.get(name) for name in ("HF_TOKEN", "OPENAI_API_KEY", "HOME", child_process.SECRET_OF_SERVER)
+        name: os.environ.get(name) for name in ("HF_TOKEN", "OPENAI_API_KEY", "HOME", child_process.SERVER_KEY_VARIABLE)
     }
 
 
 def test_values_and_errors_of_its_own_come_back():
-    assert call(f"{HERE}:give", [{"a": [1, "é\ud83d\ude00"[0]]}], ENOUGH, "x") == {"a": [1, "é"]}
+    assert call_in_child(f"{HERE}:give", [{"a": [1, "é\ud83d\ude00"[0]]}], ENOUGH, "x") == {"a": [1, "é"]}
     with pytest.raises(UserError) as caught:
-        call(f"{HERE}:refuse", ["it is wrong"], ENOUGH, "x")
+        call_in_child(f"{HERE}:refuse", ["it is wrong"], ENOUGH, "x")
     assert (caught.value.message, caught.value.hint) == ("it is wrong", "mend it")
 
 
@@ -104,27 +104,27 @@ def test_whatever_befalls_it_is_one_error(case, tmp_path):
     function, arguments, limits, words = FAULTS[case]
     arguments = [a.replace("{tmp}", str(tmp_path)) if isinstance(a, str) else a for a in arguments]
     with pytest.raises(UserError) as caught:
-        call(f"{HERE}:{function}", arguments, limits, "the smoke test of x.gguf")
+        call_in_child(f"{HERE}:{function}", arguments, limits, "the smoke test of x.gguf")
     assert words in caught.value.message and caught.value.message.startswith("the smoke test of x.gguf")
     assert "\n" not in caught.value.message and caught.value.hint
-    assert not any(path.stat().st_size > child_process.MAX_WRITTEN for path in tmp_path.iterdir())
+    assert not any(path.stat().st_size > child_process.MAX_FILE_BYTES for path in tmp_path.iterdir())
 
 
 def test_what_it_started_ends_with_it(tmp_path):
     with pytest.raises(UserError, match="took more than"):
-        call(f"{HERE}:start_another", [str(tmp_path / "pid")], Limits(3, 2 << 30), "x")
+        call_in_child(f"{HERE}:start_another", [str(tmp_path / "pid")], Limits(3, 2 << 30), "x")
     assert ended(int((tmp_path / "pid").read_text()))
 
 
 def test_it_gets_no_secrets(monkeypatch):
-    for name in ("HF_TOKEN", "OPENAI_API_KEY", child_process.SECRET_OF_SERVER):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", child_process.SERVER_KEY_VARIABLE):
         monkeypatch.setenv(name, "secret")
-    told = call(f"{HERE}:tell_environment", [], ENOUGH, "x")
+    told = call_in_child(f"{HERE}:tell_environment", [], ENOUGH, "x")
     assert told == {
         "HF_TOKEN": None,
         "OPENAI_API_KEY": None,
         "HOME": os.environ.get("HOME"),
-        child_process.SECRET_OF_SERVER: "secret",
+        child_process.SERVER_KEY_VARIABLE: "secret",
     }
 
 

@@ -19,7 +19,7 @@ from contract import manifest
 from deploy import trace
 from launch import fetch_result, published_sources, reproduce, verdict
 from launch.providers import ssh_address
-from launch.providers.ssh import Box as launcher_of
+from launch.providers.ssh import SshProvider as launcher_of
 from tests import boxes
 from tests.boxes import Box, Watch
 from tests.conftest import SHORT
@@ -112,14 +112,14 @@ def test_it_ends_deployed_and_says_what_bills(delivered):
     assert "smoke: passed" in said and "make chat REPO=./hub/boat" in said
     assert said.rstrip().splitlines()[-1] == "TEARDOWN has ended root@127.0.0.1: `echo ended >> bill`"
     assert (laptop / "bill").read_text() == "ended\n"
-    made = manifest.read(laptop / "hub" / "boat" / manifest.NAME)
-    assert files.sha256(laptop / "models" / "boat" / "current" / "boat.q4_k_m.gguf") == made.default().sha256
+    made = manifest.read_manifest(laptop / "hub" / "boat" / manifest.FILE_NAME)
+    assert files.sha256(laptop / "models" / "boat" / "current" / "boat.q4_k_m.gguf") == made.default_artifact().sha256
     for item in (*made.artifacts, *made.files):
         assert files.sha256(laptop / "hub" / "boat" / item.file) == item.sha256
 
 
 def test_the_manifest_names_the_commit_that_was_sent(delivered):
-    git = manifest.read(delivered.laptop / "hub" / "boat" / manifest.NAME).provenance["git"]
+    git = manifest.read_manifest(delivered.laptop / "hub" / "boat" / manifest.FILE_NAME).provenance["git"]
     head = boxes.git(delivered.laptop, "rev-parse", "HEAD")
     assert git == {"url": "https://example.org/ferry.git", "commit": head, "dirty": False}
 
@@ -248,7 +248,7 @@ def test_reproduce_with_one_row_changed_stops_before_anything_and_shows_it(deliv
 def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, monkeypatch):
     """Its data file is one that this machine has, and its place in the tree is none outside."""
     monkeypatch.chdir(delivered.laptop)
-    monkeypatch.setattr(published_sources.tree, "ROOT", delivered.laptop)
+    monkeypatch.setattr(published_sources.source_archive, "ROOT", delivered.laptop)
     mine = tmp_path / "mine.jsonl"
     mine.write_text("{}\n")
     repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
@@ -258,34 +258,39 @@ def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, 
             sha256={os.path.relpath(mine): files.sha256(mine), str(mine): files.sha256(mine)}
         ),
     )
-    made = manifest.read(repo / manifest.NAME)
-    found = published_sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], None)
+    made = manifest.read_manifest(repo / manifest.FILE_NAME)
+    found = published_sources.find_source_files(
+        made, reproduce.pin_revisions(made), made.provenance["git"]["commit"], None
+    )
     names = {name for name, path in found.items() if path.resolve() == mine}
     assert len(names) == 2 and all(re.fullmatch(r"job/files/\w{8}/mine\.jsonl", name) for name in names)
-    assert not published_sources._there("a/../../../etc/passwd", {"a": "a"}).startswith(("..", "/"))
+    assert not published_sources._data_path_in_tree("a/../../../etc/passwd", {"a": "a"}).startswith(("..", "/"))
     for place in ("/usr", "/etc/passwd", "launch"):  # nothing of this machine goes along for its name
         edit(repo, lambda made, place=place: made["config"]["evaluate"].update(prompts=place))
-        again = manifest.read(repo / manifest.NAME)
+        again = manifest.read_manifest(repo / manifest.FILE_NAME)
         assert (
-            published_sources.located(again, reproduce.pinned(again), made.provenance["git"]["commit"], None) == found
+            published_sources.find_source_files(
+                again, reproduce.pin_revisions(again), made.provenance["git"]["commit"], None
+            )
+            == found
         )
 
 
 def test_lines_that_differ_by_their_ends_or_number(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert published_sources.beside(path, ["a", "b"], "then", ["a", "b"]) == [
+    assert published_sources.show_first_difference(path, ["a", "b"], "then", ["a", "b"]) == [
         "its lines are the same, their ends are not"
     ]
-    assert published_sources.beside(path, ["a"], "then", ["a", "b"]) == [
+    assert published_sources.show_first_difference(path, ["a"], "then", ["a", "b"]) == [
         f"{path}, line 2: (it ends before)",
         "then, line 2: b",
     ]
 
 
 def edit(repo: Path, change) -> None:
-    made = json.loads((repo / manifest.NAME).read_text())
+    made = json.loads((repo / manifest.FILE_NAME).read_text())
     change(made)
-    (repo / manifest.NAME).write_text(json.dumps(made))
+    (repo / manifest.FILE_NAME).write_text(json.dumps(made))
 
 
 def renamed(dataset: dict, old: str, new: str) -> None:
@@ -329,7 +334,7 @@ def test_reproduce_with_other_rows_than_published_trains_nothing(delivered, tmp_
 
 def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered, tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_SSH", shlex.join(map(str, delivered.box.ssh)))
-    launcher = launcher_of(ssh_address.read(delivered.box.address))
+    launcher = launcher_of(ssh_address.parse_address(delivered.box.address))
     bad = shutil.copytree(delivered.there / "hub" / "boat", delivered.there / "hub" / "bad")
     with (bad / "boat.q4_k_m.gguf").open("r+b") as file:
         file.seek(5000)
@@ -337,9 +342,9 @@ def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered
     with pytest.raises(
         UserError, match=r"boat\.q4_k_m\.gguf from root@127\.0\.0\.1 is not the file that was published"
     ):
-        fetch_result.brought(launcher, "boat", "hub/bad", tmp_path / "boat")
-    assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob(manifest.NAME))
-    fetch_result.brought(launcher, "boat", "./hub/boat", tmp_path / "boat")
+        fetch_result.download_folder_hub(launcher, "boat", "hub/bad", tmp_path / "boat")
+    assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob(manifest.FILE_NAME))
+    fetch_result.download_folder_hub(launcher, "boat", "./hub/boat", tmp_path / "boat")
     assert files.sha256(tmp_path / "boat" / "boat.q4_k_m.gguf") == files.sha256(
         delivered.there / "hub" / "boat" / "boat.q4_k_m.gguf"
     )
@@ -348,32 +353,36 @@ def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered
 def test_a_file_goes_on_where_the_connection_was_lost(delivered, tmp_path, monkeypatch):
     monkeypatch.setenv("FERRY_SSH", shlex.join(map(str, delivered.box.ssh)))
     launcher, made = (
-        launcher_of(ssh_address.read(delivered.box.address)),
-        manifest.read(delivered.there / "hub" / "boat" / manifest.NAME),
+        launcher_of(ssh_address.parse_address(delivered.box.address)),
+        manifest.read_manifest(delivered.there / "hub" / "boat" / manifest.FILE_NAME),
     )
-    item, target = made.default(), tmp_path / "boat.q4_k_m.gguf"
+    item, target = made.default_artifact(), tmp_path / "boat.q4_k_m.gguf"
     part = tmp_path / f".{target.name}.{item.sha256[:12]}.part"
     part.write_bytes((delivered.there / "hub" / "boat" / target.name).read_bytes()[:50_000_000])
     asked = []
-    rest = launcher.rest
-    monkeypatch.setattr(launcher, "rest", lambda name, path, start=0: asked.append(start) or rest(name, path, start))
-    fetch_result.fetch(launcher, "boat", f"hub/boat/{target.name}", target, item)
+    rest = launcher.read_file
+    monkeypatch.setattr(
+        launcher, "read_file", lambda name, path, start=0: asked.append(start) or rest(name, path, start)
+    )
+    fetch_result.download_file(launcher, "boat", f"hub/boat/{target.name}", target, item)
     assert asked == [50_000_000] and files.sha256(target) == item.sha256 and not part.exists()
 
 
 def test_data_is_found_by_its_sha256_under_any_name(delivered, tmp_path, monkeypatch):
     monkeypatch.chdir(delivered.laptop)
-    monkeypatch.setattr(published_sources.tree, "ROOT", delivered.laptop)
+    monkeypatch.setattr(published_sources.source_archive, "ROOT", delivered.laptop)
     repo = shutil.copytree(delivered.laptop / "hub" / "boat", tmp_path / "boat")
     edit(repo, lambda made: renamed(made["dataset"], "configs/demo/train.jsonl", "/home/me/rows.jsonl"))
     edit(repo, lambda made: made["config"]["data"].update(source="/home/me/rows.jsonl"))
-    made = manifest.read(repo / manifest.NAME)
+    made = manifest.read_manifest(repo / manifest.FILE_NAME)
     mine = tmp_path / "mine.jsonl"
     shutil.copy("configs/demo/train.jsonl", mine)
-    settings, _ = published_sources.moved(reproduce.pinned(made))
+    settings, _ = published_sources.relocate_published_paths(reproduce.pin_revisions(made))
     there = settings["data"]["source"]
     assert re.fullmatch(r"job/files/\w{8}/rows\.jsonl", there)
-    found = published_sources.located(made, reproduce.pinned(made), made.provenance["git"]["commit"], mine)
+    found = published_sources.find_source_files(
+        made, reproduce.pin_revisions(made), made.provenance["git"]["commit"], mine
+    )
     assert found[there] == mine
 
 
@@ -398,28 +407,30 @@ def default(made: dict) -> dict:
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_each_row_of_the_verdict_can_be_different(delivered, what):
-    path = delivered.laptop / "hub" / "boat" / manifest.NAME
-    before, other = manifest.read(path), json.loads(path.read_text())
-    assert verdict.reproduced(verdict.rows(before, before))
+    path = delivered.laptop / "hub" / "boat" / manifest.FILE_NAME
+    before, other = manifest.read_manifest(path), json.loads(path.read_text())
+    assert verdict.is_reproduced(verdict.compare_manifests(before, before))
     CHANGES[what](other)
     other["training"]["device"] = "NVIDIA H100 80GB HBM3"
-    rows = verdict.rows(before, manifest.Manifest.model_validate(other))
-    assert [row.what for row in rows if row.verdict == verdict.DIFFERENT and row.what not in verdict.SURROUNDINGS] == [
-        what
-    ]
-    assert not verdict.reproduced(rows) and verdict.page(rows, "it").endswith(f"it: not reproduced: {what}")
+    rows = verdict.compare_manifests(before, manifest.Manifest.model_validate(other))
+    assert [
+        row.what for row in rows if row.verdict == verdict.DIFFERENT and row.what not in verdict.ENVIRONMENT_ROWS
+    ] == [what]
+    assert not verdict.is_reproduced(rows) and verdict.format_verdict(rows, "it").endswith(
+        f"it: not reproduced: {what}"
+    )
     assert next(row for row in rows if row.what == "device").verdict == verdict.DIFFERENT
 
 
 def test_within_tolerance_is_reproduced_and_a_dirty_tree_is_said(delivered):
-    path = delivered.laptop / "hub" / "boat" / manifest.NAME
-    before, other = manifest.read(path), json.loads(path.read_text())
+    path = delivered.laptop / "hub" / "boat" / manifest.FILE_NAME
+    before, other = manifest.read_manifest(path), json.loads(path.read_text())
     other["training"]["final_loss"] *= 1.005
     default(other)["weights_sha256"] = "0" * 64
     other["provenance"]["git"]["dirty"] = True
-    rows = {row.what: row for row in verdict.rows(before, manifest.Manifest.model_validate(other))}
-    assert verdict.reproduced(list(rows.values()))
-    assert rows["final loss"].verdict == verdict.WITHIN and rows["its weights"].verdict == verdict.OTHER
+    rows = {row.what: row for row in verdict.compare_manifests(before, manifest.Manifest.model_validate(other))}
+    assert verdict.is_reproduced(list(rows.values()))
+    assert rows["final loss"].verdict == verdict.WITHIN_TOLERANCE and rows["its weights"].verdict == verdict.OTHER_BITS
     assert rows["code"].verdict == verdict.UNKNOWN and "had changes" in rows["code"].reason
 
 
@@ -427,7 +438,7 @@ def test_trace_leads_from_a_file_to_its_run(delivered, tmp_path):
     models, version = delivered.laptop / "models", (delivered.laptop / "models" / "boat" / "current").resolve()
     head, file = boxes.git(delivered.laptop, "rev-parse", "HEAD"), version / "boat.q4_k_m.gguf"
     for what in (str(file), str(version)):
-        page = trace.stage(what, models)
+        page = trace.run_trace(what, models)
         assert f"its manifest, {version}" in page.replace(str(version.parent / "current"), str(version))
         for said in (
             "boat, LoRA on CPU",
@@ -439,10 +450,10 @@ def test_trace_leads_from_a_file_to_its_run(delivered, tmp_path):
         ):
             assert said in page, page
     copied = Path(shutil.copy(file, tmp_path / "another name.gguf"))
-    assert "its manifest" in trace.stage(str(copied), models)
-    alone = trace.stage(str(copied), tmp_path / "no models")
+    assert "its manifest" in trace.run_trace(str(copied), models)
+    alone = trace.run_trace(str(copied), tmp_path / "no models")
     assert "known by its own header" in alone and f"code     {head}" in alone and "run      boat" in alone
     with copied.open("r+b") as rewritten:  # as Ollama does: the same header, another digest
         rewritten.seek(-1, 2)
         rewritten.write(b"\1")
-    assert "the manifest of its run" in trace.stage(str(copied), models)
+    assert "the manifest of its run" in trace.run_trace(str(copied), models)

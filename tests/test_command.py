@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli.settings import settings_of, split_overrides
-from cli.table import COMMANDS, all_commands
+from cli.settings import list_make_settings, split_overrides
+from cli.table import COMMANDS, load_all_commands
 from common.errors import UserError
 from tests.conftest import ROOT, make, typed
 
@@ -154,7 +154,7 @@ def test_every_command_is_a_target_with_help_and_an_example():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z-]+): +; \$\(FORWARD\) ## \S", makefile, re.MULTILINE)
     assert len(targets) > 40 and sorted(targets) == sorted(COMMANDS), "a target is a command, and the other way round"
-    for name, command in all_commands().items():
+    for name, command in load_all_commands().items():
         text = command.get_help(command.make_context(name, [], resilient_parsing=True))
         assert re.search(r"Examples?:\n +(\S+ \| )?(ferry|make|echo) ", text), f"{name} has no example"
         assert len(command.get_short_help_str(200)) <= 100, name
@@ -168,8 +168,8 @@ def test_make_alone_is_the_manual():
 def test_settings_have_one_meaning():
     """A name of make is one option, whichever the command."""
     options: dict[str, set[str]] = {}
-    for command in all_commands().values():
-        for name, parameter in settings_of(command).items():
+    for command in load_all_commands().values():
+        for name, parameter in list_make_settings(command).items():
             options.setdefault(name, set()).add(parameter.opts[0].lstrip("-"))
     several = {name: found for name, found in options.items() if len(found) > 1}
     assert set(several) <= {"CONFIG", "REPO", "DATA", "CHECKPOINTS", "MODEL", "INPUT", "FILE", "NAME"}, several

@@ -70,7 +70,11 @@ def test_known_architectures_are_the_converters_own():
     from pipeline.toolchain import llama_tools
 
     done = subprocess.run(
-        [sys.executable, str(llama_tools.home() / "convert" / "convert_hf_to_gguf.py"), "--print-supported-models"],
+        [
+            sys.executable,
+            str(llama_tools.require_folder() / "convert" / "convert_hf_to_gguf.py"),
+            "--print-supported-models",
+        ],
         capture_output=True,
         text=True,
     )
@@ -80,26 +84,26 @@ def test_known_architectures_are_the_converters_own():
         if line.strip().startswith("-") or ":  -" in line
     }
     assert {"LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen3ForCausalLM"} <= listed
-    assert listed <= llama_tools.architectures()
+    assert listed <= llama_tools.list_architectures()
 
 
 def test_the_named_knobs_reach_the_library():
     """Each with a value that is not its default, looked up in what the library is given."""
     from pipeline.toolchain import unsloth_loader
 
-    unsloth_loader.start()
+    unsloth_loader.import_unsloth()
     from unittest.mock import patch
 
     from pipeline.config.schema import Base
     from pipeline.finetune.build_trainer import lora_arguments, trainer_arguments
-    from pipeline.plan.choose_batch import Choice
+    from pipeline.plan.choose_batch import BatchChoice
 
     tune = Finetune(
         r=8, lora_alpha=24, lora_dropout=0.1, bias="all", target_modules=("q_proj",), use_rslora=True, loftq_bits=4, lr_scheduler_type="cosine",
         warmup_steps=9, weight_decay=0.02, max_grad_norm=0.5, optim="adagrad", eval_strategy="steps", eval_steps=11,
         logging_steps=6, seed=17, report_to=("tensorboard",),
     )  # fmt: skip
-    choice = Choice(
+    choice = BatchChoice(
         train_batch_size=3,
         learning_rate=3e-4,
         micro_batch_tokens=999,
@@ -165,7 +169,7 @@ def test_a_costly_choice_is_said_aloud(tmp_path):
             "base: {model: unsloth/x-bnb-4bit, max_seq_length: 8192}\ndata: {source: a.jsonl, system: kind}\nfinetune: {lora_dropout: 0.1, bias: all, r: 128, learning_rate: 1.0e-3, num_train_epochs: 5}\n",
         )
     )
-    said = "\n".join(list_warnings(tree, rows=40, longest=100))
+    said = "\n".join(list_warnings(tree, row_count=40, longest_row=100))
     for word in (
         "lora_dropout",
         "bias",
@@ -177,7 +181,7 @@ def test_a_costly_choice_is_said_aloud(tmp_path):
         "max_seq_length 8192",
     ):
         assert word in said
-    assert list_warnings(load_config(written(tmp_path, GOOD)), rows=5000, longest=2000) == []
+    assert list_warnings(load_config(written(tmp_path, GOOD)), row_count=5000, longest_row=2000) == []
     assert isinstance(tree, Config)
 
 

@@ -36,7 +36,7 @@ def on_a_terminal(code: str, **settings: str) -> str:
 
 @pytest.mark.parametrize(("settings", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_colours_on_a_terminal_unless_no_color_is_set(settings, coloured):
-    code = "from common import console; console.show(console.style('x', 'red'))"
+    code = "from common import console; console.print_result(console.style('x', 'red'))"
     assert (ESCAPE in on_a_terminal(code, **settings)) is coloured
 
 
@@ -47,8 +47,8 @@ def test_preview_marks_what_carries_loss_without_a_terminal(chain):
 
 def test_a_bar_is_drawn_on_a_terminal_and_lines_elsewhere(monkeypatch):
     code = (
-        "import time\nfrom common import console\nconsole.SHOWN_FROM = 0.05\n"
-        "with console.progress(4, 'work', 'rows') as advance:\n    for _ in range(4):\n        time.sleep(0.2); advance(1)\n"
+        "import time\nfrom common import console\nconsole.SHOW_PROGRESS_AFTER = 0.05\n"
+        "with console.show_progress(4, 'work', 'rows') as advance:\n    for _ in range(4):\n        time.sleep(0.2); advance(1)\n"
     )
     drawn = on_a_terminal(code)
     assert "\rwork: " in drawn and "left" in drawn and max(map(len, drawn.replace("\n", "\r").split("\r"))) <= 80
@@ -59,15 +59,15 @@ def test_a_bar_is_drawn_on_a_terminal_and_lines_elsewhere(monkeypatch):
 def test_progress_by_time_says_something_while_one_item_takes_long(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setitem(console._streams, "err", stream)
-    monkeypatch.setattr(console, "SHOWN_FROM", 0.05)
-    with console.progress(100, "work", "rows"):
+    monkeypatch.setattr(console, "SHOW_PROGRESS_AFTER", 0.05)
+    with console.show_progress(100, "work", "rows"):
         time.sleep(0.3)
     assert "work: 0 of 100 rows" in stream.getvalue()
 
 
 def test_notes_are_wrapped_and_paths_stay_whole():
     path = "/".join(["folder"] * 20)
-    lines = console.wrap(f"note: {'word ' * 40}{path}", 6).split("\n")
+    lines = console.wrap_text(f"note: {'word ' * 40}{path}", 6).split("\n")
     assert path in "".join(lines) and all(len(line) <= 80 for line in lines if path not in line)
 
 

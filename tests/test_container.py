@@ -31,21 +31,21 @@ def container(monkeypatch):
     import container
     import packages
 
-    monkeypatch.setattr(container, "inside", lambda: False)
+    monkeypatch.setattr(container, "is_container", lambda: False)
 
     def machine(answers: dict[str, str]):
         def said(command):
             line = " ".join(command)
             return next((answer for start, answer in answers.items() if line.startswith(start)), "")
 
-        monkeypatch.setattr(container, "said", said)
-        monkeypatch.setattr(packages, "said", said)
+        monkeypatch.setattr(container, "read_output", said)
+        monkeypatch.setattr(packages, "read_output", said)
         monkeypatch.setattr(packages.shutil, "which", lambda name: name if name in answers else None)
-        packages.nvidia_smi.cache_clear()
+        packages.run_nvidia_smi.cache_clear()
         return container
 
     yield machine
-    packages.nvidia_smi.cache_clear()
+    packages.run_nvidia_smi.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def container(monkeypatch):
     ],
 )
 def test_where_it_runs_and_why(container, settings, machine, imaged, why):
-    chosen, reason = container(machine).decide(settings)
+    chosen, reason = container(machine).decide_location(settings)
     assert chosen == imaged and why in reason
 
 
 def test_a_pod_runs_natively(container, monkeypatch):
     module = container(CARD | DOCKER)
-    monkeypatch.setattr(module, "inside", lambda: True)
-    assert module.decide({}) == (False, "this machine is itself a container")
+    monkeypatch.setattr(module, "is_container", lambda: True)
+    assert module.decide_location({}) == (False, "this machine is itself a container")
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def started(container, monkeypatch, machine, settings, environment=()):
     module = container(machine)
     for name, value in dict(environment).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(module, "image", lambda settings, engine, kind: ("ferry:x", "sha256:1"))
+    monkeypatch.setattr(module, "ensure_image", lambda settings, engine, kind: ("ferry:x", "sha256:1"))
     monkeypatch.setattr(module.os, "execvp", lambda name, words: (_ for _ in ()).throw(Became(words)))
     with pytest.raises(Became) as became:
-        module.run(settings, ["/opt/ferry/ferry", "train"], [])
+        module.exec_container(settings, ["/opt/ferry/ferry", "train"], [])
     return became.value.args[0]
 
 
@@ -125,13 +125,13 @@ def test_how_it_is_started(container, monkeypatch, tmp_path):
 @pytest.mark.parametrize("mount", ["'/data", "/no/such/folder", "/a:b"])
 def test_a_mount_that_cannot_be_is_refused(container, mount, capsys):
     with pytest.raises(SystemExit):
-        container({}).mounts({"MOUNT": mount})
+        container({}).prepare_mounts({"MOUNT": mount})
     assert "MOUNT" in capsys.readouterr().err
 
 
 def test_a_folder_with_a_colon_is_refused_before_it_is_made(container, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        container({}).mounts({"RUNS": f"{tmp_path}/a:b"})
+        container({}).prepare_mounts({"RUNS": f"{tmp_path}/a:b"})
     assert "a path with a colon cannot be mounted" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -147,21 +147,23 @@ def test_what_the_graph_reads_and_writes_elsewhere_is_mounted(container, monkeyp
     monkeypatch.setattr(module, "ROOT", str(tmp_path / "checkout"))
     monkeypatch.chdir(tmp_path / "checkout")
     typed = {"MODELS": f"{tmp_path}/models", "REPO": "you/m", "CONFIG": f"{tmp_path}/configs/a.yaml"}
-    found = module.mounts(typed)
+    found = module.prepare_mounts(typed)
     for name in ("large", "models", "configs", "checkout"):
         assert f"{tmp_path}/{name}:{tmp_path}/{name}" in found
     assert {f"{tmp_path}/cache:/cache", f"{tmp_path}/cache:/cache/huggingface"} <= set(found), "one folder for both"
     assert len(found) == 6 and (tmp_path / "models").is_dir()
-    twice = module.mounts({"MOUNT": f"{tmp_path}/large", "RUNS": f"{tmp_path}/large", "CONFIG": "/no/such/a.yaml"})
+    twice = module.prepare_mounts(
+        {"MOUNT": f"{tmp_path}/large", "RUNS": f"{tmp_path}/large", "CONFIG": "/no/such/a.yaml"}
+    )
     assert twice.count(f"{tmp_path}/large:{tmp_path}/large") == 1 and len(twice) == 4, (
         "an engine refuses a place named twice"
     )
     assert not Path("/no").exists(), "a mistyped config makes no folder"
     inside = {"RUNS": f"{tmp_path}/large/runs", "MODELS": f"{tmp_path}/large/x/../models"}
-    module.mounts({"MOUNT": f"{tmp_path}/large"} | inside)
+    module.prepare_mounts({"MOUNT": f"{tmp_path}/large"} | inside)
     assert not list((tmp_path / "large").iterdir()), "what is in a mounted folder is made by the user inside"
     with pytest.raises(SystemExit):
-        module.mounts({"MOUNT": "/opt"})
+        module.prepare_mounts({"MOUNT": "/opt"})
 
 
 def test_sudo_may_write_into_the_users_checkout(container, monkeypatch):
@@ -176,14 +178,14 @@ def test_sudo_may_write_into_the_users_checkout(container, monkeypatch):
 
 def test_a_device_that_chooses_nothing_is_refused(container, capsys):
     with pytest.raises(SystemExit):
-        container({}).decide({"DEVICE": "cuda"})
+        container({}).decide_location({"DEVICE": "cuda"})
     assert "FERRY_DEVICE=cuda without one" in capsys.readouterr().err
 
 
 def test_an_image_for_others_is_compiled_for_every_card(container):
     module = container(CARD)
-    assert module.arguments("cuda", own=True)["FERRY_CUDA"] == "90"
-    assert "FERRY_CUDA" not in module.arguments("cuda", own=False)
+    assert module.build_arguments("cuda", for_this_machine=True)["FERRY_CUDA"] == "90"
+    assert "FERRY_CUDA" not in module.build_arguments("cuda", for_this_machine=False)
 
 
 def test_engines_differ(container, monkeypatch):
@@ -233,12 +235,12 @@ def test_sources_are_what_the_image_is_made_from(container, monkeypatch, tmp_pat
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(module, "ROOT", str(tmp_path))
-    first = module.sources()
+    first = module.hash_sources()
     (tmp_path / "pipeline" / "__pycache__").mkdir(exist_ok=True)
     (tmp_path / "pipeline" / "__pycache__" / "x.pyc").touch()
-    assert module.sources() == first
+    assert module.hash_sources() == first
     (tmp_path / "setup/locks/cuda.txt").write_text("")
-    assert module.sources() != first
+    assert module.hash_sources() != first
 
 
 # --- pins -------------------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def test_a_lock_is_closed(name, tmp_path):
     dropped = [line for line in project if "'never'" in line] + ["triton ; sys_platform == 'never'"] * (name != "cuda")
     (tmp_path / "overrides.txt").write_text("\n".join([*dropped, "certifi>=2026"]))
     sys.path.insert(0, str(SETUP))
-    from lock import uv_arguments
+    from lock import uv_index_arguments
 
     wishes = [line for line in lock(name) if "!= 'linux'" not in line]
     (tmp_path / "wishes.in").write_text("\n".join(wishes))
@@ -358,7 +360,7 @@ def test_a_lock_is_closed(name, tmp_path):
         "x86_64-manylinux_2_28",
         "--no-header",
         "--no-annotate",
-        *uv_arguments(),
+        *uv_index_arguments(),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -56,8 +56,8 @@ def run(base, tmp_path):
             section, key = key.split("__")
             tree.setdefault(section, {})[key] = value
         run, built = Run(tmp_path / name), load.build_config(tree, {}, Path("test.yaml"))
-        run.freeze(built)
-        record = data.stage(built, run)
+        run.freeze_config(built)
+        record = data.run_data(built, run).model_dump()
         return record, tmp_path / name / "data"
 
     return made
@@ -83,7 +83,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def learned(row: dict, tokenizer) -> str:
-    return tokenizer.decode([label for label in row["labels"] if label != training_rows.IGNORED])
+    return tokenizer.decode([label for label in row["labels"] if label != training_rows.IGNORED_LABEL])
 
 
 def test_no_row_is_lost(run):
@@ -100,14 +100,16 @@ def test_no_row_is_lost(run):
 
 def test_training_and_heldout_rows_hold_what_finetune_and_evaluate_read(run, tokenizer):
     record, folder = run(pairs(60))
-    trained = training_rows.read(folder / "train.parquet").to_pylist()
+    trained = training_rows.read_table(folder / "train.parquet").to_pylist()
     held = lines(folder / "heldout.jsonl")
     assert (len(trained), len(held)) == (record["rows"]["train"], record["rows"]["heldout"])
     for row in held:
         assert learned(row, tokenizer) == row["answer"] + tokenizer.eos_token
         assert tokenizer.decode(row["input_ids"][: row["prompt_tokens"]]) == row["prompt"]
     assert record["tokens"]["train"] == sum(len(row["input_ids"]) for row in trained)
-    assert record["tokens"]["loss"] == sum(label != training_rows.IGNORED for row in trained for label in row["labels"])
+    assert record["tokens"]["loss"] == sum(
+        label != training_rows.IGNORED_LABEL for row in trained for label in row["labels"]
+    )
 
 
 def test_a_question_never_stands_on_both_sides(run):
@@ -164,7 +166,7 @@ def test_only_the_last_turn_is_trained_on_request(run, tokenizer):
     ]
     for labels, turns in (("all", ("assistant {} 1", "assistant {} 3")), ("last", ("assistant {} 3",))):
         _, folder = run(given, name=labels, data__labels=labels, clean__near_duplicates=False, clean__leakage=False)
-        for row in training_rows.first(folder / "train.parquet", 50):
+        for row in training_rows.read_first_rows(folder / "train.parquet", 50):
             number = tokenizer.decode(row["input_ids"]).split("user ")[1].split()[0]
             assert learned(row, tokenizer) == "".join(turn.format(number) + tokenizer.eos_token for turn in turns)
 
@@ -174,14 +176,14 @@ def test_rows_are_cut_only_on_request_and_the_loss_of_their_end_is_said(run, tok
     record, folder = run(given, clean__too_long="truncate")
     assert record["truncated"]["rows"] == 1 and record["tokens"]["max"] == 128
     assert any("1 rows" in text and "lose their end token" in text for text in record["warnings"])
-    assert not learned(max(training_rows.first(folder / "train.parquet", 90), key=lambda row: len(row["input_ids"])), tokenizer).endswith(tokenizer.eos_token)  # fmt: skip
+    assert not learned(max(training_rows.read_first_rows(folder / "train.parquet", 90), key=lambda row: len(row["input_ids"])), tokenizer).endswith(tokenizer.eos_token)  # fmt: skip
 
 
 def test_plain_text_is_trained_whole_but_for_its_first_token(run, tokenizer):
     given = [{"text": f"  Log entry {i}: {WORDS[i % 14]} sighted.\n"} for i in range(80)]
     _, folder = run(given, data__template="completion", clean__near_duplicates=False, clean__leakage=False)
-    row = training_rows.first(folder / "train.parquet", 1)[0]
-    assert row["labels"][0] == training_rows.IGNORED and row["labels"][1:] == row["input_ids"][1:]
+    row = training_rows.read_first_rows(folder / "train.parquet", 1)[0]
+    assert row["labels"][0] == training_rows.IGNORED_LABEL and row["labels"][1:] == row["input_ids"][1:]
     assert tokenizer.decode(row["input_ids"]) == f"{given[0]['text']}{tokenizer.eos_token}"
     with pytest.raises(UserError, match="plain text, and a chat template puts turns around it"):
         run(given)
@@ -236,19 +238,19 @@ def test_a_system_prompt_the_template_drops_is_refused(run, base):
 def test_packing(lengths, limit, expected):
     import numpy
 
-    assert statistics.packed(numpy.array(sorted(lengths)), limit) == expected
+    assert statistics.count_packs(numpy.array(sorted(lengths)), limit) == expected
 
 
 def test_steps_are_the_trainers():
     tune = schema.Finetune(train_batch_size=8, num_train_epochs=2)
-    assert statistics.steps(tune, 17) == 5, "34 rows, eight a step: steps go on over the end of an epoch"
-    assert statistics.steps(tune.model_copy(update={"max_steps": 7}), 17) == 7
-    assert statistics.steps(tune.model_copy(update={"train_batch_size": "auto"}), 17) is None
+    assert statistics.count_steps(tune, 17) == 5, "34 rows, eight a step: steps go on over the end of an epoch"
+    assert statistics.count_steps(tune.model_copy(update={"max_steps": 7}), 17) == 7
+    assert statistics.count_steps(tune.model_copy(update={"train_batch_size": "auto"}), 17) is None
 
 
 def test_the_table_shows_every_number(run):
     record, _ = run([*pairs(60), pair("")])
-    table = statistics.table(record)
+    table = statistics.format_record(record)
     for text in (
         "61 rows",
         "1 empty",
@@ -285,14 +287,16 @@ def test_alpaca_prompts_with_and_without_input(source):
     from pipeline.base_model import restore_gguf
     from pipeline.data import row_formats
 
-    tokenizer, chat, _ = chat_template.load(restore_gguf.prepare_tokenizer(source), "alpaca", date(2024, 7, 26))
-    found = row_formats.Schema("alpaca", {"instruction": "instruction", "input": "input", "output": "output"}, "")
-    plain = row_formats.conversation({"instruction": "Add.", "output": "5"}, found)
+    tokenizer, chat, _ = chat_template.load_chat_tokenizer(
+        restore_gguf.prepare_tokenizer(source), "alpaca", date(2024, 7, 26)
+    )
+    found = row_formats.RowSchema("alpaca", {"instruction": "instruction", "input": "input", "output": "output"}, "")
+    plain = row_formats.build_conversation({"instruction": "Add.", "output": "5"}, found)
     assert chat.render(plain[:1], add_generation_prompt=True) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
-    both = row_formats.conversation({"instruction": "Add.", "input": "2 3", "output": "5"}, found)
+    both = row_formats.build_conversation({"instruction": "Add.", "input": "2 3", "output": "5"}, found)
     assert chat.render(both[:1], add_generation_prompt=True) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2 3\n\n### Response:\n"

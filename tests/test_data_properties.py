@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from pipeline.config.schema import Clean
 from pipeline.data import duplicates, process_rows
-from pipeline.data.clean import Cleaner, normalized
-from pipeline.data.drop_reasons import Unfit
+from pipeline.data.clean import Cleaner, normalize_text
+from pipeline.data.drop_reasons import UnusableRow
 from pipeline.run import training_rows
 from tests import fuzz_readers
 from tests.test_bad_data import jsonl, lines, made, pair, quick, words
@@ -117,8 +117,8 @@ def test_normalizing_twice_is_normalizing_once(text):
         text.encode()
     except UnicodeEncodeError:
         return
-    once = normalized(text, set())
-    assert normalized(once, set()) == once
+    once = normalize_text(text, set())
+    assert normalize_text(once, set()) == once
 
 
 @settings(max_examples=600, **ONCE)
@@ -126,7 +126,7 @@ def test_normalizing_twice_is_normalizing_once(text):
 def test_plain_text_is_left_alone(text):
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     changes = set()
-    assert normalized(text, changes) == text and not changes
+    assert normalize_text(text, changes) == text and not changes
 
 
 @settings(max_examples=600, **ONCE)
@@ -138,14 +138,14 @@ def test_a_fence_keeps_every_byte(fence, language, inside, after, end, indent):
     inside = inside.replace("`", "").replace("~", "").replace("\r", "")
     code = f"{indent}{fence}{language}{end}{inside}{end}{indent}{fence}"
     around = after.replace("`", "").replace("~", "")
-    assert normalized(f"so\u00a0:\n{code}{end}{around}", set()).startswith(f"so :\n{code}")
+    assert normalize_text(f"so\u00a0:\n{code}{end}{around}", set()).startswith(f"so :\n{code}")
 
 
 @settings(max_examples=400, **ONCE)
 @given(TEXT, st.sampled_from(["`", "``"]))
 def test_inline_code_keeps_every_byte(inside, ticks):
     inside = "".join(inside.replace("`", "").splitlines()) or "x"
-    assert normalized(f"use\u00a0{ticks}{inside}{ticks}\u00a0now", set()) == f"use {ticks}{inside}{ticks} now"
+    assert normalize_text(f"use\u00a0{ticks}{inside}{ticks}\u00a0now", set()) == f"use {ticks}{inside}{ticks} now"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_inline_code_keeps_every_byte(inside, ticks):
     ids=["CRLF", "a quotation", "a list"],
 )  # fmt: skip
 def test_a_fence_ends_where_it_ends(text, expected):
-    assert normalized(text, set()) == (text if expected is None else expected)
+    assert normalize_text(text, set()) == (text if expected is None else expected)
 
 
 def every_kind(count: int) -> list[dict]:
@@ -175,7 +175,7 @@ def test_the_result_does_not_depend_on_chunks_or_processes(base, quick, tmp_path
     given_rows, more = every_kind(2600), {"clean__max_rejected": 1, "clean__personal": "mask"}
     found = {"one": stage_of(base, given_rows, tmp_path, name="one", **more)}
     found["two"] = stage_of(base, given_rows, tmp_path, name="two", processes=2, **more)
-    monkeypatch.setattr(process_rows, "CHUNK", 37)
+    monkeypatch.setattr(process_rows, "CHUNK_ROWS", 37)
     found["small"] = stage_of(base, given_rows, tmp_path, name="small", **more)
     assert {"empty", "not_text", "too_long", "duplicate", "near_duplicate", "leaked"} <= found["one"].record[
         "dropped"
@@ -185,14 +185,14 @@ def test_the_result_does_not_depend_on_chunks_or_processes(base, quick, tmp_path
         assert contents["one"] == contents["two"], name
         if name != "train.parquet":  # whose pages follow the chunks
             assert contents["one"] == contents["small"], name
-    assert training_rows.read(found["one"].folder / "train.parquet") == training_rows.read(
+    assert training_rows.read_table(found["one"].folder / "train.parquet") == training_rows.read_table(
         found["small"].folder / "train.parquet"
     )
 
 
 def alike(a: str, b: str) -> float:
     """Exact Jaccard similarity of word 3-grams."""
-    one, two = set(duplicates.shingles(a)), set(duplicates.shingles(b))
+    one, two = set(duplicates.split_shingles(a)), set(duplicates.split_shingles(b))
     return len(one & two) / len(one | two)
 
 
@@ -211,7 +211,7 @@ def test_near_duplicates_are_near_and_copies_are_found(seed, threshold):
             copies[len(texts)] = of
             changed = [f"{word.upper()}{rng.choice(['', ',', '!', ' -'])}" for word in texts[of].split()]
         texts.append(" ".join(changed))
-    found = duplicates.near(duplicates.signatures(texts), threshold, np.arange(len(texts)))
+    found = duplicates.find_near_duplicates(duplicates.compute_signatures(texts), threshold, np.arange(len(texts)))
     for row, (other, estimate) in found.items():
         assert other < row and estimate >= threshold
         assert alike(texts[row], texts[other]) >= threshold - 0.12
@@ -227,7 +227,9 @@ def test_only_training_rows_leave_for_a_held_out_one(seed, threshold):
     rng = random.Random(seed)
     texts = [words(str(seed + rng.randrange(9)), 30) for _ in range(24)]
     held = np.array([rng.random() < 0.3 for _ in texts])
-    found = duplicates.near(duplicates.signatures(texts), threshold, np.arange(len(texts)), held)
+    found = duplicates.find_near_duplicates(
+        duplicates.compute_signatures(texts), threshold, np.arange(len(texts)), held
+    )
     assert all(held[other] and not held[row] and texts[row] == texts[other] for row, (other, _) in found.items())
     assert found.keys() == {
         row for row in range(len(texts)) if not held[row] and any(held[o] and texts[o] == texts[row] for o in range(len(texts)))
@@ -258,7 +260,7 @@ def test_adding_rows_moves_no_row_across_the_split(base, quick, seed, count):
 def text_of(got, row: dict) -> str:
     """The prompt of a trained row of one exchange."""
     return got.tokenizer.decode(
-        row["input_ids"][: next(i for i, n in enumerate(row["labels"]) if n != training_rows.IGNORED)]
+        row["input_ids"][: next(i for i, n in enumerate(row["labels"]) if n != training_rows.IGNORED_LABEL)]
     )
 
 
@@ -270,9 +272,9 @@ def test_equal_questions_stay_on_one_side(question, answer, other):
         [said("user", text), said("assistant", a)] for text, a in ((question, answer), (f"  {question} \n", other))
     )
     assert (
-        duplicates.question(plain)
-        == duplicates.question(shouted)
-        == duplicates.question([said("system", other), *plain])
+        duplicates.hash_question(plain)
+        == duplicates.hash_question(shouted)
+        == duplicates.hash_question([said("system", other), *plain])
     )
 
 
@@ -298,14 +300,14 @@ def test_a_row_is_worth_the_same_alone_and_among_others(masker, form):
         rendered = []
         for row in given_rows:
             try:
-                rendered.append(masker.rendered(Cleaner(Clean(), (END,), False)(turns_of(row))[0]))
-            except (Unfit, UserError, AttributeError, TypeError):
+                rendered.append(masker.render(Cleaner(Clean(), (END,), False)(turns_of(row))[0]))
+            except (UnusableRow, UserError, AttributeError, TypeError):
                 continue
-        together = list(masker.rows(rendered))
+        together = list(masker.tokenize_rows(rendered))
         for item, row in zip(rendered, together, strict=True):
-            alone = next(masker.rows([item]))
+            alone = next(masker.tokenize_rows([item]))
             assert type(alone) is type(row)
-            if not isinstance(row, Unfit):
+            if not isinstance(row, UnusableRow):
                 assert (alone.ids == row.ids).all() and (alone.loss == row.loss).all()
 
     holds()

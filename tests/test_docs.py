@@ -12,7 +12,7 @@ import click
 import pytest
 import yaml
 
-from cli.settings import EVERYWHERE, settings_of, translate_make_settings
+from cli.settings import GLOBAL_SETTINGS, list_make_settings, translate_make_settings
 from cli.table import COMMANDS, load_command
 from tests.conftest import ROOT, make
 
@@ -108,8 +108,8 @@ def test_every_command_in_the_pages_exists_and_takes_its_settings():
         for word in words[1:]:
             if re.match("[A-Z_]+=", word) and word != "NAME=VALUE":
                 name = word.split("=")[0]
-                known = set(EVERYWHERE).union(
-                    *(settings_of(load_command(target)) for target in names if target in COMMANDS)
+                known = set(GLOBAL_SETTINGS).union(
+                    *(list_make_settings(load_command(target)) for target in names if target in COMMANDS)
                 )
                 assert name in known, f"{path.name}: {line}"
 

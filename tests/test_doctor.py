@@ -37,17 +37,17 @@ def bare(tmp_path, monkeypatch):
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
-    monkeypatch.setattr(ollama, "APP", tmp_path / "Ollama.app")
+    monkeypatch.setattr(ollama, "MAC_APP", tmp_path / "Ollama.app")
     return tmp_path
 
 
 @pytest.fixture
 def metal(monkeypatch):
-    monkeypatch.setattr(llama_runtime, "backend", lambda: "Metal")
+    monkeypatch.setattr(llama_runtime, "compute_device", lambda: "Metal")
 
 
 def of(models: Path, repo: Path | str | None = None, machine: Machine = MAC, **more) -> dict[str, Check]:
-    found = doctor.checks(repo and str(repo), models, here=lambda: machine, **more)
+    found = doctor.run_doctor(repo and str(repo), models, detect_machine=lambda: machine, **more)
     assert all(check.cure if check.state != "ok" else not check.cure for check in found), "a cure for every lack"
     return {check.name: check for check in found}
 
@@ -68,8 +68,8 @@ def test_a_mac_with_nothing_else_on_it_can_go_on(tmp_path, metal):
     assert found["llama.cpp"].text.endswith("computes on Metal")
     assert found["memory"].text == "36.0 GB unified; a model may take 26.0 GB"
     assert found["context"].text == "1B 131072 tokens, 3B 131072 tokens, 8B 131072 tokens, as q4_k_m"
-    assert (found["Ollama"].state, found["Ollama"].cure) == ("lack", ollama.INSTALL)
-    assert (found["LM Studio"].state, found["LM Studio"].cure) == ("lack", lmstudio.INSTALL)
+    assert (found["Ollama"].state, found["Ollama"].cure) == ("lack", ollama.INSTALL_HINT)
+    assert (found["LM Studio"].state, found["LM Studio"].cure) == ("lack", lmstudio.INSTALL_HINT)
     assert not list((tmp_path / "home").iterdir()) and not (tmp_path / "models").exists(), "it changes nothing"
 
 
@@ -93,7 +93,7 @@ def test_a_gpu_that_is_not_used_is_a_lack(tmp_path):
 
 
 def test_where_cuda_computes_the_card_s_memory_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(llama_runtime, "backend", lambda: "CUDA")
+    monkeypatch.setattr(llama_runtime, "compute_device", lambda: "CUDA")
     found = of(tmp_path, machine=BOX)
     assert found["llama.cpp"].state == "ok" and "a model may take 79.0 GB" in found["memory"].text
 
@@ -111,7 +111,7 @@ def test_a_llama_cpp_that_does_not_load_is_a_fault(tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("Failed to load shared library: \x1b[31mwrong architecture")
 
-    monkeypatch.setattr(llama_runtime, "backend", broken)
+    monkeypatch.setattr(llama_runtime, "compute_device", broken)
     found = of(tmp_path)["llama.cpp"]
     assert found.state == "fault" and "does not load: Failed to load shared library: ?[31m" in found.text
 
@@ -131,7 +131,7 @@ def test_a_repo_s_file_is_known_before_it_is_here(real, tmp_path, metal):
 
 
 def test_what_is_pulled_needs_no_more_disk(real, tmp_path, metal):
-    version = Path(pull.stage(str(real), tmp_path / "models")["folder"])
+    version = Path(pull.run_pull(str(real), tmp_path / "models")["folder"])
     assert "0.00 GB needed: store nothing" in of(tmp_path / "models", real)["disk"].text
     program(tmp_path, "ollama")
     assert "0.10 GB needed: store nothing, Ollama 0.10 GB" in of(tmp_path / "models", real)["disk"].text
@@ -147,8 +147,12 @@ def test_each_copy_is_counted_on_its_disk(real, tmp_path, monkeypatch):
     (tmp_path / "home" / ".lmstudio").mkdir()
     one = of(tmp_path / "models", real)["disk"]
     assert one.text.endswith("0.20 GB needed: store 0.10 GB, Ollama 0.10 GB, LM Studio nothing")
-    monkeypatch.setattr(doctor, "device", lambda folder: ".lmstudio" in str(folder))
-    found = [check for check in doctor.checks(str(real), tmp_path / "models", here=lambda: MAC) if check.name == "disk"]
+    monkeypatch.setattr(doctor, "device_id", lambda folder: ".lmstudio" in str(folder))
+    found = [
+        check
+        for check in doctor.run_doctor(str(real), tmp_path / "models", detect_machine=lambda: MAC)
+        if check.name == "disk"
+    ]
     assert [check.text.split("needed: ")[1] for check in found] == [
         "store 0.10 GB, Ollama 0.10 GB",
         "LM Studio 0.10 GB",
@@ -223,9 +227,9 @@ def test_on_the_hub_only_the_header_is_fetched(real, tmp_path, online):
     found = of(tmp_path / "models", "you/real")
     assert found["file"].state == found["context"].state == "ok"
     assert online.sent["downloads"] < (real / "real.q4_k_m.gguf").stat().st_size / 3
-    path = Path(pull.stage("you/real", tmp_path / "models")["folder"])
+    path = Path(pull.run_pull("you/real", tmp_path / "models")["folder"])
     assert "store nothing" in of(tmp_path / "models", "you/real")["disk"].text
-    assert store.current(tmp_path / "models", "you/real").resolve() == path.resolve()
+    assert store.require_version(tmp_path / "models", "you/real").resolve() == path.resolve()
 
 
 # Ollama
@@ -269,7 +273,7 @@ def test_an_ollama_that_does_not_run_is_a_lack(tmp_path):
 
 def test_an_ollama_elsewhere_takes_no_disk_here(tmp_path, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "http://10.1.2.3:11434")
-    monkeypatch.setattr(ollama, "version", lambda: "0.33.0")
+    monkeypatch.setattr(ollama, "find_server_version", lambda: "0.33.0")
     found = of(tmp_path)
     assert "another machine" in found["Ollama"].text and "Ollama" not in found["disk"].text
 
@@ -305,7 +309,7 @@ def test_an_lm_studio_is_shown_with_its_newest_runtime(tmp_path):
 
 
 def test_the_page_is_a_table_with_every_cure_below_its_lack():
-    page = checks.page([Check("memory", "ok", "36.0 GB"), Check("LM Studio", "lack", "not there", "get it")])
+    page = checks.format_checks([Check("memory", "ok", "36.0 GB"), Check("LM Studio", "lack", "not there", "get it")])
     assert page.splitlines() == [
         "ok    memory    36.0 GB", "lack  LM Studio not there", "                next: get it",
     ]  # fmt: skip

@@ -72,12 +72,12 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_merge_is_pefts_own_bit_for_bit(lora, tmp_path):
     """Tensor by tensor from the files, or the whole model in memory: the same float16 weights, config and shards apart."""
     weights, adapter = adapted("qwen-3", tmp_path, **lora)
-    merge.merge(weights, adapter, tmp_path / "merged", "float16")
+    merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
     expected = pefts(weights, adapter)
     made = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in made.items():
         assert torch.equal(tensor, expected[name].half()), name
-    assert merge.check(weights, adapter, tmp_path / "merged", "float16") == []
+    assert merge.find_merge_faults(weights, adapter, tmp_path / "merged", "float16") == []
 
 
 def adapted(name: str, folder: Path, **lora) -> tuple[Path, Path]:
@@ -107,7 +107,7 @@ def pefts(weights: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 def test_trained_biases_are_merged_too(tmp_path):
     weights, adapter = adapted("qwen-2", tmp_path, bias="all")
-    merge.merge(weights, adapter, tmp_path / "merged", "float16")
+    merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
     expected, made = pefts(weights, adapter), load_file(tmp_path / "merged" / "model.safetensors")
     biases = [name for name in made if name.endswith("q_proj.bias")]
     assert biases and all(torch.equal(made[name], expected[name].half()) for name in made)
@@ -137,19 +137,19 @@ Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 )
 def test_the_merge_gate_sees_every_changed_tensor(name, change, says, dtype, tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path)
-    merge.merge(weights, adapter, tmp_path / "merged", dtype)
-    assert merge.check(weights, adapter, tmp_path / "merged", dtype) == []
+    merge.merge_adapter(weights, adapter, tmp_path / "merged", dtype)
+    assert merge.find_merge_faults(weights, adapter, tmp_path / "merged", dtype) == []
     damaged(tmp_path / "merged", name, change)
-    (fault,) = merge.check(weights, adapter, tmp_path / "merged", dtype)
+    (fault,) = merge.find_merge_faults(weights, adapter, tmp_path / "merged", dtype)
     assert fault["tensor"] == name and says in fault["what"]
 
 
 def test_the_merge_gate_sees_a_tensor_that_the_base_does_not_have(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path)
-    merge.merge(weights, adapter, tmp_path / "merged", "float16")
+    merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     save_file(tensors | {"model.more.weight": torch.zeros(2)}, tmp_path / "merged" / "model.safetensors")
-    (fault,) = merge.check(weights, adapter, tmp_path / "merged", "float16")
+    (fault,) = merge.find_merge_faults(weights, adapter, tmp_path / "merged", "float16")
     assert fault == {"tensor": "model.more.weight", "what": "the base has none"}
 
 
@@ -157,22 +157,22 @@ def test_a_value_that_does_not_fit_float16_is_refused_and_fits_bfloat16(tmp_path
     weights, adapter = adapted("qwen-3", tmp_path)
     damaged(weights, NORM, lambda w: w + 1e5)
     with pytest.raises(UserError, match=r"(?s)does not fit float16.*export.dtype=bfloat16") as error:
-        merge.merge(weights, adapter, tmp_path / "merged", "float16")
+        merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
     assert NORM in str(error.value)
-    merge.merge(weights, adapter, tmp_path / "again", "bfloat16")
+    merge.merge_adapter(weights, adapter, tmp_path / "again", "bfloat16")
 
 
 def test_quantized_weights_are_no_base_to_merge_into(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path)
     damaged(weights, Q, lambda w: w.to(torch.uint8))
     with pytest.raises(UserError, match="no 16-bit weights"):
-        merge.merge(weights, adapter, tmp_path / "merged", "float16")
+        merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
 
 
 def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path, use_dora=True)
     with pytest.raises(UserError, match="no LoRA matrix"):
-        merge.merge(weights, adapter, tmp_path / "merged", "float16")
+        merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
 
 
 PEAK = """
@@ -182,8 +182,8 @@ from pipeline.export import merge
 import torch, safetensors.torch
 weights, adapter, target = map(Path, sys.argv[1:])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-merge.merge(weights, adapter, target, "float16")
-assert merge.check(weights, adapter, target, "float16") == []
+merge.merge_adapter(weights, adapter, target, "float16")
+assert merge.find_merge_faults(weights, adapter, target, "float16") == []
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -251,7 +251,7 @@ def test_few_training_rows_are_said_again_until_the_matrix_has_enough(chain):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(chain.run / "data" / "tokenizer")
-    text = stage.training_text(Run(chain.run), 40_000)
+    text = stage.build_imatrix_text(Run(chain.run), 40_000)
     assert 40_000 < len(tokenizer.encode(text, add_special_tokens=False)) < 42_000
 
 
@@ -275,25 +275,27 @@ def test_every_quantization_of_the_config_is_one_that_llama_cpp_makes():
     import typing
 
     kinds = typing.get_args(typing.get_args(Export.model_fields["quantizations"].annotation)[0])
-    known = subprocess.run([llama_tools.home() / "bin" / "llama-quantize", "--help"], capture_output=True, text=True)
+    known = subprocess.run(
+        [llama_tools.require_folder() / "bin" / "llama-quantize", "--help"], capture_output=True, text=True
+    )
     offered = (known.stdout + known.stderr).lower()
-    assert len(kinds) > 10 and all(f" {kind} " in offered and kind in llama_tools.BITS for kind in kinds)
-    sizes = [llama_tools.BITS[kind] for kind in kinds]
+    assert len(kinds) > 10 and all(f" {kind} " in offered and kind in llama_tools.BITS_PER_WEIGHT for kind in kinds)
+    sizes = [llama_tools.BITS_PER_WEIGHT[kind] for kind in kinds]
     assert sizes == sorted(sizes)
 
 
 def test_an_interrupted_export_goes_on_where_it_was(tmp_path):
     made = tmp_path / "x.gguf"
-    files.once(made, lambda part: part.write_text("GGUF"))
-    files.once(made, lambda part: 1 / 0)  # there already: not made again
+    files.write_if_missing(made, lambda part: part.write_text("GGUF"))
+    files.write_if_missing(made, lambda part: 1 / 0)  # there already: not made again
     assert made.read_text() == "GGUF"
 
 
 def test_half_done_work_of_another_adapter_is_not_reused(tmp_path):
     run = Run(tmp_path)
-    files.write_json(run.path("finetune"), {"adapter": 1})
-    left = run.workspace("export", "finetune") / "merged"
+    files.write_json(run.record_path("finetune"), {"adapter": 1})
+    left = run.prepare_stage_folder("export", "finetune") / "merged"
     left.mkdir()
-    assert run.workspace("export", "finetune") and left.is_dir()  # the same adapter: it goes on
-    files.write_json(run.path("finetune"), {"adapter": 2})
-    assert run.workspace("export", "finetune").is_dir() and not left.exists()
+    assert run.prepare_stage_folder("export", "finetune") and left.is_dir()  # the same adapter: it goes on
+    files.write_json(run.record_path("finetune"), {"adapter": 2})
+    assert run.prepare_stage_folder("export", "finetune").is_dir() and not left.exists()

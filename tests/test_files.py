@@ -16,7 +16,7 @@ from common.errors import UserError
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     files.write_json(path, {"a": 1})
-    with pytest.raises(ZeroDivisionError), files.writing(path) as part:
+    with pytest.raises(ZeroDivisionError), files.write_atomically(path) as part:
         part.write_text("half")
         1 / 0  # noqa: B018
     assert files.read_json(path) == {"a": 1}
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, kill):
     code = (
         "import sys, time; from pathlib import Path; from common import files\n"
-        "with files.writing(Path(sys.argv[1])) as part:\n    part.write_text('half'); print('ready', flush=True); time.sleep(60)"
+        "with files.write_atomically(Path(sys.argv[1])) as part:\n    part.write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -36,14 +36,14 @@ def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, kill):
     process.send_signal(kill)
     process.wait()
     assert not (tmp_path / "x").exists()
-    with files.writing(tmp_path / "x") as part:  # the next run is not disturbed by what was left
+    with files.write_atomically(tmp_path / "x") as part:  # the next run is not disturbed by what was left
         part.write_text("whole")
     assert [item.name for item in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
     for text in ("old", "new"):
-        with files.writing(tmp_path / "d") as part:
+        with files.write_atomically(tmp_path / "d") as part:
             part.mkdir()
             (part / text).write_text(text)
     assert [item.name for item in (tmp_path / "d").iterdir()] == ["new"]
@@ -53,7 +53,9 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     data = os.urandom(3 << 20)
     (tmp_path / "x").write_bytes(data)
     assert (
-        files.sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest() == files.copy(tmp_path / "x", tmp_path / "y")
+        files.sha256(tmp_path / "x")
+        == hashlib.sha256(data).hexdigest()
+        == files.copy_and_hash(tmp_path / "x", tmp_path / "y")
     )
     assert (tmp_path / "y").read_bytes() == data
 
@@ -65,7 +67,10 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match="no space left while writing .* GB free"), files.writing(tmp_path / "x"):
+    with (
+        pytest.raises(UserError, match="no space left while writing .* GB free"),
+        files.write_atomically(tmp_path / "x"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

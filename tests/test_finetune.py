@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from common import files
 from common.errors import UserError
 from pipeline.config.schema import Finetune
-from pipeline.finetune import checkpoints, training_log
+from pipeline.finetune import early_stop, training_log
 from pipeline.plan import batches
 from pipeline.run import checkpoint_files
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from pipeline.toolchain import finite_numbers
 from tests import tiny
@@ -75,9 +76,11 @@ def run(made, tmp_path) -> Run:
 
 
 def trained(run: Run, **changes) -> dict:
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
 
-    return stage(run.config().base, Finetune(**(TUNE | changes)), run)
+    return run_finetune(
+        run.read_config().base, Finetune(**(TUNE | changes)), run.read_record(DataRecord), run
+    ).model_dump()
 
 
 def losses(run: Run) -> list[float]:
@@ -121,17 +124,17 @@ lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
 @given(lengths, st.integers(64, 2000), st.booleans())
 def test_every_row_is_dealt_once_and_within_the_budget(lengths, budget, packed):
-    groups = batches.micro_batches(lengths, budget, packed)
+    groups = batches.split_into_micro_batches(lengths, budget, packed)
     assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
     for group in groups:
         held = [lengths[i] for i in group]
-        size = sum(held) if packed else -(-max(held) // batches.PADDED) * batches.PADDED * len(held)
+        size = sum(held) if packed else -(-max(held) // batches.PADDED_MULTIPLE) * batches.PADDED_MULTIPLE * len(held)
         assert size <= budget or len(group) == 1
 
 
 def test_packs_are_few_and_equally_full():
     lengths = [170] * 90 + [900] * 7
-    groups = batches.micro_batches(lengths, 8192, packed=True)
+    groups = batches.split_into_micro_batches(lengths, 8192, packed=True)
     sizes = [sum(lengths[i] for i in group) for group in groups]
     assert len(groups) == 3 and max(sizes) - min(sizes) < 200, sizes
 
@@ -139,11 +142,11 @@ def test_packs_are_few_and_equally_full():
 @given(lengths, st.integers(300, 3000), st.booleans())
 def test_a_free_step_is_the_largest_that_fits(lengths, budget, packed):
     lengths = np.array(lengths)
-    found = batches.largest_step(lengths, budget, packed)
+    found = batches.max_rows_per_step(lengths, budget, packed)
 
     def fits(count):
         steps = [lengths[k : k + count].tolist() for k in range(0, len(lengths), count)]
-        return all(len(batches.micro_batches(step, budget, packed)) == 1 for step in steps)
+        return all(len(batches.split_into_micro_batches(step, budget, packed)) == 1 for step in steps)
 
     assert fits(found)
     assert found >= min(len(lengths), budget // int(lengths.max() + 8))
@@ -152,9 +155,9 @@ def test_a_free_step_is_the_largest_that_fits(lengths, budget, packed):
 def test_steps_hold_the_tables_rows(made):
     from pipeline.run import training_rows
 
-    table = training_rows.read(Run(made).output("data", "train"))
+    table = training_rows.read_table(Run(made).read_stage_record("data").output_path("train"))
     order = batches.ShuffledRows(len(table), 2 * len(table) + 5, 7)
-    steps = batches.dataset(table, order, 6)
+    steps = batches.build_step_dataset(table, order, 6)
     seen = [item["rows"] for item in steps]
     assert [len(step.numbers) for step in seen[:-1]] == [6] * (len(steps) - 1)
     assert list(itertools.chain(*(step.numbers for step in seen))) == order[:].tolist()
@@ -167,7 +170,7 @@ def test_steps_hold_the_tables_rows(made):
 
 def test_a_rows_first_token_is_no_target():
     """It follows nothing, whatever its label."""
-    step = batches.Rows([0, 1], [np.arange(3), np.arange(4)], [np.array([5, -100, 7]), np.array([5, 6, 7, 8])])
+    step = batches.StepRows([0, 1], [np.arange(3), np.arange(4)], [np.array([5, -100, 7]), np.array([5, 6, 7, 8])])
     assert (step.targets, step.tokens) == (1 + 3, 7)
 
 
@@ -178,7 +181,7 @@ def test_smaller_micro_batches_train_the_same(run, whole):
     record = trained(run, lora_dropout=0.0)
     at_once = losses(run)
     shutil.rmtree(run.folder / "finetune")
-    run.path("finetune").unlink()
+    run.record_path("finetune").unlink()
     again = trained(run, lora_dropout=0.0, micro_batch_tokens=64)
     assert record["micro_batch_tokens"] == 4096 and again["micro_batch_tokens"] < 100
     assert losses(run) == pytest.approx(at_once, rel=0.02), "bfloat16, another order of sums"
@@ -189,7 +192,7 @@ def test_the_record_counts_rows_and_tokens(made, whole):
     from pipeline.run import training_rows
 
     record, _ = whole
-    table = training_rows.read(Run(made).output("data", "train"))
+    table = training_rows.read_table(Run(made).read_stage_record("data").output_path("train"))
     assert record["rows"] == 3 * len(table) and record["epochs"] == 3
     assert record["steps"] == -(-3 * len(table) // 6) and record["train_batch_size"] == 6
     assert record["tokens"] == 3 * sum(len(ids) for ids in table["input_ids"].to_pylist())
@@ -277,7 +280,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     process.send_signal(kill)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kill], printed
-    left = checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints")
+    left = checkpoint_files.prune_and_find_checkpoint(run.folder / "finetune" / "checkpoints")
     step = int(left.name.split("-")[1])
     if kill == signal.SIGKILL:
         assert step % 4 == 0
@@ -294,14 +297,14 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
 
 def test_a_signal_told_twice_is_one_and_a_second_one_is_obeyed_at_once():
     """Who ends a job tells every process of it, and make tells its children what it was told."""
-    obeyed, signals = [], checkpoints.Signals()
+    obeyed, signals = [], early_stop.StopSignals()
     before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append("at once"))
     try:
-        with signals.heard():
+        with signals.capture_signals():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert signals.number == signal.SIGTERM and not obeyed
-            signals.since -= 2
+            signals.received_at -= 2
             signal.raise_signal(signal.SIGTERM)
             assert obeyed
     finally:
@@ -309,13 +312,13 @@ def test_a_signal_told_twice_is_one_and_a_second_one_is_obeyed_at_once():
 
 
 def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatch):
-    real, there = checkpoint_files.remove_all_but, []
+    real, there = checkpoint_files.remove_other_checkpoints, []
 
     def keep(folder, kept):
         real(folder, kept)
         there.append(sorted(path.name for path in folder.glob("checkpoint-*")))
 
-    monkeypatch.setattr(checkpoint_files, "remove_all_but", keep)
+    monkeypatch.setattr(checkpoint_files, "remove_other_checkpoints", keep)
     record = trained(run, save_minutes=1e-6)
     assert there == [[f"checkpoint-{step}"] for step in range(1, record["steps"] + 1)]
 
@@ -323,7 +326,7 @@ def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(run, monkeypatc
 def test_a_checkpoint_that_cannot_be_written_costs_nothing(run, whole, monkeypatch, capsys):
     """From step 8 until the adapter is written no file can grow over 4 kB, as on a disk that is full."""
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    mark, writing, left = checkpoint_files.mark_complete, files.writing, []
+    mark, writing, left = checkpoint_files.mark_complete, files.write_atomically, []
 
     def full(path, step):
         mark(path, step)
@@ -332,11 +335,11 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing(run, whole, monkeypat
     def free(path):
         if path.name == "adapter":
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            left.append(checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints").name)
+            left.append(checkpoint_files.prune_and_find_checkpoint(run.folder / "finetune" / "checkpoints").name)
         return writing(path)
 
     monkeypatch.setattr(checkpoint_files, "mark_complete", full)
-    monkeypatch.setattr("pipeline.finetune.stage.files.writing", free)
+    monkeypatch.setattr("pipeline.finetune.stage.files.write_atomically", free)
     try:
         record = trained(run, save_steps=8)
     finally:
@@ -381,7 +384,7 @@ def test_out_of_memory_trains_the_same_step_with_less_at_once(run, small_card, c
     record = trained(run, lora_dropout=0.0)
     at_once = losses(run)
     shutil.rmtree(run.folder / "finetune")
-    run.path("finetune").unlink()
+    run.record_path("finetune").unlink()
     sizes = small_card(200)
     again = trained(run, lora_dropout=0.0)
     said = " ".join(capsys.readouterr().err.split())
@@ -407,7 +410,7 @@ def test_what_a_broken_step_had_added_up_is_forgotten(run, monkeypatch):
     trained(run, **small)
     undisturbed = first_norm()
     shutil.rmtree(run.folder / "finetune")
-    run.path("finetune").unlink()
+    run.record_path("finetune").unlink()
     real, calls = stage.build_model, itertools.count(1)
 
     def build(*given):
@@ -436,7 +439,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(run):
 
     record = trained(run, max_steps=1, lora_dropout=0.0)
     model = AutoModelForCausalLM.from_pretrained(record["weights"], dtype=torch.bfloat16).eval()
-    table = training_rows.read(run.output("data", "train"))
+    table = training_rows.read_table(run.read_stage_record("data").output_path("train"))
     sums, counts = 0.0, 0
     for row in table.take(batches.ShuffledRows(len(table), 6, 3407)[:]).to_pylist():
         with torch.no_grad():
@@ -485,7 +488,7 @@ def test_a_model_that_unsloth_does_not_pack_is_padded_and_it_is_said(run, monkey
     """As on a GPU: memory enough for anything, and the CPU backend, which packs nothing."""
     from pipeline.toolchain import unsloth_loader
 
-    monkeypatch.setattr(unsloth_loader, "gpu_bytes", lambda: 80e9)
+    monkeypatch.setattr(unsloth_loader, "gpu_memory_bytes", lambda: 80e9)
     record = trained(run, max_steps=2)
     assert record["packing"] is False and record["use_gradient_checkpointing"] is False
     assert "Unsloth does not pack llama: rows of similar length are padded instead" in capsys.readouterr().err
@@ -514,7 +517,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(run, monkeypat
     order = batches.ShuffledRows(43, 129, 3407)[:]
     assert f"the loss of step 10 is nan: rows {', '.join(map(str, order[54:60]))} of" in caught.value.message
     assert "last good checkpoint is checkpoint-8" in caught.value.message
-    assert checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
+    assert checkpoint_files.prune_and_find_checkpoint(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
     monkeypatch.setattr(stage, "build_model", real)
     assert trained(run, save_steps=4)["resumed_from"] == "checkpoint-8"
 
@@ -523,7 +526,7 @@ def poison(monkeypatch, when):
     """when(step): what the adapter's first tensor holds after that optimizer step; None: what was trained."""
     from transformers import TrainerCallback
 
-    from pipeline.finetune import checkpoints
+    from pipeline.finetune import callbacks
 
     class Poison(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -532,8 +535,8 @@ def poison(monkeypatch, when):
             if value is not None:
                 tensor.data.view(-1)[0] = value
 
-    real = checkpoints.keeper
-    monkeypatch.setattr(checkpoints, "keeper", lambda *arguments: pair(real(*arguments), Poison()))
+    real = callbacks.CheckpointCallback
+    monkeypatch.setattr(callbacks, "CheckpointCallback", lambda *arguments: pair(real(*arguments), Poison()))
 
 
 def pair(keeper, poison):
@@ -576,15 +579,15 @@ def test_no_training_with_broken_numbers_is_a_success(run, monkeypatch, case):
     changes = {name: value for name, value in changes.items() if name != "learning_rate"}
     if when:
         poison(monkeypatch, when)
-    from pipeline.finetune.stage import stage
+    from pipeline.finetune.stage import run_finetune
 
     tune = Finetune(**(TUNE | changes)).model_copy(update={"learning_rate": float(rate)} if rate else {})
     with pytest.raises(UserError) as caught:
-        stage(run.config().base, tune, run)
+        run_finetune(run.read_config().base, tune, run.read_record(DataRecord), run)
     assert words in caught.value.message, caught.value.message
     cure = float(re.search(r"learning_rate=([\d.e+-]+)", caught.value.hint)[1])
     assert 0 < cure <= 2e-4, "a cure is one"
-    assert not run.done("finetune") and not (run.folder / "finetune" / "adapter").exists()
+    assert not run.is_done("finetune") and not (run.folder / "finetune" / "adapter").exists()
     for path in (run.folder / "finetune").glob("checkpoints/*/adapter_model.safetensors"):
         finite_numbers.refuse_broken_adapter(path)
 
@@ -601,7 +604,7 @@ def test_the_losses_of_a_long_training_are_looked_at_now_and_then(run, monkeypat
     """Their tensors stay on the GPU, and their rows in memory, until then."""
     from pipeline.finetune import trainer
 
-    monkeypatch.setattr(trainer, "CHECKED_EVERY", 2)
+    monkeypatch.setattr(trainer, "LOSS_CHECK_STEPS", 2)
     poison(monkeypatch, lambda step: float("nan") if step == 1 else None)
     with pytest.raises(UserError, match="the loss of step 2 is nan"):
         trained(run, max_steps=40, logging_steps=1000)
@@ -628,13 +631,13 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(run, monkeypatch):
             }
             return torch.tensor(next(dictated))
 
-        trainer._loss = loss
+        trainer._micro_batch_loss = loss
         return trainer
 
     monkeypatch.setattr(stage, "build_trainer", build)
     record = trained(run, eval_strategy="steps", eval_steps=3, early_stopping_patience=2)
     assert (record["best_step"], record["best_loss"], record["steps"]) == (6, 2.0, 12)
-    kept = load_file(run.output("finetune", "adapter"))
+    kept = load_file(run.read_stage_record("finetune").output_path("adapter"))
     assert all((kept[name] == seen[6][name]).all() for name in kept)
     assert any((kept[name] != seen[12][name]).any() for name in kept)
 
@@ -650,9 +653,9 @@ def test_the_held_out_loss_is_the_mean_over_tokens(run):
     assert [entry["step"] for entry in entries] == [8, 16, 22], "43 rows are 8 steps of 6, and at the end"
     assert record["best_loss"] == min(entry["eval_loss"] for entry in entries)
     model = AutoModelForCausalLM.from_pretrained(record["weights"], dtype=torch.bfloat16)
-    model = PeftModel.from_pretrained(model, run.output("finetune", "adapter").parent).eval()
+    model = PeftModel.from_pretrained(model, run.read_stage_record("finetune").output_path("adapter").parent).eval()
     sums, counts = [], []
-    for row in files.read_rows(run.output("data", "heldout")):
+    for row in files.read_rows(run.read_stage_record("data").output_path("heldout")):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
         labels = torch.tensor(row["labels"][1:])
@@ -670,7 +673,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_first(run, monkeypatch)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="checkpoints and adapter take .* GB of disk, 0.00 GB are free"):
         trained(run)
-    assert not run.done("finetune")
+    assert not run.is_done("finetune")
 
 
 def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(run, monkeypatch):
@@ -690,7 +693,7 @@ def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(run, monkey
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert checkpoint_files.find_last_complete(run.folder / "finetune" / "checkpoints").name == "checkpoint-22"
+    assert checkpoint_files.prune_and_find_checkpoint(run.folder / "finetune" / "checkpoints").name == "checkpoint-22"
     monkeypatch.setattr(checkpoint_files, "mark_complete", mark)
     assert trained(run, save_steps=22)["resumed_from"] == "checkpoint-22"
 
@@ -702,25 +705,25 @@ def test_a_probe_measures_the_longest_rows_and_finetune_takes_the_fastest(run, m
     """Here on a CPU, where only what was measured is another number: the stage itself asks for a GPU."""
     from pipeline.finetune import probe
 
-    config = run.config()
+    config = run.read_config()
     base, tune = config.base, config.finetune.model_copy(update={"lora_dropout": 0.0})
-    monkeypatch.setattr(probe, "TOKENS", (512, 256))
-    found = probe.measure(run, base, tune, False)
+    monkeypatch.setattr(probe, "TOKEN_LIMITS", (512, 256))
+    found = probe.measure_micro_batches(run, base, tune, False)
     assert [row["micro_batch_tokens"] for row in found] == [512, 256] and all(
         row["tokens_per_second"] > 0 for row in found
     )
     assert [
-        json.loads(line.removeprefix(probe.TOLD))
+        json.loads(line.removeprefix(probe.RESULT_PREFIX))
         for line in capsys.readouterr().out.splitlines()
-        if line.startswith(probe.TOLD)
+        if line.startswith(probe.RESULT_PREFIX)
     ] == found
     assert not (run.folder / "finetune").exists(), "it was trained elsewhere"
     monkeypatch.setattr(
         probe,
-        "alone",
+        "measure_in_process",
         lambda run, bits, policy: [row | {"load_in_4bit": bits, "use_gradient_checkpointing": policy} for row in found],
     )
-    page = probe.stage(run)
+    page = probe.run_probe(run)
     best = max(found, key=lambda row: row["tokens_per_second"])
     line = next(line for line in page.splitlines() if "finetune takes this" in line)
     assert f"{best['micro_batch_tokens']:,}" in line and "16 bit" in line
@@ -732,8 +735,10 @@ def test_a_probe_says_what_does_not_fit(run, small_card, monkeypatch):
 
     small_card(300)
     monkeypatch.setattr(build_trainer, "build_model", stage.build_model)
-    config = run.config()
-    found = probe.measure(run, config.base, config.finetune.model_copy(update={"micro_batch_tokens": 512}), False)
+    config = run.read_config()
+    found = probe.measure_micro_batches(
+        run, config.base, config.finetune.model_copy(update={"micro_batch_tokens": 512}), False
+    )
     assert [(row["micro_batch_tokens"], row["tokens_per_second"]) for row in found] == [(512, None)]
 
 
@@ -742,20 +747,20 @@ def test_the_longest_rows_fill_a_micro_batch(packed, tokens):
     from pipeline.finetune import probe
 
     lengths = np.array([10, 90, 20, 100, 95, 97, 5])
-    order = probe.longest(lengths, tokens, packed)
+    order = probe.select_longest_rows(lengths, tokens, packed)
     assert len(order) == 4 and set(order) == {1, 3, 4, 5}
-    assert batches.size(lengths[order], packed) <= tokens
+    assert batches.count_batch_tokens(lengths[order], packed) <= tokens
 
 
 def test_compiled_kernels_are_kept_between_runs(monkeypatch):
     from pipeline.toolchain import unsloth_loader
 
-    for name in unsloth_loader.COMPILED:
+    for name in unsloth_loader.COMPILE_CACHES:
         monkeypatch.delenv(name, raising=False)
-    unsloth_loader.start()
-    assert all(Path(os.environ[name]).is_relative_to(files.cache_dir()) for name in unsloth_loader.COMPILED)
+    unsloth_loader.import_unsloth()
+    assert all(Path(os.environ[name]).is_relative_to(files.cache_dir()) for name in unsloth_loader.COMPILE_CACHES)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    unsloth_loader.start()
+    unsloth_loader.import_unsloth()
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere", "as the image sets it"
 
 
@@ -765,11 +770,11 @@ def test_compiled_kernels_are_kept_between_runs(monkeypatch):
 def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(training_log.time, "monotonic", lambda: now[0])
-    meter = training_log.Meter(lambda step: 1000 * step, 10, flops=2e9, peak=1e13, price=3.6)
-    meter.start(0)
+    meter = training_log.SpeedMeter(lambda step: 1000 * step, 10, flops=2e9, peak_flops=1e13, dollars_per_hour=3.6)
+    meter.start_at(0)
     now[0] += 4
-    meter.pause(2)
-    entry = meter.read(2, 5.5)
+    meter.leave_out(2)
+    entry = meter.read_entry(2, 5.5)
     assert entry == {
         "tokens": 2000,
         "tokens_per_second": 1000.0,
@@ -779,33 +784,33 @@ def test_speed_memory_time_left_and_cost_are_said(monkeypatch):
         "dollars": 0.004,
     }
     now[0] += 8
-    assert meter.read(4, 5.5)["tokens_per_second"] == 250.0
-    said = training_log.line(4, 10, entry | {"loss": 0.5})
+    assert meter.read_entry(4, 5.5)["tokens_per_second"] == 250.0
+    said = training_log.format_entry(4, 10, entry | {"loss": 0.5})
     assert said == "finetune: step 4/10, loss 0.5000, 1,000 tokens/s, MFU 20%, 5.5 GB, $0.00, 16 s left"
 
 
 def test_a_resumed_run_counts_its_own_speed_only():
-    meter = training_log.Meter(lambda step: 1000 * step, 10, 1.0, None, None)
-    meter.start(5)
-    found = meter.read(6, 1.0)
+    meter = training_log.SpeedMeter(lambda step: 1000 * step, 10, 1.0, None, None)
+    meter.start_at(5)
+    found = meter.read_entry(6, 1.0)
     assert found["tokens"] == 6000 and "mfu" not in found and "dollars" not in found
-    assert meter.first == 5
+    assert meter.first_step == 5
 
 
 def test_a_resumed_trainings_speed_starts_where_it_goes_on(run, monkeypatch):
-    real, began = training_log.Meter.start, []
+    real, began = training_log.SpeedMeter.start_at, []
 
     def start(meter, step):
         began.append(step)
         real(meter, step)
 
-    monkeypatch.setattr(training_log.Meter, "start", start)
+    monkeypatch.setattr(training_log.SpeedMeter, "start_at", start)
     process = begin(run, save_steps=4)
     until(process, logged(run, 7))
     process.kill()
     process.communicate()
     trained(run)
-    assert began == [int(files.read_json(run.path("finetune"))["resumed_from"].split("-")[1])]
+    assert began == [int(files.read_json(run.record_path("finetune"))["resumed_from"].split("-")[1])]
 
 
 def test_report_to_gets_what_the_log_gets(run, monkeypatch):
@@ -826,10 +831,10 @@ def test_report_to_gets_what_the_log_gets(run, monkeypatch):
 @pytest.mark.parametrize("name, words", [("tensorbored", "tensorbored"), ("tensorboard", "tensorboard")])
 def test_a_reporter_that_is_not_there_is_one_error(name, words):
     """tensorboard is not among the locked packages."""
-    from pipeline.finetune.build_trainer import reporters
+    from pipeline.finetune.build_trainer import create_reporters
 
     with pytest.raises(UserError, match=f"finetune.report_to: .*{words}") as caught:
-        reporters((name,))
+        create_reporters((name,))
     assert f"pip install {name}" in caught.value.hint
 
 

@@ -17,11 +17,13 @@ from pipeline.export import stage as export
 from pipeline.finetune import row_checks
 from pipeline.publish import stage as publish
 from pipeline.run import training_rows
+from pipeline.run.records import DataRecord, EvaluateRecord, ExportRecord, FinetuneRecord, Scores, VerifyRecord
 from pipeline.run.run_folder import Run
-from pipeline.scoring.heldout_scores import confidence_interval, held_out
+from pipeline.scoring.heldout_scores import confidence_interval, select_heldout_rows
 from pipeline.toolchain import llama_tools
 from pipeline.verify import derive_template, prompt_parity
 from pipeline.verify import stage as verify
+from pipeline.verify.score_ladder import LadderScorer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,8 +40,14 @@ def run(chain, tmp_path) -> Run:
     return Run(copy)
 
 
+def run_verify(config: Config, run: Run) -> VerifyRecord:
+    return verify.run_verify(
+        config, *(run.read_record(kind) for kind in (DataRecord, EvaluateRecord, ExportRecord)), run
+    )
+
+
 def changed(run: Run, **verify_settings) -> Config:
-    tree = run.config().model_dump()
+    tree = run.read_config().model_dump()
     tree["verify"] |= verify_settings
     return Config.model_validate(tree)
 
@@ -68,15 +76,21 @@ def set_value(path: Path, key: str, value) -> None:
 
 
 def parity_of(run: Run):
-    rows, _ = held_out(run.output("data", "heldout"), run.config().evaluate)
-    paths = {"f16": run.output("export", "f16")}
-    return verify.prompts(paths, verify.as_trained(run, rows), run.folder / "verify")
+    rows, _ = select_heldout_rows(run.read_stage_record("data").output_path("heldout"), run.read_config().evaluate)
+    paths = {"f16": run.read_stage_record("export").output_path("f16")}
+    return verify.verify_prompts(
+        paths, verify.load_trained_format(run.read_record(DataRecord), run, rows), run.folder / "verify"
+    )
 
 
 def conversion_of(run: Run) -> None:
-    rows, _ = held_out(run.output("data", "heldout"), run.config().evaluate)
-    climb = verify.Ladder(run.config(), run, rows, run.folder / "verify")
-    climb.start(run.output("export", "f16"), "f16", verify.as_trained(run, rows))
+    rows, _ = select_heldout_rows(run.read_stage_record("data").output_path("heldout"), run.read_config().evaluate)
+    climb = LadderScorer(run.read_config(), run.folder / "export" / "merged", rows, run.folder / "verify")
+    climb.score_reference(
+        run.read_stage_record("export").output_path("f16"),
+        "f16",
+        verify.load_trained_format(run.read_record(DataRecord), run, rows),
+    )
 
 
 # --- the merge
@@ -92,12 +106,13 @@ def conversion_of(run: Run) -> None:
     ids=["a dropped delta", "a transposed matrix", "a changed norm"],
 )  # fmt: skip
 def test_a_wrong_merge_stops_the_export(run, wrong, says, monkeypatch):
-    plain = merge._merged
-    monkeypatch.setattr(merge, "_merged", lambda name, base, lora, dtype: wrong(name, base, lora, dtype, plain))
+    plain = merge._merge_tensor
+    monkeypatch.setattr(merge, "_merge_tensor", lambda name, base, lora, dtype: wrong(name, base, lora, dtype, plain))
     folder = run.folder / "again"
-    weights, adapter = Path(run.read("finetune")["weights"]), run.output("finetune", "adapter").parent
+    finetune = run.read_record(FinetuneRecord)
+    weights, adapter = Path(finetune.weights), finetune.output_path("adapter").parent
     with pytest.raises(UserError, match="the merge is wrong in") as error:
-        export.merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, "float16")
+        export.build_merged_weights(weights, adapter, run.folder / "data" / "tokenizer", folder, "float16")
     found = files.read_json(folder / "evidence.json")
     assert found["gate"] == "merge" and says in found["faults"][0]["what"] and "evidence.json" in str(error.value)
     assert not (folder / "merged").exists(), "nothing is left that a next try could take for merged"
@@ -118,10 +133,12 @@ def test_a_changed_template_beside_the_merged_weights_stops_the_run(run):
     settings = own_copy(merged / "tokenizer_config.json")
     template = (merged / "chat_template.jinja").read_text()
     files.write_json(settings, files.read_json(settings) | {"chat_template": template.replace("<|im_end|>", "")})
-    target = run.output("export", "f16")
+    target = run.read_stage_record("export").output_path("f16")
     target.unlink()
     folder = run.folder / "export"
-    llama_tools.convert(merged, target, "f16", folder / "metadata.json", folder / "keys.json", folder / "again.log")
+    llama_tools.convert_to_gguf(
+        merged, target, "f16", folder / "metadata.json", folder / "keys.json", folder / "again.log"
+    )
     with pytest.raises(UserError, match="template is not the one that was trained"):
         parity_of(run)
     assert evidence(run)["gate"] == "parity" and evidence(run)["expected"] == template
@@ -139,28 +156,28 @@ def test_a_changed_template_beside_the_merged_weights_stops_the_run(run):
 )  # fmt: skip
 def test_a_wrong_vocabulary_stops_the_run(run, values, says):
     for key, value in values.items():
-        set_value(run.output("export", "f16"), key, value)
+        set_value(run.read_stage_record("export").output_path("f16"), key, value)
     with pytest.raises(UserError, match=says):
         parity_of(run)
     assert evidence(run)["gate"] == "parity"
 
 
 def test_a_doubled_bos_is_seen(run):
-    model = llama_runtime.load(run.output("export", "f16"), vocab_only=True)
+    model = llama_runtime.load_model(run.read_stage_record("export").output_path("f16"), vocab_only=True)
     bos = model.token_bos()
-    prompt_parity.one_bos(model, [[bos, 5, 6], [5, bos]])
-    with pytest.raises(prompt_parity.Different, match="BOS"):
-        prompt_parity.one_bos(model, [[bos, bos, 5, 6]])
+    prompt_parity.verify_bos_count(model, [[bos, 5, 6], [5, bos]])
+    with pytest.raises(prompt_parity.ParityError, match="BOS"):
+        prompt_parity.verify_bos_count(model, [[bos, bos, 5, 6]])
 
 
 def test_a_template_with_one_newline_more_stops_the_run(run, monkeypatch):
-    plain = derive_template.derive
+    plain = derive_template.derive_turns
 
     def wrong(*arguments):
         turns, reasons = plain(*arguments)
         return turns.model_copy(update={"generate": turns.generate + "\n"}), reasons
 
-    monkeypatch.setattr(derive_template, "derive", wrong)
+    monkeypatch.setattr(derive_template, "derive_turns", wrong)
     with pytest.raises(UserError, match="TEMPLATE gives another prompt"):
         parity_of(run)
     assert evidence(run)["found"] == evidence(run)["expected"] + "\n"
@@ -169,33 +186,33 @@ def test_a_template_with_one_newline_more_stops_the_run(run, monkeypatch):
 def test_a_manifest_whose_template_was_changed_makes_no_modelfile(chain):
     from deploy.stages import modelfile
 
-    made = manifest.read(chain.hub / manifest.NAME)
-    modelfile.render(made, made.default())
+    made = manifest.read_manifest(chain.hub / manifest.FILE_NAME)
+    modelfile.render_modelfile(made, made.default_artifact())
     wrong = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
     with pytest.raises(UserError, match="does not give the trained prompt"):
-        modelfile.render(
-            made.model_copy(update={"chat": made.chat.model_copy(update={"turns": wrong})}), made.default()
+        modelfile.render_modelfile(
+            made.model_copy(update={"chat": made.chat.model_copy(update={"turns": wrong})}), made.default_artifact()
         )
 
 
 def test_an_end_without_loss_stops_the_training(chain):
-    table = training_rows.read(chain.run / "data" / "train.parquet")
-    row_checks.ends(table, {2})
+    table = training_rows.read_table(chain.run / "data" / "train.parquet")
+    row_checks.verify_answer_ends(table, {2})
     rows = table.to_pylist()
     rows[7]["labels"] = [-100 if label == 2 else label for label in rows[7]["labels"]]
     import pyarrow as pa
 
     endless = pa.Table.from_pylist(rows, schema=table.schema)
     with pytest.raises(RuntimeError, match="training row 7 teaches no end"):
-        row_checks.ends(endless, {2})
-    row_checks.ends(endless, {2}, cut=1)  # of a row that clean.too_long cut, `data` says so
+        row_checks.verify_answer_ends(endless, {2})
+    row_checks.verify_answer_ends(endless, {2}, truncated_rows=1)  # of a row that clean.too_long cut, `data` says so
 
 
 # --- the conversion
 
 
 def test_a_wrong_rope_theta_stops_the_run(run):
-    set_value(run.output("export", "f16"), "llama.rope.freq_base", 10_000.0)
+    set_value(run.read_stage_record("export").output_path("f16"), "llama.rope.freq_base", 10_000.0)
     with pytest.raises(UserError, match="does not compute what the merged weights compute"):
         conversion_of(run)
     assert evidence(run)["gate"] == "conversion" and evidence(run)["kl"] > 10 * evidence(run)["bound"]
@@ -204,7 +221,7 @@ def test_a_wrong_rope_theta_stops_the_run(run):
 def test_a_transposed_matrix_in_the_gguf_stops_the_run(run):
     from gguf import GGUFReader
 
-    reader = GGUFReader(own_copy(run.output("export", "f16")), "r+")
+    reader = GGUFReader(own_copy(run.read_stage_record("export").output_path("f16")), "r+")
     (tensor,) = [t for t in reader.tensors if t.name == "blk.3.attn_q.weight"]
     tensor.data[:] = tensor.data.T.copy()
     del reader
@@ -214,7 +231,7 @@ def test_a_transposed_matrix_in_the_gguf_stops_the_run(run):
 
 def test_the_gguf_of_another_model_stops_the_run(run, source):
     """The base itself: its vocabulary is the trained one."""
-    path = run.output("export", "f16")
+    path = run.read_stage_record("export").output_path("f16")
     path.unlink()
     shutil.copyfile(source, path)
     with pytest.raises(UserError, match="does not compute what the merged weights compute"):
@@ -222,7 +239,7 @@ def test_the_gguf_of_another_model_stops_the_run(run, source):
 
 
 def test_a_truncated_gguf_stops_the_run(run):
-    path = own_copy(run.output("export", "f16"))
+    path = own_copy(run.read_stage_record("export").output_path("f16"))
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 5_000_000)
     with pytest.raises(UserError, match="llama.cpp cannot load"):
@@ -239,38 +256,40 @@ def test_a_quantization_that_costs_too_much_is_followed_by_a_larger_one_and_keep
     tree["publish"]["repo"] = str(tmp_path / "hub")
     config = Config.model_validate(tree)
     run.config_file.unlink()
-    run.freeze(config)
-    record = verify.stage(config, run)
-    losses = {name: scores["loss"] for name, scores in record["scores"].items()}
+    run.freeze_config(config)
+    record = run_verify(config, run)
+    losses = {name: scores.loss for name, scores in record.scores.items()}
     assert losses["q4_k_m"] > losses["f16"], "else there is nothing to see here"
-    assert record["default"] != "q4_k_m" and losses[record["default"]] <= losses["f16"]
-    assert record["notes"][0].startswith("q4_k_m costs") and "q5_k_m is the default instead" in record["notes"][0]
-    publish.stage(config, run)
-    made = manifest.read(tmp_path / "hub" / manifest.NAME)
-    assert made.default().quantization == record["default"]
+    assert record.default != "q4_k_m" and losses[record.default] <= losses["f16"]
+    assert record.notes[0].startswith("q4_k_m costs") and "q5_k_m is the default instead" in record.notes[0]
+    publish.run_publish(config, run)
+    made = manifest.read_manifest(tmp_path / "hub" / manifest.FILE_NAME)
+    assert made.default_artifact().quantization == record.default
     assert any(a.quantization == "q4_k_m" and a.file == "chain.q4_k_m.gguf" for a in made.artifacts)
-    assert made.scores["notes"] == record["notes"]
+    assert made.scores["notes"] == record.notes
 
 
 def test_the_gate_looks_at_loss_and_at_score(run):
     config = changed(run, max_score_drop=0.02)
 
-    def scores(loss: float, right: int, rows: int = 1000) -> dict:
-        return {"loss": loss, "score": right / rows, "rows": rows, "interval": confidence_interval(right / rows, rows)}
+    def scores(loss: float, right: int, rows: int = 1000) -> Scores:
+        return Scores(loss=loss, score=right / rows, rows=rows, interval=confidence_interval(right / rows, rows))
 
     good = scores(0.1, 950)
-    assert verify.too_coarse(config, scores(0.149, 930), good) is None
-    assert "0.051 nats" in verify.too_coarse(config, scores(0.151, 950), good)
-    assert "3.0 points" in verify.too_coarse(config, scores(0.1, 920), good)
-    assert "nan nats" in verify.too_coarse(config, scores(float("nan"), 950), good)
+    assert verify.find_quantization_fault(config, scores(0.149, 930), good) is None
+    assert "0.051 nats" in verify.find_quantization_fault(config, scores(0.151, 950), good)
+    assert "3.0 points" in verify.find_quantization_fault(config, scores(0.1, 920), good)
+    assert "nan nats" in verify.find_quantization_fault(config, scores(float("nan"), 950), good)
     # of 40 rows one answer is 2.5 points, and one answer may always turn
-    assert verify.too_coarse(config, scores(0.1, 37, 40), scores(0.1, 38, 40)) is None
-    assert "5.0 points" in verify.too_coarse(config, scores(0.1, 36, 40), scores(0.1, 38, 40))
+    assert verify.find_quantization_fault(config, scores(0.1, 37, 40), scores(0.1, 38, 40)) is None
+    assert "5.0 points" in verify.find_quantization_fault(config, scores(0.1, 36, 40), scores(0.1, 38, 40))
 
 
 def test_nothing_is_published_below_the_score(run):
     with pytest.raises(UserError, match="verify.min_score is 90%"):
-        verify.refuse_score(changed(run, min_score=0.9), {"q4_k_m": {"score": 0.89}}, "q4_k_m")
+        verify.refuse_low_score(
+            changed(run, min_score=0.9), {"q4_k_m": Scores(loss=1.0, rows=100, score=0.89)}, "q4_k_m"
+        )
 
 
 def test_the_ladder_has_every_rung_and_says_its_caps(chain):

@@ -166,7 +166,7 @@ def test_a_lie_is_named_in_one_line_quickly_and_in_little_memory(lie, tmp_path):
     path, started = of(tmp_path, content), time.perf_counter()
     tracemalloc.start()
     with pytest.raises(UserError) as caught:
-        gguf_reader.read(path)
+        gguf_reader.read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert words in caught.value.message and caught.value.message.isprintable()
@@ -174,7 +174,7 @@ def test_a_lie_is_named_in_one_line_quickly_and_in_little_memory(lie, tmp_path):
 
 
 def test_what_the_lies_are_made_of_is_read(tmp_path):
-    header = gguf_reader.read(of(tmp_path, whole()))
+    header = gguf_reader.read_header(of(tmp_path, whole()))
     assert header.version == 3 and header.metadata == {
         "general.architecture": "llama", "general.alignment": 32, "tokens": ["a", "", "é"], "scores": [0.5, -1.0],
         "yes": True, "odd": "\ufffd",
@@ -183,27 +183,27 @@ def test_what_the_lies_are_made_of_is_read(tmp_path):
         gguf_reader.Tensor("one", (5, 2), "F32", 0, 40), gguf_reader.Tensor("two", (32, 2), "Q8_0", 64, 68),
         gguf_reader.Tensor("three", (8,), "F32", 160, 32),
     )  # fmt: skip
-    assert gguf_reader.tensor_types(header) == {"F32": 2, "Q8_0": 1}
-    assert gguf_reader.read(of(tmp_path, whole(version=2))).version == 2
+    assert gguf_reader.count_tensor_types(header) == {"F32": 2, "Q8_0": 1}
+    assert gguf_reader.read_header(of(tmp_path, whole(version=2))).version == 2
 
 
 def test_a_file_may_end_before_its_last_padding(tmp_path):
     for data in (40, 50, 64):
-        assert gguf_reader.read(of(tmp_path, alone(TENSORS[0], data=data))).tensors[0].bytes == 40
-    assert gguf_reader.read(of(tmp_path, whole(tensors=[], data=b""))).tensors == ()
+        assert gguf_reader.read_header(of(tmp_path, alone(TENSORS[0], data=data))).tensors[0].bytes == 40
+    assert gguf_reader.read_header(of(tmp_path, whole(tensors=[], data=b""))).tensors == ()
 
 
 def test_a_file_that_ends_anywhere_else_is_refused(tmp_path):
     content = whole()
     for end in range(len(content)):
         with pytest.raises(UserError, match="no sound GGUF"):
-            gguf_reader.read(of(tmp_path, content[:end]))
+            gguf_reader.read_header(of(tmp_path, content[:end]))
 
 
 def test_a_header_is_read_only_so_far(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_reader, "MAX_HEADER", 200)
+    monkeypatch.setattr(gguf_reader, "MAX_HEADER_BYTES", 200)
     with pytest.raises(UserError, match="its header is longer than"):
-        gguf_reader.read(of(tmp_path, whole()))
+        gguf_reader.read_header(of(tmp_path, whole()))
 
 
 def test_the_data_of_a_large_file_is_not_read(tmp_path):
@@ -211,7 +211,7 @@ def test_the_data_of_a_large_file_is_not_read(tmp_path):
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + (1 << 34))  # 16 GB that take no disk
     tracemalloc.start()
-    assert gguf_reader.read(path).tensors[0].bytes == 1 << 34
+    assert gguf_reader.read_header(path).tensors[0].bytes == 1 << 34
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
 
@@ -219,7 +219,7 @@ def test_the_data_of_a_large_file_is_not_read(tmp_path):
 @pytest.mark.parametrize("place", ["missing", ".", "/dev/null"])
 def test_what_is_no_file_is_refused(place, tmp_path):
     with pytest.raises(UserError, match="is no file"):
-        gguf_reader.read(tmp_path / place)
+        gguf_reader.read_header(tmp_path / place)
 
 
 # llama.cpp as the judge
@@ -259,7 +259,7 @@ def test_any_change_is_refused_or_read_as_llama_cpp_would_read_it(tmp_path, acce
         content[at] = value
     path = of(tmp_path, bytes(content))
     try:
-        gguf_reader.read(path)
+        gguf_reader.read_header(path)
     except UserError as error:
         assert error.message.isprintable() and len(error.message) < 300
     else:
@@ -273,7 +273,7 @@ def test_every_bit_of_a_header_flipped_is_refused_or_read_as_llama_cpp_would_rea
         flipped[bit // 8] ^= 1 << bit % 8
         path = of(tmp_path, bytes(flipped))
         try:
-            gguf_reader.read(path)
+            gguf_reader.read_header(path)
         except UserError:
             continue
         assert accepts(path)
@@ -296,14 +296,14 @@ def test_no_mutated_file_is_more_than_a_clear_error(tmp_path):
 def test_the_table_of_types_is_ggufs():
     from gguf.constants import GGML_QUANT_SIZES
 
-    assert gguf_reader.TYPES == {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    assert gguf_reader.TENSOR_TYPES == {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
 def same_as_gguf(path: Path) -> gguf_reader.Header:
     """What is read is what the gguf package reads."""
     from gguf import GGUFReader
 
-    header, reader = gguf_reader.read(path), GGUFReader(path)
+    header, reader = gguf_reader.read_header(path), GGUFReader(path)
     assert [(t.name, t.shape, t.type, t.bytes, t.offset) for t in header.tensors] == [
         (t.name, tuple(t.shape.tolist()), t.tensor_type.name, t.n_bytes, t.data_offset - reader.data_offset)
         for t in reader.tensors
@@ -315,15 +315,15 @@ def same_as_gguf(path: Path) -> gguf_reader.Header:
 
 def test_the_demos_base_is_read_as_gguf_reads_it(source, accepts):
     header = same_as_gguf(source)
-    assert gguf_reader.tensor_types(header) == {"Q8_0": 1, "F32": 61, "Q4_1": 210} and accepts(source)
+    assert gguf_reader.count_tensor_types(header) == {"Q8_0": 1, "F32": 61, "Q4_1": 210} and accepts(source)
 
 
 def test_every_vocabulary_of_llama_cpp_is_read_in_well_under_a_second():
-    found = sorted((llama_tools.folder() / "models").glob("ggml-vocab-*.gguf"))
+    found = sorted((llama_tools.tools_folder() / "models").glob("ggml-vocab-*.gguf"))
     assert len(found) > 15
     for path in found:
         started = time.perf_counter()
-        header = gguf_reader.read(path)
+        header = gguf_reader.read_header(path)
         assert time.perf_counter() - started < 1.5, path.name
         assert header.tensors == () and len(header.metadata["tokenizer.ggml.tokens"]) > 10_000
 
@@ -347,4 +347,6 @@ def test_files_of_the_gguf_package_are_read_with_every_type_of_tensor(alignment,
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert gguf_reader.tensor_types(same_as_gguf(path)) == {kind.name: 1 for kind in GGML_QUANT_SIZES} and accepts(path)
+    assert gguf_reader.count_tensor_types(same_as_gguf(path)) == {
+        kind.name: 1 for kind in GGML_QUANT_SIZES
+    } and accepts(path)

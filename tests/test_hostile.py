@@ -56,11 +56,11 @@ def replaced(content: bytes):
 
 
 def text(content: str):
-    return lambda folder: (folder / manifest.NAME).write_text(content)
+    return lambda folder: (folder / manifest.FILE_NAME).write_text(content)
 
 
 def endless(folder: Path) -> None:
-    with (folder / manifest.NAME).open("w") as file:
+    with (folder / manifest.FILE_NAME).open("w") as file:
         file.truncate(1 << 30)
 
 
@@ -78,7 +78,7 @@ def template(text: str):
     def change(folder: Path) -> None:
         repos.write_gguf(folder / GGUF, 4096, 1, text)
         repos.described(folder, template=text)
-        files.write_json(folder / manifest.NAME, repos.described(folder, template=text))
+        files.write_json(folder / manifest.FILE_NAME, repos.described(folder, template=text))
 
     return change
 
@@ -97,7 +97,7 @@ HOSTILE = {
     "a pickle as adapter": (lambda f: rewrite(f, lambda m: m["artifacts"][1].update(file="adapter/adapter_model.bin")), "no safe file name"),
     "a pickle in a GGUF's name": (replaced(PICKLE * 100), "no sound GGUF"),
     "symbolic link": (link(GGUF, "/etc/passwd"), "symbolic link"),
-    "linked manifest": (link(manifest.NAME, "/etc/passwd"), "symbolic link"),
+    "linked manifest": (link(manifest.FILE_NAME, "/etc/passwd"), "symbolic link"),
     "a manifest of 1 GB": (endless, "is larger than"),
     "no JSON": (text("{"), "no JSON"),
     "JSON nested without end": (text("[" * 200_000), "no JSON"),

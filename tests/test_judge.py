@@ -38,24 +38,24 @@ def refused(call, path, why: str = "") -> None:
 def schema(tmp_path):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
-    return judges.json_schema(path)
+    return judges.create_schema_judge(path)
 
 
 @pytest.mark.parametrize(
     ("rule", "said", "reference", "points"),
     [
-        (answer_rules.exact, " Yes\n", "Yes", 1),
-        (answer_rules.exact, "yes", "Yes", 0),
-        (answer_rules.exact, "Yes.", "Yes", 0),
-        (answer_rules.accuracy, '"YES!" ', "yes", 1),
-        (answer_rules.accuracy, "yes and no", "yes", 0),
-        (answer_rules.accuracy, "co-op", "coop", 0),
-        (answer_rules.f1, "The cat sat.", "a cat", 2 / 3),
-        (answer_rules.f1, "cat cat", "cat", 2 / 3),
-        (answer_rules.f1, "the", "", 1),
-        (answer_rules.f1, "cat", "", 0),
-        (judges.regex("b.*d"), "a b\nc d", "", 1),
-        (judges.regex("^b"), "a b", "", 0),
+        (answer_rules.exact_match, " Yes\n", "Yes", 1),
+        (answer_rules.exact_match, "yes", "Yes", 0),
+        (answer_rules.exact_match, "Yes.", "Yes", 0),
+        (answer_rules.label_match, '"YES!" ', "yes", 1),
+        (answer_rules.label_match, "yes and no", "yes", 0),
+        (answer_rules.label_match, "co-op", "coop", 0),
+        (answer_rules.word_f1, "The cat sat.", "a cat", 2 / 3),
+        (answer_rules.word_f1, "cat cat", "cat", 2 / 3),
+        (answer_rules.word_f1, "the", "", 1),
+        (answer_rules.word_f1, "cat", "", 0),
+        (judges.create_regex_judge("b.*d"), "a b\nc d", "", 1),
+        (judges.create_regex_judge("^b"), "a b", "", 0),
     ],
 )
 def test_an_answer_gets_the_points_its_rule_promises(rule, said, reference, points):
@@ -69,33 +69,43 @@ def test_the_json_schema_rule_wants_json_that_fits(schema):
 
 def test_the_config_chooses_the_rule(tmp_path):
     (tmp_path / "s.json").write_text("true")
-    assert judges.judge(Evaluate()) is None
-    assert judges.judge(Evaluate(rule="exact")) is answer_rules.exact
-    assert judges.judge(Evaluate(rule="accuracy")) is answer_rules.accuracy
-    assert judges.judge(Evaluate(rule="f1")) is answer_rules.f1
-    assert judges.judge(Evaluate(rule="regex", pattern="^x"))("x", "") == 1
-    assert judges.judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "s.json")))("{", "") == 0
+    assert judges.create_judge(Evaluate()) is None
+    assert judges.create_judge(Evaluate(rule="exact")) is answer_rules.exact_match
+    assert judges.create_judge(Evaluate(rule="accuracy")) is answer_rules.label_match
+    assert judges.create_judge(Evaluate(rule="f1")) is answer_rules.word_f1
+    assert judges.create_judge(Evaluate(rule="regex", pattern="^x"))("x", "") == 1
+    assert judges.create_judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "s.json")))("{", "") == 0
 
 
 @given(ANY | WORDS, ANY | WORDS)
 def test_every_rule_gives_0_to_1(said, reference):
-    for rule in (answer_rules.exact, answer_rules.accuracy, answer_rules.f1, judges.regex("a+")):
+    for rule in (
+        answer_rules.exact_match,
+        answer_rules.label_match,
+        answer_rules.word_f1,
+        judges.create_regex_judge("a+"),
+    ):
         assert 0 <= rule(said, reference) <= 1
 
 
 @given(ANY | WORDS)
 def test_a_text_equals_itself_by_every_rule(text):
-    assert answer_rules.exact(text, text) == answer_rules.accuracy(text, text) == answer_rules.f1(text, text) == 1
+    assert (
+        answer_rules.exact_match(text, text)
+        == answer_rules.label_match(text, text)
+        == answer_rules.word_f1(text, text)
+        == 1
+    )
 
 
 @given(ANY, st.text(string.punctuation + string.whitespace), st.text(string.punctuation + string.whitespace))
 def test_accuracy_ignores_case_and_punctuation_at_the_ends(text, before, behind):
-    assert answer_rules.accuracy(before + text.casefold() + behind, text) == 1
+    assert answer_rules.label_match(before + text.casefold() + behind, text) == 1
 
 
 @given(st.text("ab"), st.text(string.punctuation, min_size=1), st.text("ab"))
 def test_accuracy_heeds_punctuation_inside(left, mark, right):
-    assert answer_rules.accuracy(f"x{left}{mark}{right}y", f"x{left}{right}y") == 0
+    assert answer_rules.label_match(f"x{left}{mark}{right}y", f"x{left}{right}y") == 0
 
 
 def squad(said: str, reference: str) -> float:
@@ -123,21 +133,21 @@ def squad(said: str, reference: str) -> float:
 @given(ANY | WORDS, ANY | WORDS)
 @example("a–b the…an", "b a")
 def test_f1_is_squads_and_symmetric(said, reference):
-    assert answer_rules.f1(said, reference) == pytest.approx(squad(said, reference))
-    assert answer_rules.f1(said, reference) == answer_rules.f1(reference, said)
+    assert answer_rules.word_f1(said, reference) == pytest.approx(squad(said, reference))
+    assert answer_rules.word_f1(said, reference) == answer_rules.word_f1(reference, said)
 
 
 @same_file
 @given(said=ANY | JSON)
 def test_no_answer_makes_regex_or_json_schema_raise(schema, said):
-    for rule in (schema, judges.regex(r"\bdesk\b")):
+    for rule in (schema, judges.create_regex_judge(r"\bdesk\b")):
         assert rule(said, "") in (0, 1)
 
 
 @pytest.mark.parametrize("said", ANSWERS, ids=range(len(ANSWERS)))
 def test_no_hostile_answer_makes_regex_or_json_schema_raise(schema, said):
     assert schema(said, "") == 0
-    assert judges.regex("^x")(said, "") == 0
+    assert judges.create_regex_judge("^x")(said, "") == 0
 
 
 @pytest.mark.parametrize(
@@ -161,25 +171,25 @@ def test_a_broken_schema_file_is_one_error_that_names_it(tmp_path, content, why)
     path = tmp_path / "schema.json"
     if content is not None:
         path.write_bytes(content)
-    refused(judges.json_schema, path, why)
+    refused(judges.create_schema_judge, path, why)
 
 
 def test_a_folder_is_no_schema_file(tmp_path):
-    refused(judges.json_schema, tmp_path, "Is a directory")
+    refused(judges.create_schema_judge, tmp_path, "Is a directory")
 
 
 @pytest.mark.parametrize("ref", ["#/$defs/none", "none.json", "file:///etc/hostname", "http://127.0.0.1:9/s.json"])
 def test_a_ref_that_leads_out_of_the_schema_is_one_error_and_nothing_is_fetched(tmp_path, ref, recwarn):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps({"properties": {"a": {"$ref": ref}}}))
-    refused(lambda path: judges.json_schema(path)('{"a": 1}', ""), path, "$ref")
+    refused(lambda path: judges.create_schema_judge(path)('{"a": 1}', ""), path, "$ref")
     assert not [w for w in recwarn if "remote" in str(w.message).lower()]
 
 
 def test_a_schema_may_begin_with_a_bom_and_name_a_draft(tmp_path):
     path = tmp_path / "schema.json"
     path.write_text('\ufeff{"$schema": "http://json-schema.org/draft-07/schema#", "items": {"$ref": "#/definitions/n"}, "definitions": {"n": {"type": "number"}}}')  # fmt: skip
-    assert [judges.json_schema(path)(said, "") for said in ("[1]", '["x"]')] == [1, 0]
+    assert [judges.create_schema_judge(path)(said, "") for said in ("[1]", '["x"]')] == [1, 0]
 
 
 @pytest.mark.parametrize(

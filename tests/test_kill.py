@@ -65,13 +65,13 @@ def test_kill_at_any_moment_then_go_on(tmp_path, offline):
         assert "Traceback" not in printed, f"{moment}: {printed}"
         finals = [path for path in run.rglob("*.gguf") if not path.name.startswith((".", "imatrix"))]
         assert all(path.stat().st_size > 10**8 for path in finals), moment
-        assert not (chain.hub / manifest.NAME).exists(), f"{moment}: a manifest before the end"
+        assert not (chain.hub / manifest.FILE_NAME).exists(), f"{moment}: a manifest before the end"
     done = chain.make("train")
     assert done.returncode == 0, done.stdout + done.stderr
     assert files.read_json(run / "finetune.json")["resumed_from"].startswith("checkpoint-")
     assert files.read_json(run / "finetune.json")["steps"] == 30
-    made = manifest.read(chain.hub / manifest.NAME)
-    assert pull.stage(str(chain.hub), tmp_path / "model")["sha256"] == made.default().sha256
+    made = manifest.read_manifest(chain.hub / manifest.FILE_NAME)
+    assert pull.run_pull(str(chain.hub), tmp_path / "model")["sha256"] == made.default_artifact().sha256
     assert not [path for path in run.rglob(".*.part")], "what killed runs left is cleaned up"
 
 

@@ -177,11 +177,13 @@ def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
     from launch import cloud_to_local as module
 
     came = {}
-    monkeypatch.setattr("launch.reproduce.published", lambda repo, runs: SimpleNamespace(name="x", folder=runs))
-    monkeypatch.setattr("launch.reproduce.stage", lambda this, launcher, stop, data, wish: came.update(wish=wish) or [])
+    monkeypatch.setattr("launch.reproduce.load_reproduction", lambda repo, runs: SimpleNamespace(name="x", folder=runs))
+    monkeypatch.setattr(
+        "launch.reproduce.run_reproduce", lambda this, launcher, stop, data, wish: came.update(wish=wish) or []
+    )
     monkeypatch.setattr("common.files.write_json", lambda path, value: None)
-    monkeypatch.setattr("launch.verdict.page", lambda rows, repo: "")
-    monkeypatch.setattr("launch.verdict.reproduced", lambda rows: True)
+    monkeypatch.setattr("launch.verdict.format_verdict", lambda rows, repo: "")
+    monkeypatch.setattr("launch.verdict.is_reproduced", lambda rows: True)
     words = ["MOUNT=/data /models", "TEARDOWN=echo 'it is' $HOME; true", "CLOUD=ssh://you@box", "MAX_DOLLARS=5", "YES=1",
              "DOCKER=0"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["ferry"])
@@ -189,7 +191,7 @@ def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
         ferry.main(["make", "reproduce", "reproduce", "REPO=you/model", *words], standalone_mode=False)
     assert ended.value.code == 0
     there = ("MOUNT=/data /models", "DOCKER=0")
-    assert came["wish"] == module.Wish((), there, "echo 'it is' $HOME; true", 5.0, True)
+    assert came["wish"] == module.LaunchOptions((), there, "echo 'it is' $HOME; true", 5.0, True)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
 )
 def test_what_is_no_address(cloud, what):
     with pytest.raises(UserError, match=what) as error:
-        ssh_address.read(cloud)
+        ssh_address.parse_address(cloud)
     assert "secret" not in str(error.value)
 
 
@@ -225,8 +227,8 @@ def test_what_is_no_address(cloud, what):
     ],
 )
 def test_an_address(cloud, words, folder):
-    found = ssh_address.read(cloud)
-    assert (found.words, found.folder) == (words, folder)
+    found = ssh_address.parse_address(cloud)
+    assert (found.ssh_arguments, found.folder) == (words, folder)
 
 
 def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, tmp_path, monkeypatch):
@@ -246,21 +248,23 @@ def test_what_travels_is_the_commit_and_the_data_that_the_config_names(laptop, t
         "data": {"source": "runs/mine/rows.jsonl", "validation": str(outside), "template": "alpaca"},
         "evaluate": {"prompts": str(outside), "json_schema": "configs/demo/heldout.jsonl"},
     }
-    changed, moves = upload_files.moved(config)
+    changed, moves = upload_files.relocate_paths(config)
     assert changed["data"] == {
         "source": "runs/mine/rows.jsonl", "validation": held, "template": "alpaca",
     }  # fmt: skip
-    found = upload_files.below(moves, ["runs/mine/rows.jsonl", str(outside)])
-    sent = upload_files.untold(laptop, "HEAD", found)
+    found = upload_files.list_job_files(moves, ["runs/mine/rows.jsonl", str(outside)])
+    sent = upload_files.select_uncommitted_files(laptop, "HEAD", found)
     assert sent == {
         "runs/mine/rows.jsonl": Path("runs/mine/rows.jsonl"),
         held: outside,
     }
-    job = boxes_there.Job("x", "x", laptop, source_archive.head(laptop), None, upload_files.dump(changed), sent)
-    names = source_archive.hashed(source_archive.packed(job)).keys()
+    job = boxes_there.Job(
+        "x", "x", laptop, source_archive.head_commit(laptop), None, upload_files.dump_config(changed), sent
+    )
+    names = source_archive.hash_archive_files(source_archive.build_archive(job)).keys()
     assert {"Makefile", "launch/providers/ssh_box.sh", "revision.json", "job/config.yaml"} <= names
     assert not [name for name in names if name.startswith("runs/") or name in ("secret.txt", "alpaca")]
-    assert source_archive.left_behind(laptop, set()) == ["alpaca", "secret.txt"]
+    assert source_archive.list_unsent_files(laptop, set()) == ["alpaca", "secret.txt"]
     for name in ("secret.txt", "alpaca"):
         Path(name).unlink()
 
@@ -272,11 +276,11 @@ def test_data_from_elsewhere_arrives_on_the_box(box, laptop, tmp_path, monkeypat
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n" * 9)
-    there = upload_files.place(str(rows))
-    launcher = boxes_there.Box(ssh_address.read(box.address))
-    job = boxes_there.Job("private", "private", laptop, source_archive.head(laptop), None, "", {there: rows})
+    there = upload_files.path_in_tree(str(rows))
+    launcher = boxes_there.SshProvider(ssh_address.parse_address(box.address))
+    job = boxes_there.Job("private", "private", laptop, source_archive.head_commit(laptop), None, "", {there: rows})
     for _ in range(2):  # the second time over what lies there
-        launcher.send(job)
+        launcher.send_job(job)
         assert files.sha256(box.home / "ferry" / "private" / there) == files.sha256(rows)
 
 
@@ -286,10 +290,10 @@ def test_a_folder_of_data_travels_with_the_files_that_were_read(tmp_path, monkey
     folder.mkdir(parents=True)
     for name in ("train.jsonl", "test.jsonl", "notes.txt"):
         (folder / name).write_text(name)
-    changed, moves = upload_files.moved({"data": {"source": str(folder)}})
+    changed, moves = upload_files.relocate_paths({"data": {"source": str(folder)}})
     there = changed["data"]["source"]
     assert re.fullmatch(r"job/files/\w{8}/rows", there)
-    assert upload_files.below(moves, [str(folder / "train.jsonl"), str(folder / "test.jsonl")]) == {
+    assert upload_files.list_job_files(moves, [str(folder / "train.jsonl"), str(folder / "test.jsonl")]) == {
         f"{there}/train.jsonl": folder / "train.jsonl",
         f"{there}/test.jsonl": folder / "test.jsonl",
     }
@@ -303,20 +307,20 @@ def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_pat
     from launch import source_archive
     from launch.provider import Job
 
-    packed = source_archive.packed(
-        Job("x", "x", laptop, source_archive.head(laptop), "https://example.org/ferry.git", "base: {}\n")
+    packed = source_archive.build_archive(
+        Job("x", "x", laptop, source_archive.head_commit(laptop), "https://example.org/ferry.git", "base: {}\n")
     )
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         tar.extractall(tmp_path, filter="data")
-    code = "from pipeline.toolchain import git; print(git.checkout())"
-    image = "import container; print(container.revision())"
+    code = "from pipeline.toolchain import git; print(git.describe_checkout())"
+    image = "import container; print(container.read_revision())"
 
     def said(code: str, folder: Path) -> dict:
         out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
         return eval(out.stdout)
 
-    wanted = {"url": "https://example.org/ferry.git", "commit": source_archive.head(laptop), "dirty": False}
+    wanted = {"url": "https://example.org/ferry.git", "commit": source_archive.head_commit(laptop), "dirty": False}
     assert said(code, tmp_path) == wanted
     assert said(image, tmp_path / "setup") == {"COMMIT": wanted["commit"], "DIRTY": "false", "ORIGIN": wanted["url"]}
     with (tmp_path / "pipeline" / "run" / "training_rows.py").open("a") as file:
@@ -327,31 +331,31 @@ def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_pat
 def test_two_starts_at_once_are_one_job(box, laptop, tmp_path, monkeypatch):
     """Also when neither has seen the other: the lock on the box decides."""
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
-    launcher = boxes_there.Box(ssh_address.read(box.address))
+    launcher = boxes_there.SshProvider(ssh_address.parse_address(box.address))
     folder = box.home / "ferry" / "twice"
     (folder / "job").mkdir(parents=True)
     (folder / "Makefile").write_text("train:\n\t@echo begun; sleep 8\n")
     job = boxes_there.Job("twice", "twice", laptop, "HEAD", None, "")
-    launcher.start(job, "train", {"HF_TOKEN": "hf_in_the_environment"})
-    launcher.start(job, "train", {})
-    assert launcher.state("twice").word == "running"
+    launcher.start_job(job, "train", {"HF_TOKEN": "hf_in_the_environment"})
+    launcher.start_job(job, "train", {})
+    assert launcher.read_job_state("twice").status == "running"
     arguments = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True).stdout
     assert "make train" in arguments
     assert "hf_in_the_environment" not in arguments
     until = time.monotonic() + 30
-    while launcher.state("twice").word == "running" and time.monotonic() < until:
+    while launcher.read_job_state("twice").status == "running" and time.monotonic() < until:
         time.sleep(0.2)
-    assert (launcher.state("twice").word, launcher.state("twice").code) == ("ended", 0)
+    assert (launcher.read_job_state("twice").status, launcher.read_job_state("twice").exit_code) == ("ended", 0)
     assert (folder / "job" / "log").read_text() == "begun\n"
 
 
 def test_a_job_that_was_killed_has_died_and_one_that_lost_its_make_still_runs(box, laptop, monkeypatch):
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
-    launcher = boxes_there.Box(ssh_address.read(box.address))
+    launcher = boxes_there.SshProvider(ssh_address.parse_address(box.address))
     folder = box.home / "ferry" / "kill"
     (folder / "job").mkdir(parents=True)
     (folder / "Makefile").write_text("train:\n\t@sleep 60 & echo $$! > orphan; wait\n")
-    launcher.start(boxes_there.Job("kill", "kill", laptop, "HEAD", None, ""), "train", {})
+    launcher.start_job(boxes_there.Job("kill", "kill", laptop, "HEAD", None, ""), "train", {})
     until = time.monotonic() + 10
     while not (folder / "orphan").is_file() and time.monotonic() < until:
         time.sleep(0.05)
@@ -360,17 +364,20 @@ def test_a_job_that_was_killed_has_died_and_one_that_lost_its_make_still_runs(bo
     for pid in (group, *boxes.children(group)):
         os.kill(pid, signal.SIGKILL)
     os.kill(int((folder / "job" / "pid").read_text()), signal.SIGKILL)
-    assert launcher.state("kill").word == "running", "what it started works on"
-    launcher.stop("kill")
+    assert launcher.read_job_state("kill").status == "running", "what it started works on"
+    launcher.stop_job("kill")
     time.sleep(0.5)
-    assert launcher.state("kill").word == "died"
+    assert launcher.read_job_state("kill").status == "died"
 
 
 def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, laptop, tmp_path, monkeypatch):
-    from launch.costs import Session
+    from launch.costs import JobSession
 
     monkeypatch.setenv("FERRY_SSH", " ".join(map(str, box.ssh)))
-    launcher, run = boxes_there.Box(ssh_address.read(box.address)), box.home / "ferry" / "saved" / "runs" / "saved"
+    launcher, run = (
+        boxes_there.SshProvider(ssh_address.parse_address(box.address)),
+        box.home / "ferry" / "saved" / "runs" / "saved",
+    )
     for name in (
         "config.yaml",
         "finetune/adapter/a.safetensors",
@@ -379,12 +386,12 @@ def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, la
     ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(b"x" * 1000)
-    session = Session(launcher, "saved", "", f"echo ended >> {tmp_path}/bill", home=tmp_path / "home")
-    assert "TEARDOWN has ended" in session.ended(well=False)
-    kept = {str(path.relative_to(session.home)) for path in session.home.rglob("*") if path.is_file()}
+    session = JobSession(launcher, "saved", "", f"echo ended >> {tmp_path}/bill", rescue_folder=tmp_path / "home")
+    assert "TEARDOWN has ended" in session.teardown_and_report(succeeded=False)
+    kept = {str(path.relative_to(session.rescue_folder)) for path in session.rescue_folder.rglob("*") if path.is_file()}
     assert kept == {"config.yaml", "finetune/adapter/a.safetensors"}
     box.program("tar", "exit 1")
-    assert "TEARDOWN was not run" in session.ended(well=False)
+    assert "TEARDOWN was not run" in session.teardown_and_report(succeeded=False)
     assert (tmp_path / "bill").read_text() == "ended\n"
 
 
@@ -406,14 +413,14 @@ def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
 
     tree = load.load_config(Path("configs/demo.yaml"), ())
     box, wish = (
-        boxes_there.Box(ssh_address.read("ssh://box")),
-        cloud_to_local.Wish(settings=("DEVICE=cpu",), checkpoints="you/boat-checkpoints"),
+        boxes_there.SshProvider(ssh_address.parse_address("ssh://box")),
+        cloud_to_local.LaunchOptions(settings=("DEVICE=cpu",), checkpoints="you/boat-checkpoints"),
     )
-    assert cloud_to_local.prepared(tree, Run(Path("runs/boat")), box, wish).settings == (
+    assert cloud_to_local.build_job(tree, Run(Path("runs/boat")), box, wish).settings == (
         "DEVICE=cpu",
         "CHECKPOINTS=you/boat-checkpoints",
     )
-    assert cloud_to_local.prepared(tree, Run(Path("runs/boat")), box, cloud_to_local.Wish()).settings == ()
+    assert cloud_to_local.build_job(tree, Run(Path("runs/boat")), box, cloud_to_local.LaunchOptions()).settings == ()
 
 
 @pytest.mark.parametrize(("wish", "said"), [
@@ -424,12 +431,12 @@ def test_a_boxs_checkpoints_leave_it_where_a_repo_is_named(laptop):
 def test_the_command_that_ends_it_looks_where_it_was_started(wish, said):
     from launch import cloud_to_local
 
-    assert cloud_to_local.stopping("sky", "boat", cloud_to_local.Wish(**wish)) == said
+    assert cloud_to_local.stop_command("sky", "boat", cloud_to_local.LaunchOptions(**wish)) == said
 
 
 def test_a_program_that_no_shell_reads_is_one_line(monkeypatch, tmp_path):
-    from launch.providers.skypilot import Sky
+    from launch.providers.skypilot import SkyPilotProvider
 
     monkeypatch.setenv("FERRY_SKY", "sky 'x")
     with pytest.raises(UserError, match="FERRY_SKY cannot be read: No closing quotation"):
-        Sky("you/x", "", False, tmp_path).look()
+        SkyPilotProvider("you/x", "", False, tmp_path).inspect_machine()

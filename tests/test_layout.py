@@ -117,7 +117,11 @@ def test_a_stage_is_a_folder_a_command_a_record_and_a_make_target(chain):
     makefile = (ROOT / "Makefile").read_text()
     assert [name for name in COMMANDS if name in STAGES] == sorted(STAGES, key=list(COMMANDS).index)
     for stage in STAGES:
-        assert (ROOT / "pipeline" / stage / "stage.py").is_file() and stage in COMMANDS and (chain.run / f"{stage}.json").is_file()
+        assert (
+            (ROOT / "pipeline" / stage / "stage.py").is_file()
+            and stage in COMMANDS
+            and (chain.run / f"{stage}.json").is_file()
+        )
         assert f"\n{stage}: " in makefile and (chain.run / "logs" / f"{stage}.log").is_file()
 
 

@@ -10,7 +10,7 @@ from tests.hub_card import LICENSES
 
 
 def test_every_identifier_of_the_hub_stands_in_the_table_and_no_other():
-    assert sorted(licences.TABLE) == sorted(LICENSES)
+    assert sorted(licences.TERMS_BY_LICENCE) == sorted(LICENSES)
     counted = [name for _, names in licences.FAMILIES for name in names.split()]
     assert len(counted) == len(set(counted)), "an identifier stands in two families"
 
@@ -31,8 +31,12 @@ def test_every_identifier_of_the_hub_stands_in_the_table_and_no_other():
     ],
 )  # fmt: skip
 def test_what_each_family_allows_and_asks(name, derivatives, copy, commercial):
-    asked = licences.terms(name)
-    assert (asked.derivatives, asked.copy, asked.commercial) == (derivatives, copy, commercial)
+    asked = licences.find_terms(name)
+    assert (asked.allows_derivatives, asked.requires_copy, asked.allows_commercial_use) == (
+        derivatives,
+        copy,
+        commercial,
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,26 +52,26 @@ def test_what_each_family_allows_and_asks(name, derivatives, copy, commercial):
     ],
 )  # fmt: skip
 def test_the_words_that_a_licence_demands(name, notice, credit, prefix):
-    asked = licences.terms(name.upper())
-    assert (asked.notice.startswith(notice), asked.credit, asked.prefix) == (True, credit, prefix)
-    assert asked.use and asked.link.startswith("https://")
+    asked = licences.find_terms(name.upper())
+    assert (asked.notice.startswith(notice), asked.credit, asked.name_prefix) == (True, credit, prefix)
+    assert asked.use_restrictions and asked.link.startswith("https://")
 
 
 @pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("named", [True, False])
 def test_no_derivatives_goes_nowhere_but_a_folder(private, named):
     with pytest.raises(UserError) as error:
-        licences.refuse("CC-BY-ND-4.0", "a/b", private, named)
+        licences.review_licence("CC-BY-ND-4.0", "a/b", private, named)
     assert "CC-BY-ND-4.0" in error.value.message and "publish.repo=./hub/{run}" in error.value.hint
 
 
 @pytest.mark.parametrize("license", [None, "other", "unknown", "my-own"])
 def test_an_unknown_licence_is_the_users_to_name_before_a_repo_is_public(license):
     with pytest.raises(UserError) as error:
-        licences.refuse(license, "a/b", private=False, named=False)
+        licences.review_licence(license, "a/b", is_private=False, is_licence_named=False)
     assert "a/b" in error.value.message and "base.license" in error.value.hint and "./hub/{run}" in error.value.hint
     for private, named in ((True, False), (True, True), (False, True)):
-        (note,) = licences.refuse(license, "a/b", private, named)
+        (note,) = licences.review_licence(license, "a/b", private, named)
         assert "for you to read" in note and (license or "no licence") in note
 
 
@@ -90,7 +94,7 @@ def test_an_unknown_licence_is_the_users_to_name_before_a_repo_is_public(license
 )
 def test_notes_say_what_is_missing_and_nothing_else(license, name, copies, expected):
     for private in (True, False):
-        notes = licences.refuse(license, "a/b", private, named=False, name=name, copies=copies)
+        notes = licences.review_licence(license, "a/b", private, is_licence_named=False, repo=name, copy_count=copies)
         assert len(notes) == len(expected), notes
         assert all(word in note for word, note in zip(expected, notes, strict=True)), notes
 
@@ -102,7 +106,7 @@ def write(path: Path, content: bytes = b"text") -> Path:
 
 
 def names(base: Path) -> list[str]:
-    return [path.name for path in licences.files_of(base)]
+    return [path.name for path in licences.find_licence_files(base)]
 
 
 def test_licence_files_of_a_model_folder(tmp_path):
@@ -120,7 +124,7 @@ def test_licence_files_of_a_snapshot_keep_their_names(tmp_path):
     snapshot = tmp_path / "snapshots" / ("cd" * 20)
     snapshot.mkdir(parents=True)
     (snapshot / "LICENSE").symlink_to(blob)
-    (found,) = licences.files_of(snapshot)
+    (found,) = licences.find_licence_files(snapshot)
     assert (found.name, found.read_bytes()) == ("LICENSE", b"text")
 
 
@@ -131,7 +135,10 @@ def test_licence_files_of_a_gguf_in_a_wheel(tmp_path):
     write(info / "METADATA")
     write(info / "licenses" / "LICENSE", b"inner")
     write(info / "licenses" / "NOTICE")
-    assert [path.relative_to(info).as_posix() for path in licences.files_of(gguf)] == ["LICENSE", "licenses/NOTICE"]
+    assert [path.relative_to(info).as_posix() for path in licences.find_licence_files(gguf)] == [
+        "LICENSE",
+        "licenses/NOTICE",
+    ]
 
 
 def test_licence_files_of_a_gguf_among_other_packages(tmp_path):
@@ -140,7 +147,7 @@ def test_licence_files_of_a_gguf_among_other_packages(tmp_path):
     write(tmp_path / "llm_x-1.0.dist-info" / "LICENSE", b"ours")
     write(tmp_path / "other-1.0.dist-info" / "RECORD", b"other/__init__.py,,\n")
     write(tmp_path / "other-1.0.dist-info" / "LICENSE", b"theirs")
-    assert [path.read_bytes() for path in licences.files_of(gguf)] == [b"ours"]
+    assert [path.read_bytes() for path in licences.find_licence_files(gguf)] == [b"ours"]
 
 
 def test_licence_files_beside_a_gguf(tmp_path, monkeypatch):
@@ -179,11 +186,11 @@ def test_licence_files_beside_a_gguf(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_what_a_card_says_of_its_licence(tmp_path, card, expected, capfd):
     (tmp_path / "README.md").write_bytes(card.encode())
-    assert licences.read_card(tmp_path) == expected
+    assert licences.read_card_licence(tmp_path) == expected
     assert not capfd.readouterr().out
 
 
 def test_a_card_that_is_not_there_or_no_text_says_nothing(tmp_path):
-    assert licences.read_card(tmp_path) == {}
+    assert licences.read_card_licence(tmp_path) == {}
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    assert licences.read_card(tmp_path) == {}
+    assert licences.read_card_licence(tmp_path) == {}

@@ -29,7 +29,7 @@ def mac(chip: str, memory: int, limit: int = 0, arch: str = "arm64", translated:
         assert command[0] == "/usr/sbin/sysctl" and command[1] == "-n"
         return None if facts.get(command[2]) is None else str(facts[command[2]])
 
-    return machine.here(ask, Path("/nowhere"), "Darwin", arch, lambda: held)
+    return machine.detect_machine(ask, Path("/nowhere"), "Darwin", arch, lambda: held)
 
 
 @pytest.mark.parametrize("name", MACS)
@@ -37,7 +37,7 @@ def test_a_mac_is_described(name):
     chip, memory, _ = MACS[name]
     found = mac(chip, memory)
     assert (found.release, found.chip, found.memory) == ("macOS 15.6.1", chip, memory * GB)
-    assert found.unified and found.gpu == chip and not found.rosetta
+    assert found.has_unified_memory and found.gpu == chip and not found.rosetta
 
 
 def test_metal_gives_two_thirds_of_a_small_mac_and_three_quarters_of_a_large_one():
@@ -56,15 +56,15 @@ def test_what_metal_itself_says_counts_more():
 
 def test_a_model_may_take_less_than_metal_gives_and_three_quarters_where_the_processor_computes():
     found = mac("Apple M3 Pro", 36)
-    assert machine.budget(found, gpu=True) == 26 * GB
-    assert machine.budget(found, gpu=False) == 27 * GB
-    assert machine.budget(mac("Apple M1", 1, limit=512), gpu=True) == 0
+    assert machine.memory_budget(found, uses_gpu=True) == 26 * GB
+    assert machine.memory_budget(found, uses_gpu=False) == 27 * GB
+    assert machine.memory_budget(mac("Apple M1", 1, limit=512), uses_gpu=True) == 0
 
 
 def test_an_intel_mac_has_no_unified_memory():
     found = mac("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz", 16, arch="x86_64")
-    assert not found.unified and not found.rosetta and found.gpu_memory == 0
-    assert machine.budget(found, gpu=True) == machine.budget(found, gpu=False) == 12 * GB
+    assert not found.has_unified_memory and not found.rosetta and found.gpu_memory == 0
+    assert machine.memory_budget(found, uses_gpu=True) == machine.memory_budget(found, uses_gpu=False) == 12 * GB
 
 
 def test_an_intel_python_on_apples_chip_is_seen():
@@ -73,8 +73,8 @@ def test_an_intel_python_on_apples_chip_is_seen():
 
 
 def test_a_mac_that_says_nothing_is_still_described():
-    found = machine.here(lambda command: None, Path("/nowhere"), "Darwin", "arm64", lambda: 0)
-    assert found.memory == 0 and found.chip == "arm64" and machine.budget(found, True) == 0
+    found = machine.detect_machine(lambda command: None, Path("/nowhere"), "Darwin", "arm64", lambda: 0)
+    assert found.memory == 0 and found.chip == "arm64" and machine.memory_budget(found, True) == 0
 
 
 # Linux
@@ -95,14 +95,14 @@ def write(path: Path, text: str) -> None:
 
 
 def linux(root: Path, gpus: str | None = None, held: int = 0) -> machine.Machine:
-    return machine.here(lambda command: gpus, root, "Linux", "x86_64", lambda: held)
+    return machine.detect_machine(lambda command: gpus, root, "Linux", "x86_64", lambda: held)
 
 
 def test_a_linux_machine_is_described(root):
     found = linux(root)
     assert (found.release, found.chip) == ("Debian GNU/Linux 12 (bookworm)", "AMD EPYC 9454")
-    assert found.memory == 64 * GB and not found.gpu and not found.unified and not found.rosetta
-    assert machine.budget(found, gpu=False) == 48 * GB
+    assert found.memory == 64 * GB and not found.gpu and not found.has_unified_memory and not found.rosetta
+    assert machine.memory_budget(found, uses_gpu=False) == 48 * GB
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_no_limit_is_none(root, said):
 def test_nvidia_cards_are_added_up(root):
     found = linux(root, "NVIDIA H100 80GB HBM3, 81559\nNVIDIA, the other, 81559")
     assert found.gpu == "NVIDIA H100 80GB HBM3, NVIDIA, the other" and found.gpu_memory == 2 * 81559 << 20
-    assert machine.budget(found, gpu=True) == found.gpu_memory - machine.MARGIN
-    assert machine.budget(found, gpu=False) == 48 * GB, "llama.cpp is made for the processor"
+    assert machine.memory_budget(found, uses_gpu=True) == found.gpu_memory - machine.GPU_MARGIN
+    assert machine.memory_budget(found, uses_gpu=False) == 48 * GB, "llama.cpp is made for the processor"
 
 
 def test_a_card_without_a_number_is_named_only(root):
@@ -147,20 +147,20 @@ def test_a_machine_that_says_nothing_is_still_described(tmp_path):
 
 
 def test_this_machine_is_described():
-    found = machine.here()
+    found = machine.detect_machine()
     assert 0 < found.memory <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert found.release and found.chip and machine.budget(found, False) < found.memory
+    assert found.release and found.chip and machine.memory_budget(found, False) < found.memory
 
 
 def test_llama_cpp_is_asked_what_its_gpus_hold():
     import llama_cpp
 
-    assert (machine.held() > 1 * GB) == llama_cpp.llama_supports_gpu_offload()
+    assert (machine.query_gpu_memory() > 1 * GB) == llama_cpp.llama_supports_gpu_offload()
 
 
 def test_a_fact_that_cannot_be_had_is_none(monkeypatch):
-    monkeypatch.setattr(machine, "PATIENCE", 0.5)
+    monkeypatch.setattr(machine, "COMMAND_TIMEOUT", 0.5)
     for code in ("import time; time.sleep(60)", "print(1); exit(1)", ""):
-        assert machine.ask([sys.executable, "-c", code]) is None
-    assert machine.ask(["/no/such/program"]) is None
-    assert machine.ask([sys.executable, "-c", "print(' 1 ')"]) == "1"
+        assert machine.run_command([sys.executable, "-c", code]) is None
+    assert machine.run_command(["/no/such/program"]) is None
+    assert machine.run_command([sys.executable, "-c", "print(' 1 ')"]) == "1"

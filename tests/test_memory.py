@@ -142,7 +142,7 @@ def write(path: Path, kind: str, facts: dict, words: int) -> gguf_reader.Header:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return gguf_reader.read(path)
+    return gguf_reader.read_header(path)
 
 
 class Parameters(ctypes.Structure):
@@ -179,7 +179,7 @@ def laid_out(said):
         model = llama_cpp.llama_model_init_from_user(metadata, fill, None, params)
         assert model, "".join(said)[-1000:]
         wish = llama_cpp.llama_context_default_params()
-        wish.n_ctx, wish.n_batch, wish.swa_full, wish.flash_attn_type = context, memory_need.BATCH, False, 1
+        wish.n_ctx, wish.n_batch, wish.swa_full, wish.flash_attn_type = context, memory_need.BATCH_TOKENS, False, 1
         said.clear()
         made = llama_cpp.llama_init_from_model(model, wish)
         assert made, "".join(said)[-1000:]
@@ -204,7 +204,7 @@ def total(what: str, text: str) -> float:
 def test_the_cache_is_what_llama_cpp_allocates(name, laid_out, tmp_path):
     header = write(tmp_path / "m.gguf", *EXACT[name])
     for context in CONTEXTS:
-        assert memory_need.cache(header, context) / MB == pytest.approx(
+        assert memory_need.kv_cache_bytes(header, context) / MB == pytest.approx(
             laid_out(tmp_path / "m.gguf", context)[0], abs=0.01
         )
 
@@ -214,22 +214,26 @@ def test_nothing_is_counted_too_low_and_little_too_high(name, laid_out, tmp_path
     header = write(tmp_path / "m.gguf", *(EXACT | MORE)[name])
     for context in CONTEXTS:
         cache, state, compute = laid_out(tmp_path / "m.gguf", context)
-        assert memory_need.cache(header, context) / MB >= cache - 0.01
-        assert state - 0.01 <= memory_need.state(header) / MB <= 1.6 * state
-        assert compute <= memory_need.compute(header, context) / MB <= compute + 300
+        assert memory_need.kv_cache_bytes(header, context) / MB >= cache - 0.01
+        assert state - 0.01 <= memory_need.recurrent_state_bytes(header) / MB <= 1.6 * state
+        assert compute <= memory_need.compute_buffer_bytes(header, context) / MB <= compute + 300
 
 
 @pytest.mark.parametrize("context", [256, 1024, 2048])
 def test_a_real_model_takes_what_was_said(source, context):
-    header, log = gguf_reader.read(source), io.StringIO()
-    model = llama_runtime.load(source, context, log=log)
+    header, log = gguf_reader.read_header(source), io.StringIO()
+    model = llama_runtime.load_model(source, context, log=log)
     model.close()
     text = log.getvalue()
-    assert memory_need.cache(header, context) / MB == pytest.approx(total("KV buffer size", text), abs=0.01) != 0
-    assert 0 < total("compute buffer size", text) <= memory_need.compute(header, context) / MB
+    assert (
+        memory_need.kv_cache_bytes(header, context) / MB == pytest.approx(total("KV buffer size", text), abs=0.01) != 0
+    )
+    assert 0 < total("compute buffer size", text) <= memory_need.compute_buffer_bytes(header, context) / MB
     assert total("model buffer size", text) * MB <= source.stat().st_size
-    need = memory_need.need(header, source.stat().st_size, context)
-    assert need == source.stat().st_size + memory_need.cache(header, context) + memory_need.compute(header, context)
+    need = memory_need.total_bytes(header, source.stat().st_size, context)
+    assert need == source.stat().st_size + memory_need.kv_cache_bytes(
+        header, context
+    ) + memory_need.compute_buffer_bytes(header, context)
 
 
 # How much context fits
@@ -245,29 +249,33 @@ WEIGHTS = 4_920_000_000  # as q4_k_m; a token takes 131,072 bytes
 
 def test_what_is_wanted_is_given_where_it_fits(llama):
     for wanted in (1, 100, 1000, 2048, 131_072):
-        assert memory_need.context(llama, WEIGHTS, 64 << 30, wanted) == wanted
+        assert memory_need.largest_context(llama, WEIGHTS, 64 << 30, wanted) == wanted
 
 
 def test_a_model_gets_no_longer_context_than_it_was_made_for(llama):
-    assert memory_need.context(llama, WEIGHTS, 999 << 30, 500_000) == 131_072
+    assert memory_need.largest_context(llama, WEIGHTS, 999 << 30, 500_000) == 131_072
 
 
 def test_what_fits_is_a_multiple_of_256_and_one_more_does_not_fit(llama):
     for budget in range(5_500_000_000, 20_000_000_000, 777_777_777):
-        fits = memory_need.context(llama, WEIGHTS, budget, 131_072)
+        fits = memory_need.largest_context(llama, WEIGHTS, budget, 131_072)
         assert fits and fits % 256 == 0
-        assert memory_need.need(llama, WEIGHTS, fits) <= budget < memory_need.need(llama, WEIGHTS, fits + 1)
-        assert memory_need.context(llama, WEIGHTS, memory_need.need(llama, WEIGHTS, fits), 131_072) == fits
+        assert (
+            memory_need.total_bytes(llama, WEIGHTS, fits) <= budget < memory_need.total_bytes(llama, WEIGHTS, fits + 1)
+        )
+        assert (
+            memory_need.largest_context(llama, WEIGHTS, memory_need.total_bytes(llama, WEIGHTS, fits), 131_072) == fits
+        )
 
 
 def test_an_8b_model_runs_on_a_mac_with_16_gb_and_not_on_one_with_8(llama):
-    assert memory_need.context(llama, WEIGHTS, int((8 * 2 / 3 - 1) * 2**30), 8192) == 0
-    assert memory_need.context(llama, WEIGHTS, int((16 * 2 / 3 - 1) * 2**30), 65_536) == 38_400
+    assert memory_need.largest_context(llama, WEIGHTS, int((8 * 2 / 3 - 1) * 2**30), 8192) == 0
+    assert memory_need.largest_context(llama, WEIGHTS, int((16 * 2 / 3 - 1) * 2**30), 65_536) == 38_400
 
 
 def test_nothing_fits_where_the_weights_do_not(llama):
-    assert memory_need.context(llama, WEIGHTS, WEIGHTS, 8192) == 0
-    assert memory_need.context(llama, WEIGHTS, 0, 100) == 0
+    assert memory_need.largest_context(llama, WEIGHTS, WEIGHTS, 8192) == 0
+    assert memory_need.largest_context(llama, WEIGHTS, 0, 100) == 0
 
 
 # Headers that lie
@@ -291,6 +299,6 @@ HOSTILE = [
 @pytest.mark.parametrize("metadata", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_lying_header_gives_a_number_at_once(metadata):
     header, started = gguf_reader.Header(3, metadata, ()), time.perf_counter()
-    assert memory_need.need(header, 1000, 4096) >= 1000
-    assert 0 <= memory_need.context(header, 1000, 16 << 30, 1 << 24) <= 1 << 24
+    assert memory_need.total_bytes(header, 1000, 4096) >= 1000
+    assert 0 <= memory_need.largest_context(header, 1000, 16 << 30, 1 << 24) <= 1 << 24
     assert time.perf_counter() - started < 2

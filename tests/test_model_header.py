@@ -48,7 +48,7 @@ HOSTILE = {
 
 def in_fresh_process(function: str, *arguments) -> object:
     """A fork of this process has all that earlier tests loaded, which may be more than its limit of memory."""
-    return child_process.call(
+    return child_process.call_in_child(
         f"tests.fuzz_inputs:{function}", list(arguments), child_process.Limits(120, 4 << 30), "the model"
     )
 
@@ -59,14 +59,14 @@ def test_it_is_refused(tmp_path, case):
     path = tmp_path / "tiny.gguf"
     write_model(path, model_facts() | changes)
     with pytest.raises(UserError) as caught:
-        model_header.refuse_impossible(gguf_reader.read(path), path.name)
+        model_header.refuse_impossible_header(gguf_reader.read_header(path), path.name)
     assert words in caught.value.message and "\n" not in caught.value.message
 
 
 def test_the_model_itself_is_taken_and_answers(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_model(path, model_facts())
-    model_header.refuse_impossible(gguf_reader.read(path), path.name)
+    model_header.refuse_impossible_header(gguf_reader.read_header(path), path.name)
     assert in_fresh_process("load_in_fork", str(path)) == "answers"
 
 
@@ -74,21 +74,25 @@ def test_a_layer_of_another_number_is_refused(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_model(path, model_facts(), SHAPES | {"blk.7.attn_norm.weight": (32,)})
     with pytest.raises(UserError, match="tensors of 2 layers"):
-        model_header.refuse_impossible(gguf_reader.read(path), path.name)
+        model_header.refuse_impossible_header(gguf_reader.read_header(path), path.name)
 
 
 def test_a_base_model_may_hold_other_keys_but_no_impossible_number(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_model(path, model_facts() | {"tokenizer.chat_template.tool_use": "{{ 1 }}", "some.body": "x"})
-    model_header.refuse_impossible(gguf_reader.read(path), path.name, made_by_ferry=False)
+    model_header.refuse_impossible_header(gguf_reader.read_header(path), path.name, made_by_ferry=False)
     write_model(path, model_facts() | {"tokenizer.ggml.eos_token_id": 9999})
     with pytest.raises(UserError, match="eos_token_id"):
-        model_header.refuse_impossible(gguf_reader.read(path), path.name, made_by_ferry=False)
+        model_header.refuse_impossible_header(gguf_reader.read_header(path), path.name, made_by_ferry=False)
 
 
 def test_every_key_of_a_tokenizer_that_gguf_py_knows_is_decided_about():
     known = {value for name, value in vars(gguf_py.Keys.Tokenizer).items() if isinstance(value, str) and name[0] != "_"}
-    open_ = {key for key in known if key not in model_header.TOKENIZER and not model_header.IDS.fullmatch(key)}
+    open_ = {
+        key
+        for key in known
+        if key not in model_header.TOKENIZER_KEY_TYPES and not model_header.TOKEN_ID_KEY.fullmatch(key)
+    }
     assert open_ == {
         "tokenizer.huggingface.json", "tokenizer.rwkv.world", "tokenizer.chat_template.{name}", "tokenizer.chat_templates",
     }  # fmt: skip
@@ -103,7 +107,7 @@ def test_no_library_compiles_a_template_in_our_process(tmp_path, key, monkeypatc
     monkeypatch.setattr(Environment, "from_string", lambda self, text, **_: compiled.append(text))
     path = tmp_path / "tiny.gguf"
     write_model(path, model_facts() | {key: "{% for a in range(9) %}x{% endfor %}"})
-    llama_runtime.load(path, 64).close()
+    llama_runtime.load_model(path, 64).close()
     assert compiled == []
 
 

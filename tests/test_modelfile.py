@@ -5,7 +5,7 @@ import pytest
 from common.errors import UserError
 from contract import chat_format
 from deploy.stages import modelfile
-from deploy.store import pulled
+from deploy.store import load_pulled
 from tests.test_turns import Go
 
 CONVERSATIONS = [
@@ -25,7 +25,7 @@ def go():
 
 @pytest.fixture
 def made(chain):
-    return pulled(chain.model)[0]
+    return load_pulled(chain.model)[0]
 
 
 def between(text: str, word: str) -> str:
@@ -51,13 +51,13 @@ def test_without_a_system_prompt_the_templates_own_is_said(made, go):
     messages = [{"role": "user", "content": "Hi"}]
     wanted = trained(made, messages)
     assert "You are a helpful AI assistant named SmolLM, trained by Hugging Face" in wanted
-    assert go(made.chat.turns.go(), messages) == wanted
+    assert go(made.chat.turns.to_go_template(), messages) == wanted
 
 
 def test_the_modelfile_says_what_was_trained(chain):
-    made, path = pulled(chain.model)
+    made, path = load_pulled(chain.model)
     text = (chain.model / "Modelfile").read_text()
-    assert f"FROM ./{path.name}\n" in text and made.default().sha256 in text
+    assert f"FROM ./{path.name}\n" in text and made.default_artifact().sha256 in text
     assert (
         'PARAMETER stop """<|im_end|>"""' in text
         and "PARAMETER num_ctx 1024" in text
@@ -70,12 +70,12 @@ def test_turns_that_are_not_the_manifests_golden_prompts_are_refused(made):
     turns = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
     changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": turns})})
     with pytest.raises(UserError, match="does not give the trained prompt"):
-        modelfile.render(changed, changed.default())
+        modelfile.render_modelfile(changed, changed.default_artifact())
 
 
 def test_a_template_without_turns_is_left_to_the_gguf(made):
     changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": None})})
-    text = modelfile.render(changed, changed.default())
+    text = modelfile.render_modelfile(changed, changed.default_artifact())
     assert 'TEMPLATE """' not in text and "# TEMPLATE: none" in text
 
 
@@ -90,7 +90,7 @@ def edited(monkeypatch, tmp_path, content: str | bytes) -> str:
     path = tmp_path / "Modelfile.template"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.setattr(modelfile, "TEMPLATE", path)
-    return modelfile.filled(VALUES)
+    return modelfile.fill_template(VALUES)
 
 
 @pytest.mark.parametrize(

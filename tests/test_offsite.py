@@ -17,6 +17,7 @@ from common import files
 from common.errors import UserError
 from pipeline.checkpoint_sync import background_push, push, restore
 from pipeline.checkpoint_sync import snapshot as states
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from tests import boxes
 from tests.conftest import SHORT
@@ -27,15 +28,15 @@ REPO = "you/boat-checkpoints"
 NAME = f"models/{REPO}"
 
 
-def there(hub) -> states.State:
-    return states.parse(hub.read(NAME, states.INDEX), REPO)
+def there(hub) -> states.RunState:
+    return states.parse_state(hub.read(NAME, states.STATE_FILE), REPO)
 
 
 def at(hub, step: int, limit: float = 120) -> None:
     """Wait until the repo holds that step or a later one."""
     until = time.monotonic() + limit
     while time.monotonic() < until:
-        if hub.refs(NAME) and states.INDEX in hub.files(NAME) and there(hub).step >= step:
+        if hub.refs(NAME) and states.STATE_FILE in hub.files(NAME) and there(hub).step >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} did not arrive")
@@ -43,12 +44,12 @@ def at(hub, step: int, limit: float = 120) -> None:
 
 def elsewhere(folder: Path) -> Run:
     """Another machine, which has nothing."""
-    return Run(folder / restore.resume(REPO, folder).run)
+    return Run(folder / restore.resume_run(REPO, folder).run)
 
 
 @pytest.fixture
 def leaving(monkeypatch, online):
-    monkeypatch.setenv(background_push.REPO, REPO)
+    monkeypatch.setenv(background_push.REPO_VARIABLE, REPO)
     return online
 
 
@@ -61,7 +62,9 @@ def test_another_machine_goes_on_as_if_nothing_had_been(run, whole, leaving, tmp
     left = there(leaving)
     shutil.rmtree(run.folder)
     other = elsewhere(tmp_path / "other")
-    assert other.read("data")["outputs"]["train"]["sha256"] == files.sha256(other.output("data", "train"))
+    assert other.read_record(DataRecord).outputs["train"].sha256 == files.sha256(
+        other.read_stage_record("data").output_path("train")
+    )
     record = trained(other)
     assert record["resumed_from"].startswith("checkpoint-") and int(record["resumed_from"][11:]) >= left.step
     assert losses(other) == pytest.approx(whole[1], rel=1e-6)
@@ -95,7 +98,7 @@ def test_an_upload_that_was_killed_half_way_is_never_gone_on_from(run, leaving, 
     (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3 << 20))
     (run.folder / "finetune.json").write_text(json.dumps(run_record(run)))
     leaving.faults.append(Fault("PUT /lfs", rate=1e5, times=-1))
-    sender = background_push.started(run, REPO)
+    sender = background_push.start_push_process(run, REPO)
     until = time.monotonic() + 60
     sent = leaving.sent["uploads"]
     while leaving.sent["uploads"] < sent + 200_000 and time.monotonic() < until:
@@ -122,26 +125,26 @@ def test_old_checkpoints_go_from_the_storage(run, leaving):  # noqa: F811
     sizes = []
     for step in (4, 8):
         trained(run, max_steps=step) if step == 4 else None
-        push.push(run, REPO)
+        push.push_state(run, REPO)
         sizes.append(sum(size for _, size in leaving.large(NAME).values()))
         (run.folder / "finetune" / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(1 << 20))
-    push.push(run, REPO)
+    push.push_state(run, REPO)
     kept = {item["sha256"] for item in there(leaving).files.values()}
     assert set(leaving.large(NAME)) <= kept, "no file of an older state is stored"
     assert len(leaving.commits(NAME)) == 4, "one commit a state, after the empty one"
 
 
 def test_what_did_not_change_is_not_sent_again(run, leaving):  # noqa: F811
-    push.push(run, REPO)
+    push.push_state(run, REPO)
     commits, sent = len(leaving.commits(NAME)), leaving.sent["uploads"]
-    assert push.push(run, REPO) is None
+    assert push.push_state(run, REPO) is None
     assert (len(leaving.commits(NAME)), leaving.sent["uploads"]) == (commits, sent)
 
 
 def test_the_repo_is_private_and_holds_nothing_but_the_state(run, leaving):  # noqa: F811
-    push.push(run, REPO)
+    push.push_state(run, REPO)
     assert leaving.refs(NAME)["private"]
-    assert set(leaving.files(NAME)) == {*there(leaving).files, states.INDEX, "README.md", ".gitattributes"} & set(
+    assert set(leaving.files(NAME)) == {*there(leaving).files, states.STATE_FILE, "README.md", ".gitattributes"} & set(
         leaving.files(NAME)
     )
     assert f"make resume CHECKPOINTS={REPO}" in leaving.read(NAME, "README.md").decode()
@@ -153,27 +156,27 @@ def test_refusals(run, leaving, tmp_path, monkeypatch):  # noqa: F811
     leaving.add("models/you/other", folder_with(tmp_path / "b", "x.txt"), private=True)
     for repo, said in (("you/open", "is public"), ("you/other", "is a repo of something else: it holds x.txt")):
         with pytest.raises(UserError, match=said):
-            push.push(run, repo)
-    push.push(run, REPO)
+            push.push_state(run, repo)
+    push.push_state(run, REPO)
     tree = yaml.safe_load(run.config_file.read_text())
     run.config_file.write_text(yaml.safe_dump(tree | {"finetune": tree["finetune"] | {"seed": 1}}))
     with pytest.raises(UserError, match="holds the run run of another config"):
-        push.push(run, REPO)
+        push.push_state(run, REPO)
     with pytest.raises(UserError, match=r"another config:\n  finetune.seed: 3407 there, 1 here"):
-        restore.restore(REPO, Run(tmp_path / "elsewhere" / "run"), run.config())
+        restore.restore_run(REPO, Run(tmp_path / "elsewhere" / "run"), run.read_config())
     with pytest.raises(UserError, match="holds the run run, this one is boat"):
-        restore.restore(REPO, Run(tmp_path / "elsewhere" / "boat"), run.config())
+        restore.restore_run(REPO, Run(tmp_path / "elsewhere" / "boat"), run.read_config())
     assert not (tmp_path / "elsewhere").exists()
     for checkpoints in ("", "boat", "./boat", "you/boat@v1", "you/{run}"):
         with pytest.raises(
             UserError, match=r"^error: CHECKPOINTS=.* is no repo of the Hub\n next: CHECKPOINTS=owner/name$"
         ):
-            restore.resume(checkpoints, tmp_path)
+            restore.resume_run(checkpoints, tmp_path)
     with pytest.raises(UserError, match="holds no state of a run"):
-        restore.resume("you/nothing", tmp_path)
+        restore.resume_run("you/nothing", tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     with pytest.raises(UserError, match="may only read|refuses"):
-        push.push(run, "you/new")
+        push.push_state(run, "you/new")
 
 
 def folder_with(folder: Path, name: str) -> Path:
@@ -185,22 +188,22 @@ def folder_with(folder: Path, name: str) -> Path:
 def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leaving, tmp_path):  # noqa: F811
     shutil.copytree(run.folder, tmp_path / "behind" / "run")
     trained(run, max_steps=4)
-    push.push(run, REPO)
+    push.push_state(run, REPO)
     with pytest.raises(
-        push.Overtaken, match="is at finetune done, this machine at data done: another one went on with run"
+        push.NewerStateError, match="is at finetune done, this machine at data done: another one went on with run"
     ):
-        push.push(Run(tmp_path / "behind" / "run"), REPO)
+        push.push_state(Run(tmp_path / "behind" / "run"), REPO)
 
 
 def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):  # noqa: F811
-    push.push(run, REPO)
+    push.push_state(run, REPO)
     name = "data/train.parquet"
     content = bytearray(leaving.read(NAME, name))
     content[100] ^= 1
     entry = leaving.files(NAME)[name]
     leaving.object(entry).write_bytes(content)
     with pytest.raises(UserError, match="is not the file that was sent"):
-        restore.resume(REPO, tmp_path / "other")
+        restore.resume_run(REPO, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == [".run.lock"]
 
 
@@ -210,7 +213,7 @@ def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):  
 ], ids=["a list", "empty", "no JSON", "a newer schema", "a run that leads out", "a file that leads out"])  # fmt: skip
 def test_an_index_that_lies(content):
     with pytest.raises(UserError):
-        states.parse(content, "you/x/state.json")
+        states.parse_state(content, "you/x/state.json")
 
 
 def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # noqa: F811
@@ -224,24 +227,24 @@ def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # 
 
 def test_a_sender_that_hangs_is_replaced(run, leaving, monkeypatch):  # noqa: F811
     """Such as one over Xet, where no time limit reaches: the next is told to use plain LFS."""
-    monkeypatch.setattr(background_push, "LONGEST", 0.5)
+    monkeypatch.setattr(background_push, "PUSH_TIMEOUT", 0.5)
     told: list[bool] = []
 
     def started(run, repo, plain):
         told.append(plain)
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
-    monkeypatch.setattr(background_push, "started", started)
-    sending = background_push.Pusher(run, REPO, 1e-6)
-    sending.offer(Path("checkpoint-1"))
+    monkeypatch.setattr(background_push, "start_push_process", started)
+    sending = background_push.CheckpointSync(run, REPO, 1e-6)
+    sending.send_if_due(Path("checkpoint-1"))
     first = sending.process
-    sending.offer(Path("checkpoint-2"))
-    assert sending.process is first and sending.busy == Path("checkpoint-1"), "one at a time"
+    sending.send_if_due(Path("checkpoint-2"))
+    assert sending.process is first and sending.checkpoint_in_transit == Path("checkpoint-1"), "one at a time"
     time.sleep(0.6)
-    sending.offer(Path("checkpoint-3"))
-    assert first.poll() is not None and told == [False, True] and sending.busy == Path("checkpoint-3")
-    sending.close()
-    assert sending.busy is None
+    sending.send_if_due(Path("checkpoint-3"))
+    assert first.poll() is not None and told == [False, True] and sending.checkpoint_in_transit == Path("checkpoint-3")
+    sending.kill_push()
+    assert sending.checkpoint_in_transit is None
 
 
 # The whole chain, on the demo's real weights
@@ -276,7 +279,7 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
     assert second.returncode == 0, printed
     tuned = files.read_json(b / "runs" / "boat" / "finetune.json")
     assert int(tuned["resumed_from"].split("-")[1]) >= 8 and tuned["steps"] == 30, printed
-    alone = Run(chain.run).read("finetune")
+    alone = files.read_json(chain.run / "finetune.json")
     assert tuned["final_loss"] == pytest.approx(alone["final_loss"], rel=0.005)
     assert "  you/boat-GGUF@v1\n" in printed
     assert json.loads(online.read(NAME, "publish.json"))["tag"] == "v1", "whoever waits for it finds where it is"
@@ -288,28 +291,31 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
 def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch):  # noqa: F811
     from pipeline.preflight import check_run
 
-    config, name = run.config(), run.folder.name
-    assert check_run.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (new, private)"
-    push.push(run, REPO)
-    assert check_run.leaving(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (at data done, private)"
+    config, name = run.read_config(), run.folder.name
+    assert check_run.check_checkpoint_repo(config, run, REPO) == f"checkpoints go to {REPO} on the Hub (new, private)"
+    push.push_state(run, REPO)
+    assert (
+        check_run.check_checkpoint_repo(config, run, REPO)
+        == f"checkpoints go to {REPO} on the Hub (at data done, private)"
+    )
     leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
     with pytest.raises(UserError, match="you/open is public"):
-        check_run.leaving(config, run, "you/open")
+        check_run.check_checkpoint_repo(config, run, "you/open")
     with pytest.raises(UserError, match=f"holds the run {name}\n"):
-        check_run.leaving(config, Run(run.folder.with_name("other")), REPO)
+        check_run.check_checkpoint_repo(config, Run(run.folder.with_name("other")), REPO)
     with pytest.raises(UserError, match="may not write to strangers's repos"):
-        check_run.leaving(config, run, "strangers/x")
+        check_run.check_checkpoint_repo(config, run, "strangers/x")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="no token of the Hub is set"):
-        check_run.leaving(config, run, REPO)
+        check_run.check_checkpoint_repo(config, run, REPO)
 
 
 def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):  # noqa: F811
     """On the machine that made them a data file that is gone is a fault; on the next one it never was."""
     from pipeline.run.changes import find_changes
 
-    config = run.config()
-    push.push(run, REPO)
+    config = run.read_config()
+    push.push_state(run, REPO)
     other = elsewhere(tmp_path / "other")
     source = Path(config.data.source)
     aside = source.rename(source.with_name("aside.jsonl"))
@@ -340,7 +346,7 @@ def test_what_leaves_is_whole_checkpoints_the_newest_and_the_best(run):  # noqa:
             files.write_json(folder / f"checkpoint-{step}" / "ferry-complete", {"step": step})
     (run.folder / "export").mkdir()
     (run.folder / "export" / "run.f16.gguf").write_bytes(b"large")
-    state = states.of(run)
+    state = states.snapshot_run(run)
     left = {name.split("/")[2] for name in state.files if name.startswith("finetune/checkpoints/")}
     assert state.step == 6 and left == {"checkpoint-2", "checkpoint-6"}
     assert not any("gguf" in name for name in state.files), "it is made again in minutes"

@@ -46,11 +46,11 @@ def enter(monkeypatch, environment):
 
 
 def digests() -> dict[str, str]:
-    return {name: facts["digest"] for name, facts in api.Server(api.host()).models().items()}
+    return {name: facts["digest"] for name, facts in api.Server(api.server_url()).list_models().items()}
 
 
 def test_it_is_made_asked_and_then_latest(pair, server):
-    record = ollama.stage(pair[1])
+    record = ollama.run_ollama(pair[1])
     model = f"real:{pair[1].name}"
     assert record["model"] == model and record["latest"] == "real:latest" and record["created"]
     assert digests() == {model: record["digest"], "real:latest": record["digest"]}
@@ -61,25 +61,25 @@ def test_it_is_made_asked_and_then_latest(pair, server):
 
 
 def test_again_it_is_asked_but_not_made(pair, server):
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     before = server.requests.count("POST /api/create")
-    record = ollama.stage(pair[1])
+    record = ollama.run_ollama(pair[1])
     assert not record["created"] and server.requests.count("POST /api/create") == before
-    api.Server(server.url).delete(record["model"])
-    assert ollama.stage(pair[1])["created"]
+    api.Server(server.url).delete_model(record["model"])
+    assert ollama.run_ollama(pair[1])["created"]
 
 
 def test_a_changed_modelfile_is_made_again(pair, server):
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     text = (pair[1] / "Modelfile").read_text()
     (pair[1] / "Modelfile").unlink()
     (pair[1] / "Modelfile").write_text(text.replace("temperature 0.0", "temperature 0.5"))
-    assert ollama.stage(pair[1])["created"]
+    assert ollama.run_ollama(pair[1])["created"]
 
 
 def test_another_prompt_than_the_trained_one_withdraws_the_new_version_only(pair, server):
     """The server ignores TEMPLATE, as Ollama does where it likes the GGUF's own better; here that has another system prompt."""
-    ollama.stage(pair[0])
+    ollama.run_ollama(pair[0])
     before = digests()
     text = (pair[1] / "Modelfile").read_text()
     assert "assistant\\n" in text
@@ -87,54 +87,54 @@ def test_another_prompt_than_the_trained_one_withdraws_the_new_version_only(pair
     (pair[1] / "Modelfile").unlink()
     (pair[1] / "Modelfile").write_text(text)
     with pytest.raises(UserError, match=f"another prompt than the trained one.*real:{pair[1].name} was withdrawn"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert digests() == before and not (pair[1] / "ollama.json").exists()
 
 
 def test_answers_of_another_model_withdraw_it(pair, server):
     server.faults(wrong="Bonjour le monde")
     with pytest.raises(UserError, match=r"answers otherwise in Ollama.*Bonjour.*was withdrawn"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert digests() == {}
 
 
 def test_a_version_that_stood_its_test_is_not_withdrawn_when_the_server_changes(pair, server):
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     server.faults(wrong="Bonjour le monde")
     with pytest.raises(UserError, match="stays, it had passed before"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert len(digests()) == 2
 
 
 @pytest.mark.parametrize("fault", [{"die": "create"}, {"full": True}, {"broken": ["create"]}, {"broken": ["copy"]}])
 def test_what_fails_in_the_middle_leaves_latest_as_it_was(pair, server, fault):
-    ollama.stage(pair[0])
+    ollama.run_ollama(pair[0])
     before = digests()
     server.faults(**fault)
     with pytest.raises(UserError) as caught:
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert "Traceback" not in str(caught.value) and ("free some disk" in str(caught.value)) == ("full" in fault)
     server.faults()
     server.stop()
     server.start()
     assert digests()["real:latest"] == before["real:latest"]
-    assert ollama.stage(pair[1])["latest"] == "real:latest" and digests()["real:latest"] != before["real:latest"]
+    assert ollama.run_ollama(pair[1])["latest"] == "real:latest" and digests()["real:latest"] != before["real:latest"]
 
 
 def test_ctrl_c_between_making_and_asking_leaves_no_unproven_model(pair, server, monkeypatch):
-    monkeypatch.setattr(ollama, "compared", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ollama, "compare_prompts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert digests() == {}
 
 
 def test_what_a_fault_left_in_ollama_is_taken_out_by_undeploy(pair, server):
     server.faults(broken=["copy"])
     with pytest.raises(UserError, match="copy"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert len(digests()) == 1
     server.faults()
-    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+    versions.undeploy_model(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
     assert digests() == {}
 
 
@@ -143,74 +143,74 @@ def test_a_server_that_takes_nothing_back_is_said_beside_the_reason(pair, server
     with pytest.raises(
         UserError, match=r"answers otherwise in Ollama.*could not be withdrawn, do it with `ollama rm real:"
     ):
-        ollama.stage(pair[1])
-    assert len(digests()) == 1 and store.read(pair[1] / ollama.RECORD).get("digest") is None
+        ollama.run_ollama(pair[1])
+    assert len(digests()) == 1 and store.read_record(pair[1] / ollama.RECORD).get("digest") is None
 
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("fault", [{"wrong": "Bonjour le monde"}, {"full": True}])
 def test_a_version_made_anew_that_fails_leaves_its_latest_known_as_ours(pair, server, fault, again):
     """Its Modelfile was changed, or its name: what was there before is still known."""
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     text = (pair[1] / "Modelfile").read_text()
     (pair[1] / "Modelfile").unlink()
     (pair[1] / "Modelfile").write_text(text.replace("temperature 0.0", "temperature 0.5"))
     server.faults(**fault)
     for name in (None, "bbb"):
         with pytest.raises(UserError):
-            ollama.stage(pair[1], name)
+            ollama.run_ollama(pair[1], name)
     server.faults()
     if again:
-        assert ollama.stage(pair[1])["latest"] == "real:latest"
-    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+        assert ollama.run_ollama(pair[1])["latest"] == "real:latest"
+    versions.undeploy_model(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
     assert digests() == {}
 
 
 def test_another_name_leaves_nothing_under_the_old_one(pair, server):
-    ollama.stage(pair[1], "aaa")
-    assert ollama.stage(pair[1], "bbb")["latest"] == "bbb:latest"
+    ollama.run_ollama(pair[1], "aaa")
+    assert ollama.run_ollama(pair[1], "bbb")["latest"] == "bbb:latest"
     assert set(digests()) == {f"bbb:{pair[1].name}", "bbb:latest"}
 
 
 def test_another_model_of_the_same_name_is_not_overwritten(pair, server):
-    ollama.stage(pair[0])
+    ollama.run_ollama(pair[0])
     folder = shutil.copytree(pair[0].parent, pair[0].parent.parent / "bobs", symlinks=True, copy_function=os.link)
     for record in folder.glob(f"*/{ollama.RECORD}"):
         record.unlink()
     before = digests()
     with pytest.raises(UserError, match="Ollama's real is another model of yours") as caught:
-        ollama.stage(folder / pair[1].name)
+        ollama.run_ollama(folder / pair[1].name)
     assert "NAME=" in caught.value.hint and digests() == before
-    assert ollama.stage(folder / pair[1].name, "bobs")["latest"] == "bobs:latest"
+    assert ollama.run_ollama(folder / pair[1].name, "bobs")["latest"] == "bobs:latest"
 
 
 def test_without_ollama_what_it_had_is_forgotten_and_the_rest_goes(pair, server, tmp_path, monkeypatch):
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     server.stop()
     repo, models = files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent
     with pytest.raises(UserError, match="no server answers"):
-        versions.undeploy(repo, models)
+        versions.undeploy_model(repo, models)
     assert pair[1].is_dir()
     enter(monkeypatch, apps.without(tmp_path / "none"))
-    versions.undeploy(repo, models)
+    versions.undeploy_model(repo, models)
     assert not models.exists()
 
 
 def test_a_program_that_cannot_be_run_is_one_clear_error(pair, server):
-    program = Path(api.program())
+    program = Path(api.find_command())
     program.unlink()
     program.write_bytes(b"")
     program.chmod(0o755)
     with pytest.raises(UserError, match="cannot be run: Exec format error"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
 
 
 @pytest.mark.parametrize("content", ['{"model":null}', '{"model":7}', "[]", "{", '{"stage":"ollama"}', "[" * 100_000])
 def test_a_damaged_record_is_none(pair, server, content):
     (pair[0] / ollama.RECORD).write_text(content)
     (pair[1] / ollama.RECORD).write_text(content)
-    assert ollama.stage(pair[1])["created"]
-    versions.undeploy(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
+    assert ollama.run_ollama(pair[1])["created"]
+    versions.undeploy_model(files.read_json(pair[1] / "pull.json")["repo"], pair[1].parent.parent)
     assert digests() == {}
 
 
@@ -218,26 +218,26 @@ def test_a_rollback_passes_by_what_did_not_pass_its_smoke_test(pair):
     models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
     (pair[0] / "smoke.json").unlink()
     with pytest.raises(UserError, match="no version of"):
-        versions.rollback(repo, models)
-    assert store.current(models, repo) == pair[1]
+        versions.roll_back(repo, models)
+    assert store.require_version(models, repo) == pair[1]
     folder = pair[0].parent.rename(models / "you--model")
-    files.write_json(folder / store.NAMES, {"v1": pair[0].name})
+    files.write_json(folder / store.NAMES_FILE, {"v1": pair[0].name})
     with pytest.raises(UserError, match="has not passed its smoke test"):
-        versions.rollback("you/model@v1", models)
-    assert store.current(models, "you/model").name == pair[1].name
+        versions.roll_back("you/model@v1", models)
+    assert store.require_version(models, "you/model").name == pair[1].name
 
 
 def test_where_the_record_is_lost_nothing_proves_what_is_there_and_the_hint_cures_it(pair, server):
-    ollama.stage(pair[1], "MiXed")
+    ollama.run_ollama(pair[1], "MiXed")
     (pair[1] / ollama.RECORD).unlink()
     before = digests()
     for name in ("mixed:latest", f"mixed:{pair[1].name}"):
         with pytest.raises(UserError, match=f"Ollama holds a model {name} already") as caught:
-            ollama.stage(pair[1], "mixed")
+            ollama.run_ollama(pair[1], "mixed")
         assert digests() == before and "`ollama rm mixed" in caught.value.hint
         before = {kept: digest for kept, digest in before.items() if kept != name}
-        api.Server(server.url).delete(name)
-    assert ollama.stage(pair[1], "mixed")["latest"] == "mixed:latest"
+        api.Server(server.url).delete_model(name)
+    assert ollama.run_ollama(pair[1], "mixed")["latest"] == "mixed:latest"
     assert set(digests()) == {f"mixed:{pair[1].name}", "mixed:latest"}
 
 
@@ -246,91 +246,91 @@ def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
-    assert api.version()
+    assert api.find_server_version()
 
 
 def test_a_rollback_takes_the_version_that_was_named(pair):
     models = pair[0].parent.parent
     folder = pair[0].parent.rename(models / "you--model")
-    files.write_json(folder / store.NAMES, {"v1": pair[0].name, "v2": pair[1].name})
-    assert versions.rollback("you/model@v2", models)[0] == folder / pair[1].name
-    assert versions.rollback("you/model@v1", models)[0] == folder / pair[0].name
+    files.write_json(folder / store.NAMES_FILE, {"v1": pair[0].name, "v2": pair[1].name})
+    assert versions.roll_back("you/model@v2", models)[0] == folder / pair[1].name
+    assert versions.roll_back("you/model@v1", models)[0] == folder / pair[0].name
 
 
 def test_a_latest_that_a_full_disk_emptied_is_made_again(pair, server):
     for version in pair:
-        ollama.stage(version)
+        ollama.run_ollama(version)
     server.faults(full=True)
     with pytest.raises(UserError, match="no space left") as caught:
-        ollama.stage(pair[0])
+        ollama.run_ollama(pair[0])
     assert "free some disk" in caught.value.hint and "real:latest" not in digests()
     server.faults()
-    assert not ollama.stage(pair[0])["created"] and digests()["real:latest"] == digests()[f"real:{pair[0].name}"]
+    assert not ollama.run_ollama(pair[0])["created"] and digests()["real:latest"] == digests()[f"real:{pair[0].name}"]
 
 
 def test_a_model_of_that_name_which_is_not_ours_stays(pair, server):
-    ollama.stage(pair[1], "mine")
+    ollama.run_ollama(pair[1], "mine")
     client = api.Server(server.url)
-    client.copy(f"mine:{pair[1].name}", "real:latest")
-    client.copy("real:latest", "real:7b")
+    client.copy_model(f"mine:{pair[1].name}", "real:latest")
+    client.copy_model("real:latest", "real:7b")
     # Another content than any version's: as if somebody had pulled it.
-    Path(pair[1] / "Other").write_text(f"FROM ./{store.passed(pair[1])[1].name}\nSYSTEM another\n")
+    Path(pair[1] / "Other").write_text(f"FROM ./{store.load_tested(pair[1])[1].name}\nSYSTEM another\n")
     import subprocess
 
     subprocess.run(["ollama", "create", "real:latest", "-f", str(pair[1] / "Other")], check=True, capture_output=True)
     before = digests()
     (pair[1] / "ollama.json").unlink()
     with pytest.raises(UserError, match=r"real:latest already that Ferry did not make") as caught:
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert "NAME=" in caught.value.hint and digests() == before
-    assert ollama.stage(pair[1], "real-2")["latest"] == "real-2:latest"
+    assert ollama.run_ollama(pair[1], "real-2")["latest"] == "real-2:latest"
     assert digests()["real:latest"] == before["real:latest"]
 
 
 def test_the_name_is_remembered(pair, server):
-    ollama.stage(pair[0], "chosen")
-    assert ollama.stage(pair[1])["latest"] == "chosen:latest"
+    ollama.run_ollama(pair[0], "chosen")
+    assert ollama.run_ollama(pair[1])["latest"] == "chosen:latest"
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "a/b", "a:b", "", "-x", "ä", "x" * 81, "--help"])
 def test_a_name_that_ollama_cannot_have_is_refused_before_anything_is_made(pair, server, name):
     if name:
         with pytest.raises(UserError, match="cannot have a model called"):
-            ollama.stage(pair[1], name)
+            ollama.run_ollama(pair[1], name)
     else:
         with pytest.raises(UserError):
-            ollama.named(name)
+            ollama.normalize_name(name)
     assert "POST /api/create" not in server.requests
 
 
 def test_rollback_makes_the_older_version_latest_and_the_store_follows(pair, server):
     for version in pair:
-        ollama.stage(version)
+        ollama.run_ollama(version)
     models = pair[0].parent.parent
     repo = files.read_json(pair[1] / "pull.json")["repo"]
-    version, _ = versions.rollback(repo, models)
-    assert version == pair[0] and store.current(models, repo) == pair[0]
+    version, _ = versions.roll_back(repo, models)
+    assert version == pair[0] and store.require_version(models, repo) == pair[0]
     assert digests()["real:latest"] == digests()[f"real:{pair[0].name}"] != digests()[f"real:{pair[1].name}"]
     with pytest.raises(UserError, match="no version of .* older than"):
-        versions.rollback(repo, models)
+        versions.roll_back(repo, models)
 
 
 def test_a_rollback_that_ollama_refuses_changes_nothing(pair, server):
     for version in pair:
-        ollama.stage(version)
+        ollama.run_ollama(version)
     server.stop()
     models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
     with pytest.raises(UserError, match="no server answers"):
-        versions.rollback(repo, models)
-    assert store.current(models, repo) == pair[1]
+        versions.roll_back(repo, models)
+    assert store.require_version(models, repo) == pair[1]
 
 
 def test_undeploy_takes_away_what_was_installed_and_counts_the_bytes(pair, server):
     for version in pair:
-        ollama.stage(version)
+        ollama.run_ollama(version)
     models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
     held = server.disk()
-    went = versions.undeploy(repo, models)
+    went = versions.undeploy_model(repo, models)
     assert sorted(version.name for version, _ in went) == sorted(version.name for version in pair)
     assert digests() == {} and not models.exists()
     own = sum(back for _, back in went) - (held - server.disk())
@@ -339,7 +339,7 @@ def test_undeploy_takes_away_what_was_installed_and_counts_the_bytes(pair, serve
 
 def test_undeploy_of_the_version_in_use_goes_back_to_the_other_one(pair, server):
     for version in pair:
-        ollama.stage(version)
+        ollama.run_ollama(version)
     record = files.read_json(pair[1] / "pull.json")
     files.write_json(
         pair[1] / "pull.json", record | {"repo": "you/real"}
@@ -347,20 +347,20 @@ def test_undeploy_of_the_version_in_use_goes_back_to_the_other_one(pair, server)
     models = pair[0].parent.parent
     pair[0].parent.rename(models / "you--real")
     newer = models / "you--real" / pair[1].name
-    assert [version for version, _ in versions.undeploy(f"you/real@{newer.name}", models)] == [newer]
+    assert [version for version, _ in versions.undeploy_model(f"you/real@{newer.name}", models)] == [newer]
     assert set(digests()) == {f"real:{pair[0].name}", "real:latest"} and len(set(digests().values())) == 1
-    assert store.current(models, "you/real").name == pair[0].name
+    assert store.require_version(models, "you/real").name == pair[0].name
 
 
 def test_prune_keeps_the_newest_and_the_one_in_use(pair, server):
     for version in pair:
-        ollama.stage(version)
+        ollama.run_ollama(version)
     models, repo = pair[0].parent.parent, files.read_json(pair[1] / "pull.json")["repo"]
-    store.use(pair[0])
-    assert versions.prune(repo, models, 1) == [], "the older one is in use"
-    store.use(pair[1])
-    assert [version for version, _ in versions.prune(repo, models, 1)] == [pair[0]]
-    assert set(digests()) == {f"real:{pair[1].name}", "real:latest"} and store.current(models, repo) == pair[1]
+    store.set_current_version(pair[0])
+    assert versions.prune_versions(repo, models, 1) == [], "the older one is in use"
+    store.set_current_version(pair[1])
+    assert [version for version, _ in versions.prune_versions(repo, models, 1)] == [pair[0]]
+    assert set(digests()) == {f"real:{pair[1].name}", "real:latest"} and store.require_version(models, repo) == pair[1]
 
 
 def test_without_ollama_the_rest_goes_on(pair, tmp_path, monkeypatch, capsys):
@@ -382,10 +382,10 @@ def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch, caps
         install_in_ollama(pair[1], None, start=False, optional=True)
         shown = capsys.readouterr().out
         assert "skipped: Ollama is installed, but no server answers" in shown and "START=1" in shown
-        assert not app.woken and api.version() is None
+        assert not app.woken and api.find_server_version() is None
         done = ferry("ollama", repo, "--models", models, "--start", FERRY_CACHE=str(tmp_path / "cache"))
         assert done.returncode == 0, done.stderr
-        assert "it goes on running (pid" in done.stderr and api.version() is not None
+        assert "it goes on running (pid" in done.stderr and api.find_server_version() is not None
         pid = int(done.stderr.split("(pid ")[1].split(",")[0])
         alone = os.getsid(pid) == pid  # Ctrl-C in this terminal is not for it
         os.kill(pid, 15)
@@ -394,10 +394,10 @@ def test_a_server_is_started_only_with_consent(pair, tmp_path, monkeypatch, caps
 
 def test_a_server_elsewhere_is_never_started(pair, monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "http://192.0.2.1:1")
-    monkeypatch.setattr(api, "version", lambda: None)
-    monkeypatch.setattr(api, "program", lambda: "/bin/true")
-    with pytest.raises(api.Absent, match=r"192\.0\.2\.1"):
-        api.serving(start=True)
+    monkeypatch.setattr(api, "find_server_version", lambda: None)
+    monkeypatch.setattr(api, "find_command", lambda: "/bin/true")
+    with pytest.raises(api.OllamaUnavailable, match=r"192\.0\.2\.1"):
+        api.ensure_server(start=True)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_a_server_elsewhere_is_never_started(pair, monkeypatch):
 )  # fmt: skip
 def test_ollama_host_is_read_as_ollama_reads_it(monkeypatch, said, url):
     monkeypatch.setenv("OLLAMA_HOST", said)
-    assert api.host() == url
+    assert api.server_url() == url
 
 
 def test_what_a_manifest_says_never_becomes_a_command(real, tmp_path, server):
@@ -424,8 +424,8 @@ def test_what_a_manifest_says_never_becomes_a_command(real, tmp_path, server):
     version = installed.ready(repo, tmp_path / "models")
     server.faults(ignore_template=False)
     client, model = api.Server(server.url), "real:hostile"
-    ollama.create(client, model, version)
-    facts = client.ask("POST", "/api/show", {"model": model})
+    ollama.create_model(client, model, version)
+    facts = client.request("POST", "/api/show", {"model": model})
     assert facts["system"] == hostile and "ADAPTER" not in facts["parameters"] and "stop" in facts["parameters"]
     assert facts["parameters"].count("stop ") == 1
 
@@ -434,27 +434,29 @@ def test_without_a_modelfile_nothing_is_made(pair, server):
     """`ollama create -f` of a missing file takes whatever GGUFs lie in the current folder."""
     (pair[1] / "Modelfile").unlink()
     with pytest.raises(UserError, match="holds no Modelfile"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert "POST /api/create" not in server.requests
 
 
 def test_trace_knows_a_model_by_its_name_also_when_the_server_is_down(pair, server):
-    ollama.stage(pair[1])
-    models, made = pair[1].parent.parent, store.passed(pair[1])[0]
+    ollama.run_ollama(pair[1])
+    models, made = pair[1].parent.parent, store.load_tested(pair[1])[0]
     for name in ("real", "real:latest", f"real:{pair[1].name}"):
-        assert f"its run, {pair[1]}" in trace.stage(name, models) and made.base.model in trace.stage(name, models)
+        assert f"its run, {pair[1]}" in trace.run_trace(name, models) and made.base.model in trace.run_trace(
+            name, models
+        )
     server.stop()
-    assert f"its run, {pair[1]}" in trace.stage("real", models)
+    assert f"its run, {pair[1]}" in trace.run_trace("real", models)
     with pytest.raises(UserError, match="does not answer"):
-        trace.stage("another", models)
+        trace.run_trace("another", models)
 
 
 def test_trace_of_a_copy_under_another_name_and_of_a_strangers_model(pair, server, tmp_path):
-    ollama.stage(pair[1])
-    models, client = pair[1].parent.parent, api.Server(api.host())
-    client.copy("real:latest", "mine")
-    assert f"its run, {pair[1]}" in trace.stage("mine", models), "the same digest"
+    ollama.run_ollama(pair[1])
+    models, client = pair[1].parent.parent, api.Server(api.server_url())
+    client.copy_model("real:latest", "mine")
+    assert f"its run, {pair[1]}" in trace.run_trace("mine", models), "the same digest"
     with pytest.raises(UserError, match="was not made by Ferry"):
-        trace.stage("mine", tmp_path / "no models")
+        trace.run_trace("mine", tmp_path / "no models")
     with pytest.raises(UserError, match="has no model nobody:latest"):
-        trace.stage("nobody", models)
+        trace.run_trace("nobody", models)

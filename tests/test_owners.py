@@ -20,7 +20,7 @@ from deploy import store, versions
 from pipeline.checkpoint_sync import snapshot as states
 from pipeline.config.schema import Config
 from pipeline.config.user_files import refuse_files_inside
-from pipeline.publish.stage import HUB_MARKER, claim_hub_folder, hub_folder, keep_edited_card
+from pipeline.publish.folder_hub import HUB_MARKER, back_up_edited_card, claim_hub_folder, hub_folder
 from pipeline.run import run_folder, status
 from tests import repos
 from tests.conftest import ROOT
@@ -67,19 +67,19 @@ def test_an_empty_folder_ones_own_hub_and_one_that_was_interrupted_are_taken(tmp
     repos.make(tmp_path, 1 << 14)
     assert hub_folder(str(tmp_path), "tiny") == tmp_path
     claim_hub_folder(tmp_path, "tiny")
-    (tmp_path / manifest.NAME).unlink()  # files are exchanged
+    (tmp_path / manifest.FILE_NAME).unlink()  # files are exchanged
     assert hub_folder(str(tmp_path), "tiny") == tmp_path
 
 
 def test_a_model_card_that_was_edited_is_kept(tmp_path):
     repos.make(tmp_path, 1 << 14)
-    keep_edited_card(tmp_path)
+    back_up_edited_card(tmp_path)
     assert (tmp_path / "README.md").is_file()
     (tmp_path / "README.md").write_text("with my own words")
-    keep_edited_card(tmp_path)
+    back_up_edited_card(tmp_path)
     assert (tmp_path / "README.md.before").read_text() == "with my own words" and not (tmp_path / "README.md").exists()
     (tmp_path / "README.md").write_text("and more")
-    keep_edited_card(tmp_path)
+    back_up_edited_card(tmp_path)
     assert (tmp_path / "README.md.before").read_text() == "with my own words", "an earlier one stays"
 
 
@@ -122,7 +122,7 @@ def test_a_run_marks_its_folder_before_anything_else_and_keeps_a_config_that_was
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("# mine\n")
-    run_folder.Run(folder).freeze(demo(tmp_path))
+    run_folder.Run(folder).freeze_config(demo(tmp_path))
     assert run_folder.is_run_folder(folder) and (folder / "config.yaml.before").read_text() == "# mine\n"
     assert not run_folder.Run(folder).is_config_edited()
     (folder / "config.yaml").unlink()
@@ -159,9 +159,10 @@ def test_clean_removes_nothing_outside_the_run(tmp_path):
     }
     for stage, more in (("export", {"sixteen": "f16"}), ("verify", {"default": "q4_k_m"}), ("publish", {})):
         files.write_json(
-            run.path(stage), {"stage": stage, "seconds": 1, "settings": {}, "sources": {}, "outputs": outputs} | more
+            run.record_path(stage),
+            {"stage": stage, "seconds": 1, "settings": {}, "sources": {}, "outputs": outputs} | more,
         )
-    assert status.find_removable(run) == []
+    assert status.find_removable_paths(run) == []
 
 
 @pytest.mark.parametrize("words", [["RUN="], ["RUN=", "ALL=1", "YES=1"], ["CONFIG=", "ALL=1"], ["RUNS="]])
@@ -171,7 +172,7 @@ def test_an_empty_name_is_no_name(words):
 
 
 def test_all_of_a_run_is_removed_by_its_name_alone(tmp_path, monkeypatch, capsys):
-    run_folder.Run(tmp_path / "only").freeze(demo(tmp_path))
+    run_folder.Run(tmp_path / "only").freeze_config(demo(tmp_path))
     monkeypatch.setattr("sys.argv", ["ferry", "clean", "--runs", str(tmp_path), "--all", "--yes"])
     with pytest.raises(SystemExit):
         main()
@@ -182,7 +183,7 @@ def test_all_of_a_run_is_removed_by_its_name_alone(tmp_path, monkeypatch, capsys
 def test_a_state_from_elsewhere_names_no_other_folder(name):
     entry = {"sha256": "0" * 64, "bytes": 1}
     said = {
-        "schema": states.SCHEMA,
+        "schema": states.SCHEMA_VERSION,
         "run": name,
         "config": "0" * 64,
         "training": "0" * 64,
@@ -191,7 +192,7 @@ def test_a_state_from_elsewhere_names_no_other_folder(name):
         "files": {"config.yaml": entry, "data.json": entry},
     }
     with pytest.raises(UserError):
-        states.parse(json.dumps(said).encode(), "you/checkpoints")
+        states.parse_state(json.dumps(said).encode(), "you/checkpoints")
 
 
 def test_what_is_set_aside_takes_the_place_of_nothing(tmp_path):
@@ -211,9 +212,9 @@ def test_folders_that_look_like_versions_stay(tmp_path, monkeypatch):
     photos.mkdir(parents=True)
     (photos / "a.jpg").write_bytes(b"x")
     (tmp_path / "photos" / "0123456789ab").symlink_to(photos)
-    assert store.list_versions(tmp_path) == []
+    assert store.list_all_versions(tmp_path) == []
     with pytest.raises(UserError):
-        versions.undeploy("photos", tmp_path, False)
+        versions.undeploy_model("photos", tmp_path, False)
     assert (photos / "a.jpg").is_file()
 
 
@@ -224,14 +225,14 @@ def test_a_current_of_the_users_stays(tmp_path, kind):
     current = tmp_path / "tiny" / "current"
     {"folder": current.mkdir, "link": lambda: current.symlink_to("/tmp"), "file": current.touch}[kind]()
     with pytest.raises(UserError, match="not Ferry's"):
-        store.use(version)
+        store.set_current_version(version)
     assert os.path.lexists(current)
 
 
 def test_a_folder_in_a_files_place_stays(tmp_path):
     (tmp_path / "README.md").mkdir()
     (tmp_path / "README.md" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="cannot write"), files.writing(tmp_path / "README.md") as part:
+    with pytest.raises(UserError, match="cannot write"), files.write_atomically(tmp_path / "README.md") as part:
         part.write_text("x")
     assert (tmp_path / "README.md" / "thesis.txt").is_file()
 
@@ -305,4 +306,4 @@ def test_commands_write_only_where_the_table_of_owners_says(chain, tmp_path):
         )
         strange = [path for path in strange if path not in map(str, (hub, runs, tmp_path))]  # folders that hold them
         assert not strange, f"{name} wrote {strange[:10]}"
-    assert not models.exists() and (hub / "chain" / manifest.NAME).is_file()
+    assert not models.exists() and (hub / "chain" / manifest.FILE_NAME).is_file()

@@ -15,7 +15,7 @@ from deploy import store, versions
 from deploy.apps import lmstudio, ollama
 from deploy.apps import ollama_server as api
 from deploy.stages import modelfile, pull
-from deploy.stages.partial_download import Part
+from deploy.stages.partial_download import PartialDownload
 from pipeline.run import checkpoint_files
 from tests import apps, repos
 from tests.conftest import ROOT
@@ -72,7 +72,7 @@ def make_venv(folder: Path, *content: str) -> Path:
 def ran(setup, monkeypatch) -> list:
     """Each `python -m venv` that would have been run."""
     commands = []
-    monkeypatch.setattr(setup.packages, "run", lambda command, *_: commands.append(command))
+    monkeypatch.setattr(setup.packages, "run_or_fail", lambda command, *_: commands.append(command))
     return commands
 
 
@@ -82,12 +82,15 @@ def ran(setup, monkeypatch) -> list:
 )
 def test_an_environment_of_the_users_own_is_left_as_it_is(setup, ran, monkeypatch, capsys, tmp_path, mine, has_pip):
     """With a pip it would be built upon, without one it would be emptied; through a link, too."""
-    monkeypatch.setattr(setup.packages, "fits", lambda *_: has_pip)
+    monkeypatch.setattr(setup.packages, "is_usable_python", lambda *_: has_pip)
     venv = make_venv(tmp_path / "work", mine)
     (tmp_path / ".venv").symlink_to(venv)
     before = tree(venv)
     for place in (venv, tmp_path / ".venv"):
-        for change in (setup.packages.make_venv, lambda *words: setup.env.set_up(words[0], "data", {}, words[2])):
+        for change in (
+            setup.packages.make_venv,
+            lambda *words: setup.env.set_up_environment(words[0], "data", {}, words[2]),
+        ):
             with pytest.raises(SystemExit):
                 change(str(place), (3, 11), str(tmp_path / "log"))
             error, hint = refusal(capsys.readouterr().err)
@@ -113,7 +116,7 @@ def test_an_environment_that_a_ferry_made_is_used_and_marked(setup, ran, tmp_pat
     venv = make_venv(tmp_path / "venv", f"{PACKAGES}/torch/__init__.py")
     (venv / left).symlink_to("/old/checkout/ferry") if left == "bin/ferry" else (venv / left).write_text("{}")
     setup.packages.make_venv(str(venv), (3, 11), "log")
-    assert len(ran) == 1 and list(tree(venv)) == [setup.packages.MARK], "without pip: emptied, to be made anew"
+    assert len(ran) == 1 and list(tree(venv)) == [setup.packages.OWNER_MARK], "without pip: emptied, to be made anew"
 
 
 def test_the_mark_is_there_before_the_record_of_an_older_ferry_goes(setup, ran, monkeypatch, tmp_path):
@@ -121,7 +124,7 @@ def test_the_mark_is_there_before_the_record_of_an_older_ferry_goes(setup, ran, 
     make = setup.packages.make_venv
     monkeypatch.setattr(setup.env, "make_venv", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        setup.env.set_up(str(venv), "data", {}, "log")
+        setup.env.set_up_environment(str(venv), "data", {}, "log")
     assert not (venv / "ferry.json").exists()
     make(str(venv), (3, 11), "log")
     assert ran
@@ -132,14 +135,14 @@ def interrupt(*_) -> None:
 
 
 def test_an_environment_that_was_half_emptied_is_still_known_as_ferrys(setup, ran, monkeypatch, tmp_path):
-    venv = make_venv(tmp_path / "venv", f"{PACKAGES}/torch/__init__.py", "share/man/torch.1", setup.packages.MARK)
+    venv = make_venv(tmp_path / "venv", f"{PACKAGES}/torch/__init__.py", "share/man/torch.1", setup.packages.OWNER_MARK)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", interrupt)
         with pytest.raises(KeyboardInterrupt):
             setup.packages.make_venv(str(venv), (3, 11), "log")
     (venv / "pyvenv.cfg").unlink(missing_ok=True)
     setup.packages.make_venv(str(venv), (3, 11), "log")
-    assert list(tree(venv)) == [setup.packages.MARK]
+    assert list(tree(venv)) == [setup.packages.OWNER_MARK]
 
 
 @pytest.mark.parametrize("maker", ["venv", "venv --without-pip", "uv", "an empty folder"])
@@ -153,7 +156,7 @@ def test_a_new_environment_in_which_nothing_is_yet_is_taken_over(setup, tmp_path
     subprocess.run([*made, venv], check=True)
     log = str(tmp_path / "log")
     setup.packages.make_venv(str(venv), (3, 11), log)
-    assert (venv / setup.packages.MARK).is_file() and setup.packages.can_build_upon(str(venv), (3, 11))
+    assert (venv / setup.packages.OWNER_MARK).is_file() and setup.packages.can_reuse_venv(str(venv), (3, 11))
     assert ("venv" in Path(log).read_text() if Path(log).exists() else False) == (maker != "venv"), "with pip: kept"
 
 
@@ -180,9 +183,9 @@ def pair(tmp_path):
 
 def deployable(repo: Path, models: Path) -> Path:
     """A version of the store with a smoke test that it passed and a Modelfile."""
-    version = Path(pull.stage(str(repo), models)["folder"])
-    pulled = store.record(version)
-    passed = {"file": pulled["file"], "sha256": pulled["sha256"], "stamp": store.stamp(version / pulled["file"])}
+    version = Path(pull.run_pull(str(repo), models)["folder"])
+    pulled = store.read_pull_record(version)
+    passed = {"file": pulled["file"], "sha256": pulled["sha256"], "stamp": store.file_stamp(version / pulled["file"])}
     measured = {"tokens_per_second": 1, "load_seconds": 1, "difference": 0, "answers": []}
     files.write_json(version / "smoke.json", passed | measured)
     (version / "Modelfile").write_text(f"FROM ./{pulled['file']}\nPARAMETER temperature 0.5\n")
@@ -190,7 +193,7 @@ def deployable(repo: Path, models: Path) -> Path:
 
 
 def artifact(version: Path) -> Path:
-    return version / store.record(version)["file"]
+    return version / store.read_pull_record(version)["file"]
 
 
 # LM Studio
@@ -216,8 +219,8 @@ def download(shelf: Path, version: Path) -> Path:
 def test_a_download_of_the_users_own_is_found_and_stays(pair, shelf, capsys):
     target = download(shelf, pair[1])
     for _ in range(2):
-        assert lmstudio.stage(pair[1])["how"] == "found"
-    versions.undeploy("tiny", pair[1].parent.parent)
+        assert lmstudio.run_lmstudio(pair[1])["how"] == "found"
+    versions.undeploy_model("tiny", pair[1].parent.parent)
     assert files.sha256(target) and not pair[1].exists()
     assert "was there before Ferry: it stays" in capsys.readouterr().err
 
@@ -229,26 +232,26 @@ def test_another_version_does_not_replace_the_users_download(pair, shelf, record
         target = download(shelf, first)
         digest = files.sha256(target)
         if recorded:
-            lmstudio.stage(first)
+            lmstudio.run_lmstudio(first)
         with pytest.raises(UserError, match="Ferry did not put it there"):
-            lmstudio.stage(then)
+            lmstudio.run_lmstudio(then)
         assert files.sha256(target) == digest
-        lmstudio.gone(first)
+        lmstudio.remove_version(first)
         shutil.rmtree(target.parent)
 
 
 def test_what_ferry_put_there_is_ferrys_however_often_it_looks(pair, shelf):
     for _ in range(2):
-        assert lmstudio.stage(pair[1])["how"] == "hard link"
-    lmstudio.gone(pair[1])
+        assert lmstudio.run_lmstudio(pair[1])["how"] == "hard link"
+    lmstudio.remove_version(pair[1])
     assert list(shelf.iterdir()) == []
 
 
 def test_a_file_that_came_whole_before_the_import_was_killed_is_ferrys(pair, shelf):
     target = download(shelf, pair[1])
     files.write_json(pair[1] / lmstudio.RECORD, {"target": str(target), "done": False})
-    assert lmstudio.stage(pair[1])["how"] == "copy"
-    lmstudio.gone(pair[1])
+    assert lmstudio.run_lmstudio(pair[1])["how"] == "copy"
+    lmstudio.remove_version(pair[1])
     assert not target.exists()
 
 
@@ -267,12 +270,12 @@ def test_a_record_is_no_proof_of_a_file_that_is_not_in_a_models_place(pair, shel
     files.write_json(
         pair[1] / lmstudio.RECORD, {"target": str(target), "done": how == "done", "how": "copy", "key": None}
     )
-    lmstudio.gone(pair[1])
+    lmstudio.remove_version(pair[1])
     assert target.is_file()
     files.write_json(
         pair[0] / lmstudio.RECORD, {"target": str(target), "done": how == "done", "how": "copy", "key": None}
     )
-    lmstudio.stage(pair[1])
+    lmstudio.run_lmstudio(pair[1])
     assert target.is_file(), "nor for a version that takes its place"
 
 
@@ -281,7 +284,7 @@ def test_half_a_file_in_a_models_place_is_taken_away(pair, shelf):
     target.parent.mkdir(parents=True)
     target.write_bytes(b"half")
     files.write_json(pair[1] / lmstudio.RECORD, {"target": str(target), "done": False})
-    lmstudio.gone(pair[1])
+    lmstudio.remove_version(pair[1])
     assert list(shelf.iterdir()) == []
 
 
@@ -295,13 +298,13 @@ class Shelf(api.Server):
         super().__init__(url)
         self.held: dict[str, str] = {}
 
-    def models(self) -> dict[str, dict]:
+    def list_models(self) -> dict[str, dict]:
         return {name: {"digest": digest} for name, digest in self.held.items()}
 
-    def copy(self, source: str, target: str) -> None:
+    def copy_model(self, source: str, target: str) -> None:
         self.held[target] = self.held[source]
 
-    def delete(self, model: str) -> None:
+    def delete_model(self, model: str) -> None:
         del self.held[model]
 
     def create(self, command: list[str], **_) -> subprocess.CompletedProcess:
@@ -316,10 +319,10 @@ class Shelf(api.Server):
 def server(monkeypatch) -> Shelf:
     """A server that makes and lists models. Whether they answer as trained is another test's matter."""
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:2")
-    running = Shelf(api.host())
+    running = Shelf(api.server_url())
     replaced = {
-        "serving": lambda start: running, "program": lambda: "ollama", "held": lambda server: len(server.held),
-        "version_of": lambda server: "0", "compared": lambda *_: "TEMPLATE", "asked": lambda *_: {},
+        "ensure_server": lambda start: running, "find_command": lambda: "ollama", "measure_storage": lambda server: len(server.held),
+        "server_version": lambda server: "0", "compare_prompts": lambda *_: "TEMPLATE", "compare_answers": lambda *_: {},
         "subprocess": SimpleNamespace(**vars(subprocess) | {"run": running.create}),
     }  # fmt: skip
     for name, value in replaced.items():
@@ -332,25 +335,25 @@ def change(record: Path, **values) -> None:
 
 
 def test_a_store_that_was_deleted_finds_its_models_again_by_their_own_headers(pair, server):
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     made = dict(server.held)
     for version in pair:
         (version / ollama.RECORD).unlink(missing_ok=True)
     with pytest.raises(UserError, match="Ferry did not make"):
-        ollama.stage(pair[1])
-    server.header_of = lambda model: {"ferry.manifest_id": "0" * 64}
-    ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
+    server.read_header = lambda model: {"ferry.manifest_id": "0" * 64}
+    ollama.run_ollama(pair[1])
     assert server.held == made
     server.held = {"tickets:latest": "theirs", "tickets:mine": "theirs"}
     with pytest.raises(UserError, match="Ferry did not make"):  # made of Ferry's file, and under a name of the user's
-        ollama.stage(pair[1], "tickets")
+        ollama.run_ollama(pair[1], "tickets")
 
 
 def test_a_tag_of_twelve_digits_does_not_make_a_model_ferrys(pair, server):
     server.held = {"tickets:202401311530": "theirs", "tickets:latest": "theirs"}
     before = dict(server.held)
     with pytest.raises(UserError, match="tickets:latest already that Ferry did not make"):
-        ollama.stage(pair[1], "tickets")
+        ollama.run_ollama(pair[1], "tickets")
     assert server.held == before and not (pair[1] / ollama.RECORD).exists()
 
 
@@ -358,49 +361,49 @@ def test_a_tag_of_twelve_digits_does_not_make_a_model_ferrys(pair, server):
 def test_a_version_that_another_one_made_is_not_made_anew(pair, server, record):
     model = f"tiny:{pair[1].name}"
     if record != "none":
-        ollama.stage(pair[1])
-        server.delete("tiny:latest")
+        ollama.run_ollama(pair[1])
+        server.delete_model("tiny:latest")
     server.held[model] = "theirs"
     if record == "of another server":
         change(pair[1] / ollama.RECORD, host="http://gpu-box:11434", digest="theirs")
     before = dict(server.held)
     with pytest.raises(UserError, match=f"Ollama holds a model {model} already") as caught:
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
     assert server.held == before and f"ollama rm {model}" in caught.value.hint
-    assert ollama.stage(pair[1], "other")["latest"] == "other:latest"
+    assert ollama.run_ollama(pair[1], "other")["latest"] == "other:latest"
 
 
 def test_undeploy_leaves_what_is_not_the_very_model_that_ferry_made(pair, server, capsys):
-    record = ollama.stage(pair[1])
+    record = ollama.run_ollama(pair[1])
     server.held[record["model"]] = "theirs"
-    versions.undeploy("tiny", pair[1].parent.parent)
+    versions.undeploy_model("tiny", pair[1].parent.parent)
     assert set(server.held) == {record["model"]}, "latest was still Ferry's"
     assert "is no longer what Ferry put there: it stays" in capsys.readouterr().err
 
 
 def test_a_latest_of_the_users_stays_when_its_version_goes(pair, server):
-    record = ollama.stage(pair[1])
+    record = ollama.run_ollama(pair[1])
     server.held["tiny:latest"] = "theirs"
-    ollama.gone(pair[1])
+    ollama.remove_version(pair[1])
     assert record["latest"] in server.held and record["model"] not in server.held
 
 
 def test_a_latest_that_is_another_versions_copy_too_stays_with_that(pair, server):
     for version in pair:
-        record = ollama.stage(version)
-    server.copy(record["model"], f"tiny:{pair[0].name}")  # the same weights and the same Modelfile
+        record = ollama.run_ollama(version)
+    server.copy_model(record["model"], f"tiny:{pair[0].name}")  # the same weights and the same Modelfile
     change(pair[0] / ollama.RECORD, digest=record["digest"])
-    ollama.gone(pair[0])
+    ollama.remove_version(pair[0])
     assert set(server.held) == {record["model"], "tiny:latest"}
 
 
 @pytest.mark.parametrize("digest", ["the same", None])
 def test_a_record_of_another_server_deletes_nothing_here(pair, server, capsys, digest):
     """OLLAMA_HOST names a machine on which a colleague has the same version."""
-    record = ollama.stage(pair[1])
+    record = ollama.run_ollama(pair[1])
     change(pair[1] / ollama.RECORD, host="http://127.0.0.1:1", **({} if digest else {"digest": None}))
     before = dict(server.held)
-    versions.undeploy("tiny", pair[1].parent.parent)
+    versions.undeploy_model("tiny", pair[1].parent.parent)
     assert server.held == before
     assert (
         f"{record['model']} was put on the server at http://127.0.0.1:1; this is {server.url}"
@@ -409,26 +412,26 @@ def test_a_record_of_another_server_deletes_nothing_here(pair, server, capsys, d
 
 
 def test_the_records_of_another_server_prove_no_latest_here(pair, server):
-    ollama.stage(pair[1])
-    server.delete(f"tiny:{pair[1].name}")
+    ollama.run_ollama(pair[1])
+    server.delete_model(f"tiny:{pair[1].name}")
     change(pair[1] / ollama.RECORD, host="http://gpu-box:11434")
     with pytest.raises(UserError, match="tiny:latest already that Ferry did not make"):
-        ollama.stage(pair[1])
+        ollama.run_ollama(pair[1])
 
 
 def test_the_servers_address_is_recorded_and_a_name_of_this_machine_is_as_good_as_another(pair, server, monkeypatch):
-    assert ollama.stage(pair[1])["host"] == server.url == files.read_json(pair[1] / ollama.RECORD)["host"]
+    assert ollama.run_ollama(pair[1])["host"] == server.url == files.read_json(pair[1] / ollama.RECORD)["host"]
     monkeypatch.setenv("OLLAMA_HOST", server.url.replace("127.0.0.1", "localhost"))
-    ollama.gone(pair[1])
+    ollama.remove_version(pair[1])
     assert server.held == {}
 
 
 def test_what_an_older_ferry_recorded_without_an_address_is_taken_away(pair, server):
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     change(pair[1] / ollama.RECORD, host=None)
-    assert not ollama.stage(pair[1])["created"]
+    assert not ollama.run_ollama(pair[1])["created"]
     change(pair[1] / ollama.RECORD, host=None)
-    ollama.gone(pair[1])
+    ollama.remove_version(pair[1])
     assert server.held == {}
 
 
@@ -436,18 +439,18 @@ def test_what_an_older_ferry_recorded_without_an_address_is_taken_away(pair, ser
 @pytest.mark.parametrize("again", [False, True])
 def test_a_create_that_was_killed_is_ferrys_to_repeat_and_to_take_away(pair, server, monkeypatch, again, copied):
     """latest is a copy of what was there before, or, killed a moment later, of what has just been made."""
-    ollama.stage(pair[1])
+    ollama.run_ollama(pair[1])
     (pair[1] / "Modelfile").write_text((pair[1] / "Modelfile").read_text().replace("0.5", "0.6"))
     with monkeypatch.context() as patch:
-        patch.setattr(ollama, "withdrawn", killed(copied, server))
+        patch.setattr(ollama, "withdraw_on_error", killed(copied, server))
         with pytest.raises(RuntimeError):
-            ollama.stage(pair[1])
+            ollama.run_ollama(pair[1])
     record = files.read_json(pair[1] / ollama.RECORD)
     assert "digest" not in record and record["host"] == server.url
     assert len(set(server.held.values())) == 2 - copied
     if again:
-        assert ollama.stage(pair[1])["created"] and len(set(server.held.values())) == 1
-    ollama.gone(pair[1])
+        assert ollama.run_ollama(pair[1])["created"] and len(set(server.held.values())) == 1
+    ollama.remove_version(pair[1])
     assert server.held == {}
 
 
@@ -456,7 +459,7 @@ def killed(copied: bool, server):
 
     def end(_, model: str, *__):
         if copied:
-            server.copy(model, ollama.latest_of(model))
+            server.copy_model(model, ollama.latest_name(model))
         raise RuntimeError
 
     return end
@@ -466,7 +469,7 @@ def test_an_unfinished_record_is_no_proof_of_another_name(pair, server):
     server.held = {"llama3:latest": "theirs", "llama3:8b": "theirs"}
     before = dict(server.held)
     files.write_json(pair[1] / ollama.RECORD, {"model": "llama3:8b", "latest": "llama3:latest"})
-    ollama.gone(pair[1])
+    ollama.remove_version(pair[1])
     assert server.held == before
 
 
@@ -479,8 +482,8 @@ def test_only_what_is_called_a_checkpoint_is_a_checkpoint(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-99").write_text("a file")
     checkpoint_files.mark_complete(tmp_path / "checkpoint-16", 16)
-    assert checkpoint_files.find_last_complete(tmp_path) == tmp_path / "checkpoint-16"
-    checkpoint_files.remove_all_but(tmp_path, set())
+    assert checkpoint_files.prune_and_find_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
+    checkpoint_files.remove_other_checkpoints(tmp_path, set())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*mine, "checkpoint-99"])
 
 
@@ -491,10 +494,10 @@ def test_a_download_never_writes_through_a_link(tmp_path, broken):
     path.symlink_to(thesis)
     if not broken:
         thesis.write_text("mine")
-    with Part(path, SimpleNamespace(file="x.gguf", bytes=4, sha256=""), lambda _: None) as part:
+    with PartialDownload(path, SimpleNamespace(file="x.gguf", bytes=4, sha256=""), lambda _: None) as part:
         assert part.size == 0
         part.file.write(b"data")
-        part._start_again()
+        part._restart()
     assert not path.is_symlink() and path.is_file()
     assert not thesis.exists() if broken else thesis.read_text() == "mine"
 
@@ -504,8 +507,8 @@ def write(pair, monkeypatch):
     """Write the Modelfile of the newer version, as of a machine with so much room."""
 
     def stage(num_ctx: int = 256) -> Path:
-        monkeypatch.setattr(modelfile, "fitting", lambda *_: num_ctx)
-        modelfile.stage(pair[1])
+        monkeypatch.setattr(modelfile, "choose_context", lambda *_: num_ctx)
+        modelfile.run_modelfile(pair[1])
         return pair[1] / "Modelfile"
 
     (pair[1] / "Modelfile").unlink()
@@ -550,7 +553,7 @@ def test_of_unfinished_builds_only_those_of_ferrys_name_are_removed(setup, tmp_p
     ]
     for name in [*mine, f"{version}-0123abcd.part-x_1", f"{version}-0123abcd-wheel.part-x_1"]:
         (tmp_path / name).mkdir()
-    setup.llamacpp.remove_unfinished(tmp_path)
+    setup.llamacpp.remove_unfinished_builds(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
 
 
@@ -558,7 +561,7 @@ def test_a_build_removes_only_those(setup, monkeypatch, tmp_path):
     (tmp_path / "notes.part-1").mkdir()
     monkeypatch.setattr(setup.llamacpp, "DISK", 1e18)
     with pytest.raises(SystemExit):
-        setup.llamacpp.build(tmp_path / "0-0", print, only_wheel=True)
+        setup.llamacpp.build_llama_cpp(tmp_path / "0-0", print, only_wheel=True)
     assert (tmp_path / "notes.part-1").is_dir()
 
 
@@ -579,13 +582,13 @@ def engine(tmp_path):
 @pytest.mark.parametrize("name", ["acme/ferry:1", "new:1", "ferry:cpu", None])
 def test_an_image_is_built_under_a_name_that_is_free_or_ferrys(setup, engine, name):
     settings = {"IMAGE": name} if name else {}
-    setup.container.build(settings, engine.path, "cpu", name or "ferry:cpu")
+    setup.container.build_image(settings, engine.path, "cpu", name or "ferry:cpu")
     assert len(engine.built()) == 1
 
 
 def test_the_name_of_an_image_that_is_not_ferrys_stays_with_it(setup, engine, capsys):
     with pytest.raises(SystemExit):
-        setup.container.build({"IMAGE": "acme/app:latest"}, engine.path, "cpu", "acme/app:latest")
+        setup.container.build_image({"IMAGE": "acme/app:latest"}, engine.path, "cpu", "acme/app:latest")
     error, hint = refusal(capsys.readouterr().err)
     assert "acme/app:latest that Ferry did not build" in error and "IMAGE=" in hint and not engine.built()
 
@@ -596,11 +599,14 @@ def test_locks_and_digests_are_put_in_their_place_whole(setup, monkeypatch, tmp_
     docker.write_text("ARG BASE_IMAGE=debian:12\n")
     docker.chmod(0o640)
     (tmp_path / "link").symlink_to(docker)
-    monkeypatch.setattr(setup.lock, "LOCKS", tmp_path)
-    monkeypatch.setattr(setup.pin, "FILE", tmp_path / "link")
-    monkeypatch.setattr(setup.pin, "digest", lambda name: "sha256:" + "0" * 64)
-    setup.lock.write("x.txt", ["a==1"])
-    for path, write in ((tmp_path / "x.txt", lambda: setup.lock.write("x.txt", ["a==2"])), (docker, setup.pin.main)):
+    monkeypatch.setattr(setup.lock, "LOCKS_DIR", tmp_path)
+    monkeypatch.setattr(setup.pin, "DOCKERFILE", tmp_path / "link")
+    monkeypatch.setattr(setup.pin, "fetch_digest", lambda name: "sha256:" + "0" * 64)
+    setup.lock.write_lock("x.txt", ["a==1"])
+    for path, write in (
+        (tmp_path / "x.txt", lambda: setup.lock.write_lock("x.txt", ["a==2"])),
+        (docker, setup.pin.main),
+    ):
         old = path.read_text()
         os.link(path, path.with_suffix(".old"))
         write()

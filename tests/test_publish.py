@@ -48,8 +48,8 @@ def whole(server: Hub) -> None:
         return
     for commit in server.commits(REPO):
         there = server.files(REPO, commit["id"])
-        if manifest.NAME in there:
-            made = manifest.parse(server.read(REPO, manifest.NAME, commit["id"]), "the Hub's")
+        if manifest.FILE_NAME in there:
+            made = manifest.parse_manifest(server.read(REPO, manifest.FILE_NAME, commit["id"]), "the Hub's")
             for item in (*made.artifacts, *made.files):
                 assert files.sha256_bytes(server.read(REPO, item.file, commit["id"])) == item.sha256
 
@@ -93,7 +93,7 @@ def test_what_passes_by_itself_is_waited_for(online, tiny, monkeypatch, number, 
         monkeypatch.setenv(name, value)
     fault = Fault(**{**vars(fault), "struck": 0})
     online.faults.append(fault)
-    assert upload.send(job(tiny))["tag"] == "v1"
+    assert upload.upload_folder(job(tiny))["tag"] == "v1"
     assert fault.struck, "the fault never struck"
     right(online, tiny)
     assert len(online.commits(REPO)) == 2, "the first one is the Hub's own"
@@ -128,18 +128,18 @@ def test_what_does_not_pass_is_one_clear_error_and_nothing_is_lost(online, tiny,
         monkeypatch.setenv(name, value)
     online.faults.append(Fault(**{**vars(fault), "struck": 0}))
     with pytest.raises(UserError) as caught:
-        upload.send(job(tiny))
+        upload.upload_folder(job(tiny))
     assert expected in caught.value.message and caught.value.hint and "hf_writer" not in str(caught.value)
     whole(online)
     online.faults.clear()
-    assert upload.send(job(tiny))["tag"] == "v1"
+    assert upload.upload_folder(job(tiny))["tag"] == "v1"
     right(online, tiny)
 
 
 def test_an_unreachable_hub_is_one_clear_error(online, tiny, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot be reached"):
-        upload.send(job(tiny))
+        upload.upload_folder(job(tiny))
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -150,7 +150,7 @@ def children(process: subprocess.Popen) -> list[int]:
 def test_kill_9_at_a_random_moment_then_again(online, tiny, seed):
     """Both processes at once, as when a pod is taken away; or the sender alone (seed 0), which the courier replaces."""
     online.faults.append(Fault("PUT ", rate=4e6, times=-1))  # 1.6 s for all of it
-    code = f"from pipeline.publish import upload; print(upload.send({job(tiny)!r})['tag'])"
+    code = f"from pipeline.publish import upload; print(upload.upload_folder({job(tiny)!r})['tag'])"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     time.sleep(random.Random(seed).uniform(0.4, 2.4))
     if seed:
@@ -162,13 +162,13 @@ def test_kill_9_at_a_random_moment_then_again(online, tiny, seed):
         assert process.communicate(timeout=60)[0].split() == [b"v1"]
     whole(online)
     online.faults.clear()
-    assert upload.send(job(tiny))["tag"] == "v1"
+    assert upload.upload_folder(job(tiny))["tag"] == "v1"
     right(online, tiny)
 
 
 def test_a_sender_whose_courier_is_gone_ends(online, tiny):
     online.faults.append(Fault("PUT ", stall=30, times=-1))
-    code = f"from pipeline.publish import upload; upload.send({job(tiny)!r})"
+    code = f"from pipeline.publish import upload; upload.upload_folder({job(tiny)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     until = time.monotonic() + 20
     while (
@@ -184,32 +184,32 @@ def test_a_sender_whose_courier_is_gone_ends(online, tiny):
 
 
 def test_only_what_is_missing_is_sent(online, tiny):
-    upload.send(job(tiny))
+    upload.upload_folder(job(tiny))
     sent, commits = online.sent["uploads"], len(online.commits(REPO))
-    assert upload.send(job(tiny))["tag"] == "v1"
+    assert upload.upload_folder(job(tiny))["tag"] == "v1"
     assert online.sent["uploads"] == sent and len(online.commits(REPO)) == commits
 
 
 def test_the_next_version_gets_the_next_tag_and_leaves_no_file_of_the_old_one(online, tiny, tmp_path):
-    upload.send(job(tiny))
+    upload.upload_folder(job(tiny))
     second = repos.make(tmp_path / "second", seed=2, name="tiny-2")
     repos.rewrite(second, lambda made: made | {"name": "tiny"})  # its file is called otherwise
-    assert upload.send(job(second))["tag"] == "v2"
+    assert upload.upload_folder(job(second))["tag"] == "v2"
     right(online, second, "v2")
     assert "tiny.q4_k_m.gguf" not in online.files(REPO) and "tiny.q4_k_m.gguf" in online.files(REPO, "v1")
 
 
 def test_a_wanted_tag_is_given_once(online, tiny, tmp_path):
-    assert upload.send(job(tiny, tag="first"))["tag"] == "first"
+    assert upload.upload_folder(job(tiny, tag="first"))["tag"] == "first"
     second = repos.make(tmp_path / "second", seed=2)
     with pytest.raises(UserError, match="has a tag first already"):
-        upload.send(job(second, tag="first"))
+        upload.upload_folder(job(second, tag="first"))
 
 
 def test_two_publishers_at_once_both_arrive(online, tiny, tmp_path):
     second = repos.make(tmp_path / "second", seed=2)
     online.faults.append(Fault("PUT ", rate=8e6, times=-1))
-    code = "from pipeline.publish import upload; import sys; print(upload.send({})['tag'])"
+    code = "from pipeline.publish import upload; import sys; print(upload.upload_folder({})['tag'])"
     running = [
         subprocess.Popen([sys.executable, "-c", code.format(job(folder))], cwd=ROOT, stdout=subprocess.PIPE)
         for folder in (tiny, second)
@@ -226,14 +226,14 @@ def test_a_repo_of_something_else_is_left_alone(online, tiny, tmp_path):
     (tmp_path / "other" / "thesis.pdf").write_bytes(b"years of work")
     online.add(REPO, tmp_path / "other", private=True)
     with pytest.raises(UserError, match="holds thesis.pdf and no manifest.json"):
-        upload.send(job(tiny))
+        upload.upload_folder(job(tiny))
     assert set(online.files(REPO)) == {"thesis.pdf"}
 
 
 def test_nothing_private_goes_into_a_public_repo(online, tiny):
-    upload.send(job(tiny, private=False))
+    upload.upload_folder(job(tiny, private=False))
     with pytest.raises(UserError, match="is public, and publish.private is true"):
-        upload.send(job(tiny))
+        upload.upload_folder(job(tiny))
 
 
 def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online, tiny, monkeypatch, capfd):
@@ -242,7 +242,7 @@ def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online
     monkeypatch.setenv("FERRY_SILENCE_SECONDS", "2")
     fault = Fault("GET .*xet-write-token", stall=60, times=-1)
     online.faults.append(fault)
-    assert upload.send(job(tiny))["tag"] == "v1"
+    assert upload.upload_folder(job(tiny))["tag"] == "v1"
     assert fault.struck, "Xet was not tried"
     assert "over plain LFS" in capfd.readouterr().err
     right(online, tiny)
@@ -267,8 +267,8 @@ def test_the_whole_way_over_the_hub(online, trained, tmp_path):
     assert "make deploy-mac REPO=you/chain-GGUF@v1" in done.stdout
     record, repo = files.read_json(trained / "publish.json"), "models/you/chain-GGUF"
     assert record["repo"] == "you/chain-GGUF" and record["commit"] == online.tags(repo)["v1"]
-    made = manifest.parse(online.read(repo, manifest.NAME), "the Hub's")
-    assert {item.file for item in (*made.artifacts, *made.files)} | {manifest.NAME, ".gitattributes"} == set(
+    made = manifest.parse_manifest(online.read(repo, manifest.FILE_NAME), "the Hub's")
+    assert {item.file for item in (*made.artifacts, *made.files)} | {manifest.FILE_NAME, ".gitattributes"} == set(
         online.files(repo)
     )
     assert {
@@ -306,7 +306,7 @@ def test_a_failed_publish_says_how_to_save_it(online, trained, fault):
 @pytest.mark.parametrize("token", ["hf_verysecret", "not-of-the-usual-form"])
 def test_no_message_holds_a_token_or_a_signed_address(monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
-    text = hub.hidden(f"PUT https://s3.example/x?Signature=abc with {token} and hf_another1\x1b[31m")
+    text = hub.redact_secrets(f"PUT https://s3.example/x?Signature=abc with {token} and hf_another1\x1b[31m")
     assert text == "PUT https://s3.example/x?... with hf_*** and hf_***?[31m"
 
 
@@ -317,8 +317,8 @@ def test_an_upload_may_take_longer_than_a_standstill(online, tmp_path, monkeypat
     folder = repos.make(tmp_path / "large", 18 << 20)
     online.faults.append(Fault("PUT ", rate=2e6, times=-1))
     started = time.monotonic()
-    assert upload.send(job(folder))["tag"] == "v1"
-    assert time.monotonic() - started > upload.patience(), "too fast to show anything"
+    assert upload.upload_folder(job(folder))["tag"] == "v1"
+    assert time.monotonic() - started > upload.progress_timeout(), "too fast to show anything"
     assert online.sent["uploads"] < 20 << 20
 
 
@@ -328,32 +328,32 @@ def test_a_large_file_that_is_no_lfs_file_is_compared_too(online, tmp_path):
     made = repos.described(folder)
     extra = folder / "adapter" / "tokenizer.json"
     made["files"].append({"file": "adapter/tokenizer.json", "sha256": files.sha256(extra), "bytes": 9_000_000})
-    files.write_json(folder / manifest.NAME, made)
+    files.write_json(folder / manifest.FILE_NAME, made)
     online.lfs_from = 10 << 20
-    assert upload.send(job(folder))["tag"] == "v1"
+    assert upload.upload_folder(job(folder))["tag"] == "v1"
     assert "sha256" not in online.files(REPO)["adapter/tokenizer.json"]
 
 
 @pytest.mark.parametrize(("content", "expected"), [({}, "another program's manifest.json"), ({"schema_version": 99}, "update Ferry"), ({"schema_version": 1, "artifacts": [], "golden": []}, None)])  # fmt: skip
 def test_a_manifest_that_cannot_be_read_is_no_end(online, tiny, tmp_path, content, expected):
     (tmp_path / "old").mkdir()
-    files.write_json(tmp_path / "old" / manifest.NAME, content)
+    files.write_json(tmp_path / "old" / manifest.FILE_NAME, content)
     online.add(REPO, tmp_path / "old", private=True)
     if expected is None:
-        assert upload.send(job(tiny))["tag"] == "v1"
+        assert upload.upload_folder(job(tiny))["tag"] == "v1"
     else:
         with pytest.raises(UserError, match=expected):
-            upload.send(job(tiny))
+            upload.upload_folder(job(tiny))
 
 
 def test_what_a_library_prints_is_not_taken_for_a_word(online, tiny, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os; os.write(1, b'warning: hello\\n')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert upload.send(job(tiny))["tag"] == "v1"
+    assert upload.upload_folder(job(tiny))["tag"] == "v1"
 
 
 def test_a_file_that_is_gone_is_one_clear_error(online, tmp_path):
     folder = repos.make(tmp_path / "repo", 1 << 20)
     (folder / "LICENSE").unlink()
     with pytest.raises(UserError, match="LICENSE"):
-        upload.send(job(folder))
+        upload.upload_folder(job(folder))

@@ -60,7 +60,7 @@ def publish(tree: Config) -> dict:
         "split": tree.data.validation or f"{tree.data.validation_share:g} of the rows, by content hash",
     }
     value["golden"] = []
-    value["chat"]["system"] = None if tree.data.system in schema.PROMPTS else tree.data.system
+    value["chat"]["system"] = None if tree.data.system in schema.SYSTEM_PROMPT_KEYWORDS else tree.data.system
     value["smoke"] = [value["smoke"][0] | {"message": text} for text in made.smoke_prompts or ("hi",)]
     return value
 
@@ -71,10 +71,10 @@ def test_a_config_that_is_accepted_can_be_published(tree):
     found = accepted(tree)
     if found is None:
         return
-    made = manifest.parse(json.dumps(publish(found)).encode(), "published")
+    made = manifest.parse_manifest(json.dumps(publish(found)).encode(), "published")
     assert Config.model_validate(made.config) == found, "the published config is the one that was used"
-    assert model_card.text(made, "ladder", "you/x", True)
-    assert "FROM ./" in modelfile.render(made, made.default())
+    assert model_card.render_model_card(made, "ladder", "you/x", True)
+    assert "FROM ./" in modelfile.render_modelfile(made, made.default_artifact())
 
 
 @given(TREES)
@@ -83,7 +83,7 @@ def test_what_is_written_is_read_as_the_same(tree):
     found = accepted(tree)
     if found is not None:
         text = load.dump_config(found)
-        assert load.build_config(*yaml_tree.parse(text, "dump"), SimpleNamespace()) == found
+        assert load.build_config(*yaml_tree.parse_yaml(text, "dump"), SimpleNamespace()) == found
 
 
 @pytest.mark.parametrize(("setting", "value"), [
@@ -100,9 +100,9 @@ def test_what_a_manifest_forbids_the_config_refuses(setting, value):
 
 def test_what_a_reader_would_refuse_is_not_written(tmp_path):
     made = manifest.Manifest.model_validate(published())
-    manifest.write(tmp_path / "manifest.json", made)
-    assert manifest.read(tmp_path / "manifest.json") == made
+    manifest.write_manifest(tmp_path / "manifest.json", made)
+    assert manifest.read_manifest(tmp_path / "manifest.json") == made
     broken = made.model_copy(update={"training": {"final_loss": float("nan")}})
     with pytest.raises(UserError, match="no JSON"):
-        manifest.write(tmp_path / "other.json", broken)
+        manifest.write_manifest(tmp_path / "other.json", broken)
     assert not (tmp_path / "other.json").exists()

@@ -40,9 +40,9 @@ def server(online, tiny) -> Hub:
 
 def right(models: Path, folder: Path, name: str = "you--tiny") -> None:
     """What has a final name has the right bytes."""
-    version = models / name / files.sha256(folder / manifest.NAME)[:12]
-    made, path = store.pulled(version)
-    assert path.read_bytes() == (folder / made.default().file).read_bytes()
+    version = models / name / files.sha256(folder / manifest.FILE_NAME)[:12]
+    made, path = store.load_pulled(version)
+    assert path.read_bytes() == (folder / made.default_artifact().file).read_bytes()
     assert not list(models.rglob("*.part"))
 
 
@@ -147,28 +147,28 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_noticed_first_and_costs_nothing(server, tiny, small_disk, monkeypatch):
     with pytest.raises(UserError, match="needs 0.01 GB, 0.00 GB are free"):
-        pull.stage("you/tiny", small_disk / "m")
+        pull.run_pull("you/tiny", small_disk / "m")
     assert not (small_disk / "m").exists() or not list((small_disk / "m").rglob("*"))
     monkeypatch.setattr(pull, "refuse_full_disk", lambda *_: None)  # another program was faster
     with pytest.raises(UserError, match="no space left"):
-        pull.stage("you/tiny", small_disk / "m")
+        pull.run_pull("you/tiny", small_disk / "m")
     never_wrong(small_disk / "m", tiny)
     assert list(small_disk.rglob("*.part")), "what is there is gone on with"
 
 
 def test_versions_stand_side_by_side_offline_too(server, tiny, tmp_path, monkeypatch, capfd):
     models = tmp_path / "m"
-    hub.patiently("tag", lambda: hub.api().create_tag("you/tiny", tag="v1"))
-    first = pull.stage("you/tiny@v1", models)["folder"]
+    hub.retry("tag", lambda: hub.create_client().create_tag("you/tiny", tag="v1"))
+    first = pull.run_pull("you/tiny@v1", models)["folder"]
     second_repo = repos.make(tmp_path / "second", SIZE, seed=2)
     commit = server.add("models/you/tiny", second_repo, private=True)
-    second = pull.stage("you/tiny", models)["folder"]
-    assert first != second and str(store.current(models, "you/tiny")) == second
-    assert pull.stage(f"you/tiny@{commit}", models)["folder"] == second
+    second = pull.run_pull("you/tiny", models)["folder"]
+    assert first != second and str(store.require_version(models, "you/tiny")) == second
+    assert pull.run_pull(f"you/tiny@{commit}", models)["folder"] == second
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     offline = ferry("pull", "you/tiny@v1", "--models", models)
     assert offline.returncode == 0 and "using what was pulled before" in offline.stderr
-    assert str(store.current(models, "you/tiny")) == first
+    assert str(store.require_version(models, "you/tiny")) == first
     assert ferry("pull", "you/tiny@v7", "--models", models).returncode == 2
     listed = ferry("models", "--models", models).stdout.splitlines()
     assert len(listed) == 4 and [line[0] for line in listed[::2]] == ["*", " "] and any("v1" in line for line in listed)
@@ -181,21 +181,21 @@ def test_versions_stand_side_by_side_offline_too(server, tiny, tmp_path, monkeyp
 
 
 def test_a_moved_branch_keeps_both_versions(server, tiny, tmp_path):
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     server.add("models/you/tiny", repos.make(tmp_path / "second", SIZE, seed=2), private=True)
-    pull.stage("you/tiny", tmp_path / "m")
-    assert len(store.versions(tmp_path / "m" / "you--tiny")) == 2
+    pull.run_pull("you/tiny", tmp_path / "m")
+    assert len(store.list_complete_versions(tmp_path / "m" / "you--tiny")) == 2
 
 
 def test_only_the_artifact_asked_for_is_fetched(server, tiny, tmp_path):
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     assert sorted(path.name for path in (tmp_path / "m" / "you--tiny" / "current").iterdir()) == [
-        manifest.NAME,
+        manifest.FILE_NAME,
         "pull.json",
         NAME,
     ]
     with pytest.raises(UserError, match="no q8_0 GGUF in the repo"):
-        pull.stage("you/tiny", tmp_path / "m", "q8_0")
+        pull.run_pull("you/tiny", tmp_path / "m", "q8_0")
 
 
 def test_a_private_repo_without_a_token_says_so(server, tmp_path, monkeypatch):
@@ -206,34 +206,34 @@ def test_a_private_repo_without_a_token_says_so(server, tmp_path, monkeypatch):
 
 
 def test_pulled_again_nothing_is_fetched(server, tiny, tmp_path):
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     sent = server.sent["downloads"]
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     assert server.sent["downloads"] - sent < 100_000
 
 
 def test_a_damaged_copy_is_fetched_again(server, tiny, tmp_path):
-    path = Path(pull.stage("you/tiny", tmp_path / "m")["folder"]) / NAME
+    path = Path(pull.run_pull("you/tiny", tmp_path / "m")["folder"]) / NAME
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     right(tmp_path / "m", tiny)
 
 
 def test_a_part_of_other_bytes_is_not_gone_on_with_twice(server, tiny, tmp_path):
-    version = tmp_path / "m" / "you--tiny" / files.sha256(tiny / manifest.NAME)[:12]
+    version = tmp_path / "m" / "you--tiny" / files.sha256(tiny / manifest.FILE_NAME)[:12]
     version.mkdir(parents=True)
     for junk in (b"x" * 1000, b"x" * (SIZE * 2)):
         (version / f".{NAME}.part").write_bytes(junk)
         with pytest.raises(UserError, match="its manifest says"):
-            pull.stage("you/tiny", tmp_path / "m")
-        pull.stage("you/tiny", tmp_path / "m")
+            pull.run_pull("you/tiny", tmp_path / "m")
+        pull.run_pull("you/tiny", tmp_path / "m")
         right(tmp_path / "m", tiny)
         shutil.rmtree(version)
         version.mkdir()
 
 
 def test_the_token_is_sent_to_the_hub_only(server, tiny, tmp_path):
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     assert any("resolve" in asked for asked in server.asked) and not server.leaks
     assert os.environ["HF_TOKEN"] == "hf_writer"
 
@@ -259,7 +259,7 @@ def test_the_token_follows_no_redirect_to_another_port(server, tiny, tmp_path):
 )
 def test_a_damaged_record_is_said_and_pulled_again(server, tiny, tmp_path, record):
     models = tmp_path / "m"
-    version = Path(pull.stage("you/tiny", models)["folder"])
+    version = Path(pull.run_pull("you/tiny", models)["folder"])
     (version / "pull.json").write_text(record)
     (version.parent / "names.json").write_text('{"main": 5}')
     assert "damaged" in ferry("models", "--models", models).stdout
@@ -282,16 +282,16 @@ def test_an_unfinished_download_is_listed_and_can_be_removed(server, tiny, tmp_p
 
 
 def test_a_copied_store_whose_link_became_a_folder(server, tiny, tmp_path):
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     shutil.copytree(tmp_path / "m", tmp_path / "copy")
     assert not (tmp_path / "copy" / "you--tiny" / "current").is_symlink()
-    assert len(store.list_versions(tmp_path / "copy")) == 1
-    pull.stage("you/tiny", tmp_path / "copy")
+    assert len(store.list_all_versions(tmp_path / "copy")) == 1
+    pull.run_pull("you/tiny", tmp_path / "copy")
     assert (tmp_path / "copy" / "you--tiny" / "current").is_symlink()
 
 
 def test_offline_gives_the_quantization_asked_for_or_none(server, tiny, tmp_path, monkeypatch):
-    pull.stage("you/tiny", tmp_path / "m")
+    pull.run_pull("you/tiny", tmp_path / "m")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = ferry("pull", "you/tiny", "--quantization", "q8_0", "--models", tmp_path / "m")
     assert done.returncode == 2 and "no q8_0 GGUF" in done.stderr
@@ -300,15 +300,18 @@ def test_offline_gives_the_quantization_asked_for_or_none(server, tiny, tmp_path
 
 def test_a_named_version_is_not_the_one_in_use(server, tiny, tmp_path):
     models = tmp_path / "m"
-    hub.patiently("tag", lambda: hub.api().create_tag("you/tiny", tag="v1"))
-    first = pull.stage("you/tiny@v1", models)["folder"]
+    hub.retry("tag", lambda: hub.create_client().create_tag("you/tiny", tag="v1"))
+    first = pull.run_pull("you/tiny@v1", models)["folder"]
     server.add("models/you/tiny", repos.make(tmp_path / "second", SIZE, seed=2), private=True)
-    second = pull.stage("you/tiny", models)["folder"]
-    assert (str(store.current(models, "you/tiny@v1")), str(store.current(models, "you/tiny"))) == (first, second)
+    second = pull.run_pull("you/tiny", models)["folder"]
+    assert (str(store.require_version(models, "you/tiny@v1")), str(store.require_version(models, "you/tiny"))) == (
+        first,
+        second,
+    )
     with pytest.raises(UserError, match="was not pulled"):
-        store.current(models, "you/tiny@v9")
-    versions.undeploy(f"you/tiny@{Path(second).name}", models)
-    assert str(store.current(models, "you/tiny")) == first, "the newest of the others is in use then"
+        store.require_version(models, "you/tiny@v9")
+    versions.undeploy_model(f"you/tiny@{Path(second).name}", models)
+    assert str(store.require_version(models, "you/tiny")) == first, "the newest of the others is in use then"
 
 
 @pytest.mark.parametrize(

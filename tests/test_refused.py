@@ -18,7 +18,8 @@ from pipeline.config.schema import Evaluate
 from pipeline.data import chat_template
 from pipeline.preflight import new_config
 from pipeline.run import run_folder, status
-from pipeline.scoring.judges import judge
+from pipeline.run.records import DataRecord
+from pipeline.scoring.judges import create_judge
 from tests import tiny
 from tests.conftest import make
 from tests.fuzz_inputs import check_error
@@ -225,10 +226,10 @@ def test_runs_are_in_a_folder(tmp_path):
     "model", ["yes", "1", "null", "0x10", "1:30", ".inf", "1_0", "2024-02-30", "a b", "{x}", "a: b", "#x", "true"]
 )
 def test_init_writes_what_it_reads_again(tmp_path, model):
-    quoted = new_config.quoted(model)
+    quoted = new_config.quote_yaml(model)
     from pipeline.config import yaml_tree
 
-    assert yaml_tree.parse(f"model: {quoted}", "x")[0] == {"model": model}
+    assert yaml_tree.parse_yaml(f"model: {quoted}", "x")[0] == {"model": model}
 
 
 @pytest.mark.parametrize("model", ["a\nb", "\x1b[2J", "\udcff", "a\u2028b"])
@@ -256,28 +257,28 @@ def test_a_damaged_record_is_named(tmp_path, case):
     said = RECORDS[case]
     (tmp_path / "data.json").write_text(said if isinstance(said, str) else json.dumps(said))
     with pytest.raises(UserError, match=r"data\.json"):
-        run_folder.Run(tmp_path).read("data")
+        run_folder.Run(tmp_path).read_record(DataRecord)
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x$", "(a*)*b", "^(a+)*$"])
 def test_a_pattern_that_hangs_pythons_own_engine_is_judged(pattern):
-    assert judge(Evaluate(rule="regex", pattern=pattern))("a" * 60 + "!", "") == float(pattern == "(.*)*!$")
+    assert create_judge(Evaluate(rule="regex", pattern=pattern))("a" * 60 + "!", "") == float(pattern == "(.*)*!$")
 
 
 def test_a_pattern_without_end_is_one_error(tmp_path):
     pattern = "(a|aa)+$"
     with pytest.raises(UserError, match="takes more than"):
-        judge(Evaluate(rule="regex", pattern=pattern))("a" * 60 + "!", "")
+        create_judge(Evaluate(rule="regex", pattern=pattern))("a" * 60 + "!", "")
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps({"type": "object", "properties": {"a": {"pattern": pattern}}}))
     with pytest.raises(UserError, match="takes more than"):
-        judge(Evaluate(rule="json_schema", json_schema=str(schema)))(json.dumps({"a": "a" * 60 + "!"}), "")
+        create_judge(Evaluate(rule="json_schema", json_schema=str(schema)))(json.dumps({"a": "a" * 60 + "!"}), "")
 
 
 def test_a_pattern_of_a_schema_still_judges(tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps({"type": "object", "properties": {"a": {"pattern": "^x+$"}}}))
-    right = judge(Evaluate(rule="json_schema", json_schema=str(schema)))
+    right = create_judge(Evaluate(rule="json_schema", json_schema=str(schema)))
     assert (right('{"a": "xx"}', ""), right('{"a": "y"}', ""), right("{", "")) == (1.0, 0.0, 0.0)
 
 
@@ -291,7 +292,7 @@ SCHEMAS = {
 def test_a_schema_that_cannot_judge_is_refused_before_the_training(tmp_path, case):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMAS[case]))
     with pytest.raises(UserError, match="json_schema"):
-        judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "schema.json")))
+        create_judge(Evaluate(rule="json_schema", json_schema=str(tmp_path / "schema.json")))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, rule):
 
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="no file"):
-        stage.usable(
+        stage.refuse_unusable_files(
             Evaluate(**{name: value.replace("{path}", str(tmp_path / "pipe")) for name, value in rule.items()})
         )
 
@@ -352,7 +353,7 @@ def test_a_damaged_base_model_is_one_error(sound, tmp_path, case):
     BASES[case](folder)
     with pytest.raises(UserError) as caught:
         found = fetch.fetch_base_model(str(folder))
-        chat_template.load(found, "tokenizer", datetime.date(2024, 7, 26))
+        chat_template.load_chat_tokenizer(found, "tokenizer", datetime.date(2024, 7, 26))
         model_config.read_config(found)
     check_error(caught.value)
 
@@ -368,8 +369,8 @@ def test_a_damaged_base_model_is_one_error(sound, tmp_path, case):
 def test_a_hostile_template_of_a_base_model_is_refused_in_a_sandbox(sound, tmp_path, text, monkeypatch):
     import datetime
 
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 5)
+    monkeypatch.setattr(chat_template, "RENDER_TIMEOUT_SECONDS", 5)
     (tmp_path / "own.jinja").write_text(text)
     with pytest.raises(UserError, match="template") as caught:
-        chat_template.load(sound, str(tmp_path / "own.jinja"), datetime.date(2024, 7, 26))
+        chat_template.load_chat_tokenizer(sound, str(tmp_path / "own.jinja"), datetime.date(2024, 7, 26))
     assert "data.template" in caught.value.hint

@@ -99,7 +99,7 @@ def test_the_whole_demo(delivered):
     said = delivered.said["fourth"]
     assert "cloud: you/boat-GGUF@v1\n  trained on Hugging Face Jobs by the code of" in said, said
     assert "smoke: passed" in said and "Traceback" not in "".join(delivered.said.values())
-    made = manifest.parse(delivered.hub.read("models/you/boat-GGUF", manifest.NAME), "")
+    made = manifest.parse_manifest(delivered.hub.read("models/you/boat-GGUF", manifest.FILE_NAME), "")
     assert (
         made.provenance["git"]["commit"] == boxes.git(delivered.laptop, "rev-parse", "HEAD")
         and made.training["steps"] == 30
@@ -282,14 +282,16 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
 def test_a_job_that_ended_without_a_result_did_not_end_well(online):
     """Its machine is gone: whoever believed the exit code would ask for ever for what is not there."""
     from common import hub as client
-    from launch.providers.hf_jobs import HfJobs
+    from launch.providers.hf_jobs import HfJobsProvider
 
-    launcher = HfJobs("you/ghost-checkpoints", "you")  # without it the client asks as it was when it was imported
-    assert launcher.state("ghost").word == "absent"
-    client.api().run_job(
+    launcher = HfJobsProvider(
+        "you/ghost-checkpoints", "you"
+    )  # without it the client asks as it was when it was imported
+    assert launcher.read_job_state("ghost").status == "absent"
+    client.create_client().run_job(
         image="x", command=["true"], flavor="cpu-basic", labels={"ferry-run": "ghost"}, namespace="you"
     )
     until = time.monotonic() + 20
-    while (state := launcher.state("ghost")).word == "running" and time.monotonic() < until:
+    while (state := launcher.read_job_state("ghost")).status == "running" and time.monotonic() < until:
         time.sleep(0.1)
-    assert (state.word, state.why) == ("died", "ended, and its result is not on the Hub")
+    assert (state.status, state.reason) == ("died", "ended, and its result is not on the Hub")

@@ -120,7 +120,7 @@ def test_a_whole_run_is_removed_after_a_yes_only(runs):
 
 def test_the_second_version_of_a_model_is_the_same_model():
     first, second = Run(Path("runs/tickets")), Run(Path("runs/tickets.v2"))
-    assert first.model == second.model == "tickets" and second.name == "tickets.v2"
+    assert first.model_name == second.model_name == "tickets" and second.name == "tickets.v2"
 
 
 def test_versions_go_back_and_forward_by_the_ids_that_models_shows(real, tmp_path):

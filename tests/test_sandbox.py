@@ -24,9 +24,9 @@ PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eo
 def refused(template: str, seconds: float = 10) -> str:
     """What is said of a template."""
     with pytest.raises(UserError) as caught:
-        template_sandbox.prompts(template, ASKED, "<s>", "</s>", seconds)
+        template_sandbox.render_prompts(template, ASKED, "<s>", "</s>", seconds)
     said = caught.value.message
-    assert caught.value.hint == template_sandbox.HINT and said.isprintable() and len(said) < 400
+    assert caught.value.hint == template_sandbox.TEMPLATE_HINT and said.isprintable() and len(said) < 400
     return said
 
 
@@ -61,22 +61,24 @@ def alive(group: int) -> list[str]:
 def test_what_is_rendered_is_what_this_process_renders(children):
     conversations = [([HI], True), (SAID, False), ([], True)]
     wanted = [chat_format.render(PLAIN, messages, "<s>", "</s>", generate) for messages, generate in conversations]
-    assert template_sandbox.prompts(PLAIN, conversations, "<s>", "</s>") == wanted
+    assert template_sandbox.render_prompts(PLAIN, conversations, "<s>", "</s>") == wanted
     assert len(children) == 1, "one start for all"
-    assert template_sandbox.prompts(PLAIN, [], "", "") == []
+    assert template_sandbox.render_prompts(PLAIN, [], "", "") == []
 
 
 def test_every_template_of_llama_cpp_is_rendered_or_refused_as_in_this_process():
-    found, rendered = sorted((llama_tools.folder() / "models" / "templates").glob("*.jinja"))[::3], 0
+    found, rendered = sorted((llama_tools.tools_folder() / "models" / "templates").glob("*.jinja"))[::3], 0
     assert len(found) > 15
     for path in found:
         template = path.read_text(encoding="utf-8")
         try:
             wanted = [chat_format.render(template, SAID[:n], "<s>", "</s>", n == 1) for n in (1, 2)]
         except UserError as error:
-            assert chat_format.why(error.__cause__) in refused(template)
+            assert chat_format.describe_template_error(error.__cause__) in refused(template)
             continue
-        assert template_sandbox.prompts(template, [(SAID[:1], True), (SAID, False)], "<s>", "</s>") == wanted, path.name
+        assert template_sandbox.render_prompts(template, [(SAID[:1], True), (SAID, False)], "<s>", "</s>") == wanted, (
+            path.name
+        )
         rendered += 1
     assert rendered > 10
 
@@ -85,7 +87,7 @@ def test_today_is_the_same_day_there(monkeypatch):
     for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):  # 25 hours apart
         monkeypatch.setenv("TZ", zone)
         time.tzset()
-        assert template_sandbox.prompts("{{ strftime_now('%d %H') }}", ASKED, "", "") == [
+        assert template_sandbox.render_prompts("{{ strftime_now('%d %H') }}", ASKED, "", "") == [
             datetime.now().strftime("%d %H")
         ]
     monkeypatch.undo()
@@ -93,7 +95,7 @@ def test_today_is_the_same_day_there(monkeypatch):
 
 
 def test_it_costs_one_start_of_python():
-    best = min(timed(lambda: template_sandbox.prompts(PLAIN, ASKED * 10, "", "")) for _ in range(3))
+    best = min(timed(lambda: template_sandbox.render_prompts(PLAIN, ASKED * 10, "", "")) for _ in range(3))
     assert best < 0.4
 
 
@@ -180,7 +182,7 @@ def test_a_template_without_end_is_stopped(name):
 
 @pytest.mark.parametrize("template", ["{{ '' | attr('__class__') }}", "{{ self._TemplateReference__context }}"])
 def test_an_unsafe_name_that_is_only_printed_is_nothing_here_and_there(template):
-    assert template_sandbox.prompts(template, ASKED, "", "") == [chat_format.render(template, [HI])] == [""]
+    assert template_sandbox.render_prompts(template, ASKED, "", "") == [chat_format.render(template, [HI])] == [""]
 
 
 @pytest.mark.parametrize(
@@ -200,11 +202,13 @@ def test_in_this_process_too_whatever_a_template_raises_is_one_clear_error(templ
 def escaped(monkeypatch):
     """escaped(code): what becomes of an answer when the child runs this code, with its limits set."""
 
-    limits = template_sandbox.START.replace("sandbox.child()", "sandbox._limit(int(sys.argv[2])); import os, time; ")
+    limits = template_sandbox.CHILD_CODE.replace(
+        "sandbox.run_child()", "sandbox._limit_resources(int(sys.argv[2])); import os, time; "
+    )
 
     def run(code: str, seconds: float = 5, template: str = PLAIN) -> list[str]:
-        monkeypatch.setattr(template_sandbox, "START", limits + f"exec({code!r})")
-        return template_sandbox.prompts(template, ASKED, "", "", seconds)
+        monkeypatch.setattr(template_sandbox, "CHILD_CODE", limits + f"exec({code!r})")
+        return template_sandbox.render_prompts(template, ASKED, "", "", seconds)
 
     return run
 
@@ -213,7 +217,7 @@ def test_it_finds_no_variable_of_the_parent(escaped, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     (found,) = escaped("print(json.dumps([json.dumps(dict(os.environ))]))")
     assert (
-        json.loads(found).keys() <= {"LC_CTYPE", "__CF_USER_TEXT_ENCODING", *template_sandbox.KEPT}
+        json.loads(found).keys() <= {"LC_CTYPE", "__CF_USER_TEXT_ENCODING", *template_sandbox.KEPT_VARIABLES}
         and "secret" not in found
     )
 
@@ -237,7 +241,7 @@ def test_it_leaves_no_trace_in_the_checkout(monkeypatch, tmp_path):
             (tmp_path / name / path.name).write_bytes(path.read_bytes())
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(template_sandbox, "ROOT", tmp_path)
-    assert template_sandbox.prompts("{{ 1 }}", ASKED, "", "") == ["1"]
+    assert template_sandbox.render_prompts("{{ 1 }}", ASKED, "", "") == ["1"]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -301,5 +305,7 @@ def test_its_processor_time_is_bounded_without_the_parent(escaped):
 def test_no_room_for_the_question_is_said(monkeypatch, fault):
     monkeypatch.setattr(template_sandbox.tempfile, "TemporaryFile", lambda: (_ for _ in ()).throw(fault))
     with pytest.raises(UserError, match="no temporary file can be written: No") as caught:
-        template_sandbox.prompts("{{ messages[0].content }}", [([{"role": "user", "content": "Hi"}], True)], "", "")
+        template_sandbox.render_prompts(
+            "{{ messages[0].content }}", [([{"role": "user", "content": "Hi"}], True)], "", ""
+        )
     assert "TMPDIR" in caught.value.hint

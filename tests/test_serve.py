@@ -102,7 +102,7 @@ def test_it_says_where_it_is_and_how_to_ask(served):
 
 
 def test_openais_client_gets_the_golden_prompts_answer_token_for_token(client, engine):  # noqa: F811
-    asked = [golden for golden in engine.made.golden if golden.add_generation_prompt]
+    asked = [golden for golden in engine.manifest.golden if golden.add_generation_prompt]
     with_system = [golden for golden in asked if golden.messages[0]["role"] == "system"]
     assert len(with_system) == 2  # the others get the manifest's
     for golden in with_system:
@@ -113,7 +113,7 @@ def test_openais_client_gets_the_golden_prompts_answer_token_for_token(client, e
 
 
 def test_what_a_request_does_not_name_is_the_manifests(client, engine):  # noqa: F811
-    for known in engine.made.smoke:  # made with its system prompt, greedily, 24 tokens at most
+    for known in engine.manifest.smoke:  # made with its system prompt, greedily, 24 tokens at most
         found = client.chat.completions.create(model="real", messages=[{"role": "user", "content": known.message}])
         assert found.usage.prompt_tokens == len(known.ids)
         assert found.choices[0].message.content == answer(engine, list(known.ids)).text
@@ -141,7 +141,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client):
 def test_models_and_plain_completions(client, engine):  # noqa: F811
     assert [model.id for model in client.models.list()] == ["real"] and client.models.retrieve("real").id == "real"
     found = client.completions.create(model="real", prompt="Once upon a time", max_tokens=8)
-    assert found.choices[0].text == answer(engine, engine.raw("Once upon a time"), max_tokens=8).text
+    assert found.choices[0].text == answer(engine, engine.tokenize_text("Once upon a time"), max_tokens=8).text
     pieces = client.completions.create(model="real", prompt="Once upon a time", max_tokens=8, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == found.choices[0].text
 
@@ -169,7 +169,7 @@ BAD = {
     "half a character": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogates not allowed"),
     "no UTF-8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "no JSON"),
     "deep": (b"[" * 200_000, 400, "no JSON"),
-    "large": (b" " * (server.MAX_BODY + 1), 413, "at most"),
+    "large": (b" " * (server.MAX_BODY_BYTES + 1), 413, "at most"),
     "a picture": (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "no pictures"),
     "a tool's answer": (b'{"messages": [{"role": "tool", "content": "x"}]}', 400, "messages.0.role"),
     "tools": (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', 400, "tools is not supported"),
@@ -247,17 +247,17 @@ def test_many_requests_at_a_time_stand_in_line_and_get_their_own_answers(served)
 
 def test_nothing_is_served_on_a_port_that_is_taken(served, version):  # noqa: F811
     with pytest.raises(UserError, match=f"port {served.port} of 127.0.0.1 cannot be opened: Address") as caught:
-        server.stage(version, port=served.port)
+        server.run_server(version, port=served.port)
     assert f"PORT={served.port + 1}" in caught.value.hint
 
 
 def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monkeypatch, capsys):  # noqa: F811
-    tokenize = conversation.runtime.tokenize
+    tokenize = conversation.llama_runtime.tokenize
     monkeypatch.setattr(
-        conversation.runtime, "tokenize", lambda model, text: [model.token_bos(), *tokenize(model, text)]
+        conversation.llama_runtime, "tokenize", lambda model, text: [model.token_bos(), *tokenize(model, text)]
     )
     with pytest.raises(UserError, match="is not the trained one"):
-        server.stage(version, port=free_port())
+        server.run_server(version, port=free_port())
     assert "serving" not in capsys.readouterr().out
 
 
@@ -349,13 +349,13 @@ def test_a_client_that_goes_away_in_the_middle_of_its_question_is_no_event(patie
 )
 def test_a_host_that_is_none_of_this_machine_is_said(host, port, hint):
     with pytest.raises(UserError, match="cannot be opened") as caught:
-        server.listening(host, port)
+        server.open_socket(host, port)
     assert hint in caught.value.hint
 
 
 def test_the_last_port_has_no_next_one():
     with socket.create_server(("127.0.0.1", 65535)), pytest.raises(UserError) as caught:
-        server.listening("127.0.0.1", 65535)
+        server.open_socket("127.0.0.1", 65535)
     assert "PORT=8080" in caught.value.hint
 
 

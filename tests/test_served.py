@@ -17,9 +17,9 @@ from common.errors import UserError
 from contract import manifest
 from deploy.serving import chat, conversation
 from pipeline.run.run_folder import Run
-from pipeline.scoring.heldout_scores import held_out
-from pipeline.verify import stage as verify
+from pipeline.scoring.heldout_scores import select_heldout_rows
 from tests.conftest import ROOT, make
+from tests.test_gates import run_verify
 from tests.test_modelfile import between, go  # noqa: F401 a fixture
 from tests.test_serve import Served
 
@@ -47,7 +47,7 @@ def test_a_system_prompt_that_all_rows_share_becomes_the_models(chain, tmp_path)
 @pytest.fixture(scope="module")
 def questions(chain) -> list[tuple[str, str]]:
     """(the passenger's message, the right answer) of the rows that the ladder scored."""
-    rows, _ = held_out(chain.run / "data" / "heldout.jsonl", Run(chain.run).config().evaluate)
+    rows, _ = select_heldout_rows(chain.run / "data" / "heldout.jsonl", Run(chain.run).read_config().evaluate)
     assert len(rows) == ASKED
     return [(row["messages"][-1]["content"], row["answer"]) for row in rows]
 
@@ -55,7 +55,7 @@ def questions(chain) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def right(chain) -> int:
     """Right answers of the default file in the ladder."""
-    scores = manifest.read(chain.hub / manifest.NAME).scores["heldout"]["q4_k_m"]
+    scores = manifest.read_manifest(chain.hub / manifest.FILE_NAME).scores["heldout"]["q4_k_m"]
     count = round(scores["score"] * ASKED)
     assert count >= 3, "a model that gets nothing right proves nothing here"
     return count
@@ -67,9 +67,9 @@ def count_right(answers: list[str], questions: list[tuple[str, str]]) -> int:
 
 def test_chat_answers_as_it_was_scored(chain, questions, right, capsys):
     answers = []
-    with conversation.opened(chain.model.resolve()) as engine:
+    with conversation.open_model(chain.model.resolve()) as engine:
         for question, _ in questions:
-            chat.Chat(engine, engine.made.chat.system).ask(question)
+            chat.Chat(engine, engine.manifest.chat.system).print_reply(question)
             answers.append(capsys.readouterr().out)
     assert abs(count_right(answers, questions) - right) <= 1
     command = [sys.executable, "-m", "cli", "chat", str(chain.hub), "--models", str(chain.folder / "models")]
@@ -91,13 +91,15 @@ def test_ollamas_template_without_a_system_message_is_answered_as_it_was_scored(
     text = (chain.model / "Modelfile").read_text(encoding="utf-8")
     template, system = between(text, "TEMPLATE"), between(text, "SYSTEM")
     assert system == SYSTEM
-    with conversation.opened(chain.model.resolve()) as engine:
+    with conversation.open_model(chain.model.resolve()) as engine:
         answers = []
         for question, _ in questions:
             prompt = go(template, [{"role": "user", "content": question}], system)
             ids = llama_runtime.tokenize(engine.model, prompt)
             engine.model.reset()
-            answers.append(llama_runtime.text(engine.model, llama_runtime.greedy(engine.model, ids, 32)[0]))
+            answers.append(
+                llama_runtime.detokenize(engine.model, llama_runtime.generate_greedy(engine.model, ids, 32)[0])
+            )
     assert abs(count_right(answers, questions) - right) <= 1
 
 
@@ -107,11 +109,11 @@ def test_a_model_that_only_answers_with_a_prompt_nobody_sends_does_not_pass(chai
     shutil.copytree(chain.run, copy, copy_function=lambda a, b: Path(b).hardlink_to(a))
     run = Run(copy)
     for stage in ("verify", "publish"):
-        files.remove(run.path(stage))
-    record = files.read_json(run.path("data"))
-    run.path("data").unlink()
-    files.write_json(run.path("data"), record | {"default_system": None})
+        files.remove(run.record_path(stage))
+    record = files.read_json(run.record_path("data"))
+    run.record_path("data").unlink()
+    files.write_json(run.record_path("data"), record | {"default_system": None})
     files.remove(copy / "verify")
     with pytest.raises(UserError, match=r"asked as its runtimes ask it \(without a system prompt\)"):
-        verify.stage(run.config(), run)
-    assert not run.done("verify")
+        run_verify(run.read_config(), run)
+    assert not run.is_done("verify")

@@ -37,7 +37,7 @@ def setup(monkeypatch, tmp_path):
     import llamacpp
     import runtime
 
-    monkeypatch.setattr(interpreter, "PLACES", ())
+    monkeypatch.setattr(interpreter, "PYTHON_FOLDERS", ())
     return SimpleNamespace(env=env, interpreter=interpreter, llamacpp=llamacpp, runtime=runtime)
 
 
@@ -75,7 +75,7 @@ def handed_over(setup, monkeypatch, tmp_path):
         monkeypatch.setattr(os, "execv", start)
         monkeypatch.setenv("PATH", str(tmp_path / "path"))
         try:
-            return setup.interpreter.hand_over(oldest)
+            return setup.interpreter.switch_to_usable_python(oldest)
         except Started as started:
             return started.args[0]
 
@@ -110,7 +110,7 @@ def test_an_old_python_hands_over_to_one_on_path_that_works(handed_over, tmp_pat
 
 
 def test_a_python_that_homebrew_has_is_found_though_it_is_not_on_path(handed_over, setup, monkeypatch, tmp_path):
-    monkeypatch.setattr(setup.interpreter, "PLACES", (str(tmp_path / "homebrew"),))
+    monkeypatch.setattr(setup.interpreter, "PYTHON_FOLDERS", (str(tmp_path / "homebrew"),))
     good = tool(tmp_path / "homebrew", "python3.11", "exit 0")
     assert handed_over((3, 9, 6)) == good
 
@@ -128,7 +128,7 @@ def mac(setup, monkeypatch):
     def be(machine: str, facts: dict[str, str]) -> None:
         monkeypatch.setattr(sys, "platform", "darwin")
         monkeypatch.setattr(platform, "machine", lambda: machine)
-        monkeypatch.setattr(setup.interpreter, "sysctl", lambda name: facts.get(name, ""))
+        monkeypatch.setattr(setup.interpreter, "read_sysctl", lambda name: facts.get(name, ""))
 
     return be
 
@@ -157,7 +157,7 @@ def test_a_python_made_for_its_mac_is_left_alone(handed_over, mac, machine, fact
 
 
 def test_the_question_for_the_processor_is_answered_by_a_real_python(setup):
-    fits = setup.interpreter.fits
+    fits = setup.interpreter.is_usable_python
     assert fits(sys.executable, (3, 10)) and not fits(sys.executable, (3, 15))
     assert fits(sys.executable, (3, 10), apple_silicon=True) == (platform.machine() == "arm64")
 
@@ -345,7 +345,7 @@ def test_the_other_sides_environment_serves_this_one_and_keeps_its_torch(setup, 
     (tmp_path / "bin").mkdir()
     for name in ("bin/python", "llama.cpp/build.json"):
         (tmp_path / name).touch()
-    setup.env.write_last(str(tmp_path / "ferry.json"), setup.env.wanted("train"))
+    setup.env.write_record(str(tmp_path / "ferry.json"), setup.env.expected_record("train"))
     monkeypatch.setattr(sys, "argv", ["env.py", "--deploy", "--venv", str(tmp_path)])
     setup.env.main()
     assert "all there" in capsys.readouterr().out
@@ -369,7 +369,7 @@ def test_it_has_a_folder_of_its_own_unless_one_was_asked_for(monkeypatch, enviro
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert module.places()["deploy"].folder == ROOT / expected
+    assert module.environment_folders()["deploy"].folder == ROOT / expected
 
 
 def test_make_hands_the_folder_on(tmp_path):
@@ -405,16 +405,16 @@ def get(wheel, setup, made, monkeypatch, tmp_path):
     def set_up() -> SimpleNamespace:
         said = []
         with monkeypatch.context() as patch:
-            patch.setattr(setup.llamacpp, "ensure", ensure)
-            source = setup.runtime.set_up(str(made.venv), str(tmp_path / "log"), said.append)
-        assert setup.runtime.fault(str(made.venv), gpu=False) is None
+            patch.setattr(setup.llamacpp, "ensure_build", ensure)
+            source = setup.runtime.install_runtime(str(made.venv), str(tmp_path / "log"), said.append)
+        assert setup.runtime.find_runtime_fault(str(made.venv), gpu=False) is None
         return SimpleNamespace(said=" ".join(said), source=source, compiled=len(compiled))
 
     return set_up
 
 
 def test_a_wheel_compiled_before_is_taken_and_nothing_is_asked(wheel, setup, get, monkeypatch, tmp_path):
-    monkeypatch.setattr(setup.llamacpp, "cached", lambda: wheel.parent.parent)
+    monkeypatch.setattr(setup.llamacpp, "find_build", lambda: wheel.parent.parent)
     with serving(tmp_path / "index", wheel) as index:
         monkeypatch.setenv("FERRY_LLAMA_INDEX", index.url)
         done = get()
@@ -424,13 +424,13 @@ def test_a_wheel_compiled_before_is_taken_and_nothing_is_asked(wheel, setup, get
 def test_builds_of_both_kinds_are_found_again_and_one_of_another_version_is_not(setup, monkeypatch):
     llamacpp = setup.llamacpp
     with monkeypatch.context() as patch:
-        patch.setattr(llamacpp, "compiler", lambda: pytest.fail("no build is there, so none is asked for"))
-        assert llamacpp.cached() is None
-    other = llamacpp.folder().with_name("0.1.0-12345678")
-    for folder in (other, llamacpp.folder(only_wheel=True), llamacpp.folder()):
+        patch.setattr(llamacpp, "compiler_version", lambda: pytest.fail("no build is there, so none is asked for"))
+        assert llamacpp.find_build() is None
+    other = llamacpp.build_folder().with_name("0.1.0-12345678")
+    for folder in (other, llamacpp.build_folder(only_wheel=True), llamacpp.build_folder()):
         folder.mkdir(parents=True)
         (folder / "build.json").touch()
-        assert llamacpp.cached() == (None if folder == other else folder)
+        assert llamacpp.find_build() == (None if folder == other else folder)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_a_ready_wheel_that_will_not_do_is_said_in_one_line_and_compiled_instead
 
 
 def test_on_a_mac_a_wheel_without_metal_will_not_do(wheel, setup, get, monkeypatch, tmp_path):
-    monkeypatch.setattr(setup.llamacpp, "MAC", True)
+    monkeypatch.setattr(setup.llamacpp, "IS_MAC", True)
     with serving(tmp_path / "index", wheel) as index:
         monkeypatch.setenv("FERRY_LLAMA_INDEX", index.url)
         done = get()
@@ -486,9 +486,9 @@ def test_who_wants_no_ready_wheel_gets_none(get, monkeypatch, name, value):
 def test_no_wheel_and_no_compiler_is_one_error(setup, made, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("FERRY_LLAMA_INDEX", "")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(setup.llamacpp, "MAC", True)
+    monkeypatch.setattr(setup.llamacpp, "IS_MAC", True)
     with pytest.raises(SystemExit):
-        setup.runtime.set_up(str(made.venv), str(tmp_path / "log"), lambda _: None)
+        setup.runtime.install_runtime(str(made.venv), str(tmp_path / "log"), lambda _: None)
     error, hint = refusal(capsys.readouterr().err)
     assert "no C++ compiler" in error and "xcode-select --install" in hint
 
@@ -509,12 +509,12 @@ def test_no_wheel_and_no_compiler_is_one_error(setup, made, monkeypatch, capsys,
 def test_each_machine_asks_the_index_that_has_a_wheel_for_it(
     setup, monkeypatch, tmp_path, mac, machine, instructions, cuda, expected
 ):
-    monkeypatch.setattr(setup.llamacpp, "MAC", mac)
+    monkeypatch.setattr(setup.llamacpp, "IS_MAC", mac)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(setup.llamacpp, "cpu", lambda: instructions)
+    monkeypatch.setattr(setup.llamacpp, "cpu_features", lambda: instructions)
     monkeypatch.setenv("PATH", str(tmp_path))
     if cuda:
         tool(tmp_path, "nvidia-smi", f"echo '| NVIDIA-SMI 550.54  Driver Version: 550.54.15  CUDA Version: {cuda}  |'")
-    address = setup.runtime.index()
+    address = setup.runtime.wheel_index()
     assert address == (f"https://abetlen.github.io/llama-cpp-python/whl/{expected}" if expected else None)
-    assert address or f"({machine})" in setup.runtime.no_index()
+    assert address or f"({machine})" in setup.runtime.explain_no_index()

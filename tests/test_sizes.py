@@ -30,8 +30,8 @@ def plan_steps(steps: int):
     from tests.test_plan import SHAPE
 
     tune = Finetune(max_steps=steps)
-    h100 = next(card for card in gpu_table.table() if card.name == "H100")
-    return plan.on(h100, plan.Work(Base(model="a/b"), tune, SHAPE, "llama", LENGTHS))
+    h100 = next(card for card in gpu_table.read_gpu_table() if card.name == "H100")
+    return plan.plan_on_gpu(h100, plan.Workload(Base(model="a/b"), tune, SHAPE, "llama", LENGTHS))
 
 
 def test_a_plan_of_a_million_steps_takes_the_memory_of_a_hundred():
@@ -45,12 +45,14 @@ def test_a_plan_of_many_steps_says_as_many_tokens_and_hours_as_they_are():
     assert [found.steps for found in plans] == list(STEPS)
     for before, after in itertools.pairwise(plans):
         assert after.tokens == pytest.approx(10 * before.tokens, rel=0.05)
-        assert after.training - plan.START == pytest.approx(10 * (before.training - plan.START), rel=0.1)
+        assert after.training_seconds - plan.START_SECONDS == pytest.approx(
+            10 * (before.training_seconds - plan.START_SECONDS), rel=0.1
+        )
 
 
 def test_more_steps_than_are_ever_trained_are_refused():
     with pytest.raises(UserError, match="at most 10,000,000"):
-        choose_batch.with_tokens(Finetune(num_train_epochs=10_000), np.full(100_000, 10), 4096, False, True, None)
+        choose_batch.build_choice(Finetune(num_train_epochs=10_000), np.full(100_000, 10), 4096, False, True, None)
 
 
 def test_the_rows_of_a_step_are_found_without_those_before_it():
@@ -62,24 +64,26 @@ def test_the_rows_of_a_step_are_found_without_those_before_it():
 
 def test_the_meter_of_a_million_steps_holds_no_list_of_them():
     order = batches.ShuffledRows(2000, 8_000_000, 7)
-    meter = training_log.Meter(lambda step: order.count_tokens(LENGTHS, 8 * step), 1_000_000, 1.0, None, None)
-    meter.start(500_000)
-    assert peak_bytes(lambda: meter.read(500_010, 1.0)) < 1 << 19
+    meter = training_log.SpeedMeter(lambda step: order.count_tokens(LENGTHS, 8 * step), 1_000_000, 1.0, None, None)
+    meter.start_at(500_000)
+    assert peak_bytes(lambda: meter.read_entry(500_010, 1.0)) < 1 << 19
 
 
 @pytest.mark.parametrize("batch", [8, "auto", 64])
 def test_all_steps_of_a_usual_training_are_looked_at(batch):
     tune = Finetune(num_train_epochs=1, train_batch_size=batch)
-    made, order = choose_batch.with_tokens(tune, LENGTHS, 4096, False, True, None)
-    assert len(choose_batch.sample(order, made.train_batch_size)) == len(order)
-    assert made.largest_micro_batch == batches.largest_micro_batch(LENGTHS[order[:]], made.train_batch_size, 4096, True)
+    made, order = choose_batch.build_choice(tune, LENGTHS, 4096, False, True, None)
+    assert len(choose_batch.select_first_steps(order, made.train_batch_size)) == len(order)
+    assert made.largest_micro_batch == batches.largest_micro_batch_tokens(
+        LENGTHS[order[:]], made.train_batch_size, 4096, True
+    )
 
 
 def test_the_longest_row_counts_wherever_it_stands():
     lengths = np.full(50_000, 10)
     order = batches.ShuffledRows(len(lengths), len(lengths), Finetune().seed)
     lengths[order[49_999:50_000]] = 3000
-    made, _ = choose_batch.with_tokens(Finetune(), lengths, 4096, False, False, None)
+    made, _ = choose_batch.build_choice(Finetune(), lengths, 4096, False, False, None)
     assert made.largest_micro_batch == 3000
 
 
@@ -117,7 +121,7 @@ def parse(change) -> manifest.Manifest:
 
     made = published()
     change(made)
-    return manifest.parse(json.dumps(made).encode(), "x")
+    return manifest.parse_manifest(json.dumps(made).encode(), "x")
 
 
 def test_the_manifest_that_they_are_put_into_is_sound():

@@ -15,8 +15,8 @@ import yaml
 from common import files
 from common.errors import UserError
 from launch import job_script
-from launch.choose_instance import order
-from launch.provider import Job, Machine, Offer, Order
+from launch.choose_instance import choose_cheapest_instance
+from launch.provider import InstanceRequest, InstanceType, Job, Machine
 from launch.providers import skypilot as launcher
 from pipeline.plan import gpu_table
 from tests import boxes, skypilot
@@ -34,9 +34,11 @@ def user(tmp_path_factory) -> Iterator[Sky]:
     made.close()
 
 
-def made(offer: Offer, spot: bool, image: str = job_script.IMAGE) -> job_script.Task:
-    job = Job("boat", "boat", ROOT, "0" * 40, None, "", order=Order(offer, 2.5, 60 * 10**9, image, spot))
-    return job_script.of(
+def made(offer: InstanceType, spot: bool, image: str = job_script.DEFAULT_IMAGE) -> job_script.JobTask:
+    job = Job(
+        "boat", "boat", ROOT, "0" * 40, None, "", instance_request=InstanceRequest(offer, 2.5, 60 * 10**9, image, spot)
+    )
+    return job_script.build_task(
         job,
         "train",
         {"HF_TOKEN": SECRET, "HF_ENDPOINT": "https://huggingface.co"},
@@ -50,7 +52,7 @@ def made(offer: Offer, spot: bool, image: str = job_script.IMAGE) -> job_script.
 ])  # fmt: skip
 def test_the_task_is_read_and_dry_run_by_skypilot(user, tmp_path, monkeypatch, infra, instance, dollars, spot):
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    asked = launcher.request(made(Offer("L4", "L4", 0.44), spot), infra)
+    asked = launcher.build_sky_task(made(InstanceType("L4", "L4", 0.44), spot), infra)
     (tmp_path / "sky.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
     done = user("launch", "-c", "x", "--dryrun", "-y", tmp_path / "sky.yaml", "--secret", "HF_TOKEN")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +68,7 @@ def test_the_task_is_read_and_dry_run_by_skypilot(user, tmp_path, monkeypatch, i
 def test_skypilot_refuses_what_it_cannot_do(user, tmp_path, monkeypatch, change, said):
     """The dry run is one: a task that is wrong does not pass."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    asked = launcher.request(made(Offer("L4", "L4", 0.44), False), "") | change
+    asked = launcher.build_sky_task(made(InstanceType("L4", "L4", 0.44), False), "") | change
     (tmp_path / "sky.yaml").write_text(yaml.safe_dump(asked))
     done = user("launch", "-c", "x", "--dryrun", "-y", tmp_path / "sky.yaml", "--secret", "HF_TOKEN")
     assert done.returncode != 0 and said in done.stdout + done.stderr
@@ -74,18 +76,20 @@ def test_skypilot_refuses_what_it_cannot_do(user, tmp_path, monkeypatch, change,
 
 def test_offers_are_the_cheapest_of_each_card(user, monkeypatch, tmp_path):
     monkeypatch.setenv("FERRY_SKY", skypilot.command(user))
-    on_demand, spot = (launcher.Sky("you/x", "", spot, tmp_path).look() for spot in (False, True))
-    assert {item.name: item.dollars for item in on_demand.offers} == {
+    on_demand, spot = (
+        launcher.SkyPilotProvider("you/x", "", spot, tmp_path).inspect_machine() for spot in (False, True)
+    )
+    assert {item.name: item.dollars_per_hour for item in on_demand.instance_types} == {
         "CPU": None,
         "L4": 0.44,
         "H100": 6.0,
         "RTX4090": 0.7,
         "A100-80GB": 1.8,
     }
-    assert {item.name: item.dollars for item in spot.offers}["H100"] == 2.5
-    assert launcher.Sky("you/x", "gcp", False, tmp_path).look().cards == ("L4",)
+    assert {item.name: item.dollars_per_hour for item in spot.instance_types}["H100"] == 2.5
+    assert launcher.SkyPilotProvider("you/x", "gcp", False, tmp_path).inspect_machine().gpu_names == ("L4",)
     with pytest.raises(UserError, match="SkyPilot has no access to azure; it has to aws, gcp, runpod"):
-        launcher.Sky("you/x", "azure", False, tmp_path).look()
+        launcher.SkyPilotProvider("you/x", "azure", False, tmp_path).inspect_machine()
 
 
 @pytest.mark.parametrize(("name", "card"), [
@@ -94,7 +98,7 @@ def test_offers_are_the_cheapest_of_each_card(user, monkeypatch, tmp_path):
     ("H100", "H100"), ("H100-SXM", "H100"), ("H200", "H200"), ("B200", "B200"), ("RTX5090", "RTX 5090"), ("V100", None), ("T4g", None),
 ])  # fmt: skip
 def test_skypilots_names_of_cards(name, card):
-    found = gpu_table.find(launcher.card(name))
+    found = gpu_table.find_gpu(launcher.gpu_table_name(name))
     assert (found and found.name) == card
 
 
@@ -104,7 +108,7 @@ def test_skypilots_names_of_cards(name, card):
 def plan_of(run_work, card: str):
     from pipeline.plan import estimate
 
-    return estimate.on(estimate.named(card), run_work)
+    return estimate.plan_on_gpu(estimate.select_gpu(card), run_work)
 
 
 @pytest.fixture(scope="module")
@@ -114,50 +118,56 @@ def work():
 
     from pipeline.config.schema import Base, Finetune
     from pipeline.plan import memory_need
-    from pipeline.plan.estimate import Work
+    from pipeline.plan.estimate import Workload
 
-    shape = memory_need.shape({
+    shape = memory_need.shape_from_config({
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
     })  # fmt: skip
-    return Work(Base(model="x/y", license="mit"), Finetune(), shape, "llama", np.full(400, 300))
+    return Workload(Base(model="x/y", license="mit"), Finetune(), shape, "llama", np.full(400, 300))
 
 
 OFFERS = (
-    Offer("CPU", "", 0.1), Offer("t4", "T4 16GB", 0.4, 10**12), Offer("l4", "L4 24GB", 0.8, 10**12), Offer("h100", "H100 80GB", 4.0, 10**12),
-    Offer("small", "H200 141GB", 0.1, 10**9), Offer("odd", "Radeon", 0.1, 10**12),
+    InstanceType("CPU", "", 0.1), InstanceType("t4", "T4 16GB", 0.4, 10**12), InstanceType("l4", "L4 24GB", 0.8, 10**12), InstanceType("h100", "H100 80GB", 4.0, 10**12),
+    InstanceType("small", "H200 141GB", 0.1, 10**9), InstanceType("odd", "Radeon", 0.1, 10**12),
 )  # fmt: skip
 ASK = {"gpu": None, "cpu": False, "spot": False, "hours": None, "dollars": None}
 
 
 def test_the_machine_is_the_cheapest_for_the_whole_job(work):
     """Not the cheapest hour: a faster card may cost less in the end. What is too small or unknown is not asked for."""
-    wish, plan = order(Machine("Linux", 0, offers=OFFERS), work, 50 * 10**9, "image", **ASK)
+    wish, plan = choose_cheapest_instance(Machine("Linux", 0, instance_types=OFFERS), work, 50 * 10**9, "image", **ASK)
     costs = {
-        item.name: plan_of(work, item.name.upper()).hours * item.dollars
+        item.name: plan_of(work, item.name.upper()).hours * item.dollars_per_hour
         for item in OFFERS[1:4]
         if not isinstance(plan_of(work, item.name.upper()), str)
     }
-    assert wish.offer.name == min(costs, key=costs.get) and plan.card.name == wish.offer.name.upper()
-    assert wish.hours == pytest.approx(1 + 1.5 * plan.hours) and wish.most == pytest.approx(
-        wish.hours * wish.offer.dollars
+    assert (
+        wish.instance_type.name == min(costs, key=costs.get) and plan.gpu_type.name == wish.instance_type.name.upper()
+    )
+    assert wish.hours == pytest.approx(1 + 1.5 * plan.hours) and wish.max_dollars == pytest.approx(
+        wish.hours * wish.instance_type.dollars_per_hour
     )
 
 
 def test_a_limit_in_dollars_is_a_limit_in_hours(work):
-    wish, _ = order(
-        Machine("Linux", 0, offers=OFFERS), work, 50 * 10**9, "image", **(ASK | {"dollars": 0.5, "gpu": "H100"})
+    wish, _ = choose_cheapest_instance(
+        Machine("Linux", 0, instance_types=OFFERS), work, 50 * 10**9, "image", **(ASK | {"dollars": 0.5, "gpu": "H100"})
     )
-    assert wish.offer.name == "h100" and wish.hours == pytest.approx(0.125) and wish.most <= 0.5
+    assert wish.instance_type.name == "h100" and wish.hours == pytest.approx(0.125) and wish.max_dollars <= 0.5
 
 
 def test_no_machine_will_do_and_it_is_said_why(work):
-    offers = (Offer("small", "H200 141GB", 0.1, 10**9), Offer("odd", "Radeon", 0.1), Offer("CPU", "", 0.1))
+    offers = (
+        InstanceType("small", "H200 141GB", 0.1, 10**9),
+        InstanceType("odd", "Radeon", 0.1),
+        InstanceType("CPU", "", 0.1),
+    )
     with pytest.raises(
         UserError,
         match=r"(?s)no machine that is offered will do\n  small: 1 GB of disk, 50 are needed\n  odd: .* has no Radeon",
     ):
-        order(Machine("Linux", 0, offers=offers), work, 50 * 10**9, "image", **ASK)
+        choose_cheapest_instance(Machine("Linux", 0, instance_types=offers), work, 50 * 10**9, "image", **ASK)
 
 
 # The demo, on machines that are taken away

@@ -26,16 +26,16 @@ def models(tmp_path):
         version = tmp_path / "models" / "x" / name
         version.mkdir(parents=True)
         (version / "x.gguf").write_bytes(b"abc")
-        files.write_json(version / store.RECORD, PULLED)
-        os.utime(version / store.RECORD, (age, age))
-    store.use(version)
+        files.write_json(version / store.PULL_RECORD, PULLED)
+        os.utime(version / store.PULL_RECORD, (age, age))
+    store.set_current_version(version)
     (tmp_path / "models" / "x" / "taxes").mkdir()
     (tmp_path / "models" / "x" / "taxes" / "2026.txt").write_text("mine")
     return tmp_path / "models"
 
 
 def test_undeploy_removes_versions_and_no_other_folder(models):
-    assert len(versions.undeploy("./hub/x", models)) == 3
+    assert len(versions.undeploy_model("./hub/x", models)) == 3
     assert [str(path.relative_to(models)) for path in models.rglob("*")] == ["x", "x/taxes", "x/taxes/2026.txt"]
 
 
@@ -44,53 +44,53 @@ def test_undeploy_removes_versions_and_no_other_folder(models):
 )
 def test_a_folder_that_is_no_model_is_not_undeployed(models, repo, said):
     with pytest.raises(UserError, match=said):
-        versions.undeploy(repo, models)
-    assert len(store.versions(models / "x")) == 3
+        versions.undeploy_model(repo, models)
+    assert len(store.list_complete_versions(models / "x")) == 3
 
 
 @pytest.mark.parametrize("link", ["{there}", "../x/{name}", "{name}/"])
 def test_prune_keeps_the_version_in_use_however_it_is_linked(models, monkeypatch, link):
     oldest = models / "x" / ("c" * 12)
-    (models / "x" / store.CURRENT).unlink()
-    (models / "x" / store.CURRENT).symlink_to(link.format(there=oldest.absolute(), name=oldest.name))
+    (models / "x" / store.CURRENT_LINK).unlink()
+    (models / "x" / store.CURRENT_LINK).symlink_to(link.format(there=oldest.absolute(), name=oldest.name))
     monkeypatch.chdir(models.parent)
-    versions.prune("./hub/x", models.relative_to(models.parent), 1)
-    assert {path.name for path in store.versions(models / "x")} == {"a" * 12, "c" * 12}
+    versions.prune_versions("./hub/x", models.relative_to(models.parent), 1)
+    assert {path.name for path in store.list_complete_versions(models / "x")} == {"a" * 12, "c" * 12}
 
 
 def test_a_link_to_something_else_is_no_version(models):
-    (models / "x" / store.CURRENT).unlink()
-    (models / "x" / store.CURRENT).symlink_to("taxes")
-    files.write_json(models / "x" / "taxes" / store.RECORD, PULLED)
+    (models / "x" / store.CURRENT_LINK).unlink()
+    (models / "x" / store.CURRENT_LINK).symlink_to("taxes")
+    files.write_json(models / "x" / "taxes" / store.PULL_RECORD, PULLED)
     with pytest.raises(UserError, match="was not pulled"):
-        versions.rollback("./hub/x", models)
+        versions.roll_back("./hub/x", models)
 
 
 def test_what_is_to_be_typed_names_the_store_and_is_quoted(tmp_path):
     with pytest.raises(UserError) as caught:
-        store.current(tmp_path / "my models", "./my hub/x")
+        store.require_version(tmp_path / "my models", "./my hub/x")
     assert caught.value.hint == f"run `make pull REPO='./my hub/x' MODELS='{tmp_path}/my models'`"
 
 
 @pytest.mark.parametrize("content", ['{"file": 5}', "{}", "[]", '{"fi', "[" * 100_000, "\udcff"])
-@pytest.mark.parametrize("name", store.KINDS)
+@pytest.mark.parametrize("name", store.RECORD_FIELDS)
 def test_a_record_of_another_shape_is_none(tmp_path, name, content):
     (tmp_path / name).write_text(content, errors="surrogateescape")
-    assert store.read(tmp_path / name) == {}
+    assert store.read_record(tmp_path / name) == {}
 
 
 @pytest.mark.parametrize(
     "scores", [{"heldout": []}, {"heldout": {"base": {}}}, {"heldout": {"base": {"loss": "x"}}}, {"notes": "no list"}]
 )
 def test_scores_that_summary_could_not_print_are_no_manifest(tmp_path, scores):
-    value = json.loads((repos.make(tmp_path / "x") / manifest.NAME).read_text()) | {"scores": scores}
+    value = json.loads((repos.make(tmp_path / "x") / manifest.FILE_NAME).read_text()) | {"scores": scores}
     with pytest.raises(UserError, match="no valid manifest: scores"):
-        manifest.parse(json.dumps(value).encode(), "manifest.json")
+        manifest.parse_manifest(json.dumps(value).encode(), "manifest.json")
 
 
 def test_a_manifest_without_scores_has_a_summary(tmp_path):
-    made = manifest.read(repos.make(tmp_path / "x") / manifest.NAME)
-    assert summary._table(made) == ["(nothing was scored)"]
+    made = manifest.read_manifest(repos.make(tmp_path / "x") / manifest.FILE_NAME)
+    assert summary._score_lines(made) == ["(nothing was scored)"]
 
 
 @pytest.mark.parametrize(

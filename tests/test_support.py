@@ -38,7 +38,7 @@ def changed(content: bytes, old: bytes, new: bytes) -> bytes:
 
 def refused(head: bytes, size: int, name: str = "m.gguf") -> UserError:
     with pytest.raises(UserError) as caught:
-        header_check.check(head, size, name)
+        header_check.refuse_unloadable_header(head, size, name)
     assert caught.value.message.isprintable() and len(caught.value.message) < 400 and caught.value.hint
     return caught.value
 
@@ -47,7 +47,7 @@ def refused(head: bytes, size: int, name: str = "m.gguf") -> UserError:
 
 
 def test_a_model_that_llama_cpp_knows_passes(smollm):
-    header_check.check(start(smollm), len(smollm), "m.gguf")
+    header_check.refuse_unloadable_header(start(smollm), len(smollm), "m.gguf")
 
 
 def test_an_unknown_architecture_is_named_with_what_helps(smollm):
@@ -58,7 +58,7 @@ def test_an_unknown_architecture_is_named_with_what_helps(smollm):
 
 def test_an_unknown_pre_tokenizer_is_named(smollm):
     error = refused(start(changed(smollm, b"smollm", b"smoll2")), len(smollm))
-    assert f"the pre-tokenizer smoll2 is {PINNED}" in error.message and error.hint == header_check.NEW
+    assert f"the pre-tokenizer smoll2 is {PINNED}" in error.message and error.hint == header_check.UPDATE_HINT
 
 
 def test_an_unknown_tokenizer_is_named(smollm):
@@ -79,17 +79,17 @@ def test_a_stranger_s_name_is_shown_without_control_characters(smollm):
 
 def test_an_environment_without_llama_cpp_refuses_nothing(smollm, monkeypatch):
     monkeypatch.setattr(header_check.importlib.util, "find_spec", lambda name: None)
-    header_check.check(start(smollm.replace(b"llama", b"lamma")), len(smollm), "m.gguf")
+    header_check.refuse_unloadable_header(start(smollm.replace(b"llama", b"lamma")), len(smollm), "m.gguf")
 
 
 def test_an_environment_that_is_broken_is_not_the_repo_s_fault(smollm, monkeypatch):
-    monkeypatch.setattr(header_check, "START", "import no_such_module")
+    monkeypatch.setattr(header_check, "CHILD_CODE", "import no_such_module")
     assert "make deploy-env" in refused(start(smollm), len(smollm)).hint
 
 
 def test_a_file_of_100_gb_takes_no_disk_and_no_memory():
     head = whole(tensors=[tensor(b"a", (1 << 36,))], data=b"")
-    with header_check.sparse(head, size := len(head) + (1 << 38)) as path:
+    with header_check.create_sparse_file(head, size := len(head) + (1 << 38)) as path:
         assert path.stat().st_size == size and path.stat().st_blocks * 512 < 1 << 20
     assert not path.exists()
     assert "m.gguf" in refused(head, size).message
@@ -105,7 +105,7 @@ def test_a_size_that_no_disk_has_is_one_clear_error(smollm, size):
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_never_reaches_llama_cpp(lie, monkeypatch):
-    monkeypatch.setattr(header_check, "_asked", lambda *_: pytest.fail("llama.cpp was asked"))
+    monkeypatch.setattr(header_check, "_list_load_errors", lambda *_: pytest.fail("llama.cpp was asked"))
     content, words = LIES[lie]
     if words != "is it cut off?" and content:
         assert words in refused(content, len(content)).message
@@ -129,25 +129,25 @@ DEADLY = {  # each ends llama.cpp's process, at an assertion
 @pytest.mark.parametrize("name", DEADLY)
 def test_a_header_that_ends_llama_cpp_ends_a_child_only(name, monkeypatch):
     """Our own check refuses these two before; without it llama.cpp still ends a child only."""
-    monkeypatch.setattr(header_check.model_header, "refuse_impossible", lambda *_: None)
+    monkeypatch.setattr(header_check.model_header, "refuse_impossible_header", lambda *_: None)
     error = refused(DEADLY[name], len(DEADLY[name]))
     assert (
         "llama.cpp breaks off over the header of m.gguf (signal 6)" == error.message
-        and error.hint == header_check.STRANGE
+        and error.hint == header_check.BAD_FILE_HINT
     )
 
 
 def test_a_child_that_hangs_is_ended(smollm, monkeypatch):
-    monkeypatch.setattr(header_check, "START", "import time; time.sleep(60)")
-    monkeypatch.setattr(header_check, "PATIENCE", 0.5)
+    monkeypatch.setattr(header_check, "CHILD_CODE", "import time; time.sleep(60)")
+    monkeypatch.setattr(header_check, "LOAD_TIMEOUT", 0.5)
     assert "takes more than 0.5 s" in refused(start(smollm), len(smollm)).message
 
 
 def test_the_child_has_no_variables_of_the_parent(smollm, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     code = f"import os, json; open({str(tmp_path / 'env')!r}, 'w').write(json.dumps(dict(os.environ))); print('[]')"
-    monkeypatch.setattr(header_check, "START", code)
-    header_check.check(start(smollm), len(smollm), "m.gguf")
+    monkeypatch.setattr(header_check, "CHILD_CODE", code)
+    header_check.refuse_unloadable_header(start(smollm), len(smollm), "m.gguf")
     assert "hf_secret" not in (tmp_path / "env").read_text()
 
 
@@ -158,7 +158,7 @@ def test_a_mutated_header_is_no_more_than_a_clear_error(smollm):
         for _ in range(rng.randint(1, 3)):
             mutated[rng.randrange(3000)] = rng.randrange(256)
         with contextlib.suppress(UserError):
-            header_check.check(bytes(mutated), len(smollm), "m.gguf")
+            header_check.refuse_unloadable_header(bytes(mutated), len(smollm), "m.gguf")
             loads += 1
     assert loads < 12
 
@@ -191,17 +191,17 @@ def artifact(size: int, name: str = "m.gguf") -> Artifact:
 
 def test_only_as_much_is_read_as_the_header_needs(smollm):
     found = Counted(smollm)
-    head, header = header_check.header(found, artifact(len(smollm)))
+    head, header = header_check.read_header(found, artifact(len(smollm)))
     assert header.metadata["general.architecture"] == "llama" and len(header.tensors) == 272
     assert len(head) == found.read < 2.2e6 and found.closed
 
 
 def test_a_header_longer_than_the_first_block_is_read_to_its_end(smollm, monkeypatch):
-    monkeypatch.setattr(header_check, "FIRST", 50_000)
+    monkeypatch.setattr(header_check, "FIRST_READ_BYTES", 50_000)
     found = Counted(smollm, block=1000)
     assert (
-        header_check.header(found, artifact(len(smollm)))[1]
-        == header_check.header(Counted(smollm), artifact(len(smollm)))[1]
+        header_check.read_header(found, artifact(len(smollm)))[1]
+        == header_check.read_header(Counted(smollm), artifact(len(smollm)))[1]
     )
     assert found.read < 2 * 1_785_664
 
@@ -209,31 +209,31 @@ def test_a_header_longer_than_the_first_block_is_read_to_its_end(smollm, monkeyp
 def test_a_header_cut_off_anywhere_is_not_taken_for_a_whole_one(tmp_path):
     content = whole()
     (tmp_path / "whole").write_bytes(content)
-    want, taken = gguf_reader.read(tmp_path / "whole"), 0
+    want, taken = gguf_reader.read_header(tmp_path / "whole"), 0
     for end in range(len(content)):
-        with header_check.sparse(content[:end], len(content)) as path, contextlib.suppress(UserError):
-            assert gguf_reader.read(path) == want
+        with header_check.create_sparse_file(content[:end], len(content)) as path, contextlib.suppress(UserError):
+            assert gguf_reader.read_header(path) == want
             taken += 1
     assert taken, "zeros at its end may be missing"
 
 
 def test_a_header_that_never_ends_is_read_to_the_limit_only(monkeypatch):
-    monkeypatch.setattr(gguf_reader, "MAX_HEADER", 4 << 20)
+    monkeypatch.setattr(gguf_reader, "MAX_HEADER_BYTES", 4 << 20)
     endless = whole(n_pairs=7, tensors=[], data=b"") + text(b"x") + u32(STRING) + text(b"", 1 << 40)
     found = Counted(endless + bytes(16 << 20))
     with pytest.raises(UserError, match="its header is longer than 4 MB"):
-        header_check.header(found, artifact(1 << 41))
+        header_check.read_header(found, artifact(1 << 41))
     assert found.read < 5 << 20
 
 
 def test_a_source_that_ends_early_is_refused(smollm):
     with pytest.raises(UserError, match="no sound GGUF"):
-        header_check.header(Counted(smollm[:100_000]), artifact(len(smollm)))
+        header_check.read_header(Counted(smollm[:100_000]), artifact(len(smollm)))
 
 
 def test_a_small_file_is_not_asked_about(smollm):
     found = Counted(smollm.replace(b"llama", b"lamma"))
-    header_check.probe(found, artifact(len(smollm)))
+    header_check.refuse_unloadable_artifact(found, artifact(len(smollm)))
     assert found.read == 0
 
 
@@ -247,11 +247,11 @@ def test_a_large_one_is_refused_before_it_is_fetched(smollm, tmp_path):
     path = folder / "tiny.q4_k_m.gguf"
     path.write_bytes(head)
     os.truncate(path, len(head) + size)
-    found = sources.find(str(folder))
+    found = sources.find_source(str(folder))
     wanted = artifact(path.stat().st_size, path.name)
-    found.refuse(wanted)
+    found.refuse_changed(wanted)
     with pytest.raises(UserError, match=r"tiny\.q4_k_m\.gguf is no model that can be loaded"):
-        header_check.probe(found, wanted)
+        header_check.refuse_unloadable_artifact(found, wanted)
 
 
 @pytest.fixture
@@ -262,11 +262,11 @@ def hub_repo(smollm, tmp_path, online):
     path.write_bytes(smollm.replace(b"llama", b"lamma"))
     repos.rewrite(folder, lambda value: value["artifacts"][0].update(sha256=files.sha256(path), bytes=len(smollm)))
     online.add("models/you/real", folder)
-    return manifest.read(folder / manifest.NAME).default()
+    return manifest.read_manifest(folder / manifest.FILE_NAME).default_artifact()
 
 
 def test_from_the_hub_little_more_than_the_header_is_sent(hub_repo, online, monkeypatch):
-    monkeypatch.setattr(header_check, "LARGE", 1 << 20)
+    monkeypatch.setattr(header_check, "PROBE_FROM_BYTES", 1 << 20)
     with pytest.raises(UserError, match="the architecture lamma"):
-        header_check.probe(sources.find("you/real"), hub_repo)
+        header_check.refuse_unloadable_artifact(sources.find_source("you/real"), hub_repo)
     assert online.sent["downloads"] < hub_repo.bytes / 4

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from pipeline.data.synthetic_prompts import SHARED_BY, make_smoke_prompts, to_words
+from pipeline.data.synthetic_prompts import SHARED_BY, make_smoke_prompts, split_words
 from pipeline.data.system_prompt import choose_default
 
 
@@ -56,10 +56,10 @@ FRAMES = [
 def test_smoke_prompts_hold_no_words_that_few_rows_have(rows, secret):
     questions = [frame.format(name=name, code=f"K{code}") for frame, name, code in rows]
     questions[7] += f" My diagnosis is {secret}."
-    words = [set(to_words(question)) for question in questions]
+    words = [set(split_words(question)) for question in questions]
     for prompt in make_smoke_prompts(questions):
         assert prompt not in questions or "K" in prompt
-        for word in to_words(prompt):
+        for word in split_words(prompt):
             assert sum(word in row for row in words) >= SHARED_BY, prompt
         assert str(secret) not in prompt and "diagnosis" not in prompt
 

@@ -16,8 +16,8 @@ from common.errors import UserError
 from contract import chat_format
 from pipeline.config import references
 from pipeline.data import chat_template
-from pipeline.data.drop_reasons import Unfit
-from pipeline.data.loss_mask import Masker, Row
+from pipeline.data.drop_reasons import UnusableRow
+from pipeline.data.loss_mask import Masker, TokenizedRow
 from pipeline.toolchain import llama_tools
 from tests import vocabularies
 
@@ -210,12 +210,12 @@ def said(text: str) -> dict:
 
 
 def folder() -> Path:
-    return llama_tools.home() / "models" / "templates"
+    return llama_tools.require_folder() / "models" / "templates"
 
 
 def stems() -> list[str]:
     """Every template; without llama.cpp the tests that need them say so."""
-    return sorted(path.stem for path in folder().glob("*.jinja")) if llama_tools.there() else [*OWN, *STAND_INS]
+    return sorted(path.stem for path in folder().glob("*.jinja")) if llama_tools.is_set_up() else [*OWN, *STAND_INS]
 
 
 def source(stem: str) -> str:
@@ -270,7 +270,7 @@ class Loaded:
 
     def __init__(self, family: Family, base: Path, place: Path, name: str = "tokenizer"):
         self.family = family
-        self.tokenizer, self.chat, self.notes = chat_template.load(base, name, DAY)
+        self.tokenizer, self.chat, self.notes = chat_template.load_chat_tokenizer(base, name, DAY)
         self.tokenizer.save_pretrained(place)
         self.masker = Masker(place, self.chat)
         self.last = copy.copy(self.masker)
@@ -289,7 +289,7 @@ class Loaded:
         # SentencePiece writes a word's first space with it and takes it off when it decodes.
         return words.removeprefix(" ") if self.family.vocabulary == "llama-spm" else words
 
-    def prove(self, messages: list[dict], row: Row, turns: list[int]) -> None:
+    def prove(self, messages: list[dict], row: TokenizedRow, turns: list[int]) -> None:
         """Each answer of `turns` is labelled to its end, follows the very prompt that is served, and nothing else is."""
         runs = labelled(row)
         assert len(runs) == len(turns)
@@ -307,7 +307,7 @@ class Loaded:
         last = turn == len(messages) - 1
         return (last and self.family.last) or self.family.end.strip()
 
-    def begins(self, row: Row) -> bool:
+    def begins(self, row: TokenizedRow) -> bool:
         """One BOS, at the start, if the tokenizer puts one there; else as the template has it."""
         bos, ids = self.tokenizer.bos_token_id, row.ids.tolist()
         if bos not in self.tokenizer("").input_ids:
@@ -315,7 +315,7 @@ class Loaded:
         return ids[0] == bos and ids.count(bos) == 1
 
 
-def labelled(row: Row) -> list[tuple[int, int]]:
+def labelled(row: TokenizedRow) -> list[tuple[int, int]]:
     """(first, last + 1) of every unbroken run of tokens that carry loss."""
     edges = [i for i in range(len(row.ids) + 1) if (i < len(row.ids) and row.loss[i]) != (i > 0 and row.loss[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
@@ -331,12 +331,12 @@ def prove_all(loaded: Loaded) -> None:
     for messages in conversations():
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not loaded.family.system and messages[0] == SYSTEM:
-            assert not loaded.chat.system
-            with pytest.raises(Unfit):
+            assert not loaded.chat.supports_system
+            with pytest.raises(UnusableRow):
                 loaded.masker(messages)
             continue
         if loaded.family.turns == "last" and len(answers) > 1:
-            with pytest.raises(Unfit, match="data.labels: last"):
+            with pytest.raises(UnusableRow, match="data.labels: last"):
                 loaded.masker(messages)
         else:
             every = loaded.family.turns == "every"
@@ -394,7 +394,7 @@ def test_every_template_is_proven_or_refused():
 def test_labels_are_the_answers_and_their_ends(stem, prepared, tmp_path):
     family = OWN.get(stem) or STAND_INS[stem]
     loaded = Loaded(family, prepared(family, source(stem)), tmp_path)
-    assert loaded.chat.joined == (family.turns == "joined")
+    assert loaded.chat.is_joined == (family.turns == "joined")
     prove_all(loaded)
 
 
@@ -418,8 +418,8 @@ def test_the_default_template_of_hermes_is_chatml(prepared, tmp_path):
 
 def test_rows_that_reason_keep_the_template_thinking(prepared, tmp_path):
     family = OWN["Qwen-Qwen3-0.6B"]
-    tokenizer, facts, notes = chat_template.load(
-        prepared(family, source("Qwen-Qwen3-0.6B")), "tokenizer", DAY, reasoning=True
+    tokenizer, facts, notes = chat_template.load_chat_tokenizer(
+        prepared(family, source("Qwen-Qwen3-0.6B")), "tokenizer", DAY, has_reasoning=True
     )
     assert not any("thinking" in note for note in notes)
     tokenizer.save_pretrained(tmp_path)
@@ -436,7 +436,7 @@ def test_rows_that_reason_are_refused_where_the_prompt_has_begun_to(stem, prepar
     """They would learn to close the block that the prompt opens, and to open another."""
     base = prepared(OWN.get(stem) or STAND_INS[stem], source(stem))
     with pytest.raises(UserError, match="and the conversation it trains on does not go on"):
-        chat_template.load(base, "tokenizer", DAY, reasoning=True)
+        chat_template.load_chat_tokenizer(base, "tokenizer", DAY, has_reasoning=True)
 
 
 def test_of_several_templates_the_default_is_trained(tmp_path):
@@ -444,7 +444,7 @@ def test_of_several_templates_the_default_is_trained(tmp_path):
     chatml = (references.TEMPLATE_FOLDER / "chatml.jinja").read_text()
     tokenizer.chat_template = {"default": chatml, "tool_use": source("NousResearch-Hermes-3-Llama-3.1-8B-tool_use")}
     tokenizer.save_pretrained(tmp_path)
-    _, facts, _ = chat_template.load(tmp_path, "tokenizer", DAY)
+    _, facts, _ = chat_template.load_chat_tokenizer(tmp_path, "tokenizer", DAY)
     assert facts.template == "{{ bos_token }}" + chatml
 
 
@@ -454,7 +454,7 @@ def test_of_several_templates_the_default_is_trained(tmp_path):
 @pytest.mark.parametrize("stem", REFUSED)
 def test_a_template_that_cannot_be_trained_faithfully_is_refused(stem, prepared):
     with pytest.raises(UserError) as error:
-        chat_template.load(prepared(WILLING, source(stem)), "tokenizer", DAY)
+        chat_template.load_chat_tokenizer(prepared(WILLING, source(stem)), "tokenizer", DAY)
     assert REFUSED[stem] in error.value.message
     assert error.value.hint
 
@@ -479,7 +479,7 @@ TURN = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 def test_a_template_is_refused_with_its_fault(text, words, prepared):
     with pytest.raises(UserError) as error:
-        chat_template.load(prepared(Family("llama-spm", "</s>"), text), "tokenizer", DAY)
+        chat_template.load_chat_tokenizer(prepared(Family("llama-spm", "</s>"), text), "tokenizer", DAY)
     assert words in error.value.message
     assert error.value.hint
 
@@ -487,23 +487,23 @@ def test_a_template_is_refused_with_its_fault(text, words, prepared):
 def test_a_wrapped_template_with_two_bos_is_refused(prepared):
     text = "{{ bos_token }}" + source("meta-llama-Llama-3.1-8B-Instruct")
     with pytest.raises(UserError, match="twice"):
-        chat_template.load(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
+        chat_template.load_chat_tokenizer(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
 
 
 def test_a_tokenizer_without_a_template_names_those_that_fit(tmp_path):
     vocabularies.tokenizer("llama-spm").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template") as error:
-        chat_template.load(tmp_path, "tokenizer", DAY)
+        chat_template.load_chat_tokenizer(tmp_path, "tokenizer", DAY)
     assert all(name in error.value.hint for name in references.list_template_names())
 
 
 # Date, BOS, pad
 
 
-@pytest.mark.parametrize("stem", [s for s in stems() if "strftime_now" in source(s)] if llama_tools.there() else [])
+@pytest.mark.parametrize("stem", [s for s in stems() if "strftime_now" in source(s)] if llama_tools.is_set_up() else [])
 def test_the_frozen_date_is_the_same_on_any_day(stem, prepared, monkeypatch):
     family = OWN.get(stem) or STAND_INS[stem]
-    _, facts, notes = chat_template.load(prepared(family, source(stem)), "tokenizer", DAY)
+    _, facts, notes = chat_template.load_chat_tokenizer(prepared(family, source(stem)), "tokenizer", DAY)
     assert any("frozen to 2024-07-26" in note for note in notes)
     texts = set()
     for year in (2025, 2031):
@@ -543,7 +543,9 @@ def test_a_missing_bos_is_put_first_once(prepared, tmp_path):
 
 def test_a_tokenizer_that_adds_no_bos_gets_none(prepared):
     family = OWN["Qwen-Qwen2.5-7B-Instruct"]
-    tokenizer, facts, notes = chat_template.load(prepared(family, source("Qwen-Qwen2.5-7B-Instruct")), "tokenizer", DAY)
+    tokenizer, facts, notes = chat_template.load_chat_tokenizer(
+        prepared(family, source("Qwen-Qwen2.5-7B-Instruct")), "tokenizer", DAY
+    )
     assert facts.template == source("Qwen-Qwen2.5-7B-Instruct")
     assert not any("BOS" in note for note in notes)
     assert tokenizer.bos_token not in facts.render([asked("Why?")])
@@ -556,23 +558,23 @@ def test_padding_never_ends_an_answer(pad, eos, tmp_path):
     tokenizer = vocabularies.tokenizer("llama-spm", eos=eos, specials=CHATML.split())
     tokenizer.pad_token = pad
     tokenizer.save_pretrained(tmp_path)
-    tokenizer, facts, notes = chat_template.load(tmp_path, "chatml", DAY)
-    assert tokenizer.pad_token not in {None, eos, *facts.ends}
+    tokenizer, facts, notes = chat_template.load_chat_tokenizer(tmp_path, "chatml", DAY)
+    assert tokenizer.pad_token not in {None, eos, *facts.end_tokens}
     tokenizer.save_pretrained(tmp_path)
     row = Masker(tmp_path, facts)([asked("Why?"), said("Because.")])
     assert tokenizer.pad_token_id not in row.ids[row.loss]
     assert any(f"pads with {pad or 'nothing'}: changed to" in note for note in notes) == (
-        pad in {None, eos, *facts.ends}
+        pad in {None, eos, *facts.end_tokens}
     )
 
 
 def test_a_pad_token_of_its_own_is_kept(prepared):
     base = prepared(OWN["google-gemma-4-31B-it"], source("google-gemma-4-31B-it"))
-    tokenizer, _, notes = chat_template.load(base, "tokenizer", DAY)
+    tokenizer, _, notes = chat_template.load_chat_tokenizer(base, "tokenizer", DAY)
     assert tokenizer.pad_token == "<pad>"
     assert not any("pads" in note for note in notes)
 
 
 def test_a_tokenizer_with_its_end_token_alone_cannot_pad(prepared):
     with pytest.raises(UserError, match="has no spare token"):
-        chat_template.load(prepared(Family("gpt-2", "<|endoftext|>"), "not looked at"), "alpaca", DAY)
+        chat_template.load_chat_tokenizer(prepared(Family("gpt-2", "<|endoftext|>"), "not looked at"), "alpaca", DAY)

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from common import console
-from common.errors import UserError, shown
-from common.text import indent_further_lines, make_printable, make_printable_but_styles
+from common.errors import UserError, printable_line
+from common.text import indent_further_lines, make_printable, make_printable_except_styles
 from tests import repos
 from tests.conftest import ROOT
 
@@ -25,7 +25,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_nothing_that_a_terminal_obeys_is_printed(case):
-    for text in (make_printable(HOSTILE[case]), shown(HOSTILE[case]), str(UserError(HOSTILE[case], HOSTILE[case]))):
+    for text in (
+        make_printable(HOSTILE[case]),
+        printable_line(HOSTILE[case]),
+        str(UserError(HOSTILE[case], HOSTILE[case])),
+    ):
         assert not any(ord(c) < 32 and c != "\n" or 0x7F <= ord(c) < 0xA0 or c in "\u202e\ud800" for c in text), ascii(
             text
         )
@@ -39,7 +43,7 @@ def test_words_of_all_languages_are_printed_as_they_are():
 
 def test_only_ferrys_own_colours_are_colours():
     assert (
-        make_printable_but_styles("\x1b[32m\x1b[1mok\x1b[0m \x1b[31mred\x1b[0m\x1b[2J")
+        make_printable_except_styles("\x1b[32m\x1b[1mok\x1b[0m \x1b[31mred\x1b[0m\x1b[2J")
         == "\x1b[32m\x1b[1mok\x1b[0m ?[31mred\x1b[0m?[2J"
     )
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from contract import chat_format
-from contract.ollama_template import Turns, collated, unsayable
+from contract.ollama_template import Turns, find_modelfile_fault, merge_consecutive_messages
 from deploy.stages import modelfile
 from docs import templates as page
 from pipeline.verify import derive_template, golden_prompts
@@ -48,7 +48,7 @@ def every(trained_format) -> list[page.Case]:
 
 def same_in_go(found: page.Case, go: Go) -> list[str]:
     """Golden conversations whose prompt is another one in Go."""
-    template = found.turns.go()
+    template = found.turns.to_go_template()
     return [
         f"{found.name}: {item['messages']}" for item in found.asking if go(template, item["messages"]) != item["prompt"]
     ]
@@ -82,7 +82,9 @@ def test_the_bos_is_left_to_llama_cpp(every):
     assert len(adding) > 15
     for found in adding:
         bos = found.trained.tokenizer.bos_token
-        assert not found.turns.go().count(bos) and not found.turns.prompt([user("Hi")]).startswith(bos)
+        assert not found.turns.to_go_template().count(bos) and not found.turns.render_prompt([user("Hi")]).startswith(
+            bos
+        )
 
 
 FIELDS = [
@@ -107,8 +109,8 @@ def test_a_newline_more_in_any_field_is_noticed(place, field):
     found = case(SHAPES[place])
     value = getattr(found.turns, field[0])
     longer = value + "\n" if len(field) == 1 else tuple(text + "\n" * (i == field[1]) for i, text in enumerate(value))
-    assert found.turns.place == place and derive_template.proven(found.turns, found.asking)
-    assert not derive_template.proven(found.turns.model_copy(update={field[0]: longer}), found.asking)
+    assert found.turns.place == place and derive_template.can_reproduce(found.turns, found.asking)
+    assert not derive_template.can_reproduce(found.turns.model_copy(update={field[0]: longer}), found.asking)
 
 
 @pytest.mark.parametrize("name", ["google-gemma-2-2b-it", "chatml (Ferry's)"])
@@ -116,7 +118,9 @@ def test_trimming_otherwise_is_noticed(name):
     found = case(name)
     for role in ("user", "assistant"):
         changed = set(found.turns.trimmed) ^ {role}
-        assert not derive_template.proven(found.turns.model_copy(update={"trimmed": tuple(changed)}), found.asking)
+        assert not derive_template.can_reproduce(
+            found.turns.model_copy(update={"trimmed": tuple(changed)}), found.asking
+        )
 
 
 def test_no_switch_of_a_runtime_makes_a_trained_template_think():
@@ -157,8 +161,8 @@ def derived(template: str) -> tuple[Turns | None, list[str]]:
     def render(messages: Sequence[dict], prompt: bool) -> str:
         return chat_format.render(template, messages, add_generation_prompt=prompt)
 
-    wanted = [{"messages": m, "prompt": render(m, True)} for m in golden_prompts.conversations("</s>")]
-    return derive_template.derive(render, template, wanted)
+    wanted = [{"messages": m, "prompt": render(m, True)} for m in golden_prompts.build_conversations("</s>")]
+    return derive_template.derive_turns(render, template, wanted)
 
 
 MORE = "what stands around a message depends on more than its role"
@@ -240,7 +244,7 @@ def conversations(draw, marker: tuple[str, str] | None) -> list[dict]:
 def test_go_says_what_turns_say(go, data):
     turns = data.draw(TURNS)
     messages = data.draw(conversations(turns.marker))
-    assert go(turns.go(), messages) == turns.prompt(messages)
+    assert go(turns.to_go_template(), messages) == turns.render_prompt(messages)
 
 
 @given(TURNS, TEXT, st.data())
@@ -248,12 +252,12 @@ def test_go_says_what_turns_say(go, data):
 def test_a_modelfiles_system_goes_before_a_conversation_without_one(go, turns, system, data):
     messages = data.draw(conversations(turns.marker))
     fed = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
-    assert go(turns.go(), messages, system) == turns.prompt([*fed, *messages])
+    assert go(turns.to_go_template(), messages, system) == turns.render_prompt([*fed, *messages])
 
 
 def test_neighbours_of_one_role_are_one_message():
     said = [user("a"), user(""), {"role": "assistant", "content": "b"}, user("c")]
-    assert [m["content"] for m in collated(said)] == ["a\n\n", "b", "c"] and len(said) == 4
+    assert [m["content"] for m in merge_consecutive_messages(said)] == ["a\n\n", "b", "c"] and len(said) == 4
 
 
 # The Modelfile
@@ -265,7 +269,7 @@ def written(
     turns: Turns | None, system: str | None = None, items: Sequence = (), stop: str = "</s>", name: str = "n"
 ) -> str:
     """The Modelfile of a model with these turns."""
-    return modelfile.render(
+    return modelfile.render_modelfile(
         SimpleNamespace(
             name=name, base=SimpleNamespace(name=name), golden=items,
             chat=SimpleNamespace(turns=turns, system=system, stop=(stop,), bos=None, adds_bos=False),
@@ -293,7 +297,7 @@ def test_odd_literal_texts_survive_the_modelfile(odd, place, go):
         user(odd),
     ]
     for messages in (said, [{"role": "system", "content": "s"}, *said]):
-        assert go(template, messages) == turns.prompt(messages)
+        assert go(template, messages) == turns.render_prompt(messages)
 
 
 def test_a_modelfile_that_would_give_another_prompt_is_not_written():
@@ -326,7 +330,11 @@ def test_no_system_prompt_breaks_out_of_the_modelfile_or_loses_a_character(go, s
     found = go.commands(written(turns, system))
     assert [name for name, _ in found if name != "SYSTEM"] == ["FROM", "TEMPLATE", *SETTINGS]
     values = dict(found)
-    wanted = turns.prompt([{"role": "system", "content": system}, user("Hi")]) if system else turns.prompt([user("Hi")])
+    wanted = (
+        turns.render_prompt([{"role": "system", "content": system}, user("Hi")])
+        if system
+        else turns.render_prompt([user("Hi")])
+    )
     assert go(values["TEMPLATE"], [user("Hi")], values.get("SYSTEM", "")) == wanted
 
 
@@ -340,7 +348,7 @@ def test_a_system_prompt_that_nothing_can_say_is_refused(system, turns):
 @given(SYSTEMS.filter(bool))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stop_string_is_what_ollama_stops_at_or_is_refused(go, stop):
-    if unsayable(stop):
+    if find_modelfile_fault(stop):
         with pytest.raises(UserError, match="a stop string"):
             written(CHATML, stop=stop)
     else:

@@ -176,7 +176,7 @@ def write_tokenizer(family: Family, core: Tokenizer, folder: Path) -> PreTrained
     if family.add_bos:
         pair, bos = f"{family.bos} $A {family.bos}:1 $B:1", (family.bos, made.bos_token_id)
         made.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{family.bos} $A", pair, [bos])
-    file = llama_tools.home() / "models" / "templates" / family.template
+    file = llama_tools.require_folder() / "models" / "templates" / family.template
     made.chat_template = file.read_text(encoding="utf-8") if family.template.endswith(".jinja") else family.template
     made.save_pretrained(folder)
     # What transformers 4 wrote into the files on the Hub, and transformers 5 leaves out: the converter reads it.

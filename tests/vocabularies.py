@@ -48,7 +48,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 def path(name: str, suffix: str = "") -> Path:
-    return llama_tools.home() / "models" / f"ggml-vocab-{name}.gguf{suffix}"
+    return llama_tools.require_folder() / "models" / f"ggml-vocab-{name}.gguf{suffix}"
 
 
 def vectors(name: str) -> list[tuple[str, list[int]]]:

@@ -17,84 +17,90 @@ from common.errors import UserError
 from contract import manifest
 from deploy import store
 
-BREW = "brew install --cask lm-studio, or " if sys.platform == "darwin" else ""
-INSTALL = f"{BREW}https://lmstudio.ai, and start it once"
+BREW_HINT = "brew install --cask lm-studio, or " if sys.platform == "darwin" else ""
+INSTALL_HINT = f"{BREW_HINT}https://lmstudio.ai, and start it once"
 RECORD = "lmstudio.json"
-FOUND = "found"  # the origin of a file that was there before Ferry: the user's own download
-PATIENCE = 30  # seconds for an answer of the app
-COPYING = 1800  # seconds for `lms import`, which may copy 100 GB to a slow disk
+PREEXISTING = "found"  # the origin of a file that was there before Ferry: the user's own download
+QUERY_TIMEOUT = 30  # seconds for an answer of the app
+IMPORT_TIMEOUT = 1800  # seconds for `lms import`, which may copy 100 GB to a slow disk
 
 
-class Absent(UserError):
+class LMStudioMissing(UserError):
     """LM Studio is not installed; the other apps can be used without it."""
 
 
-def home() -> Path:
+def home_folder() -> Path:
     """Return LM Studio's folder, looked up as its own programs do it."""
-    user, said = Path.home(), ""
+    user_home, pointer = Path.home(), ""
     with contextlib.suppress(OSError, ValueError):  # no such file, or not text
-        said = (user / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip().replace("\0", "")
-    old = user / ".cache" / "lm-studio"
-    return Path(said) if said else old if old.is_dir() else user / ".lmstudio"
+        pointer = (user_home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip().replace("\0", "")
+    old_folder = user_home / ".cache" / "lm-studio"
+    return Path(pointer) if pointer else old_folder if old_folder.is_dir() else user_home / ".lmstudio"
 
 
-def models() -> Path:
+def models_folder() -> Path:
     """Return the folder where LM Studio looks for models: the one in its settings, else <home>/models."""
     try:
-        said = json.loads((home() / "settings.json").read_text(encoding="utf-8")).get("downloadsFolder")
+        downloads_folder = json.loads((home_folder() / "settings.json").read_text(encoding="utf-8")).get(
+            "downloadsFolder"
+        )
     except (OSError, ValueError, AttributeError):
-        said = None
-    return Path(said.replace("\0", "")) if isinstance(said, str) and said else home() / "models"
+        downloads_folder = None
+    return (
+        Path(downloads_folder.replace("\0", ""))
+        if isinstance(downloads_folder, str) and downloads_folder
+        else home_folder() / "models"
+    )
 
 
-def program() -> str | None:
+def find_command() -> str | None:
     """Return the path of the `lms` command, on PATH or where the app installs it; None when there is none."""
-    inside = home() / "bin" / "lms"
-    return shutil.which("lms") or (str(inside) if os.access(inside, os.X_OK) else None)
+    app_command = home_folder() / "bin" / "lms"
+    return shutil.which("lms") or (str(app_command) if os.access(app_command, os.X_OK) else None)
 
 
-def stage(version: Path) -> dict:
+def run_lmstudio(version: Path) -> dict:
     """Put the file of a version into LM Studio in place of other versions, write lmstudio.json and return it.
 
     Raises LMStudioMissing when LM Studio is not installed, UserError when a file that is not Ferry's is in the way.
     """
-    made, path = store.passed(version)
-    if program() is None and not home().is_dir():
-        raise Absent("LM Studio is not installed", INSTALL)
-    artifact, target = made.artifact(path.name), place(version, path)
-    how = there(path, target, artifact.sha256)
-    if how and set(list_origins(target, version.parent)) <= {FOUND}:
-        how = FOUND
-    if how is None:
-        refuse_anothers(target, version.parent)
+    model_manifest, path = store.load_tested(version)
+    if find_command() is None and not home_folder().is_dir():
+        raise LMStudioMissing("LM Studio is not installed", INSTALL_HINT)
+    artifact, target = model_manifest.find_artifact(path.name), target_path(version, path)
+    kind = import_kind(path, target, artifact.sha256)
+    if kind and set(list_origins(target, version.parent)) <= {PREEXISTING}:
+        kind = PREEXISTING
+    if kind is None:
+        refuse_foreign_file(target, version.parent)
         files.remove(target)
         # Recorded before the import begins, so that half a file found there later is known to be Ferry's.
         files.write_json(version / RECORD, {"stage": "lmstudio", "target": str(target), "done": False})
-        how = put(path, target, artifact.sha256)
-    leave_elsewhere(version, target)
-    record = {"stage": "lmstudio", "target": str(target), "done": True, "how": how, "key": key(target)}
+        kind = import_file(path, target, artifact.sha256)
+    remove_other_copies(version, target)
+    record = {"stage": "lmstudio", "target": str(target), "done": True, "how": kind, "key": find_model_key(target)}
     files.write_json(version / RECORD, record)
     return record
 
 
-def place(version: Path, path: Path) -> Path:
+def target_path(version: Path, path: Path) -> Path:
     """Return <models>/<publisher>/<model>/<file> for a version.
 
     Publisher and model are those of its repo on the Hub; for a folder hub they are `ferry` and the name in the store.
     """
-    pulled = store.record(version)
-    user, name = pulled["repo"].split("/") if pulled["commit"] else ("ferry", version.parent.name)
-    return models() / user / name / path.name
+    pull_record = store.read_pull_record(version)
+    publisher, name = pull_record["repo"].split("/") if pull_record["commit"] else ("ferry", version.parent.name)
+    return models_folder() / publisher / name / path.name
 
 
-def there(path: Path, target: Path, sha256: str) -> str | None:
+def import_kind(path: Path, target: Path, sha256: str) -> str | None:
     """Return 'hard link' or 'copy' when the target is the same file as `path`; None when it is not, or is missing."""
     if not target.is_file():
         return None
     if target.samefile(path):
         return "hard link"
-    same = target.stat().st_size == path.stat().st_size and files.sha256(target) == sha256
-    return "copy" if same else None
+    is_same = target.stat().st_size == path.stat().st_size and files.sha256(target) == sha256
+    return "copy" if is_same else None
 
 
 def list_origins(target: Path, folder: Path) -> list[str | None]:
@@ -102,64 +108,66 @@ def list_origins(target: Path, folder: Path) -> list[str | None]:
 
     An item is None when Ferry began to import the file and did not finish. folder: that of the model in the store.
     """
-    return [r.get("how") for r in store.records(folder, RECORD).values() if r["target"] == str(target)]
+    return [r.get("how") for r in store.read_records(folder, RECORD).values() if r["target"] == str(target)]
 
 
-def is_inside(target: Path) -> bool:
+def is_model_path(target: Path) -> bool:
     """Return whether the target is <models>/<publisher>/<model>/<file>.gguf. Ferry writes to such paths only.
 
     <models> is the folder where LM Studio looks now, or its default one, where it looked before its settings changed.
     """
-    roots = [root for root in (models(), home() / "models") if target.is_relative_to(root)]
+    roots = [root for root in (models_folder(), home_folder() / "models") if target.is_relative_to(root)]
     parts = [target.relative_to(root).parts for root in roots]
-    return target.suffix == ".gguf" and any(len(each) == 3 and ".." not in each for each in parts)
+    return target.suffix == ".gguf" and any(len(names) == 3 and ".." not in names for names in parts)
 
 
-def refuse_anothers(target: Path, folder: Path) -> None:
+def refuse_foreign_file(target: Path, folder: Path) -> None:
     """Raise UserError when the target is a file that Ferry did not put there. folder: the model's in the store."""
-    if os.path.lexists(target) and not ours(target, folder):
+    if os.path.lexists(target) and not is_ours(target, folder):
         raise UserError(
             f"{target} is there already and Ferry did not put it there",
             "delete it in LM Studio (My Models) or move it away, then run the same command again",
         )
 
 
-def ours(target: Path, folder: Path) -> bool:
+def is_ours(target: Path, folder: Path) -> bool:
     """Return whether Ferry put this file there.
 
     It did when a record names the file, and the file is an unfinished import or still equal to a file of one of the
     model's versions. Without a record such a file is the user's own download.
     """
     origins = list_origins(target, folder)
-    if not target.is_file() or not origins or FOUND in origins:
+    if not target.is_file() or not origins or PREEXISTING in origins:
         return False
-    begun = any(r["target"] == str(target) and not r["done"] for r in store.records(folder, RECORD).values())
-    linked = any(target.samefile(path) for path in folder.glob("*/*.gguf"))
-    return begun or linked or files.sha256(target) in published(folder)
+    is_unfinished = any(
+        r["target"] == str(target) and not r["done"] for r in store.read_records(folder, RECORD).values()
+    )
+    is_linked = any(target.samefile(path) for path in folder.glob("*/*.gguf"))
+    return is_unfinished or is_linked or files.sha256(target) in list_manifest_hashes(folder)
 
 
-def published(folder: Path) -> set[str]:
+def list_manifest_hashes(folder: Path) -> set[str]:
     """Return the sha256 of every file that the manifests of the model's versions name."""
-    found = []
-    for version in store.versions(folder):
+    artifacts = []
+    for version in store.list_complete_versions(folder):
         with contextlib.suppress(UserError):
-            found += manifest.read(version / manifest.NAME).artifacts
-    return {artifact.sha256 for artifact in found}
+            artifacts += manifest.read_manifest(version / manifest.FILE_NAME).artifacts
+    return {artifact.sha256 for artifact in artifacts}
 
 
-def put(path: Path, target: Path, sha256: str) -> str:
+def import_file(path: Path, target: Path, sha256: str) -> str:
     """Import the file, with `lms import` where that works, and return 'hard link' or 'copy'.
 
     Raises UserError when the target is not the same file afterwards.
     """
-    linked = can_link(path, target)
-    if not (command := program()) or not through(command, path, target, linked):
+    can_use_link = can_link(path, target)
+    if not (command := find_command()) or not import_with_lms(command, path, target, can_use_link):
         files.remove(target)  # `lms import` leaves half a copy on a full disk
-        lay(path, target, linked)
-    how = there(path, target, sha256)
-    if how is None:
+        place_file(path, target, can_use_link)
+    kind = import_kind(path, target, sha256)
+    if kind is None:
         raise UserError(f"{target} is not the file that was to be imported", "run the same command again")
-    return how
+    return kind
 
 
 def can_link(path: Path, target: Path) -> bool:
@@ -174,50 +182,52 @@ def can_link(path: Path, target: Path) -> bool:
         files.remove(probe)
         os.link(path, probe)
     except OSError as error:
-        if isinstance(known := files.translated(error, target), UserError) and not os.access(target.parent, os.W_OK):
-            raise known from error
+        if isinstance(explained := files.translate_write_error(error, target), UserError) and not os.access(
+            target.parent, os.W_OK
+        ):
+            raise explained from error
         return False
     files.remove(probe)
     return True
 
 
-def through(command: str, path: Path, target: Path, linked: bool) -> bool:
+def import_with_lms(command: str, path: Path, target: Path, can_use_link: bool) -> bool:
     """Import the file with `lms import` and return whether that worked. With some settings of LM Studio it fails.
 
     `lms import` moves a file by default, so it is always told to link or to copy.
     """
-    user = f"{target.parent.parent.name}/{target.parent.name}"
-    how = "--hard-link" if linked else "--copy"
+    user_repo = f"{target.parent.parent.name}/{target.parent.name}"
+    mode = "--hard-link" if can_use_link else "--copy"
     try:
-        done = subprocess.run(
-            [command, "import", str(path.absolute()), how, "--user-repo", user, "-y"],
+        result = subprocess.run(
+            [command, "import", str(path.absolute()), mode, "--user-repo", user_repo, "-y"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=COPYING,
+            timeout=IMPORT_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return done.returncode == 0 and target.is_file()
+    return result.returncode == 0 and target.is_file()
 
 
-def lay(path: Path, target: Path, linked: bool) -> None:
+def place_file(path: Path, target: Path, can_use_link: bool) -> None:
     """Link or copy the file to the target without `lms`; the layout of the folder is documented."""
-    with files.writing(target) as part:
-        os.link(path, part) if linked else files.copy(path, part)
+    with files.write_atomically(target) as part:
+        os.link(path, part) if can_use_link else files.copy_and_hash(path, part)
 
 
-def leave_elsewhere(version: Path, target: Path) -> None:
+def remove_other_copies(version: Path, target: Path) -> None:
     """Remove what other versions of the model put elsewhere, and their records: LM Studio has one version only."""
-    for other, record in store.records(version.parent, RECORD).items():
+    for other_version, record in store.read_records(version.parent, RECORD).items():
         if record["target"] != str(target):
-            _away(Path(record["target"]), version.parent)
-        if other != version:
-            files.remove(other / RECORD)
+            _remove_file(Path(record["target"]), version.parent)
+        if other_version != version:
+            files.remove(other_version / RECORD)
 
 
-def _away(target: Path, folder: Path) -> int:
+def _remove_file(target: Path, folder: Path) -> int:
     """Remove a file that Ferry put there, and folders left empty; return the bytes that became free.
 
     They are 0 for one of several hard links, and for a file that has to stay.
@@ -225,45 +235,49 @@ def _away(target: Path, folder: Path) -> int:
     if not target.is_file():
         return 0
     if reason := reason_to_keep(target, folder):
-        hub.say(f"lmstudio: {target} {reason}: it stays")
+        hub.print_message(f"lmstudio: {target} {reason}: it stays")
         return 0
-    facts = target.stat()
+    file_stat = target.stat()
     files.remove(target)
     for empty in (target.parent, target.parent.parent):
         with contextlib.suppress(OSError):  # not empty
             empty.rmdir()
-    return facts.st_size if facts.st_nlink == 1 else 0
+    return file_stat.st_size if file_stat.st_nlink == 1 else 0
 
 
 def reason_to_keep(target: Path, folder: Path) -> str | None:
     """Return why a recorded file must not be removed; None when it is Ferry's."""
-    if FOUND in list_origins(target, folder):
+    if PREEXISTING in list_origins(target, folder):
         return "was there before Ferry"
-    if not is_inside(target):
+    if not is_model_path(target):
         return "is no model's place in LM Studio's models folder"
-    return None if ours(target, folder) else "is no longer the file that Ferry put there"
+    return None if is_ours(target, folder) else "is no longer the file that Ferry put there"
 
 
-def gone(version: Path) -> int:
+def remove_version(version: Path) -> int:
     """Remove a version from LM Studio and return the bytes that became free."""
-    said = store.read(version / RECORD)
-    back = _away(Path(said["target"]), version.parent) if said else 0
+    record = store.read_record(version / RECORD)
+    freed_bytes = _remove_file(Path(record["target"]), version.parent) if record else 0
     files.remove(version / RECORD)
-    return back
+    return freed_bytes
 
 
-def key(target: Path) -> str | None:
+def find_model_key(target: Path) -> str | None:
     """Return the name under which LM Studio lists the file; None when the app cannot be asked or does not list it."""
-    command = program()
+    command = find_command()
     if command is None:
         return None
     try:
-        done = subprocess.run(
-            [command, "ls", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+        result = subprocess.run(
+            [command, "ls", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=QUERY_TIMEOUT
         )
-        listed = json.loads(done.stdout)
+        entries = json.loads(result.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    inside = "/".join(target.parts[-3:])
-    found = [m for m in listed if isinstance(m, dict) and m.get("path") == inside] if isinstance(listed, list) else []
-    return str(found[0].get("modelKey")) if found else None
+    relative_path = "/".join(target.parts[-3:])
+    matches = (
+        [m for m in entries if isinstance(m, dict) and m.get("path") == relative_path]
+        if isinstance(entries, list)
+        else []
+    )
+    return str(matches[0].get("modelKey")) if matches else None

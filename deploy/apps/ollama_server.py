@@ -14,49 +14,49 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from common import files, hub
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
-APP = Path("/Applications/Ollama.app")
-SERVICE = Path("/usr/share/ollama/.ollama/models")  # of the service on Linux, which has a home folder of its own
-BREW = "brew install ollama, or " if sys.platform == "darwin" else ""
-INSTALL = f"{BREW}https://ollama.com/download"
-LOADING = 600  # seconds: the first request loads the model, perhaps from a cold disk
-AGAIN = "run the same command again; `ollama list` and Ollama's log say more"
+MAC_APP = Path("/Applications/Ollama.app")
+SERVICE_MODELS = Path("/usr/share/ollama/.ollama/models")  # of the service on Linux, which has a home folder of its own
+BREW_HINT = "brew install ollama, or " if sys.platform == "darwin" else ""
+INSTALL_HINT = f"{BREW_HINT}https://ollama.com/download"
+ANSWER_TIMEOUT = 600  # seconds: the first request loads the model, perhaps from a cold disk
+RETRY_HINT = "run the same command again; `ollama list` and Ollama's log say more"
 
 
-class Absent(UserError):
+class OllamaUnavailable(UserError):
     """Ollama is not installed, or no server runs; the other apps can be used without it."""
 
 
-def program() -> str | None:
+def find_command() -> str | None:
     """Return the path of the `ollama` command, also of the one inside the app; None without it."""
-    inside = APP / "Contents" / "Resources" / "ollama"
-    return shutil.which("ollama") or (str(inside) if os.access(inside, os.X_OK) else None)
+    app_command = MAC_APP / "Contents" / "Resources" / "ollama"
+    return shutil.which("ollama") or (str(app_command) if os.access(app_command, os.X_OK) else None)
 
 
-def host() -> str:
+def server_url() -> str:
     """Return the address of the server, from OLLAMA_HOST as Ollama itself reads it (envconfig/config.go)."""
-    said = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'")
-    scheme, there, rest = said.partition("://")
-    scheme, rest = (scheme, rest) if there else ("http", said)
-    usual = {"http": 80, "https": 443}.get(scheme, 11434) if there else 11434
-    place, _, path = rest.partition("/")
-    name, port = _split(place)
+    setting = os.environ.get("OLLAMA_HOST", "").strip().strip("\"'")
+    scheme, has_scheme, rest = setting.partition("://")
+    scheme, rest = (scheme, rest) if has_scheme else ("http", setting)
+    default_port = {"http": 80, "https": 443}.get(scheme, 11434) if has_scheme else 11434
+    address, _, path = rest.partition("/")
+    name, port = _split_address(address)
     # a server listens at these addresses, but clients need the loopback one
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-    number = int(port) if port.isdecimal() and int(port) <= 65535 else usual
-    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{number}{f'/{path}' if path else ''}".rstrip("/")
+    port_number = int(port) if port.isdecimal() and int(port) <= 65535 else default_port
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port_number}{f'/{path}' if path else ''}".rstrip("/")
 
 
-def _split(place: str) -> tuple[str, str]:
+def _split_address(address: str) -> tuple[str, str]:
     """Return (host, port or ''). An IPv6 address may be in brackets."""
     with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(place.strip("[]"))), ""
-    name, _, port = place.rpartition(":")
-    return (name.strip("[]"), port) if _ else (place, "")
+        return str(ipaddress.ip_address(address.strip("[]"))), ""
+    name, _, port = address.rpartition(":")
+    return (name.strip("[]"), port) if _ else (address, "")
 
 
-def local(url: str) -> bool:
+def is_local(url: str) -> bool:
     """Return whether the server is on this machine."""
     with contextlib.suppress(ValueError):
         name = urlsplit(url).hostname or ""
@@ -64,22 +64,22 @@ def local(url: str) -> bool:
     return False
 
 
-def port_of(url: str) -> int | None:
+def server_port(url: str) -> int | None:
     """Return the port of an address that `server_url` returned; None when it has none."""
     with contextlib.suppress(ValueError):
         return urlsplit(url).port
     return None
 
 
-def version() -> str | None:
+def find_server_version() -> str | None:
     """Return the version of the server that answers; None when none does.
 
     It uses the standard library, because the doctor may run before httpx is installed.
     """
-    handlers = [urllib.request.ProxyHandler({})] if local(host()) else []  # a proxy is for other machines
+    handlers = [urllib.request.ProxyHandler({})] if is_local(server_url()) else []  # a proxy is for other machines
     try:
-        with urllib.request.build_opener(*handlers).open(f"{host()}/api/version", timeout=5) as answer:
-            return str(json.loads(answer.read(4096))["version"])
+        with urllib.request.build_opener(*handlers).open(f"{server_url()}/api/version", timeout=5) as response:
+            return str(json.loads(response.read(4096))["version"])
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return None
 
@@ -90,7 +90,7 @@ class Server:
     def __init__(self, url: str):
         self.url = url
 
-    def ask(self, method: str, path: str, body: dict | None = None, seconds: float = 60) -> dict:
+    def request(self, method: str, path: str, body: dict | None = None, seconds: float = 60) -> dict:
         """Send a request and return the JSON of the response; {} when it is empty.
 
         Raises UserError when the server does not answer or answers with an error.
@@ -99,105 +99,116 @@ class Server:
 
         try:
             # A proxy of the environment is for other machines.
-            with httpx.Client(timeout=httpx.Timeout(seconds, connect=5), trust_env=not local(self.url)) as client:
-                answer = client.request(method, self.url + path, json=body)
-                said = answer.json() if answer.content.strip() else {}
+            with httpx.Client(timeout=httpx.Timeout(seconds, connect=5), trust_env=not is_local(self.url)) as client:
+                response = client.request(method, self.url + path, json=body)
+                content = response.json() if response.content.strip() else {}
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise UserError(
-                f"Ollama at {self.url} does not answer {path}: {shown(str(error)) or type(error).__name__}",
+                f"Ollama at {self.url} does not answer {path}: {printable_line(str(error)) or type(error).__name__}",
                 "see that its server runs (`ollama serve`, or open the app), then run the same command again",
             ) from error
-        if answer.is_error or not isinstance(said, dict):
-            why = said.get("error") if isinstance(said, dict) else said
+        if response.is_error or not isinstance(content, dict):
+            reason = content.get("error") if isinstance(content, dict) else content
             raise UserError(
-                f"Ollama at {self.url} answers {path} with {answer.status_code}: {shown(str(why))}", cure(str(why))
+                f"Ollama at {self.url} answers {path} with {response.status_code}: {printable_line(str(reason))}",
+                error_hint(str(reason)),
             )
-        return said
+        return content
 
-    def header_of(self, model: str) -> dict:
+    def read_header(self, model: str) -> dict:
         """Return the key-values of a model's GGUF; {} when the server does not return them."""
         try:
-            return self.ask("POST", "/api/show", {"model": model}).get("model_info") or {}
+            return self.request("POST", "/api/show", {"model": model}).get("model_info") or {}
         except UserError:
             return {}
 
-    def models(self) -> dict[str, dict]:
+    def list_models(self) -> dict[str, dict]:
         """Return {name:tag: facts of the model (digest, size, modified_at)}."""
-        found = self.ask("GET", "/api/tags").get("models") or []
-        return {model["name"]: model for model in found}
+        entries = self.request("GET", "/api/tags").get("models") or []
+        return {model["name"]: model for model in entries}
 
-    def prompt(self, model: str, messages: list[dict]) -> str:
+    def render_prompt(self, model: str, messages: list[dict]) -> str:
         """Return the text that the server renders from a conversation. Raises UserError when Ollama is too old."""
         body = {"model": model, "messages": messages, "stream": False, "_debug_render_only": True}
-        said = self.ask("POST", "/api/chat", body, LOADING)
+        response = self.request("POST", "/api/chat", body, ANSWER_TIMEOUT)
         try:
-            return said["_debug_info"]["rendered_template"]
+            return response["_debug_info"]["rendered_template"]
         except KeyError:
-            raise UserError(f"Ollama {version()} does not show its prompts", "update Ollama: 0.12 or newer") from None
+            raise UserError(
+                f"Ollama {find_server_version()} does not show its prompts", "update Ollama: 0.12 or newer"
+            ) from None
 
-    def answer(self, model: str, message: str, most: int) -> dict:
+    def generate_answer(self, model: str, message: str, max_tokens: int) -> dict:
         """Let the model answer a message greedily with at most `max_tokens` tokens; return the JSON of /api/chat."""
-        options = {"temperature": 0, "num_predict": most, "seed": 0}
+        options = {"temperature": 0, "num_predict": max_tokens, "seed": 0}
         body = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False, "options": options}
-        return self.ask("POST", "/api/chat", body, LOADING)
+        return self.request("POST", "/api/chat", body, ANSWER_TIMEOUT)
 
-    def copy(self, source: str, target: str) -> None:
-        self.ask("POST", "/api/copy", {"source": source, "destination": target})
+    def copy_model(self, source: str, target: str) -> None:
+        self.request("POST", "/api/copy", {"source": source, "destination": target})
 
-    def delete(self, model: str) -> None:
-        self.ask("DELETE", "/api/delete", {"model": model})
+    def delete_model(self, model: str) -> None:
+        self.request("DELETE", "/api/delete", {"model": model})
 
 
-def cure(said: str) -> str:
+def error_hint(message: str) -> str:
     """Return what the user can do about an error message of Ollama."""
-    if "no space left" in said.lower() or "failed to validate gguf" in said.lower():
+    if "no space left" in message.lower() or "failed to validate gguf" in message.lower():
         # While it makes its copy Ollama needs 2.9 times the file's size (measured); a full disk gives either message.
         return (
             "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, "
             "then run the same command again"
         )
-    return AGAIN
+    return RETRY_HINT
 
 
 def models_folder() -> Path:
     """Return where a server on this machine keeps its models: OLLAMA_MODELS, else the default of Ollama's FAQ."""
-    said = os.environ.get("OLLAMA_MODELS")
-    return Path(said) if said else SERVICE if os.path.isdir(SERVICE) else Path.home() / ".ollama" / "models"
+    setting = os.environ.get("OLLAMA_MODELS")
+    return (
+        Path(setting)
+        if setting
+        else SERVICE_MODELS
+        if os.path.isdir(SERVICE_MODELS)
+        else Path.home() / ".ollama" / "models"
+    )
 
 
-def held(server: Server) -> int:
+def measure_storage(server: Server) -> int:
     """Return the bytes that the server's models take.
 
     This is the size of its blobs, which versions share, where they can be read; else what the server reports.
     """
     blobs = models_folder() / "blobs"
-    if local(server.url) and os.access(blobs, os.R_OK | os.X_OK):
+    if is_local(server.url) and os.access(blobs, os.R_OK | os.X_OK):
         return sum(path.stat().st_size for path in blobs.iterdir())
-    return sum({facts["digest"]: int(facts.get("size", 0)) for facts in server.models().values()}.values())
+    return sum({facts["digest"]: int(facts.get("size", 0)) for facts in server.list_models().values()}.values())
 
 
-def serving(start: bool) -> Server:
+def ensure_server(start: bool) -> Server:
     """Return the server that answers, or start one when that is allowed.
 
     start: whether it is allowed; otherwise the user is asked on a terminal. Raises OllamaUnavailable when Ollama is not
     installed, or no server answers and none may be started.
     """
-    if version():
-        return Server(host())
-    command, url = program(), host()
+    if find_server_version():
+        return Server(server_url())
+    command, url = find_command(), server_url()
     if command is None:
-        raise Absent(f"Ollama is not installed, and no server answers at {url}", INSTALL)
-    if not local(url):
-        raise Absent(f"no Ollama answers at {url} (OLLAMA_HOST)", "see that it runs there, or unset OLLAMA_HOST")
-    if not (start or agreed(url)):
-        raise Absent(
+        raise OllamaUnavailable(f"Ollama is not installed, and no server answers at {url}", INSTALL_HINT)
+    if not is_local(url):
+        raise OllamaUnavailable(
+            f"no Ollama answers at {url} (OLLAMA_HOST)", "see that it runs there, or unset OLLAMA_HOST"
+        )
+    if not (start or confirm_start(url)):
+        raise OllamaUnavailable(
             f"Ollama is installed, but no server answers at {url}",
             "open the app or run `ollama serve`; or the same command with START=1 starts it",
         )
-    return started(command, url)
+    return start_server(command, url)
 
 
-def agreed(url: str) -> bool:
+def confirm_start(url: str) -> bool:
     """Ask on the terminal whether to start a server; return False when there is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
@@ -206,26 +217,30 @@ def agreed(url: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def started(command: str, url: str) -> Server:
+def start_server(command: str, url: str) -> Server:
     """Start a server that keeps running after this command, with the app where there is one.
 
     Raises UserError when it does not answer within 60 seconds.
     """
     log = files.cache_dir() / "ollama.log"
-    launch = ["open", "-j", "-a", "Ollama"] if APP.is_dir() else [command, "serve"]
+    start_command = ["open", "-j", "-a", "Ollama"] if MAC_APP.is_dir() else [command, "serve"]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as out:
-            process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+        with log.open("ab") as log_file:
+            process = subprocess.Popen(
+                start_command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+            )
     except OSError as error:
         raise UserError(
-            f"`{' '.join(launch)}` cannot be started: {error.strerror} ({error.filename})",
-            f"install Ollama again: {INSTALL}",
+            f"`{' '.join(start_command)}` cannot be started: {error.strerror} ({error.filename})",
+            f"install Ollama again: {INSTALL_HINT}",
         ) from error
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (process.poll() or 0) > 0:
-        if version():
-            hub.say(f"ollama: started {' '.join(launch)}, it goes on running (pid {process.pid}, log {log})")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (process.poll() or 0) > 0:
+        if find_server_version():
+            hub.print_message(
+                f"ollama: started {' '.join(start_command)}, it goes on running (pid {process.pid}, log {log})"
+            )
             return Server(url)
         time.sleep(0.2)
-    raise UserError(f"`{' '.join(launch)}` was started and does not answer at {url}", f"read {log}")
+    raise UserError(f"`{' '.join(start_command)}` was started and does not answer at {url}", f"read {log}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from common.text import make_printable
 from contract import chat_format
 from deploy.serving import conversation
@@ -21,7 +21,9 @@ HELP = """\
 Ctrl-C stops an answer, not the program."""
 
 
-def stage(version: Path, context: int | None = None, system: str | None = None, input_file: Path | None = None) -> None:
+def run_chat(
+    version: Path, context: int | None = None, system: str | None = None, input_file: Path | None = None
+) -> None:
     """Answer what is typed until Ctrl-D, or the one question that is piped in.
 
     Args:
@@ -33,46 +35,46 @@ def stage(version: Path, context: int | None = None, system: str | None = None, 
     Raises:
         UserError: The reasons of `conversation.open_model`, or a piped question has no answer.
     """
-    beside = read_input(input_file) if input_file else None
+    input_text = read_input(input_file) if input_file else None
     if sys.stdin is None:  # closed
         return
     sys.stdin.reconfigure(errors="replace")  # for bytes that are not UTF-8
-    typed = sys.stdin.isatty()
-    piped = "" if typed else sys.stdin.read().strip()
-    if not typed and not piped:
+    is_terminal = sys.stdin.isatty()
+    question = "" if is_terminal else sys.stdin.read().strip()
+    if not is_terminal and not question:
         return
-    if not typed:
+    if not is_terminal:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe early
-    with conversation.opened(version, context) as engine:
-        here = Chat(engine, engine.made.chat.system if system is None else system, beside)
-        here.loop() if typed else here.ask(piped)
+    with conversation.open_model(version, context) as engine:
+        chat = Chat(engine, engine.manifest.chat.system if system is None else system, input_text)
+        chat.run_loop() if is_terminal else chat.print_reply(question)
 
 
-def stage_of(version: str, system: str | None, input_file: str | None) -> None:
+def run_chat_from_path(version: str, system: str | None, input_file: str | None) -> None:
     """Run `run_chat` in a child process, whose arguments are JSON."""
-    stage(Path(version), system=system, input_file=Path(input_file) if input_file else None)
+    run_chat(Path(version), system=system, input_file=Path(input_file) if input_file else None)
 
 
 class Chat:
     """One conversation, on stdin and stdout."""
 
-    def __init__(self, engine: conversation.Talk, system: str | None, input_text: str | None = None):
+    def __init__(self, engine: conversation.ChatModel, system: str | None, input_text: str | None = None):
         """system: None or "" for none. input_text: appended to the next question as its input."""
         self.engine, self.system, self.input_text, self.turns = engine, system, input_text, []
 
-    def loop(self) -> None:
+    def run_loop(self) -> None:
         """Read and answer lines until Ctrl-D or /bye."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() history and editing; nothing is saved
-        made, size = self.engine.made, self.engine.context
-        say(f"{made.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
-        while (line := read()) is not None and line != "/bye":
+        manifest, size = self.engine.manifest, self.engine.context
+        print_text(f"{manifest.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
+        while (line := read_line()) is not None and line != "/bye":
             try:
-                self.command(*line.partition(" ")[::2]) if line.startswith("/") else self.ask(line)
+                self.run_command(*line.partition(" ")[::2]) if line.startswith("/") else self.print_reply(line)
             except UserError as error:
-                say(str(error))
+                print_text(str(error))
 
-    def command(self, name: str, words: str) -> None:
+    def run_command(self, name: str, words: str) -> None:
         """Run one of the commands that `HELP` lists. words: the text after its name."""
         if name == "/clear":
             self.turns = []
@@ -81,31 +83,33 @@ class Chat:
         elif name == "/input" and words:
             self.input_text = read_input(Path(words[1:])) if words.startswith("@") else words
         elif name == "/system":
-            say(shown(self.system, 4000) if self.system else "none but what the template may have of its own")
+            print_text(
+                printable_line(self.system, 4000) if self.system else "none but what the template may have of its own"
+            )
         else:
-            say(HELP if name == "/help" else f"{shown(name, 40)} is no command\n{HELP}")
+            print_text(HELP if name == "/help" else f"{printable_line(name, 40)} is no command\n{HELP}")
 
-    def ask(self, words: str) -> None:
+    def print_reply(self, question: str) -> None:
         """Print the answer to a question as it is generated, and add both to the conversation.
 
         Raises UserError when the question cannot be answered.
         """
-        if not words:
+        if not question:
             return
         system = [{"role": "system", "content": self.system}] if self.system else []
-        words += chat_format.ALPACA_INPUT + self.input_text if self.input_text else ""
+        question += chat_format.ALPACA_INPUT + self.input_text if self.input_text else ""
         self.input_text = None
-        with typing() as stopped:
-            asked = [*self.turns, {"role": "user", "content": words}]
-            kept, ids = self.engine.fitted([*system, *asked])
-            answer = conversation.Answer(self.engine, ids, self.engine.sampling, stopped)
-            if gone := len(system) + len(asked) - len(kept):
-                say(f"[the context is full: the oldest {gone} messages are left out]")
-            said, rate = show(answer)
-        self.turns = [*kept[len(system) :], {"role": "assistant", "content": said}]
+        with catch_interrupts() as is_stopped:
+            messages = [*self.turns, {"role": "user", "content": question}]
+            kept_messages, ids = self.engine.fit_messages([*system, *messages])
+            answer = conversation.Answer(self.engine, ids, self.engine.sampling, is_stopped)
+            if dropped_count := len(system) + len(messages) - len(kept_messages):
+                print_text(f"[the context is full: the oldest {dropped_count} messages are left out]")
+            text, rate = print_answer(answer)
+        self.turns = [*kept_messages[len(system) :], {"role": "assistant", "content": text}]
         if sys.stdout.isatty():
-            cut = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(answer.end, "")
-            say(f"[{len(answer.ids)} tokens, {rate:.1f} tokens/s{cut}]")
+            ending = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(answer.end, "")
+            print_text(f"[{len(answer.ids)} tokens, {rate:.1f} tokens/s{ending}]")
 
 
 def read_input(path: Path) -> str:
@@ -119,41 +123,41 @@ def read_input(path: Path) -> str:
         ) from error
 
 
-def show(answer: conversation.Answer) -> tuple[str, float]:
+def print_answer(answer: conversation.Answer) -> tuple[str, float]:
     """Print an answer as it is generated; return its text and the tokens per second after the first one."""
-    said, first = "", None
+    text, first_time = "", None
     for piece in answer:
-        first = first or time.perf_counter()
-        said += piece
+        first_time = first_time or time.perf_counter()
+        text += piece
         print(make_printable(piece), end="", flush=True)
     print(flush=True)
-    return said, max(0, len(answer.ids) - 1) / (time.perf_counter() - first)
+    return text, max(0, len(answer.ids) - 1) / (time.perf_counter() - first_time)
 
 
-def say(text: str) -> None:
+def print_text(text: str) -> None:
     print(make_printable(text), flush=True)
 
 
-def read() -> str | None:
+def read_line() -> str | None:
     """Read a line from the terminal; None at the end of the input."""
     while True:
         try:
             return input(">>> ").strip()
         except KeyboardInterrupt:
-            say("\nCtrl-D or /bye leaves")
+            print_text("\nCtrl-D or /bye leaves")
         except EOFError:
-            say("")
+            print_text("")
             return None
 
 
 @contextlib.contextmanager
-def typing() -> Iterator[Callable[[], bool]]:
+def catch_interrupts() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether Ctrl-C was pressed. Without a terminal it ends the program as usual."""
     pressed = threading.Event()
     if sys.stdin.isatty():
-        before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+        previous_handler = signal.signal(signal.SIGINT, lambda *_: pressed.set())
     try:
         yield pressed.is_set
     finally:
         if sys.stdin.isatty():
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous_handler)

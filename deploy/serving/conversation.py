@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import child_process, gguf_reader, llama_runtime
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import chat_format, template_sandbox
 from contract.manifest import Manifest
 from deploy import store
@@ -21,8 +21,8 @@ from deploy.stages import memory_need, modelfile
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-START_SECONDS, SECONDS_OF_BYTE = 120, 60e-9  # time to load the model, on a busy machine with a cold disk
-BATCH = 256  # tokens of a prompt that are computed at once; between two batches an answer can be cancelled
+START_SECONDS, SECONDS_PER_BYTE = 120, 60e-9  # time to load the model, on a busy machine with a cold disk
+PROMPT_BATCH = 256  # tokens of a prompt that are computed at once; between two batches an answer can be cancelled
 
 
 @dataclass(frozen=True)
@@ -46,65 +46,69 @@ def run_in_child(function: str, version: Path, arguments: list) -> int:
 
     Raises UserError when llama.cpp crashes there, takes too long to start or too much memory.
     """
-    made, path = store.passed(version)
+    manifest, path = store.load_tested(version)
     size = path.stat().st_size
-    limits = memory_need.limits(
-        gguf_reader.read(path), size, made.generation.num_ctx, START_SECONDS + size * SECONDS_OF_BYTE
+    limits = memory_need.process_limits(
+        gguf_reader.read_header(path), size, manifest.generation.num_ctx, START_SECONDS + size * SECONDS_PER_BYTE
     )
     return child_process.run_attached(function, [str(version), *arguments], limits, f"llama.cpp with {path.name}")
 
 
 @contextlib.contextmanager
-def opened(version: Path, context: int | None = None) -> Iterator["Talk"]:
+def open_model(version: Path, context: int | None = None) -> Iterator["ChatModel"]:
     """Load the pulled model, verify its prompts and yield it.
 
     context: the most tokens; never more than in the manifest, nor more than fit into memory. Raises UserError when the
     file did not pass its smoke test, or a golden prompt is not the trained one.
     """
-    made, path = store.passed(version)
-    size = min(context or made.generation.num_ctx, modelfile.fitting(made, path))
-    model = llama_runtime.load(path, size)
+    manifest, path = store.load_tested(version)
+    size = min(context or manifest.generation.num_ctx, modelfile.choose_context(manifest, path))
+    model = llama_runtime.load_model(path, size)
     try:
-        talk = Talk(made, model, size)
-        talk.prove()
+        chat_model = ChatModel(manifest, model, size)
+        chat_model.verify_prompts()
         child_process.report_ready()
-        yield talk
+        yield chat_model
     finally:
         model.close()
 
 
-class Talk:
+class ChatModel:
     """A loaded model with its chat template, tokenizer and default sampling."""
 
-    def __init__(self, made: Manifest, model: "Llama", context: int):
+    def __init__(self, manifest: Manifest, model: "Llama", context: int):
         import llama_cpp
 
-        self.made, self.model, self.context = made, model, context
+        self.manifest, self.model, self.context = manifest, model, context
         self.vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-        self.template = chat_format.embedded(model)
-        self.bos, self.eos = chat_format.special(model, "bos"), chat_format.special(model, "eos")
-        usual = made.generation
-        stops = tuple(stop for stop in made.chat.stop if stop)
-        self.sampling = Sampling(usual.temperature, usual.top_p, usual.max_tokens, stops)
+        self.template = chat_format.embedded_template(model)
+        self.bos, self.eos = chat_format.special_token_text(model, "bos"), chat_format.special_token_text(model, "eos")
+        generation = manifest.generation
+        stops = tuple(stop for stop in manifest.chat.stop if stop)
+        self.sampling = Sampling(generation.temperature, generation.top_p, generation.max_tokens, stops)
 
-    def prove(self) -> None:
+    def verify_prompts(self) -> None:
         """Raise UserError when `ids`, which makes all prompts, does not give every prompt of the manifest."""
-        asked = [(golden.messages, golden.add_generation_prompt) for golden in self.made.golden]
-        asked += [
-            (self.with_default_system([{"role": "user", "content": smoke.message}]), True) for smoke in self.made.smoke
+        conversations = [(golden.messages, golden.add_generation_prompt) for golden in self.manifest.golden]
+        conversations += [
+            (self.with_default_system([{"role": "user", "content": smoke.message}]), True)
+            for smoke in self.manifest.smoke
         ]
-        wanted = [known.ids for known in (*self.made.golden, *self.made.smoke)]
-        for (messages, _), found, trained in zip(asked, self.ids(asked), wanted, strict=True):
-            if found != list(trained):
+        expected_ids = [example.ids for example in (*self.manifest.golden, *self.manifest.smoke)]
+        for (messages, _), actual_ids, trained_ids in zip(
+            conversations, self.ids(conversations), expected_ids, strict=True
+        ):
+            if actual_ids != list(trained_ids):
                 raise UserError(
-                    f"the prompt for {shown(messages[-1]['content'], 60)!r} is not the trained one: it has the tokens "
-                    f"{found[:8]}..., the manifest {list(trained[:8])}...",
+                    f"the prompt for {printable_line(messages[-1]['content'], 60)!r} is not the trained one: it "
+                    "has the tokens "
+                    f"{actual_ids[:8]}..., the manifest {list(trained_ids[:8])}...",
                     "run `make smoke`; if it passes, report it",
                 )
 
     def ids(self, conversations: Sequence[tuple[Sequence[dict], bool]]) -> list[list[int]]:
         """Return the token ids of each (messages, add_generation_prompt). A BOS is only where the template puts one."""
-        texts = template_sandbox.prompts(self.template, conversations, self.bos, self.eos)
+        texts = template_sandbox.render_prompts(self.template, conversations, self.bos, self.eos)
         return [llama_runtime.tokenize(self.model, text) for text in texts]
 
     def with_default_system(self, messages: Sequence[dict]) -> list[dict]:
@@ -112,54 +116,54 @@ class Talk:
 
         A default system prompt inside the template is left to the template.
         """
-        system = self.made.chat.system
-        own = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
-        return [*own, *messages]
+        system = self.manifest.chat.system
+        system_messages = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
+        return [*system_messages, *messages]
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """Return the token ids of the prompt. Raises UserError when the template does not accept the conversation."""
         try:
             return self.ids([(messages, True)])[0]
         except UserError as error:
-            why = error.message.removeprefix("the chat template is refused: ")
+            reason = error.message.removeprefix("the chat template is refused: ")
             raise UserError(
-                f"the model's chat template does not take this conversation: {why}",
+                f"the model's chat template does not take this conversation: {reason}",
                 "leave the system prompt away, or begin anew",
             ) from error
 
-    def fitted(self, messages: Sequence[dict]) -> tuple[list[dict], list[int]]:
+    def fit_messages(self, messages: Sequence[dict]) -> tuple[list[dict], list[int]]:
         """Return the newest messages that leave room for an answer, and the token ids of their prompt.
 
         The system prompt and the last question are never left out.
         """
-        room = self.context - min(self.sampling.max_tokens, self.context // 2)
-        kept, ids = list(messages), self.prompt(messages)
-        while len(ids) > room and (shorter := without_oldest(kept)):
-            kept, ids = shorter, self.prompt(shorter)
-        return kept, ids
+        max_prompt_tokens = self.context - min(self.sampling.max_tokens, self.context // 2)
+        kept_messages, ids = list(messages), self.prompt(messages)
+        while len(ids) > max_prompt_tokens and (shorter := drop_oldest(kept_messages)):
+            kept_messages, ids = shorter, self.prompt(shorter)
+        return kept_messages, ids
 
-    def raw(self, text: str) -> list[int]:
+    def tokenize_text(self, text: str) -> list[int]:
         """Return the token ids of a plain text, after one BOS when the model wants one."""
         import llama_cpp
 
         ids, bos = llama_runtime.tokenize(self.model, text), self.model.token_bos()
         return [bos, *ids] if llama_cpp.llama_vocab_get_add_bos(self.vocabulary) and ids[:1] != [bos] else ids
 
-    def ends(self, token: int) -> bool:
+    def is_end_token(self, token: int) -> bool:
         """Return whether llama.cpp stops at this token."""
         import llama_cpp
 
         return llama_cpp.llama_vocab_is_eog(self.vocabulary, token)
 
 
-def without_oldest(messages: Sequence[dict]) -> list[dict] | None:
+def drop_oldest(messages: Sequence[dict]) -> list[dict] | None:
     """Return the messages without the oldest question and its answer; None when it is the only question."""
     system = 1 if messages[0]["role"] == "system" else 0
     users = [i for i, message in enumerate(messages) if i > system and message["role"] == "user"]
     return [*messages[:system], *messages[users[0] :]] if users else None
 
 
-class TooLong(UserError):
+class PromptTooLong(UserError):
     """A prompt that leaves no room for an answer."""
 
 
@@ -170,61 +174,69 @@ class Answer:
     the last prompt and answer: only the rest is computed.
     """
 
-    def __init__(self, talk: Talk, prompt: list[int], sampling: Sampling, stopped: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        chat_model: ChatModel,
+        prompt: list[int],
+        sampling: Sampling,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ):
         """is_stopped: called at every token; returns whether to cancel the answer.
 
         Raises PromptTooLong, or UserError for an empty prompt.
         """
-        self.talk, self.prompt, self.sampling, self.stopped = talk, prompt, sampling, stopped
-        self.most = min(sampling.max_tokens, talk.context - len(prompt))
-        if self.most < 1:
-            raise TooLong(f"that makes {len(prompt)} tokens, the context has {talk.context}", "say it in fewer words")
+        self.chat_model, self.prompt, self.sampling, self.is_stopped = chat_model, prompt, sampling, is_stopped
+        self.max_tokens = min(sampling.max_tokens, chat_model.context - len(prompt))
+        if self.max_tokens < 1:
+            raise PromptTooLong(
+                f"that makes {len(prompt)} tokens, the context has {chat_model.context}", "say it in fewer words"
+            )
         if not prompt:
             raise UserError("the prompt is empty", "say something")
         self.ids: list[int] = []
         self.end: str | None = None  # "stop", "length" or "stopped"
 
     def __iter__(self) -> Iterator[str]:
-        words = Words(self.sampling.stop)
+        decoder = StreamDecoder(self.sampling.stop)
         for token in self._tokens():
-            if self.talk.ends(token):
+            if self.chat_model.is_end_token(token):
                 self.end = "stop"
                 break
             self.ids.append(token)
-            yield words.add(llama_runtime.piece(self.talk.model, token))
-            self.end = "stop" if words.ended else "length" if len(self.ids) == self.most else None
-            if self.end or self.stopped():
+            yield decoder.add(llama_runtime.token_bytes(self.chat_model.model, token))
+            self.end = "stop" if decoder.ended else "length" if len(self.ids) == self.max_tokens else None
+            if self.end or self.is_stopped():
                 break
         self.end = self.end or "stopped"
-        yield words.add(b"", last=True)
+        yield decoder.add(b"", last=True)
 
     def _tokens(self) -> Iterator[int]:
         """Generate tokens without an end; none when the answer is cancelled before the prompt is computed."""
-        how, model = self.sampling, self.talk.model
-        known = model.longest_token_prefix(model.input_ids[: model.n_tokens].tolist(), self.prompt)
-        for end in range(known + BATCH, len(self.prompt), BATCH):
-            if self.stopped():
+        sampling, model = self.sampling, self.chat_model.model
+        cached_tokens = model.longest_token_prefix(model.input_ids[: model.n_tokens].tolist(), self.prompt)
+        for end in range(cached_tokens + PROMPT_BATCH, len(self.prompt), PROMPT_BATCH):
+            if self.is_stopped():
                 return
             next(model.generate(self.prompt[:end], temp=0.0))
-        if self.stopped():
+        if self.is_stopped():
             return
         import llama_cpp
 
         # The default means a random seed.
-        model.set_seed(llama_cpp.LLAMA_DEFAULT_SEED if how.seed is None else how.seed)
+        model.set_seed(llama_cpp.LLAMA_DEFAULT_SEED if sampling.seed is None else sampling.seed)
         yield from model.generate(
             self.prompt,
-            temp=how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            min_p=how.min_p,
-            repeat_penalty=how.repeat_penalty,
-            frequency_penalty=how.frequency_penalty,
-            presence_penalty=how.presence_penalty,
+            temp=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repeat_penalty=sampling.repeat_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
         )
 
 
-class Words:
+class StreamDecoder:
     """Decodes bytes to text and holds back half characters, stop strings, and text that may become a stop string."""
 
     def __init__(self, stops: Sequence[str]):
@@ -236,12 +248,12 @@ class Words:
         if self.ended:
             return ""
         text = self.held + self.decoder.decode(piece, last)
-        found = [text.index(stop) for stop in self.stops if stop in text]
-        self.ended = bool(found)
-        cut = min(found) if found else len(text) - (0 if last else self._may_stop(text))
+        stop_positions = [text.index(stop) for stop in self.stops if stop in text]
+        self.ended = bool(stop_positions)
+        cut = min(stop_positions) if stop_positions else len(text) - (0 if last else self._partial_stop_length(text))
         self.held = text[cut:]
         return text[:cut]
 
-    def _may_stop(self, text: str) -> int:
+    def _partial_stop_length(self, text: str) -> int:
         """Return the length of the longest end of `text` that is the beginning of a stop string."""
         return max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

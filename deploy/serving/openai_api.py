@@ -11,20 +11,20 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
-from common.errors import shown
+from common.errors import printable_line
 from deploy.serving.conversation import Answer, Sampling
 
 # Parameters that would change the answer and are not supported, with the values that change nothing.
-REFUSED = {
+UNSUPPORTED_FIELDS = {
     "n": (1,), "best_of": (1,), "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
     "logit_bias": ({},), "response_format": ({"type": "text"},), "grammar": ("",), "echo": (False,), "suffix": ("",),
     "modalities": (["text"],), "audio": (),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
 }  # fmt: skip
-matches = re.fullmatch
+matches_pattern = re.fullmatch
 
 
-class Refused(HTTPException):
+class RequestError(HTTPException):
     """An error of a request, with the fields of OpenAI's errors."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Refused(HTTPException):
         self.param, self.code, self.kind = param, code, kind
 
 
-def fault(error: HTTPException) -> dict:
+def build_error_body(error: HTTPException) -> dict:
     """Return the JSON body of an error response."""
     kind = getattr(error, "kind", None) or (
         "authentication_error" if error.status_code == 401 else "invalid_request_error"
@@ -43,17 +43,17 @@ def fault(error: HTTPException) -> dict:
     return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
 
 
-class Part(BaseModel):
+class RequestPart(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Message(Part):
+class Message(RequestPart):
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
     @field_validator("content", mode="before")
     @classmethod
-    def _joined(cls, content: object) -> object:
+    def _join_text_parts(cls, content: object) -> object:
         """Join a list of text parts, as in the training rows. Raises ValueError for other parts."""
         if not isinstance(content, list):
             return content
@@ -66,16 +66,16 @@ class Message(Part):
 
     @field_validator("content")
     @classmethod
-    def _text(cls, content: str) -> str:
+    def _refuse_half_characters(cls, content: str) -> str:
         content.encode()  # raises ValueError for half a character (JSON's \ud800)
         return content
 
-    def told(self) -> dict:
+    def to_dict(self) -> dict:
         """Return the message for the template. `developer` is OpenAI's newer name for `system`."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
-class Asked(Part):
+class GenerationRequest(RequestPart):
     stream: bool = False
     stream_options: dict | None = None
     stop: tuple[str, ...] | None = None
@@ -91,83 +91,83 @@ class Asked(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _honest(cls, value: object) -> object:
+    def _refuse_unsupported(cls, value: object) -> object:
         if not isinstance(value, dict):
             raise ValueError("a request is a JSON object")  # noqa: TRY004  pydantic expects ValueError
-        for name, harmless in REFUSED.items():
-            if value.get(name) is not None and value[name] not in harmless:
-                raise Refused(400, f"{name} is not supported here", name, "unsupported_parameter")
-        most = value.get("max_completion_tokens")
-        return value if most is None else value | {"max_tokens": most}
+        for name, accepted in UNSUPPORTED_FIELDS.items():
+            if value.get(name) is not None and value[name] not in accepted:
+                raise RequestError(400, f"{name} is not supported here", name, "unsupported_parameter")
+        max_tokens = value.get("max_completion_tokens")
+        return value if max_tokens is None else value | {"max_tokens": max_tokens}
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _several(cls, stop: object) -> object:
+    def _wrap_single_stop(cls, stop: object) -> object:
         return [stop] if isinstance(stop, str) else stop
 
-    def sampling(self, usual: Sampling) -> Sampling:
+    def build_sampling(self, default: Sampling) -> Sampling:
         """Return the default sampling with the values of the request, whose stop strings add to the trained ones."""
         named = {f.name: getattr(self, f.name) for f in fields(Sampling) if getattr(self, f.name) is not None}
         if self.stop is not None:
-            named["stop"] = (*usual.stop, *filter(None, self.stop))
+            named["stop"] = (*default.stop, *filter(None, self.stop))
         if self.seed is not None:
             named["seed"] = self.seed % 0xFFFFFFFF  # 0xFFFFFFFF means a random seed in llama.cpp
-        return replace(usual, **named)
+        return replace(default, **named)
 
-    def counts(self) -> bool:
+    def wants_usage(self) -> bool:
         """Return whether a streamed response ends with token counts."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
-class Chat(Asked):
+class ChatRequest(GenerationRequest):
     messages: tuple[Message, ...] = Field(min_length=1)
 
-    def conversation(self) -> list[dict]:
-        return [message.told() for message in self.messages]
+    def list_messages(self) -> list[dict]:
+        return [message.to_dict() for message in self.messages]
 
 
-class Completion(Asked):
+class CompletionRequest(GenerationRequest):
     prompt: str
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one(cls, prompt: object) -> object:
+    def _unwrap_single_prompt(cls, prompt: object) -> object:
         return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
 
     @field_validator("prompt")
     @classmethod
-    def _text(cls, prompt: str) -> str:
+    def _refuse_half_characters(cls, prompt: str) -> str:
         prompt.encode()
         return prompt
 
 
-def parsed(kind: type, content: bytes):
+def parse_request(request_class: type, content: bytes):
     """Parse the body of a request. Raises RequestError."""
     try:
-        return kind.model_validate(json.loads(content))
+        return request_class.model_validate(json.loads(content))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or None
-        text = shown(first["msg"].removeprefix("Value error, "), 300)
-        raise Refused(400, f"{where}: {text}" if where else text, where) from error
+        location = ".".join(map(str, first["loc"])) or None
+        text = printable_line(first["msg"].removeprefix("Value error, "), 300)
+        raise RequestError(400, f"{location}: {text}" if location else text, location) from error
     except (ValueError, RecursionError) as error:
-        raise Refused(400, "the body is no JSON") from error
+        raise RequestError(400, "the body is no JSON") from error
 
 
 @dataclass(frozen=True)
-class Form:
+class ResponseForm:
     """The names and choices that an endpoint uses for a whole response and for its chunks."""
 
     prefix: str
-    whole: str
-    piece: str
-    say: Callable[[str], dict]
-    add: Callable[[str], dict]
-    first: tuple[dict, ...]
-    last: dict
+    object_name: str
+    chunk_name: str
+    full_choice: Callable[[str], dict]
+    chunk_choice: Callable[[str], dict]
+    first_choices: tuple[dict, ...]
+    last_choice: dict
 
 
-CHAT = Form(
+CHAT_FORM = ResponseForm(
     "chatcmpl",
     "chat.completion",
     "chat.completion.chunk",
@@ -176,50 +176,56 @@ CHAT = Form(
     ({"delta": {"role": "assistant", "content": ""}},),
     {"delta": {}},
 )
-TEXT = Form(
+TEXT_FORM = ResponseForm(
     "cmpl", "text_completion", "text_completion", lambda t: {"text": t}, lambda t: {"text": t}, (), {"text": ""}
 )
 
 
-class Said:
+class ResponseBuilder:
     """Builds the response objects of one answer."""
 
-    def __init__(self, form: Form, model: str, answer: Answer):
+    def __init__(self, form: ResponseForm, model: str, answer: Answer):
         self.form, self.answer = form, answer
         self.head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str) -> dict:
-        return self._of(self.form.whole, self.form.say(text), self._end()) | {"usage": self._usage()}
+    def build_response(self, text: str) -> dict:
+        return self._build_object(self.form.object_name, self.form.full_choice(text), self._finish_reason()) | {
+            "usage": self._token_usage()
+        }
 
-    def first(self) -> Iterator[dict]:
-        return (self._of(self.form.piece, choice) for choice in self.form.first)
+    def build_first_chunks(self) -> Iterator[dict]:
+        return (self._build_object(self.form.chunk_name, choice) for choice in self.form.first_choices)
 
-    def piece(self, text: str) -> dict:
-        return self._of(self.form.piece, self.form.add(text))
+    def build_chunk(self, text: str) -> dict:
+        return self._build_object(self.form.chunk_name, self.form.chunk_choice(text))
 
-    def last(self, counts: bool) -> Iterator[dict]:
-        yield self._of(self.form.piece, self.form.last, self._end())
-        if counts:
-            yield {"object": self.form.piece, **self.head, "choices": [], "usage": self._usage()}
+    def build_last_chunks(self, include_usage: bool) -> Iterator[dict]:
+        yield self._build_object(self.form.chunk_name, self.form.last_choice, self._finish_reason())
+        if include_usage:
+            yield {"object": self.form.chunk_name, **self.head, "choices": [], "usage": self._token_usage()}
 
-    def _of(self, kind: str, choice: dict, end: str | None = None) -> dict:
+    def _build_object(self, kind: str, choice: dict, finish_reason: str | None = None) -> dict:
         return {
             "object": kind,
             **self.head,
-            "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": end}],
+            "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": finish_reason}],
         }
 
-    def _end(self) -> str:
+    def _finish_reason(self) -> str:
         return "stop" if self.answer.end == "stop" else "length"
 
-    def _usage(self) -> dict:
-        asked, said = len(self.answer.prompt), len(self.answer.ids)
-        return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    def _token_usage(self) -> dict:
+        prompt_tokens, completion_tokens = len(self.answer.prompt), len(self.answer.ids)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
 
 
-def model(name: str) -> dict:
+def build_model_entry(name: str) -> dict:
     return {"id": name, "object": "model", "created": 0, "owned_by": "ferry"}
 
 
-def event(value: dict) -> str:
+def format_event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -26,17 +26,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from deploy.serving import conversation, openai_api
 
-LOCAL = ("127.0.0.1", "localhost")
-PAGES = r"https?://(127\.0\.0\.1|localhost)(:\d+)?"  # web pages of this machine
-MAX_BODY = 8 << 20  # bytes; a context holds far less text
-KEY = "FERRY_API_KEY"
-LOOK = 0.1  # seconds between two checks whether the client is still connected
+LOCAL_HOSTS = ("127.0.0.1", "localhost")
+LOCAL_ORIGINS = r"https?://(127\.0\.0\.1|localhost)(:\d+)?"  # web pages of this machine
+MAX_BODY_BYTES = 8 << 20  # bytes; a context holds far less text
+KEY_VARIABLE = "FERRY_API_KEY"
+DISCONNECT_POLL = 0.1  # seconds between two checks whether the client is still connected
 
 
-def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int | None = None) -> None:
+def run_server(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int | None = None) -> None:
     """Serve until Ctrl-C.
 
     Args:
@@ -49,37 +49,41 @@ def stage(version: Path, host: str = "127.0.0.1", port: int = 8080, context: int
         UserError: The port cannot be opened, FERRY_API_KEY is missing or invalid, or a reason of
             `conversation.open_model`: a model that does not give the golden prompts is not served.
     """
-    key = os.environ.get(KEY)
-    if host not in LOCAL and not key:
+    key = os.environ.get(KEY_VARIABLE)
+    if host not in LOCAL_HOSTS and not key:
         raise UserError(
-            f"HOST={shown(host)} lets other machines ask, and {KEY} is not set",
-            f"set {KEY} to a secret of yours (it travels unencrypted: for a network that you trust), "
+            f"HOST={printable_line(host)} lets other machines ask, and {KEY_VARIABLE} is not set",
+            f"set {KEY_VARIABLE} to a secret of yours (it travels unencrypted: for a network that you trust), "
             "or leave HOST away",
         )
     if key and not key.isprintable():  # bytes that are not UTF-8 are not printable either
-        raise UserError(f"{KEY} holds characters that no HTTP header can have", "choose one of letters and digits")
-    with listening(host, port) as door, conversation.opened(version, context) as engine:
-        greet(engine, host, door.getsockname()[1], key)
-        with Api(engine).running() as api:
-            Server(api, guarded(api, host, key)).listen(door)
+        raise UserError(
+            f"{KEY_VARIABLE} holds characters that no HTTP header can have", "choose one of letters and digits"
+        )
+    with open_socket(host, port) as listener, conversation.open_model(version, context) as chat_model:
+        print_greeting(chat_model, host, listener.getsockname()[1], key)
+        with Api(chat_model).stop_workers_on_exit() as api:
+            Server(api, build_app(api, host, key)).listen(listener)
 
 
-def stage_of(version: str, host: str, port: int) -> None:
+def run_server_from_path(version: str, host: str, port: int) -> None:
     """Run `run_server` in a child process, whose arguments are JSON."""
-    stage(Path(version), host, port)
+    run_server(Path(version), host, port)
 
 
-def listening(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
     """Open the socket to listen on. Raises UserError when that fails."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "that is no host name"
-        raise UserError(f"port {port} of {shown(host)} cannot be opened: {why}", another(port, error)) from error
+        reason = error.strerror if isinstance(error, OSError) else "that is no host name"
+        raise UserError(
+            f"port {port} of {printable_line(host)} cannot be opened: {reason}", suggest_port(port, error)
+        ) from error
 
 
-def another(port: int, error: Exception) -> str:
+def suggest_port(port: int, error: Exception) -> str:
     """Return what to try when a port cannot be opened."""
     if getattr(error, "errno", None) == errno.EADDRINUSE:
         return f"end what listens there, or take another port: `make serve PORT={port + 1 if port < 65535 else 8080}`"
@@ -88,11 +92,11 @@ def another(port: int, error: Exception) -> str:
     return "HOST= takes an address of this machine; leave it away for 127.0.0.1"
 
 
-def greet(engine: conversation.Talk, host: str, port: int, key: str | None) -> None:
+def print_greeting(chat_model: conversation.ChatModel, host: str, port: int, key: str | None) -> None:
     """Print the address of the server and an example request."""
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    print(f"serving {engine.made.name} at {address} (OpenAI-compatible), Ctrl-C ends")
-    secret = f" -H 'Authorization: Bearer '\"${KEY}\"" if key else ""
+    print(f"serving {chat_model.manifest.name} at {address} (OpenAI-compatible), Ctrl-C ends")
+    secret = f" -H 'Authorization: Bearer '\"${KEY_VARIABLE}\"" if key else ""
     print(f"  curl {address}/chat/completions -H 'Content-Type: application/json'{secret} \\")
     print("""    -d '{"messages": [{"role": "user", "content": "Hello"}]}'""", flush=True)
 
@@ -108,20 +112,20 @@ class Server(uvicorn.Server):
         self.api.closing.set()
         super().handle_exit(sig, frame)
 
-    def listen(self, door: socket.socket) -> None:
+    def listen(self, listener: socket.socket) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its shutdown
-            self.run(sockets=[door])
+            self.run(sockets=[listener])
 
 
 class Api:
     """The endpoints. One thread uses the model and generates answers in the order of their requests."""
 
-    def __init__(self, engine: conversation.Talk):
+    def __init__(self, engine: conversation.ChatModel):
         self.engine, self.closing = engine, threading.Event()
         self.worker, self.renderer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     @contextlib.contextmanager
-    def running(self):
+    def stop_workers_on_exit(self):
         """Stop both threads on exit; nothing uses the model afterwards."""
         try:
             yield self
@@ -131,45 +135,56 @@ class Api:
             self.worker.shutdown()
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [openai_api.model(self.engine.made.name)]})
+        return JSONResponse({"object": "list", "data": [openai_api.build_model_entry(self.engine.manifest.name)]})
 
     async def model(self, request: Request) -> Response:
-        if request.path_params["name"] != self.engine.made.name:
-            raise openai_api.Refused(404, "there is no such model here", "model", "model_not_found")
-        return JSONResponse(openai_api.model(self.engine.made.name))
+        if request.path_params["name"] != self.engine.manifest.name:
+            raise openai_api.RequestError(404, "there is no such model here", "model", "model_not_found")
+        return JSONResponse(openai_api.build_model_entry(self.engine.manifest.name))
 
     async def chat(self, request: Request) -> Response:
-        asked = openai_api.parsed(openai_api.Chat, await body(request))
-        return await self.answered(
+        chat_request = openai_api.parse_request(openai_api.ChatRequest, await read_body(request))
+        return await self.respond(
             request,
-            asked,
-            lambda: self.engine.prompt(self.engine.with_default_system(asked.conversation())),
-            openai_api.CHAT,
+            chat_request,
+            lambda: self.engine.prompt(self.engine.with_default_system(chat_request.list_messages())),
+            openai_api.CHAT_FORM,
         )
 
     async def completion(self, request: Request) -> Response:
-        asked = openai_api.parsed(openai_api.Completion, await body(request))
-        return await self.answered(request, asked, lambda: self.engine.raw(asked.prompt), openai_api.TEXT)
+        completion_request = openai_api.parse_request(openai_api.CompletionRequest, await read_body(request))
+        return await self.respond(
+            request,
+            completion_request,
+            lambda: self.engine.tokenize_text(completion_request.prompt),
+            openai_api.TEXT_FORM,
+        )
 
-    async def answered(
-        self, request: Request, asked: openai_api.Asked, prompt: Callable, form: openai_api.Form
+    async def respond(
+        self,
+        request: Request,
+        generation_request: openai_api.GenerationRequest,
+        prompt: Callable,
+        form: openai_api.ResponseForm,
     ) -> Response:
         ids = await asyncio.get_running_loop().run_in_executor(self.renderer, prompt)
-        reply = Reply(self, request, ids, asked.sampling(self.engine.sampling))
-        said = openai_api.Said(form, self.engine.made.name, reply.answer)
-        if asked.stream:
-            return StreamingResponse(streamed(said, reply, asked), media_type="text/event-stream")
-        return JSONResponse(said.whole("".join([piece async for piece in reply.pieces()])))
+        reply = Reply(self, request, ids, generation_request.build_sampling(self.engine.sampling))
+        builder = openai_api.ResponseBuilder(form, self.engine.manifest.name, reply.answer)
+        if generation_request.stream:
+            return StreamingResponse(stream_events(builder, reply, generation_request), media_type="text/event-stream")
+        return JSONResponse(builder.build_response("".join([piece async for piece in reply.pieces()])))
 
 
 class Reply:
     """An answer that the model's thread generates. It is cancelled when its client disconnects."""
 
     def __init__(self, api: Api, request: Request, ids: list[int], sampling: conversation.Sampling):
-        self.left = threading.Event()
-        self.answer = conversation.Answer(api.engine, ids, sampling, lambda: self.left.is_set() or api.closing.is_set())
+        self.client_left = threading.Event()
+        self.answer = conversation.Answer(
+            api.engine, ids, sampling, lambda: self.client_left.is_set() or api.closing.is_set()
+        )
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
-        self.watching = asyncio.create_task(self._watch(request))
+        self.watch_task = asyncio.create_task(self._watch(request))
         api.worker.submit(self._work)
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -181,13 +196,13 @@ class Reply:
                 if piece:
                     yield piece
         finally:
-            self.left.set()
-            self.watching.cancel()
+            self.client_left.set()
+            self.watch_task.cancel()
 
     async def _watch(self, request: Request) -> None:
         while not await request.is_disconnected():
-            await asyncio.sleep(LOOK)
-        self.left.set()
+            await asyncio.sleep(DISCONNECT_POLL)
+        self.client_left.set()
 
     def _work(self) -> None:
         try:
@@ -202,37 +217,39 @@ class Reply:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, piece)
 
 
-async def streamed(said: openai_api.Said, reply: Reply, asked: openai_api.Asked) -> AsyncIterator[str]:
+async def stream_events(
+    builder: openai_api.ResponseBuilder, reply: Reply, generation_request: openai_api.GenerationRequest
+) -> AsyncIterator[str]:
     """Yield the answer as server-sent events, as OpenAI does."""
     try:
-        for chunk in said.first():
-            yield openai_api.event(chunk)
+        for chunk in builder.build_first_chunks():
+            yield openai_api.format_event(chunk)
         async for piece in reply.pieces():
-            yield openai_api.event(said.piece(piece))
-        for chunk in said.last(asked.counts()):
-            yield openai_api.event(chunk)
+            yield openai_api.format_event(builder.build_chunk(piece))
+        for chunk in builder.build_last_chunks(generation_request.wants_usage()):
+            yield openai_api.format_event(chunk)
         yield "data: [DONE]\n\n"
     except Exception as error:  # noqa: BLE001  the status 200 is sent already
-        yield openai_api.event(openai_api.fault(broken(error)))
+        yield openai_api.format_event(openai_api.build_error_body(report_failure(error)))
 
 
-async def body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
     """Read the body of a request. Raises RequestError when it is too large."""
     content = b""
     async for block in request.stream():
         content += block
-        if len(content) > MAX_BODY:
-            raise openai_api.Refused(413, f"a request has at most {MAX_BODY} bytes")
+        if len(content) > MAX_BODY_BYTES:
+            raise openai_api.RequestError(413, f"a request has at most {MAX_BODY_BYTES} bytes")
     return content
 
 
-def broken(error: Exception) -> openai_api.Refused:
+def report_failure(error: Exception) -> openai_api.RequestError:
     """Print an internal error, and return one for the client that gives no details."""
-    print(f"serve: a request failed: {type(error).__name__}: {shown(str(error))}", flush=True)
-    return openai_api.Refused(500, "the model failed", kind="server_error")
+    print(f"serve: a request failed: {type(error).__name__}: {printable_line(str(error))}", flush=True)
+    return openai_api.RequestError(500, "the model failed", kind="server_error")
 
 
-def guarded(api: Api, host: str, key: str | None) -> ASGIApp:
+def build_app(api: Api, host: str, key: str | None) -> ASGIApp:
     """Return the app: the endpoints behind the checks of `Guard`."""
     return Starlette(
         routes=[
@@ -245,22 +262,22 @@ def guarded(api: Api, host: str, key: str | None) -> ASGIApp:
             Middleware(Guard, host=host, key=key),
             Middleware(
                 CORSMiddleware,
-                allow_origin_regex=PAGES,
+                allow_origin_regex=LOCAL_ORIGINS,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
             ),
         ],
-        exception_handlers={HTTPException: refused, UserError: refused},
+        exception_handlers={HTTPException: respond_with_error, UserError: respond_with_error},
     )
 
 
-async def refused(request: Request, error: Exception) -> Response:
+async def respond_with_error(request: Request, error: Exception) -> Response:
     """Return the response for an error, in the format of OpenAI's API."""
-    if isinstance(error, conversation.TooLong):
-        error = openai_api.Refused(400, error.message, "messages", "context_length_exceeded")
+    if isinstance(error, conversation.PromptTooLong):
+        error = openai_api.RequestError(400, error.message, "messages", "context_length_exceeded")
     elif isinstance(error, UserError):
-        error = openai_api.Refused(400, error.message)
-    return JSONResponse(openai_api.fault(error), error.status_code, error.headers)
+        error = openai_api.RequestError(400, error.message)
+    return JSONResponse(openai_api.build_error_body(error), error.status_code, error.headers)
 
 
 class Guard:
@@ -279,25 +296,27 @@ class Guard:
 
         try:
             if scope["type"] == "http":
-                self.check(Request(scope))
+                self.refuse_stranger(Request(scope))
             await self.app(scope, receive, noted)
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001  a response, never a traceback
             if started:
-                broken(error)
+                report_failure(error)
                 return
-            fault = error if isinstance(error, openai_api.Refused) else broken(error)
-            await (await refused(Request(scope), fault))(scope, receive, send)
+            fault = error if isinstance(error, openai_api.RequestError) else report_failure(error)
+            await (await respond_with_error(Request(scope), fault))(scope, receive, send)
 
-    def check(self, request: Request) -> None:
+    def refuse_stranger(self, request: Request) -> None:
         """Raise RequestError for a wrong host, another web site, or a missing key."""
         name, origin = request.headers.get("host", "").rsplit(":", 1)[0], request.headers.get("origin")
-        if self.host in LOCAL and name not in LOCAL:
-            raise openai_api.Refused(403, "this server is for its own machine: ask http://127.0.0.1", code="wrong_host")
-        if origin and not openai_api.matches(PAGES, origin):
-            raise openai_api.Refused(403, "pages of other sites may not ask", code="wrong_origin")
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        asks = request.method != "OPTIONS"  # a browser's preflight request carries no key
-        if self.key and asks and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
-            raise openai_api.Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+        if self.host in LOCAL_HOSTS and name not in LOCAL_HOSTS:
+            raise openai_api.RequestError(
+                403, "this server is for its own machine: ask http://127.0.0.1", code="wrong_host"
+            )
+        if origin and not openai_api.matches_pattern(LOCAL_ORIGINS, origin):
+            raise openai_api.RequestError(403, "pages of other sites may not ask", code="wrong_origin")
+        given_key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        needs_key = request.method != "OPTIONS"  # a browser's preflight request carries no key
+        if self.key and needs_key and not hmac.compare_digest(given_key.encode("latin-1"), self.key.encode()):
+            raise openai_api.RequestError(401, "the API key is missing or wrong", code="invalid_api_key")

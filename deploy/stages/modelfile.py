@@ -8,129 +8,131 @@ from string import Template
 from common import files, gguf_reader, hub, llama_runtime
 from common.errors import UserError
 from contract.manifest import Artifact, Manifest
-from contract.ollama_template import Turns, unsayable
+from contract.ollama_template import Turns, find_modelfile_fault
 from deploy import machine, store
 from deploy.stages import memory_need
-from deploy.store import passed
+from deploy.store import load_tested
 
 TEMPLATE = Path(__file__).parents[2] / "Modelfile.template"
 RECORD = "modelfile.json"
-LEAST = 2048  # tokens of context, when by the estimate even fewer fit
+MIN_CONTEXT = 2048  # tokens of context, when by the estimate even fewer fit
 
 
-def stage(folder: Path) -> dict:
+def run_modelfile(folder: Path) -> dict:
     """Write the Modelfile and modelfile.json next to the GGUF, which has passed its smoke test; return the record."""
-    made, path = passed(folder)
-    num_ctx = fitting(made, path)
-    text = render(made, made.artifact(path.name), num_ctx)
-    keep_edited(folder, text)
-    with files.writing(folder / "Modelfile") as part:
+    manifest, path = load_tested(folder)
+    num_ctx = choose_context(manifest, path)
+    text = render_modelfile(manifest, manifest.find_artifact(path.name), num_ctx)
+    set_aside_edits(folder, text)
+    with files.write_atomically(folder / "Modelfile") as part:
         part.write_text(text, encoding="utf-8")
     record = {
         "stage": "modelfile",
         "file": "Modelfile",
         "sha256": files.sha256(folder / "Modelfile"),
-        "template": bool(made.chat.turns),
+        "template": bool(manifest.chat.turns),
         "num_ctx": num_ctx,
-        "trained_ctx": made.generation.num_ctx,
+        "trained_ctx": manifest.generation.num_ctx,
     }
     files.write_json(folder / RECORD, record)
     return record
 
 
-def keep_edited(folder: Path, text: str) -> None:
+def set_aside_edits(folder: Path, text: str) -> None:
     """Rename a Modelfile that the user edited: one that is neither recorded in modelfile.json nor equal to `text`."""
-    path, known = folder / "Modelfile", store.read(folder / RECORD).get("sha256")
+    path, known_hash = folder / "Modelfile", store.read_record(folder / RECORD).get("sha256")
     if not os.path.lexists(path):
         return
-    if path.is_file() and files.sha256(path) in (known, files.sha256_bytes(text.encode())):
+    if path.is_file() and files.sha256(path) in (known_hash, files.sha256_bytes(text.encode())):
         return
-    kept = files.set_aside(path)
-    hub.say(f"modelfile: {path} was edited: it is kept as {kept.name}; an edit of {TEMPLATE.name} is in every new one")
+    kept_path = files.set_aside(path)
+    hub.print_message(
+        f"modelfile: {path} was edited: it is kept as {kept_path.name}; an edit of {TEMPLATE.name} is in every new one"
+    )
 
 
-def fitting(made: Manifest, path: Path) -> int:
+def choose_context(manifest: Manifest, path: Path) -> int:
     """Return the tokens of context: the trained length, or what fits into this machine's memory, but at least 2048."""
-    header, wanted = gguf_reader.read(path, path.name), made.generation.num_ctx
-    budget = machine.budget(machine.here(), llama_runtime.backend() != "CPU")
-    fits = memory_need.context(header, path.stat().st_size, budget, wanted)
+    header, trained_tokens = gguf_reader.read_header(path, path.name), manifest.generation.num_ctx
+    memory_budget = machine.memory_budget(machine.detect_machine(), llama_runtime.compute_device() != "CPU")
+    fitting_tokens = memory_need.largest_context(header, path.stat().st_size, memory_budget, trained_tokens)
     # The smoke test has just run here, with a shorter context.
-    return max(fits, min(wanted, LEAST))
+    return max(fitting_tokens, min(trained_tokens, MIN_CONTEXT))
 
 
-def render(made: Manifest, artifact: Artifact, num_ctx: int | None = None) -> str:
+def render_modelfile(manifest: Manifest, artifact: Artifact, num_ctx: int | None = None) -> str:
     """Return the text of the Modelfile. num_ctx: None takes the trained length.
 
     Raises UserError when its TEMPLATE would not give the golden prompts, or Modelfile.template cannot be filled in.
     """
-    turns, bos = made.chat.turns, made.chat.bos if made.chat.adds_bos else ""
-    for golden in made.golden if turns else ():
-        if golden.add_generation_prompt and (bos or "") + turns.prompt(golden.messages) != golden.prompt:
+    turns, bos = manifest.chat.turns, manifest.chat.bos if manifest.chat.adds_bos else ""
+    for golden in manifest.golden if turns else ():
+        if golden.add_generation_prompt and (bos or "") + turns.render_prompt(golden.messages) != golden.prompt:
             raise UserError(
                 f"the manifest's TEMPLATE does not give the trained prompt for {golden.messages[-1]['content']!r}",
                 "publish it again: `make publish`",
             )
-    turns, system = placed(turns, made.chat.system)
-    return filled(
+    turns, system = place_system_prompt(turns, manifest.chat.system)
+    return fill_template(
         {
-            "name": " ".join(made.name.split()),
+            "name": " ".join(manifest.name.split()),
             "file": artifact.file,
             "sha256": artifact.sha256,
-            "base": " ".join(made.base.name.split()),
-            "template": f'TEMPLATE """{turns.go()}"""'
+            "base": " ".join(manifest.base.name.split()),
+            "template": f'TEMPLATE """{turns.to_go_template()}"""'
             if turns
             else "# TEMPLATE: none says what was trained; the one inside the GGUF does",
-            "system": f"SYSTEM {quoted('the system prompt', system)}" if system else "# SYSTEM: none",
-            "stops": "\n".join(f"PARAMETER stop {quoted('a stop string', stop)}" for stop in made.chat.stop),
-            "num_ctx": num_ctx or made.generation.num_ctx,
-            "temperature": made.generation.temperature,
-            "top_p": made.generation.top_p,
+            "system": f"SYSTEM {quote_text('the system prompt', system)}" if system else "# SYSTEM: none",
+            "stops": "\n".join(f"PARAMETER stop {quote_text('a stop string', stop)}" for stop in manifest.chat.stop),
+            "num_ctx": num_ctx or manifest.generation.num_ctx,
+            "temperature": manifest.generation.temperature,
+            "top_p": manifest.generation.top_p,
         }
     )
 
 
-def filled(values: dict) -> str:
+def fill_template(values: dict) -> str:
     """Fill values into Modelfile.template, which the user may edit. Raises UserError for a bad edit."""
     try:
         text = TEMPLATE.read_text(encoding="utf-8")
-        made = Template(text).substitute(values)
+        filled_text = Template(text).substitute(values)
     except KeyError as error:
-        raise _bad_edit(
+        raise _build_template_error(
             f"nothing is called ${error.args[0]}; there are {', '.join(f'${name}' for name in values)}"
         ) from None
     except ValueError as error:  # from string.Template, or because the file is not UTF-8
-        raise _bad_edit(f"{error}; a dollar sign of your own is written $$") from error
+        raise _build_template_error(f"{error}; a dollar sign of your own is written $$") from error
     except OSError as error:
-        raise _bad_edit(error.strerror or str(error)) from error
-    froms = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
-    if froms != [["FROM", "./$file"]]:
-        raise _bad_edit("it needs the line `FROM ./$file`, and no other FROM")
+        raise _build_template_error(error.strerror or str(error)) from error
+    from_lines = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
+    if from_lines != [["FROM", "./$file"]]:
+        raise _build_template_error("it needs the line `FROM ./$file`, and no other FROM")
     if text.count('"""') % 2:
-        raise _bad_edit('a """ is not closed')
-    used = re.findall(r"\$\{?(\w+)", text.replace("$$", ""))
-    if lost := [name for name in ("template", "system", "stops") if name not in used]:
-        raise _bad_edit(f"${lost[0]} is gone: without it the model is not asked as it was trained")
-    return made
+        raise _build_template_error('a """ is not closed')
+    used_names = re.findall(r"\$\{?(\w+)", text.replace("$$", ""))
+    if missing_names := [name for name in ("template", "system", "stops") if name not in used_names]:
+        raise _build_template_error(f"${missing_names[0]} is gone: without it the model is not asked as it was trained")
+    return filled_text
 
 
-def _bad_edit(why: str) -> UserError:
-    return UserError(f"{TEMPLATE.name}: {why}", f"mend it, or take it back: `git checkout {TEMPLATE.name}`")
+def _build_template_error(reason: str) -> UserError:
+    return UserError(f"{TEMPLATE.name}: {reason}", f"mend it, or take it back: `git checkout {TEMPLATE.name}`")
 
 
-def placed(turns: Turns | None, system: str | None) -> tuple[Turns | None, str | None]:
+def place_system_prompt(turns: Turns | None, system: str | None) -> tuple[Turns | None, str | None]:
     """Decide where the system prompt goes; return the turns of the TEMPLATE and the text of SYSTEM.
 
     It goes into SYSTEM. A text that a Modelfile cannot hold goes into the TEMPLATE instead, whose strings have escapes.
     """
-    if not (turns and turns.system and system and unsayable(system)) or turns.place == "last":
+    if not (turns and turns.system and system and find_modelfile_fault(system)) or turns.place == "last":
         return turns, system
     return turns.model_copy(update={"start": turns.system[0] + turns.trim("system", system) + turns.system[1]}), None
 
 
-def quoted(what: str, text: str) -> str:
+def quote_text(subject: str, text: str) -> str:
     """Quote a text for the Modelfile. Raises UserError for a text that Ollama's parser would change."""
-    if why := unsayable(text):
+    if reason := find_modelfile_fault(text):
         raise UserError(
-            f"Ollama's Modelfile {why}: {what}", "write it otherwise, with a new RUN=name, and publish again"
+            f"Ollama's Modelfile {reason}: {subject}", "write it otherwise, with a new RUN=name, and publish again"
         )
     return f'"""{text}"""'

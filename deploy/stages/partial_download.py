@@ -11,7 +11,7 @@ from common.errors import UserError
 from contract.manifest import Artifact
 
 
-class Part:
+class PartialDownload:
     """Downloads `artifact` to `path`. tick: called with the number of bytes that came; it is negative on a restart."""
 
     def __init__(self, path: Path, artifact: Artifact, tick: Callable[[int], None]):
@@ -21,8 +21,8 @@ class Part:
         if path.is_symlink():  # never write to the file that a link leads to
             path.unlink()
         self.file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
-        while block := self.file.read(files.CHUNK):
-            self._count(block)
+        while block := self.file.read(files.CHUNK_BYTES):
+            self._add_block(block)
 
     def __enter__(self) -> Self:
         return self
@@ -30,15 +30,15 @@ class Part:
     def __exit__(self, *_) -> None:
         self.file.close()
 
-    def fill(self, found) -> None:
+    def download(self, source) -> None:
         """Download what is missing from a source of contract/published_model.py.
 
         Raises UserError when the source ends early or gives other bytes than the manifest says.
         """
         while self.size < self.artifact.bytes:
-            before = self.size
-            hub.patiently(f"pull {self.artifact.file}", lambda: self._go_on(found), progress=lambda: self.size)
-            if self.size <= before:
+            size_before = self.size
+            hub.retry(f"pull {self.artifact.file}", lambda: self._resume(source), progress=lambda: self.size)
+            if self.size <= size_before:
                 raise UserError(
                     f"{self.artifact.file} ended after {self.size} of {self.artifact.bytes} bytes",
                     "run the same command again; what is there is kept",
@@ -52,22 +52,22 @@ class Part:
                 "publish it again with `make publish`",
             )
 
-    def _go_on(self, found) -> None:
-        with found.opened(self.artifact, self.size) as (start, blocks):
+    def _resume(self, source) -> None:
+        with source.open_blocks(self.artifact, self.size) as (start, blocks):
             if start != self.size:  # a server that cannot resume there
-                self._start_again()
+                self._restart()
             for block in blocks:
                 self.file.write(block)
-                self._count(block)
+                self._add_block(block)
                 if self.size > self.artifact.bytes:
                     return
 
-    def _count(self, block: bytes) -> None:
+    def _add_block(self, block: bytes) -> None:
         self.digest.update(block)
         self.size += len(block)
         self.tick(len(block))
 
-    def _start_again(self) -> None:
+    def _restart(self) -> None:
         self.file.seek(0)
         self.file.truncate()
         self.tick(-self.size)

@@ -4,15 +4,15 @@ import shutil
 from pathlib import Path
 
 from common import console, files, gguf_reader, hub
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import manifest, model_header, published_model, template_sandbox
 from contract.manifest import Artifact, Manifest
 from deploy import store
 from deploy.stages import header_check
-from deploy.stages.partial_download import Part
+from deploy.stages.partial_download import PartialDownload
 
 
-def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
+def run_pull(repo: str, models: Path, quantization: str | None = None) -> dict:
     """Fetch manifest and artifact into the store, make that version the current one, and return its pull.json.
 
     Args:
@@ -27,42 +27,44 @@ def stage(repo: str, models: Path, quantization: str | None = None) -> dict:
         UserError: The file differs from its manifest, or neither the repo nor an earlier pull of it is available.
     """
     try:
-        found = published_model.find(repo)
-        content = found.manifest()
+        source = published_model.find_source(repo)
+        content = source.read_manifest()
     except hub.Unreachable as error:
-        return offline(repo, models, quantization, error)
-    made = manifest.parse(content, f"{shown(repo)}/{manifest.NAME}")
-    artifact = chosen(made, quantization)
-    version = models / found.name / files.sha256_bytes(content)[:12]
-    with store.locked(version.parent):
+        return use_earlier_pull(repo, models, quantization, error)
+    model_manifest = manifest.parse_manifest(content, f"{printable_line(repo)}/{manifest.FILE_NAME}")
+    artifact = choose_artifact(model_manifest, quantization)
+    version = models / source.name / files.sha256_bytes(content)[:12]
+    with store.lock_model(version.parent):
         try:
-            put(found, version, made, artifact, content)
+            store_artifact(source, version, model_manifest, artifact, content)
         except Exception:
-            clean(version)
+            remove_stray_manifest(version)
             raise
-        return recorded(repo, found.commit, version, artifact, content) | {"folder": str(version)}
+        return write_record(repo, source.commit, version, artifact, content) | {"folder": str(version)}
 
 
-def offline(repo: str, models: Path, quantization: str | None, error: UserError) -> dict:
+def use_earlier_pull(repo: str, models: Path, quantization: str | None, error: UserError) -> dict:
     """Return the record of an earlier pull, for when the Hub cannot be reached. Raises `error` when there is none."""
-    version = store.known(models, repo)
+    version = store.find_version_by_name(models, repo)
     if version is None:
         raise error
-    content = (version / manifest.NAME).read_bytes() if (version / manifest.NAME).is_file() else b""
-    artifact = chosen(manifest.parse(content, str(version / manifest.NAME)), quantization)
+    content = (version / manifest.FILE_NAME).read_bytes() if (version / manifest.FILE_NAME).is_file() else b""
+    artifact = choose_artifact(manifest.parse_manifest(content, str(version / manifest.FILE_NAME)), quantization)
     path = version / artifact.file
     if not path.is_file() or files.sha256(path) != artifact.sha256:
         raise UserError(f"{error.message}; {path} was not pulled before, or is damaged", error.hint)
-    hub.say(f"{error.message}: using what was pulled before, {version}")
-    with store.locked(version.parent):
-        return recorded(repo, store.record(version)["commit"], version, artifact, content) | {"folder": str(version)}
+    hub.print_message(f"{error.message}: using what was pulled before, {version}")
+    with store.lock_model(version.parent):
+        return write_record(repo, store.read_pull_record(version)["commit"], version, artifact, content) | {
+            "folder": str(version)
+        }
 
 
-def chosen(made: Manifest, quantization: str | None) -> Artifact:
+def choose_artifact(model_manifest: Manifest, quantization: str | None) -> Artifact:
     """Return the GGUF of a quantization, or the default one. Raises UserError when the repo has no such GGUF."""
-    ggufs = {artifact.quantization: artifact for artifact in made.artifacts if artifact.kind == "gguf"}
+    ggufs = {artifact.quantization: artifact for artifact in model_manifest.artifacts if artifact.kind == "gguf"}
     if quantization is None:
-        return made.default()
+        return model_manifest.default_artifact()
     if quantization.lower() not in ggufs:
         raise UserError(
             f"there is no {quantization} GGUF in the repo", f"QUANT=one of: {', '.join(sorted(map(str, ggufs)))}"
@@ -70,7 +72,7 @@ def chosen(made: Manifest, quantization: str | None) -> Artifact:
     return ggufs[quantization.lower()]
 
 
-def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes) -> None:
+def store_artifact(source, version: Path, model_manifest: Manifest, artifact: Artifact, content: bytes) -> None:
     """Download and verify the artifact unless the store has it already, and write its manifest.
 
     Args:
@@ -82,98 +84,101 @@ def put(found, version: Path, made: Manifest, artifact: Artifact, content: bytes
     """
     target = version / artifact.file
     if not (target.is_file() and target.stat().st_size == artifact.bytes and files.sha256(target) == artifact.sha256):
-        found.refuse(artifact)
+        source.refuse_changed(artifact)
         refuse_full_disk(target, artifact)
-        header_check.probe(found, artifact)
+        header_check.refuse_unloadable_artifact(source, artifact)
         part = target.with_name(f".{target.name}.part")
         try:
             files.remove(target)
-            fetch(found, part, artifact)
-            refuse_liar(part, made, artifact)
+            download_artifact(source, part, artifact)
+            verify_header(part, model_manifest, artifact)
         except OSError as error:
-            raise files.translated(error, target) from error
-        files.sync(part)
+            raise files.translate_write_error(error, target) from error
+        files.fsync_tree(part)
         part.rename(target)
-    beside = version / manifest.NAME
-    if not beside.is_file() or beside.read_bytes() != content:
-        with files.writing(beside) as part:
+    manifest_path = version / manifest.FILE_NAME
+    if not manifest_path.is_file() or manifest_path.read_bytes() != content:
+        with files.write_atomically(manifest_path) as part:
             part.write_bytes(content)
 
 
 def refuse_full_disk(target: Path, artifact: Artifact) -> None:
     """Raise UserError when the rest of the download does not fit on the disk."""
     part = target.with_name(f".{target.name}.part")
-    need = artifact.bytes - (part.stat().st_size if part.is_file() else 0)
-    free = shutil.disk_usage(files.nearest(target)).free
-    if free < need:
+    needed_bytes = artifact.bytes - (part.stat().st_size if part.is_file() else 0)
+    free_bytes = shutil.disk_usage(files.nearest_existing_path(target)).free
+    if free_bytes < needed_bytes:
         raise UserError(
-            f"{artifact.file} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {target.parent}",
+            f"{artifact.file} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free at {target.parent}",
             "free some disk, then run the same command again",
         )
 
 
-def fetch(found, path: Path, artifact: Artifact) -> None:
+def download_artifact(source, path: Path, artifact: Artifact) -> None:
     """Download an artifact to `path`, with a progress bar; resume when a part of it is there."""
     with (
-        console.progress(artifact.bytes, artifact.file, "B") as tick,
-        Part(path, artifact, tick) as part,
+        console.show_progress(artifact.bytes, artifact.file, "B") as tick,
+        PartialDownload(path, artifact, tick) as part,
     ):
-        part.fill(found)
+        part.download(source)
 
 
-def refuse_liar(part: Path, made: Manifest, artifact: Artifact) -> None:
+def verify_header(part: Path, model_manifest: Manifest, artifact: Artifact) -> None:
     """Verify that the header of a download is possible and agrees with the manifest: a right hash does not prove that.
 
     Raises UserError and removes the download when it does not.
     """
     try:
-        header = gguf_reader.read(part, artifact.file)
-        model_header.refuse_impossible(header, artifact.file)
-        if artifact.tensor_types and gguf_reader.tensor_types(header) != artifact.tensor_types:
+        header = gguf_reader.read_header(part, artifact.file)
+        model_header.refuse_impossible_header(header, artifact.file)
+        if artifact.tensor_types and gguf_reader.count_tensor_types(header) != artifact.tensor_types:
             raise UserError(f"{artifact.file} holds other tensors than its manifest says", "do not use this repo")
-        if header.metadata.get("tokenizer.chat_template") != made.chat.template:
+        if header.metadata.get("tokenizer.chat_template") != model_manifest.chat.template:
             raise UserError(f"{artifact.file} holds another chat template than its manifest", "do not use this repo")
-        same_prompts(header, made)
+        verify_prompts(header, model_manifest)
     except Exception:
         files.remove(part)
         raise
 
 
-def same_prompts(header: gguf_reader.Header, made: Manifest) -> None:
+def verify_prompts(header: gguf_reader.Header, model_manifest: Manifest) -> None:
     """Verify that the chat template renders the golden prompts. It is untrusted code, so it runs in a sandbox.
 
     Raises UserError when a prompt differs, or the template takes too long.
     """
-    asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
-    texts = template_sandbox.prompts(made.chat.template, asked, special(header, "bos"), special(header, "eos"))
-    for golden, text in zip(made.golden, texts, strict=True):
+    conversations = [(golden.messages, golden.add_generation_prompt) for golden in model_manifest.golden]
+    texts = template_sandbox.render_prompts(
+        model_manifest.chat.template, conversations, special_token(header, "bos"), special_token(header, "eos")
+    )
+    for golden, text in zip(model_manifest.golden, texts, strict=True):
         if text != golden.prompt:
             raise UserError(
-                f"the template does not give the manifest's prompt for {shown(golden.messages[-1]['content'])!r}",
+                "the template does not give the manifest's prompt for "
+                f"{printable_line(golden.messages[-1]['content'])!r}",
                 "publish it again: `make publish`",
             )
 
 
-def special(header: gguf_reader.Header, role: str) -> str:
+def special_token(header: gguf_reader.Header, role: str) -> str:
     """Return the text of the 'bos' or 'eos' token; '' when the header names none."""
-    tokens, number = (
+    tokens, token_id = (
         header.metadata.get("tokenizer.ggml.tokens"),
         header.metadata.get(f"tokenizer.ggml.{role}_token_id"),
     )
-    known = isinstance(tokens, list) and isinstance(number, int) and 0 <= number < len(tokens)
-    return str(tokens[number]) if known else ""
+    is_known = isinstance(tokens, list) and isinstance(token_id, int) and 0 <= token_id < len(tokens)
+    return str(tokens[token_id]) if is_known else ""
 
 
-def clean(version: Path) -> None:
+def remove_stray_manifest(version: Path) -> None:
     """Remove the manifest of a version whose pull failed. An unfinished download stays, so that it can be resumed."""
-    if not (version / store.RECORD).is_file():
-        files.remove(version / manifest.NAME)
+    if not (version / store.PULL_RECORD).is_file():
+        files.remove(version / manifest.FILE_NAME)
 
 
-def recorded(repo: str, commit: str | None, version: Path, artifact: Artifact, content: bytes) -> dict:
+def write_record(repo: str, commit: str | None, version: Path, artifact: Artifact, content: bytes) -> dict:
     """Write pull.json and the requested name of the version, make it the current one, and return the record."""
     is_folder = hub.is_folder(repo)
-    name, revision = (repo, None) if is_folder else hub.split(repo)
+    name, revision = (repo, None) if is_folder else hub.parse_repo_id(repo)
     record = {
         "stage": "pull",
         "repo": name,
@@ -184,5 +189,5 @@ def recorded(repo: str, commit: str | None, version: Path, artifact: Artifact, c
         "bytes": artifact.bytes,
         "manifest_sha256": files.sha256_bytes(content),
     }
-    store.remember(version, record, revision or store.MAIN)
+    store.record_pull(version, record, revision or store.DEFAULT_REVISION)
     return record

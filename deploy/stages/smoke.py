@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import child_process, console, files, gguf_reader, llama_runtime
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import chat_format, template_sandbox
-from contract.manifest import Manifest, Smoke
+from contract.manifest import Manifest, SmokePrompt
 from deploy import store
 from deploy.stages import memory_need
 
@@ -25,69 +25,69 @@ if TYPE_CHECKING:
 # computed one at a time (other kernels), 0.059 between flash attention on and off, 0.076 with a q8_0 cache in addition.
 # A damaged or wrong file is far above 1.
 MAX_DIFFERENCE = 0.15
-MEASURED = ("CPU",)  # the backends on which that bound was measured; others use the same bound
+MEASURED_BACKENDS = ("CPU",)  # the backends on which that bound was measured; others use the same bound
 # Limits of time. A 135M file (0.1 GB) answers 110 tokens/s on two idle cores and 10 tokens/s on busy ones, which is 1 s
 # for each token and GB.
-LOAD_SECONDS, SECONDS_OF_TOKEN, MOST_SECONDS = 300, 1e-9, 7200
-MORE = 32  # tokens that an answer may be longer than the recorded one before it counts as endless
+LOAD_SECONDS, SECONDS_PER_TOKEN_BYTE, MAX_SECONDS = 300, 1e-9, 7200
+EXTRA_TOKENS = 32  # tokens that an answer may be longer than the recorded one before it counts as endless
 SPEED_PROMPT, SPEED_ANSWER, SPEED_SECONDS = 128, 64, 10  # tokens, tokens, and the most seconds
 
 
-def run_in_child(version: Path) -> dict:
+def run_smoke_in_child(version: Path) -> dict:
     """Run `run_smoke` in a child process and return its record: llama.cpp parses a file that may come from anybody."""
-    made, path = store.pulled(version)
-    longest = max((len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke), default=0)
-    tokens = sum(len(s.ids) + 2 * len(s.answer_ids) + MORE for s in made.smoke)
+    manifest, path = store.load_pulled(version)
+    longest = max((len(s.ids) + len(s.answer_ids) + EXTRA_TOKENS for s in manifest.smoke), default=0)
+    tokens = sum(len(s.ids) + 2 * len(s.answer_ids) + EXTRA_TOKENS for s in manifest.smoke)
     size = path.stat().st_size
-    seconds = min(MOST_SECONDS, LOAD_SECONDS + tokens * size * SECONDS_OF_TOKEN)
-    limits = memory_need.limits(gguf_reader.read(path), size, max(1024, longest), seconds)
-    with console.waiting(f"testing {path.name}"):
-        return child_process.call(
-            "deploy.stages.smoke:stage_of", [str(version)], limits, f"the smoke test of {path.name}"
+    seconds = min(MAX_SECONDS, LOAD_SECONDS + tokens * size * SECONDS_PER_TOKEN_BYTE)
+    limits = memory_need.process_limits(gguf_reader.read_header(path), size, max(1024, longest), seconds)
+    with console.show_elapsed_time(f"testing {path.name}"):
+        return child_process.call_in_child(
+            "deploy.stages.smoke:run_smoke_from_path", [str(version)], limits, f"the smoke test of {path.name}"
         )
 
 
-def stage_of(version: str) -> dict:
+def run_smoke_from_path(version: str) -> dict:
     """Run `run_smoke` in a child process, whose arguments are JSON."""
-    return stage(Path(version))
+    return run_smoke(Path(version))
 
 
-def stage(version: Path) -> dict:
+def run_smoke(version: Path) -> dict:
     """Load the pulled file, compare prompts and answers with the manifest, write smoke.json and return it.
 
     Raises UserError when anything differs. When answers differ, smoke.json holds the evidence and no sha256.
     """
-    made, path = store.pulled(version)
-    artifact = made.artifact(path.name)
+    manifest, path = store.load_pulled(version)
+    artifact = manifest.find_artifact(path.name)
     files.remove(version / "smoke.json")
-    if not made.smoke:
+    if not manifest.smoke:
         raise UserError(
             f"the manifest of {path.name} holds no answers to compare with", "publish it again: `make publish`"
         )
-    model, loaded = load(made, path)
+    model, load_facts = load_model(manifest, path)
     try:
-        same_prompts(model, made, path)
-        if max(max((*s.ids, *s.answer_ids)) for s in made.smoke) >= model.n_vocab():
+        verify_prompts(model, manifest, path)
+        if max(max((*s.ids, *s.answer_ids)) for s in manifest.smoke) >= model.n_vocab():
             raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
-        answers = [compare(model, expected) for expected in made.smoke]
+        answers = [compare_answer(model, expected) for expected in manifest.smoke]
         record = {
             "stage": "smoke",
             "file": path.name,
             "machine": f"{platform.system()} {platform.machine()}",
-            **loaded,
-            **speed(model, made.smoke[0].ids),
+            **load_facts,
+            **measure_speed(model, manifest.smoke[0].ids),
             "memory": peak_memory(),
             "answers": answers,
             "difference": round(max(answer["difference"] for answer in answers), 4),
             "bound": MAX_DIFFERENCE,
-            "bound_measured": loaded["backend"] in MEASURED,
+            "bound_measured": load_facts["backend"] in MEASURED_BACKENDS,
             "judged": artifact.default,  # the recorded answers are those of the default file
         }
     finally:
         model.close()
-    record["faults"] = faults(record)
+    record["faults"] = find_faults(record)
     if not record["faults"]:
-        record |= {"sha256": artifact.sha256, "stamp": store.stamp(path)}
+        record |= {"sha256": artifact.sha256, "stamp": store.file_stamp(path)}
     files.write_json(version / "smoke.json", record)
     if record["faults"]:
         raise UserError(
@@ -98,17 +98,17 @@ def stage(version: Path) -> dict:
     return record
 
 
-def load(made: Manifest, path: Path) -> tuple["Llama", dict]:
+def load_model(manifest: Manifest, path: Path) -> tuple["Llama", dict]:
     """Load the model and return it with facts that llama.cpp logged.
 
     Raises UserError when there is a GPU but not all layers are on it.
     """
-    said, started = io.StringIO(), time.perf_counter()
-    longest = max(len(s.ids) + len(s.answer_ids) + MORE for s in made.smoke)
-    model = llama_runtime.load(path, max(1024, longest), log=said)
-    facts = {"load_seconds": round(time.perf_counter() - started, 2), "backend": llama_runtime.backend()}
-    found = re.findall(r"offloaded (\d+)/(\d+) layers to GPU", said.getvalue())
-    facts["gpu_layers"], facts["layers"] = map(int, found[-1]) if found else (0, None)
+    log, started = io.StringIO(), time.perf_counter()
+    longest = max(len(s.ids) + len(s.answer_ids) + EXTRA_TOKENS for s in manifest.smoke)
+    model = llama_runtime.load_model(path, max(1024, longest), log=log)
+    facts = {"load_seconds": round(time.perf_counter() - started, 2), "backend": llama_runtime.compute_device()}
+    offloaded = re.findall(r"offloaded (\d+)/(\d+) layers to GPU", log.getvalue())
+    facts["gpu_layers"], facts["layers"] = map(int, offloaded[-1]) if offloaded else (0, None)
     if facts["backend"] != "CPU" and facts["gpu_layers"] != facts["layers"]:
         model.close()
         raise UserError(
@@ -118,101 +118,108 @@ def load(made: Manifest, path: Path) -> tuple["Llama", dict]:
     return model, facts
 
 
-def same_prompts(model: "Llama", made: Manifest, path: Path) -> None:
+def verify_prompts(model: "Llama", manifest: Manifest, path: Path) -> None:
     """Verify that the file's own template and tokenizer give the golden prompts. Raises UserError when one differs."""
-    if chat_format.embedded(model) != made.chat.template:
+    if chat_format.embedded_template(model) != manifest.chat.template:
         raise UserError(
             f"{path.name} holds another chat template than its manifest", "publish it again: `make publish`"
         )
-    asked = [(golden.messages, golden.add_generation_prompt) for golden in made.golden]
-    texts = template_sandbox.prompts(
-        made.chat.template, asked, chat_format.special(model, "bos"), chat_format.special(model, "eos")
+    conversations = [(golden.messages, golden.add_generation_prompt) for golden in manifest.golden]
+    texts = template_sandbox.render_prompts(
+        manifest.chat.template,
+        conversations,
+        chat_format.special_token_text(model, "bos"),
+        chat_format.special_token_text(model, "eos"),
     )
-    for golden, text in zip(made.golden, texts, strict=True):
+    for golden, text in zip(manifest.golden, texts, strict=True):
         ids = llama_runtime.tokenize(model, text)
         if text != golden.prompt or ids != list(golden.ids):
-            found = repr(text[:400]) if text != golden.prompt else f"token ids {shown(str(ids))}"
+            got = repr(text[:400]) if text != golden.prompt else f"token ids {printable_line(str(ids))}"
             raise UserError(
-                f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {found}",
+                f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {got}",
                 "publish it again: `make publish`",
             )
 
 
-def compare(model: "Llama", expected: Smoke) -> dict:
+def compare_answer(model: "Llama", expected: SmokePrompt) -> dict:
     """Answer one smoke prompt, and compare the log-probabilities of the recorded answer with the recorded ones."""
-    here = llama_runtime.answer_log_probs(model, expected.ids, expected.answer_ids)
-    difference = sum(abs(a - b) for a, b in zip(here, expected.log_probs, strict=True)) / len(here)
-    should_end = expected.answer_ids[-1] in llama_runtime.ends(model)
-    said, ended = llama_runtime.greedy(model, expected.ids, len(expected.answer_ids) + MORE * should_end)
+    log_probs = llama_runtime.answer_log_probs(model, expected.ids, expected.answer_ids)
+    difference = sum(abs(a - b) for a, b in zip(log_probs, expected.log_probs, strict=True)) / len(log_probs)
+    should_end = expected.answer_ids[-1] in llama_runtime.end_tokens(model)
+    answer_ids, end_ids = llama_runtime.generate_greedy(
+        model, expected.ids, len(expected.answer_ids) + EXTRA_TOKENS * should_end
+    )
     return {
         "message": expected.message,
-        "answer": llama_runtime.text(model, said),
-        "ended": bool(ended),
+        "answer": llama_runtime.detokenize(model, answer_ids),
+        "ended": bool(end_ids),
         "should_end": should_end,
-        "loops": loops(said) and not loops(expected.answer_ids),
-        "tokens": len(said + ended),
+        "loops": has_loop(answer_ids) and not has_loop(expected.answer_ids),
+        "tokens": len(answer_ids + end_ids),
         "difference": round(difference, 4),
-        "same": said + ended == list(expected.answer_ids),
+        "same": answer_ids + end_ids == list(expected.answer_ids),
     }
 
 
-def loops(ids: Sequence[int], times: int = 4, least: int = 16) -> bool:
+def has_loop(ids: Sequence[int], repeats: int = 4, min_tokens: int = 16) -> bool:
     """Return whether the end is a repetition: the same tokens `repeats` times, at least `min_tokens` in total."""
-    for period in range(1, len(ids) // times + 1):
-        tail = ids[-max(period * times, least) :]
-        if len(tail) >= least and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+    for period in range(1, len(ids) // repeats + 1):
+        tail = ids[-max(period * repeats, min_tokens) :]
+        if len(tail) >= min_tokens and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
             return True
     return False
 
 
-def faults(record: dict) -> list[str]:
+def find_faults(record: dict) -> list[str]:
     """Return what is wrong by the record. Other words in a greedy answer are no fault: rounding can decide a tie."""
-    found = []
+    faults = []
     if record["judged"] and not record["difference"] <= record["bound"]:
-        found.append(f"log-probabilities differ by {record['difference']} per token, at most {record['bound']}")
+        faults.append(f"log-probabilities differ by {record['difference']} per token, at most {record['bound']}")
     for answer in record["answers"] if record["judged"] else ():
         if answer["should_end"] and not answer["ended"]:
-            found.append(f"the answer to {shown(answer['message'], 60)!r} does not end")
+            faults.append(f"the answer to {printable_line(answer['message'], 60)!r} does not end")
         if answer["loops"]:
-            found.append(f"the answer to {shown(answer['message'], 60)!r} repeats itself")
-    return found
+            faults.append(f"the answer to {printable_line(answer['message'], 60)!r} repeats itself")
+    return faults
 
 
-def speed(model: "Llama", ids: Sequence[int]) -> dict:
+def measure_speed(model: "Llama", ids: Sequence[int]) -> dict:
     """Measure {prompt_tokens_per_second, tokens_per_second} as llama-bench does.
 
     The prompt is computed in one batch, the answer one token at a time, each from an empty context.
     """
     prompt = [ids[i % len(ids)] for i in range(SPEED_PROMPT)]
-    llama_runtime.pace(model, prompt[:2], len(prompt))  # a warm-up: the first run sets up kernels and threads
-    read = llama_runtime.pace(model, prompt, len(prompt))
-    said = llama_runtime.pace(model, prompt[:SPEED_ANSWER], 1, SPEED_SECONDS)
-    return {"prompt_tokens_per_second": round(read, 1), "tokens_per_second": round(said, 1)}
+    llama_runtime.measure_decode_speed(
+        model, prompt[:2], len(prompt)
+    )  # a warm-up: the first run sets up kernels and threads
+    prompt_speed = llama_runtime.measure_decode_speed(model, prompt, len(prompt))
+    answer_speed = llama_runtime.measure_decode_speed(model, prompt[:SPEED_ANSWER], 1, SPEED_SECONDS)
+    return {"prompt_tokens_per_second": round(prompt_speed, 1), "tokens_per_second": round(answer_speed, 1)}
 
 
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes, with the mapped file."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max_rss if sys.platform == "darwin" else max_rss * 1024  # macOS counts bytes, Linux KiB
 
 
-def page(record: dict) -> str:
+def render_record(record: dict) -> str:
     """Return smoke.json as a table for the terminal."""
-    where = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
+    backend = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
     bound = f"at most {record['bound']}" + (
         "" if record["bound_measured"] else f" (not measured on {record['backend']})"
     )
     if not record["judged"]:
         bound = "not judged: the answers to compare with are the default file's"
-    same, ended = (sum(answer[key] for answer in record["answers"]) for key in ("same", "ended"))
-    every = len(record["answers"])
+    equal, ended = (sum(answer[key] for answer in record["answers"]) for key in ("same", "ended"))
+    total = len(record["answers"])
     rows = [
-        ("computes on", where),
+        ("computes on", backend),
         ("load", f"{record['load_seconds']} s"),
         ("prompt", f"{record['prompt_tokens_per_second']} tokens/s"),
         ("answer", f"{record['tokens_per_second']} tokens/s"),
         ("memory", f"{record['memory'] / 1e9:.2f} GB at most"),
         ("difference", f"{record['difference']} nats per token, {bound}"),
-        ("answers", f"{same} of {every} word for word, {ended} ended by themselves"),
+        ("answers", f"{equal} of {total} word for word, {ended} ended by themselves"),
     ]
     return "\n".join(f"  {name:<12}{text}" for name, text in rows)

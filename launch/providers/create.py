@@ -4,19 +4,21 @@ import re
 from pathlib import Path
 
 from common import hub
-from common.errors import UserError, shown
-from launch.provider import Launcher
+from common.errors import UserError, printable_line
+from launch.provider import Provider
 from launch.providers import ssh_address
-from launch.providers.ssh import Box
-from pipeline.checkpoint_sync.snapshot import repository
+from launch.providers.ssh import SshProvider
+from pipeline.checkpoint_sync.snapshot import fill_repo_name
 
-FORMS = f"{ssh_address.FORM}; sky or sky/<infra> (SkyPilot), hf-jobs or hf-jobs/<organization> (Hugging Face Jobs)"
-CHECKPOINTS = "{user}/{run}-checkpoints"
-INFRA = re.compile(r"[a-z0-9*][\w*/-]{0,99}")
-NAMESPACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+ADDRESS_FORMS = (
+    f"{ssh_address.ADDRESS_FORM}; sky or sky/<infra> (SkyPilot), hf-jobs or hf-jobs/<organization> (Hugging Face Jobs)"
+)
+DEFAULT_CHECKPOINTS_REPO = "{user}/{run}-checkpoints"
+INFRA_PATTERN = re.compile(r"[a-z0-9*][\w*/-]{0,99}")
+NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
 
 
-def of(cloud: str, run: Path, checkpoints: str | None = None, spot: bool = False) -> Launcher:
+def create_provider(cloud: str, run_folder: Path, checkpoints: str | None = None, spot: bool = False) -> Provider:
     """Return the provider that CLOUD names.
 
     Args:
@@ -28,24 +30,25 @@ def of(cloud: str, run: Path, checkpoints: str | None = None, spot: bool = False
     Raises:
         UserError: `cloud` names no provider, or the provider needs a token of the Hub and none is set.
     """
-    engine, _, rest = cloud.partition("/")
-    if engine not in ("sky", "hf-jobs") or cloud.startswith(f"{engine}//"):
+    provider_name, _, place = cloud.partition("/")
+    if provider_name not in ("sky", "hf-jobs") or cloud.startswith(f"{provider_name}//"):
         if spot:
             raise UserError("SPOT: a box that is there is nobody's to take away", "CLOUD=sky SPOT=1")
-        return Box(ssh_address.read(cloud, FORMS))
-    if rest and not (INFRA if engine == "sky" else NAMESPACE).fullmatch(rest):
-        raise UserError(f"CLOUD={shown(cloud)}: {shown(rest)} is no name", FORMS)
-    if not hub.token():
+        return SshProvider(ssh_address.parse_address(cloud, ADDRESS_FORMS))
+    if place and not (INFRA_PATTERN if provider_name == "sky" else NAMESPACE_PATTERN).fullmatch(place):
+        raise UserError(f"CLOUD={printable_line(cloud)}: {printable_line(place)} is no name", ADDRESS_FORMS)
+    if not hub.read_token():
         raise UserError(
-            f"CLOUD={engine}: code, data and checkpoints go through the Hub, and no token of it is set", hub.LOGIN
+            f"CLOUD={provider_name}: code, data and checkpoints go through the Hub, and no token of it is set",
+            hub.LOGIN_HINT,
         )
-    repo = repository(checkpoints or CHECKPOINTS, run.name)
-    if engine == "sky":
-        from launch.providers.skypilot import Sky
+    repo = fill_repo_name(checkpoints or DEFAULT_CHECKPOINTS_REPO, run_folder.name)
+    if provider_name == "sky":
+        from launch.providers.skypilot import SkyPilotProvider
 
-        return Sky(repo, rest, spot, run / "cloud")
+        return SkyPilotProvider(repo, place, spot, run_folder / "cloud")
     if spot:
         raise UserError("SPOT: Hugging Face Jobs has no spot machines", "leave SPOT out, or CLOUD=sky SPOT=1")
-    from launch.providers.hf_jobs import HfJobs
+    from launch.providers.hf_jobs import HfJobsProvider
 
-    return HfJobs(repo, rest or None)
+    return HfJobsProvider(repo, place or None)

@@ -14,42 +14,42 @@ import urllib.parse
 import urllib.request
 
 TRIES = 5
-PAUSE = 5  # seconds between two tries
+PAUSE_SECONDS = 5  # seconds between two tries
 
 
 def main():
     """Download every file that job/data.json lists."""
-    with open("job/data.json", encoding="utf-8") as listed:
-        for item in json.load(listed):
-            fetch(item["path"], item["sha256"])
+    with open("job/data.json", encoding="utf-8") as listing:
+        for item in json.load(listing):
+            fetch_file(item["path"], item["sha256"])
 
 
-def fetch(path, sha256):
+def fetch_file(path, sha256):
     """Download a file, with retries. End with exit code 2 when that fails or the file has another sha256."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    for left in reversed(range(TRIES)):
+    for tries_left in reversed(range(TRIES)):
         try:
-            digest = written(path)
+            digest = download_file(path)
             if digest == sha256:
                 return
-            said = "it is not the file that was sent"
+            reason = "it is not the file that was sent"
         except (OSError, urllib.error.URLError) as error:
-            said = str(error)
-        print(f"{path}: {said}" + (f"; again in {PAUSE} s" if left else ""), file=sys.stderr)
-        time.sleep(PAUSE if left else 0)
+            reason = str(error)
+        print(f"{path}: {reason}" + (f"; again in {PAUSE_SECONDS} s" if tries_left else ""), file=sys.stderr)
+        time.sleep(PAUSE_SECONDS if tries_left else 0)
     sys.exit(2)
 
 
-def written(path):
+def download_file(path):
     """Download a file to the path and return its sha256."""
     request = urllib.request.Request(os.environ["FERRY_JOB"] + "data/" + urllib.parse.quote(path))
     # The header is not sent on a redirect: the storage has signed addresses and must not get the token.
     request.add_unredirected_header("Authorization", "Bearer " + os.environ["HF_TOKEN"])
     digest = hashlib.sha256()
-    with urllib.request.urlopen(request, timeout=60) as source, open(path, "wb") as out:
-        while block := source.read(1 << 20):
+    with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as file:
+        while block := response.read(1 << 20):
             digest.update(block)
-            out.write(block)
+            file.write(block)
     return digest.hexdigest()
 
 

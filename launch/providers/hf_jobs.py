@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 from common import hub
 from launch import job_script
-from launch.provider import Job, Machine, Offer, State
-from launch.providers.hub_job import Engine, reached, skipped
+from launch.provider import InstanceType, Job, JobState, Machine
+from launch.providers.hub_job import HubJobProvider, call_hub, skip_bytes
 
-LABEL = "ferry-run"
-WAITING = ("SCHEDULING", "UPDATING")
-ENDS = {"COMPLETED": 0, "ERROR": 1}
-PERIODS = {"minute": 60, "hour": 1, "second": 3600}  # how many of them are an hour
-POLL = 5  # seconds between two requests for the stage of a job that waits for its instance
+RUN_LABEL = "ferry-run"
+WAITING_STAGES = ("SCHEDULING", "UPDATING")
+EXIT_CODES = {"COMPLETED": 0, "ERROR": 1}
+PERIODS_PER_HOUR = {"minute": 60, "hour": 1, "second": 3600}  # how many of them are an hour
+POLL_SECONDS = 5  # seconds between two requests for the stage of a job that waits for its instance
 
 
-class HfJobs(Engine):
+class HfJobsProvider(HubJobProvider):
     """Runs jobs on Hugging Face Jobs."""
 
     def __init__(self, checkpoints: str, namespace: str | None = None):
@@ -30,122 +30,140 @@ class HfJobs(Engine):
         super().__init__("Hugging Face Jobs", checkpoints)
         self.namespace = namespace
 
-    def look(self) -> Machine:
-        offered = reached(
-            lambda: hub.patiently("the hardware of Hugging Face Jobs", hub.api().list_jobs_hardware, seconds=hub.QUICK)
+    def inspect_machine(self) -> Machine:
+        hardware = call_hub(
+            lambda: hub.retry(
+                "the hardware of Hugging Face Jobs",
+                hub.create_client().list_jobs_hardware,
+                retry_seconds=hub.QUICK_RETRY_SECONDS,
+            )
         )
-        offers = tuple(filter(None, map(offer, offered)))
-        return Machine("Linux x86_64", 0, tuple(item.card for item in offers if item.card), offers=offers)
+        instance_types = tuple(filter(None, map(parse_hardware, hardware)))
+        return Machine(
+            "Linux x86_64",
+            0,
+            tuple(instance_type.gpu_name for instance_type in instance_types if instance_type.gpu_name),
+            instance_types=instance_types,
+        )
 
-    def start(self, job: Job, goal: str, secrets: dict[str, str]) -> None:
-        if self.found(job.name).word == "running":
+    def start_job(self, job: Job, goal: str, environment: dict[str, str]) -> None:
+        if self.read_provider_state(job.name).status == "running":
             return
-        made = self.task(job, goal, secrets)
+        task = self.build_task(job, goal, environment)
 
         def run_job():
-            return hub.api().run_job(**self.request(made))
+            return hub.create_client().run_job(**self.run_job_arguments(task))
 
-        info = reached(lambda: hub.patiently(f"the job {job.name} to Hugging Face Jobs", run_job, seconds=0))
-        hub.say(f"{self.where}: {info.url}")
+        info = call_hub(lambda: hub.retry(f"the job {job.name} to Hugging Face Jobs", run_job, retry_seconds=0))
+        hub.print_message(f"{self.label}: {info.url}")
 
-    def request(self, made: job_script.Task) -> dict:
+    def run_job_arguments(self, task: job_script.JobTask) -> dict:
         """Return the arguments of huggingface_hub's run_job."""
         return {
-            "image": made.order.image,
-            "command": ["sh", "-c", made.line],
-            "env": made.environment,
-            "secrets": made.secrets,
-            "flavor": made.order.offer.name,
-            "timeout": made.order.seconds,
-            "labels": {LABEL: made.name, "name": made.name},
+            "image": task.instance_request.image,
+            "command": ["sh", "-c", task.command_line],
+            "env": task.environment,
+            "secrets": task.secrets,
+            "flavor": task.instance_request.instance_type.name,
+            "timeout": task.instance_request.timeout_seconds,
+            "labels": {RUN_LABEL: task.name, "name": task.name},
             "namespace": self.namespace,
         }
 
-    def found(self, name: str) -> State:
-        job = self.job(name)
+    def read_provider_state(self, job_name: str) -> JobState:
+        job = self.find_job(job_name)
         if job is None:
-            return State()
+            return JobState()
         stage = str(getattr(job.status.stage, "value", job.status.stage))
-        why = " ".join(filter(None, (stage.lower(), job.status.message)))
-        if stage in ENDS:
-            return State("ended", ENDS[stage], why=why)
-        return State("died" if stage in ("CANCELED", "DELETED") else "running", why=why)
+        reason = " ".join(filter(None, (stage.lower(), job.status.message)))
+        if stage in EXIT_CODES:
+            return JobState("ended", EXIT_CODES[stage], reason=reason)
+        return JobState("died" if stage in ("CANCELED", "DELETED") else "running", reason=reason)
 
-    def job(self, name: str):
+    def find_job(self, job_name: str):
         """Return the newest job of that name as huggingface_hub describes it, or None."""
-        api = hub.api()
-        asked = lambda: list(api.list_jobs(labels={LABEL: name}, namespace=self.namespace))
-        jobs = reached(lambda: hub.patiently("the jobs of Hugging Face Jobs", asked, seconds=hub.QUICK))
+        api = hub.create_client()
+        list_jobs = lambda: list(api.list_jobs(labels={RUN_LABEL: job_name}, namespace=self.namespace))
+        jobs = call_hub(
+            lambda: hub.retry("the jobs of Hugging Face Jobs", list_jobs, retry_seconds=hub.QUICK_RETRY_SECONDS)
+        )
         return max(
-            (job for job in jobs if (job.labels or {}).get(LABEL) == name), key=lambda job: job.created_at, default=None
+            (job for job in jobs if (job.labels or {}).get(RUN_LABEL) == job_name),
+            key=lambda job: job.created_at,
+            default=None,
         )
 
-    def follow(self, name: str, seen: int, out: Callable[[bytes], object]) -> None:
-        said = None
-        while (job := self.job(name)) and (stage := str(job.status.stage)) in WAITING:
-            if stage != said:
-                hub.say(f"{self.where}: {stage.lower()}, {job.url}")
-            said = stage
-            time.sleep(POLL)
-        for block in skipped(self.log(name, follow=True), seen):
-            out(block)
+    def follow_log(self, job_name: str, offset: int, write: Callable[[bytes], object]) -> None:
+        shown_stage = None
+        while (job := self.find_job(job_name)) and (stage := str(job.status.stage)) in WAITING_STAGES:
+            if stage != shown_stage:
+                hub.print_message(f"{self.label}: {stage.lower()}, {job.url}")
+            shown_stage = stage
+            time.sleep(POLL_SECONDS)
+        for block in skip_bytes(self.stream_log(job_name, follow=True), offset):
+            write(block)
 
-    def log(self, name: str, follow: bool) -> Iterator[bytes]:
-        job, api = self.job(name), hub.api()
+    def stream_log(self, job_name: str, follow: bool) -> Iterator[bytes]:
+        job, api = self.find_job(job_name), hub.create_client()
         if job is None:
             return
-        lines = beside(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=follow))
+        lines = read_in_thread(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=follow))
         while (
-            line := reached(lambda: hub.patiently("the log of the job", lambda: next(lines, None), seconds=0))
+            line := call_hub(lambda: hub.retry("the log of the job", lambda: next(lines, None), retry_seconds=0))
         ) is not None:
             yield line.rstrip("\n").encode() + b"\n"
 
-    def stop(self, name: str) -> None:
-        job = self.job(name)
+    def stop_job(self, job_name: str) -> None:
+        job = self.find_job(job_name)
         if job:
-            cancel = lambda: hub.api().cancel_job(job_id=job.id, namespace=job.owner.name)
-            reached(lambda: hub.patiently(f"cancel {job.url}", cancel, seconds=hub.QUICK))
+            cancel = lambda: hub.create_client().cancel_job(job_id=job.id, namespace=job.owner.name)
+            call_hub(lambda: hub.retry(f"cancel {job.url}", cancel, retry_seconds=hub.QUICK_RETRY_SECONDS))
 
-    def bill(self, name: str, running: bool) -> str:
-        if running:
+    def describe_costs(self, job_name: str, is_running: bool) -> str:
+        if is_running:
             return "It bills by the minute until it ends, at its time limit at the latest (`hf jobs ls`)"
-        return f"Nothing of it bills there; {self.kept(name)}"
+        return f"Nothing of it bills there; {self.describe_kept_repos(job_name)}"
 
 
-def beside(lines: Iterable[str]) -> Iterator[str]:
+def read_in_thread(lines: Iterable[str]) -> Iterator[str]:
     """Yield the same lines, read by a thread: in the main thread the client takes Ctrl-C for the end of the log."""
-    read: queue.Queue = queue.Queue()
+    line_queue: queue.Queue = queue.Queue()
 
-    def reader() -> None:
+    def fill_queue() -> None:
         try:
             for line in lines:
-                read.put(line)
-            read.put(None)
+                line_queue.put(line)
+            line_queue.put(None)
         except Exception as error:  # noqa: BLE001 raised again where the lines are read
-            read.put(error)
+            line_queue.put(error)
 
-    threading.Thread(target=reader, daemon=True).start()
-    while (found := read.get()) is not None:
-        if isinstance(found, Exception):
-            raise found
-        yield found
+    threading.Thread(target=fill_queue, daemon=True).start()
+    while (item := line_queue.get()) is not None:
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
-def offer(hardware) -> Offer | None:
+def parse_hardware(hardware) -> InstanceType | None:
     """Return the type of instance of an entry in the Hub's list of hardware.
 
     None for what Ferry does not train on: more than one GPU, a GPU that is not NVIDIA's, a price by an unknown unit.
     """
-    part = hardware.accelerator
-    card = f"{part.model} {part.vram.replace(' ', '')}" if part else ""
-    if hardware.unit_label not in PERIODS or (part and (part.quantity != "1" or part.manufacturer.lower() != "nvidia")):
+    accelerator = hardware.accelerator
+    gpu_name = f"{accelerator.model} {accelerator.vram.replace(' ', '')}" if accelerator else ""
+    if hardware.unit_label not in PERIODS_PER_HOUR or (
+        accelerator and (accelerator.quantity != "1" or accelerator.manufacturer.lower() != "nvidia")
+    ):
         return None
-    return Offer(
-        hardware.name, card, hardware.unit_cost_usd * PERIODS[hardware.unit_label], size(hardware.ephemeral_storage)
+    return InstanceType(
+        hardware.name,
+        gpu_name,
+        hardware.unit_cost_usd * PERIODS_PER_HOUR[hardware.unit_label],
+        parse_size(hardware.ephemeral_storage),
     )
 
 
-def size(text: str) -> int | None:
+def parse_size(text: str) -> int | None:
     """Return the bytes of a text such as '100 GB'; None when it has another form."""
-    said = re.fullmatch(r"([\d.]+) *([GT])B", text)
-    return int(float(said[1]) * {"G": 1e9, "T": 1e12}[said[2]]) if said else None
+    match = re.fullmatch(r"([\d.]+) *([GT])B", text)
+    return int(float(match[1]) * {"G": 1e9, "T": 1e12}[match[2]]) if match else None

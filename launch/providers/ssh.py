@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import console, files, hub
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from launch import source_archive
-from launch.provider import Job, Lost, Machine, Missing, State, program
-from launch.providers.ssh_address import Address
+from launch.provider import ConnectionLost, Job, JobState, Machine, RemoteFileMissing, command_words
+from launch.providers.ssh_address import SshAddress
 
-SCRIPT = Path(__file__).with_name("ssh_box.sh")
-REACHING = 20  # seconds to make a connection
-GONE = 255  # ssh's own exit code, when the connection failed
-WATCHED = (143, -15)  # exit codes of follow in ssh_box.sh when the job has ended
+REMOTE_SCRIPT = Path(__file__).with_name("ssh_box.sh")
+CONNECT_SECONDS = 20  # seconds to make a connection
+SSH_ERROR_CODE = 255  # ssh's own exit code, when the connection failed
+FOLLOW_EXIT_CODES = (143, -15)  # exit codes of follow in ssh_box.sh when the job has ended
 # Pattern of ssh's own message, our message, our hint. An error that is not listed may be gone at the next try.
-FINAL = (
+SSH_ERRORS = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "its host key is not the one that was known: another machine, or somebody between",
@@ -62,10 +62,10 @@ FINAL = (
 )
 
 
-class Box:
+class SshProvider:
     """Runs jobs on a machine that ssh reaches, or on this machine."""
 
-    def __init__(self, address: Address | None, root: str | None = None):
+    def __init__(self, address: SshAddress | None, root: str | None = None):
         """Set the machine.
 
         Args:
@@ -73,241 +73,269 @@ class Box:
             root: The folder of all jobs there; None for the address's folder.
         """
         self.address, self.root = address, root or (address.folder if address else "")
-        self.ours, self.rented = address is None, False
-        self.where = address.destination if address else "this machine"
+        self.is_local, self.is_rented = address is None, False
+        self.label = address.destination if address else "this machine"
 
     @property
-    def command(self) -> str:
+    def ssh_command(self) -> str:
         """Return the command that a user types to reach the machine."""
-        return shlex.join(["ssh", *self.address.words])
+        return shlex.join(["ssh", *self.address.ssh_arguments])
 
-    def folder(self, name: str) -> str:
+    def job_folder(self, job_name: str) -> str:
         """Return the job's folder on the machine."""
-        return f"{self.root}/{name}"
+        return f"{self.root}/{job_name}"
 
-    def look(self) -> Machine:
-        said = [line.partition(" ")[::2] for line in self._run("look", self.root).splitlines()]
-        facts = dict(said)
+    def inspect_machine(self) -> Machine:
+        pairs = [line.partition(" ")[::2] for line in self._run_script("look", self.root).splitlines()]
+        facts = dict(pairs)
         return Machine(
             system=facts.get("system", ""),
-            free=1024 * int(facts.get("free") or 0),
-            unwritable=facts.get("unwritable", ""),
-            cards=tuple(value for key, value in said if key == "card"),
-            lacks=tuple(value for key, value in said if key == "lacks"),
+            free_bytes=1024 * int(facts.get("free") or 0),
+            unwritable_folder=facts.get("unwritable", ""),
+            gpu_names=tuple(value for key, value in pairs if key == "card"),
+            missing_programs=tuple(value for key, value in pairs if key == "lacks"),
         )
 
-    def state(self, name: str) -> State:
-        facts = dict(line.partition(" ")[::2] for line in self._run("state", self.folder(name)).splitlines())
-        word = next((word for word in ("running", "ended", "died") if word in facts), "absent")
-        return State(
-            word,
-            int(facts["ended"]) if word == "ended" else None,
+    def read_job_state(self, job_name: str) -> JobState:
+        facts = dict(
+            line.partition(" ")[::2] for line in self._run_script("state", self.job_folder(job_name)).splitlines()
+        )
+        status = next((status for status in ("running", "ended", "died") if status in facts), "absent")
+        return JobState(
+            status,
+            int(facts["ended"]) if status == "ended" else None,
             facts.get("goal", ""),
             facts.get("config", ""),
             facts.get("commit", ""),
             int(facts.get("log") or 0),
         )
 
-    def send(self, job: Job) -> None:
-        folder = self.folder(job.name)
-        self._claim(folder)
+    def send_job(self, job: Job) -> None:
+        folder = self.job_folder(job.name)
+        self._claim_folder(folder)
         unpack = f"mkdir -p {shlex.quote(folder)} && tar -xof - -C {shlex.quote(folder)}"
-        self._feed(unpack, lambda out: out.write(source_archive.packed(job)))
-        wanted = {name: files.sha256(path) for name, path in job.files.items()}
-        missing = self._missing(folder, wanted)
+        self._run_with_input(unpack, lambda pipe: pipe.write(source_archive.build_archive(job)))
+        sha256s = {name: files.sha256(path) for name, path in job.files.items()}
+        missing = self._list_missing_files(folder, sha256s)
         if missing:
             size = sum(job.files[name].stat().st_size for name in missing)
-            hub.say(f"data: {len(missing)} file{'s' * (len(missing) > 1)}, {size / 1e6:.1f} MB, to {self.where}")
-            self._feed(unpack, lambda out: _tar({name: job.files[name] for name in missing}, size, out))
-        if lost := self._missing(folder, wanted):
-            raise UserError(f"{lost[0]} did not arrive whole on {self.where}", "run the same command again")
+            hub.print_message(
+                f"data: {len(missing)} file{'s' * (len(missing) > 1)}, {size / 1e6:.1f} MB, to {self.label}"
+            )
+            self._run_with_input(
+                unpack, lambda pipe: _write_tar({name: job.files[name] for name in missing}, size, pipe)
+            )
+        if still_missing := self._list_missing_files(folder, sha256s):
+            raise UserError(f"{still_missing[0]} did not arrive whole on {self.label}", "run the same command again")
 
-    def _claim(self, folder: str) -> None:
+    def _claim_folder(self, folder: str) -> None:
         """Make the folder a job's and remove the tree that was sent before.
 
         Raises UserError when the folder has files that Ferry did not send.
         """
-        answer = self._run("claim", folder)
-        if strange := answer.splitlines():
+        answer = self._run_script("claim", folder)
+        if foreign_names := answer.splitlines():
             raise UserError(
-                f"{self.where}: {folder} holds {shown(', '.join(strange[:4]))}, which Ferry did not send",
+                f"{self.label}: {folder} holds {printable_line(', '.join(foreign_names[:4]))}, which Ferry did "
+                "not send",
                 "RUN=another-name, or another folder: CLOUD=ssh://user@box/folder",
             )
 
-    def start(self, job: Job, goal: str, secrets: dict[str, str]) -> None:
+    def start_job(self, job: Job, goal: str, environment: dict[str, str]) -> None:
         settings = [
-            f"VENV={self._environment(job)}",
+            f"VENV={self._environment_path(job)}",
             "CONFIG=job/config.yaml",
-            f"RUN={job.run}",
+            f"RUN={job.run_name}",
             "RUNS=runs",
             *job.settings,
         ]
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in secrets.items()) + self._caches()
-        self._run("start", self.folder(job.name), goal, *settings, before=exports)
+        exports = (
+            "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+            + self._cache_exports()
+        )
+        self._run_script("start", self.job_folder(job.name), goal, *settings, exports=exports)
 
-    def _environment(self, job: Job) -> str:
+    def _environment_path(self, job: Job) -> str:
         """Return the path of the job's Python environment.
 
         Jobs with the same lock files share one. On this machine they share the environment that starts them, when its
         lock files are the same.
         """
         if (
-            self.ours
-            and source_archive.same_locks(job.repository, job.commit)
+            self.is_local
+            and source_archive.has_same_locks(job.repository, job.commit)
             and Path(sys.prefix, "llama.cpp").exists()
         ):
             return sys.prefix
-        name = f"venv-{source_archive.locks(job.repository, job.commit)}"
+        name = f"venv-{source_archive.hash_lock_files(job.repository, job.commit)}"
         return f"{self.root}/{name}" if self.root.startswith("/") else f"../{name}"
 
-    def _caches(self) -> str:
+    def _cache_exports(self) -> str:
         """Return shell lines that put caches below the root if it is an absolute path: a pod's own disk is small."""
         if self.address is None or not self.root.startswith("/"):
             return ""
-        places = {"FERRY_CACHE": f"{self.root}/cache", "HF_HOME": f"{self.root}/cache/huggingface"}
-        return "".join(f'export {name}="${{{name}:-{place}}}"\n' for name, place in places.items())
+        cache_folders = {"FERRY_CACHE": f"{self.root}/cache", "HF_HOME": f"{self.root}/cache/huggingface"}
+        return "".join(f'export {name}="${{{name}:-{folder}}}"\n' for name, folder in cache_folders.items())
 
-    def follow(self, name: str, seen: int, out: Callable[[bytes], object]) -> None:
-        process = self._open("follow", self.folder(name), str(seen))
+    def follow_log(self, job_name: str, offset: int, write: Callable[[bytes], object]) -> None:
+        process = self._start_script("follow", self.job_folder(job_name), str(offset))
         try:
             while block := process.stdout.read1(1 << 16):
-                out(block)
-            self._closed(process, (0, *WATCHED))
+                write(block)
+            self._raise_on_failure(process, (0, *FOLLOW_EXIT_CODES))
         finally:
-            _ended(process)
+            _kill_process(process)
 
-    def rest(self, name: str, path: str, start: int = 0) -> Iterator[bytes]:
-        return self._blocks("rest", self.folder(name), path, str(start))
+    def read_file(self, job_name: str, path: str, offset: int = 0) -> Iterator[bytes]:
+        return self._stream_script("rest", self.job_folder(job_name), path, str(offset))
 
-    def pack(self, name: str, run: str) -> Iterator[bytes]:
-        return self._blocks("pack", self.folder(name), run)
+    def pack_run(self, job_name: str, run_name: str) -> Iterator[bytes]:
+        return self._stream_script("pack", self.job_folder(job_name), run_name)
 
-    def _blocks(self, *words: str) -> Iterator[bytes]:
+    def _stream_script(self, *words: str) -> Iterator[bytes]:
         """Run ssh_box.sh with these words and yield its output."""
-        process = self._open(*words)
+        process = self._start_script(*words)
         try:
-            while block := process.stdout.read(files.CHUNK):
+            while block := process.stdout.read(files.CHUNK_BYTES):
                 yield block
-            self._closed(process)
+            self._raise_on_failure(process)
         finally:
-            _ended(process)
+            _kill_process(process)
 
-    def stop(self, name: str) -> None:
-        self._run("stop", self.folder(name))
+    def stop_job(self, job_name: str) -> None:
+        self._run_script("stop", self.job_folder(job_name))
 
-    def teardown(self, name: str) -> str | None:
+    def teardown_command(self, job_name: str) -> str | None:
         return None  # only the user knows how to end what bills
 
-    def bill(self, name: str, running: bool) -> str:
-        if self.ours:
-            return f"What there is of it is in {self.folder(name)}"
+    def describe_costs(self, job_name: str, is_running: bool) -> str:
+        if self.is_local:
+            return f"What there is of it is in {self.job_folder(job_name)}"
         return (
-            f"{self.where} bills until you end it where you rented it (TEARDOWN='command' does); "
-            f"what there is of the run is in {self.folder(name)} there"
+            f"{self.label} bills until you end it where you rented it (TEARDOWN='command' does); "
+            f"what there is of the run is in {self.job_folder(job_name)} there"
         )
 
-    def _missing(self, folder: str, wanted: dict[str, str]) -> list[str]:
+    def _list_missing_files(self, folder: str, sha256s: dict[str, str]) -> list[str]:
         """Return the names of the files that are missing on the machine or have another sha256."""
-        said = dict(line.split() for line in self._run("have", folder, *wanted).splitlines()) if wanted else {}
-        return [name for number, (name, digest) in enumerate(wanted.items()) if said.get(str(number)) != digest]
+        remote_sha256s = (
+            dict(line.split() for line in self._run_script("have", folder, *sha256s).splitlines()) if sha256s else {}
+        )
+        return [
+            name for number, (name, sha256) in enumerate(sha256s.items()) if remote_sha256s.get(str(number)) != sha256
+        ]
 
-    def _words(self, remote: list[str]) -> list[str]:
+    def _wrap_in_ssh(self, remote_words: list[str]) -> list[str]:
         """Return the whole command to run `remote_words` on the machine, quoted for the shell that ssh starts there."""
         if self.address is None:
-            return remote
-        silence = max(1, round(hub.silence() / 4))
-        options = {"ConnectTimeout": REACHING, "ServerAliveInterval": silence, "ServerAliveCountMax": 4}
+            return remote_words
+        alive_seconds = max(1, round(hub.timeout_seconds() / 4))
+        options = {"ConnectTimeout": CONNECT_SECONDS, "ServerAliveInterval": alive_seconds, "ServerAliveCountMax": 4}
         # without a terminal ssh cannot ask for a passphrase
         options |= {} if sys.stdin.isatty() else {"BatchMode": "yes"}
-        given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        return [*program("FERRY_SSH", "ssh"), "-T", *given, *self.address.words, shlex.join(remote)]
+        option_words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        return [
+            *command_words("FERRY_SSH", "ssh"),
+            "-T",
+            *option_words,
+            *self.address.ssh_arguments,
+            shlex.join(remote_words),
+        ]
 
-    def _open(self, *words: str, before: str = "") -> subprocess.Popen:
+    def _start_script(self, *words: str, exports: str = "") -> subprocess.Popen:
         """Start ssh_box.sh with these words.
 
         exports: shell lines that run before it. They go through stdin, so they stand in no argument and in no file.
         """
-        process = self._popen(["sh", "-s", "--", *words])
+        process = self._start_process(["sh", "-s", "--", *words])
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write((before + SCRIPT.read_text(encoding="utf-8")).encode())
+            process.stdin.write((exports + REMOTE_SCRIPT.read_text(encoding="utf-8")).encode())
             process.stdin.close()
         return process
 
-    def _popen(self, remote: list[str]) -> subprocess.Popen:
+    def _start_process(self, remote_words: list[str]) -> subprocess.Popen:
         """Start a command on the machine; a thread collects its stderr in `process.stderr_lines`."""
-        words = self._words(remote)
+        words = self._wrap_in_ssh(remote_words)
         try:
             process = subprocess.Popen(
                 words,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                start_new_session=self.ours,  # Ctrl-C is handled by Ferry
+                start_new_session=self.is_local,  # Ctrl-C is handled by Ferry
             )
         except OSError as error:
             raise UserError(f"{words[0]} cannot be started: {error.strerror}", "install OpenSSH's client") from None
-        process.said = []
-        process.reader = threading.Thread(target=lambda: process.said.extend(process.stderr), daemon=True)
-        process.reader.start()
+        process.stderr_lines = []
+        process.stderr_reader = threading.Thread(
+            target=lambda: process.stderr_lines.extend(process.stderr), daemon=True
+        )
+        process.stderr_reader.start()
         return process
 
-    def _run(self, *words: str, before: str = "") -> str:
+    def _run_script(self, *words: str, exports: str = "") -> str:
         """Run ssh_box.sh with these words and return its output. Raises UserError when it fails."""
-        process = self._open(*words, before=before)
+        process = self._start_script(*words, exports=exports)
         try:
-            out = process.stdout.read().decode(errors="replace")
-            self._closed(process)
-            return out
+            output = process.stdout.read().decode(errors="replace")
+            self._raise_on_failure(process)
+            return output
         finally:
-            _ended(process)
+            _kill_process(process)
 
-    def _feed(self, remote: str, write: Callable) -> None:
+    def _run_with_input(self, remote_command: str, write_input: Callable) -> None:
         """Run a command on the machine, with what `write_input` writes to its stdin."""
-        process = self._popen(["sh", "-c", remote])
+        process = self._start_process(["sh", "-c", remote_command])
         try:
             with contextlib.suppress(BrokenPipeError):  # the command has ended; its stderr says why
-                write(process.stdin)
+                write_input(process.stdin)
                 process.stdin.close()
             process.stdout.read()
-            self._closed(process)
+            self._raise_on_failure(process)
         finally:
-            _ended(process)
+            _kill_process(process)
 
-    def _closed(self, process: subprocess.Popen, well: tuple[int, ...] = (0,)) -> None:
+    def _raise_on_failure(self, process: subprocess.Popen, good_codes: tuple[int, ...] = (0,)) -> None:
         """Wait for a process to end. Raises the error for its exit code and stderr unless it is one of `good_codes`."""
         code = process.wait()
-        process.reader.join()
-        said = b"".join(process.said).decode(errors="replace")
-        if code == GONE and not self.ours:
-            raise self._translated(said)
-        if code not in well:
-            raise self._refused(said, code)
+        process.stderr_reader.join()
+        stderr = b"".join(process.stderr_lines).decode(errors="replace")
+        if code == SSH_ERROR_CODE and not self.is_local:
+            raise self._ssh_error(stderr)
+        if code not in good_codes:
+            raise self._command_error(stderr, code)
 
-    def _translated(self, said: str) -> UserError:
+    def _ssh_error(self, stderr: str) -> UserError:
         """Return the error for what ssh could not do."""
-        known = f"'[{self.address.host}]:{self.address.port}'" if self.address.port else self.address.host
-        for pattern, why, cure in FINAL:
-            if re.search(pattern, said):
-                return UserError(f"{self.where}: {why}", cure.format(ssh=self.command, known=known))
-        lines = [line for line in said.splitlines() if line.strip() and not line.startswith(("Warning:", "**"))]
-        why = re.sub(r"^ssh: |\r", "", lines[-1]) if lines else "the connection was closed"
-        return Lost(
-            f"{self.where} is not reached: {shown(why)}",
-            f"see that it runs and that `{self.command}` works, then the same command",
+        known_host = f"'[{self.address.host}]:{self.address.port}'" if self.address.port else self.address.host
+        for pattern, reason, hint in SSH_ERRORS:
+            if re.search(pattern, stderr):
+                return UserError(f"{self.label}: {reason}", hint.format(ssh=self.ssh_command, known=known_host))
+        lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith(("Warning:", "**"))]
+        reason = re.sub(r"^ssh: |\r", "", lines[-1]) if lines else "the connection was closed"
+        return ConnectionLost(
+            f"{self.label} is not reached: {printable_line(reason)}",
+            f"see that it runs and that `{self.ssh_command}` works, then the same command",
         )
 
-    def _refused(self, said: str, code: int) -> UserError:
+    def _command_error(self, stderr: str, code: int) -> UserError:
         """Return the error for what a command on the machine could not do."""
-        lines = [line for line in said.splitlines() if line.strip()]
-        full = [line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)]
-        why = shown([*full, *lines[-1:], f"exit code {code}"][0])
-        if re.search("No such file|can't cd to", why):
-            return Missing(f"{self.where}: {why}", "the same command makes it")
-        cure = "free some disk there" if full else "see to it there" + ("" if self.ours else f" (`{self.command}`)")
-        return UserError(f"{self.where}: {why}", f"{cure}, then the same command goes on")
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        disk_full_lines = [
+            line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)
+        ]
+        reason = printable_line([*disk_full_lines, *lines[-1:], f"exit code {code}"][0])
+        if re.search("No such file|can't cd to", reason):
+            return RemoteFileMissing(f"{self.label}: {reason}", "the same command makes it")
+        hint = (
+            "free some disk there"
+            if disk_full_lines
+            else "see to it there" + ("" if self.is_local else f" (`{self.ssh_command}`)")
+        )
+        return UserError(f"{self.label}: {reason}", f"{hint}, then the same command goes on")
 
 
-def _ended(process: subprocess.Popen) -> None:
+def _kill_process(process: subprocess.Popen) -> None:
     """End a process here and close its pipes. What it started on the machine goes on."""
     if process.poll() is None:
         process.kill()
@@ -317,9 +345,9 @@ def _ended(process: subprocess.Popen) -> None:
             stream.close()
 
 
-def _tar(chosen: dict[str, Path], size: int, out) -> None:
+def _write_tar(paths: dict[str, Path], size: int, pipe) -> None:
     """Write files (name in the tar -> local file) as a tar to `pipe`; size: their bytes, for the progress bar."""
-    with console.progress(size, "sending data", "B") as tick, tarfile.open(fileobj=out, mode="w|") as tar:
-        for name, path in chosen.items():
+    with console.show_progress(size, "sending data", "B") as tick, tarfile.open(fileobj=pipe, mode="w|") as tar:
+        for name, path in paths.items():
             tar.add(path.resolve(), name)
             tick(path.stat().st_size)

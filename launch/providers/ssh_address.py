@@ -4,16 +4,16 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
-FORM = "CLOUD=ssh://user@box, ssh://user@box:port or ssh://user@box:port/folder"
+ADDRESS_FORM = "CLOUD=ssh://user@box, ssh://user@box:port or ssh://user@box:port/folder"
 # Neither can be mistaken for an option of ssh, or has a meaning in a shell.
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f:]+(%[A-Za-z0-9]+)?")
+USER_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+HOST_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f:]+(%[A-Za-z0-9]+)?")
 
 
 @dataclass(frozen=True)
-class Address:
+class SshAddress:
     """A machine that ssh reaches, and the folder for jobs on it."""
 
     host: str
@@ -30,12 +30,12 @@ class Address:
         return f"{self.user}@{self.host}" if self.user else self.host
 
     @property
-    def words(self) -> list[str]:
+    def ssh_arguments(self) -> list[str]:
         """Return the arguments for `ssh`."""
         return [*(["-p", str(self.port)] if self.port else []), self.destination]
 
 
-def read(cloud: str, forms: str = FORM) -> Address:
+def parse_address(cloud: str, forms: str = ADDRESS_FORM) -> SshAddress:
     """Return the parsed address. Raises UserError when it is not the address of a machine.
 
     forms: what CLOUD may be, for messages.
@@ -46,20 +46,20 @@ def read(cloud: str, forms: str = FORM) -> Address:
         url = urlsplit(cloud)
         host, port = url.hostname or "", url.port
     except ValueError as error:
-        raise UserError(f"CLOUD={shown(cloud)} is no address: {error}", forms) from None
+        raise UserError(f"CLOUD={printable_line(cloud)} is no address: {error}", forms) from None
     if url.scheme != "ssh":
-        raise UserError(f"CLOUD={shown(cloud)}: there is no launcher for that", forms)
+        raise UserError(f"CLOUD={printable_line(cloud)}: there is no launcher for that", forms)
     user, folder = url.username, unquote(url.path).rstrip("/")
     if (
-        not HOST.fullmatch(host)
-        or (user is not None and not NAME.fullmatch(user))
+        not HOST_PATTERN.fullmatch(host)
+        or (user is not None and not USER_PATTERN.fullmatch(user))
         or port == 0
         or url.query
         or url.fragment
     ):
-        raise UserError(f"CLOUD={shown(cloud)} is no address of a box", forms)
+        raise UserError(f"CLOUD={printable_line(cloud)} is no address of a box", forms)
     if not re.fullmatch(r"[A-Za-z0-9_./-]*", folder) or ".." in folder.split("/"):
-        raise UserError(f"CLOUD={shown(cloud)}: no folder has such a name", forms)
+        raise UserError(f"CLOUD={printable_line(cloud)}: no folder has such a name", forms)
     # urlsplit gives the host in lower case, and a name in ~/.ssh/config may have capital letters
-    given = re.search(re.escape(host), url.netloc, re.IGNORECASE)
-    return Address(given[0] if given else host, user, port, folder or "ferry")
+    typed_host = re.search(re.escape(host), url.netloc, re.IGNORECASE)
+    return SshAddress(typed_host[0] if typed_host else host, user, port, folder or "ferry")

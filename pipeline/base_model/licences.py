@@ -14,38 +14,40 @@ from common.errors import UserError
 from contract import manifest
 
 MAX_BYTES = 1_000_000  # a licence is text of 1 to 40 KB; anything far larger is something else
-NAMES = re.compile(r"(licen[sc]e|copying|notice|use_policy)", re.IGNORECASE)
+LICENCE_FILE_NAME = re.compile(r"(licen[sc]e|copying|notice|use_policy)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Terms:
+class LicenceTerms:
     """What one licence allows and asks."""
 
-    derivatives: bool | None
+    allows_derivatives: bool | None
     """Whether a changed model may be passed on; None where we do not know."""
-    copy: bool = False
+    requires_copy: bool = False
     """Whether a copy of the licence must be published with the model."""
     notice: str | None = None
     """A text that must be published in a NOTICE file."""
     credit: str | None = None
     """A text that must be displayed prominently."""
-    prefix: str | None = None
+    name_prefix: str | None = None
     """How the name of the model must begin."""
-    commercial: bool = True
+    allows_commercial_use: bool = True
     """False where it forbids commercial use."""
-    use: str | None = None
+    use_restrictions: str | None = None
     """Where its use restrictions are written down; they bind whoever receives the model, who must be told."""
     link: str | None = None
     """The URL of its text."""
 
 
-UNKNOWN = Terms(None)
-FREE, WITH_COPY = Terms(True), Terms(True, copy=True)
-RESEARCH = Terms(None, commercial=False)
-RAIL = Terms(True, copy=True, use="the use-based restrictions in an attachment of the licence")
+UNKNOWN = LicenceTerms(None)
+NO_CONDITIONS, WITH_COPY = LicenceTerms(True), LicenceTerms(True, requires_copy=True)
+RESEARCH_ONLY = LicenceTerms(None, allows_commercial_use=False)
+RAIL = LicenceTerms(
+    True, requires_copy=True, use_restrictions="the use-based restrictions in an attachment of the licence"
+)
 
 
-def _creative_commons(name: str) -> Terms:
+def _creative_commons_terms(name: str) -> LicenceTerms:
     """Return the terms of cc-by-nc-sa-4.0 and the like.
 
     With ND a changed work may be made but not shared. A link replaces a copy of the licence: section 3(a) of
@@ -53,24 +55,24 @@ def _creative_commons(name: str) -> Terms:
     """
     kind, version = name.removeprefix("cc-").rsplit("-", 1)
     link = f"https://creativecommons.org/licenses/{kind}/{version}/"
-    return Terms("nd" not in kind.split("-"), commercial="nc" not in kind.split("-"), link=link)
+    return LicenceTerms("nd" not in kind.split("-"), allows_commercial_use="nc" not in kind.split("-"), link=link)
 
 
-def _llama(title: str, folder: str, credit: str = "Built with Llama", prefix: str = "Llama") -> Terms:
+def _llama_terms(title: str, folder: str, credit: str = "Built with Llama", prefix: str = "Llama") -> LicenceTerms:
     """Return the terms of a Llama 3 or Llama 4 licence.
 
     Source: section 1.b of https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/LICENSE and of the
     licences beside it. The use policy (1.b.iv) is part of each. With more than 700 million users a month one has to ask
     Meta (section 2).
     """
-    home = f"https://www.llama.com/{folder}"
-    return Terms(
+    url = f"https://www.llama.com/{folder}"
+    return LicenceTerms(
         True,
-        copy=True,
+        requires_copy=True,
         credit=credit,
-        prefix=prefix,
-        use=f"Meta's Acceptable Use Policy, {home}/use-policy",
-        link=f"{home}/license",
+        name_prefix=prefix,
+        use_restrictions=f"Meta's Acceptable Use Policy, {url}/use-policy",
+        link=f"{url}/license",
         notice=(
             f"{title} is licensed under the {title} Community License, "
             "Copyright © Meta Platforms, Inc. All Rights Reserved."
@@ -80,7 +82,7 @@ def _llama(title: str, folder: str, credit: str = "Built with Llama", prefix: st
 
 # Every identifier of https://huggingface.co/docs/hub/repositories-licenses, grouped by what its licence asks.
 FAMILIES = (
-    (FREE, "cc0-1.0 pddl unlicense wtfpl"),  # public domain, or as good as
+    (NO_CONDITIONS, "cc0-1.0 pddl unlicense wtfpl"),  # public domain, or as good as
     (replace(WITH_COPY, link="https://www.apache.org/licenses/LICENSE-2.0"), "apache-2.0"),  # section 4
     (replace(WITH_COPY, link="https://opensource.org/license/mit"), "mit"),
     (WITH_COPY, ("bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc bsl-1.0 ncsa postgresql zlib ms-pl afl-3.0 "
@@ -93,17 +95,17 @@ FAMILIES = (
     (RAIL, ("openrail openrail++ bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m "
             "bigcode-openrail-m")),
     # Section 1.b of its LICENSE (https://huggingface.co/facebook/cwm): under the same terms and with a copy of them.
-    (Terms(True, copy=True, commercial=False,
-           use="Meta's Acceptable Use Policy in the licence"),
+    (LicenceTerms(True, requires_copy=True, allows_commercial_use=False,
+           use_restrictions="Meta's Acceptable Use Policy in the licence"),
      "fair-noncommercial-research-license"),
     # https://huggingface.co/apple/AIM/blob/main/LICENSE: for research only, which excludes commerce and products.
-    (Terms(True, copy=True, commercial=False,
-           use="the limit to research purposes in the licence",
+    (LicenceTerms(True, requires_copy=True, allows_commercial_use=False,
+           use_restrictions="the limit to research purposes in the licence",
            notice="Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model "
                   "License Agreement."),
      "apple-amlr"),
     # Research licences that we have not read.
-    (RESEARCH, "deepfloyd-if-license h-research intel-research"),
+    (RESEARCH_ONLY, "deepfloyd-if-license h-research intel-research"),
     # A family with "no derivatives" among its members, a licence for computing on data, two that we have not read, and
     # no licence.
     (UNKNOWN, "cc c-uda apple-ascl grok2-community other unknown"),
@@ -114,39 +116,45 @@ CREATIVE_COMMONS = (
     "cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0"
 )
 
-TABLE: dict[str, Terms] = {
+TERMS_BY_LICENCE: dict[str, LicenceTerms] = {
     **{name: terms for terms, names in FAMILIES for name in names.split()},
-    **{name: _creative_commons(name) for name in CREATIVE_COMMONS.split()},
+    **{name: _creative_commons_terms(name) for name in CREATIVE_COMMONS.split()},
     # Section 1.b of https://ai.meta.com/llama/license/: a copy and a notice; no credit and no name prefix yet.
-    "llama2": Terms(
-        True, copy=True, use="Meta's Acceptable Use Policy, https://ai.meta.com/llama/use-policy",
+    "llama2": LicenceTerms(
+        True, requires_copy=True, use_restrictions="Meta's Acceptable Use Policy, https://ai.meta.com/llama/use-policy",
         link="https://ai.meta.com/llama/license/",
         notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
                "All Rights Reserved.",
     ),
     # Only this one asks for "Built with Meta Llama 3", and for "Llama 3" at the beginning of the name.
-    "llama3": _llama("Meta Llama 3", "llama3", "Built with Meta Llama 3", "Llama 3"),
-    "llama3.1": _llama("Llama 3.1", "llama3_1"),
-    "llama3.2": _llama("Llama 3.2", "llama3_2"),
-    "llama3.3": _llama("Llama 3.3", "llama3_3"),
-    "llama4": _llama("Llama 4", "llama4"),
+    "llama3": _llama_terms("Meta Llama 3", "llama3", "Built with Meta Llama 3", "Llama 3"),
+    "llama3.1": _llama_terms("Llama 3.1", "llama3_1"),
+    "llama3.2": _llama_terms("Llama 3.2", "llama3_2"),
+    "llama3.3": _llama_terms("Llama 3.3", "llama3_3"),
+    "llama4": _llama_terms("Llama 4", "llama4"),
     # Section 3.1 of https://ai.google.dev/gemma/terms. (Gemma 4 is apache-2.0.)
-    "gemma": Terms(
-        True, copy=True, link="https://ai.google.dev/gemma/terms",
+    "gemma": LicenceTerms(
+        True, requires_copy=True, link="https://ai.google.dev/gemma/terms",
         notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-        use="section 3.2 of the Gemma Terms of Use and the Prohibited Use Policy, "
+        use_restrictions="section 3.2 of the Gemma Terms of Use and the Prohibited Use Policy, "
             "https://ai.google.dev/gemma/prohibited_use_policy",
     ),
 }  # fmt: skip
 
 
-def terms(license: str | None) -> Terms:
+def find_terms(license: str | None) -> LicenceTerms:
     """Return the terms of a Hub identifier, in upper or lower case; UNKNOWN for every other name and for None."""
-    return TABLE.get((license or "").strip().lower(), UNKNOWN)
+    return TERMS_BY_LICENCE.get((license or "").strip().lower(), UNKNOWN)
 
 
-def refuse(
-    license: str | None, model: str, private: bool, named: bool, *, name: str | None = None, copies: int = 0
+def review_licence(
+    license: str | None,
+    model: str,
+    is_private: bool,
+    is_licence_named: bool,
+    *,
+    repo: str | None = None,
+    copy_count: int = 0,
 ) -> list[str]:
     """Return the notes to print before a model made from `model` is published on the Hub.
 
@@ -162,47 +170,47 @@ def refuse(
         UserError: The licence forbids passing on a changed model; or the repo is public, this is not known, and the
             user has not named the licence. (TERMS_BY_LICENCE has the sources.)
     """
-    asked, called = terms(license), f"the licence {license}" if license else "no licence"
-    if asked.derivatives is False:
-        raise UserError(f"{model} has {called}, which forbids passing on a changed model", STAY)
-    if asked.derivatives is None and not private and not named:
+    terms, label = find_terms(license), f"the licence {license}" if license else "no licence"
+    if terms.allows_derivatives is False:
+        raise UserError(f"{model} has {label}, which forbids passing on a changed model", LOCAL_HINT)
+    if terms.allows_derivatives is None and not is_private and not is_licence_named:
         raise UserError(
-            f"{model} has {called}, and whether it allows passing on a changed model is not known here",
-            f"read its licence, then name it: base.license (other, if the Hub has no name for it); or {STAY}",
+            f"{model} has {label}, and whether it allows passing on a changed model is not known here",
+            f"read its licence, then name it: base.license (other, if the Hub has no name for it); or {LOCAL_HINT}",
         )
-    return _notes(asked, called, model, name, copies)
+    return _list_notes(terms, label, model, repo, copy_count)
 
 
-STAY = "keep it on this machine, which is no publication: publish.repo=./hub/{run}"
+LOCAL_HINT = "keep it on this machine, which is no publication: publish.repo=./hub/{run}"
 
 
-def _notes(asked: Terms, called: str, model: str, name: str | None, copies: int) -> list[str]:
-    fits = _plain((name or "").split("/")[-1]).startswith(_plain(asked.prefix or ""))
-    said = [
+def _list_notes(terms: LicenceTerms, label: str, model: str, repo: str | None, copy_count: int) -> list[str]:
+    has_prefix = _normalize_name((repo or "").split("/")[-1]).startswith(_normalize_name(terms.name_prefix or ""))
+    notes = [
         (
-            asked.derivatives is None,
-            f"{model} has {called}: whether it allows passing on a changed model is for you to read",
+            terms.allows_derivatives is None,
+            f"{model} has {label}: whether it allows passing on a changed model is for you to read",
         ),
-        (not asked.commercial, f"{model} has {called}, which forbids commercial use"),
+        (not terms.allows_commercial_use, f"{model} has {label}, which forbids commercial use"),
         (
-            not fits,
-            f"{called} asks that the model's name begin with {asked.prefix}: name the repo so (publish.repo)",
+            not has_prefix,
+            f"{label} asks that the model's name begin with {terms.name_prefix}: name the repo so (publish.repo)",
         ),
         (
-            asked.copy and not copies,
-            f"{called} asks that a copy of it go along, and none lies beside {model}: add it as LICENSE",
+            terms.requires_copy and not copy_count,
+            f"{label} asks that a copy of it go along, and none lies beside {model}: add it as LICENSE",
         ),
-        (bool(asked.use), f"{called} binds whoever receives the model: {asked.use}"),
+        (bool(terms.use_restrictions), f"{label} binds whoever receives the model: {terms.use_restrictions}"),
     ]
-    return [text for applies, text in said if applies]
+    return [text for applies, text in notes if applies]
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Return a name in lower case without separators: a repo may write Llama 3 as Llama-3, Llama_3 or llama3."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def files_of(base: Path) -> list[Path]:
+def find_licence_files(base: Path) -> list[Path]:
     """Return the licence files of a base model, each name once, and only names that a manifest accepts.
 
     Args:
@@ -213,31 +221,35 @@ def files_of(base: Path) -> list[Path]:
     Raises:
         OSError: A folder cannot be listed.
     """
-    folders = [base] if base.is_dir() else _dist_info(base.absolute()) or [base.parent]
-    found: dict[str, Path] = {}
+    folders = [base] if base.is_dir() else _find_dist_info(base.absolute()) or [base.parent]
+    licence_files: dict[str, Path] = {}
     for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
-        fits = NAMES.match(path.name) and manifest.is_safe_name(path.name)
-        if fits and path.is_file() and path.stat().st_size < MAX_BYTES:
-            found.setdefault(path.name.lower(), path)
-    return list(found.values())
+        is_licence_name = LICENCE_FILE_NAME.match(path.name) and manifest.is_safe_name(path.name)
+        if is_licence_name and path.is_file() and path.stat().st_size < MAX_BYTES:
+            licence_files.setdefault(path.name.lower(), path)
+    return list(licence_files.values())
 
 
-def _dist_info(gguf: Path) -> list[Path]:
+def _find_dist_info(gguf: Path) -> list[Path]:
     """Return the metadata folders of the wheel that contained a GGUF; an empty list if it is not from a wheel."""
-    for place in gguf.parents[:3]:
-        if infos := sorted(place.glob("*.dist-info")):
-            owners = infos if len(infos) == 1 else [info for info in infos if _lists(info, gguf.relative_to(place))]
+    for parent in gguf.parents[:3]:
+        if infos := sorted(parent.glob("*.dist-info")):
+            owners = (
+                infos
+                if len(infos) == 1
+                else [info for info in infos if _has_wheel_file(info, gguf.relative_to(parent))]
+            )
             return [folder for info in owners for folder in (info, info / "licenses")]
     return []
 
 
-def _lists(info: Path, inside: Path) -> bool:
+def _has_wheel_file(info: Path, wheel_path: Path) -> bool:
     """Return whether a wheel contains a file; an environment holds hundreds of other packages side by side."""
     record = info / "RECORD"
-    return record.is_file() and f"{inside.as_posix()}," in record.read_text(encoding="utf-8", errors="replace")
+    return record.is_file() and f"{wheel_path.as_posix()}," in record.read_text(encoding="utf-8", errors="replace")
 
 
-def read_card(folder: Path) -> dict[str, str]:
+def read_card_licence(folder: Path) -> dict[str, str]:
     """Return license, license_name and license_link of a model card, as far as it has them; {} without a model card.
 
     A list of several licences becomes `other` with all their names, because the model card does not say whether one may
@@ -254,10 +266,10 @@ def read_card(folder: Path) -> dict[str, str]:
         data = ModelCard(text, ignore_metadata_errors=True).data
     except Exception:  # noqa: BLE001 YAML, ModelCard and the disk each raise their own errors
         return {}
-    license, said = data.get("license"), {key: data.get(key) for key in ("license_name", "license_link")}
+    license, facts = data.get("license"), {key: data.get(key) for key in ("license_name", "license_link")}
     if isinstance(license, list):
         names = [name for name in license if isinstance(name, str)]
         license = names[0] if len(names) == 1 else "other" if names else None
-        said |= {"license_name": " and/or ".join(names)} if len(names) > 1 else {}
-    said = {"license": license} | said
-    return {key: value.strip() for key, value in said.items() if isinstance(value, str) and value.strip()}
+        facts |= {"license_name": " and/or ".join(names)} if len(names) > 1 else {}
+    facts = {"license": license} | facts
+    return {key: value.strip() for key, value in facts.items() if isinstance(value, str) and value.strip()}

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import files
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from pipeline.config.schema import Base
 
 # The keys of a config.json, or of its text_config, from which memory and steps are computed.
-DIMENSIONS = (
+DIMENSION_KEYS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -37,7 +37,8 @@ def read_config(folder: Path) -> dict:
         fault = getattr(error, "strerror", None) or str(error)
     if fault:
         raise UserError(
-            f"base.model: {path} cannot be used: {shown(fault, 200)}", "fetch the model again, or name another one"
+            f"base.model: {path} cannot be used: {printable_line(fault, 200)}",
+            "fetch the model again, or name another one",
         )
     return config
 
@@ -46,13 +47,13 @@ def find_config_fault(config: object) -> str | None:
     """Return what is wrong with a config.json; None if nothing is."""
     if not isinstance(config, dict):
         return "it holds no object"
-    names, text = config.get("architectures"), config.get("text_config", config)
+    names, text_config = config.get("architectures"), config.get("text_config", config)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         return f"architectures is {str(names)[:60]}, not a list of names"
-    if not isinstance(config.get("model_type", ""), str) or not isinstance(text, dict):
+    if not isinstance(config.get("model_type", ""), str) or not isinstance(text_config, dict):
         return "model_type is no name, or text_config no object"
-    for key in DIMENSIONS:
-        for value in (place.get(key) for place in (config, text)):
+    for key in DIMENSION_KEYS:
+        for value in (section.get(key) for section in (config, text_config)):
             if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
                 return f"{key} is {str(value)[:60]}"
     return None
@@ -67,13 +68,13 @@ def refuse_unknown_architecture(name: str, model: str) -> None:
     """Raise UserError when the converter of the pinned llama.cpp does not know the architecture."""
     from pipeline.toolchain import llama_tools
 
-    if not llama_tools.there():  # a laptop that only makes rows
+    if not llama_tools.is_set_up():  # a laptop that only makes rows
         return
-    known = llama_tools.architectures()
-    if name not in known:
+    architectures = llama_tools.list_architectures()
+    if name not in architectures:
         raise UserError(
-            f"{model}: the pinned llama.cpp ({llama_tools.version()}) cannot convert the architecture {name}",
-            f"choose a base model with one of its {len(known)} architectures, "
+            f"{model}: the pinned llama.cpp ({llama_tools.describe_version()}) cannot convert the architecture {name}",
+            f"choose a base model with one of its {len(architectures)} architectures, "
             "such as LlamaForCausalLM, Gemma2ForCausalLM or Qwen3ForCausalLM",
         )
 
@@ -91,9 +92,9 @@ def explain_damaged_model(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        last = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"base.model: the tokenizer or config.json in {folder} cannot be read: {shown(last, 200)}",
+            f"base.model: the tokenizer or config.json in {folder} cannot be read: {printable_line(first_line, 200)}",
             "fetch the model again, or name another one",
         ) from error
 

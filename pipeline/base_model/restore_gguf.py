@@ -46,9 +46,9 @@ def prepare_tokenizer(source: Path) -> Path:
         return source
     folder = _restored_folder(source) / "tokenizer"
     if not folder.is_dir():
-        with files.writing(folder) as part:
-            rebuild_tokenizer(source, part)
-            prove_tokenizer(part, source)
+        with files.write_atomically(folder) as temporary:
+            rebuild_tokenizer(source, temporary)
+            prove_tokenizer(temporary, source)
     return folder
 
 
@@ -61,11 +61,11 @@ def prepare_weights(source: Path) -> Path:
         return source
     folder = _restored_folder(source) / "model"
     if not folder.is_dir():
-        with files.writing(folder) as part:
-            restore_weights(source, part)
-            for item in prepare_tokenizer(source).iterdir():
-                files.copy(item, part / item.name)
-            prove_weights(part, source)
+        with files.write_atomically(folder) as temporary:
+            restore_weights(source, temporary)
+            for file in prepare_tokenizer(source).iterdir():
+                files.copy_and_hash(file, temporary / file.name)
+            prove_weights(temporary, source)
     return folder
 
 
@@ -96,7 +96,7 @@ def read_metadata(gguf: Path) -> dict[str, str]:
     from common import llama_runtime
 
     read_gguf_header(gguf)
-    return llama_runtime.load(gguf, vocab_only=True).metadata
+    return llama_runtime.load_model(gguf, vocab_only=True).metadata
 
 
 def read_gguf_header(path: Path) -> gguf_reader.Header:
@@ -105,9 +105,9 @@ def read_gguf_header(path: Path) -> gguf_reader.Header:
     Raises:
         UserError: llama.cpp could not load it.
     """
-    found = gguf_reader.read(path)
-    model_header.refuse_impossible(found, path.name, made_by_ferry=False)
-    return found
+    header = gguf_reader.read_header(path)
+    model_header.refuse_impossible_header(header, path.name, made_by_ferry=False)
+    return header
 
 
 @functools.cache
@@ -121,38 +121,38 @@ def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    meta = read_all_metadata(gguf)
-    refuse_unknown_tokenizer(gguf.name, meta)
-    tokens, control = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
+    metadata = read_all_metadata(gguf)
+    refuse_unknown_tokenizer(gguf.name, metadata)
+    tokens, token_types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, control, strict=True)
+            for token, kind in zip(tokens, token_types, strict=True)
             if kind == 3
         ]
     )
 
-    def named(role: str) -> str:
-        return tokens[meta[f"tokenizer.ggml.{role}_token_id"]]
+    def special_token(role: str) -> str:
+        return tokens[metadata[f"tokenizer.ggml.{role}_token_id"]]
 
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=named("bos"),
-        eos_token=named("eos"),
-        unk_token=named("unknown"),
-        pad_token=named("unknown"),  # the GGUF pads with EOS, which would mask EOS out of the loss
+    fast_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special_token("bos"),
+        eos_token=special_token("eos"),
+        unk_token=special_token("unknown"),
+        pad_token=special_token("unknown"),  # the GGUF pads with EOS, which would mask EOS out of the loss
         clean_up_tokenization_spaces=False,
-        model_max_length=meta[f"{meta['general.architecture']}.context_length"],
+        model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
     )
-    fast.chat_template = meta.get("tokenizer.chat_template")
+    fast_tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     folder.mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(folder)
+    fast_tokenizer.save_pretrained(folder)
 
 
 def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
@@ -165,8 +165,8 @@ def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
             f"known: {', '.join(sorted(KNOWN_PRE_TOKENIZERS))}",
             "start from the model's 16-bit Hugging Face id in base.model",
         )
-    if absent := [key for key in NEEDED_KEYS if key not in metadata]:
-        raise UserError(f"{name}: its header has no {absent[0]}", "name another file in base.model")
+    if missing := [key for key in NEEDED_KEYS if key not in metadata]:
+        raise UserError(f"{name}: its header has no {missing[0]}", "name another file in base.model")
 
 
 def refuse_unusable_gguf(model: str) -> None:
@@ -185,16 +185,20 @@ def prove_tokenizer(folder: Path, gguf: Path) -> None:
 
     from common import llama_runtime
 
-    ours, theirs = AutoTokenizer.from_pretrained(folder), llama_runtime.load(gguf, vocab_only=True)
+    tokenizer, llama_model = AutoTokenizer.from_pretrained(folder), llama_runtime.load_model(gguf, vocab_only=True)
     for text in PROBES:
-        mine, wanted = ours.encode(text, add_special_tokens=False), llama_runtime.tokenize(theirs, text)
-        if mine != wanted:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(mine, wanted, strict=False)) if a != b), min(len(mine), len(wanted))
+        rebuilt_ids, llama_ids = (
+            tokenizer.encode(text, add_special_tokens=False),
+            llama_runtime.tokenize(llama_model, text),
+        )
+        if rebuilt_ids != llama_ids:
+            index = next(
+                (i for i, (a, b) in enumerate(zip(rebuilt_ids, llama_ids, strict=False)) if a != b),
+                min(len(rebuilt_ids), len(llama_ids)),
             )
             raise UserError(
                 f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} "
-                f"at token {at} ({mine[at : at + 3]}, llama.cpp {wanted[at : at + 3]})",
+                f"at token {index} ({rebuilt_ids[index : index + 3]}, llama.cpp {llama_ids[index : index + 3]})",
                 "start from the model's 16-bit Hugging Face id in base.model",
             )
 
@@ -231,15 +235,15 @@ def prove_weights(folder: Path, gguf: Path) -> float:
 
     model, reference = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        llama_runtime.load(gguf),
+        llama_runtime.load_model(gguf),
     )
     divergences = []
     for text in PROBES:
-        ids = llama_runtime.tokenize(reference, text)
-        wanted = llama_runtime.log_probs(reference, ids)
+        token_ids = llama_runtime.tokenize(reference, text)
+        expected = llama_runtime.next_token_log_probs(reference, token_ids)
         with torch.inference_mode():
-            mine = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
-        divergences.append((np.exp(wanted) * (wanted - mine)).sum(-1).mean())
+            actual = model(torch.tensor([token_ids])).logits[0].log_softmax(-1).numpy()
+        divergences.append((np.exp(expected) * (expected - actual)).sum(-1).mean())
     mean = float(np.mean(divergences))
     if not mean <= MAX_MEAN_KL:
         raise UserError(

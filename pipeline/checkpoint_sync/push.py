@@ -11,11 +11,11 @@ from pathlib import Path
 from common import console, hub
 from common.errors import UserError
 from pipeline.checkpoint_sync import snapshot as states
-from pipeline.checkpoint_sync.background_push import BROKEN
-from pipeline.checkpoint_sync.snapshot import INDEX, State
+from pipeline.checkpoint_sync.background_push import CLIENT_ERROR_CODE
+from pipeline.checkpoint_sync.snapshot import STATE_FILE, RunState
 from pipeline.run.run_folder import Run
 
-CARD = """---
+README_TEMPLATE = """---
 tags:
 - ferry
 ---
@@ -29,11 +29,11 @@ Private: it holds the rows. When the run has ended, it can be deleted.
 """
 
 
-class Overtaken(UserError):
+class NewerStateError(UserError):
     """The repo holds a later state of the run than this machine."""
 
 
-def push(run: Run, repo: str) -> State | None:
+def push_state(run: Run, repo: str) -> RunState | None:
     """Push the run's state to its repo, which is created when it does not exist, and delete files of older states.
 
     Returns:
@@ -43,20 +43,22 @@ def push(run: Run, repo: str) -> State | None:
         UserError: the state cannot be sent.
         NewerStateError: another machine has pushed a later state.
     """
-    repo = states.repository(repo, run.folder.name)
-    api, what = hub.api(), f"checkpoints to {repo}"
-    hub.patiently(what, lambda: api.create_repo(repo, private=True, exist_ok=True))
-    state, before = states.of(run), []
-    if not hub.patiently(what, lambda: committed(api, repo, run, state, before), again=(409, 412)):
+    repo = states.fill_repo_name(repo, run.folder.name)
+    api, activity = hub.create_client(), f"checkpoints to {repo}"
+    hub.retry(activity, lambda: api.create_repo(repo, private=True, exist_ok=True))
+    state, earlier_states = states.snapshot_run(run), []
+    if not hub.retry(activity, lambda: commit_state(api, repo, run, state, earlier_states), retry_statuses=(409, 412)):
         return None
     try:
-        hub.patiently(what, lambda: forget(api, repo, state, before), seconds=hub.QUICK)
+        hub.retry(
+            activity, lambda: delete_old_files(api, repo, state, earlier_states), retry_seconds=hub.QUICK_RETRY_SECONDS
+        )
     except UserError as error:
-        hub.say(f"note: old checkpoints stay in the history of {repo}: {error.message}")
+        hub.print_message(f"note: old checkpoints stay in the history of {repo}: {error.message}")
     return state
 
 
-def committed(api, repo: str, run: Run, state: State, before: list[State]) -> bool:
+def commit_state(api, repo: str, run: Run, state: RunState, earlier_states: list[RunState]) -> bool:
     """Replace the repo's state by a new one in a single commit. Return False when it was there before the first try.
 
     Args:
@@ -66,32 +68,34 @@ def committed(api, repo: str, run: Run, state: State, before: list[State]) -> bo
     from huggingface_hub import CommitOperationDelete
 
     head = api.repo_info(repo)
-    there, names = found(repo, head), {sibling.rfilename for sibling in head.siblings}
-    refuse(repo, there, state)
-    operations = additions(run, state, there)
-    if there and not operations and there.files.keys() == state.files.keys():
-        return bool(before)
-    before += [there] if there else []
+    repo_state, repo_names = read_repo_state(repo, head), {sibling.rfilename for sibling in head.siblings}
+    refuse_conflicting_state(repo, repo_state, state)
+    operations = list_uploads(run, state, repo_state)
+    if repo_state and not operations and repo_state.files.keys() == state.files.keys():
+        return bool(earlier_states)
+    earlier_states += [repo_state] if repo_state else []
     operations += [
         CommitOperationDelete(name)
-        for name in sorted((there.files if there else {}).keys() - state.files.keys())
-        if name in names
+        for name in sorted((repo_state.files if repo_state else {}).keys() - state.files.keys())
+        if name in repo_names
     ]
-    written = {INDEX: states.dump(state)}
-    written |= {} if "README.md" in names else {"README.md": CARD.format(run=state.run, repo=repo).encode()}
-    operations += [addition(name, content) for name, content in written.items()]
+    small_files = {STATE_FILE: states.dump_state(state)}
+    small_files |= (
+        {} if "README.md" in repo_names else {"README.md": README_TEMPLATE.format(run=state.run, repo=repo).encode()}
+    )
+    operations += [build_upload(name, content) for name, content in small_files.items()]
     api.create_commit(repo, operations, commit_message=f"{state.run}: {state}", parent_commit=head.sha)
     return True
 
 
-def additions(run: Run, state: State, there: State | None) -> list:
+def list_uploads(run: Run, state: RunState, repo_state: RunState | None) -> list:
     """Return an upload operation for each file that is new or has changed since the state in the repo."""
-    before = there.files if there else {}
-    changed = [name for name, item in state.files.items() if before.get(name) != item]
-    return [addition(name, run.folder / name, state.files[name]["sha256"]) for name in changed]
+    repo_files = repo_state.files if repo_state else {}
+    changed_names = [name for name, item in state.files.items() if repo_files.get(name) != item]
+    return [build_upload(name, run.folder / name, state.files[name]["sha256"]) for name in changed_names]
 
 
-def addition(name: str, content: Path | bytes, digest: str | None = None):
+def build_upload(name: str, content: Path | bytes, digest: str | None = None):
     """Return the operation that uploads one file. `digest` is its sha256 in the state, where it is known."""
     from huggingface_hub import CommitOperationAdd
 
@@ -101,7 +105,7 @@ def addition(name: str, content: Path | bytes, digest: str | None = None):
     return operation
 
 
-def found(repo: str, head) -> State | None:
+def read_repo_state(repo: str, head) -> RunState | None:
     """Return the state in a repo, or None in a new repo.
 
     Raises:
@@ -112,17 +116,21 @@ def found(repo: str, head) -> State | None:
             f"{repo} is public, and checkpoints hold the rows they were trained on",
             "make it private in its settings on the Hub, or choose another: CHECKPOINTS=you/name",
         )
-    if strange := hub.strange(head, INDEX):
+    if other_files := hub.find_foreign_files(head, STATE_FILE):
         raise UserError(
-            f"{repo} is a repo of something else: it holds {', '.join(strange[:4])} and no {INDEX}",
+            f"{repo} is a repo of something else: it holds {', '.join(other_files[:4])} and no {STATE_FILE}",
             "choose another: CHECKPOINTS=you/name",
         )
-    if INDEX not in {sibling.rfilename for sibling in head.siblings}:
+    if STATE_FILE not in {sibling.rfilename for sibling in head.siblings}:
         return None
-    return states.parse(hub.read_small(repo, INDEX, head.sha, states.MOST), f"{repo}/{INDEX}")
+    return states.parse_state(
+        hub.read_small_file(repo, STATE_FILE, head.sha, states.MAX_STATE_BYTES), f"{repo}/{STATE_FILE}"
+    )
 
 
-def refuse(repo: str, there: State | None, here: State, behind: bool = False) -> None:
+def refuse_conflicting_state(
+    repo: str, repo_state: RunState | None, local_state: RunState, may_be_behind: bool = False
+) -> None:
     """Raise UserError when this machine may not push its state to the repo.
 
     Args:
@@ -134,29 +142,30 @@ def refuse(repo: str, there: State | None, here: State, behind: bool = False) ->
         UserError: the repo holds another run, or the same run with other settings.
         NewerStateError: another machine has pushed a later state.
     """
-    if there and not there.is_same_training(here):
+    if repo_state and not repo_state.is_same_training(local_state):
         raise UserError(
-            f"{repo} holds the run {there.run}" + (" of another config" if there.run == here.run else ""),
+            f"{repo} holds the run {repo_state.run}"
+            + (" of another config" if repo_state.run == local_state.run else ""),
             "CHECKPOINTS=another repo, or delete that one on the Hub",
         )
-    if there and there.reached > here.reached and not behind:
-        raise Overtaken(
-            f"{repo} is at {there}, this machine at {here}: another one went on with {here.run}",
+    if repo_state and repo_state.progress > local_state.progress and not may_be_behind:
+        raise NewerStateError(
+            f"{repo} is at {repo_state}, this machine at {local_state}: another one went on with {local_state.run}",
             f"to go on from there: rm -r the run's folder here, then `make resume CHECKPOINTS={repo}`",
         )
 
 
-def forget(api, repo: str, state: State, before: list[State]) -> None:
+def delete_old_files(api, repo: str, state: RunState, earlier_states: list[RunState]) -> None:
     """Delete the large files of earlier states from the repo: without a commit they still count as storage.
 
     Files that no state names belong to the user and stay. So do files that are still in the repo under another name.
     """
-    named = {item["sha256"] for old in before for item in old.files.values()}
-    named -= {item["sha256"] for item in state.files.values()}
-    if not named:
+    unused_hashes = {item["sha256"] for old in earlier_states for item in old.files.values()}
+    unused_hashes -= {item["sha256"] for item in state.files.values()}
+    if not unused_hashes:
         return
-    named -= {item.lfs.sha256 for item in api.repo_info(repo, files_metadata=True).siblings if item.lfs}
-    if old := [item for item in api.list_lfs_files(repo) if item.file_oid in named]:
+    unused_hashes -= {item.lfs.sha256 for item in api.repo_info(repo, files_metadata=True).siblings if item.lfs}
+    if old := [item for item in api.list_lfs_files(repo) if item.file_oid in unused_hashes]:
         api.permanently_delete_lfs_files(repo, old)
 
 
@@ -165,15 +174,15 @@ def main(folder: str, repo: str) -> int:
     os.nice(10)  # the training comes first
     console.is_progress_shown = False  # it would appear among the lines of the training
     try:
-        state = push(Run(Path(folder)), repo)
+        state = push_state(Run(Path(folder)), repo)
     except UserError as error:
-        console.say(str(error))
+        console.print_message(str(error))
         return 2
     except Exception as error:  # noqa: BLE001 an error of hf_xet, for example: the next push goes without Xet
-        hub.say(f"checkpoints: not sent ({type(error).__name__}: {error})")
-        return BROKEN
+        hub.print_message(f"checkpoints: not sent ({type(error).__name__}: {error})")
+        return CLIENT_ERROR_CODE
     if state:
-        hub.say(f"checkpoints: {state}, in {hub.named(repo, Path(folder).name)}")
+        hub.print_message(f"checkpoints: {state}, in {hub.fill_placeholders(repo, Path(folder).name)}")
     return 0
 
 

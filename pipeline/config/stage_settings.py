@@ -16,12 +16,17 @@ STAGE_OF_SECTION = {
 }  # fmt: skip
 STAGE_OF_SETTING = {"generation.temperature": "publish", "generation.top_p": "publish"}
 # These change what a training logs and which checkpoints it keeps, not its result: a run resumes when they differ.
-ONLY_ON_THE_WAY = ("finetune.save_minutes", "finetune.save_steps", "finetune.logging_steps", "finetune.report_to")
+RESULT_NEUTRAL_SETTINGS = (
+    "finetune.save_minutes",
+    "finetune.save_steps",
+    "finetune.logging_steps",
+    "finetune.report_to",
+)
 
 
 def stage_of_setting(name: str) -> str | None:
     """Return the first stage whose result depends on a setting such as `export.imatrix`; None where no result does."""
-    if name in ONLY_ON_THE_WAY:
+    if name in RESULT_NEUTRAL_SETTINGS:
         return None
     return STAGE_OF_SETTING.get(name, STAGE_OF_SECTION[name.split(".")[0]])
 

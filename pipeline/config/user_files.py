@@ -11,10 +11,10 @@ from pipeline.config.schema import Config
 
 def refuse_missing_files(config: Config) -> None:
     """Raise UserError when files that the config names are missing; it lists all of them."""
-    found = [(name, value, files.user_path(value, name)) for name, value in _list_local_files(config)]
+    local_files = [(name, value, files.expand_user_path(value, name)) for name, value in _list_local_files(config)]
     missing = [
         f"{name}: {value} is missing (looked for {path.absolute()}, relative to the current folder)"
-        for name, value, path in found
+        for name, value, path in local_files
         if not os.path.exists(path)
     ]
     if missing:
@@ -26,10 +26,10 @@ def refuse_missing_files(config: Config) -> None:
 
 def refuse_files_inside(config: Config, run_folder: Path) -> None:
     """Raise UserError for a file of the user's in a folder of the run that a stage empties."""
-    inside = run_folder.resolve()
+    run_path = run_folder.resolve()
     for name, value in _list_local_files(config):
-        path = files.user_path(value, name).resolve()
-        if path.is_relative_to(inside) and path.parent != inside:
+        path = files.expand_user_path(value, name).resolve()
+        if path.is_relative_to(run_path) and path.parent != run_path:
             raise UserError(
                 f"{name}: {value} lies in the folder of the run, {run_folder}, whose stages remove what they find",
                 "move it to another folder, or choose another RUN=name",
@@ -39,11 +39,13 @@ def refuse_files_inside(config: Config, run_folder: Path) -> None:
 def _list_local_files(config: Config) -> list[tuple[str, str]]:
     """Return (setting, path) of each file or folder of this machine that the config names."""
     data = config.data
-    named = [("data.source", data.source)] if not is_hub_dataset(data.source) else []
+    local_files = [("data.source", data.source)] if not is_hub_dataset(data.source) else []
     if data.validation and not is_hub_dataset(data.source) and not is_hub_dataset(data.validation):
-        named.append(("data.validation", data.validation))
-    named += [("data.template", data.template)] if data.template.endswith(".jinja") else []
-    named += [("evaluate.json_schema", config.evaluate.json_schema)] if config.evaluate.rule == "json_schema" else []
-    named += [("evaluate.prompts", config.evaluate.prompts)] if config.evaluate.prompts else []
+        local_files.append(("data.validation", data.validation))
+    local_files += [("data.template", data.template)] if data.template.endswith(".jinja") else []
+    local_files += (
+        [("evaluate.json_schema", config.evaluate.json_schema)] if config.evaluate.rule == "json_schema" else []
+    )
+    local_files += [("evaluate.prompts", config.evaluate.prompts)] if config.evaluate.prompts else []
     model = config.base.model
-    return named + ([] if is_hub_model(model) or model.startswith("pypi:") else [("base.model", model)])
+    return local_files + ([] if is_hub_model(model) or model.startswith("pypi:") else [("base.model", model)])

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import yaml
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 MAX_CHARACTERS = 1 << 20  # in a config; real ones have about 2,000
 MAX_DIGITS = 30  # in an integer; Python refuses to parse more than 4,300
-CORE = "tag:yaml.org,2002:"
+CORE_TAG = "tag:yaml.org,2002:"
 # Type of a plain value: the pattern that the whole value must match, and the characters that it can begin with.
-RESOLVED = {
+PLAIN_TYPES = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
@@ -32,7 +32,7 @@ RESOLVED = {
 }
 
 
-TAGS = {CORE + name for name in ("str", "map", "seq", *RESOLVED)}
+ALLOWED_TAGS = {CORE_TAG + name for name in ("str", "map", "seq", *PLAIN_TYPES)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,11 +48,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-for _name, (_pattern, _first) in RESOLVED.items():
-    _Loader.add_implicit_resolver(CORE + _name, re.compile(rf"(?:{_pattern})\Z"), _first)
+for _name, (_pattern, _first_characters) in PLAIN_TYPES.items():
+    _Loader.add_implicit_resolver(CORE_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first_characters)
 
 
-def read_text(path: Path) -> str:
+def read_config_text(path: Path) -> str:
     """Return the text of a config file.
 
     Raises:
@@ -60,13 +60,17 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"the config {shown(str(path))} is no file", "name a YAML file, such as one of configs/")
+            raise UserError(
+                f"the config {printable_line(str(path))} is no file", "name a YAML file, such as one of configs/"
+            )
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAX_CHARACTERS + 1)
     except (OSError, ValueError) as error:
-        there = ", ".join(str(p) for p in sorted(Path("configs").glob("*.yaml"))) or "none"
-        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"cannot read the config {shown(str(path))}: {why}", f"CONFIG=one of: {there}") from error
+        config_files = ", ".join(str(p) for p in sorted(Path("configs").glob("*.yaml"))) or "none"
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(
+            f"cannot read the config {printable_line(str(path))}: {reason}", f"CONFIG=one of: {config_files}"
+        ) from error
     if len(text) > MAX_CHARACTERS:
         raise UserError(
             f"the config {path} has more than {MAX_CHARACTERS:,} characters", "is it the right file? Name a config"
@@ -74,7 +78,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def parse(text: str, where: str) -> tuple[object, dict[tuple, str]]:
+def parse_yaml(text: str, origin: str) -> tuple[object, dict[tuple, str]]:
     """Parse a config's YAML.
 
     Args:
@@ -90,57 +94,61 @@ def parse(text: str, where: str) -> tuple[object, dict[tuple, str]]:
     """
     try:
         node, lines = yaml.compose(text, Loader=_Loader), {}
-        return _read_node(node, (), lines, where) if node else None, lines
+        return _read_node(node, (), lines, origin) if node else None, lines
     # PyYAML raises ValueError and OverflowError for an escape or a %YAML version that is out of range.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
+        place = f"{origin}:{mark.line + 1}" if mark else origin
         raise UserError(
-            f"{place}: no valid YAML: {shown(getattr(error, 'problem', None) or str(error))}",
+            f"{place}: no valid YAML: {printable_line(getattr(error, 'problem', None) or str(error))}",
             f"correct {place}; text that begins with {{, [, <, *, &, !, % or @ is put in quotes",
         ) from error
     except RecursionError as error:
-        raise UserError(f"{where}: lists and mappings are nested too deeply", f"correct {where}") from error
+        raise UserError(f"{origin}: lists and mappings are nested too deeply", f"correct {origin}") from error
 
 
-def _read_node(node: yaml.Node, place: tuple, lines: dict[tuple, str], where: str) -> object:
+def _read_node(node: yaml.Node, key_path: tuple, lines: dict[tuple, str], origin: str) -> object:
     """Return a node and all below it as plain values, and write the line of each key into `lines`."""
-    line = f"{where}:{node.start_mark.line + 1}"
-    lines.setdefault(place, line)
-    if node.tag not in TAGS:
-        raise _refuse(line, f"the tag {node.tag.replace(CORE, '!!')} is not read", "write the value without it")
+    line = f"{origin}:{node.start_mark.line + 1}"
+    lines.setdefault(key_path, line)
+    if node.tag not in ALLOWED_TAGS:
+        raise _create_error(
+            line, f"the tag {node.tag.replace(CORE_TAG, '!!')} is not read", "write the value without it"
+        )
     if isinstance(node, yaml.MappingNode):
-        return _read_mapping(node, place, lines, where)
+        return _read_mapping(node, key_path, lines, origin)
     if isinstance(node, yaml.SequenceNode):
-        return [_read_node(item, (*place, number), lines, where) for number, item in enumerate(node.value)]
+        return [_read_node(item, (*key_path, index), lines, origin) for index, item in enumerate(node.value)]
     return _read_scalar(node, line)
 
 
-def _read_mapping(node: yaml.MappingNode, place: tuple, lines: dict[tuple, str], where: str) -> dict[str, object]:
+def _read_mapping(node: yaml.MappingNode, key_path: tuple, lines: dict[tuple, str], origin: str) -> dict[str, object]:
     tree: dict[str, object] = {}
     for key, value in node.value:
-        line = f"{where}:{key.start_mark.line + 1}"
+        line = f"{origin}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
-            raise _refuse(
+            raise _create_error(
                 line, "a key is a list or a mapping", "a key is a word; put quotes around text that holds [ or {"
             )
         if key.value in tree:
-            raise _refuse(line, f"{key.value} stands twice (first {lines[(*place, key.value)]})", "delete one of them")
+            raise _create_error(
+                line, f"{key.value} stands twice (first {lines[(*key_path, key.value)]})", "delete one of them"
+            )
         _refuse_characters(key.value, line)
-        lines[(*place, key.value)] = line
-        tree[key.value] = _read_node(value, (*place, key.value), lines, where)
+        lines[(*key_path, key.value)] = line
+        tree[key.value] = _read_node(value, (*key_path, key.value), lines, origin)
     return tree
 
 
 def _read_scalar(node: yaml.ScalarNode, line: str) -> object:
-    kind, text = node.tag.removeprefix(CORE), node.value
+    kind, text = node.tag.removeprefix(CORE_TAG), node.value
     if kind == "str":
         _refuse_characters(text, line)
         return text
-    if not re.fullmatch(RESOLVED[kind][0], text):
-        raise _refuse(line, f"{shown(text, 40)} is no {kind}", "write the value without a tag")
+    if not re.fullmatch(PLAIN_TYPES[kind][0], text):
+        raise _create_error(line, f"{printable_line(text, 40)} is no {kind}", "write the value without a tag")
     if kind == "int" and len(text) > MAX_DIGITS:
-        raise _refuse(line, f"a number has {len(text):,} digits", "write a smaller one; text is put in quotes")
+        raise _create_error(line, f"a number has {len(text):,} digits", "write a smaller one; text is put in quotes")
     if kind == "float":
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return {"null": lambda: None, "bool": lambda: text.lower() == "true", "int": lambda: int(text)}[kind]()
@@ -151,11 +159,11 @@ def _refuse_characters(text: str, line: str) -> None:
 
     No file can hold half a surrogate pair, and terminals obey control characters.
     """
-    bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
-    if bad is not None:
-        raise _refuse(line, f"a value holds the character U+{ord(bad):04X}", "leave it out")
+    character = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
+    if character is not None:
+        raise _create_error(line, f"a value holds the character U+{ord(character):04X}", "leave it out")
 
 
-def _refuse(line: str, what: str, cure: str) -> UserError:
+def _create_error(line: str, problem: str, cure: str) -> UserError:
     """Return the error to raise: what is wrong in that line, and how to correct it."""
-    return UserError(f"{line}: {shown(what)}", f"correct {line}: {cure}")
+    return UserError(f"{line}: {printable_line(problem)}", f"correct {line}: {cure}")

@@ -21,13 +21,15 @@ from pipeline.config.references import TEMPLATE_FOLDER, list_template_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RENDER_SECONDS = 30  # timeout for one short conversation; on a busy machine Python itself takes a few to start
-OTHERS = "set data.template to another one (alpaca, zephyr and vicuna fit every tokenizer), or choose another base"
+RENDER_TIMEOUT_SECONDS = 30  # timeout for one short conversation; on a busy machine Python itself takes a few to start
+OTHER_TEMPLATE_HINT = (
+    "set data.template to another one (alpaca, zephyr and vicuna fit every tokenizer), or choose another base"
+)
 # Prefixes that keep a template from opening a thinking block: rows without reasoning must be served as trained.
-NO_THINKING = ("", "{%- set enable_thinking = false %}", "{%- set thinking = false %}")
+THINKING_SWITCHES = ("", "{%- set enable_thinking = false %}", "{%- set thinking = false %}")
 
 # Texts that llama.cpp turns into control tokens in every vocabulary that holds them (src/llama-vocab.cpp, load).
-PROMOTED = (
+LLAMA_CPP_CONTROL_TOKENS = (
     "</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
@@ -38,31 +40,37 @@ PROMOTED = (
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 )  # fmt: skip
 # Variables that llama.cpp's server sets to today's date, and their formats.
-DATES = (("date_string", "%d %b %Y"), ("datetime", "%b %d %Y"))
+DATE_VARIABLES = (("date_string", "%d %b %Y"), ("datetime", "%b %d %Y"))
 
-SYSTEM = {"role": "system", "content": "Sigma rules."}
-USER, AGAIN = {"role": "user", "content": "Upsilon asks?"}, {"role": "user", "content": "Omega asks?"}
-ANSWER, SECOND = {"role": "assistant", "content": "Alpha says."}, {"role": "assistant", "content": "Beta says."}
+SYSTEM_MESSAGE = {"role": "system", "content": "Sigma rules."}
+FIRST_QUESTION, SECOND_QUESTION = (
+    {"role": "user", "content": "Upsilon asks?"},
+    {"role": "user", "content": "Omega asks?"},
+)
+FIRST_ANSWER, SECOND_ANSWER = (
+    {"role": "assistant", "content": "Alpha says."},
+    {"role": "assistant", "content": "Beta says."},
+)
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatFormat:
     """The format of a conversation as text, and where an answer of the assistant ends in it."""
 
     template: str
     bos: str
     eos: str
-    end: str
+    answer_end: str
     """The text behind an answer, up to and with its end token; added where the template omits it (GLM, Apertus)."""
-    ends: tuple[str, ...]
+    end_tokens: tuple[str, ...]
     """The texts of the tokens that can end an answer; the first of them ends the last answer."""
     scaffolds: tuple[str, ...]
     """The texts that may stand between prompt and answer: the model must write them, so they carry loss."""
-    system: bool
+    supports_system: bool
     """Whether a system prompt appears in the rendered text."""
-    specials: tuple[str, ...]
+    special_tokens: tuple[str, ...]
     """The tokenizer's special tokens; a row's own text must hold none of them."""
-    joined: bool = False
+    is_joined: bool = False
     """Whether no rendered conversation begins with the prompt that is served (Gemma 4, QwQ). A row is then joined from
     prompt, answer and answer_end, and only its last answer is trained."""
 
@@ -71,15 +79,15 @@ class Chat:
         return chat_format.render(self.template, messages, self.bos, self.eos, add_generation_prompt)
 
     @property
-    def raw(self) -> bool:
+    def is_raw(self) -> bool:
         """Whether the template adds nothing around a turn's text, so that white space at its ends belongs to it."""
-        text = self.render([USER, ANSWER]).removeprefix(self.bos)
-        return text.startswith(USER["content"] + ANSWER["content"])
+        text = self.render([FIRST_QUESTION, FIRST_ANSWER]).removeprefix(self.bos)
+        return text.startswith(FIRST_QUESTION["content"] + FIRST_ANSWER["content"])
 
 
-def load(
-    folder: Path, name: str, day: datetime.date, reasoning: bool = False
-) -> tuple["PreTrainedTokenizerFast", Chat, list[str]]:
+def load_chat_tokenizer(
+    folder: Path, name: str, day: datetime.date, has_reasoning: bool = False
+) -> tuple["PreTrainedTokenizerFast", ChatFormat, list[str]]:
     """Load the base model's tokenizer and give it the chat template that will be trained.
 
     Args:
@@ -100,30 +108,38 @@ def load(
 
     with model_config.explain_damaged_model(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        promoted = as_served(tokenizer)
-    own = source(name, tokenizer.chat_template)
-    refuse_hostile(own, tokenizer)
-    text, dated = frozen_date(own, day)
-    text, begun = with_bos(text, tokenizer)
-    found, unthinking = faithful(text, tokenizer, reasoning)
-    tokenizer.chat_template = found.template
-    return tokenizer, found, [*promoted, *dated, *begun, *unthinking, *own_pad(tokenizer, found)]
+        token_changes = promote_control_tokens(tokenizer)
+    own_template = read_template_text(name, tokenizer.chat_template)
+    refuse_hostile_template(own_template, tokenizer)
+    template, date_changes = freeze_date(own_template, day)
+    template, bos_changes = add_missing_bos(template, tokenizer)
+    chat, thinking_changes = choose_faithful_format(template, tokenizer, has_reasoning)
+    tokenizer.chat_template = chat.template
+    return (
+        tokenizer,
+        chat,
+        [*token_changes, *date_changes, *bos_changes, *thinking_changes, *set_own_pad_token(tokenizer, chat)],
+    )
 
 
-def refuse_hostile(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+def refuse_hostile_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Raise UserError for a template that needs more time, memory or text than any honest one.
 
     The template may come from a stranger, so it is rendered in a sandbox first.
     """
     try:
-        template_sandbox.prompts(
-            template, [([USER], True)], tokenizer.bos_token or "", tokenizer.eos_token or "", RENDER_SECONDS
+        template_sandbox.render_prompts(
+            template,
+            [([FIRST_QUESTION], True)],
+            tokenizer.bos_token or "",
+            tokenizer.eos_token or "",
+            RENDER_TIMEOUT_SECONDS,
         )
     except UserError as error:
-        raise UserError(error.message, OTHERS) from error
+        raise UserError(error.message, OTHER_TEMPLATE_HINT) from error
 
 
-def source(name: str, own: str | dict | None) -> str:
+def read_template_text(name: str, own_template: str | dict | None) -> str:
     """Return the text of a chat template.
 
     Args:
@@ -134,7 +150,7 @@ def source(name: str, own: str | dict | None) -> str:
         UserError: The tokenizer has no template, or the file cannot be read.
     """
     if name == "tokenizer":
-        text = own.get("default") if isinstance(own, dict) else own
+        text = own_template.get("default") if isinstance(own_template, dict) else own_template
         if not text or not isinstance(text, str):
             raise UserError(
                 "the base model's tokenizer has no chat template",
@@ -151,7 +167,7 @@ def source(name: str, own: str | dict | None) -> str:
         ) from error
 
 
-def as_served(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+def promote_control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     """Make the words that llama.cpp reads as control tokens special tokens of the tokenizer too, with the same ids.
 
     Otherwise a text such as Qwen's '</s>' would have other tokens in training than in every runtime built on llama.cpp.
@@ -161,17 +177,22 @@ def as_served(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     """
     from transformers import AddedToken
 
-    there, added = tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()}
-    words = [word for word in PROMOTED if word in there and word not in added]
-    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
+    vocabulary, added_texts = (
+        tokenizer.get_vocab(),
+        {token.content for token in tokenizer.added_tokens_decoder.values()},
+    )
+    promoted_words = [word for word in LLAMA_CPP_CONTROL_TOKENS if word in vocabulary and word not in added_texts]
+    tokenizer.add_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in promoted_words], special_tokens=True
+    )
     return (
-        [f"llama.cpp reads {' and '.join(words)} in a text as control tokens: so does the tokenizer now"]
-        if words
+        [f"llama.cpp reads {' and '.join(promoted_words)} in a text as control tokens: so does the tokenizer now"]
+        if promoted_words
         else []
     )
 
 
-def frozen_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
+def freeze_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
     """Replace today's date in a template by `day`, so that the rows and all runtimes always show the same date.
 
     This concerns calls of strftime_now("...") and the variables in which llama.cpp's server passes today's date to
@@ -182,35 +203,44 @@ def frozen_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
     """
     text = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", lambda m: "false" if m[1] else "true", template)
     text = re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), text)
-    text = "".join(f"{{%- set {name} = {day.strftime(form)!r} %}}" for name, form in DATES if used(name, text)) + text
+    text = (
+        "".join(
+            f"{{%- set {name} = {day.strftime(date_format)!r} %}}"
+            for name, date_format in DATE_VARIABLES
+            if is_variable_used(name, text)
+        )
+        + text
+    )
     if "strftime_now" in text:
-        raise UserError("the chat template computes a date in a way that cannot be frozen", OTHERS)
-    changed = [f"the chat template shows a date: frozen to {day.isoformat()} (data.date)"] if text != template else []
-    return text, changed
+        raise UserError("the chat template computes a date in a way that cannot be frozen", OTHER_TEMPLATE_HINT)
+    changes = [f"the chat template shows a date: frozen to {day.isoformat()} (data.date)"] if text != template else []
+    return text, changes
 
 
-def used(name: str, template: str) -> bool:
+def is_variable_used(name: str, template: str) -> bool:
     """Return whether a tag of the template uses the variable `name`."""
     return any(re.search(rf"(?<![.'\"\w]){name}\b", tag) for tag in re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
 
 
-def with_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, list[str]]:
+def add_missing_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, list[str]]:
     """Make the template begin with one BOS token where the tokenizer adds one, as runtimes will.
 
     Returns:
         The template, and a sentence about the change, if there was one.
     """
     bos = tokenizer.bos_token or ""
-    text = chat_format.render(template, [USER], bos, tokenizer.eos_token or "")
+    text = chat_format.render(template, [FIRST_QUESTION], bos, tokenizer.eos_token or "")
     if bos and text.startswith(bos * 2):
-        raise UserError(f"the chat template begins with {bos} twice", OTHERS)
-    adds = bool(bos) and tokenizer.bos_token_id in tokenizer("").input_ids
-    if not adds or text.startswith(bos):
+        raise UserError(f"the chat template begins with {bos} twice", OTHER_TEMPLATE_HINT)
+    adds_bos = bool(bos) and tokenizer.bos_token_id in tokenizer("").input_ids
+    if not adds_bos or text.startswith(bos):
         return template, []
     return "{{ bos_token }}" + template, [f"the chat template has no BOS and this tokenizer adds one: {bos} put first"]
 
 
-def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: bool) -> tuple[Chat, list[str]]:
+def choose_faithful_format(
+    template: str, tokenizer: "PreTrainedTokenizerFast", has_reasoning: bool
+) -> tuple[ChatFormat, list[str]]:
     """Choose the variant of the template whose trained conversations begin with exactly the prompt that will be served.
 
     The variants are the template itself and, unless the rows hold reasoning, the template with its thinking turned off.
@@ -221,76 +251,90 @@ def faithful(template: str, tokenizer: "PreTrainedTokenizerFast", reasoning: boo
     Raises:
         UserError: No variant is faithful.
     """
-    faults, found = [], []
-    for switch in NO_THINKING[:1] if reasoning else NO_THINKING:
+    faults, candidates = [], []
+    for switch in THINKING_SWITCHES[:1] if has_reasoning else THINKING_SWITCHES:
         try:
-            seen = examine(switch + template, tokenizer)
-            if not reasoning:
-                unasked(seen)
-            found.append((switch, seen))
+            candidate = probe_template(switch + template, tokenizer)
+            if not has_reasoning:
+                refuse_thinking_prompt(candidate)
+            candidates.append((switch, candidate))
         except UserError as error:
             faults.append(error)
-    if not found:
+    if not candidates:
         raise faults[0]
     # The best variant has a prompt that ends where the answer begins, and a text that the template writes by itself.
-    switch, best = min(found, key=lambda item: (bool(item[1].scaffolds[0].strip()), item[1].joined))
+    switch, best = min(candidates, key=lambda item: (bool(item[1].scaffolds[0].strip()), item[1].is_joined))
     return best, [
         f"rows hold no reasoning: the template's thinking is off ({switch[2:-2].strip('- ')})"
     ] if switch else []
 
 
-def unasked(seen: Chat) -> None:
+def refuse_thinking_prompt(chat: ChatFormat) -> None:
     """Raise UserError when the prompt depends on a switch that llama.cpp's server and Ollama set by themselves."""
-    plain, asked = (
-        chat_format.render(seen.template, [USER], seen.bos, seen.eos, True, **switches)
+    usual_prompt, thinking_prompt = (
+        chat_format.render(chat.template, [FIRST_QUESTION], chat.bos, chat.eos, True, **switches)
         for switches in ({}, {"enable_thinking": True, "thinking": True})
     )
-    if plain != asked:
+    if usual_prompt != thinking_prompt:
         raise UserError(
-            f"the chat template's prompt ends with {asked[-30:]!r} when a runtime asks it to think, "
+            f"the chat template's prompt ends with {thinking_prompt[-30:]!r} when a runtime asks it to think, "
             "and rows hold no reasoning",
-            OTHERS,
+            OTHER_TEMPLATE_HINT,
         )
 
 
-def examine(template: str, tokenizer: "PreTrainedTokenizerFast") -> Chat:
+def probe_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> ChatFormat:
     """Render small conversations, and return the format that the text around their answers shows.
 
     Raises:
         UserError: The format cannot be told, or a model trained with it would never stop.
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    specials = tuple(sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special}))
+    special_tokens = tuple(
+        sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    )
 
     def render(*messages: dict, prompt: bool = False) -> str:
         return chat_format.render(template, messages, bos, eos, prompt)
 
-    if missing := chat_format.lacking(template, [USER, ANSWER], bos, eos):
-        raise UserError(f"the chat template needs {', '.join(missing)}, which no row has", OTHERS)
-    prompt = render(USER, prompt=True)
-    scaffold, rest, joined = around(render(USER, ANSWER), prompt, ANSWER["content"])
-    scaffolds, between = [scaffold], rest
+    if missing_fields := chat_format.find_undefined_names(template, [FIRST_QUESTION, FIRST_ANSWER], bos, eos):
+        raise UserError(f"the chat template needs {', '.join(missing_fields)}, which no row has", OTHER_TEMPLATE_HINT)
+    prompt = render(FIRST_QUESTION, prompt=True)
+    scaffold, after_answer, is_joined = split_at_answer(
+        render(FIRST_QUESTION, FIRST_ANSWER), prompt, FIRST_ANSWER["content"]
+    )
+    scaffolds, between_turns = [scaffold], after_answer
     with contextlib.suppress(UserError):  # it can render one exchange only: longer rows are rejected one by one
-        first, tail, _ = around(render(USER, ANSWER, AGAIN, SECOND), prompt, ANSWER["content"])
-        scaffolds, between = [scaffold, first, ""], tail.split(AGAIN["content"])[0]
-    last, middle = end_of(rest, specials), end_of(between, specials)
-    if not middle or not (last or not rest.strip()):
-        raise UserError("the chat template ends an answer without a special token: the model would never stop", OTHERS)
-    ends = [(last or middle).strip(), middle.strip()]
-    return Chat(
+        first_scaffold, after_first_answer, _ = split_at_answer(
+            render(FIRST_QUESTION, FIRST_ANSWER, SECOND_QUESTION, SECOND_ANSWER), prompt, FIRST_ANSWER["content"]
+        )
+        scaffolds, between_turns = (
+            [scaffold, first_scaffold, ""],
+            after_first_answer.split(SECOND_QUESTION["content"])[0],
+        )
+    last_end, middle_end = (
+        find_leading_token(after_answer, special_tokens),
+        find_leading_token(between_turns, special_tokens),
+    )
+    if not middle_end or not (last_end or not after_answer.strip()):
+        raise UserError(
+            "the chat template ends an answer without a special token: the model would never stop", OTHER_TEMPLATE_HINT
+        )
+    ends = [(last_end or middle_end).strip(), middle_end.strip()]
+    return ChatFormat(
         template,
         bos,
         eos,
-        middle,
+        middle_end,
         tuple(dict.fromkeys(ends)),
         tuple(dict.fromkeys(scaffolds)),
-        hears(render),
-        specials,
-        joined,
+        supports_system_prompt(render),
+        special_tokens,
+        is_joined,
     )
 
 
-def around(text: str, prompt: str, answer: str) -> tuple[str, str, bool]:
+def split_at_answer(text: str, prompt: str, answer: str) -> tuple[str, str, bool]:
     """Find what stands around an answer in a rendered conversation.
 
     Returns:
@@ -300,40 +344,44 @@ def around(text: str, prompt: str, answer: str) -> tuple[str, str, bool]:
     Raises:
         UserError: The conversation does not begin with the prompt that is served.
     """
-    before, found, rest = text.partition(answer)
-    scaffold = before[len(prompt) :]
+    before_answer, separator, after_answer = text.partition(answer)
+    scaffold = before_answer[len(prompt) :]
     # White space on both sides of the border would become one token: the served prompt would not end at it.
-    apart = not (prompt[-1:].isspace() and scaffold[:1].isspace())
+    has_clean_border = not (prompt[-1:].isspace() and scaffold[:1].isspace())
     # A scaffold that closes a thinking block which the prompt has opened would stand before the row's own reasoning.
-    balanced = scaffold.count("<think>") == scaffold.count("</think>")
-    if found and before.startswith(prompt) and apart and balanced:
-        return scaffold, rest, False
-    extra = prompt.removeprefix(before)
+    is_balanced = scaffold.count("<think>") == scaffold.count("</think>")
+    if separator and before_answer.startswith(prompt) and has_clean_border and is_balanced:
+        return scaffold, after_answer, False
+    rest_of_prompt = prompt.removeprefix(before_answer)
     # The prompt alone may end with an empty, closed thinking block; an open one would ask for reasoning.
-    if found and prompt.startswith(before) and extra.count("<think>") == extra.count("</think>"):
-        return "", rest, True
+    if (
+        separator
+        and prompt.startswith(before_answer)
+        and rest_of_prompt.count("<think>") == rest_of_prompt.count("</think>")
+    ):
+        return "", after_answer, True
     raise UserError(
         f"the chat template's prompt ends with {prompt[-30:]!r}, "
         "and the conversation it trains on does not go on from there",
-        OTHERS,
+        OTHER_TEMPLATE_HINT,
     )
 
 
-def end_of(text: str, specials: tuple[str, ...]) -> str:
+def find_leading_token(text: str, special_tokens: tuple[str, ...]) -> str:
     """Return the special token at the beginning of `text` with the white space before it; '' where there is none."""
-    found = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", text) if specials else None
-    return found[0] if found else ""
+    match = re.match(rf"\s*(?:{'|'.join(map(re.escape, special_tokens))})", text) if special_tokens else None
+    return match[0] if match else ""
 
 
-def hears(render) -> bool:
+def supports_system_prompt(render) -> bool:
     """Return whether a rendered conversation shows its system prompt."""
     try:
-        return SYSTEM["content"] in render(SYSTEM, USER, ANSWER)
+        return SYSTEM_MESSAGE["content"] in render(SYSTEM_MESSAGE, FIRST_QUESTION, FIRST_ANSWER)
     except UserError:
         return False
 
 
-def own_pad(tokenizer: "PreTrainedTokenizerFast", found: Chat) -> list[str]:
+def set_own_pad_token(tokenizer: "PreTrainedTokenizerFast", chat: ChatFormat) -> list[str]:
     """Give the tokenizer a pad token that ends no answer, where it has none.
 
     Padding is masked out of the loss. If the pad token also ended an answer, the model would never learn to stop.
@@ -344,18 +392,21 @@ def own_pad(tokenizer: "PreTrainedTokenizerFast", found: Chat) -> list[str]:
     Raises:
         UserError: The tokenizer has no spare token.
     """
-    ends = {found.eos, *found.ends}
-    if tokenizer.pad_token and tokenizer.pad_token not in ends:
+    end_tokens = {chat.eos, *chat.end_tokens}
+    if tokenizer.pad_token and tokenizer.pad_token not in end_tokens:
         return []
-    spare = sorted((t for t in found.specials if re.search("pad|reserved|unused", t)), key=lambda t: "pad" not in t)
-    spare += [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token]
-    free = [token for token in spare if token not in ends]
-    if not free:
+    spare_tokens = sorted(
+        (token for token in chat.special_tokens if re.search("pad|reserved|unused", token)),
+        key=lambda token: "pad" not in token,
+    )
+    spare_tokens += [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token]
+    usable = [token for token in spare_tokens if token not in end_tokens]
+    if not usable:
         raise UserError(
             f"the tokenizer pads with {tokenizer.pad_token or 'nothing'}, which ends an answer, and has no spare token",
             "choose a base model with a pad token of its own",
         )
-    before, tokenizer.pad_token = tokenizer.pad_token, free[0]
+    old_pad, tokenizer.pad_token = tokenizer.pad_token, usable[0]
     return [
-        f"the tokenizer pads with {before or 'nothing'}: changed to {free[0]}, so that the end token keeps its loss"
+        f"the tokenizer pads with {old_pad or 'nothing'}: changed to {usable[0]}, so that the end token keeps its loss"
     ]

@@ -4,7 +4,7 @@ rejected.jsonl, the printed table and the limit on rejected rows all use this li
 """
 
 
-class Unfit(Exception):
+class UnusableRow(Exception):
     """A row cannot be used.
 
     Attributes:
@@ -18,7 +18,7 @@ class Unfit(Exception):
 
 
 # Reasons why a row is broken: a fault of the file, the format or the template. Too many broken rows stop the stage.
-BROKEN = {
+BROKEN_REASONS = {
     "wrong_format": "lacks the fields of the detected format",
     "broken_json": "a line that is no JSON",
     "duplicate_keys": "a JSON object names a key twice",
@@ -38,7 +38,7 @@ BROKEN = {
     "no_loss": "no token is left that carries loss",
 }
 # Reasons for which the config asks to drop rows.
-UNWANTED = {
+UNWANTED_REASONS = {
     "too_short": "fewer words than clean.min_words",
     "too_wordy": "more words than clean.max_words",
     "secret": "holds a key, token or password",
@@ -47,4 +47,4 @@ UNWANTED = {
     "near_duplicate": "nearly the text of an earlier row",
     "leaked": "the question, or nearly the text, of a held-out row",
 }
-REASONS = BROKEN | UNWANTED
+DROP_REASONS = BROKEN_REASONS | UNWANTED_REASONS

@@ -16,60 +16,64 @@ import re
 import numpy as np
 
 PERMUTATIONS = 128
-BANDS, WIDTH = 21, 6  # chance that a pair shares a band: 99.8 % at similarity 0.8, 99.99999 % at 0.9, 28 % at 0.5
+BANDS, BAND_WIDTH = 21, 6  # chance that a pair shares a band: 99.8 % at similarity 0.8, 99.99999 % at 0.9, 28 % at 0.5
 SEED = 3407
-ROUNDS = 64  # leads tried in one group: many unlike rows that share a band (templated data) must not take for ever
-PAIRS = 50_000  # compared at once: 25 MB
+MAX_ROUNDS = 64  # leads tried in one group: many unlike rows that share a band (templated data) must not take for ever
+PAIRS_AT_ONCE = 50_000  # compared at once: 25 MB
 WORD = re.compile(r"\w+")
 
 
-def plain(messages: list[dict]) -> str:
+def text_to_compare(messages: list[dict]) -> str:
     """Return the text in which near duplicates are searched: the words of user and assistant."""
     return "\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
-def digest(messages: list[dict]) -> bytes:
+def hash_conversation(messages: list[dict]) -> bytes:
     """Return a hash of 16 bytes that only exact duplicates share."""
     fields = [(message["role"], message["content"]) for message in messages]
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
-def question(messages: list[dict]) -> int:
+def hash_question(messages: list[dict]) -> int:
     """Return a hash of 64 bits of the user's messages, case and white space ignored; without any, of all messages.
 
     The held-out set is split off by this hash: a question is never in both sets, and adding rows never moves an old row
     to the other set.
     """
-    asked = [m["content"] for m in messages if m["role"] == "user"] or [m["content"] for m in messages]
-    text = "\n".join(" ".join(content.lower().split()) for content in asked)
+    contents = [message["content"] for message in messages if message["role"] == "user"] or [
+        message["content"] for message in messages
+    ]
+    text = "\n".join(" ".join(content.lower().split()) for content in contents)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def signatures(texts: list[str]) -> np.ndarray:
+def compute_signatures(texts: list[str]) -> np.ndarray:
     """Return the MinHash signatures, uint16 of shape (texts, PERMUTATIONS).
 
     Of 32 bits 16 are kept: two different values agree by chance once in 65,536.
     """
     from rensa import RMinHash
 
-    rows = RMinHash.digests_from_token_sets([shingles(text) for text in texts], num_perm=PERMUTATIONS, seed=SEED)
-    return np.array(rows, dtype=np.uint32).reshape(len(texts), PERMUTATIONS).astype(np.uint16)
+    digests = RMinHash.digests_from_token_sets(
+        [split_shingles(text) for text in texts], num_perm=PERMUTATIONS, seed=SEED
+    )
+    return np.array(digests, dtype=np.uint32).reshape(len(texts), PERMUTATIONS).astype(np.uint16)
 
 
-def shingles(text: str) -> list[str]:
+def split_shingles(text: str) -> list[str]:
     """Return the word 3-grams in lower case; for a text of fewer words, all its words as one entry."""
     words = WORD.findall(text.lower())
     return list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words)]
 
 
-def exact(digests: np.ndarray) -> np.ndarray:
+def find_first_equal(digests: np.ndarray) -> np.ndarray:
     """Return for each row the index of the first row with the same digest: its own, if no earlier row has it."""
-    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-    return first[group]
+    _, first_rows, group_numbers = np.unique(digests, return_index=True, return_inverse=True)
+    return first_rows[group_numbers]
 
 
-def near(
-    signs: np.ndarray, threshold: float, rows: np.ndarray, held: np.ndarray | None = None
+def find_near_duplicates(
+    signatures: np.ndarray, threshold: float, rows: np.ndarray, is_heldout: np.ndarray | None = None
 ) -> dict[int, tuple[int, float]]:
     """Find the rows that nearly repeat another row.
 
@@ -85,51 +89,61 @@ def near(
     Returns:
         {row: (the row that it nearly repeats, estimated similarity)}.
     """
-    found: dict[int, tuple[int, float]] = {}
-    alive = np.ones(len(signs), dtype=bool)
-    if held is not None:
+    repeated: dict[int, tuple[int, float]] = {}
+    is_unmatched = np.ones(len(signatures), dtype=bool)
+    if is_heldout is not None:
         # The first row of a group is the one that is kept: held-out rows come first.
-        rows = np.concatenate([rows[held[rows]], rows[~held[rows]]])
-    multipliers = np.random.default_rng(SEED).integers(0, 2**64, WIDTH, dtype=np.uint64) | np.uint64(1)
-    for band in range(0, BANDS * WIDTH, WIDTH):
-        keys = (signs[rows, band : band + WIDTH].astype(np.uint64) * multipliers).sum(axis=1, dtype=np.uint64)
+        rows = np.concatenate([rows[is_heldout[rows]], rows[~is_heldout[rows]]])
+    multipliers = np.random.default_rng(SEED).integers(0, 2**64, BAND_WIDTH, dtype=np.uint64) | np.uint64(1)
+    for band in range(0, BANDS * BAND_WIDTH, BAND_WIDTH):
+        keys = (signatures[rows, band : band + BAND_WIDTH].astype(np.uint64) * multipliers).sum(axis=1, dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
-        _compare(signs, threshold, rows[order], keys[order], held, found)
-        alive[list(found)] = False
-        rows = rows[alive[rows]]
-    return found
+        _compare_with_leads(signatures, threshold, rows[order], keys[order], is_heldout, repeated)
+        is_unmatched[list(repeated)] = False
+        rows = rows[is_unmatched[rows]]
+    return repeated
 
 
-def _compare(
-    signs: np.ndarray, threshold: float, rows: np.ndarray, keys: np.ndarray, held: np.ndarray | None, found: dict
+def _compare_with_leads(
+    signatures: np.ndarray,
+    threshold: float,
+    rows: np.ndarray,
+    keys: np.ndarray,
+    is_heldout: np.ndarray | None,
+    repeated: dict,
 ) -> None:
     """Compare each row with the lead of its group, and add those that repeat it to `repeated`.
 
     A group is a run of rows with equal keys, and its lead is its first row. In the next round the leads and the rows
     that were found are left out, and the first row of the rest leads the group.
     """
-    for _ in range(ROUNDS):
-        first = np.r_[True, keys[1:] != keys[:-1]]
-        leads = rows[np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))]
-        pairs = np.flatnonzero(~first if held is None else ~first & held[leads] & ~held[rows])
+    for _ in range(MAX_ROUNDS):
+        is_first = np.r_[True, keys[1:] != keys[:-1]]
+        leads = rows[np.maximum.accumulate(np.where(is_first, np.arange(len(rows)), 0))]
+        pairs = np.flatnonzero(~is_first if is_heldout is None else ~is_first & is_heldout[leads] & ~is_heldout[rows])
         if not len(pairs):
             return
-        alike = np.concatenate(
+        similarity = np.concatenate(
             [
-                (signs[rows[some]] == signs[leads[some]]).mean(axis=1)
-                for some in np.array_split(pairs, len(pairs) // PAIRS + 1)
+                (signatures[rows[part]] == signatures[leads[part]]).mean(axis=1)
+                for part in np.array_split(pairs, len(pairs) // PAIRS_AT_ONCE + 1)
             ]
         )
-        hits = alike >= threshold
-        found |= {int(rows[at]): (int(leads[at]), float(s)) for at, s in zip(pairs[hits], alike[hits], strict=True)}
-        left = ~first
-        left[pairs[hits]] = False
-        rows, keys = rows[left], keys[left]
+        is_hit = similarity >= threshold
+        repeated |= {
+            int(rows[index]): (int(leads[index]), float(value))
+            for index, value in zip(pairs[is_hit], similarity[is_hit], strict=True)
+        }
+        is_left = ~is_first
+        is_left[pairs[is_hit]] = False
+        rows, keys = rows[is_left], keys[is_left]
 
 
-def asked(questions: np.ndarray, held: np.ndarray, kept: np.ndarray) -> dict[int, tuple[int, float]]:
+def find_shared_questions(
+    questions: np.ndarray, is_heldout: np.ndarray, is_kept: np.ndarray
+) -> dict[int, tuple[int, float]]:
     """Return {row: (held-out row, 1.0)} for the training rows whose question a held-out row asks too."""
-    there = np.flatnonzero(held & kept)
-    first = {int(questions[row]): int(row) for row in there[::-1]}
-    rows = np.flatnonzero(kept & ~held & np.isin(questions, questions[there]))
-    return {int(row): (first[int(questions[row])], 1.0) for row in rows}
+    heldout_rows = np.flatnonzero(is_heldout & is_kept)
+    heldout_by_question = {int(questions[row]): int(row) for row in heldout_rows[::-1]}
+    leaking_rows = np.flatnonzero(is_kept & ~is_heldout & np.isin(questions, questions[heldout_rows]))
+    return {int(row): (heldout_by_question[int(questions[row])], 1.0) for row in leaking_rows}

@@ -18,7 +18,7 @@ from common.errors import UserError
 from pipeline.config.references import row_file_suffix
 
 # (line or row number, row); the row is JSON text that is not parsed yet, or an object.
-Item = tuple[int, bytes | dict]
+NumberedRow = tuple[int, bytes | dict]
 
 # What a file with these first bytes is, when its name says something else.
 KNOWN_BEGINNINGS = {
@@ -34,23 +34,23 @@ KNOWN_BEGINNINGS = {
 }
 
 
-def items(path: Path) -> Iterator[Item]:
+def read_rows(path: Path) -> Iterator[NumberedRow]:
     """Yield the rows of a file whose suffix is one of READER_BY_SUFFIX, each with its line or row number.
 
     Raises:
         UserError: The file itself is damaged, empty, or of another kind.
     """
-    _refuse_by_beginning(path)
-    with readable(path):
-        yield from READERS[row_file_suffix(path)](path)
+    _refuse_wrong_content(path)
+    with explain_damaged_file(path):
+        yield from READER_BY_SUFFIX[row_file_suffix(path)](path)
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def _open_binary(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
 
 
 @contextmanager
-def readable(path: Path):
+def explain_damaged_file(path: Path):
     """Translate damage of the file, such as a broken gzip stream, into a UserError that names the file."""
     try:
         yield
@@ -62,44 +62,46 @@ def readable(path: Path):
         ) from error
 
 
-def _refuse_by_beginning(path: Path) -> None:
+def _refuse_wrong_content(path: Path) -> None:
     """Raise UserError when the first bytes show that the file is empty or holds no rows."""
-    with readable(path), _open(path) as file:
-        begins = file.read(4096)
-        while begins.isspace() and (more := file.read(4096)):
-            begins = more
-    if not begins.strip():
+    with explain_damaged_file(path), _open_binary(path) as file:
+        beginning = file.read(4096)
+        while beginning.isspace() and (next_bytes := file.read(4096)):
+            beginning = next_bytes
+    if not beginning.strip():
         raise UserError(f"{path} is empty", "put rows into it, or name another file in data.source")
     if row_file_suffix(path) == ".parquet":
         return
-    for mark, what in KNOWN_BEGINNINGS.items():
-        if begins.lower().startswith(mark.lower()):
-            raise UserError(f"{path} is {what}", "then run the same command again")
-    if b"\0" in begins:
+    for marker, description in KNOWN_BEGINNINGS.items():
+        if beginning.lower().startswith(marker.lower()):
+            raise UserError(f"{path} is {description}", "then run the same command again")
+    if b"\0" in beginning:
         raise UserError(
-            f"{path} is a binary file (a zero byte at {begins.index(0)})", "name a file of rows in data.source"
+            f"{path} is a binary file (a zero byte at {beginning.index(0)})", "name a file of rows in data.source"
         )
 
 
-def _jsonl(path: Path) -> Iterator[Item]:
+def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
     """Yield the lines of a JSON Lines file as they are; the worker that cleans a row parses it.
 
     A .jsonl file that holds an array is read as JSON.
     """
-    with _open(path) as file:
+    with _open_binary(path) as file:
         lines = enumerate(file, 1)
-        first = next(((n, line) for n, line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), None)
-        if first and first[1].lstrip(b" \t\xef\xbb\xbf").startswith(b"["):
-            yield from _json(path)
+        first_line = next(((n, line) for n, line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), None)
+        if first_line and first_line[1].lstrip(b" \t\xef\xbb\xbf").startswith(b"["):
+            yield from _read_json(path)
             return
-        for number, line in chain([(first[0], first[1].removeprefix(b"\xef\xbb\xbf"))], lines) if first else ():
+        for number, line in (
+            chain([(first_line[0], first_line[1].removeprefix(b"\xef\xbb\xbf"))], lines) if first_line else ()
+        ):
             if line.strip():
                 yield number, line
 
 
-def _json(path: Path) -> Iterator[Item]:
+def _read_json(path: Path) -> Iterator[NumberedRow]:
     """Yield the rows of a JSON file: an array, an object that holds one array, or values one after the other."""
-    with _open(path) as file:
+    with _open_binary(path) as file:
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
@@ -109,47 +111,49 @@ def _json(path: Path) -> Iterator[Item]:
             f"{path}:{line}: no UTF-8 ({error.reason})",
             "convert the file to UTF-8, or use .jsonl, where one bad line is one rejected row",
         ) from error
-    yield from _values(text, path)
+    yield from _read_json_values(text, path)
 
 
-def _values(text: str, path: Path) -> Iterator[Item]:
+def _read_json_values(text: str, path: Path) -> Iterator[NumberedRow]:
     """Yield one value at a time as text, so that the rows of a large file are never all in memory as objects."""
-    decoder, space = json.JSONDecoder(object_pairs_hook=distinct), re.compile(r"\s*")
-    at, line = space.match(text).end(), 1 + text.count("\n", 0, space.match(text).end())
-    array = text.startswith("[", at)
-    if not array and (rows := _wrapped(decoder, text, at, path)):
+    decoder, white_space = json.JSONDecoder(object_pairs_hook=mark_duplicate_keys), re.compile(r"\s*")
+    position, line = white_space.match(text).end(), 1 + text.count("\n", 0, white_space.match(text).end())
+    is_array = text.startswith("[", position)
+    if not is_array and (rows := _find_wrapped_rows(decoder, text, position, path)):
         yield from enumerate(rows, 1)
         return
-    at += array
-    while (begin := space.match(text, at).end()) < len(text) and not (array and text.startswith("]", begin)):
-        line += text.count("\n", at, begin)
+    position += is_array
+    while (start := white_space.match(text, position).end()) < len(text) and not (
+        is_array and text.startswith("]", start)
+    ):
+        line += text.count("\n", position, start)
         try:
-            _, end = decoder.raw_decode(text, begin)
+            _, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise no_json(path, line, error) from error
-        yield line, text[begin:end].encode()
-        at = space.match(text, end).end()
-        line += text.count("\n", begin, at)
-        if array and text.startswith(",", at):
-            at += 1
-        elif array and not text.startswith("]", at):
-            raise no_json(path, line, "the array does not go on with , or ]")
-    if array and begin == len(text):
-        raise no_json(path, line, "the array is not closed")
-    if array and text[begin + 1 :].strip():
-        raise no_json(path, line, "the file goes on behind the array")
+            raise create_json_error(path, line, error) from error
+        yield line, text[start:end].encode()
+        position = white_space.match(text, end).end()
+        line += text.count("\n", start, position)
+        if is_array and text.startswith(",", position):
+            position += 1
+        elif is_array and not text.startswith("]", position):
+            raise create_json_error(path, line, "the array does not go on with , or ]")
+    if is_array and start == len(text):
+        raise create_json_error(path, line, "the array is not closed")
+    if is_array and text[start + 1 :].strip():
+        raise create_json_error(path, line, "the file goes on behind the array")
 
 
-def _wrapped(decoder: json.JSONDecoder, text: str, at: int, path: Path) -> list | None:
+def _find_wrapped_rows(decoder: json.JSONDecoder, text: str, start: int, path: Path) -> list | None:
     """Return the rows of a file that is one object with one list of objects, such as {"data": [...]}; else None."""
     try:
-        value, end = decoder.raw_decode(text, at)
+        value, end = decoder.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or text[end:].strip() or {"messages", "conversations"} & value.keys():
         return None
     if isinstance(value, DuplicateKeys) and any(isinstance(v, list) for v in value.values()):
-        raise no_json(path, 1, f"of its keys {', '.join(value)} one stands there twice")
+        raise create_json_error(path, 1, f"of its keys {', '.join(value)} one stands there twice")
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     return lists[0] if len(lists) == 1 else None
 
@@ -158,13 +162,13 @@ class DuplicateKeys(dict):
     """An object that has a key twice in the JSON text, of which the json module would silently keep the last one."""
 
 
-def distinct(pairs: list[tuple[str, object]]) -> dict:
+def mark_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     """Return the pairs as a dict; as DuplicateKeys when a key is there twice (the `object_pairs_hook` of json)."""
     value = dict(pairs)
     return value if len(value) == len(pairs) else DuplicateKeys(value)
 
 
-def no_json(path: Path | str, line: int, error: object) -> UserError:
+def create_json_error(path: Path | str, line: int, error: object) -> UserError:
     """Return the error to raise for a line that is no JSON."""
     return UserError(
         f"{path}:{line}: no JSON: {error}",
@@ -172,35 +176,35 @@ def no_json(path: Path | str, line: int, error: object) -> UserError:
     )
 
 
-def _csv(path: Path) -> Iterator[Item]:
+def _read_csv(path: Path) -> Iterator[NumberedRow]:
     """Yield the rows of a CSV file as objects; the separator is the most frequent of , ; tab and | in the header."""
     csv.field_size_limit(2**31 - 1)
-    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+    with _open_binary(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
             header = text.readline()
             text.seek(0)
             separator = max(",;\t|", key=header.count)
             reader = csv.DictReader(text, delimiter=separator, strict=True)
-            names = reader.fieldnames or []
-            if len(set(names)) < len(names) or not all(name.strip() for name in names):
+            columns = reader.fieldnames or []
+            if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
                 raise UserError(
-                    f"{path}:1: the header names a column twice or not at all: {', '.join(names)}",
+                    f"{path}:1: the header names a column twice or not at all: {', '.join(columns)}",
                     "correct the first line",
                 )
             for row in reader:
                 yield reader.line_num, row
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path}:{_not_utf8(path)}: no UTF-8 ({error.reason})", "convert the file to UTF-8"
+                f"{path}:{_find_non_utf8_line(path)}: no UTF-8 ({error.reason})", "convert the file to UTF-8"
             ) from error
         except csv.Error as error:
             line = reader.line_num + 1  # behind the last row that was read
             raise UserError(f"{path}:{line}: no CSV: {error}", f"correct line {line} of {path}") from error
 
 
-def _not_utf8(path: Path) -> int:
+def _find_non_utf8_line(path: Path) -> int:
     """Return the number of the first line that is no UTF-8."""
-    with _open(path) as file:
+    with _open_binary(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
@@ -209,22 +213,28 @@ def _not_utf8(path: Path) -> int:
     return 1
 
 
-def _parquet(path: Path) -> Iterator[Item]:
+def _read_parquet(path: Path) -> Iterator[NumberedRow]:
     """Yield the rows of a Parquet file as objects, read 500 rows at a time."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with _open(path) as file:
+        with _open_binary(path) as file:
             table = parquet.ParquetFile(pa.BufferReader(file.read()) if path.suffix == ".gz" else path)
-            names = table.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise ValueError(f"of its columns {', '.join(names)} one stands there twice")
+            columns = table.schema_arrow.names
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"of its columns {', '.join(columns)} one stands there twice")
             rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(500))
             yield from enumerate(rows, 1)
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: no readable Parquet: {why}", "fetch or make the file again") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: no readable Parquet: {reason}", "fetch or make the file again") from error
 
 
-READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READER_BY_SUFFIX = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -14,26 +14,28 @@ from pathlib import Path
 from pipeline.config import references
 from pipeline.data import file_formats
 
-GROUPS = 4096  # bytes of the longest fingerprint
-MOST = 3  # rows of a group that a message shows
+MAX_BYTES = 4096  # bytes of the longest fingerprint
+MAX_SHOWN_ROWS = 3  # rows of a group that a message shows
 
 
-def of(path: Path) -> str:
+def compute_fingerprint(path: Path) -> str:
     """Return the fingerprint of a data file as `<rows a byte>:<hex>`; '' for a file that holds no rows.
 
     Raises:
         UserError: The file is damaged.
     """
-    if references.row_file_suffix(path) not in file_formats.READERS:
+    if references.row_file_suffix(path) not in file_formats.READER_BY_SUFFIX:
         return ""
     digests = bytearray()  # 8 bytes a row
-    for _, _, digest in _rows(path):
+    for _, _, digest in _read_hashed_rows(path):
         digests += digest
-    each = max(1, -(-len(digests) // (8 * GROUPS)))
-    return f"{each}:" + "".join(_byte(digests[start : start + 8 * each]) for start in range(0, len(digests), 8 * each))
+    rows_per_byte = max(1, -(-len(digests) // (8 * MAX_BYTES)))
+    return f"{rows_per_byte}:" + "".join(
+        _hash_group(digests[start : start + 8 * rows_per_byte]) for start in range(0, len(digests), 8 * rows_per_byte)
+    )
 
 
-def differing(path: Path, wanted: str) -> list[str]:
+def find_differing_rows(path: Path, expected: str) -> list[str]:
     """Return the first rows of `path` that do not match the fingerprint, each as a line with its place in the file.
 
     The list is empty when the fingerprint shows no difference, or is not valid.
@@ -41,33 +43,37 @@ def differing(path: Path, wanted: str) -> list[str]:
     Raises:
         UserError: The file is damaged.
     """
-    each, _, known = wanted.partition(":")
-    if not (each.isascii() and each.isdecimal() and int(each)):
+    group_size, _, expected_hex = expected.partition(":")
+    if not (group_size.isascii() and group_size.isdecimal() and int(group_size)):
         return []
-    size, rows = int(each), _rows(path)
+    rows_per_byte, rows = int(group_size), _read_hashed_rows(path)
     group = 0
-    while some := list(islice(rows, size)):
-        if _byte(b"".join(digest for *_, digest in some)) != known[2 * group : 2 * group + 2]:
-            return _told(path, some)
+    while group_rows := list(islice(rows, rows_per_byte)):
+        if _hash_group(b"".join(digest for *_, digest in group_rows)) != expected_hex[2 * group : 2 * group + 2]:
+            return _show_group(path, group_rows)
         group += 1
-    missing = len(known) // 2 - group
-    return [f"{path}: it ends after {group * size:,} rows, {missing * size:,} fewer"] if missing > 0 else []
+    missing_groups = len(expected_hex) // 2 - group
+    return (
+        [f"{path}: it ends after {group * rows_per_byte:,} rows, {missing_groups * rows_per_byte:,} fewer"]
+        if missing_groups > 0
+        else []
+    )
 
 
-def _told(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
+def _show_group(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
     """Return lines that show the rows of one byte, of which at least one differs."""
-    said = [f"{path}:{line}: {text[:300]}" for line, text, _ in rows[:MOST]]
-    more = len(rows) - MOST
-    return [*said, f"... and {more} more, one of which differs at least"] if more > 0 else said
+    lines = [f"{path}:{line}: {text[:300]}" for line, text, _ in rows[:MAX_SHOWN_ROWS]]
+    other_count = len(rows) - MAX_SHOWN_ROWS
+    return [*lines, f"... and {other_count} more, one of which differs at least"] if other_count > 0 else lines
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
+def _read_hashed_rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
     """Yield each row of a file as (line, text, 8 bytes of its hash)."""
-    for line, payload in file_formats.items(path):
+    for line, payload in file_formats.read_rows(path):
         text = payload if isinstance(payload, bytes) else json.dumps(payload, default=repr).encode()
         yield line, text.decode(errors="replace").strip(), hashlib.blake2b(text.strip(), digest_size=8).digest()
 
 
-def _byte(digests: bytes) -> str:
+def _hash_group(digests: bytes) -> str:
     """Return one byte, in hex, for the digests of a group of rows."""
     return hashlib.blake2b(digests, digest_size=1).hexdigest()

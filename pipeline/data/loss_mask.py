@@ -12,16 +12,16 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, processors
 
 from common.errors import UserError
-from pipeline.data.chat_template import Chat
-from pipeline.data.clean import UNUSUAL
-from pipeline.data.drop_reasons import Unfit
+from pipeline.data.chat_template import ChatFormat
+from pipeline.data.clean import NOT_PLAIN_ASCII
+from pipeline.data.drop_reasons import UnusableRow
 
 # Rows that are tokenized at once: freeing the memory of single rows takes a third of the time (measured with glibc).
-BATCH = 100
+BATCH_ROWS = 100
 
 
 @dataclass
-class Row:
+class TokenizedRow:
     """A tokenized row.
 
     Attributes:
@@ -39,7 +39,7 @@ class Row:
     answer: str
 
 
-class Rendered(NamedTuple):
+class RenderedConversation(NamedTuple):
     """A conversation as text.
 
     Attributes:
@@ -58,19 +58,21 @@ class Rendered(NamedTuple):
 class Masker:
     """Render, tokenize and label conversations with the tokenizer in `folder`."""
 
-    def __init__(self, folder: Path, chat: Chat, every_turn: bool = True):
+    def __init__(self, folder: Path, chat: ChatFormat, every_turn: bool = True):
         self.chat = chat
-        self.every_turn = every_turn and not chat.joined
+        self.every_turn = every_turn and not chat.is_joined
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # The template writes BOS itself, and a ByteLevel post-processor would exclude white space from the offsets.
         self.tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         # Only then does decoding give back the text, if the vocabulary has all bytes (SmolLM2's has not).
-        self.exact = isinstance(self.tokenizer.decoder, decoders.ByteLevel) and self.tokenizer.normalizer is None
+        self.is_reversible = (
+            isinstance(self.tokenizer.decoder, decoders.ByteLevel) and self.tokenizer.normalizer is None
+        )
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
 
-    def __call__(self, messages: list[dict]) -> Row:
+    def __call__(self, messages: list[dict]) -> TokenizedRow:
         """Return the row of a conversation, with loss on the assistant's words and their end tokens only.
 
         Args:
@@ -79,12 +81,12 @@ class Masker:
         Raises:
             UnusableRow: The conversation cannot be rendered or labelled faithfully.
         """
-        row = next(self.rows([self.rendered(messages)]))
-        if isinstance(row, Unfit):
+        row = next(self.tokenize_rows([self.render(messages)]))
+        if isinstance(row, UnusableRow):
             raise row
         return row
 
-    def rendered(self, messages: list[dict], limit: int | None = None) -> Rendered:
+    def render(self, messages: list[dict], limit: int | None = None) -> RenderedConversation:
         """Return the conversation as text, with the spans that carry loss.
 
         Args:
@@ -95,56 +97,60 @@ class Masker:
             UnusableRow: The template cannot render the conversation, or the text is longer than `limit` tokens.
         """
         try:
-            text, spans, prompt = self.text(messages)
+            text, spans, prompt = self.render_with_spans(messages)
         except UserError as error:
-            raise Unfit("template", error.message) from error
+            raise UnusableRow("template", error.message) from error
         if limit and len(text) > limit * self.longest_token:
-            raise Unfit("too_long", f"{len(text)} characters, more than {limit} tokens can hold")
-        return Rendered(text, spans, prompt, messages[-1]["content"])
+            raise UnusableRow("too_long", f"{len(text)} characters, more than {limit} tokens can hold")
+        return RenderedConversation(text, spans, prompt, messages[-1]["content"])
 
-    def rows(self, rendered: list[Rendered]) -> Iterator[Row | Unfit]:
+    def tokenize_rows(self, rendered: list[RenderedConversation]) -> Iterator[TokenizedRow | UnusableRow]:
         """Yield the tokenized row of each conversation, or the reason why there is none."""
-        for start in range(0, len(rendered), BATCH):
-            some = rendered[start : start + BATCH]
-            encodings = self.tokenizer.encode_batch([item.text for item in some], add_special_tokens=False)
-            yield from map(self.labelled, some, encodings)
+        for start in range(0, len(rendered), BATCH_ROWS):
+            batch = rendered[start : start + BATCH_ROWS]
+            encodings = self.tokenizer.encode_batch([item.text for item in batch], add_special_tokens=False)
+            yield from map(self.label_row, batch, encodings)
 
-    def labelled(self, item: Rendered, encoding: Encoding) -> Row | Unfit:
+    def label_row(self, conversation: RenderedConversation, encoding: Encoding) -> TokenizedRow | UnusableRow:
         """Return the row with its loss mask, or the reason why it cannot be labelled."""
-        if self.exact and UNUSUAL.search(item.text) and self.tokenizer.decode(encoding.ids, False) != item.text:
-            return Unfit("unknown_characters", "the tokenizer does not give back what it was given")
+        if (
+            self.is_reversible
+            and NOT_PLAIN_ASCII.search(conversation.text)
+            and self.tokenizer.decode(encoding.ids, False) != conversation.text
+        ):
+            return UnusableRow("unknown_characters", "the tokenizer does not give back what it was given")
         ids = np.array(encoding.ids, dtype=np.int32)
         loss = np.zeros(len(ids), dtype=bool)
         try:
-            for start, end in item.spans:
-                first, last = self.tokens(encoding, item.text, start, end)
+            for start, end in conversation.spans:
+                first, last = self.find_token_range(encoding, conversation.text, start, end)
                 loss[first:last] = True
-        except Unfit as unfit:
-            return unfit
+        except UnusableRow as error:
+            return error
         loss[:1] = False  # the first token has nothing before it to be predicted from
-        return Row(ids, loss, item.prompt, first, item.answer)
+        return TokenizedRow(ids, loss, conversation.prompt, first, conversation.answer)
 
-    def refuse_unlike(self, row: Row) -> None:
+    def refuse_other_prompt_tokens(self, row: TokenizedRow) -> None:
         """Raise UnusableRow when the prompt alone, as it is served, has other tokens than the row begins with."""
-        alone = self.tokenizer.encode(row.prompt, add_special_tokens=False).ids
-        if alone != row.ids[: row.prompt_tokens].tolist():
-            raise Unfit("template", f"the prompt {row.prompt[-40:]!r} alone gives other tokens than in the row")
+        prompt_ids = self.tokenizer.encode(row.prompt, add_special_tokens=False).ids
+        if prompt_ids != row.ids[: row.prompt_tokens].tolist():
+            raise UnusableRow("template", f"the prompt {row.prompt[-40:]!r} alone gives other tokens than in the row")
 
-    def text(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], str]:
+    def render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], str]:
         """Return the rendered text, the characters (start, end) that carry loss, and the last answer's prompt."""
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.chat.joined:
+        answer_indexes = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.chat.is_joined:
             prompt = self.chat.render(messages[:-1], add_generation_prompt=True)
-            text = prompt + messages[-1]["content"] + self.chat.end
+            text = prompt + messages[-1]["content"] + self.chat.answer_end
             return text, [(len(prompt), len(text))], prompt
         text, spans = self.chat.render(messages), []
-        for i in answers if self.every_turn else answers[-1:]:
-            prompt = self.chat.render(messages[:i], add_generation_prompt=True)
-            text, end = self.end_of_answer(text, prompt, messages[i]["content"])
+        for index in answer_indexes if self.every_turn else answer_indexes[-1:]:
+            prompt = self.chat.render(messages[:index], add_generation_prompt=True)
+            text, end = self.find_answer_end(text, prompt, messages[index]["content"])
             spans.append((len(prompt), end))
         return text, spans, prompt
 
-    def end_of_answer(self, text: str, prompt: str, answer: str) -> tuple[str, int]:
+    def find_answer_end(self, text: str, prompt: str, answer: str) -> tuple[str, int]:
         """Find where the end token of an answer ends.
 
         Returns:
@@ -155,22 +161,24 @@ class Masker:
             UnusableRow: The text does not go on from the prompt with this answer and an end token.
         """
         if not text.startswith(prompt):
-            raise Unfit(
+            raise UnusableRow(
                 "template", "an earlier turn is written otherwise than it was prompted; data.labels: last leaves it out"
             )
         for scaffold in self.chat.scaffolds:
             if text.startswith(scaffold + answer, len(prompt)):
-                at = len(prompt) + len(scaffold) + len(answer)
-                rest = text[at:]
-                white = len(rest) - len(rest.lstrip())
-                for end in self.chat.ends:
-                    if rest.startswith(end, white):
-                        return text, at + white + len(end)
-                if white == len(rest):
-                    return text[:at] + self.chat.end, at + len(self.chat.end)
-        raise Unfit("template", f"the answer {answer[:40]!r} is changed, or not followed by {self.chat.ends[0]}")
+                answer_end = len(prompt) + len(scaffold) + len(answer)
+                rest = text[answer_end:]
+                white_space = len(rest) - len(rest.lstrip())
+                for end_token in self.chat.end_tokens:
+                    if rest.startswith(end_token, white_space):
+                        return text, answer_end + white_space + len(end_token)
+                if white_space == len(rest):
+                    return text[:answer_end] + self.chat.answer_end, answer_end + len(self.chat.answer_end)
+        raise UnusableRow(
+            "template", f"the answer {answer[:40]!r} is changed, or not followed by {self.chat.end_tokens[0]}"
+        )
 
-    def tokens(self, encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
+    def find_token_range(self, encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
         """Return the tokens (first, last + 1) that hold exactly the characters from `start` to `end`.
 
         Raises:
@@ -184,5 +192,7 @@ class Masker:
             or encoding.token_to_chars(first)[0] != start
             or text[end : encoding.token_to_chars(last)[1]].strip()
         ):
-            raise Unfit("template", f"a token reaches across the border of the answer {text[start : start + 40]!r}")
+            raise UnusableRow(
+                "template", f"a token reaches across the border of the answer {text[start : start + 40]!r}"
+            )
         return first, last + 1

@@ -12,19 +12,19 @@ from typing import NamedTuple
 # Every secret that is searched for has one of these: a long run of such characters, a URL or a PEM header. Nearly all
 # rows have none and cost only this one pass; the single patterns take ten times as long. tests/test_bad_data.py holds a
 # secret of each kind.
-MAYBE = re.compile(r"(?<![\w+/=.-])[\w+/=.-]{20}|://|BEGIN |PuTTY")
-NUMBER = re.compile(r"\d\d[ -]?\d")  # every number that is searched for has this
+SECRET_HINT = re.compile(r"(?<![\w+/=.-])[\w+/=.-]{20}|://|BEGIN |PuTTY")
+NUMBER_HINT = re.compile(r"\d\d[ -]?\d")  # every number that is searched for has this
 # Plugins that are not used: entropy and keyword plugins, which take hex ids and prose for secrets; Artifactory (its
 # AP... matches APPLICATIONS); public IP addresses, which are seldom secret; IBM's, SoftLayer's and Cloudant's, whose
 # patterns take cubic time on a run of spaces; and three that take quadratic time on one long word, for which
 # EXTRA_SECRET_PATTERNS has other patterns.
-SKIPPED = (
+SKIPPED_PLUGINS = (
     "ArtifactoryDetector", "IPPublicDetector", "KeywordDetector", "IbmCloudIamDetector", "IbmCosHmacDetector",
     "SoftlayerDetector", "CloudantDetector", "NpmDetector", "JwtTokenDetector", "OpenAIDetector",
 )  # fmt: skip
 # Keys that people who train models have and that are newer than detect-secrets 1.5, and those of which its patterns
 # match only a part.
-NEWER = {
+EXTRA_SECRET_PATTERNS = {
     "Private Key": (  # the whole block
         r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)"
     ),
@@ -37,10 +37,10 @@ NEWER = {
     "Weights & Biases key": r"\bwandb_v1_[A-Za-z0-9_]{40,}",
 }
 EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
-CARD = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-]*\d)")
+CARD_NUMBER = re.compile(r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-]*\d)")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 # Every telephone number that is searched for has one of these.
-PHONE = re.compile(r"\+\d|\(\d{3}\)|\d{3}[-. ]\d{3}[-. ]\d{4}")
+PHONE_HINT = re.compile(r"\+\d|\(\d{3}\)|\d{3}[-. ]\d{3}[-. ]\d{4}")
 SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
 
 
@@ -53,42 +53,44 @@ class Finding(NamedTuple):
 
 
 @functools.cache
-def patterns() -> list[tuple[str, re.Pattern]]:
+def secret_patterns() -> list[tuple[str, re.Pattern]]:
     """Return (kind, pattern) of every secret that is searched for."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
-    found = [(kind, re.compile(text, re.DOTALL)) for kind, text in NEWER.items()]
+    kinds_and_patterns = [(kind, re.compile(text, re.DOTALL)) for kind, text in EXTRA_SECRET_PATTERNS.items()]
     for kind, plugin in get_mapping_from_secret_type_to_class().items():
-        if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in SKIPPED:
-            found += [(kind, pattern) for pattern in plugin().denylist]
-    return found
+        if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in SKIPPED_PLUGINS:
+            kinds_and_patterns += [(kind, pattern) for pattern in plugin().denylist]
+    return kinds_and_patterns
 
 
-def secrets(text: str) -> list[Finding]:
+def find_secrets(text: str) -> list[Finding]:
     """Return the keys, tokens and passwords in a text, also those in URLs."""
-    if not MAYBE.search(text):
+    if not SECRET_HINT.search(text):
         return []
-    return _apart(Finding(kind, *match.span()) for kind, pattern in patterns() for match in pattern.finditer(text))
+    return _drop_overlaps(
+        Finding(kind, *match.span()) for kind, pattern in secret_patterns() for match in pattern.finditer(text)
+    )
 
 
-def personal(text: str) -> list[Finding]:
+def find_personal_data(text: str) -> list[Finding]:
     """Return the personal data in a text.
 
     E-mail addresses, telephone numbers, and card numbers, IBANs and US social security numbers that are valid.
     """
-    return _apart(_personal(text))
+    return _drop_overlaps(_match_personal_data(text))
 
 
-def _personal(text: str) -> Iterator[Finding]:
+def _match_personal_data(text: str) -> Iterator[Finding]:
     from stdnum import iban, luhn
     from stdnum.us import ssn
 
     if "@" in text:
         yield from (Finding("e-mail address", *match.span()) for match in EMAIL.finditer(text))
-    if not NUMBER.search(text):
+    if not NUMBER_HINT.search(text):
         return
-    for match in CARD.finditer(text):
+    for match in CARD_NUMBER.finditer(text):
         digits = re.sub(r"[ -]", "", match[0])
         if luhn.is_valid(digits) and len(set(digits)) > 1 and digits[0] in "3456":  # the networks' first digits
             yield Finding("card number", *match.span())
@@ -96,11 +98,11 @@ def _personal(text: str) -> Iterator[Finding]:
     yield from (
         Finding("social security number", *match.span()) for match in SSN.finditer(text) if ssn.is_valid(match[0])
     )
-    if PHONE.search(text):
-        yield from _phone_numbers(text)
+    if PHONE_HINT.search(text):
+        yield from _match_phone_numbers(text)
 
 
-def _phone_numbers(text: str) -> Iterator[Finding]:
+def _match_phone_numbers(text: str) -> Iterator[Finding]:
     """Yield international numbers (+49 ...), and North American ones that are written with separators.
 
     Ten digits without a separator may be an id.
@@ -110,11 +112,11 @@ def _phone_numbers(text: str) -> Iterator[Finding]:
     for match in PhoneNumberMatcher(text, "US", Leniency.STRICT_GROUPING):
         if match.raw_string.startswith("+") or re.search(r"[ ().-]", match.raw_string):
             # A bracket that the number does not close belongs to the sentence.
-            opened = match.raw_string.startswith("(") and ")" not in match.raw_string
-            yield Finding("phone number", match.start + opened, match.end)
+            has_open_bracket = match.raw_string.startswith("(") and ")" not in match.raw_string
+            yield Finding("phone number", match.start + has_open_bracket, match.end)
 
 
-def _apart(findings) -> list[Finding]:
+def _drop_overlaps(findings) -> list[Finding]:
     """Return the findings in order of place, without those that overlap an earlier one."""
     kept: list[Finding] = []
     for finding in sorted(findings, key=lambda f: (f.start, -f.end)):
@@ -123,7 +125,7 @@ def _apart(findings) -> list[Finding]:
     return kept
 
 
-def masked(text: str, findings: list[Finding]) -> str:
+def mask_findings(text: str, findings: list[Finding]) -> str:
     """Return the text with each finding replaced by its kind, such as [E-MAIL ADDRESS]."""
     for finding in reversed(findings):
         text = f"{text[: finding.start]}[{finding.kind.upper()}]{text[finding.end :]}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common import console
 from pipeline.config.schema import Config
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 
 
@@ -15,11 +16,12 @@ def preview_rows(config: Config, run: Run, count: int) -> str:
     from pipeline.data import stage, statistics
     from pipeline.run import training_rows
 
-    with tempfile.TemporaryDirectory() as empty:
-        if not run.done("data"):
-            run = Run(Path(empty) / run.name)
-            run.freeze(config)
-            for warning in stage.stage(config, run)["warnings"]:
-                console.note(warning)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        if not run.is_done("data"):
+            run = Run(Path(temporary_folder) / run.name)
+            run.freeze_config(config)
+            for warning in stage.run_data(config, run).warnings:
+                console.print_note(warning)
         tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
-        return statistics.preview(training_rows.first(run.output("data", "train"), count), tokenizer)
+        train_path = run.read_record(DataRecord).output_path("train")
+        return statistics.format_preview(training_rows.read_first_rows(train_path, count), tokenizer)

@@ -19,35 +19,35 @@ import numpy as np
 
 from pipeline.config.schema import Clean
 from pipeline.data import duplicates, personal_data
-from pipeline.data.chat_template import Chat
+from pipeline.data.chat_template import ChatFormat
 from pipeline.data.clean import Cleaner
-from pipeline.data.drop_reasons import Unfit
-from pipeline.data.file_formats import DuplicateKeys, Item, distinct
-from pipeline.data.loss_mask import Masker, Rendered, Row
-from pipeline.data.row_formats import Schema, conversation, unused_fields
+from pipeline.data.drop_reasons import UnusableRow
+from pipeline.data.file_formats import DuplicateKeys, NumberedRow, mark_duplicate_keys
+from pipeline.data.loss_mask import Masker, RenderedConversation, TokenizedRow
+from pipeline.data.row_formats import RowSchema, build_conversation, find_unused_fields
 
-CHUNK = 500  # rows; the same for one process and for many
-SMALL = 4 * CHUNK  # rows that one process has done before a pool has even started
-SAMPLED_QUESTIONS = 2000  # from the first lines of each part; more do not improve the smoke prompts
+CHUNK_ROWS = 500  # rows; the same for one process and for many
+MIN_POOL_ROWS = 4 * CHUNK_ROWS  # rows that one process has done before a pool has even started
+MAX_SAMPLE_LINES = 2000  # from the first lines of each part; more do not improve the smoke prompts
 # The prompt of every tenth row, and of each held-out row, is also tokenized alone, as `verify` will need it.
-SAMPLED = 10
-LISTED = 50  # rows that an error names for each reason
+PROMPT_CHECK_INTERVAL = 10
+MAX_LISTED_ROWS = 50  # rows that an error names for each reason
 # Different system prompts that are counted; where there are more, no prompt is shared by many rows.
-MANY_PROMPTS = 2000
-QUOTED = 2000  # characters of a dropped row that rejected.jsonl quotes
+MAX_SYSTEM_PROMPTS = 2000
+MAX_QUOTED_CHARACTERS = 2000  # characters of a dropped row that rejected.jsonl quotes
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """The settings of a worker; each worker gets a copy."""
 
-    tokenizer: Path
-    chat: Chat
+    tokenizer_dir: Path
+    chat: ChatFormat
     clean: Clean
     every_turn: bool
-    system: str | None
+    default_system: str | None
     """The system prompt that is added to rows without one."""
-    limit: int
+    max_tokens: int
     """The setting base.max_seq_length, in tokens."""
     validation_share: float | None
     """Share of the rows that is held out by content hash; None: whole parts are held out or trained on."""
@@ -67,9 +67,9 @@ class Chunk:
 
     part: int
     name: str
-    schema: Schema
-    held: bool
-    items: list[Item]
+    schema: RowSchema
+    is_heldout: bool
+    rows: list[NumberedRow]
 
 
 @dataclass
@@ -100,12 +100,12 @@ class Tally:
     system_prompts: Counter = field(default_factory=Counter)
     """Rows by their own system prompt; None counts the rows without one."""
 
-    def drop(self, where: str, reason: str, detail: str, **more) -> None:
+    def count_drop(self, place: str, reason: str, detail: str, **fields) -> None:
         """Count a dropped row, and note it with `fields` for rejected.jsonl."""
         self.dropped[reason] += 1
-        self.examples.setdefault(reason, f"{where}: {detail}")
-        self.places.setdefault(reason, []).append(where)
-        self.notes.append({"where": where, "action": "dropped", "reason": reason, "detail": detail, **more})
+        self.examples.setdefault(reason, f"{place}: {detail}")
+        self.places.setdefault(reason, []).append(place)
+        self.notes.append({"where": place, "action": "dropped", "reason": reason, "detail": detail, **fields})
 
     def add(self, other: "Tally") -> None:
         """Add the counts of another tally, without its notes."""
@@ -114,24 +114,26 @@ class Tally:
             getattr(self, name).update(getattr(other, name))
         self.examples = other.examples | self.examples
         for reason, places in other.places.items():
-            self.places[reason] = [*self.places.get(reason, []), *places][:LISTED]
-        if len(self.system_prompts) > MANY_PROMPTS:
-            self.system_prompts = Counter(dict(self.system_prompts.most_common(MANY_PROMPTS // 2)))
+            self.places[reason] = [*self.places.get(reason, []), *places][:MAX_LISTED_ROWS]
+        if len(self.system_prompts) > MAX_SYSTEM_PROMPTS:
+            self.system_prompts = Counter(dict(self.system_prompts.most_common(MAX_SYSTEM_PROMPTS // 2)))
 
     def count_system_prompt(self, messages: list[dict]) -> None:
         self.system_prompts[messages[0]["content"] if messages[0]["role"] == "system" else None] += 1
 
-    def note(self, where: str, changes: set[str], found: Counter) -> None:
+    def count_changes(self, place: str, changes: set[str], findings: Counter) -> None:
         """Count the changes and findings of a kept row, and note them for rejected.jsonl."""
         self.changed.update(changes)
-        self.findings.update(found)
-        if changes or found:
+        self.findings.update(findings)
+        if changes or findings:
             action = "changed" if changes else "reported"
-            self.notes.append({"where": where, "action": action, "reason": ", ".join(sorted(changes | found.keys()))})
+            self.notes.append(
+                {"where": place, "action": action, "reason": ", ".join(sorted(changes | findings.keys()))}
+            )
 
 
 @dataclass
-class Done:
+class ProcessedChunk:
     """The kept rows of a chunk.
 
     The arrays have one entry a row, but for `ids` and `loss`, which have one entry for each token of all rows.
@@ -161,19 +163,19 @@ class Done:
     questions: np.ndarray
     signatures: np.ndarray
     texts: list[dict]
-    questions_asked: list[str] = field(default_factory=list)
+    sample_questions: list[str] = field(default_factory=list)
     """The last questions of training rows from the first chunks only: smoke prompts are made to look like them."""
 
 
-class Fit(NamedTuple):
+class CleanRow(NamedTuple):
     """A row that is cleaned and rendered; `question_hash` decides whether it is held out."""
 
     line: int
-    where: str
+    place: str
     messages: list[dict]
-    question: int
-    held: bool
-    rendered: Rendered
+    question_hash: int
+    is_heldout: bool
+    rendered: RenderedConversation
     changes: set[str]
     findings: Counter
 
@@ -181,142 +183,154 @@ class Fit(NamedTuple):
 class Worker:
     """Process one chunk of rows at a time. The same rows give the same bytes in every process."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: WorkerSettings):
         self.settings = settings
-        self.masker = Masker(settings.tokenizer, settings.chat, settings.every_turn)
-        self.looks = (
-            (settings.clean.secrets, personal_data.secrets),
-            (settings.clean.personal, personal_data.personal),
+        self.masker = Masker(settings.tokenizer_dir, settings.chat, settings.every_turn)
+        self.searches = (
+            (settings.clean.secrets, personal_data.find_secrets),
+            (settings.clean.personal, personal_data.find_personal_data),
         )
-        self.cleaner = Cleaner(settings.clean, settings.chat.specials, settings.chat.raw)
+        self.cleaner = Cleaner(settings.clean, settings.chat.special_tokens, settings.chat.is_raw)
 
-    def __call__(self, chunk: Chunk) -> Done:
+    def __call__(self, chunk: Chunk) -> ProcessedChunk:
         """Return the kept rows of a chunk, with a tally of all its rows."""
-        tally = Tally(len(chunk.items))
-        fit = [item for item in (self.cleaned(chunk, line, payload, tally) for line, payload in chunk.items) if item]
+        tally = Tally(len(chunk.rows))
+        clean_rows = [
+            item for item in (self.clean_row(chunk, line, payload, tally) for line, payload in chunk.rows) if item
+        ]
         kept = []
-        for item, row in zip(fit, self.masker.rows([item.rendered for item in fit]), strict=True):
+        for item, row in zip(
+            clean_rows, self.masker.tokenize_rows([item.rendered for item in clean_rows]), strict=True
+        ):
             try:
-                cut = self.fitted(row, item.held)
-                if not cut and (item.held or not item.line % SAMPLED):
-                    self.masker.refuse_unlike(row)
-            except Unfit as unfit:
-                self.drop(tally, item.where, unfit, item.messages)
+                cut_tokens = self.cut_to_limit(row, item.is_heldout)
+                if not cut_tokens and (item.is_heldout or not item.line % PROMPT_CHECK_INTERVAL):
+                    self.masker.refuse_other_prompt_tokens(row)
+            except UnusableRow as error:
+                self.record_drop(tally, item.place, error, item.messages)
                 continue
-            tally.note(item.where, item.changes, item.findings)
-            tally.truncated.update({"rows": 1, "tokens": cut} if cut else {})
+            tally.count_changes(item.place, item.changes, item.findings)
+            tally.truncated.update({"rows": 1, "tokens": cut_tokens} if cut_tokens else {})
             kept.append((item, row))
         tally.notes.sort(key=lambda note: int(note["where"].rpartition(":")[2]))
-        return self.done(chunk, tally, kept)
+        return self.pack_rows(chunk, tally, kept)
 
-    def cleaned(self, chunk: Chunk, line: int, payload: bytes | dict, tally: Tally) -> "Fit | None":
+    def clean_row(self, chunk: Chunk, line: int, payload: bytes | dict, tally: Tally) -> "CleanRow | None":
         """Parse, clean and render one row; return None when it is dropped."""
-        where, row = f"{chunk.name}:{line}", None
+        place, row = f"{chunk.name}:{line}", None
         try:
-            row = parsed(payload)
-            tally.unused.update(unused_fields(row, chunk.schema))
-            messages, changes, findings = self.cleaner(conversation(row, chunk.schema))
-            asked = duplicates.question(messages)
+            row = parse_row(payload)
+            tally.unused.update(find_unused_fields(row, chunk.schema))
+            messages, changes, findings = self.cleaner(build_conversation(row, chunk.schema))
+            question_hash = duplicates.hash_question(messages)
             tally.count_system_prompt(messages)
-            messages = self.with_system(messages)
-            rendered = self.masker.rendered(messages, self.longest())
-        except Unfit as unfit:
-            self.drop(tally, where, unfit, row)
+            messages = self.add_system_prompt(messages)
+            rendered = self.masker.render(messages, self.token_limit())
+        except UnusableRow as error:
+            self.record_drop(tally, place, error, row)
             return None
-        return Fit(line, where, messages, asked, self.held(chunk, asked), rendered, changes, findings)
+        return CleanRow(
+            line, place, messages, question_hash, self.is_heldout(chunk, question_hash), rendered, changes, findings
+        )
 
-    def drop(self, tally: Tally, where: str, unfit: Unfit, row: object) -> None:
+    def record_drop(self, tally: Tally, place: str, error: UnusableRow, row: object) -> None:
         """Tally a dropped row and quote it, without the secrets and personal data that must not be kept."""
         try:
-            known = self.harmless(row)
-            text = json.dumps(known, default=repr, skipkeys=True)[:QUOTED]
+            harmless_row = self.mask_private_values(row)
+            text = json.dumps(harmless_row, default=repr, skipkeys=True)[:MAX_QUOTED_CHARACTERS]
         except (ValueError, RecursionError):
-            known, text = row, f"{type(row).__name__}, nested too deeply to be written"
-        detail = unfit.detail if known == row else "not quoted: the row holds a secret or personal data"
-        tally.drop(where, unfit.reason, detail, **({} if row is None else {"row": text}))
+            harmless_row, text = row, f"{type(row).__name__}, nested too deeply to be written"
+        detail = error.detail if harmless_row == row else "not quoted: the row holds a secret or personal data"
+        tally.count_drop(place, error.reason, detail, **({} if row is None else {"row": text}))
 
-    def harmless(self, value: object) -> object:
+    def mask_private_values(self, value: object) -> object:
         """Return a row with secrets and personal data masked, if the config asks to mask or drop them."""
-        looks = [look for action, look in self.looks if action in ("mask", "drop")]
-        if not looks or isinstance(value, int | float | None):
+        searches = [search for action, search in self.searches if action in ("mask", "drop")]
+        if not searches or isinstance(value, int | float | None):
             return value
         if isinstance(value, dict):
-            return {self.harmless(key): self.harmless(below) for key, below in value.items()}
+            return {self.mask_private_values(key): self.mask_private_values(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.harmless(below) for below in value)
+            return type(value)(self.mask_private_values(inner) for inner in value)
         text = value if isinstance(value, str) else repr(value)
-        masked = functools.reduce(lambda said, look: personal_data.masked(said, look(said)), looks, text)
+        masked = functools.reduce(
+            lambda masked_text, search: personal_data.mask_findings(masked_text, search(masked_text)), searches, text
+        )
         return masked if masked != text else value
 
-    def held(self, chunk: Chunk, question: int) -> bool:
+    def is_heldout(self, chunk: Chunk, question_hash: int) -> bool:
         """Return whether a row with this hash of its question belongs to the held-out set."""
         share = self.settings.validation_share
-        return chunk.held if share is None else question / 2**64 < share
+        return chunk.is_heldout if share is None else question_hash / 2**64 < share
 
-    def longest(self) -> int | None:
+    def token_limit(self) -> int | None:
         """Return the most tokens of a row that is worth tokenizing; None where long rows are truncated."""
-        return self.settings.limit if self.settings.clean.too_long == "drop" else None
+        return self.settings.max_tokens if self.settings.clean.too_long == "drop" else None
 
-    def with_system(self, messages: list[dict]) -> list[dict]:
+    def add_system_prompt(self, messages: list[dict]) -> list[dict]:
         """Add the default system prompt where the row has none; raise UnusableRow when the template drops prompts."""
-        if messages[0]["role"] != "system" and self.settings.system:
-            messages = [{"role": "system", "content": self.settings.system}, *messages]
-        if messages[0]["role"] == "system" and not self.settings.chat.system:
-            raise Unfit("system_ignored", f"the system prompt {messages[0]['content'][:40]!r}")
+        if messages[0]["role"] != "system" and self.settings.default_system:
+            messages = [{"role": "system", "content": self.settings.default_system}, *messages]
+        if messages[0]["role"] == "system" and not self.settings.chat.supports_system:
+            raise UnusableRow("system_ignored", f"the system prompt {messages[0]['content'][:40]!r}")
         return messages
 
-    def fitted(self, row: Row | Unfit, held: bool) -> int:
+    def cut_to_limit(self, row: TokenizedRow | UnusableRow, is_heldout: bool) -> int:
         """Cut a row to the limit in place and return how many tokens were cut off; a held-out row is never cut.
 
         Raises:
             UnusableRow: The row is one already, is too short or too long, or has no token left that carries loss.
         """
-        if isinstance(row, Unfit):
+        if isinstance(row, UnusableRow):
             raise row
-        limit, clean, length = self.settings.limit, self.settings.clean, len(row.ids)
+        limit, clean, length = self.settings.max_tokens, self.settings.clean, len(row.ids)
         if length < clean.min_tokens:
-            raise Unfit("too_short", f"{length} tokens")
-        if length > limit and (held or clean.too_long == "drop"):
-            raise Unfit("too_long", f"{length} tokens, base.max_seq_length is {limit}")
+            raise UnusableRow("too_short", f"{length} tokens")
+        if length > limit and (is_heldout or clean.too_long == "drop"):
+            raise UnusableRow("too_long", f"{length} tokens, base.max_seq_length is {limit}")
         row.ids, row.loss = row.ids[:limit], row.loss[:limit]
         if not row.loss.any():
-            raise Unfit("no_loss", f"no token of the assistant's within the first {limit}")
+            raise UnusableRow("no_loss", f"no token of the assistant's within the first {limit}")
         return max(0, length - limit)
 
-    def done(self, chunk: Chunk, tally: Tally, kept: list[tuple["Fit", Row]]) -> Done:
+    def pack_rows(self, chunk: Chunk, tally: Tally, kept: list[tuple["CleanRow", TokenizedRow]]) -> ProcessedChunk:
         """Return the kept rows as arrays."""
-        clean, fits, rows = self.settings.clean, [fit for fit, _ in kept], [row for _, row in kept]
-        compared = fits if clean.near_duplicates or clean.leakage else []
-        return Done(
+        clean, clean_rows, rows = self.settings.clean, [clean_row for clean_row, _ in kept], [row for _, row in kept]
+        rows_to_compare = clean_rows if clean.near_duplicates or clean.leakage else []
+        return ProcessedChunk(
             chunk.part,
             tally,
-            lines=np.array([fit.line for fit in fits], dtype=np.int64),
-            held=np.array([fit.held for fit in fits], dtype=bool),
+            lines=np.array([clean_row.line for clean_row in clean_rows], dtype=np.int64),
+            held=np.array([clean_row.is_heldout for clean_row in clean_rows], dtype=bool),
             lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
             ids=np.concatenate([row.ids for row in rows] or [np.zeros(0, np.int32)]),
             loss=np.concatenate([row.loss for row in rows] or [np.zeros(0, bool)]),
-            digests=np.frombuffer(b"".join(duplicates.digest(fit.messages) for fit in fits), dtype="V16"),
-            questions=np.array([fit.question for fit in fits], dtype=np.uint64),
-            signatures=duplicates.signatures([duplicates.plain(fit.messages) for fit in compared]),
+            digests=np.frombuffer(
+                b"".join(duplicates.hash_conversation(clean_row.messages) for clean_row in clean_rows), dtype="V16"
+            ),
+            questions=np.array([clean_row.question_hash for clean_row in clean_rows], dtype=np.uint64),
+            signatures=duplicates.compute_signatures(
+                [duplicates.text_to_compare(clean_row.messages) for clean_row in rows_to_compare]
+            ),
             texts=[
                 {
                     "prompt": row.prompt,
                     "prompt_tokens": row.prompt_tokens,
                     "answer": row.answer,
-                    "messages": fit.messages[:-1],
+                    "messages": clean_row.messages[:-1],
                 }
-                for fit, row in kept
-                if fit.held
+                for clean_row, row in kept
+                if clean_row.is_heldout
             ],
-            questions_asked=[
-                fit.messages[-2]["content"]
-                for fit, _ in kept
-                if not fit.held and fit.line <= SAMPLED_QUESTIONS and len(fit.messages) > 1
+            sample_questions=[
+                clean_row.messages[-2]["content"]
+                for clean_row, _ in kept
+                if not clean_row.is_heldout and clean_row.line <= MAX_SAMPLE_LINES and len(clean_row.messages) > 1
             ],
         )
 
 
-def parsed(payload: bytes | dict) -> dict:
+def parse_row(payload: bytes | dict) -> dict:
     """Return a row as an object, parsed where it is JSON text.
 
     Raises:
@@ -324,54 +338,56 @@ def parsed(payload: bytes | dict) -> dict:
     """
     if isinstance(payload, bytes):
         try:
-            payload = json.loads(payload.decode(), object_pairs_hook=distinct)
+            payload = json.loads(payload.decode(), object_pairs_hook=mark_duplicate_keys)
         except UnicodeDecodeError as error:
-            raise Unfit("broken_encoding", f"no UTF-8: {error.reason} at byte {error.start + 1} of the line") from None
+            raise UnusableRow(
+                "broken_encoding", f"no UTF-8: {error.reason} at byte {error.start + 1} of the line"
+            ) from None
         except (ValueError, RecursionError) as error:
-            raise Unfit("broken_json", str(error)) from None
+            raise UnusableRow("broken_json", str(error)) from None
     if isinstance(payload, DuplicateKeys):
-        raise Unfit("duplicate_keys", f"its keys are {', '.join(map(str, payload))}, and one stands there twice")
+        raise UnusableRow("duplicate_keys", f"its keys are {', '.join(map(str, payload))}, and one stands there twice")
     return payload
 
 
 _worker: Worker | None = None
 
 
-def _begin(settings: Settings) -> None:
+def _start_worker(settings: WorkerSettings) -> None:
     """Prepare a process of the pool: create its worker, ignore Ctrl-C, and let it end with its parent."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent reports it
     _worker = Worker(settings)
     gc.freeze()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """End this process when its parent ends: after a kill -9 of the parent, a worker would wait for ever."""
     parent_process().join()
     os._exit(1)
 
 
-def _work(chunk: Chunk) -> Done:
+def _process_chunk(chunk: Chunk) -> ProcessedChunk:
     return _worker(chunk)
 
 
-def through(chunks: Iterable[Chunk], settings: Settings, processes: int) -> Iterator[Done]:
+def process_chunks(chunks: Iterable[Chunk], settings: WorkerSettings, processes: int) -> Iterator[ProcessedChunk]:
     """Process all chunks and yield the results in their order, with at most two chunks a process in memory."""
     chunks = iter(chunks)
-    head = list(islice(chunks, SMALL // CHUNK))
-    if processes == 1 or len(head) < SMALL // CHUNK:
-        yield from map(Worker(settings), chain(head, chunks))
+    first_chunks = list(islice(chunks, MIN_POOL_ROWS // CHUNK_ROWS))
+    if processes == 1 or len(first_chunks) < MIN_POOL_ROWS // CHUNK_ROWS:
+        yield from map(Worker(settings), chain(first_chunks, chunks))
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (settings,)) as pool:
-        waiting: deque = deque()
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (settings,)) as pool:
+        futures: deque = deque()
         try:
-            for chunk in chain(head, chunks):
-                waiting.append(pool.submit(_work, chunk))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for chunk in chain(first_chunks, chunks):
+                futures.append(pool.submit(_process_chunk, chunk))
+                if len(futures) > 2 * processes:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)

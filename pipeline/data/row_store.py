@@ -13,18 +13,18 @@ import numpy as np
 from common import files
 from pipeline.config.schema import Clean
 from pipeline.data import duplicates
-from pipeline.data.process_rows import Done, Tally
+from pipeline.data.process_rows import ProcessedChunk, Tally
 from pipeline.run import training_rows as trained
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
-ROW_GROUP = 10_000  # rows that are read from the spool and written at once
+GROUP_ROWS = 10_000  # rows that are read from the spool and written at once
 COLUMNS = ("part", "lines", "held", "lengths", "learned", "digests", "questions")
 
 
-class Spool:
+class RowSpool:
     """Collect the results of the workers in order, find rows to drop among all of them, and write the outputs.
 
     After `close`, each of COLUMNS is an attribute: an array with one entry a row.
@@ -51,30 +51,30 @@ class Spool:
         import pyarrow as pa
 
         self.folder, self.names, self.tally = folder, names, Tally()
-        self.at = folder / "spool"
-        self.at.mkdir(parents=True)
+        self.spool_dir = folder / "spool"
+        self.spool_dir.mkdir(parents=True)
         self._texts: list[bytes] = []  # of held-out rows, as JSON
-        self.questions_asked: list[str] = []  # of the first training rows
+        self.sample_questions: list[str] = []  # of the first training rows
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-        self._rows = pa.ipc.new_file(str(self.at / "rows.arrow"), trained.schema())
-        self._signatures = (self.at / "signatures").open("wb")
+        self._rows = pa.ipc.new_file(str(self.spool_dir / "rows.arrow"), trained.row_schema())
+        self._signatures = (self.spool_dir / "signatures").open("wb")
         self._rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
 
-    def add(self, done: Done) -> None:
+    def add_chunk(self, chunk: ProcessedChunk) -> None:
         """Write the rows of one chunk to the spool."""
-        self.tally.add(done.tally)
-        self._note(done.tally.notes)
-        ends = np.concatenate([[0], np.cumsum(done.lengths)])
-        learned = np.concatenate([[0], np.cumsum(done.loss)])
-        more = {"part": np.full(len(done.lines), done.part), "learned": np.diff(learned[ends])}
+        self.tally.add(chunk.tally)
+        self._write_notes(chunk.tally.notes)
+        row_offsets = np.concatenate([[0], np.cumsum(chunk.lengths)])
+        loss_counts = np.concatenate([[0], np.cumsum(chunk.loss)])
+        computed_columns = {"part": np.full(len(chunk.lines), chunk.part), "learned": np.diff(loss_counts[row_offsets])}
         for name in COLUMNS:
-            self._columns[name].append(more[name] if name in more else getattr(done, name))
-        self._texts += [json.dumps(text, ensure_ascii=False).encode() for text in done.texts]
-        self.questions_asked += done.questions_asked
-        self._signatures.write(done.signatures.tobytes())
-        self._rows.write_batch(_batch(done, ends))
+            self._columns[name].append(computed_columns[name] if name in computed_columns else getattr(chunk, name))
+        self._texts += [json.dumps(text, ensure_ascii=False).encode() for text in chunk.texts]
+        self.sample_questions += chunk.sample_questions
+        self._signatures.write(chunk.signatures.tobytes())
+        self._rows.write_batch(_build_record_batch(chunk, row_offsets))
 
-    def _note(self, notes: list[dict]) -> None:
+    def _write_notes(self, notes: list[dict]) -> None:
         self._rejected.writelines(json.dumps(note, ensure_ascii=False) + "\n" for note in notes)
 
     def close(self) -> None:
@@ -86,11 +86,11 @@ class Spool:
             setattr(self, name, np.concatenate(self._columns.pop(name)))
         self.kept = np.ones(len(self.lines), dtype=bool)
 
-    def where(self, row: int) -> str:
+    def row_place(self, row: int) -> str:
         """Return the place of a row for messages, such as rows.jsonl:12."""
         return f"{self.names[self.part[row]]}:{self.lines[row]}"
 
-    def decide(self, clean: Clean, split: bool) -> None:
+    def drop_repeated_rows(self, clean: Clean, split: bool) -> None:
         """Mark duplicates, and training rows that leak held-out ones, as dropped.
 
         Args:
@@ -99,31 +99,43 @@ class Spool:
                 the user gave are used as they are.
         """
         self._repeated: dict[int, dict] = {}
-        signatures = np.fromfile(self.at / "signatures", np.uint16).reshape(-1, duplicates.PERMUTATIONS)
-        compared = np.flatnonzero(~self.held | split)
+        signatures = np.fromfile(self.spool_dir / "signatures", np.uint16).reshape(-1, duplicates.PERMUTATIONS)
+        candidates = np.flatnonzero(~self.held | split)
         if clean.exact_duplicates:
-            first = compared[duplicates.exact(self.digests[compared])]
-            again = first != compared
-            self._drop(
-                "duplicate", dict(zip(compared[again].tolist(), ((int(row), 1.0) for row in first[again]), strict=True))
+            first_rows = candidates[duplicates.find_first_equal(self.digests[candidates])]
+            is_repeated = first_rows != candidates
+            self._mark_dropped(
+                "duplicate",
+                dict(
+                    zip(
+                        candidates[is_repeated].tolist(),
+                        ((int(row), 1.0) for row in first_rows[is_repeated]),
+                        strict=True,
+                    )
+                ),
             )
         if clean.near_duplicates:
-            left = compared[self.kept[compared]]
-            self._drop("near_duplicate", duplicates.near(signatures, clean.near_duplicates, left))
+            remaining = candidates[self.kept[candidates]]
+            self._mark_dropped(
+                "near_duplicate", duplicates.find_near_duplicates(signatures, clean.near_duplicates, remaining)
+            )
         if clean.leakage:
-            self._drop("leaked", duplicates.asked(self.questions, self.held, self.kept))
-            self._drop("leaked", duplicates.near(signatures, clean.leakage, np.flatnonzero(self.kept), self.held))
+            self._mark_dropped("leaked", duplicates.find_shared_questions(self.questions, self.held, self.kept))
+            self._mark_dropped(
+                "leaked",
+                duplicates.find_near_duplicates(signatures, clean.leakage, np.flatnonzero(self.kept), self.held),
+            )
 
-    def _drop(self, reason: str, found: dict[int, tuple[int, float]]) -> None:
+    def _mark_dropped(self, reason: str, repeated: dict[int, tuple[int, float]]) -> None:
         """Mark rows as dropped, given as {row: (the row that it repeats, similarity)}."""
-        for row, (other, alike) in sorted(found.items()):
+        for row, (original, similarity) in sorted(repeated.items()):
             self.kept[row] = False
-            detail = f"{'equal to' if alike == 1 else f'{alike:.2f} like'} {self.where(other)}"
+            detail = f"{'equal to' if similarity == 1 else f'{similarity:.2f} like'} {self.row_place(original)}"
             self._repeated[row] = {"reason": reason, "detail": detail}
             self.tally.dropped[reason] += 1
-            self.tally.examples.setdefault(reason, f"{self.where(row)}: {detail}")
+            self.tally.examples.setdefault(reason, f"{self.row_place(row)}: {detail}")
 
-    def write(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Path]:
+    def write_outputs(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Path]:
         """Write train.parquet, heldout.jsonl and the rest of rejected.jsonl, and remove the spool.
 
         Returns:
@@ -136,50 +148,59 @@ class Spool:
         }
         texts = iter(self._texts)
         with (
-            files.writing(outputs["train"]) as train,
-            files.writing(outputs["heldout"]) as held,
-            held.open("wb") as out,
-            parquet.ParquetWriter(train, trained.schema(), compression="zstd") as writer,
+            files.write_atomically(outputs["train"]) as train_path,
+            files.write_atomically(outputs["heldout"]) as heldout_path,
+            heldout_path.open("wb") as heldout_file,
+            parquet.ParquetWriter(train_path, trained.row_schema(), compression="zstd") as writer,
         ):
-            for table, numbers in self._groups():
-                writer.write_table(table.filter(self.kept[numbers] & ~self.held[numbers]), ROW_GROUP * 2)
-                self._write_held(out, table.filter(self.held[numbers]), numbers[self.held[numbers]], texts)
-                self._note_repeated(table, numbers, tokenizer)
+            for table, row_numbers in self._read_groups():
+                writer.write_table(table.filter(self.kept[row_numbers] & ~self.held[row_numbers]), GROUP_ROWS * 2)
+                self._write_heldout(
+                    heldout_file, table.filter(self.held[row_numbers]), row_numbers[self.held[row_numbers]], texts
+                )
+                self._write_repeated(table, row_numbers, tokenizer)
         self._rejected.close()
-        files.remove(self.at)
+        files.remove(self.spool_dir)
         return outputs
 
-    def _groups(self) -> Iterator[tuple["pa.Table", np.ndarray]]:
+    def _read_groups(self) -> Iterator[tuple["pa.Table", np.ndarray]]:
         """Yield the spool in tables of about GROUP_ROWS rows, each with the numbers of its rows."""
         import pyarrow as pa
 
-        with pa.OSFile(str(self.at / "rows.arrow")) as source:
-            spooled = pa.ipc.open_file(source)
-            batches, at = [], 0
-            for i in range(spooled.num_record_batches):
-                batches.append(spooled.get_batch(i))
-                if (count := sum(map(len, batches))) >= ROW_GROUP or i == spooled.num_record_batches - 1:
-                    yield pa.Table.from_batches(batches), np.arange(at, at + count)
-                    batches, at = [], at + count
+        with pa.OSFile(str(self.spool_dir / "rows.arrow")) as file:
+            reader = pa.ipc.open_file(file)
+            batches, first_number = [], 0
+            for i in range(reader.num_record_batches):
+                batches.append(reader.get_batch(i))
+                if (count := sum(map(len, batches))) >= GROUP_ROWS or i == reader.num_record_batches - 1:
+                    yield pa.Table.from_batches(batches), np.arange(first_number, first_number + count)
+                    batches, first_number = [], first_number + count
 
-    def _write_held(self, out, table: "pa.Table", numbers: np.ndarray, texts: Iterator[bytes]) -> None:
+    def _write_heldout(self, file, table: "pa.Table", row_numbers: np.ndarray, texts: Iterator[bytes]) -> None:
         """Write the held-out rows of a table that are kept, and take the texts of all its held-out rows."""
-        for number, row in zip(numbers, table.to_pylist(), strict=True):
+        for number, row in zip(row_numbers, table.to_pylist(), strict=True):
             line = {**row, **json.loads(next(texts))}
             if self.kept[number]:
-                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
-    def _note_repeated(self, table: "pa.Table", numbers: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def _write_repeated(self, table: "pa.Table", row_numbers: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> None:
         """Write the rows of a table that repeat another row to rejected.jsonl."""
-        for place, number in enumerate(numbers.tolist()):
+        for index, number in enumerate(row_numbers.tolist()):
             if number in self._repeated:
-                text = tokenizer.decode(table["input_ids"][place].as_py())
-                self._note(
-                    [{"where": self.where(number), "action": "dropped", **self._repeated[number], "text": text[:2000]}]
+                text = tokenizer.decode(table["input_ids"][index].as_py())
+                self._write_notes(
+                    [
+                        {
+                            "where": self.row_place(number),
+                            "action": "dropped",
+                            **self._repeated[number],
+                            "text": text[:2000],
+                        }
+                    ]
                 )
 
 
-def _batch(done: Done, ends: np.ndarray) -> "pa.RecordBatch":
+def _build_record_batch(chunk: ProcessedChunk, row_offsets: np.ndarray) -> "pa.RecordBatch":
     """Return the token ids and labels of a chunk as an Arrow batch.
 
     Args:
@@ -188,8 +209,9 @@ def _batch(done: Done, ends: np.ndarray) -> "pa.RecordBatch":
     """
     import pyarrow as pa
 
-    offsets = pa.array(ends.astype(np.int32))
-    columns = (done.ids, np.where(done.loss, done.ids, np.int32(trained.IGNORED)))
+    offsets = pa.array(row_offsets.astype(np.int32))
+    columns = (chunk.ids, np.where(chunk.loss, chunk.ids, np.int32(trained.IGNORED_LABEL)))
     return pa.record_batch(
-        [pa.ListArray.from_arrays(offsets, pa.array(column, pa.int32())) for column in columns], schema=trained.schema()
+        [pa.ListArray.from_arrays(offsets, pa.array(column, pa.int32())) for column in columns],
+        schema=trained.row_schema(),
     )

@@ -12,9 +12,9 @@ from contract import limits
 from pipeline.config.references import ROW_FILE_SUFFIXES, expand_source_path, is_hub_dataset, row_file_suffix
 from pipeline.config.schema import Data
 from pipeline.data import file_formats
-from pipeline.data.file_formats import Item
+from pipeline.data.file_formats import NumberedRow
 
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval", "test")}
 LOCAL_SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\])?$")
 
 
@@ -32,23 +32,25 @@ class Part:
 
     name: str
     path: Path | None = None
-    hub: object = None
+    hub_rows: object = None
     start: int = 0
     stop: int | None = None
 
-    def items(self) -> Iterator[Item]:
+    def read_rows(self) -> Iterator[NumberedRow]:
         """Yield the rows, each with its line or row number.
 
         Raises:
             UserError: The file itself is damaged.
         """
         return islice(
-            _hub_items(self.hub) if self.path is None else file_formats.items(self.path), self.start, self.stop
+            _read_hub_rows(self.hub_rows) if self.path is None else file_formats.read_rows(self.path),
+            self.start,
+            self.stop,
         )
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """The rows that a setting names.
 
     Attributes:
@@ -62,29 +64,31 @@ class Source:
     facts: dict
 
 
-def training(data: Data) -> Source:
+def load_training_source(data: Data) -> DataSource:
     """Load the rows that data.source and data.split name."""
-    return _source(data.source, data.split, data)
+    return _load_source(data.source, data.split, data)
 
 
-def validation(data: Data) -> Source | None:
+def load_validation_source(data: Data) -> DataSource | None:
     """Load the held-out rows that the user gives; None where they are split off from the training rows.
 
     They are those of data.validation (a file, a folder, or a split of the same Hub data set), or the validation files
     of the folder data.source.
     """
     if data.validation:
-        same = is_hub_dataset(data.source) and LOCAL_SPLIT.match(data.validation) and not Path(data.validation).exists()
-        if same:
-            return _source(data.source, data.validation, data)
-        return _source(data.validation, "validation", data, "data.validation")
+        is_hub_split = (
+            is_hub_dataset(data.source) and LOCAL_SPLIT.match(data.validation) and not Path(data.validation).exists()
+        )
+        if is_hub_split:
+            return _load_source(data.source, data.validation, data)
+        return _load_source(data.validation, "validation", data, "data.validation")
     folder = expand_source_path(data.source)
-    if folder.is_dir() and (found := _of_split(folder, "validation")):
-        return _local(found, slice(None), folder)
+    if folder.is_dir() and (validation_files := _list_split_files(folder, "validation")):
+        return _build_local_source(validation_files, slice(None), folder)
     return None
 
 
-def _source(source: str, split: str, data: Data, setting: str = "data.source") -> Source:
+def _load_source(source: str, split: str, data: Data, setting: str = "data.source") -> DataSource:
     """Load the rows of one split of a data set.
 
     Args:
@@ -97,7 +101,7 @@ def _source(source: str, split: str, data: Data, setting: str = "data.source") -
         UserError: The source is missing or of no known kind, or has no such split.
     """
     if is_hub_dataset(source):
-        return _from_hub(source, split, data)
+        return _load_hub_source(source, split, data)
     path = expand_source_path(source)
     match = LOCAL_SPLIT.match(split)
     if not match:
@@ -106,36 +110,38 @@ def _source(source: str, split: str, data: Data, setting: str = "data.source") -
         )
     rows = slice(int(match["start"] or 0), int(match["stop"]) if match["stop"] else None)
     if path.is_dir():
-        found = _of_split(path, match["name"])
-        if not found:
-            there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        split_files = _list_split_files(path, match["name"])
+        if not split_files:
+            present_files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise UserError(
-                f"the folder {source} has no {match['name']} file; there is {there}",
+                f"the folder {source} has no {match['name']} file; there is {present_files}",
                 f"name one {match['name']}.jsonl (or .json, .csv, .parquet), or name the file itself in {setting}",
             )
-        return _local(found, rows, path)
+        return _build_local_source(split_files, rows, path)
     if not path.is_file():
         raise UserError(f"data file {source} is missing", f"correct {setting}, or put the file there")
     if row_file_suffix(path) not in ROW_FILE_SUFFIXES:
         raise UserError(
             f"{source}: no known kind of data file", f"known: {', '.join(ROW_FILE_SUFFIXES)}, each also with .gz"
         )
-    return _local([path], rows, None)
+    return _build_local_source([path], rows, None)
 
 
-def _of_split(folder: Path, split: str) -> list[Path]:
+def _list_split_files(folder: Path, split: str) -> list[Path]:
     """Return a folder's files of one split, in order of their names.
 
     Such as train.jsonl, or train-00000-of-00002.parquet and those after it.
     """
-    files_there = sorted(p for p in folder.iterdir() if p.is_file() and row_file_suffix(p) in ROW_FILE_SUFFIXES)
-    for name in SPLITS.get(split, (split,)):
-        if found := [p for p in files_there if re.match(rf"{re.escape(name)}(?![a-zA-Z])", p.name)]:
-            return found
+    row_files = sorted(
+        path for path in folder.iterdir() if path.is_file() and row_file_suffix(path) in ROW_FILE_SUFFIXES
+    )
+    for name in SPLIT_NAMES.get(split, (split,)):
+        if split_files := [path for path in row_files if re.match(rf"{re.escape(name)}(?![a-zA-Z])", path.name)]:
+            return split_files
     return []
 
 
-def _local(paths: list[Path], rows: slice, folder: Path | None) -> Source:
+def _build_local_source(paths: list[Path], rows: slice, folder: Path | None) -> DataSource:
     """Return the rows of local files, with the files' hashes.
 
     Raises:
@@ -153,37 +159,37 @@ def _local(paths: list[Path], rows: slice, folder: Path | None) -> Source:
     parts = [Part(str(path), path, start=rows.start or 0, stop=rows.stop) for path in paths]
     inputs = {}
     for path in paths:
-        with file_formats.readable(path):
+        with file_formats.explain_damaged_file(path):
             inputs[str(path)] = files.sha256(path)
-    return Source(parts, inputs, {})
+    return DataSource(parts, inputs, {})
 
 
-def _from_hub(source: str, split: str, data: Data) -> Source:
+def _load_hub_source(source: str, split: str, data: Data) -> DataSource:
     """Load one split of a Hub data set, from the cache where the Hub cannot be reached."""
     from datasets import load_dataset
     from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    cause, revision = None, data.revision
+    hub_error, revision = None, data.revision
     try:
         revision = HfApi().dataset_info(source, revision=revision).sha
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # offline: load_dataset tries the cache
-        cause = error
+        hub_error = error
     try:
         rows = load_dataset(source, data.subset, revision=revision, split=split)
     except Exception as error:  # load_dataset raises the errors of all its libraries; they mean the same to a user
         raise UserError(
             f"the data set {source} cannot be loaded: "
-            f"{(str(cause or error).strip() or type(error).__name__).splitlines()[0][:300]}",
+            f"{(str(hub_error or error).strip() or type(error).__name__).splitlines()[0][:300]}",
             "check data.source, subset, revision and split, the network and HF_TOKEN; a local file ends in "
             + ", ".join(ROW_FILE_SUFFIXES),
         ) from error
     facts = {"revision": revision, "split": split, "subset": data.subset, "rows": len(rows)}
-    return Source([Part(f"{source}[{split}]", hub=rows)], {}, facts)
+    return DataSource([Part(f"{source}[{split}]", hub_rows=rows)], {}, facts)
 
 
-def _hub_items(rows) -> Iterator[Item]:
+def _read_hub_rows(rows) -> Iterator[NumberedRow]:
     """Yield the rows of a loaded Hub data set, read 500 at a time, each with its row number."""
     for start in range(0, len(rows), 500):
         for offset, row in enumerate(rows.select(range(start, min(start + 500, len(rows)))).to_list()):

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from common import console, files
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import chat_format, limits
 from pipeline.base_model import fetch as bases
 from pipeline.base_model import licences, model_config, restore_gguf
@@ -30,10 +30,11 @@ from pipeline.data import (
     synthetic_prompts,
     system_prompt,
 )
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 
 
-def stage(config: Config, run: Run, processes: int | None = None) -> dict:
+def run_data(config: Config, run: Run, processes: int | None = None) -> DataRecord:
     """Write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and return the record.
 
     Args:
@@ -46,108 +47,114 @@ def stage(config: Config, run: Run, processes: int | None = None) -> dict:
     """
     folder = run.folder / "data"
     files.remove(folder)
-    base = bases.fetch_base_model(config.base.model, config.base.revision, weights=False)
-    sources = Sources(config.data)
-    tokenizer, chat_format, changed = chat_template.load(
-        restore_gguf.prepare_tokenizer(base), config.data.template, config.data.date, sources.reasoning()
+    base_path = bases.fetch_base_model(config.base.model, config.base.revision, weights=False)
+    dataset = DatasetParts(config.data)
+    tokenizer, chat, template_changes = chat_template.load_chat_tokenizer(
+        restore_gguf.prepare_tokenizer(base_path), config.data.template, config.data.date, dataset.has_reasoning()
     )
-    settings = settings_of(config, chat_format, folder / "tokenizer", sources)
-    with files.writing(settings.tokenizer) as part:
-        tokenizer.save_pretrained(part)
-    rows = gathered(sources, settings, folder, processes or os.cpu_count() or 1)
-    statistics.refuse_broken(rows.tally, config.clean, folder / "rejected.jsonl")
-    system = system_prompt.choose_default(config.data.system, rows.tally.system_prompts)
-    rows.decide(config.clean, split=settings.validation_share is not None)
-    statistics.refuse_empty(rows, config)
-    outputs = rows.write(tokenizer)
-    smoke_prompts = synthetic_prompts.make_smoke_prompts(rows.questions_asked) or synthetic_prompts.GENERAL
-    refuse_long_prompts(tokenizer, config.generation.smoke_prompts or smoke_prompts, system.default, config)
-    facts = statistics.facts(rows, config)
-    fallback = model_config.describe_tokenizer_fallback(base)
-    said = [
+    settings = build_worker_settings(config, chat, folder / "tokenizer", dataset)
+    with files.write_atomically(settings.tokenizer_dir) as temporary_folder:
+        tokenizer.save_pretrained(temporary_folder)
+    spool = collect_rows(dataset, settings, folder, processes or os.cpu_count() or 1)
+    statistics.refuse_broken_rows(spool.tally, config.clean, folder / "rejected.jsonl")
+    prompt_choice = system_prompt.choose_default(config.data.system, spool.tally.system_prompts)
+    spool.drop_repeated_rows(config.clean, split=settings.validation_share is not None)
+    statistics.refuse_empty_sets(spool, config)
+    outputs = spool.write_outputs(tokenizer)
+    smoke_prompts = synthetic_prompts.make_smoke_prompts(spool.sample_questions) or synthetic_prompts.GENERAL_PROMPTS
+    refuse_long_prompts(tokenizer, config.generation.smoke_prompts or smoke_prompts, prompt_choice.default, config)
+    facts = statistics.compute_facts(spool, config)
+    fallback = model_config.describe_tokenizer_fallback(base_path)
+    warnings = [
         *([fallback] if fallback else []),
-        *changed,
-        *statistics.cautions(facts, config, chat_format),
-        *statistics.describe_system(system, chat_format),
+        *template_changes,
+        *statistics.list_data_warnings(facts, config, chat),
+        *statistics.describe_system_prompt(prompt_choice, chat),
         *list_warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
     ]
-    beside = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer.iterdir())}
-    return run.write(
-        "data",
+    tokenizer_files = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer_dir.iterdir())}
+    return run.write_record(
+        DataRecord,
         (),
-        outputs | beside | licence(base, folder / "licence"),
-        inputs=sources.inputs,
-        dataset=sources.facts,
-        formats=sources.formats(),
-        fingerprints={name: fingerprint.of(Path(name)) for name in sources.inputs},
-        base=describe_base(config.base, base),
-        warnings=said,
+        outputs | tokenizer_files | copy_licence_files(base_path, folder / "licence"),
+        inputs=dataset.inputs,
+        dataset=dataset.facts,
+        formats=dataset.describe_formats(),
+        fingerprints={name: fingerprint.compute_fingerprint(Path(name)) for name in dataset.inputs},
+        base=describe_base(config.base, base_path),
+        warnings=warnings,
         chat={
-            "end": chat_format.ends,
-            "scaffold": chat_format.scaffolds[0],
-            "system": chat_format.system,
-            "joined": chat_format.joined,
+            "end": chat.end_tokens,
+            "scaffold": chat.scaffolds[0],
+            "system": chat.supports_system,
+            "joined": chat.is_joined,
         },
-        default_system=system.default,
+        default_system=prompt_choice.default,
         rows_keep_their_system=config.data.system == system_prompt.NONE,
-        has_input=sources.has_input(),
+        has_input=dataset.has_input(),
         smoke_prompts=list(smoke_prompts),
         **facts,
     )
 
 
-def settings_of(
-    config: Config, chat_format: chat_template.Chat, tokenizer: Path, sources: "Sources"
-) -> process_rows.Settings:
+def build_worker_settings(
+    config: Config, chat: chat_template.ChatFormat, tokenizer_dir: Path, dataset: "DatasetParts"
+) -> process_rows.WorkerSettings:
     """Return the settings of the workers.
 
     Raises:
         UserError: The rows are plain text, and the template puts turns around it.
     """
-    formats = {found.format for _, _, found in sources.parts}
-    if "text" in formats and not chat_format.raw:
+    formats = {schema.format for _, _, schema in dataset.parts}
+    if "text" in formats and not chat.is_raw:
         raise UserError(
             f"{config.data.source} holds plain text, and a chat template puts turns around it",
             "set data.template to completion, or map the columns of questions and answers in data.columns",
         )
-    return process_rows.Settings(
-        tokenizer=tokenizer,
-        chat=chat_format,
+    return process_rows.WorkerSettings(
+        tokenizer_dir=tokenizer_dir,
+        chat=chat,
         clean=config.clean,
         every_turn=config.data.labels == "all",
-        system=None if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE) else config.data.system,
-        limit=config.base.max_seq_length,
-        validation_share=None if sources.held else config.data.validation_share,
+        default_system=None
+        if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE)
+        else config.data.system,
+        max_tokens=config.base.max_seq_length,
+        validation_share=None if dataset.has_validation else config.data.validation_share,
     )
 
 
-def gathered(sources: "Sources", settings: process_rows.Settings, folder: Path, processes: int) -> row_store.Spool:
+def collect_rows(
+    dataset: "DatasetParts", settings: process_rows.WorkerSettings, folder: Path, processes: int
+) -> row_store.RowSpool:
     """Clean and mask all rows, and return them in a spool that is closed."""
-    rows = row_store.Spool(folder, [part.name for part, _, _ in sources.parts])
-    with console.progress(0, "cleaning and tokenizing") as tick:
-        for done in process_rows.through(sources.chunks(), settings, processes):
-            rows.add(done)
-            tick(done.tally.rows)
-    rows.close()
-    return rows
+    spool = row_store.RowSpool(folder, [part.name for part, _, _ in dataset.parts])
+    with console.show_progress(0, "cleaning and tokenizing") as advance:
+        for chunk in process_rows.process_chunks(dataset.read_chunks(), settings, processes):
+            spool.add_chunk(chunk)
+            advance(chunk.tally.rows)
+    spool.close()
+    return spool
 
 
-def refuse_long_prompts(tokenizer, prompts: Sequence[str], system: str | None, config: Config) -> None:
+def refuse_long_prompts(tokenizer, prompts: Sequence[str], default_system: str | None, config: Config) -> None:
     """Raise UserError when a smoke prompt and its system prompt together are too long for the model or a manifest."""
-    most = min(config.base.max_seq_length, limits.MAX_PROMPT_TOKENS)
-    before = [{"role": "system", "content": system}] if system else []
+    max_tokens = min(config.base.max_seq_length, limits.MAX_PROMPT_TOKENS)
+    system_messages = [{"role": "system", "content": default_system}] if default_system else []
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     for prompt in prompts:
-        text = chat_format.render(tokenizer.chat_template, [*before, {"role": "user", "content": prompt}], bos, eos)
-        if (tokens := len(tokenizer.encode(text, add_special_tokens=False))) > most:
+        text = chat_format.render(
+            tokenizer.chat_template, [*system_messages, {"role": "user", "content": prompt}], bos, eos
+        )
+        if (token_count := len(tokenizer.encode(text, add_special_tokens=False))) > max_tokens:
             raise UserError(
-                f"the smoke prompt {shown(prompt, 60)!r} has {tokens:,} tokens with its system prompt, "
-                f"at most {most:,} fit",
+                f"the smoke prompt {printable_line(prompt, 60)!r} has {token_count:,} tokens with its system prompt, "
+                f"at most {max_tokens:,} fit",
                 "shorten generation.smoke_prompts or data.system, or raise base.max_seq_length",
             )
 
 
-class Sources:
+class DatasetParts:
     """All parts of the data set, training and validation, with their formats.
 
     Attributes:
@@ -159,54 +166,61 @@ class Sources:
     """
 
     def __init__(self, data: Data):
-        training, held = sources.training(data), sources.validation(data)
-        self.held = held is not None
-        named = [(part, False) for part in training.parts] + [(part, True) for part in (held.parts if held else ())]
-        self.heads = [heads(part) for part, _ in named]
-        self.parts = [
-            (part, is_held, row_formats.detect(head, data, part.name))
-            for (part, is_held), head in zip(named, self.heads, strict=True)
+        training_source, validation_source = sources.load_training_source(data), sources.load_validation_source(data)
+        self.has_validation = validation_source is not None
+        parts = [(part, False) for part in training_source.parts] + [
+            (part, True) for part in (validation_source.parts if validation_source else ())
         ]
-        self.inputs = training.inputs | (held.inputs if held else {})
+        self.first_rows = [read_first_rows(part) for part, _ in parts]
+        self.parts = [
+            (part, is_heldout, row_formats.detect_format(first_rows, data, part.name))
+            for (part, is_heldout), first_rows in zip(parts, self.first_rows, strict=True)
+        ]
+        self.inputs = training_source.inputs | (validation_source.inputs if validation_source else {})
         if data.template.endswith(".jinja"):
-            chat_template.source(data.template, None)
+            chat_template.read_template_text(data.template, None)
             self.inputs |= {data.template: files.sha256(Path(data.template))}
-        self.facts = {"training": training.facts, "validation": held.facts if held else {}}
+        self.facts = {
+            "training": training_source.facts,
+            "validation": validation_source.facts if validation_source else {},
+        }
 
-    def formats(self) -> list[str]:
+    def describe_formats(self) -> list[str]:
         """Return a sentence for each part that says which format it has and why."""
-        return [f"{part.name}: {found.format} ({found.evidence})" for part, _, found in self.parts]
+        return [f"{part.name}: {schema.format} ({schema.evidence})" for part, _, schema in self.parts]
 
     def has_input(self) -> bool:
         """Return whether rows have an instruction and an input, which become one user message."""
-        return any(found.format == "alpaca" and "input" in found.columns for _, _, found in self.parts)
+        return any(schema.format == "alpaca" and "input" in schema.columns for _, _, schema in self.parts)
 
-    def reasoning(self) -> bool:
+    def has_reasoning(self) -> bool:
         """Return whether rows hold a thinking block of their own."""
-        return any("</think>" in json.dumps(row, default=repr, skipkeys=True) for head in self.heads for row in head)
+        return any(
+            "</think>" in json.dumps(row, default=repr, skipkeys=True) for rows in self.first_rows for row in rows
+        )
 
-    def chunks(self) -> Iterator[process_rows.Chunk]:
+    def read_chunks(self) -> Iterator[process_rows.Chunk]:
         """Read all rows and yield them in chunks."""
-        for number, (part, held, found) in enumerate(self.parts):
-            items = part.items()
-            while some := list(islice(items, process_rows.CHUNK)):
-                yield process_rows.Chunk(number, part.name, found, held, some)
+        for part_number, (part, is_heldout, schema) in enumerate(self.parts):
+            rows = part.read_rows()
+            while chunk_rows := list(islice(rows, process_rows.CHUNK_ROWS)):
+                yield process_rows.Chunk(part_number, part.name, schema, is_heldout, chunk_rows)
 
 
-def heads(part: sources.Part) -> list[dict]:
+def read_first_rows(part: sources.Part) -> list[dict]:
     """Return the rows that can be parsed among the first ones of a part, to detect its format.
 
     Raises:
         UserError: None of them can be parsed.
     """
     rows, faults = [], []
-    for line, payload in islice(part.items(), row_formats.HEAD):
+    for line, payload in islice(part.read_rows(), row_formats.DETECTION_ROWS):
         try:
-            row = process_rows.parsed(payload)
+            row = process_rows.parse_row(payload)
             faults += [] if isinstance(row, dict) else [f"{part.name}:{line}: {type(row).__name__}, not an object"]
             rows += [row] if isinstance(row, dict) else []
-        except process_rows.Unfit as unfit:
-            faults.append(f"{part.name}:{line}: {unfit.detail}")
+        except process_rows.UnusableRow as error:
+            faults.append(f"{part.name}:{line}: {error.detail}")
     if not rows:
         raise UserError(
             f"{part.name} holds no row that can be read" + (f"; the first: {faults[0]}" if faults else ""),
@@ -215,26 +229,26 @@ def heads(part: sources.Part) -> list[dict]:
     return rows
 
 
-def licence(base: Path, folder: Path) -> dict[str, Path]:
+def copy_licence_files(base: Path, folder: Path) -> dict[str, Path]:
     """Copy the base model's licence files, which a published derivative must include; return them by name of output."""
-    made = {}
-    for path in licences.files_of(base):
-        made[f"licence/{path.name}"] = folder / path.name
-        with files.writing(folder / path.name) as part:
-            files.copy(path, part)
-    return made
+    outputs = {}
+    for path in licences.find_licence_files(base):
+        outputs[f"licence/{path.name}"] = folder / path.name
+        with files.write_atomically(folder / path.name) as temporary_path:
+            files.copy_and_hash(path, temporary_path)
+    return outputs
 
 
 def describe_base(base: Base, source: Path) -> dict:
     """Return what the manifest says about the base model. Its own metadata about the licence precedes the config's."""
     if source.is_file():
-        meta = restore_gguf.read_metadata(source)
+        metadata = restore_gguf.read_metadata(source)
         return {
             "model": base.model,
             "revision": restore_gguf.hash_gguf(source),
-            "architecture": meta["general.architecture"],
-            "license": meta.get("general.license") or base.license,
-            "name": meta.get("general.basename") or source.stem,
+            "architecture": metadata["general.architecture"],
+            "license": metadata.get("general.license") or base.license,
+            "name": metadata.get("general.basename") or source.stem,
         }
     revision = source.name if "snapshots" in source.parts else None
     return {
@@ -243,4 +257,4 @@ def describe_base(base: Base, source: Path) -> dict:
         "architecture": model_config.read_architecture(source),
         "license": base.license,
         "name": base.model.rstrip("/").split("/")[-1],
-    } | {key: value for key, value in licences.read_card(source).items() if value}
+    } | {key: value for key, value in licences.read_card_licence(source).items() if value}

@@ -11,29 +11,30 @@ import numpy as np
 
 from common import console
 from common.errors import UserError
-from contract.ollama_template import unsayable
+from contract.ollama_template import find_modelfile_fault
 from pipeline.config.schema import Clean, Config, Finetune
-from pipeline.data.drop_reasons import BROKEN, REASONS
-from pipeline.run.training_rows import IGNORED
+from pipeline.data.drop_reasons import BROKEN_REASONS, DROP_REASONS
+from pipeline.run.records import DataRecord
+from pipeline.run.training_rows import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from pipeline.data.chat_template import Chat
+    from pipeline.data.chat_template import ChatFormat
     from pipeline.data.process_rows import Tally
-    from pipeline.data.row_store import Spool
+    from pipeline.data.row_store import RowSpool
     from pipeline.data.system_prompt import SystemPrompt
 
-BARS = " ▏▎▍▌▋▊▉█"
+BAR_PARTS = " ▏▎▍▌▋▊▉█"
 
 
-def refuse_broken(tally: "Tally", clean: Clean, rejected: Path) -> None:
+def refuse_broken_rows(tally: "Tally", clean: Clean, rejected: Path) -> None:
     """Raise UserError when more rows are broken than clean.max_rejected allows."""
-    broken = {reason: count for reason, count in tally.dropped.items() if reason in BROKEN}
+    broken = {reason: count for reason, count in tally.dropped.items() if reason in BROKEN_REASONS}
     count = sum(broken.values())
     if count > clean.max_rejected * tally.rows or count == tally.rows:
         lines = [
-            f"  {number} {reason} ({BROKEN[reason]}): {list_places(tally.places[reason], number)}; "
+            f"  {row_count} {reason} ({BROKEN_REASONS[reason]}): {list_places(tally.places[reason], row_count)}; "
             f"the first: {tally.examples[reason].partition(': ')[2]}"
-            for reason, number in Counter(broken).most_common()
+            for reason, row_count in Counter(broken).most_common()
         ]
         raise UserError(
             f"{count} of {tally.rows} rows cannot be used:\n" + "\n".join(lines),
@@ -47,11 +48,11 @@ def list_places(places: list[str], count: int) -> str:
     for place in places:
         name, _, line = place.rpartition(":")
         by_file.setdefault(name, []).append(int(line))
-    text = "; ".join(f"{name}:{', '.join(runs_of(lines))}" for name, lines in by_file.items())
+    text = "; ".join(f"{name}:{', '.join(format_line_runs(lines))}" for name, lines in by_file.items())
     return text + (f" and {count - len(places)} more" if count > len(places) else "")
 
 
-def runs_of(lines: list[int]) -> list[str]:
+def format_line_runs(lines: list[int]) -> list[str]:
     """Return line numbers with runs joined: [3, 7, 8, 9] as 3 and 7-9."""
     runs: list[list[int]] = []
     for line in lines:
@@ -62,162 +63,170 @@ def runs_of(lines: list[int]) -> list[str]:
     return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
 
 
-def describe_system(system: "SystemPrompt", chat: "Chat") -> list[str]:
+def describe_system_prompt(system: "SystemPrompt", chat: "ChatFormat") -> list[str]:
     """Return sentences about the default system prompt that a user should know."""
-    said = [system.note] if system.note else []
-    if system.default and not chat.system:
-        said.append("the chat template drops system prompts, so the default one has no effect")
-    if system.default and (why := unsayable(system.default)):
-        said.append(
-            f"Ollama's Modelfile {why}: the default system prompt needs a chat template "
+    sentences = [system.note] if system.note else []
+    if system.default and not chat.supports_system:
+        sentences.append("the chat template drops system prompts, so the default one has no effect")
+    if system.default and (reason := find_modelfile_fault(system.default)):
+        sentences.append(
+            f"Ollama's Modelfile {reason}: the default system prompt needs a chat template "
             "that a TEMPLATE can hold (docs/templates.md)"
         )
-    return said
+    return sentences
 
 
-def refuse_empty(rows: "Spool", config: Config) -> None:
+def refuse_empty_sets(spool: "RowSpool", config: Config) -> None:
     """Raise UserError when no training row or no held-out row is left."""
-    train, held = int((rows.kept & ~rows.held).sum()), int((rows.kept & rows.held).sum())
-    if not train or not held:
-        questions = len(np.unique(rows.questions))
+    train_count, heldout_count = int((spool.kept & ~spool.held).sum()), int((spool.kept & spool.held).sum())
+    if not train_count or not heldout_count:
+        question_count = len(np.unique(spool.questions))
         raise UserError(
-            f"{train} training and {held} held-out rows are left of {rows.tally.rows} "
-            f"({questions} different questions; dropped: {_counts(rows.tally.dropped) or 'none'})",
+            f"{train_count} training and {heldout_count} held-out rows are left of {spool.tally.rows} "
+            f"({question_count} different questions; dropped: {_format_counts(spool.tally.dropped) or 'none'})",
             "more rows, a larger data.validation_share (a question never stands on both sides), or data.validation",
         )
 
 
-def facts(rows: "Spool", config: Config) -> dict:
+def compute_facts(spool: "RowSpool", config: Config) -> dict:
     """Return the numbers that the record holds."""
-    train = rows.kept & ~rows.held
-    lengths = np.sort(rows.lengths[train])
-    total, learned = int(lengths.sum()), int(rows.learned[train].sum())
-    limit, packs = config.base.max_seq_length, packed(lengths, config.base.max_seq_length)
+    is_training = spool.kept & ~spool.held
+    lengths = np.sort(spool.lengths[is_training])
+    total_tokens, loss_tokens = int(lengths.sum()), int(spool.learned[is_training].sum())
+    limit, pack_count = config.base.max_seq_length, count_packs(lengths, config.base.max_seq_length)
     return {
         "rows": {
-            "read": rows.tally.rows,
+            "read": spool.tally.rows,
             "train": len(lengths),
-            "heldout": int((rows.kept & rows.held).sum()),
-            "dropped": sum(rows.tally.dropped.values()),
+            "heldout": int((spool.kept & spool.held).sum()),
+            "dropped": sum(spool.tally.dropped.values()),
         },
-        "dropped": dict(rows.tally.dropped.most_common()),
-        "changed": dict(rows.tally.changed.most_common()),
-        "findings": dict(rows.tally.findings.most_common()),
-        "unused": dict(rows.tally.unused.most_common()),
-        "truncated": dict(rows.tally.truncated),
+        "dropped": dict(spool.tally.dropped.most_common()),
+        "changed": dict(spool.tally.changed.most_common()),
+        "findings": dict(spool.tally.findings.most_common()),
+        "unused": dict(spool.tally.unused.most_common()),
+        "truncated": dict(spool.tally.truncated),
         "tokens": {
-            "train": total,
-            "loss": learned,
-            "p50": int(_at(lengths, 0.5)),
-            "p95": int(_at(lengths, 0.95)),
+            "train": total_tokens,
+            "loss": loss_tokens,
+            "p50": int(_length_quantile(lengths, 0.5)),
+            "p95": int(_length_quantile(lengths, 0.95)),
             "max": int(lengths[-1]),
         },
         "packing": {
-            "packs": packs,
-            "full": round(total / (packs * limit), 4),
-            "unpacked_full": round(total / (len(lengths) * limit), 4),
+            "packs": pack_count,
+            "full": round(total_tokens / (pack_count * limit), 4),
+            "unpacked_full": round(total_tokens / (len(lengths) * limit), 4),
         },
-        "steps": steps(config.finetune, len(lengths)),
+        "steps": count_steps(config.finetune, len(lengths)),
         "max_seq_length": limit,
-        "histogram": histogram(lengths),
+        "histogram": build_histogram(lengths),
     }
 
 
-def _at(lengths: np.ndarray, share: float) -> int:
+def _length_quantile(lengths: np.ndarray, share: float) -> int:
     """Return the length that `share` of the rows do not exceed; `lengths` are sorted."""
     return lengths[min(len(lengths) - 1, math.ceil(share * len(lengths)) - 1)]
 
 
-def packed(lengths: np.ndarray, limit: int) -> int:
+def count_packs(lengths: np.ndarray, limit: int) -> int:
     """Return how many sequences of at most `limit` tokens the rows fill, packed longest first, best fit."""
-    left = Counter(lengths.tolist())
-    there, packs = sorted(left), 0
-    while there:
-        room = limit
-        packs += 1
-        while at := bisect_right(there, room):
-            longest = there[at - 1]
-            count = min(left[longest], room // longest)
-            room -= count * longest
-            left[longest] -= count
-            if not left[longest]:
-                del there[at - 1]
-    return packs
+    rows_left = Counter(lengths.tolist())
+    lengths_left, pack_count = sorted(rows_left), 0
+    while lengths_left:
+        free_tokens = limit
+        pack_count += 1
+        while position := bisect_right(lengths_left, free_tokens):
+            longest = lengths_left[position - 1]
+            count = min(rows_left[longest], free_tokens // longest)
+            free_tokens -= count * longest
+            rows_left[longest] -= count
+            if not rows_left[longest]:
+                del lengths_left[position - 1]
+    return pack_count
 
 
-def steps(tune: Finetune, rows: int) -> int | None:
+def count_steps(tune: Finetune, row_count: int) -> int | None:
     """Return the number of optimizer steps; None where the global batch size depends on the GPU."""
     if tune.max_steps or tune.train_batch_size == "auto":
         return tune.max_steps
-    return math.ceil(math.ceil(tune.num_train_epochs * rows) / tune.train_batch_size)
+    return math.ceil(math.ceil(tune.num_train_epochs * row_count) / tune.train_batch_size)
 
 
-def histogram(lengths: np.ndarray) -> list[list[int]]:
+def build_histogram(lengths: np.ndarray) -> list[list[int]]:
     """Return [from, to, rows] of up to 12 bins of a round width in tokens; `lengths` are sorted."""
     width = max(1, math.ceil(int(lengths[-1]) / 12))
-    width = next(w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62) if w >= width)
+    width = next(
+        round_width
+        for round_width in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62)
+        if round_width >= width
+    )
     bins = enumerate(np.bincount(lengths // width))
-    return [[i * width, (i + 1) * width - 1, int(count)] for i, count in bins if i >= lengths[0] // width]
+    return [
+        [index * width, (index + 1) * width - 1, int(count)] for index, count in bins if index >= lengths[0] // width
+    ]
 
 
-def cautions(facts: dict, config: Config, chat: "Chat") -> list[str]:
+def list_data_warnings(facts: dict, config: Config, chat: "ChatFormat") -> list[str]:
     """Return warnings, with numbers, that a user should know before paying for a training."""
-    rows, cut, said = facts["rows"], facts["truncated"], []
-    if cut:
-        tokens = cut["tokens"] / (cut["tokens"] + facts["tokens"]["train"])
-        said.append(
-            f"{cut['rows']} rows ({cut['rows'] / rows['read']:.1%}; {tokens:.1%} of the tokens) "
+    rows, truncated, warnings = facts["rows"], facts["truncated"], []
+    if truncated:
+        cut_share = truncated["tokens"] / (truncated["tokens"] + facts["tokens"]["train"])
+        warnings.append(
+            f"{truncated['rows']} rows ({truncated['rows'] / rows.read:.1%}; {cut_share:.1%} of the tokens) "
             f"are cut at {facts['max_seq_length']} tokens and lose their end token"
         )
-    if chat.ends[0] != chat.eos:
-        said.append(
-            f"answers end with {chat.ends[0]}, the tokenizer's end token is {chat.eos or 'none'}: "
+    if chat.end_tokens[0] != chat.eos:
+        warnings.append(
+            f"answers end with {chat.end_tokens[0]}, the tokenizer's end token is {chat.eos or 'none'}: "
             "runtimes must stop at the first"
         )
     if chat.scaffolds[0].strip():
-        said.append(f"the model learns to write {chat.scaffolds[0]!r} before each answer: the template has it there")
-    if chat.joined and config.data.labels == "all":
-        said.append(
+        warnings.append(
+            f"the model learns to write {chat.scaffolds[0]!r} before each answer: the template has it there"
+        )
+    if chat.is_joined and config.data.labels == "all":
+        warnings.append(
             "only the last answer of a row is trained: this template writes earlier turns otherwise than it serves them"
         )
     if facts["findings"]:
-        said.append(
-            f"found in rows: {_counts(facts['findings'])}; "
+        warnings.append(
+            f"found in rows: {_format_counts(facts['findings'])}; "
             "clean.secrets and clean.personal: mask or drop takes them out"
         )
     if facts["unused"]:
-        said.append(f"not trained on: {_counts(facts['unused'])}; the rows are used without them")
+        warnings.append(f"not trained on: {_format_counts(facts['unused'])}; the rows are used without them")
     too_long = facts["dropped"].get("too_long", 0)
     if too_long:
-        said.append(
-            f"{too_long} rows ({too_long / rows['read']:.1%}) are longer than {facts['max_seq_length']} tokens "
+        warnings.append(
+            f"{too_long} rows ({too_long / rows.read:.1%}) are longer than {facts['max_seq_length']} tokens "
             "and were dropped: raise base.max_seq_length, or set clean.too_long to truncate"
         )
-    return said
+    return warnings
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in counts.items() if count)
 
 
-def table(record: dict) -> str:
+def format_record(record: DataRecord) -> str:
     """Return the numbers of a record as lines for a terminal."""
-    rows, tokens, packing, limit = record["rows"], record["tokens"], record["packing"], record["max_seq_length"]
-    width = max(map(len, [*record["dropped"], ""]))
-    lines = [("format", text) for text in record["formats"]]
-    lines.append(("read", f"{rows['read']:,} rows"))
+    rows, tokens, packing = record.rows, record.tokens, record.packing
+    width = max(map(len, [*record.dropped, ""]))
+    lines = [("format", text) for text in record.formats]
+    lines.append(("read", f"{rows.read:,} rows"))
     lines += [
-        ("dropped" if not i else "", f"{count:,} {name:{width}}  {REASONS[name]}")
-        for i, (name, count) in enumerate(record["dropped"].items())
+        ("dropped" if not index else "", f"{count:,} {name:{width}}  {DROP_REASONS[name]}")
+        for index, (name, count) in enumerate(record.dropped.items())
     ]
-    lines += [("changed", f"rows, by what was changed: {_counts(record['changed'])}")] if record["changed"] else []
-    lines.append(("kept", f"{rows['train']:,} to train on, {rows['heldout']:,} held out"))
+    lines += [("changed", f"rows, by what was changed: {_format_counts(record.changed)}")] if record.changed else []
+    lines.append(("kept", f"{rows.train:,} to train on, {rows.heldout:,} held out"))
     lines.append(
         (
             "tokens",
             (
-                f"{tokens['train']:,}, {tokens['loss'] / tokens['train']:.0%} carry loss; "
-                f"a row: p50 {tokens['p50']}, p95 {tokens['p95']}, longest {tokens['max']}"
+                f"{tokens.train:,}, {tokens.loss / tokens.train:.0%} carry loss; "
+                f"a row: p50 {tokens.p50}, p95 {tokens.p95}, longest {tokens.max}"
             ),
         )
     )
@@ -225,48 +234,48 @@ def table(record: dict) -> str:
         (
             "packing",
             (
-                f"{packing['packs']:,} sequences of {limit} tokens, {packing['full']:.1%} full; "
-                f"{packing['unpacked_full']:.1%} full one row each"
+                f"{packing.packs:,} sequences of {record.max_seq_length} tokens, {packing.full:.1%} full; "
+                f"{packing.unpacked_full:.1%} full one row each"
             ),
         )
     )
     lines.append(
         (
             "steps",
-            f"{record['steps']:,} optimizer steps"
-            if record["steps"]
+            f"{record.steps:,} optimizer steps"
+            if record.steps
             else "as the card allows (finetune.train_batch_size: auto)",
         )
     )
     wrapped = [
-        console.wrap(f"  {name:8} {text}", 11) if len(text) > 69 else f"  {name:8} {text}" for name, text in lines
+        console.wrap_text(f"  {name:8} {text}", 11) if len(text) > 69 else f"  {name:8} {text}" for name, text in lines
     ]
-    return "\n".join([*wrapped, *bars(record["histogram"])])
+    return "\n".join([*wrapped, *format_histogram(record.histogram)])
 
 
-def bars(histogram: list[list[int]]) -> list[str]:
+def format_histogram(histogram: list[list[int]]) -> list[str]:
     """Return a histogram of the rows' tokens as bars of text."""
-    most = max(count for _, _, count in histogram)
+    max_count = max(count for _, _, count in histogram)
     lines = []
     for first, last, count in histogram:
-        eighths = math.ceil(count / most * 40 * 8)
-        bar = "█" * (eighths // 8) + BARS[eighths % 8].strip()
+        eighths = math.ceil(count / max_count * 40 * 8)
+        bar = "█" * (eighths // 8) + BAR_PARTS[eighths % 8].strip()
         lines.append(f"  {f'{first}-{last}':>11} {bar} {count:,}")
     return ["  tokens a row:", *lines]
 
 
-def preview(rows: list[dict], tokenizer) -> str:
+def format_preview(rows: list[dict], tokenizer) -> str:
     """Return rows as text, in which the tokens that carry loss are green and between »«."""
 
-    def shown(row: dict, number: int) -> str:
+    def format_row(row: dict, number: int) -> str:
         pieces = []
         pairs = zip(row["input_ids"], row["labels"], strict=True)
-        for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED_LABEL):
             text = tokenizer.decode([token for token, _ in group])
             pieces.append(console.style(f"»{text}«", "green") if learned else text)
-        learned = sum(label != IGNORED for label in row["labels"])
+        learned = sum(label != IGNORED_LABEL for label in row["labels"])
         return f"--- row {number}: {len(row['input_ids'])} tokens, {learned} carry loss (»green«)\n" + "".join(
             pieces
         ).rstrip("\n")
 
-    return "\n".join(shown(row, i) for i, row in enumerate(rows, 1))
+    return "\n".join(format_row(row, number) for number, row in enumerate(rows, 1))

@@ -16,10 +16,10 @@ from contract.chat_format import ALPACA_INPUT
 from pipeline.data import personal_data
 
 SHARED_BY = 5  # rows that must have a word, or three words that follow each other
-TRIES = 20_000  # 0.3 s for 2,000 rows
-LEAST, MOST = 4, 25  # words of a prompt
+CHAINS_TO_DRAW = 20_000  # 0.3 s for 2,000 rows
+MIN_WORDS, MAX_WORDS = 4, 25  # words of a prompt
 START, END = "<start>", "<end>"
-GENERAL = ("What can you do?", "Say hello in one sentence.", "Name three colours.")
+GENERAL_PROMPTS = ("What can you do?", "Say hello in one sentence.", "Name three colours.")
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,20 @@ def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
 
     Questions with a secret or personal data are left out: an address in everybody's signature is in many rows.
     """
-    plain = [
-        question for question in questions if not (personal_data.secrets(question) or personal_data.personal(question))
+    harmless_questions = [
+        question
+        for question in questions
+        if not (personal_data.find_secrets(question) or personal_data.find_personal_data(question))
     ]
-    statistics = count_words([to_words(question) for question in plain])
+    statistics = count_words([split_words(question) for question in harmless_questions])
     generator = random.Random(3407)
-    chains = {tuple(words) for _ in range(TRIES) if (words := draw_chain(statistics, generator))}
-    found: dict[str, str] = {}
-    for words in sorted(chains, key=lambda words: (-usualness(words, statistics), words)):
-        found.setdefault(words[0], to_text(list(words), generator))
-        if len(found) == count:
+    chains = {tuple(words) for _ in range(CHAINS_TO_DRAW) if (words := draw_chain(statistics, generator))}
+    prompts: dict[str, str] = {}
+    for words in sorted(chains, key=lambda words: (-mean_log_probability(words, statistics), words)):
+        prompts.setdefault(words[0], join_words(list(words), generator))
+        if len(prompts) == count:
             break
-    return list(found.values())
+    return list(prompts.values())
 
 
 def count_words(rows: list[list[str]]) -> WordStatistics:
@@ -62,18 +64,18 @@ def count_words(rows: list[list[str]]) -> WordStatistics:
     rows_with_three: Counter = Counter()
     followers: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
-        whole = [START, *row, END]
-        rows_with_three.update(set(zip(whole, whole[1:], whole[2:], strict=False)))
-        for word, after in pairwise(whole):
-            if min(rows_with[word], rows_with[after]) >= SHARED_BY:
-                followers[word][after] += 1
+        chain = [START, *row, END]
+        rows_with_three.update(set(zip(chain, chain[1:], chain[2:], strict=False)))
+        for word, following in pairwise(chain):
+            if min(rows_with[word], rows_with[following]) >= SHARED_BY:
+                followers[word][following] += 1
     return WordStatistics(rows_with, rows_with_three, followers)
 
 
 def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str] | None:
     """Draw a chain of words; return None where it does not end, repeats a word, has a wrong length, or quotes a row."""
     words, word = [], START
-    while len(words) <= MOST:
+    while len(words) <= MAX_WORDS:
         choices = statistics.followers.get(word)
         if not choices:
             return None
@@ -81,28 +83,32 @@ def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str
         if word == END:
             break
         words.append(word)
-    whole = [START, *words, END]
-    quotes = any(
-        0 < statistics.rows_with_three[three] < SHARED_BY for three in zip(whole, whole[1:], whole[2:], strict=False)
+    chain = [START, *words, END]
+    is_quote = any(
+        0 < statistics.rows_with_three[trigram] < SHARED_BY
+        for trigram in zip(chain, chain[1:], chain[2:], strict=False)
     )
-    usual = LEAST <= len(words) <= MOST and len(set(words)) == len(words)
-    return words if usual and not quotes else None
+    is_usual = MIN_WORDS <= len(words) <= MAX_WORDS and len(set(words)) == len(words)
+    return words if is_usual and not is_quote else None
 
 
-def usualness(words: tuple[str, ...], statistics: WordStatistics) -> float:
+def mean_log_probability(words: tuple[str, ...], statistics: WordStatistics) -> float:
     """Return the mean log-probability of each word, given the word before it."""
-    whole = [START, *words, END]
-    logs = [math.log(statistics.followers[a][b] / statistics.rows_with[a]) for a, b in pairwise(whole)]
-    return sum(logs) / len(logs)
+    chain = [START, *words, END]
+    log_probabilities = [
+        math.log(statistics.followers[word][following] / statistics.rows_with[word])
+        for word, following in pairwise(chain)
+    ]
+    return sum(log_probabilities) / len(log_probabilities)
 
 
-def to_words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Return the words and line breaks of a text; words with a digit become codes of 0 and A: `K4821` is `A0000`."""
     words = re.findall(r"\n+|[^\s]+", text.replace(ALPACA_INPUT, f" {ALPACA_INPUT.strip()} "))
     return [re.sub(r"\d", "0", re.sub(r"[A-Z]", "A", word)) if re.search(r"\d", word) else word for word in words]
 
 
-def to_text(words: list[str], generator: random.Random) -> str:
+def join_words(words: list[str], generator: random.Random) -> str:
     """Return the words as text, with random digits and letters in codes."""
 
     def draw(match: re.Match) -> str:

@@ -7,12 +7,12 @@ the default; where they share none, the user chooses.
 from collections import Counter
 from dataclasses import dataclass
 
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 
 FROM_ROWS, NONE = "from-rows", "none"  # values of data.system that are not a prompt
-SHARED = 0.9  # share of rows that must have a prompt, or none, to make it the default
-FEW = 5  # where every row has a prompt and there are at most so many, the most frequent one is the default
-SHOWN = 6  # prompts that a message lists
+MIN_SHARE = 0.9  # share of rows that must have a prompt, or none, to make it the default
+MAX_DIFFERENT = 5  # where every row has a prompt and there are at most so many, the most frequent one is the default
+MAX_LISTED = 6  # prompts that a message lists
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
         return SystemPrompt(setting, _note_others(setting, prompts))
     total = sum(prompts.values())
     prompt, count = prompts.most_common(1)[0] if prompts else (None, 0)
-    if not prompts or (prompt is None and count >= SHARED * total):
+    if not prompts or (prompt is None and count >= MIN_SHARE * total):
         return SystemPrompt(None, _note_others(None, prompts))
-    every_row_has_one = prompts[None] == 0 and len(prompts) <= FEW
-    if count >= SHARED * total or every_row_has_one:
+    every_row_has_one = prompts[None] == 0 and len(prompts) <= MAX_DIFFERENT
+    if count >= MIN_SHARE * total or every_row_has_one:
         share = "all rows have" if count == total else f"{count / total:.0%} of the rows have"
         return SystemPrompt(
-            prompt, f"{share} the system prompt {quote(prompt)}: every runtime sends it by default (data.system)"
+            prompt, f"{share} the system prompt {quote_prompt(prompt)}: every runtime sends it by default (data.system)"
         )
     raise UserError(
         f"the rows have {len(prompts)} different system prompts, and none is most rows':\n{list_prompts(prompts)}",
@@ -67,19 +67,19 @@ def _note_others(default: str | None, prompts: Counter) -> str | None:
     if not others:
         return None
     return (
-        f"{sum(others.values()):,} rows have another system prompt than the default {quote(default)}, "
-        f"the most frequent: {quote(others.most_common(1)[0][0])}"
+        f"{sum(others.values()):,} rows have another system prompt than the default {quote_prompt(default)}, "
+        f"the most frequent: {quote_prompt(others.most_common(1)[0][0])}"
     )
 
 
 def list_prompts(prompts: Counter) -> str:
     """Return the most frequent prompts with their shares, a line each."""
     total = sum(prompts.values())
-    lines = [f"  {count / total:6.1%}  {quote(prompt)}" for prompt, count in prompts.most_common(SHOWN)]
-    rest = total - sum(count for _, count in prompts.most_common(SHOWN))
-    return "\n".join([*lines, *([f"  {rest / total:6.1%}  others"] if rest else [])])
+    lines = [f"  {count / total:6.1%}  {quote_prompt(prompt)}" for prompt, count in prompts.most_common(MAX_LISTED)]
+    other_count = total - sum(count for _, count in prompts.most_common(MAX_LISTED))
+    return "\n".join([*lines, *([f"  {other_count / total:6.1%}  others"] if other_count else [])])
 
 
-def quote(prompt: str | None) -> str:
+def quote_prompt(prompt: str | None) -> str:
     """Return the beginning of a prompt in quotes, or (none)."""
-    return "(none)" if prompt is None else f'"{shown(prompt, 70)}{"..." if len(prompt) > 70 else ""}"'
+    return "(none)" if prompt is None else f'"{printable_line(prompt, 70)}{"..." if len(prompt) > 70 else ""}"'

@@ -11,19 +11,19 @@ from pathlib import Path
 
 def main() -> None:
     """Patch the converter so that it writes the key-values, then run it."""
-    folder, values = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    sys.path.insert(0, str(folder))
+    convert_folder, key_values = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    sys.path.insert(0, str(convert_folder))
     from conversion.base import ModelBase
 
-    plain = ModelBase.prepare_metadata
+    original_prepare = ModelBase.prepare_metadata
 
     def prepare_metadata(self, vocab_only: bool) -> None:
-        plain(self, vocab_only)
-        for key, value in values.items():
+        original_prepare(self, vocab_only)
+        for key, value in key_values.items():
             self.gguf_writer.add_string(key, value)
 
     ModelBase.prepare_metadata = prepare_metadata
-    script = folder / "convert_hf_to_gguf.py"
+    script = convert_folder / "convert_hf_to_gguf.py"
     sys.argv = [str(script), *sys.argv[3:]]
     runpy.run_path(str(script), run_name="__main__")
 

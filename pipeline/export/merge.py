@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 # Rows of a matrix that `find_merge_faults` reads at a time: float64 needs four times the memory of the weights.
-ROWS = 1024
+CHUNK_ROWS = 1024
 HALF_STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a step relative to a value, at most
-TINY = {"float16": 2.0**-25, "bfloat16": 2.0**-134}  # half a step between the smallest numbers
-NAMES = {"float16": "F16", "bfloat16": "BF16"}
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+HALF_SMALLEST_STEP = {"float16": 2.0**-25, "bfloat16": 2.0**-134}  # half a step between the smallest numbers
+DTYPE_NAMES = {"float16": "F16", "bfloat16": "BF16"}
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-class Adapter:
+class LoraAdapter:
     """A LoRA adapter: which tensors of the base model it changes, and what it adds to them.
 
     Source: PEFT's LoraLayer: delta = scale * B @ A, scale = alpha / r (rsLoRA: alpha / sqrt(r)).
     """
 
-    def __init__(self, folder: Path, names: set[str]):
+    def __init__(self, folder: Path, tensor_names: set[str]):
         """Open an adapter.
 
         Args:
@@ -48,15 +48,15 @@ class Adapter:
 
         self.settings = files.read_json(folder / "adapter_config.json")
         self.file = safe_open(folder / "adapter_model.safetensors", framework="pt")
-        self.pairs: dict[str, str] = {}
-        self.replaced: dict[str, str] = {}
+        self.matrix_keys: dict[str, str] = {}
+        self.bias_keys: dict[str, str] = {}
         for key in list(self.file.keys()):
-            path = key.removeprefix("base_model.model.").replace(".base_layer", "")
-            if match := re.fullmatch(r"(.+)\.lora_A\.weight", path):
-                self.pairs[_tensor(match[1] + ".weight", names)] = key
-            elif path.endswith(".bias"):
-                self.replaced[_tensor(path, names)] = key
-            elif not path.endswith(".lora_B.weight"):
+            tensor_path = key.removeprefix("base_model.model.").replace(".base_layer", "")
+            if match := re.fullmatch(r"(.+)\.lora_A\.weight", tensor_path):
+                self.matrix_keys[_find_base_tensor(match[1] + ".weight", tensor_names)] = key
+            elif tensor_path.endswith(".bias"):
+                self.bias_keys[_find_base_tensor(tensor_path, tensor_names)] = key
+            elif not tensor_path.endswith(".lora_B.weight"):
                 raise UserError(
                     f"the adapter holds {key}, which is no LoRA matrix",
                     "train without DoRA, modules_to_save and trained embeddings",
@@ -64,41 +64,43 @@ class Adapter:
         if self.settings.get("fan_in_fan_out"):
             raise UserError("the adapter belongs to Conv1D layers (fan_in_fan_out)", "choose a base with Linear layers")
 
-    def matrices(self, name: str) -> tuple["torch.Tensor", "torch.Tensor", float]:
+    def load_matrices(self, name: str) -> tuple["torch.Tensor", "torch.Tensor", float]:
         """Return A of shape (r, in), B of shape (out, r), and the scale, for a tensor of the base model."""
-        key = self.pairs[name]
+        key = self.matrix_keys[name]
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         a, b = self.file.get_tensor(key), self.file.get_tensor(key.replace(".lora_A.", ".lora_B."))
-        rank = _pattern(self.settings.get("rank_pattern"), module, self.settings["r"])
-        alpha = _pattern(self.settings.get("alpha_pattern"), module, self.settings["lora_alpha"])
+        rank = _module_value(self.settings.get("rank_pattern"), module, self.settings["r"])
+        alpha = _module_value(self.settings.get("alpha_pattern"), module, self.settings["lora_alpha"])
         return a, b, alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
-def _pattern(patterns: dict | None, module: str, usual: float) -> float:
+def _module_value(patterns: dict | None, module: str, default: float) -> float:
     """Return a module's own value from PEFT's rank_pattern or alpha_pattern, else the default."""
-    return next((v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?{k}", module)), usual)
+    return next(
+        (value for pattern, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?{pattern}", module)), default
+    )
 
 
-def _tensor(path: str, names: set[str]) -> str:
+def _find_base_tensor(path: str, tensor_names: set[str]) -> str:
     """Return the base model's tensor that a module path of the adapter means; wrappers may add a prefix to the path.
 
     Raises:
         UserError: The base model has no such tensor.
     """
-    if path in names:
+    if path in tensor_names:
         return path
     parts = path.split(".")
     for i in range(1, len(parts) - 2):
-        found = [name for name in names if name.endswith("." + ".".join(parts[i:]))]
-        if len(found) == 1:
-            return found[0]
+        matches = [name for name in tensor_names if name.endswith("." + ".".join(parts[i:]))]
+        if len(matches) == 1:
+            return matches[0]
     raise UserError(
         f"the adapter changes {path}, and the base has no such tensor",
         "train on a base whose layers are stored one by one (no fused experts)",
     )
 
 
-def merge(weights: Path, adapter: Path, target: Path, dtype: str) -> None:
+def merge_adapter(weights: Path, adapter: Path, target: Path, dtype: str) -> None:
     """Write the merged model to `target`: scale * B @ A is added to the base in float32 and rounded once to `dtype`.
 
     Args:
@@ -112,19 +114,21 @@ def merge(weights: Path, adapter: Path, target: Path, dtype: str) -> None:
     """
     from safetensors import safe_open
 
-    shards = safetensors_of(weights)
-    names = {name for shard in shards for name in header(shard)}
-    lora = Adapter(adapter, names)
+    shards = list_weight_shards(weights)
+    tensor_names = {name for shard in shards for name in read_shard_header(shard)}
+    lora = LoraAdapter(adapter, tensor_names)
     target.mkdir(parents=True, exist_ok=True)
-    with console.progress(sum(shard.stat().st_size for shard in shards), "merging", "B") as tick:
+    with console.show_progress(sum(shard.stat().st_size for shard in shards), "merging", "B") as advance:
         for shard in shards:
             with safe_open(shard, framework="pt") as source:
-                tensors = (_merged(name, source.get_tensor(name), lora, dtype) for name in header(shard))
-                write(target / shard.name, header(shard), tensors, dtype, tick)
-    _other_files(weights, target, dtype)
+                tensors = (
+                    _merge_tensor(name, source.get_tensor(name), lora, dtype) for name in read_shard_header(shard)
+                )
+                write_shard(target / shard.name, read_shard_header(shard), tensors, dtype, advance)
+    _copy_other_files(weights, target, dtype)
 
 
-def _merged(name: str, base: "torch.Tensor", lora: Adapter, dtype: str) -> "torch.Tensor":
+def _merge_tensor(name: str, base: "torch.Tensor", lora: LoraAdapter, dtype: str) -> "torch.Tensor":
     """Return a tensor of the merged model.
 
     Raises:
@@ -132,12 +136,12 @@ def _merged(name: str, base: "torch.Tensor", lora: Adapter, dtype: str) -> "torc
     """
     import torch
 
-    if name in lora.replaced:
-        base = lora.file.get_tensor(lora.replaced[name])
+    if name in lora.bias_keys:
+        base = lora.file.get_tensor(lora.bias_keys[name])
     if not base.is_floating_point():
         return base
-    if name in lora.pairs:
-        a, b, scale = lora.matrices(name)
+    if name in lora.matrix_keys:
+        a, b, scale = lora.load_matrices(name)
         base = base.float() + (b.float() @ a.float()) * scale
     merged = base.to(getattr(torch, dtype))
     if not bool(merged.isfinite().all()):
@@ -153,42 +157,42 @@ def _merged(name: str, base: "torch.Tensor", lora: Adapter, dtype: str) -> "torc
     return merged
 
 
-def safetensors_of(folder: Path) -> list[Path]:
+def list_weight_shards(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
     Raises:
         UserError: There are none, or they hold quantized weights.
     """
     shards = sorted(folder.glob("model*.safetensors"))
-    kinds = {item["dtype"] for shard in shards for item in header(shard).values()}
-    if not shards or not kinds & BYTES.keys() or kinds & {"U8", "I8", "F8_E4M3", "F8_E5M2"}:
+    dtypes = {item["dtype"] for shard in shards for item in read_shard_header(shard).values()}
+    if not shards or not dtypes & FLOAT_BYTES.keys() or dtypes & {"U8", "I8", "F8_E4M3", "F8_E5M2"}:
         raise UserError(
-            f"{folder} holds no 16-bit weights in safetensors (there: {', '.join(sorted(kinds)) or 'none'})",
+            f"{folder} holds no 16-bit weights in safetensors (there: {', '.join(sorted(dtypes)) or 'none'})",
             "name the model's 16-bit id in base.model; QLoRA rounds it itself",
         )
     return shards
 
 
-def header(shard: Path) -> dict[str, dict]:
+def read_shard_header(shard: Path) -> dict[str, dict]:
     """Return {name: {dtype, shape, data_offsets}} of a safetensors file, in the order of the file."""
     with shard.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    header.pop("__metadata__", None)
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+        entries = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    entries.pop("__metadata__", None)
+    return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
 
 
-def sixteen_bits(shards: list[Path]) -> int:
+def merged_bytes(shards: list[Path]) -> int:
     """Return the bytes of the model once every floating-point tensor has 16 bits."""
-    return sum(_size(item) for shard in shards for item in header(shard).values())
+    return sum(_merged_tensor_bytes(item) for shard in shards for item in read_shard_header(shard).values())
 
 
-def _size(item: dict) -> int:
+def _merged_tensor_bytes(item: dict) -> int:
     """Return the bytes of a tensor once its floats have 16 bits."""
     size = item["data_offsets"][1] - item["data_offsets"][0]
-    return size * 2 // BYTES[item["dtype"]] if item["dtype"] in BYTES else size
+    return size * 2 // FLOAT_BYTES[item["dtype"]] if item["dtype"] in FLOAT_BYTES else size
 
 
-def write(path: Path, described: dict[str, dict], tensors: Iterator["torch.Tensor"], dtype: str, tick) -> None:
+def write_shard(path: Path, header: dict[str, dict], tensors: Iterator["torch.Tensor"], dtype: str, advance) -> None:
     """Write a safetensors file from tensors that come one by one (the library's own writer wants all of them at once).
 
     Args:
@@ -200,34 +204,38 @@ def write(path: Path, described: dict[str, dict], tensors: Iterator["torch.Tenso
     """
     import torch
 
-    written, place = {"__metadata__": {"format": "pt"}}, 0
-    for name, item in described.items():
-        kind = NAMES[dtype] if item["dtype"] in BYTES else item["dtype"]
-        written[name] = {"dtype": kind, "shape": item["shape"], "data_offsets": [place, place + _size(item)]}
-        place += _size(item)
-    text = json.dumps(written).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for item, tensor in zip(described.values(), tensors, strict=True):
-            out.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
-            tick(item["data_offsets"][1] - item["data_offsets"][0])
+    new_header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, item in header.items():
+        dtype_name = DTYPE_NAMES[dtype] if item["dtype"] in FLOAT_BYTES else item["dtype"]
+        new_header[name] = {
+            "dtype": dtype_name,
+            "shape": item["shape"],
+            "data_offsets": [offset, offset + _merged_tensor_bytes(item)],
+        }
+        offset += _merged_tensor_bytes(item)
+    header_bytes = json.dumps(new_header).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header_bytes)) + header_bytes)
+        for item, tensor in zip(header.values(), tensors, strict=True):
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            advance(item["data_offsets"][1] - item["data_offsets"][0])
 
 
-def _other_files(weights: Path, target: Path, dtype: str) -> None:
+def _copy_other_files(weights: Path, target: Path, dtype: str) -> None:
     """Copy the generation config, the index and the SentencePiece model of the base model, and write the config.
 
     The converter reads a SentencePiece model, and a fast tokenizer does not save it.
     """
     for name in ("generation_config.json", "model.safetensors.index.json", "tokenizer.model"):
         if (weights / name).is_file():
-            files.copy(weights / name, target / name)
+            files.copy_and_hash(weights / name, target / name)
     config = files.read_json(weights / "config.json")
     config.pop("torch_dtype", None)
     files.write_json(target / "config.json", config | {"dtype": dtype})
 
 
-def check(weights: Path, adapter: Path, merged: Path, dtype: str) -> list[dict]:
+def find_merge_faults(weights: Path, adapter: Path, merged_folder: Path, dtype: str) -> list[dict]:
     """Run the merge gate and return the faults, {tensor, what, ...} each; an empty list when the merge is right.
 
     Every targeted tensor must be W + scale * B @ A within the rounding of `dtype`. Every other tensor must be the
@@ -235,23 +243,25 @@ def check(weights: Path, adapter: Path, merged: Path, dtype: str) -> list[dict]:
     """
     from safetensors import safe_open
 
-    where = {name: shard for shard in sorted(merged.glob("*.safetensors")) for name in header(shard)}
-    shards = safetensors_of(weights)
-    names = {name for shard in shards for name in header(shard)}
+    merged_shards = {
+        name: shard for shard in sorted(merged_folder.glob("*.safetensors")) for name in read_shard_header(shard)
+    }
+    shards = list_weight_shards(weights)
+    tensor_names = {name for shard in shards for name in read_shard_header(shard)}
     lora, faults = (
-        Adapter(adapter, names),
-        [{"tensor": n, "what": "the base has none"} for n in sorted(where.keys() - names)],
+        LoraAdapter(adapter, tensor_names),
+        [{"tensor": n, "what": "the base has none"} for n in sorted(merged_shards.keys() - tensor_names)],
     )
-    with console.progress(sum(shard.stat().st_size for shard in shards), "checking the merge", "B") as tick:
+    with console.show_progress(sum(shard.stat().st_size for shard in shards), "checking the merge", "B") as advance:
         for shard in shards:
             with safe_open(shard, framework="pt") as source:
-                for name, item in header(shard).items():
-                    faults += _compared(name, source, where, lora, dtype)
-                    tick(item["data_offsets"][1] - item["data_offsets"][0])
+                for name, item in read_shard_header(shard).items():
+                    faults += _compare_tensor(name, source, merged_shards, lora, dtype)
+                    advance(item["data_offsets"][1] - item["data_offsets"][0])
     return faults
 
 
-def _compared(name: str, source, where: dict[str, Path], lora: Adapter, dtype: str) -> list[dict]:
+def _compare_tensor(name: str, source, merged_shards: dict[str, Path], lora: LoraAdapter, dtype: str) -> list[dict]:
     """Return the faults of one tensor.
 
     Args:
@@ -264,33 +274,37 @@ def _compared(name: str, source, where: dict[str, Path], lora: Adapter, dtype: s
     import torch
     from safetensors import safe_open
 
-    if name not in where:
+    if name not in merged_shards:
         return [{"tensor": name, "what": "missing"}]
-    base = lora.file.get_tensor(lora.replaced[name]) if name in lora.replaced else source.get_tensor(name)
-    with safe_open(where[name], framework="pt") as file:
-        made = file.get_tensor(name)
-    if made.shape != base.shape:
-        return [{"tensor": name, "what": f"shape {tuple(made.shape)}, not {tuple(base.shape)}"}]
-    if name not in lora.pairs:
-        same = torch.equal(made, base.to(getattr(torch, dtype)) if base.is_floating_point() else base)
-        return [] if same else [{"tensor": name, "what": "not the base's, and the adapter does not change it"}]
-    worst = _worst(made, base, *lora.matrices(name), dtype)
-    return [] if worst <= 1 else [{"tensor": name, "what": "not W + scale * B @ A", "error_in_bounds": round(worst, 1)}]
+    base = lora.file.get_tensor(lora.bias_keys[name]) if name in lora.bias_keys else source.get_tensor(name)
+    with safe_open(merged_shards[name], framework="pt") as file:
+        merged = file.get_tensor(name)
+    if merged.shape != base.shape:
+        return [{"tensor": name, "what": f"shape {tuple(merged.shape)}, not {tuple(base.shape)}"}]
+    if name not in lora.matrix_keys:
+        is_equal = torch.equal(merged, base.to(getattr(torch, dtype)) if base.is_floating_point() else base)
+        return [] if is_equal else [{"tensor": name, "what": "not the base's, and the adapter does not change it"}]
+    error_ratio = _max_error_ratio(merged, base, *lora.load_matrices(name), dtype)
+    return (
+        []
+        if error_ratio <= 1
+        else [{"tensor": name, "what": "not W + scale * B @ A", "error_in_bounds": round(error_ratio, 1)}]
+    )
 
 
-def _worst(
-    made: "torch.Tensor", base: "torch.Tensor", a: "torch.Tensor", b: "torch.Tensor", scale: float, dtype: str
+def _max_error_ratio(
+    merged: "torch.Tensor", base: "torch.Tensor", a: "torch.Tensor", b: "torch.Tensor", scale: float, dtype: str
 ) -> float:
     """Return the largest error of a merged matrix, as a multiple of what rounding explains; infinite for NaN."""
-    a, worst, lost = a.double(), 0.0, (len(a) + 3) * 2.0**-24
-    for start in range(0, len(base), ROWS):
-        rows = slice(start, start + ROWS)
-        w, left = base[rows].double(), b[rows].double() * scale
-        exact = w + left @ a
-        error = made[rows].double().sub_(exact).abs_()
+    a, max_ratio, float32_loss = a.double(), 0.0, (len(a) + 3) * 2.0**-24
+    for start in range(0, len(base), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        w, scaled_b = base[rows].double(), b[rows].double() * scale
+        exact = w + scaled_b @ a
+        error = merged[rows].double().sub_(exact).abs_()
         # The bound is half a step of dtype, plus what float32 may lose in a sum of r products that cancel (Higham's
         # gamma). It is computed in place: new memory for every step took twice the time.
-        bound = exact.abs_().mul_(HALF_STEP[dtype] * (1 + 2**-6)).add_(TINY[dtype])
-        bound.add_(w.abs_().add_(left.abs() @ a.abs()), alpha=lost)
-        worst = max(worst, error.div_(bound).max().nan_to_num(nan=math.inf).item())
-    return worst
+        bound = exact.abs_().mul_(HALF_STEP[dtype] * (1 + 2**-6)).add_(HALF_SMALLEST_STEP[dtype])
+        bound.add_(w.abs_().add_(scaled_b.abs() @ a.abs()), alpha=float32_loss)
+        max_ratio = max(max_ratio, error.div_(bound).max().nan_to_num(nan=math.inf).item())
+    return max_ratio

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,74 +11,104 @@ import numpy as np
 
 from common import files
 from common.errors import UserError
-from pipeline.checkpoint_sync import background_push as offsite
-from pipeline.config.schema import SEVEN, Base, Finetune
-from pipeline.finetune import checkpoints, training_log
-from pipeline.finetune.trainer import trainer_class
+from pipeline.checkpoint_sync.background_push import CheckpointSync, checkpoint_repo
+from pipeline.config.schema import LINEAR_LAYERS, Base, Finetune
+from pipeline.finetune import training_log
+from pipeline.finetune.early_stop import StopSignals
 from pipeline.plan import batches, gpu_table, memory_need
-from pipeline.plan.choose_batch import Choice
+from pipeline.plan.choose_batch import BatchChoice
 from pipeline.run import training_rows
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from pipeline.toolchain import unsloth_loader
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from trl import SFTTrainer
+
+    from pipeline.finetune.trainer import StepSettings, StepTrainer
 
 
-def build_model(weights: Path, base: Base, tune: Finetune, choice: Choice):
+def build_model(weights: Path, base: Base, tune: Finetune, choice: BatchChoice):
     """Load the base model and return it with its LoRA matrices, ready to train. Torch and Unsloth use `tune.seed`."""
-    model, _ = unsloth_loader.load(weights, base)
+    model, _ = unsloth_loader.load_model(weights, base)
     refuse_unknown_targets(model, tune.target_modules)
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.get_peft_model(model, **lora_arguments(tune, choice))
 
 
+@dataclass(frozen=True)
+class TrainingInput:
+    """What a training is made from: the config's sections, the rows that `data` wrote, and their order."""
+
+    base: Base
+    tune: Finetune
+    data: DataRecord
+    table: "pa.Table"
+    """The training rows."""
+
+
 def build_trainer(
-    model, base: Base, tune: Finetune, run: Run, choice: Choice, written: "pa.Table", order: batches.ShuffledRows
-) -> "SFTTrainer":
-    """Return TRL's trainer for these rows, which writes its checkpoints and its log to finetune/.
+    model, training: TrainingInput, run: Run, choice: BatchChoice, order: batches.ShuffledRows
+) -> "StepTrainer":
+    """Return the trainer for these rows, which writes its checkpoints and its log to finetune/.
 
     Args:
-        training_table: the rows that `data` wrote.
         order: the rows in the order of training.
     """
-    from transformers import AutoTokenizer, EarlyStoppingCallback
+    from transformers import AutoTokenizer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    folder, signals, lengths = run.folder / "finetune", checkpoints.Signals(), batches.lengths(written)
-    pusher = offsite.Pusher(run, offsite.repo(), tune.save_minutes)
-    steps = batches.dataset(written, order, choice.train_batch_size)
+    from pipeline.finetune.trainer import StepSettings, StepTrainer
+
+    folder, signals, lengths = run.folder / "finetune", StopSignals(), batches.row_lengths(training.table)
+    tune = training.tune
+    checkpoint_sync = CheckpointSync(run, checkpoint_repo(), tune.save_minutes)
+    step_dataset = batches.build_step_dataset(training.table, order, choice.train_batch_size)
     count_tokens = functools.partial(count_tokens_until, order, lengths, choice.train_batch_size)
-    meter = training_log.Meter(count_tokens, len(steps), flops(model), *gpu_table.of(unsloth_loader.device()))
-    callbacks = [
-        checkpoints.keeper(folder / "checkpoints", tune.save_minutes, tune.save_steps, signals, pusher),
-        training_log.watcher(folder / "log.jsonl", meter),
-    ]
-    callbacks += [EarlyStoppingCallback(tune.early_stopping_patience)] if tune.early_stopping_patience else []
-    # By default it is a folder among the checkpoints, which are removed.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    callbacks += reporters(tune.report_to)
-    trainer = trainer_class()(
-        model=model,
-        processing_class=AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer"),
-        args=trainer_arguments(tune, base, choice, len(steps), len(written), folder / "checkpoints"),
-        train_dataset=steps,
-        eval_dataset=heldout(run.output("data", "heldout")) if tune.eval_strategy != "no" else None,
-        callbacks=callbacks,
-    )
-    for shown in (ProgressCallback, PrinterCallback):  # the callback of training_log replaces them
-        trainer.remove_callback(shown)
-    return trainer.prepare(
+    speed_and_price = gpu_table.find_speed_and_price(unsloth_loader.describe_device())
+    meter = training_log.SpeedMeter(count_tokens, len(step_dataset), model_flops(model), *speed_and_price)
+    settings = StepSettings(
         packed=choice.packing,
-        budget=choice.micro_batch_tokens,
-        smallest=int(lengths.max()),
+        micro_batch_tokens=choice.micro_batch_tokens,
+        min_micro_batch_tokens=int(lengths.max()),
         signals=signals,
         meter=meter,
-        memory=unsloth_loader.peak_memory_gb,
-        pusher=pusher,
+        checkpoint_sync=checkpoint_sync,
     )
+    trainer = StepTrainer(
+        settings,
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer"),
+        args=trainer_arguments(
+            tune, training.base, choice, len(step_dataset), len(training.table), folder / "checkpoints"
+        ),
+        train_dataset=step_dataset,
+        eval_dataset=None if tune.eval_strategy == "no" else load_heldout_steps(training.data.output_path("heldout")),
+        callbacks=create_callbacks(tune, folder, settings),
+    )
+    for callback_class in (ProgressCallback, PrinterCallback):  # LogCallback replaces them
+        trainer.remove_callback(callback_class)
+    return trainer
+
+
+def create_callbacks(tune: Finetune, folder: Path, settings: "StepSettings") -> list:
+    """Return the trainer's callbacks. `folder` is finetune/ of the run."""
+    from transformers import EarlyStoppingCallback
+
+    from pipeline.finetune.callbacks import CheckpointCallback, LogCallback
+
+    # By default it is a folder among the checkpoints, which are removed.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    checkpoint_folder = folder / "checkpoints"
+    return [
+        CheckpointCallback(
+            checkpoint_folder, tune.save_minutes, tune.save_steps, settings.signals, settings.checkpoint_sync
+        ),
+        LogCallback(folder / "log.jsonl", settings.meter),
+        *([EarlyStoppingCallback(tune.early_stopping_patience)] if tune.early_stopping_patience else []),
+        *create_reporters(tune.report_to),
+    ]
 
 
 def count_tokens_until(order: batches.ShuffledRows, lengths: np.ndarray, per_step: int, step: int) -> int:
@@ -85,7 +116,7 @@ def count_tokens_until(order: batches.ShuffledRows, lengths: np.ndarray, per_ste
     return order.count_tokens(lengths, step * per_step)
 
 
-def reporters(names: tuple[str, ...]) -> list:
+def create_reporters(names: tuple[str, ...]) -> list:
     """Return the library's callbacks for `report_to`.
 
     Raises:
@@ -102,10 +133,10 @@ def reporters(names: tuple[str, ...]) -> list:
         ) from error
 
 
-def flops(model) -> float:
+def model_flops(model) -> float:
     """Return the FLOPs to train on one token, or 0 when the shape of the model is unknown."""
-    shape = memory_need.shape(model.config.to_dict())
-    return shape.flops() if shape else 0.0
+    shape = memory_need.shape_from_config(model.config.to_dict())
+    return shape.flops_per_token() if shape else 0.0
 
 
 def refuse_unknown_targets(model, names: tuple[str, ...]) -> None:
@@ -113,16 +144,16 @@ def refuse_unknown_targets(model, names: tuple[str, ...]) -> None:
 
     The usual seven fit every model, because Unsloth also finds fused ones. Any other unknown name is a mistake.
     """
-    there = {name.split(".")[-1] for name, _ in model.named_modules()}
-    if unknown := sorted(set(names) - there - set(SEVEN)):
+    modules = {name.split(".")[-1] for name, _ in model.named_modules()}
+    if unknown := sorted(set(names) - modules - set(LINEAR_LAYERS)):
         raise UserError(
             f"finetune.target_modules: the model has no {', '.join(unknown)}",
-            f"choose among {', '.join(sorted(n for n in there if n.endswith(('proj', 'fc1', 'fc2', 'dense'))))}, "
+            f"choose among {', '.join(sorted(n for n in modules if n.endswith(('proj', 'fc1', 'fc2', 'dense'))))}, "
             "with a new RUN=name",
         )
 
 
-def lora_arguments(tune: Finetune, choice: Choice) -> dict:
+def lora_arguments(tune: Finetune, choice: BatchChoice) -> dict:
     """Return the arguments of FastLanguageModel.get_peft_model."""
     arguments = {
         "r": tune.r,
@@ -141,7 +172,9 @@ def lora_arguments(tune: Finetune, choice: Choice) -> dict:
     return arguments
 
 
-def trainer_arguments(tune: Finetune, base: Base, choice: Choice, steps: int, rows_there: int, checkpoints: Path):
+def trainer_arguments(
+    tune: Finetune, base: Base, choice: BatchChoice, steps: int, row_count: int, checkpoint_folder: Path
+):
     """Return the SFTConfig for a data set of whole optimizer steps, whose rows are tokenized and masked already.
 
     Args:
@@ -156,38 +189,38 @@ def trainer_arguments(tune: Finetune, base: Base, choice: Choice, steps: int, ro
     from unsloth import is_bfloat16_supported
 
     bf16 = is_bfloat16_supported()
-    passed = tune.model_dump(
+    settings = tune.model_dump(
         include={"lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "seed"}
     )
-    watched = tune.eval_strategy != "no"
-    every = tune.eval_steps if tune.eval_strategy == "steps" else -(-rows_there // choice.train_batch_size)
+    evaluates = tune.eval_strategy != "no"
+    eval_steps = tune.eval_steps if tune.eval_strategy == "steps" else -(-row_count // choice.train_batch_size)
     try:
         return SFTConfig(
-            **passed,
+            **settings,
             learning_rate=choice.learning_rate,
-            optim=optimizer(tune.optim),
+            optim=choose_optimizer(tune.optim),
             max_steps=steps,
             num_train_epochs=1,
             per_device_train_batch_size=1,
             per_device_eval_batch_size=1,
             gradient_accumulation_steps=1,
             train_sampling_strategy="sequential",
-            eval_strategy="steps" if watched else "no",
-            eval_steps=every,
-            save_strategy="best" if watched else "no",
-            metric_for_best_model="eval_loss" if watched else None,
-            greater_is_better=False if watched else None,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=eval_steps,
+            save_strategy="best" if evaluates else "no",
+            metric_for_best_model="eval_loss" if evaluates else None,
+            greater_is_better=False if evaluates else None,
             packing=choice.packing,
             padding_free=False,
             max_length=base.max_seq_length,
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
-            pad_to_multiple_of=batches.PACKED if choice.packing else batches.PADDED,
+            pad_to_multiple_of=batches.PACKED_MULTIPLE if choice.packing else batches.PADDED_MULTIPLE,
             bf16=bf16,
             fp16=not bf16,
             gradient_checkpointing=bool(choice.use_gradient_checkpointing),
             report_to="none",
-            output_dir=str(checkpoints),
+            output_dir=str(checkpoint_folder),
             logging_first_step=True,
             # Each of these two would wait for the GPU at every step.
             include_num_input_tokens_seen="no",
@@ -200,15 +233,15 @@ def trainer_arguments(tune: Finetune, base: Base, choice: Choice, steps: int, ro
         ) from error
 
 
-def optimizer(name: str) -> str:
+def choose_optimizer(name: str) -> str:
     """Return the optimizer to use: on a CPU, adamw_torch_fused for 8-bit and paged ones, which need a GPU."""
-    return "adamw_torch_fused" if unsloth_loader.gpu_bytes() is None and re.search("8bit|paged", name) else name
+    return "adamw_torch_fused" if unsloth_loader.gpu_memory_bytes() is None and re.search("8bit|paged", name) else name
 
 
-def heldout(path: Path):
+def load_heldout_steps(path: Path):
     """Return a data set of the held-out rows, sixteen in an item."""
     import pyarrow as pa
 
-    read = [{key: row[key] for key in ("input_ids", "labels")} for row in files.read_rows(path)]
-    table = pa.Table.from_pylist(read, schema=training_rows.schema())
-    return batches.dataset(table, np.arange(len(table)), 16)
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in files.read_rows(path)]
+    table = pa.Table.from_pylist(rows, schema=training_rows.row_schema())
+    return batches.build_step_dataset(table, np.arange(len(table)), 16)

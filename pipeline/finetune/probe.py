@@ -9,28 +9,27 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common import files
 from common.errors import UserError
 from pipeline.config.schema import Base, Finetune
-from pipeline.finetune.trainer import OutOfMemory
+from pipeline.finetune.build_trainer import TrainingInput, build_model, build_trainer
+from pipeline.finetune.early_stop import OutOfGpuMemory
 from pipeline.plan import batches
-from pipeline.plan.choose_batch import CHECKPOINTED, TOKENS, Choice
-from pipeline.plan.estimate import POLICIES
+from pipeline.plan.choose_batch import CHECKPOINTED_TOKEN_LIMITS, TOKEN_LIMITS, BatchChoice
+from pipeline.plan.estimate import POLICY_NAMES
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-STEPS = 6  # steps to train: the first ones compile kernels, and the last one is measured
-TOLD = "probed: "  # precedes a result in the output of a measuring process
+PROBE_STEPS = 6  # steps to train: the first ones compile kernels, and the last one is measured
+RESULT_PREFIX = "probed: "  # precedes a result in the output of a measuring process
 
 
-def stage(run: Run) -> str:
+def run_probe(run: Run) -> str:
     """Measure all candidates and return them as a table.
 
     The fastest one with the precision of the config is written to finetune/choice.json.
@@ -38,26 +37,26 @@ def stage(run: Run) -> str:
     Raises:
         UserError: there is no GPU, or no candidate fits.
     """
-    config = run.config()
-    asked = config.finetune.use_gradient_checkpointing
-    found = [
+    config = run.read_config()
+    configured_policy = config.finetune.use_gradient_checkpointing
+    results = [
         row
-        for bits in (config.base.load_in_4bit, not config.base.load_in_4bit)
-        for policy in ((False, "unsloth") if asked == "auto" else (asked,))
-        for row in alone(run, bits, policy)
+        for load_in_4bit in (config.base.load_in_4bit, not config.base.load_in_4bit)
+        for policy in ((False, "unsloth") if configured_policy == "auto" else (configured_policy,))
+        for row in measure_in_process(run, load_in_4bit, policy)
     ]
-    fitting = [row for row in found if row["tokens_per_second"]]
-    own = [row for row in fitting if row["load_in_4bit"] == config.base.load_in_4bit]
-    if not own:
+    fitting_results = [row for row in results if row["tokens_per_second"]]
+    own_results = [row for row in fitting_results if row["load_in_4bit"] == config.base.load_in_4bit]
+    if not own_results:
         raise UserError(
             f"nothing fits this card: {config.base.model} with its longest rows", "`make plan` names cards that it fits"
         )
-    best = max(own, key=lambda row: row["tokens_per_second"])
-    keep(run, {name: best[name] for name in ("micro_batch_tokens", "use_gradient_checkpointing")})
-    return "\n".join([*table(found, best), *other(best, fitting)])
+    best = max(own_results, key=lambda row: row["tokens_per_second"])
+    save_choice(run, {name: best[name] for name in ("micro_batch_tokens", "use_gradient_checkpointing")})
+    return "\n".join([*format_results(results, best), *describe_other_precision(best, fitting_results)])
 
 
-def alone(run: Run, bits: bool, policy) -> list[dict]:
+def measure_in_process(run: Run, load_in_4bit: bool, policy) -> list[dict]:
     """Measure one model in a process of its own and return its results; none when the model does not fit into memory.
 
     Args:
@@ -67,127 +66,142 @@ def alone(run: Run, bits: bool, policy) -> list[dict]:
     Raises:
         UserError: the process reports one.
     """
-    asked = [sys.executable, "-m", "pipeline.finetune.probe", str(run.folder), json.dumps([bits, policy])]
-    done = subprocess.run(asked, capture_output=True, text=True, errors="replace")
-    if done.returncode == 2:
-        message, _, hint = done.stderr.rpartition("error: ")[2].strip().partition("\n next: ")
+    command = [sys.executable, "-m", "pipeline.finetune.probe", str(run.folder), json.dumps([load_in_4bit, policy])]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if process.returncode == 2:
+        message, _, hint = process.stderr.rpartition("error: ")[2].strip().partition("\n next: ")
         raise UserError(message, hint)
-    done.check_returncode()
-    return [json.loads(line.removeprefix(TOLD)) for line in done.stdout.splitlines() if line.startswith(TOLD)]
+    process.check_returncode()
+    return [
+        json.loads(line.removeprefix(RESULT_PREFIX))
+        for line in process.stdout.splitlines()
+        if line.startswith(RESULT_PREFIX)
+    ]
 
 
-def measure(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
+def measure_micro_batches(run: Run, base: Base, tune: Finetune, policy) -> list[dict]:
     """Measure each micro-batch size, print each result and return them all.
 
     A result has tokens_per_second (padding not counted) and peak_memory_gb, which are None when the size does not fit.
     """
     from pipeline.base_model import fetch as bases
     from pipeline.base_model import restore_gguf
-    from pipeline.finetune import build_trainer
     from pipeline.run import training_rows
     from pipeline.toolchain import unsloth_loader
 
-    written = training_rows.read(run.output("data", "train"))
-    lengths = batches.lengths(written)
-    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, run.read("data")["base"]["revision"]))
-    packed = tune.packing and unsloth_loader.gpu_bytes() is not None
-    sizes = [tune.micro_batch_tokens] if tune.micro_batch_tokens else CHECKPOINTED if policy else TOKENS
-    model, found = None, []
-    for tokens in sorted({max(size, int(lengths.max())) for size in sizes}, reverse=True):
-        order = longest(lengths, tokens, packed)
-        choice = Choice(len(order), tune.learning_rate, tokens, tokens, policy, packed)
-        model = model or build_trainer.build_model(weights, base, tune, choice)
-        found.append(
+    data = run.read_record(DataRecord)
+    training_table = training_rows.read_table(data.output_path("train"))
+    lengths = batches.row_lengths(training_table)
+    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, data.base.revision))
+    packed = tune.packing and unsloth_loader.gpu_memory_bytes() is not None
+    limits = (
+        [tune.micro_batch_tokens] if tune.micro_batch_tokens else CHECKPOINTED_TOKEN_LIMITS if policy else TOKEN_LIMITS
+    )
+    model, results = None, []
+    for tokens in sorted({max(size, int(lengths.max())) for size in limits}, reverse=True):
+        row_numbers = select_longest_rows(lengths, tokens, packed)
+        choice = BatchChoice(len(row_numbers), tune.learning_rate, tokens, tokens, policy, packed)
+        model = model or build_model(weights, base, tune, choice)
+        results.append(
             {"load_in_4bit": base.load_in_4bit, "use_gradient_checkpointing": policy, "micro_batch_tokens": tokens}
-            | steps(model, base, tune, run, choice, written.take(order))
+            | measure_steps(model, TrainingInput(base, tune, data, training_table.take(row_numbers)), run, choice)
         )
-        print(TOLD + json.dumps(found[-1]), flush=True)
-    return found
+        print(RESULT_PREFIX + json.dumps(results[-1]), flush=True)
+    return results
 
 
-def longest(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
+def select_longest_rows(lengths: np.ndarray, tokens: int, packed: bool) -> np.ndarray:
     """Return the numbers of the longest rows that fill a micro-batch of at most `tokens`, one row at least."""
-    order = np.argsort(-lengths, kind="stable")
-    count = next((n for n in range(len(order), 1, -1) if batches.size(lengths[order[:n]], packed) <= tokens), 1)
-    return order[:count]
+    row_numbers = np.argsort(-lengths, kind="stable")
+    count = next(
+        (
+            n
+            for n in range(len(row_numbers), 1, -1)
+            if batches.count_batch_tokens(lengths[row_numbers[:n]], packed) <= tokens
+        ),
+        1,
+    )
+    return row_numbers[:count]
 
 
-def steps(model, base: Base, tune: Finetune, run: Run, choice: Choice, full: "pa.Table") -> dict:
+def measure_steps(model, source: TrainingInput, run: Run, choice: BatchChoice) -> dict:
     """Train some steps of one full micro-batch with the trainer of `finetune`, and return speed and peak memory.
 
     The training runs in a temporary folder.
     """
-    from pipeline.finetune.build_trainer import build_trainer
     from pipeline.toolchain import unsloth_loader
 
-    unsloth_loader.forget_peak()
-    with tempfile.TemporaryDirectory() as empty:
-        beside = Run(Path(empty))
+    unsloth_loader.reset_peak_memory()
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        temporary_run = Run(Path(temporary_folder))
         for name in ("data", "data.json"):
-            (beside.folder / name).symlink_to((run.folder / name).resolve())
-        quiet = tune.model_copy(
+            (temporary_run.folder / name).symlink_to((run.folder / name).resolve())
+        quiet_settings = source.tune.model_copy(
             update={"logging_steps": 1, "eval_strategy": "no", "report_to": (), "early_stopping_patience": None}
         )
-        order = batches.ShuffledRows(len(full), STEPS * len(full), tune.seed)
-        trainer = build_trainer(model, base, quiet, beside, choice, full, order)
+        rows = len(source.table)
+        order = batches.ShuffledRows(rows, PROBE_STEPS * rows, source.tune.seed)
+        trainer = build_trainer(model, replace(source, tune=quiet_settings), temporary_run, choice, order)
         trainer.packed = trainer.args.packing  # Unsloth does not pack rows for every model
         # A micro-batch that does not fit is a result here, so it must not be made smaller.
-        trainer.smallest = trainer.budget
+        trainer.min_micro_batch_tokens = trainer.micro_batch_tokens
         try:
             trainer.train()
-        except OutOfMemory:
+        except OutOfGpuMemory:
             return {"tokens_per_second": None, "peak_memory_gb": None}
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     return {"tokens_per_second": round(speeds[-1]), "peak_memory_gb": unsloth_loader.peak_memory_gb()}
 
 
-def keep(run: Run, probed: dict) -> None:
+def save_choice(run: Run, settings: dict) -> None:
     """Write the settings for `finetune` to its choice.json; the settings of a training in progress stay there."""
-    path = run.workspace("finetune", "data") / "choice.json"
-    files.write_json(path, (files.read_json(path) if path.is_file() else {}) | {"probed": probed})
+    path = run.prepare_stage_folder("finetune", "data") / "choice.json"
+    files.write_json(path, (files.read_json(path) if path.is_file() else {}) | {"probed": settings})
 
 
-def table(found: list[dict], best: dict) -> list[str]:
+def format_results(results: list[dict], best: dict) -> list[str]:
     """Return the lines of the table of results, with the best one marked."""
-    head = f"  {'base':<8}{'checkpointing':<15}{'at once':>9}{'tokens/s':>10}{'peak GB':>9}"
-    return [head, *(f"  {line(row)}{'  <- finetune takes this' if row is best else ''}" for row in found)]
+    header = f"  {'base':<8}{'checkpointing':<15}{'at once':>9}{'tokens/s':>10}{'peak GB':>9}"
+    return [header, *(f"  {format_result(row)}{'  <- finetune takes this' if row is best else ''}" for row in results)]
 
 
-def line(row: dict) -> str:
+def format_result(row: dict) -> str:
     """Return one result as a line of the table."""
-    bits, policy = "4 bit" if row["load_in_4bit"] else "16 bit", POLICIES[row["use_gradient_checkpointing"]]
-    start = f"{bits:<8}{policy:<15}{row['micro_batch_tokens']:>9,}"
+    precision, policy = "4 bit" if row["load_in_4bit"] else "16 bit", POLICY_NAMES[row["use_gradient_checkpointing"]]
+    columns = f"{precision:<8}{policy:<15}{row['micro_batch_tokens']:>9,}"
     if not row["tokens_per_second"]:
-        return f"{start}  does not fit"
-    return f"{start}{row['tokens_per_second']:>10,}{row['peak_memory_gb']:>9.1f}"
+        return f"{columns}  does not fit"
+    return f"{columns}{row['tokens_per_second']:>10,}{row['peak_memory_gb']:>9.1f}"
 
 
-def other(best: dict, fitting: list[dict]) -> list[str]:
+def describe_other_precision(best: dict, fitting: list[dict]) -> list[str]:
     """Return a hint when the other precision is at least 5 % faster.
 
     The user has to choose it, because it changes which model is trained.
     """
-    rivals = [row["tokens_per_second"] for row in fitting if row["load_in_4bit"] != best["load_in_4bit"]]
-    faster = max(rivals, default=0) / best["tokens_per_second"] - 1
-    if faster < 0.05:
+    other_speeds = [row["tokens_per_second"] for row in fitting if row["load_in_4bit"] != best["load_in_4bit"]]
+    speedup = max(other_speeds, default=0) / best["tokens_per_second"] - 1
+    if speedup < 0.05:
         return []
-    word = "false" if best["load_in_4bit"] else "true"
-    return [f'  SET="base.load_in_4bit={word}" with a new RUN=name is {faster:.0%} faster here']
+    value = "false" if best["load_in_4bit"] else "true"
+    return [f'  SET="base.load_in_4bit={value}" with a new RUN=name is {speedup:.0%} faster here']
 
 
-def main(folder: str, asked: str) -> None:
+def main(folder: str, model_settings: str) -> None:
     """Measure one model; `model_settings` is JSON: [whether it is loaded in 4 bit, checkpointing policy]."""
     from pipeline.toolchain import unsloth_loader
 
-    run, (bits, policy) = Run(Path(folder)), json.loads(asked)
-    config = run.config()
-    unsloth_loader.start()
-    if unsloth_loader.gpu_bytes() is None:
+    run, (load_in_4bit, policy) = Run(Path(folder)), json.loads(model_settings)
+    config = run.read_config()
+    unsloth_loader.import_unsloth()
+    if unsloth_loader.gpu_memory_bytes() is None:
         raise UserError("PROBE measures a GPU, and torch sees none here", "leave it out: `make plan` needs no GPU")
     import torch
 
     with contextlib.suppress(torch.OutOfMemoryError):  # the weights alone do not fit
-        measure(run, config.base.model_copy(update={"load_in_4bit": bits}), config.finetune, policy)
+        measure_micro_batches(
+            run, config.base.model_copy(update={"load_in_4bit": load_in_4bit}), config.finetune, policy
+        )
 
 
 if __name__ == "__main__":

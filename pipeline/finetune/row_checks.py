@@ -9,39 +9,42 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
-    from trl import SFTTrainer
+
+    from pipeline.finetune.trainer import StepTrainer
 
 
-def first_batch(trainer: "SFTTrainer", written: "pa.Table") -> None:
+def verify_first_step(trainer: "StepTrainer", training_table: "pa.Table") -> None:
     """Raise RuntimeError unless the trainer's first step has exactly its rows of the training table.
 
     Token ids and labels are compared without padding, and the step must be packed if packing was chosen.
     """
     rows = next(iter(trainer.get_train_dataloader()))["rows"]
-    known = {_fingerprint(row["input_ids"], row["labels"]) for row in written.take(rows.numbers).to_pylist()}
-    seen = 0
-    for batch in trainer.dealt(rows):
+    expected_hashes = {
+        _hash_row(row["input_ids"], row["labels"]) for row in training_table.take(rows.numbers).to_pylist()
+    }
+    row_count = 0
+    for batch in trainer.iter_micro_batches(rows):
         if trainer.packed and "packed_seq_lengths" not in batch:
             raise RuntimeError(
                 f"packing was asked for, and Unsloth does not pack: a micro-batch has only {sorted(batch)}"
             )
-        for ids, labels in zip(*_unpadded(batch), strict=True):
-            seen += 1
-            if _fingerprint(ids, labels) not in known:
+        for token_ids, labels in zip(*_split_into_rows(batch), strict=True):
+            row_count += 1
+            if _hash_row(token_ids, labels) not in expected_hashes:
                 raise RuntimeError(
-                    f"the trainer's first step holds a row that data did not write: {ids[:20]}... "
+                    f"the trainer's first step holds a row that data did not write: {token_ids[:20]}... "
                     f"labels {labels[:20]}..."
                 )
-    if seen != len(rows.numbers):
-        raise RuntimeError(f"the first step has {seen} rows instead of {len(rows.numbers)}")
+    if row_count != len(rows.numbers):
+        raise RuntimeError(f"the first step has {row_count} rows instead of {len(rows.numbers)}")
 
 
-def end_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> set[int]:
+def end_token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> set[int]:
     """Return the ids of the tokens that end an answer: EOS and the tokens of `texts`."""
     return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(texts)}
 
 
-def ends(written: "pa.Table", wanted: set[int], cut: int = 0) -> None:
+def verify_answer_ends(training_table: "pa.Table", end_ids: set[int], truncated_rows: int = 0) -> None:
     """Raise RuntimeError when more than `truncated_rows` rows have no token with loss that ends an answer.
 
     The model would never learn to stop.
@@ -53,34 +56,34 @@ def ends(written: "pa.Table", wanted: set[int], cut: int = 0) -> None:
     """
     import numpy as np
 
-    labels = written["labels"].combine_chunks()
-    seen = np.concatenate([[0], np.cumsum(np.isin(labels.values.to_numpy(), list(wanted)))])
+    labels = training_table["labels"].combine_chunks()
+    ends_before = np.concatenate([[0], np.cumsum(np.isin(labels.values.to_numpy(), list(end_ids)))])
     offsets = labels.offsets.to_numpy()
-    endless = np.flatnonzero(seen[offsets[1:]] == seen[offsets[:-1]])
-    if len(endless) > cut:  # rows truncated at max_seq_length, as clean.too_long configures
+    endless_rows = np.flatnonzero(ends_before[offsets[1:]] == ends_before[offsets[:-1]])
+    if len(endless_rows) > truncated_rows:  # rows truncated at max_seq_length, as clean.too_long configures
         raise RuntimeError(
-            f"training row {endless[0]} teaches no end: none of its labels is one of the tokens {sorted(wanted)}"
+            f"training row {endless_rows[0]} teaches no end: none of its labels is one of the tokens {sorted(end_ids)}"
         )
 
 
-def _fingerprint(ids: list[int], labels: list[int]) -> int:
+def _hash_row(token_ids: list[int], labels: list[int]) -> int:
     """Return a hash of one row without its first label, which carries no loss and is masked by packing."""
-    return hash((tuple(ids), tuple(labels[1:])))
+    return hash((tuple(token_ids), tuple(labels[1:])))
 
 
-def _unpadded(batch: dict) -> tuple[list[list[int]], list[list[int]]]:
+def _split_into_rows(batch: dict) -> tuple[list[list[int]], list[list[int]]]:
     """Return (token ids, labels) of the rows in a padded batch, or in a packed batch of TRL.
 
     A packed batch is one long row, whose position_ids start again at each of its rows.
     """
-    ids, labels = [], []
+    token_ids, labels = [], []
     for i, row in enumerate(batch["input_ids"].tolist()):
-        marks = batch["labels"][i].tolist()
+        row_labels = batch["labels"][i].tolist()
         if "attention_mask" in batch:
             starts = [0, int(batch["attention_mask"][i].sum())]
         else:
             lengths = batch["packed_seq_lengths"].tolist()
             starts = [sum(lengths[:k]) for k in range(len(lengths) + 1)]
-        ids += [row[a:b] for a, b in pairwise(starts)]
-        labels += [marks[a:b] for a, b in pairwise(starts)]
-    return ids, labels
+        token_ids += [row[a:b] for a, b in pairwise(starts)]
+        labels += [row_labels[a:b] for a, b in pairwise(starts)]
+    return token_ids, labels

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,56 +15,64 @@ from common.errors import UserError
 from pipeline.base_model import fetch as bases
 from pipeline.base_model import model_config, restore_gguf
 from pipeline.config.schema import Base, Finetune
-from pipeline.finetune import checkpoints, row_checks, training_log
-from pipeline.finetune.build_trainer import build_model, build_trainer
-from pipeline.finetune.trainer import LAST_LOSS, OutOfMemory
+from pipeline.finetune import row_checks, training_log
+from pipeline.finetune.build_trainer import TrainingInput, build_model, build_trainer
+from pipeline.finetune.early_stop import LAST_LOSS_FILE, OutOfGpuMemory, StopTraining
 from pipeline.plan import batches, choose_batch, disk_space, gpu_table, memory_need
-from pipeline.plan.estimate import POLICIES
+from pipeline.plan.estimate import POLICY_NAMES
 from pipeline.run import checkpoint_files, training_rows
+from pipeline.run.records import DataRecord, FinetuneRecord
 from pipeline.run.run_folder import Run
 from pipeline.toolchain import unsloth_loader
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    from trl import SFTTrainer
+    from pipeline.finetune.trainer import StepTrainer
 
 
-def stage(base: Base, tune: Finetune, run: Run) -> dict:
+@dataclass(frozen=True)
+class PreparedTraining:
+    """A trainer that is ready, and what it was made from."""
+
+    trainer: "StepTrainer"
+    choice: choose_batch.BatchChoice
+    order: batches.ShuffledRows
+    """The rows in the order of training."""
+    source: TrainingInput
+    weights: Path
+    """The folder of the base model's weights."""
+
+
+def run_finetune(base: Base, tune: Finetune, data: DataRecord, run: Run) -> FinetuneRecord:
     """Train or resume from the last complete checkpoint, write finetune/adapter/ and the record, and return the record.
 
     Raises:
         KeyboardInterrupt: Ctrl-C ended the training with a checkpoint.
         SystemExit: SIGTERM ended the training with a checkpoint; the exit code is 143.
     """
-    data = run.read("data")
-    folder = run.workspace("finetune", "data")
-    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, data["base"]["revision"]))
-    described = model_config.read_config(weights)
-    refuse_disk(memory_need.shape(described), tune, folder)
-    written = training_rows.read(run.output("data", "train"))
-    with room(base):
-        trainer, choice, order = prepared(weights, described, base, tune, run, written)
-    row_checks.first_batch(trainer, written)
-    row_checks.ends(
-        written, row_checks.end_ids(trainer.processing_class, data["chat"]["end"]), data["truncated"].get("rows", 0)
-    )
-    checkpoint = checkpoint_files.find_last_complete(folder / "checkpoints")
-    console.say(
-        console.wrap(
-            f"  {'continuing from ' + checkpoint.name if checkpoint else 'starting'} on {unsloth_loader.device()}: "
-            f"{said(trainer, choice)}",
-            2,
-        )
-    )
-    train(trainer, checkpoint, folder / "choice.json", choice)
-    record = write(trainer, run, choice, order, len(written), weights, tune.seed, checkpoint)
+    folder = run.prepare_stage_folder("finetune", "data")
+    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, data.base.revision))
+    config_json = model_config.read_config(weights)
+    refuse_full_disk(memory_need.shape_from_config(config_json), tune, folder)
+    training_table = training_rows.read_table(data.output_path("train"))
+    with translate_oom_errors(base):
+        training = prepare_training(weights, config_json, TrainingInput(base, tune, data, training_table), run)
+    trainer = training.trainer
+    row_checks.verify_first_step(trainer, training_table)
+    end_ids = row_checks.end_token_ids(trainer.processing_class, data.chat.end)
+    row_checks.verify_answer_ends(training_table, end_ids, data.truncated.get("rows", 0))
+    checkpoint = checkpoint_files.prune_and_find_checkpoint(folder / "checkpoints")
+    beginning = f"continuing from {checkpoint.name}" if checkpoint else "starting"
+    description = f"  {beginning} on {unsloth_loader.describe_device()}: {describe_run(trainer, training.choice)}"
+    console.print_message(console.wrap_text(description, 2))
+    run_training(trainer, checkpoint, folder / "choice.json", training.choice)
+    record = write_results(training, run, checkpoint)
     # They are removed after the record is written, because a run that is killed before that resumes from them.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
 
 
 @contextlib.contextmanager
-def room(base: Base):
+def translate_oom_errors(base: Base):
     """Raise UserError for an out-of-memory error before the first step.
 
     At that point the GPU is full because another process holds its memory.
@@ -75,88 +83,94 @@ def room(base: Base):
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{base.model} finds no room on {unsloth_loader.device()}: {str(error).splitlines()[0]}",
+            f"{base.model} finds no room on {unsloth_loader.describe_device()}: {str(error).splitlines()[0]}",
             "`make doctor` says who holds the card's memory; then run the same command again",
         ) from error
 
 
-def prepared(
-    weights: Path, described: dict, base: Base, tune: Finetune, run: Run, written: "pa.Table"
-) -> tuple["SFTTrainer", choose_batch.Choice, batches.ShuffledRows]:
-    """Return the trainer, its batch settings, and the rows in the order of training; write choice.json.
+def prepare_training(weights: Path, config_json: dict, source: TrainingInput, run: Run) -> PreparedTraining:
+    """Return the trainer with its batch settings and the order of the rows; write choice.json.
 
     A resumed training keeps the rows of a step and the learning rate that it started with, on any GPU.
 
     Args:
-        config_json: the content of config.json.
-        training_table: the rows that `data` wrote.
+        weights: the folder of the base model's weights.
+        config_json: the content of its config.json.
 
     Raises:
         UserError: the GPU cannot train the model, or its memory is too small.
     """
-    refuse_card(described.get("model_type", ""), base)
-    path = run.folder / "finetune" / "choice.json"
-    begun = files.read_json(path) if path.is_file() else {}
-    tune = tune.model_copy(update=begun.get("probed", {}) | begun.get("after_out_of_memory", {}))
-    wanted = tune.packing and unsloth_loader.gpu_bytes() is not None
-    fitting = functools.partial(
-        choose_batch.choose,
-        memory_need.shape(described),
+    base, tune = source.base, source.tune
+    refuse_unfit_gpu(config_json.get("model_type", ""), base)
+    choice_path = run.folder / "finetune" / "choice.json"
+    saved_choice = files.read_json(choice_path) if choice_path.is_file() else {}
+    tune = tune.model_copy(update=saved_choice.get("probed", {}) | saved_choice.get("after_out_of_memory", {}))
+    wants_packing = tune.packing and unsloth_loader.gpu_memory_bytes() is not None
+    choose_for_gpu = functools.partial(
+        choose_batch.choose_batch_settings,
+        memory_need.shape_from_config(config_json),
         base,
-        lengths=batches.lengths(written),
-        card=unsloth_loader.gpu_bytes(),
-        begun=begun.get("train_batch_size"),
+        lengths=batches.row_lengths(source.table),
+        gpu_bytes=unsloth_loader.gpu_memory_bytes(),
+        resumed_rows_per_step=saved_choice.get("train_batch_size"),
     )
-    choice, order = fitting(
-        tune, packed=begun.get("packing", wanted and choose_batch.packs(described.get("model_type", "")))
+    choice, order = choose_for_gpu(
+        tune,
+        packed=saved_choice.get(
+            "packing", wants_packing and choose_batch.can_pack_rows(config_json.get("model_type", ""))
+        ),
     )
     model = build_model(weights, base, tune, choice)
-    trainer = build_trainer(model, base, tune, run, choice, written, order)
+    trainer = build_trainer(model, replace(source, tune=tune), run, choice, order)
     if choice.packing and not trainer.args.packing:  # Unsloth does not decide by the model's type alone
         tune = tune.model_copy(update={"use_gradient_checkpointing": choice.use_gradient_checkpointing})
-        choice, order = fitting(tune, packed=False)
-        trainer = build_trainer(model, base, tune, run, choice, written, order)
-    if wanted and not choice.packing:
-        console.note(f"Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead")
-    files.write_json(path, begun | asdict(choice))
-    return trainer, choice, order
+        choice, order = choose_for_gpu(tune, packed=False)
+        trainer = build_trainer(model, replace(source, tune=tune), run, choice, order)
+    if wants_packing and not choice.packing:
+        console.print_note(
+            f"Unsloth does not pack {model.config.model_type}: rows of similar length are padded instead"
+        )
+    files.write_json(choice_path, saved_choice | asdict(choice))
+    return PreparedTraining(trainer, choice, order, source, weights)
 
 
-def refuse_card(kind: str, base: Base) -> None:
+def refuse_unfit_gpu(model_type: str, base: Base) -> None:
     """Raise UserError when this GPU cannot train models of this kind (`model_type` of config.json)."""
-    capability = unsloth_loader.capability()
-    if capability and (why := gpu_table.unfit(capability, kind)):
+    capability = unsloth_loader.gpu_capability()
+    if capability and (fault := gpu_table.find_gpu_fault(capability, model_type)):
         raise UserError(
-            f"{base.model} on this {unsloth_loader.device()}: {why}",
+            f"{base.model} on this {unsloth_loader.describe_device()}: {fault}",
             "take a machine with a newer card (`make plan` names the cheapest that fits)",
         )
 
 
-def refuse_disk(shape: memory_need.Shape | None, tune: Finetune, folder: Path) -> None:
+def refuse_full_disk(shape: memory_need.ModelShape | None, tune: Finetune, folder: Path) -> None:
     """Raise UserError when the disk is too full for the checkpoints.
 
     Otherwise the error would only appear at the first checkpoint, after minutes of paid GPU time.
     """
-    free = shutil.disk_usage(files.nearest(folder)).free
-    if shape and free < (need := disk_space.checkpoints(shape, tune)):
+    free = shutil.disk_usage(files.nearest_existing_path(folder)).free
+    if shape and free < (need := disk_space.checkpoint_bytes(shape, tune)):
         raise UserError(
             f"checkpoints and adapter take {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at "
-            f"{files.nearest(folder)}",
+            f"{files.nearest_existing_path(folder)}",
             "free some, then run the same command again",
         )
 
 
-def said(trainer: "SFTTrainer", choice: choose_batch.Choice) -> str:
+def describe_run(trainer: "StepTrainer", choice: choose_batch.BatchChoice) -> str:
     """Return the number of steps and the batch settings of the training, for the user."""
-    dealt = "packed" if choice.packing else "padded"
+    layout = "packed" if choice.packing else "padded"
     return (
-        f"{trainer.args.max_steps:,} steps of {choice.train_batch_size} rows, {dealt}, "
+        f"{trainer.args.max_steps:,} steps of {choice.train_batch_size} rows, {layout}, "
         f"at most {choice.micro_batch_tokens:,} tokens at once, learning rate {choice.learning_rate:.3g}, "
-        f"gradient checkpointing: {POLICIES[choice.use_gradient_checkpointing]}"
+        f"gradient checkpointing: {POLICY_NAMES[choice.use_gradient_checkpointing]}"
     )
 
 
-def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: choose_batch.Choice) -> None:
+def run_training(
+    trainer: "StepTrainer", checkpoint: Path | None, choice_path: Path, choice: choose_batch.BatchChoice
+) -> None:
     """Train to the end, or until a signal or too little GPU memory ends the training with a checkpoint.
 
     Out of memory, the process restarts itself and resumes from the checkpoint with gradient checkpointing. After a
@@ -172,61 +186,67 @@ def train(trainer: "SFTTrainer", checkpoint: Path | None, path: Path, choice: ch
         UserError: memory is too small even with gradient checkpointing, or the training gave NaN or infinity.
     """
     try:
-        with trainer.signals.heard():
-            finish(trainer, checkpoint)
-    except OutOfMemory as error:
-        trainer.save()
-        start_again(path, choice, str(error))
-    except checkpoints.Stop:
-        trainer.save()
+        with trainer.signals.capture_signals():
+            train_to_end(trainer, checkpoint)
+    except OutOfGpuMemory as error:
+        trainer.save_checkpoint_now()
+        restart_with_checkpointing(choice_path, choice, str(error))
+    except StopTraining:
+        trainer.save_checkpoint_now()
     if not trainer.signals:
-        trainer.pusher.close()  # the adapter, which is sent after the stage, is newer
+        trainer.checkpoint_sync.kill_push()  # the adapter, which is sent after the stage, is newer
     else:
-        console.say(f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}")
-        trainer.pusher.last(checkpoint_files.find_last_complete(Path(trainer.args.output_dir)))
+        console.print_message(
+            f"finetune: {signal.Signals(trainer.signals.number).name} after step {trainer.state.global_step:,}"
+        )
+        trainer.checkpoint_sync.send_final_checkpoint(
+            checkpoint_files.prune_and_find_checkpoint(Path(trainer.args.output_dir))
+        )
         if trainer.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
-        console.say("stopped; the same command goes on from here")
+        console.print_message("stopped; the same command goes on from here")
         raise SystemExit(128 + trainer.signals.number)
 
 
-def finish(trainer: "SFTTrainer", checkpoint: Path | None) -> None:
+def train_to_end(trainer: "StepTrainer", checkpoint: Path | None) -> None:
     """Train to the end and load the best weights.
 
     From a checkpoint of the last step only the weights are loaded, because resuming would train another step.
     """
     from transformers import TrainerState
 
+    from pipeline.finetune.callbacks import show_progress
+
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
-    if state and (state.global_step >= state.max_steps or stopped_early(state)):
-        take(trainer, checkpoint)
+    if state and (state.global_step >= state.max_steps or has_stopped_early(state)):
+        load_adapter_weights(trainer, checkpoint)
         trainer.state = state
         trainer.last_loss = read_last_loss(checkpoint)
     else:
-        with training_log.showing_steps(trainer, state.global_step if state else 0):
+        with show_progress(trainer, state.global_step if state else 0):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.refuse_broken_losses()
     if not trainer.signals and (best := trainer.state.best_model_checkpoint):
         # Only the name is used, because the path may be that of another machine.
-        take(trainer, Path(trainer.args.output_dir) / Path(best).name)
+        load_adapter_weights(trainer, Path(trainer.args.output_dir) / Path(best).name)
     trainer.refuse_broken_weights()
 
 
-def stopped_early(state) -> bool:
+def has_stopped_early(state) -> bool:
     """Return whether the training of this trainer state has ended because the held-out loss stopped improving."""
-    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {})
-    patience = stopping.get("args", {}).get("early_stopping_patience")
-    return patience is not None and stopping["attributes"]["early_stopping_patience_counter"] >= patience
+    callback_state = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    patience = callback_state.get("args", {}).get("early_stopping_patience")
+    return patience is not None and callback_state["attributes"]["early_stopping_patience_counter"] >= patience
 
 
-def take(trainer: "SFTTrainer", checkpoint: Path) -> None:
+def load_adapter_weights(trainer: "StepTrainer", checkpoint: Path) -> None:
     """Load the adapter weights of a checkpoint into the trainer's model."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
 
 
-def start_again(path: Path, choice: choose_batch.Choice, said: str) -> None:
+def restart_with_checkpointing(choice_path: Path, choice: choose_batch.BatchChoice, reason: str) -> None:
     """Replace this process by a new one that resumes with gradient checkpointing, when no micro-batch fits.
 
     Raises:
@@ -234,38 +254,29 @@ def start_again(path: Path, choice: choose_batch.Choice, said: str) -> None:
     """
     if choice.use_gradient_checkpointing:
         raise UserError(
-            f"out of GPU memory with the smallest micro-batch and gradient checkpointing: {said}",
+            f"out of GPU memory with the smallest micro-batch and gradient checkpointing: {reason}",
             "a larger card goes on from the last checkpoint; or a smaller base.max_seq_length with a new RUN=name",
         )
-    files.write_json(path, files.read_json(path) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}})
-    console.note("the stage starts once more, with Unsloth's gradient checkpointing")
+    files.write_json(
+        choice_path, files.read_json(choice_path) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}}
+    )
+    console.print_note("the stage starts once more, with Unsloth's gradient checkpointing")
     os.execv(sys.executable, sys.orig_argv)
 
 
-def write(
-    trainer,
-    run: Run,
-    choice: choose_batch.Choice,
-    order: batches.ShuffledRows,
-    there: int,
-    weights: Path,
-    seed: int,
-    checkpoint: Path | None,
-) -> dict:
+def write_results(training: PreparedTraining, run: Run, checkpoint: Path | None) -> FinetuneRecord:
     """Write the adapter, the log and the record, and return the record.
 
     Args:
-        row_count: number of training rows.
-        weights: the folder of the base model's weights.
         checkpoint: the checkpoint that the training was resumed from.
     """
-    folder = run.folder / "finetune"
+    trainer, choice, folder = training.trainer, training.choice, run.folder / "finetune"
     save_adapter(trainer, folder / "adapter")
     history, step = trainer.state.log_history, trainer.state.global_step
-    training_log.write(folder / "log.jsonl", history)
-    trained = min(len(order), step * choice.train_batch_size)
-    return run.write(
-        "finetune",
+    training_log.write_log(folder / "log.jsonl", history)
+    rows_trained = min(len(training.order), step * choice.train_batch_size)
+    return run.write_record(
+        FinetuneRecord,
         ("data",),
         {
             "adapter": folder / "adapter" / "adapter_model.safetensors",
@@ -273,18 +284,18 @@ def write(
             "log": folder / "log.jsonl",
         },
         steps=step,
-        epochs=round(trained / there, 2),
-        rows=trained,
+        epochs=round(rows_trained / len(training.source.table), 2),
+        rows=rows_trained,
         final_loss=final_loss(trainer),
         best_step=trainer.state.best_global_step,
         best_loss=trainer.state.best_metric,
         resumed_from=checkpoint.name if checkpoint else None,
-        device=unsloth_loader.device(),
+        device=unsloth_loader.describe_device(),
         peak_memory_gb=unsloth_loader.peak_memory_gb(),
         tokens=trainer.meter.count_tokens(step),
         trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        seed=seed,
-        weights=str(weights),
+        seed=training.source.tune.seed,
+        weights=str(training.weights),
         **asdict(choice),
     )
 
@@ -293,18 +304,18 @@ def read_last_loss(checkpoint: Path):
     """Return the loss of a checkpoint's last step as a tensor, or None when an older Ferry wrote the checkpoint."""
     import torch
 
-    path = checkpoint / LAST_LOSS
+    path = checkpoint / LAST_LOSS_FILE
     return torch.tensor(files.read_json(path)["loss"]) if path.is_file() else None
 
 
-def final_loss(trainer: "SFTTrainer") -> float:
+def final_loss(trainer: "StepTrainer") -> float:
     """Return the loss of the last step, or the last logged mean when the loss of that step is unknown."""
     if trainer.last_loss is not None:
         return round(trainer.last_loss.item(), 5)
     return next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
 
 
-def save_adapter(trainer: "SFTTrainer", path: Path) -> None:
+def save_adapter(trainer: "StepTrainer", path: Path) -> None:
     """Write the adapter and the tokenizer to a folder.
 
     Raises:
@@ -313,7 +324,7 @@ def save_adapter(trainer: "SFTTrainer", path: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        with files.writing(path) as part:
+        with files.write_atomically(path) as part:
             trainer.model.save_pretrained(part)
             trainer.processing_class.save_pretrained(part)
     except (OSError, SafetensorError) as error:

@@ -3,16 +3,15 @@
 All values are read at the logging steps, where the trainer waits for the GPU anyway.
 """
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from common import console, files
 
 
-class Meter:
+class SpeedMeter:
     """Measures speed, MFU, remaining time and costs of a training. Padding is not counted.
 
     Args:
@@ -24,40 +23,55 @@ class Meter:
     """
 
     def __init__(
-        self, count_tokens: Callable[[int], int], steps: int, flops: float, peak: float | None, price: float | None
+        self,
+        count_tokens: Callable[[int], int],
+        steps: int,
+        flops: float,
+        peak_flops: float | None,
+        dollars_per_hour: float | None,
     ):
-        self.count_tokens, self.steps, self.flops, self.peak, self.price = count_tokens, steps, flops, peak, price
-        self.began = self.last = time.monotonic()
-        self.first = self.step = 0
+        self.count_tokens, self.steps, self.flops, self.peak_flops, self.dollars_per_hour = (
+            count_tokens,
+            steps,
+            flops,
+            peak_flops,
+            dollars_per_hour,
+        )
+        self.started_at = self.interval_started = time.monotonic()
+        self.first_step = self.last_step = 0
 
-    def start(self, step: int) -> None:
+    def start_at(self, step: int) -> None:
         """Start to measure at this step; the steps that an earlier process trained do not count."""
-        self.began = self.last = time.monotonic()
-        self.first = self.step = step
+        self.started_at = self.interval_started = time.monotonic()
+        self.first_step = self.last_step = step
 
-    def pause(self, seconds: float) -> None:
+    def leave_out(self, seconds: float) -> None:
         """Leave out seconds that were not spent on training, but on an evaluation or a checkpoint."""
-        self.last += seconds
+        self.interval_started += seconds
 
-    def read(self, step: int, memory_gb: float) -> dict:
+    def read_entry(self, step: int, memory_gb: float) -> dict:
         """Return the values for a log entry, and start a new interval. The speed is that since the last entry."""
         now = time.monotonic()
         tokens = self.count_tokens(step)
-        seconds, done = now - self.last, tokens - self.count_tokens(self.step)
-        spent, trained = now - self.began, tokens - self.count_tokens(self.first)
-        speed = done / seconds if seconds > 0 else 0.0
-        left = (self.count_tokens(self.steps) - tokens) * spent / trained if trained else None
-        self.last, self.step = now, step
-        found = {"tokens": tokens, "tokens_per_second": round(speed, 1), "memory_gb": memory_gb}
-        found |= {"mfu": round(speed * self.flops / self.peak, 4)} if self.peak else {}
-        found |= {"seconds_left": round(left)} if left is not None else {}
-        return found | ({"dollars": round(spent / 3600 * self.price, 3)} if self.price else {})
+        seconds, new_tokens = now - self.interval_started, tokens - self.count_tokens(self.last_step)
+        seconds_spent, tokens_trained = now - self.started_at, tokens - self.count_tokens(self.first_step)
+        tokens_per_second = new_tokens / seconds if seconds > 0 else 0.0
+        seconds_left = (
+            (self.count_tokens(self.steps) - tokens) * seconds_spent / tokens_trained if tokens_trained else None
+        )
+        self.interval_started, self.last_step = now, step
+        values = {"tokens": tokens, "tokens_per_second": round(tokens_per_second, 1), "memory_gb": memory_gb}
+        values |= {"mfu": round(tokens_per_second * self.flops / self.peak_flops, 4)} if self.peak_flops else {}
+        values |= {"seconds_left": round(seconds_left)} if seconds_left is not None else {}
+        return values | (
+            {"dollars": round(seconds_spent / 3600 * self.dollars_per_hour, 3)} if self.dollars_per_hour else {}
+        )
 
 
-def line(step: int, steps: int, entry: dict) -> str:
+def format_entry(step: int, steps: int, entry: dict) -> str:
     """Return a log entry as a line for the terminal."""
     parts = [f"step {step:,}/{steps:,}"]
-    for name, form in (
+    for name, template in (
         ("loss", "loss {:.4f}"),
         ("eval_loss", "held-out loss {:.4f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
@@ -66,52 +80,13 @@ def line(step: int, steps: int, entry: dict) -> str:
         ("dollars", "${:.2f}"),
     ):
         if name in entry:
-            parts.append(form.format(entry[name]))
+            parts.append(template.format(entry[name]))
     if "seconds_left" in entry:
         parts.append(f"{console.format_duration(entry['seconds_left'])} left")
     return "finetune: " + ", ".join(parts)
 
 
-def watcher(log: Path, meter: Meter):
-    """Return a trainer callback that writes each entry to the file `log` and prints it."""
-    from transformers import TrainerCallback
-
-    class Watcher(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            meter.start(state.global_step)
-            # A run that was killed may have logged steps that are now trained again.
-            write(log, state.log_history)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            # An error is ignored, because the whole log is written at the end.
-            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
-            if "loss" in logs or "eval_loss" in logs:
-                console.say(line(state.global_step, state.max_steps, logs))
-
-    return Watcher()
-
-
-@contextlib.contextmanager
-def showing_steps(trainer, done: int) -> Iterator[None]:
-    """Show a progress bar as long as the block runs.
-
-    Args:
-        done: steps that an earlier process trained.
-    """
-    from transformers import TrainerCallback
-
-    with console.progress(trainer.args.max_steps, "finetune", "steps", done=done) as advance:
-
-        class StepCounter(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                advance(1)
-
-        trainer.add_callback(StepCounter)
-        yield
-
-
-def write(log: Path, history: list[dict]) -> None:
+def write_log(log: Path, history: list[dict]) -> None:
     """Write all entries to the log file, which they replace."""
-    with files.writing(log) as part:
+    with files.write_atomically(log) as part:
         part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.run.training_rows import IGNORED
+from pipeline.run.training_rows import IGNORED_LABEL
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
 # The length of a micro-batch is rounded up to a multiple of so many tokens, which the kernels need to be fast.
-PACKED, PADDED = 64, 8
+PACKED_MULTIPLE, PADDED_MULTIPLE = 64, 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ShuffledRows:
     take no more memory than a hundred.
     """
 
-    rows: int
+    row_count: int
     visits: int
     """Number of rows trained on; a row that is trained on twice counts twice."""
     seed: int
@@ -42,9 +42,9 @@ class ShuffledRows:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(self.visits)
-        epochs = range(start // self.rows, math.ceil(max(start + 1, stop) / self.rows))
-        numbers = np.concatenate([_shuffled_epoch(self.rows, self.seed, epoch) for epoch in epochs])
-        return numbers[start - epochs[0] * self.rows : stop - epochs[0] * self.rows]
+        epochs = range(start // self.row_count, math.ceil(max(start + 1, stop) / self.row_count))
+        row_numbers = np.concatenate([_shuffle_epoch(self.row_count, self.seed, epoch) for epoch in epochs])
+        return row_numbers[start - epochs[0] * self.row_count : stop - epochs[0] * self.row_count]
 
     def count_tokens(self, lengths: np.ndarray, visits: int) -> int:
         """Return the number of tokens in the first `visits` rows of the order.
@@ -52,19 +52,21 @@ class ShuffledRows:
         Args:
             lengths: tokens of each row, int [rows].
         """
-        epochs, rest = divmod(min(visits, self.visits), self.rows)
-        begun = lengths[_shuffled_epoch(self.rows, self.seed, epochs)[:rest]] if rest else lengths[:0]
-        return epochs * int(lengths.sum()) + int(begun.sum())
+        epochs, remainder = divmod(min(visits, self.visits), self.row_count)
+        last_epoch_lengths = (
+            lengths[_shuffle_epoch(self.row_count, self.seed, epochs)[:remainder]] if remainder else lengths[:0]
+        )
+        return epochs * int(lengths.sum()) + int(last_epoch_lengths.sum())
 
 
 @functools.lru_cache(maxsize=2)
-def _shuffled_epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
+def _shuffle_epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the shuffled row numbers of one epoch, int64 [rows]."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepRows:
     """The rows of one optimizer step: their numbers in train.parquet, token ids and labels."""
 
     numbers: list[int]
@@ -84,36 +86,41 @@ class Rows:
     @property
     def targets(self) -> int:
         """Return the number of tokens that carry loss. The first token of a row follows nothing, so it never does."""
-        return int(sum(np.count_nonzero(labels[1:] != IGNORED) for labels in self.labels))
+        return int(sum(np.count_nonzero(labels[1:] != IGNORED_LABEL) for labels in self.labels))
 
 
-def lengths(table: "pa.Table") -> np.ndarray:
+def row_lengths(table: "pa.Table") -> np.ndarray:
     """Return the number of tokens of each row in the training table, int [rows]."""
     return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in table["input_ids"].chunks])
 
 
-def step_rows(table: "pa.Table", numbers: np.ndarray) -> Rows:
+def take_step_rows(table: "pa.Table", numbers: np.ndarray) -> StepRows:
     """Return the rows with these numbers from the training table."""
-    taken = table.take(numbers)
-    columns = ([row.values.to_numpy() for row in taken[name]] for name in ("input_ids", "labels"))
-    return Rows(numbers.tolist(), *columns)
+    selected_rows = table.take(numbers)
+    columns = ([row.values.to_numpy() for row in selected_rows[name]] for name in ("input_ids", "labels"))
+    return StepRows(numbers.tolist(), *columns)
 
 
-def dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, per_step: int) -> "Dataset":
+def build_step_dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, rows_per_step: int) -> "Dataset":
     """Return a data set with one item for each optimizer step, {"rows": StepRows}.
 
     An item is made when it is read, so the data set takes no memory for any number of epochs.
     """
     from datasets import Dataset
 
-    def items(batch: dict) -> dict:
-        return {"rows": [step_rows(table, order[k * per_step : (k + 1) * per_step]) for k in batch["step"]]}
+    def load_steps(batch: dict) -> dict:
+        return {
+            "rows": [
+                take_step_rows(table, order[step * rows_per_step : (step + 1) * rows_per_step])
+                for step in batch["step"]
+            ]
+        }
 
-    steps = math.ceil(len(order) / per_step)
-    return Dataset.from_dict({"step": np.arange(steps)}).with_transform(items)
+    steps = math.ceil(len(order) / rows_per_step)
+    return Dataset.from_dict({"step": np.arange(steps)}).with_transform(load_steps)
 
 
-def micro_batches(lengths: list[int], budget: int, packed: bool) -> list[list[int]]:
+def split_into_micro_batches(lengths: list[int], max_tokens: int, packed: bool) -> list[list[int]]:
     """Split the rows of a step into micro-batches and return the positions of the rows in each.
 
     A row that is longer than `max_tokens` is a micro-batch by itself.
@@ -123,35 +130,35 @@ def micro_batches(lengths: list[int], budget: int, packed: bool) -> list[list[in
         max_tokens: the most tokens of a micro-batch, padding included.
         packed: put the rows of a micro-batch one after another in one sequence instead of padding them.
     """
-    return _packs(lengths, budget) if packed else _padded(lengths, budget)
+    return _split_packed(lengths, max_tokens) if packed else _split_padded(lengths, max_tokens)
 
 
-def _packs(lengths: list[int], budget: int) -> list[list[int]]:
+def _split_packed(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Make as few packed micro-batches as possible, of equal size: the longest row first, each into the emptiest."""
-    count = max(1, math.ceil(sum(lengths) / budget))
+    batch_count = max(1, math.ceil(sum(lengths) / max_tokens))
     while True:
-        heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(min(count, len(lengths)))]
+        heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(min(batch_count, len(lengths)))]
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            full, number, pack = heap[0]
+            tokens, number, pack = heap[0]
             pack.append(i)
-            heapq.heapreplace(heap, (full + lengths[i], number, pack))
-        if count >= len(lengths) or max(heap)[0] <= budget:
+            heapq.heapreplace(heap, (tokens + lengths[i], number, pack))
+        if batch_count >= len(lengths) or max(heap)[0] <= max_tokens:
             return [sorted(pack) for _, _, pack in sorted(heap, key=lambda entry: entry[1])]
-        count += 1
+        batch_count += 1
 
 
-def _padded(lengths: list[int], budget: int) -> list[list[int]]:
+def _split_padded(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Make padded micro-batches of rows of similar length, each row padded to the longest."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and _up(lengths[groups[-1][0]], PADDED) * (len(groups[-1]) + 1) <= budget:
+        if groups and _round_up(lengths[groups[-1][0]], PADDED_MULTIPLE) * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
 
 
-def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed: bool) -> int:
+def largest_micro_batch_tokens(lengths: np.ndarray, rows_per_step: int, max_tokens: int, packed: bool) -> int:
     """Return the tokens of the largest micro-batch in these steps, padding included.
 
     Args:
@@ -160,42 +167,46 @@ def largest_micro_batch(lengths: np.ndarray, per_step: int, budget: int, packed:
         max_tokens: the most tokens of a micro-batch, padding included.
     """
     largest = 0
-    for start in range(0, len(lengths), per_step):
-        step = lengths[start : start + per_step]
-        for group in micro_batches(step.tolist(), budget, packed):
-            largest = max(largest, size(step[group], packed))
+    for start in range(0, len(lengths), rows_per_step):
+        step_lengths = lengths[start : start + rows_per_step]
+        for group in split_into_micro_batches(step_lengths.tolist(), max_tokens, packed):
+            largest = max(largest, count_batch_tokens(step_lengths[group], packed))
     return largest
 
 
-def size(lengths: np.ndarray, packed: bool) -> int:
+def count_batch_tokens(lengths: np.ndarray, packed: bool) -> int:
     """Return the tokens of a micro-batch of rows with these lengths, padding included."""
-    return _up(int(lengths.sum()), PACKED) if packed else _up(int(lengths.max()), PADDED) * len(lengths)
+    return (
+        _round_up(int(lengths.sum()), PACKED_MULTIPLE)
+        if packed
+        else _round_up(int(lengths.max()), PADDED_MULTIPLE) * len(lengths)
+    )
 
 
-def examples(rows: Rows, group: list[int], packed: bool) -> list[dict]:
+def build_examples(rows: StepRows, group: list[int], packed: bool) -> list[dict]:
     """Return a micro-batch as TRL's collator takes it: one long row with `seq_lengths` when packed, else the rows."""
     if not packed:
         return [{"input_ids": rows.ids[i], "labels": rows.labels[i]} for i in group]
-    ids, labels = (np.concatenate([column[i] for i in group]) for column in (rows.ids, rows.labels))
-    return [{"input_ids": ids, "labels": labels, "seq_lengths": [len(rows.ids[i]) for i in group]}]
+    token_ids, labels = (np.concatenate([column[i] for i in group]) for column in (rows.ids, rows.labels))
+    return [{"input_ids": token_ids, "labels": labels, "seq_lengths": [len(rows.ids[i]) for i in group]}]
 
 
-def largest_step(lengths: np.ndarray, budget: int, packed: bool) -> int:
+def max_rows_per_step(lengths: np.ndarray, max_tokens: int, packed: bool) -> int:
     """Return how many rows a step can have so that every step fits into one micro-batch.
 
     Args:
         lengths: tokens of the rows in the order of training, int [rows].
         max_tokens: the most tokens of a micro-batch, padding included.
     """
-    for count in range(max(1, int(budget // lengths.mean())), 1, -1):
+    for count in range(max(1, int(max_tokens // lengths.mean())), 1, -1):
         starts = np.arange(0, len(lengths), count)
-        longest, rows = np.maximum.reduceat(lengths, starts), np.diff([*starts, len(lengths)])
-        sizes = np.add.reduceat(lengths, starts) if packed else _up(longest, PADDED) * rows
-        if sizes.max() <= budget:
+        longest, row_counts = np.maximum.reduceat(lengths, starts), np.diff([*starts, len(lengths)])
+        sizes = np.add.reduceat(lengths, starts) if packed else _round_up(longest, PADDED_MULTIPLE) * row_counts
+        if sizes.max() <= max_tokens:
             return count
     return 1
 
 
-def _up(length, multiple: int):
+def _round_up(length, multiple: int):
     """Round a number, or an array of numbers, up to a multiple."""
     return -(-length // multiple) * multiple

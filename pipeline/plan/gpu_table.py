@@ -14,13 +14,13 @@ from pathlib import Path
 
 from common.errors import UserError
 
-TABLE = Path("configs/gpus.csv")  # in the current folder, or in the checkout where the current folder has none
+TABLE_PATH = Path("configs/gpus.csv")  # in the current folder, or in the checkout where the current folder has none
 # Compute capabilities: the oldest that CUDA 13 compiles for (T4), and the first one with bf16 (A100).
-OLDEST, BF16 = 7.5, 8.0
+MIN_CAPABILITY, BF16_CAPABILITY = 7.5, 8.0
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuType:
     """One line of the table; the fields are its columns."""
 
     name: str
@@ -31,16 +31,16 @@ class Card:
     dollars_per_hour: float
 
 
-def table(path: Path = TABLE) -> list[Card]:
+def read_gpu_table(path: Path = TABLE_PATH) -> list[GpuType]:
     """Return all GPU types of the table. Raise UserError for a line that cannot be read."""
     path = path if path.is_file() else Path(__file__).parents[2] / path
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [
-                Card(
+                GpuType(
                     row["name"],
                     re.compile(row["match"]).pattern,
-                    *(float(row[name]) for name in list(Card.__annotations__)[2:]),
+                    *(float(row[name]) for name in list(GpuType.__annotations__)[2:]),
                 )
                 for row in csv.DictReader(file)
             ]
@@ -48,30 +48,30 @@ def table(path: Path = TABLE) -> list[Card]:
         raise UserError(f"{path} cannot be read: {error!r}", f"correct it, or `git checkout {path}`") from error
 
 
-def find(device: str) -> Card | None:
+def find_gpu(device: str) -> GpuType | None:
     """Return the GPU type of a device by its name in torch, such as NVIDIA H100 80GB HBM3; None when there is none."""
-    return next((card for card in table() if re.search(rf"\b{card.match}\b", device)), None)
+    return next((gpu_type for gpu_type in read_gpu_table() if re.search(rf"\b{gpu_type.match}\b", device)), None)
 
 
-def of(device: str) -> tuple[float | None, float | None]:
+def find_speed_and_price(device: str) -> tuple[float | None, float | None]:
     """Return FLOP/s and dollars per hour of a device; both are None when the table does not have it."""
-    card = find(device)
-    return (card.tflops * 1e12, card.dollars_per_hour) if card else (None, None)
+    gpu_type = find_gpu(device)
+    return (gpu_type.tflops * 1e12, gpu_type.dollars_per_hour) if gpu_type else (None, None)
 
 
-def unfit(capability: float, model_type: str) -> str | None:
+def find_gpu_fault(capability: float, model_type: str) -> str | None:
     """Return the reason why a GPU cannot train a model, or None when it can.
 
     Args:
         capability: compute capability of the GPU.
         model_type: `model_type` of config.json.
     """
-    if capability < OLDEST:
+    if capability < MIN_CAPABILITY:
         return (
             f"compute capability {capability}: CUDA 13, and torch, Triton and bitsandbytes with it, "
-            f"begin with {OLDEST} (T4)"
+            f"begin with {MIN_CAPABILITY} (T4)"
         )
-    if capability < BF16 and model_type.startswith("gemma"):
+    if capability < BF16_CAPABILITY and model_type.startswith("gemma"):
         return (
             f"compute capability {capability} has no bf16, and Gemma's activations overflow float16 "
             "(its losses become NaN)"

@@ -4,42 +4,48 @@ import os
 import time
 from dataclasses import dataclass
 
-from pipeline.plan.choose_batch import Choice, choose
+from pipeline.plan.choose_batch import BatchChoice, choose_batch_settings
 from pipeline.toolchain import machine
 
 MEASURED_SECONDS = 0.3
 # A training reaches this share of the speed of numpy's matrix multiplication: 160 of 260 GFLOP/s with the demo's model
 # on two cores.
-EFFICIENCY = 0.6
+TRAINING_EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True)
 class ProcessorPlan:
     """The training on this machine's processor; `seconds` are those of the training alone."""
 
-    choice: Choice
+    choice: BatchChoice
     seconds: float
     cores: int
     memory_gb: float
 
 
-def plan_on_processor(work) -> ProcessorPlan | str:
+def plan_on_processor(workload) -> ProcessorPlan | str:
     """Return the plan for a `pipeline.plan.estimate.Workload`, or the reason why there is none."""
-    if work.base.load_in_4bit:
+    if workload.base.load_in_4bit:
         return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
-    choice, order = choose(work.model, work.base, work.tune, work.lengths, None, packed=False)
-    seconds = order.count_tokens(work.lengths, len(order)) * work.model.flops() / (EFFICIENCY * measure_processor())
-    return ProcessorPlan(choice, seconds, os.cpu_count() or 1, machine.memory() / 1e9)
+    choice, order = choose_batch_settings(
+        workload.shape, workload.base, workload.tune, workload.lengths, None, packed=False
+    )
+    seconds = (
+        order.count_tokens(workload.lengths, len(order))
+        * workload.shape.flops_per_token()
+        / (TRAINING_EFFICIENCY * measure_processor_flops())
+    )
+    return ProcessorPlan(choice, seconds, os.cpu_count() or 1, machine.total_memory() / 1e9)
 
 
-def measure_processor() -> float:
+def measure_processor_flops() -> float:
     """Measure numpy's 32-bit matrix multiplication on all cores for MEASURED_SECONDS, and return its FLOP/s."""
     import numpy as np
 
     matrix = np.ones((1024, 1024), dtype=np.float32)
     matrix @ matrix  # the first multiplication starts the threads
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < MEASURED_SECONDS:
+    started_at, count = time.perf_counter(), 0
+    while time.perf_counter() - started_at < MEASURED_SECONDS:
         matrix @ matrix
         count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - started)
+    return count * 2 * 1024**3 / (time.perf_counter() - started_at)

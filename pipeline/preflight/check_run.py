@@ -9,7 +9,7 @@ from common.errors import UserError
 from contract import manifest
 from pipeline.base_model import licences
 from pipeline.checkpoint_sync import push
-from pipeline.checkpoint_sync.snapshot import State, repository
+from pipeline.checkpoint_sync.snapshot import RunState, fill_repo_name
 from pipeline.config import references
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Config
@@ -17,15 +17,15 @@ from pipeline.config.stage_settings import hash_training_settings
 from pipeline.plan import disk_space as space
 from pipeline.plan import memory_need
 from pipeline.publish import upload_process
-from pipeline.publish.stage import hub_folder
+from pipeline.publish.folder_hub import hub_folder
 from pipeline.run.run_folder import Run
 
-LARGEST = 50e9  # bytes of one file that the Hub accepts: https://huggingface.co/docs/hub/storage-limits
-WRITE = {"repo.write", "repo.content.write"}  # permissions of a fine-grained token
+FILE_LIMIT = 50e9  # bytes of one file that the Hub accepts: https://huggingface.co/docs/hub/storage-limits
+WRITE_PERMISSIONS = {"repo.write", "repo.content.write"}  # permissions of a fine-grained token
 FREE_PRIVATE = 100e9  # bytes of private files in a free account, from the same page
 
 
-def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None = None) -> list[str]:
+def run_preflight(config: Config, run: Run, trains_here: bool = True, checkpoints: str | None = None) -> list[str]:
     """Run all checks that need no GPU; return what the user should know, one sentence an item.
 
     Args:
@@ -35,54 +35,54 @@ def stage(config: Config, run: Run, here: bool = True, checkpoints: str | None =
     Raises:
         UserError: The first thing that would stop the run later.
     """
-    if run.done("publish"):
+    if run.is_done("publish"):
         return []
-    repo = hub.named(config.publish.repo, run.model)
-    said = [destination(config, repo, run.model)]
-    said += [leaving(config, run, checkpoints)] if checkpoints else []
-    if not run.done("export"):
-        said += [*base(config, run, repo, here), *dataset(config)]
-    return said
+    repo = hub.fill_placeholders(config.publish.repo, run.model_name)
+    notes = [check_destination(config, repo, run.model_name)]
+    notes += [check_checkpoint_repo(config, run, checkpoints)] if checkpoints else []
+    if not run.is_done("export"):
+        notes += [*check_base_model(config, run, repo, trains_here), *check_dataset(config)]
+    return notes
 
 
-def writable(what: str, name: str) -> dict:
+def require_write_access(action: str, repo: str) -> dict:
     """Return the user of the Hub token. Raise UserError when there is none or it may not write to the repo.
 
     Args:
         action: The start of the error message, such as "publish.repo you/model".
     """
-    if not hub.token():
-        raise UserError(f"{what}: no token of the Hub is set", hub.LOGIN)
-    user = hub.patiently(what, hub.api().whoami, seconds=hub.QUICK)
-    if why := lacks(user, name):
-        raise UserError(f"{what}: {why}", hub.HINTS[403])
+    if not hub.read_token():
+        raise UserError(f"{action}: no token of the Hub is set", hub.LOGIN_HINT)
+    user = hub.retry(action, hub.create_client().whoami, retry_seconds=hub.QUICK_RETRY_SECONDS)
+    if reason := find_permission_fault(user, repo):
+        raise UserError(f"{action}: {reason}", hub.STATUS_HINTS[403])
     return user
 
 
-def leaving(config: Config, run: Run, checkpoints: str) -> str:
+def check_checkpoint_repo(config: Config, run: Run, checkpoints: str) -> str:
     """Check the repo for checkpoints; return a sentence about it.
 
     Raises:
         UserError: The token may not write to the repo, the repo is public, or it holds another run.
     """
-    name = repository(checkpoints, run.folder.name)
-    writable(f"CHECKPOINTS {name}", name)
-    api = hub.api()
-    head = hub.found(f"CHECKPOINTS {name}", lambda: api.repo_info(name))
-    there = push.found(name, head) if head else None
-    push.refuse(
-        name,
-        there,
-        State(run.name, files.sha256_bytes(dump_config(config).encode()), training=hash_training_settings(config)),
-        behind=True,
+    repo = fill_repo_name(checkpoints, run.folder.name)
+    require_write_access(f"CHECKPOINTS {repo}", repo)
+    api = hub.create_client()
+    repo_info = hub.fetch_or_none(f"CHECKPOINTS {repo}", lambda: api.repo_info(repo))
+    pushed_state = push.read_repo_state(repo, repo_info) if repo_info else None
+    push.refuse_conflicting_state(
+        repo,
+        pushed_state,
+        RunState(run.name, files.sha256_bytes(dump_config(config).encode()), training=hash_training_settings(config)),
+        may_be_behind=True,
     )
     return (
-        f"checkpoints go to {name} on the Hub "
-        f"({f'at {there}' if there else 'there already' if head else 'new'}, private)"
+        f"checkpoints go to {repo} on the Hub "
+        f"({f'at {pushed_state}' if pushed_state else 'there already' if repo_info else 'new'}, private)"
     )
 
 
-def destination(config: Config, repo: str, model: str) -> str:
+def check_destination(config: Config, repo: str, model: str) -> str:
     """Check that publish.repo can be written; return a sentence about it.
 
     Raises:
@@ -90,33 +90,33 @@ def destination(config: Config, repo: str, model: str) -> str:
     """
     if hub.is_folder(repo):
         folder = hub_folder(repo, model)
-        above = files.nearest(folder)
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"publish.repo {folder} cannot be written: see to {above}", "name another folder")
+        existing_parent = files.nearest_existing_path(folder)
+        if not existing_parent.is_dir() or not os.access(existing_parent, os.W_OK):
+            raise UserError(f"publish.repo {folder} cannot be written: see to {existing_parent}", "name another folder")
         return f"goes to the folder {folder}"
-    name, _ = hub.split(repo)
-    user, api = writable(f"publish.repo {name}", name), hub.api()
-    head = hub.found(f"publish.repo {name}", lambda: api.repo_info(name))
-    if head:
-        upload_process.refuse_strange(head, name, config.publish.private)
-        if manifest.NAME in {sibling.rfilename for sibling in head.siblings}:
-            upload_process.outdated(name, head.sha, model)
-        refuse_tag(api, name, config.publish.tag)
+    repo_id, _ = hub.parse_repo_id(repo)
+    user, api = require_write_access(f"publish.repo {repo_id}", repo_id), hub.create_client()
+    repo_info = hub.fetch_or_none(f"publish.repo {repo_id}", lambda: api.repo_info(repo_id))
+    if repo_info:
+        upload_process.refuse_foreign_repo(repo_info, repo_id, config.publish.private)
+        if manifest.FILE_NAME in {sibling.rfilename for sibling in repo_info.siblings}:
+            upload_process.list_published_files(repo_id, repo_info.sha, model)
+        refuse_taken_tag(api, repo_id, config.publish.tag)
     return (
-        f"goes to {name} on the Hub ({'there already' if head else 'new'}, "
+        f"goes to {repo_id} on the Hub ({'there already' if repo_info else 'new'}, "
         f"{'private' if config.publish.private else 'public'}), as {user['name']}"
     )
 
 
-def refuse_tag(api, repo: str, tag: str | None) -> None:
+def refuse_taken_tag(api, repo: str, tag: str | None) -> None:
     """Raise UserError when the repo has the requested tag already. (Without one, the next free tag is chosen later.)"""
-    if tag and tag in {there.name for there in hub.patiently(repo, lambda: api.list_repo_refs(repo)).tags}:
+    if tag and tag in {tag_ref.name for tag_ref in hub.retry(repo, lambda: api.list_repo_refs(repo)).tags}:
         raise UserError(
             f"{repo} has a tag {tag} already, of another version", "choose another publish.tag, or none for the next"
         )
 
 
-def lacks(user: dict, repo: str) -> str | None:
+def find_permission_fault(user: dict, repo: str) -> str | None:
     """Return why this user's token may not write to `repo`.
 
     The result is None when it may write, or when the Hub's answer has an unknown form.
@@ -127,21 +127,21 @@ def lacks(user: dict, repo: str) -> str | None:
     owner, token = repo.split("/")[0].lower(), (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "fineGrained":
         scopes = (token.get("fineGrained") or {}).get("scoped") or []
-        may = {
+        grants = {
             (scope.get("entity") or {}).get("name", "")
             for scope in scopes
-            if WRITE & {*(scope.get("permissions") or [])}
+            if WRITE_PERMISSIONS & {*(scope.get("permissions") or [])}
         }
-        if {name.lower() for name in may} & {owner, repo.lower()}:
+        if {name.lower() for name in grants} & {owner, repo.lower()}:
             return None
-        return f"the token may not write there (fine-grained; it may write to {', '.join(sorted(may)) or 'nothing'})"
+        return f"the token may not write there (fine-grained; it may write to {', '.join(sorted(grants)) or 'nothing'})"
     if token.get("role") == "read":
         return "the token may only read"
     orgs = {org.get("name", "").lower() for org in user.get("orgs") or [] if org.get("roleInOrg") != "read"}
     return None if owner in {user["name"].lower(), *orgs} else f"{user['name']} may not write to {owner}'s repos"
 
 
-def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
+def check_base_model(config: Config, run: Run, repo: str, trains_here: bool) -> list[str]:
     """Check that the base model can be fetched, that its licence allows publishing, and that the disk has space for it.
 
     Returns:
@@ -149,47 +149,49 @@ def base(config: Config, run: Run, repo: str, here: bool) -> list[str]:
     """
     model = config.base.model
     if not references.is_hub_model(model):
-        sixteen = local_weights(model)
-        return disk(config, run, sixteen, repo) if here and sixteen else []
-    api, what = hub.api(), f"base.model {model}"
+        weights_bytes = local_weights_bytes(model)
+        return check_disk_space(config, run, weights_bytes, repo) if trains_here and weights_bytes else []
+    api, action = hub.create_client(), f"base.model {model}"
     try:
-        info = hub.patiently(
-            what, lambda: api.model_info(model, revision=config.base.revision, files_metadata=True), seconds=hub.QUICK
+        info = hub.retry(
+            action,
+            lambda: api.model_info(model, revision=config.base.revision, files_metadata=True),
+            retry_seconds=hub.QUICK_RETRY_SECONDS,
         )
-        hub.patiently(what, lambda: api.auth_check(model), seconds=hub.QUICK)
+        hub.retry(action, lambda: api.auth_check(model), retry_seconds=hub.QUICK_RETRY_SECONDS)
     except hub.Unreachable as error:
         return [f"{error.message}: what is in the local cache decides"]
-    sixteen = sum(s.size or 0 for s in info.siblings if s.rfilename.endswith(".safetensors"))
-    said = disk(config, run, sixteen, repo) if here else []
+    weights_bytes = sum(sibling.size or 0 for sibling in info.siblings if sibling.rfilename.endswith(".safetensors"))
+    notes = check_disk_space(config, run, weights_bytes, repo) if trains_here else []
     if not hub.is_folder(repo):  # a folder on this machine is not a publication
-        said += [*licence(config, info, repo), upload(config, sixteen)]
-    return said
+        notes += [*check_licence(config, info, repo), check_upload_size(config, weights_bytes)]
+    return notes
 
 
-def licence(config: Config, info, repo: str) -> list[str]:
+def check_licence(config: Config, info, repo: str) -> list[str]:
     """Return what the base model's licence asks of the publisher. Raise UserError when it forbids publishing."""
-    card = info.card_data.to_dict() if info.card_data else {}
-    names = card.get("license") or config.base.license
-    return licences.refuse(
-        names if isinstance(names, str) or names is None else "other",
+    model_card = info.card_data.to_dict() if info.card_data else {}
+    licence_name = model_card.get("license") or config.base.license
+    return licences.review_licence(
+        licence_name if isinstance(licence_name, str) or licence_name is None else "other",
         config.base.model,
         config.publish.private,
         bool(config.base.license),
-        name=repo,
-        copies=sum(bool(licences.NAMES.match(s.rfilename)) for s in info.siblings),
+        repo=repo,
+        copy_count=sum(bool(licences.LICENCE_FILE_NAME.match(sibling.rfilename)) for sibling in info.siblings),
     )
 
 
-def local_weights(model: str) -> int:
+def local_weights_bytes(model: str) -> int:
     """Return the bytes of a local base model in 16 bit; 0 when they are not known before the base model is fetched."""
     path = Path(model).expanduser()
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    shape = memory_need.gguf_shape(gguf_reader.read(path)) if path.is_file() else None
-    return shape.sixteen if shape else 0
+    shape = memory_need.shape_from_gguf(gguf_reader.read_header(path)) if path.is_file() else None
+    return shape.weight_bytes if shape else 0
 
 
-def disk(config: Config, run: Run, sixteen: int, repo: str) -> list[str]:
+def check_disk_space(config: Config, run: Run, weights_bytes: int, repo: str) -> list[str]:
     """Check the disk space for the base model, the merged model, the 16-bit GGUF and the quantizations.
 
     The copy in a folder hub is checked too. On the run's own disk it consists of hard links, which take no space.
@@ -197,9 +199,9 @@ def disk(config: Config, run: Run, sixteen: int, repo: str) -> list[str]:
     Args:
         weights_bytes: The size of the base model in 16 bit.
     """
-    parts = space.parts(config, sixteen)
-    need, free = sum(parts.values()), shutil.disk_usage(files.nearest(run.folder)).free
-    refuse_full_hub(config, run, sixteen, repo)
+    parts = space.artifact_bytes(config, weights_bytes)
+    need, free = sum(parts.values()), shutil.disk_usage(files.nearest_existing_path(run.folder)).free
+    refuse_full_hub_disk(config, run, weights_bytes, repo)
     if free < need:
         raise UserError(
             f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end "
@@ -210,14 +212,17 @@ def disk(config: Config, run: Run, sixteen: int, repo: str) -> list[str]:
     return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free"]
 
 
-def refuse_full_hub(config: Config, run: Run, sixteen: int, repo: str) -> None:
+def refuse_full_hub_disk(config: Config, run: Run, weights_bytes: int, repo: str) -> None:
     """Raise UserError when a folder hub on another disk has too little space for what is published."""
     if not hub.is_folder(repo):
         return
-    there = files.nearest(hub.folder(repo))
-    if os.stat(there).st_dev == os.stat(files.nearest(run.folder)).st_dev:
+    existing_folder = files.nearest_existing_path(hub.folder_path(repo))
+    if os.stat(existing_folder).st_dev == os.stat(files.nearest_existing_path(run.folder)).st_dev:
         return
-    need, free = sum(space.quantized(config, sixteen)) + sixteen * config.publish.merged, shutil.disk_usage(there).free
+    need, free = (
+        sum(space.quantization_bytes(config, weights_bytes)) + weights_bytes * config.publish.merged,
+        shutil.disk_usage(existing_folder).free,
+    )
     if free < need:
         raise UserError(
             f"publish.repo {repo} gets {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk",
@@ -225,23 +230,23 @@ def refuse_full_hub(config: Config, run: Run, sixteen: int, repo: str) -> None:
         )
 
 
-def upload(config: Config, sixteen: int) -> str:
+def check_upload_size(config: Config, weights_bytes: int) -> str:
     """Return a sentence about the size of the upload. The Hub does not tell whether the account has space for it.
 
     Raises:
         UserError: A GGUF is larger than the Hub accepts.
     """
-    sizes = space.quantized(config, sixteen)
-    if max(sizes) > LARGEST:
+    sizes = space.quantization_bytes(config, weights_bytes)
+    if max(sizes) > FILE_LIMIT:
         raise UserError(
-            f"a GGUF of {max(sizes) / 1e9:.0f} GB does not go to the Hub, which takes {LARGEST / 1e9:.0f} GB a file",
+            f"a GGUF of {max(sizes) / 1e9:.0f} GB does not go to the Hub, which takes {FILE_LIMIT / 1e9:.0f} GB a file",
             "choose a smaller base.model or export.quantizations, or publish.repo=./hub/{run}",
         )
-    sent = sum(sizes) + sixteen * config.publish.merged
-    return f"about {sent / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
+    total = sum(sizes) + weights_bytes * config.publish.merged
+    return f"about {total / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
 
 
-def dataset(config: Config) -> list[str]:
+def check_dataset(config: Config) -> list[str]:
     """Check that the data set can be fetched.
 
     Its subset and split are not checked here: the `data` stage does that minutes later, and needs no GPU.
@@ -252,11 +257,17 @@ def dataset(config: Config) -> list[str]:
     source = config.data.source
     if not references.is_hub_dataset(source):
         return []
-    api, what = hub.api(), f"data.source {source}"
+    api, action = hub.create_client(), f"data.source {source}"
     try:
-        hub.patiently(what, lambda: api.dataset_info(source, revision=config.data.revision), seconds=hub.QUICK)
+        hub.retry(
+            action,
+            lambda: api.dataset_info(source, revision=config.data.revision),
+            retry_seconds=hub.QUICK_RETRY_SECONDS,
+        )
         if "/" in source:
-            hub.patiently(what, lambda: api.auth_check(source, repo_type="dataset"), seconds=hub.QUICK)
+            hub.retry(
+                action, lambda: api.auth_check(source, repo_type="dataset"), retry_seconds=hub.QUICK_RETRY_SECONDS
+            )
     except hub.Unreachable as error:
         return [f"{error.message}: what is in the local cache decides"]
     return []

@@ -8,45 +8,45 @@ from pathlib import Path
 
 from common import files
 from common.checks import Check
-from common.errors import shown
+from common.errors import printable_line
 from pipeline.preflight import gpu_checks, library_checks
 from pipeline.toolchain import llama_tools, machine
-from pipeline.toolchain.machine import Ask, Nvidia, Where, gb
+from pipeline.toolchain.machine import CommandRunner, NvidiaStatus, TrainLocation, format_gb
 
 # Bytes of Llama 3.1 8B, the largest base model in configs/: in 16 bit, and as q4_k_m. The base model lies in the Hub's
 # cache. The merged model, the 16-bit GGUF, and q4_k_m with and without an importance matrix lie in the run's folder.
 # `make preflight` computes the need of each config.
-SIXTEEN, QUANTIZED = 16.1e9, 4.9e9
+WEIGHTS_8B_BYTES, Q4_8B_BYTES = 16.1e9, 4.9e9
 # Bytes of memory for an 8B model. The inputs of all layers take 2 bytes * 4096 * 32 a token of a micro-batch, which is
 # 4.3 GB at 16,384 tokens. The rest is for reading the 16-bit weights while they are merged and converted.
-MEMORY = 16e9
-DEMO = 3e9  # bytes of disk (without the environment) and of memory that the demo needs
+MEMORY_8B_BYTES = 16e9
+DEMO_BYTES = 3e9  # bytes of disk (without the environment) and of memory that the demo needs
 
 
-def checks(runs: Path, ask: Ask = machine.ask) -> list[Check]:
+def run_doctor(runs: Path, ask: CommandRunner = machine.run_command) -> list[Check]:
     """Return all checks of this machine. Nothing is changed.
 
     Args:
         runs: The folder that holds the runs.
         ask: Runs a command and returns its output; tests replace it.
     """
-    found, where = machine.nvidia(ask), machine.where(ask)
-    tools = [compiler(found, ask), headers(found)]
+    nvidia, run_location = machine.query_nvidia(ask), machine.find_train_location(ask)
+    tools = [check_compiler(nvidia, ask), check_python_headers(nvidia)]
     return [
-        *gpu_checks.checks(found, where),
-        *environment(),
-        *library_checks.checks(found, tools, ask),
+        *gpu_checks.check_gpus(nvidia, run_location),
+        *check_environment(),
+        *library_checks.check_libraries(nvidia, tools, ask),
         *tools,
-        *llama(found),
-        *disks(runs, found),
-        memory(found),
-        container(where, ask),
+        *llama_cpp_checks(nvidia),
+        *check_disks(runs, nvidia),
+        check_memory(nvidia),
+        check_container(run_location, ask),
     ]
 
 
-def environment() -> list[Check]:
+def check_environment() -> list[Check]:
     """Return a lack when the training environment is not set up yet, with what the set-up takes."""
-    if machine.is_set_up():
+    if machine.has_torch():
         return []
     text = (
         "the Python environment that trains is not set up yet: torch, Unsloth and llama.cpp, about 2 GB "
@@ -62,68 +62,75 @@ def environment() -> list[Check]:
 # What Triton compiles with during the training, and llama.cpp
 
 
-def compiler(found: Nvidia, ask: Ask) -> Check:
+def check_compiler(nvidia: NvidiaStatus, ask: CommandRunner) -> Check:
     """Check for a C compiler, in the order in which Triton looks for one: CC, gcc, clang."""
     for name in filter(None, (os.environ.get("CC"), "gcc", "clang")):
-        said = ask([name, "--version"])
-        if said.state == "ok" and said.out.strip():
-            return Check("compiler", "ok", shown(said.out.splitlines()[0], 80))
+        answer = ask([name, "--version"])
+        if answer.state == "ok" and answer.stdout.strip():
+            return Check("compiler", "ok", printable_line(answer.stdout.splitlines()[0], 80))
     text = "no C compiler: Triton compiles with one when the training runs"
-    return Check("compiler", needed(found), text, "sudo apt-get install gcc")
+    return Check("compiler", gpu_lack_state(nvidia), text, "sudo apt-get install gcc")
 
 
-def headers(found: Nvidia) -> Check:
+def check_python_headers(nvidia: NvidiaStatus) -> Check:
     """Check for Python.h, which Triton compiles against."""
-    place = Path(sysconfig.get_path("include")) / "Python.h"
-    if place.is_file():
-        return Check("Python.h", "ok", str(place))
-    text = f"{place} is not there: Triton compiles against it when the training runs"
-    return Check("Python.h", needed(found), text, "sudo apt-get install python{}.{}-dev".format(*sys.version_info))
+    header_path = Path(sysconfig.get_path("include")) / "Python.h"
+    if header_path.is_file():
+        return Check("Python.h", "ok", str(header_path))
+    text = f"{header_path} is not there: Triton compiles against it when the training runs"
+    return Check(
+        "Python.h", gpu_lack_state(nvidia), text, "sudo apt-get install python{}.{}-dev".format(*sys.version_info)
+    )
 
 
-def needed(found: Nvidia) -> str:
+def gpu_lack_state(nvidia: NvidiaStatus) -> str:
     """Return the state of a check whose lack makes GPUs unusable: `fault` when there is a GPU, else `lack`."""
-    return "fault" if found.cards else "lack"
+    return "fault" if nvidia.gpus else "lack"
 
 
-def llama(found: Nvidia) -> list[Check]:
+def llama_cpp_checks(nvidia: NvidiaStatus) -> list[Check]:
     """Return the check of llama.cpp, or nothing before the environment is set up."""
-    return [llama_cpp(found)] if machine.is_set_up() else []
+    return [check_llama_cpp(nvidia)] if machine.has_torch() else []
 
 
-def llama_cpp(found: Nvidia) -> Check:
+def check_llama_cpp(nvidia: NvidiaStatus) -> Check:
     """Check that llama.cpp is built, and built for CUDA when there is a GPU."""
-    if not llama_tools.there():
+    if not llama_tools.is_set_up():
         return Check(
-            "llama.cpp", "fault", f"not set up ({llama_tools.folder()}); export and verify need it", "make env"
+            "llama.cpp", "fault", f"not set up ({llama_tools.tools_folder()}); export and verify need it", "make env"
         )
-    flags = files.read_json(llama_tools.folder() / "build.json").get("flags", [])
-    if found.cards and "-DGGML_CUDA=ON" not in flags:
+    flags = files.read_json(llama_tools.tools_folder() / "build.json").get("flags", [])
+    if nvidia.gpus and "-DGGML_CUDA=ON" not in flags:
         return Check(
-            "llama.cpp", "lack", f"{llama_tools.version()} computes on the CPU, the card is not used", "make env"
+            "llama.cpp",
+            "lack",
+            f"{llama_tools.describe_version()} computes on the CPU, the card is not used",
+            "make env",
         )
-    return Check("llama.cpp", "ok", llama_tools.version())
+    return Check("llama.cpp", "ok", llama_tools.describe_version())
 
 
 # Disk, memory, container
 
 
-def disks(runs: Path, found: Nvidia) -> list[Check]:
+def check_disks(runs: Path, nvidia: NvidiaStatus) -> list[Check]:
     """Check the free space of each disk: for an 8B model when there is a GPU, else for the demo."""
-    ours, cached = (2 * SIXTEEN + 2 * QUANTIZED, SIXTEEN) if found.cards else (DEMO, 0)
-    wanted = (
-        ("runs", runs, ours),
-        ("the Hub's cache", hub_cache(), cached),
+    run_bytes, cache_bytes = (
+        (2 * WEIGHTS_8B_BYTES + 2 * Q4_8B_BYTES, WEIGHTS_8B_BYTES) if nvidia.gpus else (DEMO_BYTES, 0)
+    )
+    needs = (
+        ("runs", runs, run_bytes),
+        ("the Hub's cache", hub_cache_dir(), cache_bytes),
         ("Ferry's cache", files.cache_dir(), 0),
     )
-    places: dict[int, list[tuple[str, Path, float]]] = {}
-    for name, folder, need in wanted:
-        there = files.nearest(folder)
-        places.setdefault(os.stat(there).st_dev, []).append((name, there, need))
-    return [disk(place, what(found)) for place in places.values()]
+    folders_by_device: dict[int, list[tuple[str, Path, float]]] = {}
+    for name, folder, need in needs:
+        existing_folder = files.nearest_existing_path(folder)
+        folders_by_device.setdefault(os.stat(existing_folder).st_dev, []).append((name, existing_folder, need))
+    return [check_disk(folders, describe_workload(nvidia)) for folders in folders_by_device.values()]
 
 
-def hub_cache() -> Path:
+def hub_cache_dir() -> Path:
     """Return the folder where huggingface_hub stores its downloads.
 
     It follows the library's constants.py, because the library may not be installed yet.
@@ -132,54 +139,59 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
-def disk(place: list[tuple[str, Path, float]], model: str) -> Check:
+def check_disk(folders: list[tuple[str, Path, float]], workload: str) -> Check:
     """Check one disk.
 
     Args:
         folders: (label, folder, needed bytes) of each folder on this disk.
         workload: What needs the space, for the message.
     """
-    free, need = shutil.disk_usage(place[0][1]).free, sum(need for _, _, need in place)
-    text = f"{gb(free)} free for {', '.join(name for name, _, _ in place)}"
-    text += f"; {model} takes {gb(need)}" if need else ""
+    free, need = shutil.disk_usage(folders[0][1]).free, sum(need for _, _, need in folders)
+    text = f"{format_gb(free)} free for {', '.join(name for name, _, _ in folders)}"
+    text += f"; {workload} takes {format_gb(need)}" if need else ""
     if free >= need:
         return Check("disk", "ok", text)
     cure = (
-        f"free {gb(need - free)}, or take another disk: RUNS=, HF_HOME= "
+        f"free {format_gb(need - free)}, or take another disk: RUNS=, HF_HOME= "
         "(`make preflight CONFIG=...` knows your model's need)"
     )
     return Check("disk", "lack", text, cure)
 
 
-def memory(found: Nvidia) -> Check:
+def check_memory(nvidia: NvidiaStatus) -> Check:
     """Check the memory of the machine or its container."""
-    there, need = machine.memory(), MEMORY if found.cards else DEMO
-    text = f'{gb(there)} of this machine, where "unsloth" checkpointing keeps activations; '
-    text += f"{what(found)} wants {gb(need)}"
-    if there >= need:
+    available, need = machine.total_memory(), MEMORY_8B_BYTES if nvidia.gpus else DEMO_BYTES
+    text = f'{format_gb(available)} of this machine, where "unsloth" checkpointing keeps activations; '
+    text += f"{describe_workload(nvidia)} wants {format_gb(need)}"
+    if available >= need:
         return Check("memory", "ok", text)
     return Check("memory", "lack", text, "take a machine (or give its container) more, or a smaller base.model")
 
 
-def what(found: Nvidia) -> str:
+def describe_workload(nvidia: NvidiaStatus) -> str:
     """Return what the machine is measured against, for messages."""
-    return "a model of 8B" if found.cards else "the demo"
+    return "a model of 8B" if nvidia.gpus else "the demo"
 
 
-def container(where: Where, ask: Ask) -> Check:
+def check_container(run_location: TrainLocation, ask: CommandRunner) -> Check:
     """Report whether `make train` runs in Ferry's image or natively. Both have the same locks and the same code."""
     if "FERRY_IMAGE" in os.environ:
         return Check("container", "ok", "this is Ferry's image")
-    if not where.word:
+    if not run_location.place:
         return Check(
-            "container", "lack", f"setup/container.py does not answer: {where.why}", "DOCKER=1 or DOCKER=0 decides"
+            "container",
+            "lack",
+            f"setup/container.py does not answer: {run_location.reason}",
+            "DOCKER=1 or DOCKER=0 decides",
         )
-    told = f"`make train` runs {'in the image' if where.word == 'image' else 'natively'}: {where.why}"
+    text = f"`make train` runs {'in the image' if run_location.place == 'image' else 'natively'}: {run_location.reason}"
     # Without "docker" in the reason, no part of a container engine is missing.
-    if where.word == "image" or "docker" not in where.why:
-        return Check("container", "ok", told)
-    podman = machine.where(ask, "podman").word == "image"
+    if run_location.place == "image" or "docker" not in run_location.reason:
+        return Check("container", "ok", text)
+    has_podman = machine.find_train_location(ask, "podman").place == "image"
     cure = (
-        "ENGINE=podman" if podman else "install docker.io and nvidia-container-toolkit; or nothing: both are the same"
+        "ENGINE=podman"
+        if has_podman
+        else "install docker.io and nvidia-container-toolkit; or nothing: both are the same"
     )
-    return Check("container", "lack", told, cure)
+    return Check("container", "lack", text, cure)

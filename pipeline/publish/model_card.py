@@ -13,14 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from common import hub
-from contract.manifest import PLAIN, Artifact, Manifest
+from contract.manifest import NAME_PATTERN, Artifact, Manifest
 from pipeline.base_model import licences
 from pipeline.config import references
 
-TAGS = ("gguf", "lora", "unsloth", "ferry")
-SITE = "https://huggingface.co"
-LONGEST = 300  # characters of a name; a longer one is cut
-RULES = {
+HUB_TAGS = ("gguf", "lora", "unsloth", "ferry")
+HUB_URL = "https://huggingface.co"
+MAX_NAME_LENGTH = 300  # characters of a name; a longer one is cut
+RULE_DESCRIPTIONS = {
     "exact": "the answer equals the reference",
     "accuracy": "the answer names the same label",
     "f1": "words shared with the reference",
@@ -28,12 +28,14 @@ RULES = {
     "json_schema": "the answer fits a JSON schema",
     "loss": "free text, judged by held-out loss only",
 }
-KINDS = {"adapter": "LoRA adapter", "merged": "merged 16-bit weights"}
+ARTIFACT_LABELS = {"adapter": "LoRA adapter", "merged": "merged 16-bit weights"}
 # Includes the characters that change the writing direction: a prompt must look as it is.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
-def text(made: Manifest, ladder: str, repo: str | None, private: bool = True) -> str:
+def render_model_card(manifest: Manifest, ladder: str, repo: str | None, private: bool = True) -> str:
     """Return the text of the model card.
 
     The front matter follows https://github.com/huggingface/hub-docs/blob/main/modelcard.md and
@@ -47,21 +49,21 @@ def text(made: Manifest, ladder: str, repo: str | None, private: bool = True) ->
     Raises:
         UserError: `repo` is not a Hub id.
     """
-    repo = hub.split(repo)[0] if repo else None
+    repo = hub.parse_repo_id(repo)[0] if repo else None
     parts = (
-        front_matter(made),
-        _title(made, repo),
-        _base(made),
-        _data(made),
-        _training(made),
-        _quality(made, ladder),
-        _files(made),
-        _prompt(made),
-        _run(made, repo, private),
-        _adapter(made, repo),
-        LIMITS,
-        _origin(made),
-        _verification(made),
+        render_front_matter(manifest),
+        _render_title(manifest, repo),
+        _render_base_model(manifest),
+        _render_dataset(manifest),
+        _render_training(manifest),
+        _render_quality(manifest, ladder),
+        _render_files(manifest),
+        _render_prompt_format(manifest),
+        _render_usage(manifest, repo, private),
+        _render_transformers_usage(manifest, repo),
+        LIMITS_SECTION,
+        _render_provenance(manifest),
+        _render_verification(manifest),
     )
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -69,172 +71,180 @@ def text(made: Manifest, ladder: str, repo: str | None, private: bool = True) ->
 # --- front matter -----------------------------------------------------------------------------------------------------
 
 
-def front_matter(made: Manifest) -> str:
+def render_front_matter(manifest: Manifest) -> str:
     """Return the YAML front matter. It has no language and no model-index, because the run does not know them."""
     from huggingface_hub import ModelCardData
 
-    base, source = hub_base(made), hub_data(made)
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation="finetune" if base else None,
-        **licence_fields(made),
-        datasets=[source] if source else None,
+    base_id, dataset_id = hub_base_model(manifest), hub_dataset(manifest)
+    card_data = ModelCardData(
+        base_model=base_id,
+        base_model_relation="finetune" if base_id else None,
+        **licence_fields(manifest),
+        datasets=[dataset_id] if dataset_id else None,
         library_name="gguf",
         pipeline_tag="text-generation",
-        tags=[*TAGS, *(["conversational"] if made.chat.template.strip() else [])],
+        tags=[*HUB_TAGS, *(["conversational"] if manifest.chat.template.strip() else [])],
     )
-    return f"---\n{data.to_yaml()}\n---"
+    return f"---\n{card_data.to_yaml()}\n---"
 
 
-def hub_base(made: Manifest) -> str | None:
+def hub_base_model(manifest: Manifest) -> str | None:
     """Return the base model's Hub id; None when it did not come from the Hub."""
-    base = made.base
-    return base.model if _is_id(base.model, base.revision) and references.is_hub_model(base.model) else None
+    base = manifest.base
+    return base.model if _is_hub_id(base.model, base.revision) and references.is_hub_model(base.model) else None
 
 
-def hub_data(made: Manifest) -> str | None:
+def hub_dataset(manifest: Manifest) -> str | None:
     """Return the data set's Hub id; None for local files, which the manifest lists with their checksums."""
-    data = made.dataset
-    local = any(PurePath(path).is_relative_to(data.source) for path in data.sha256)
-    return data.source if _is_id(data.source, data.revision) and not local else None
+    dataset = manifest.dataset
+    is_local = any(PurePath(path).is_relative_to(dataset.source) for path in dataset.sha256)
+    return dataset.source if _is_hub_id(dataset.source, dataset.revision) and not is_local else None
 
 
-def _is_id(name: str, revision: str | None) -> bool:
+def _is_hub_id(name: str, revision: str | None) -> bool:
     """Return whether `name` is a Hub id.
 
     An old id without an owner, such as gpt2, is one when it resolved to a commit.
     """
     if not name.isascii() or ".." in name or name.endswith(".gguf"):
         return False
-    old = re.fullmatch(PLAIN, name) and re.fullmatch(r"[0-9a-f]{40}", revision or "")
-    return bool(hub.ID.fullmatch(name) or old)
+    legacy_match = re.fullmatch(NAME_PATTERN, name) and re.fullmatch(r"[0-9a-f]{40}", revision or "")
+    return bool(hub.REPO_ID_PATTERN.fullmatch(name) or legacy_match)
 
 
-def licence_fields(made: Manifest) -> dict[str, str | None]:
+def licence_fields(manifest: Manifest) -> dict[str, str | None]:
     """Return the front matter's `license` and, when the Hub has no name for it, `license_name` and `license_link`.
 
     The result is empty when the base model names no licence.
     """
-    said = (made.base.license or "").strip()
-    if not said:
+    licence = (manifest.base.license or "").strip()
+    if not licence:
         return {}
-    if said.lower() in licences.TABLE and said.lower() != "other":
-        return {"license": said.lower()}
-    name = made.base.license_name if said.lower() == "other" else said
-    slug = re.sub(r"[^a-z0-9.]+", "-", (name or "").lower())[:64].strip("-.")
-    return {"license": "other", "license_name": slug or None, "license_link": licence_link(made)}
+    if licence.lower() in licences.TERMS_BY_LICENCE and licence.lower() != "other":
+        return {"license": licence.lower()}
+    licence_name = manifest.base.license_name if licence.lower() == "other" else licence
+    slug = re.sub(r"[^a-z0-9.]+", "-", (licence_name or "").lower())[:64].strip("-.")
+    return {"license": "other", "license_name": slug or None, "license_link": licence_link(manifest)}
 
 
-def licence_link(made: Manifest) -> str | None:
+def licence_link(manifest: Manifest) -> str | None:
     """Return where the licence's text is: the base model's own link, else the copy in the repo, else its known URL.
 
     The Hub accepts a URL, LICENSE or LICENSE.md.
     """
-    said, here = made.base.license_link or "", {item.file for item in made.files}
-    if re.fullmatch(r"https?://[A-Za-z0-9][\w.:/@?&=%+~#-]{1,300}", said, re.ASCII):
-        return said
+    link, file_names = manifest.base.license_link or "", {item.file for item in manifest.files}
+    if re.fullmatch(r"https?://[A-Za-z0-9][\w.:/@?&=%+~#-]{1,300}", link, re.ASCII):
+        return link
     if copies := [
-        name for name in (said, "LICENSE", "LICENSE.md") if name in ("LICENSE", "LICENSE.md") and name in here
+        name for name in (link, "LICENSE", "LICENSE.md") if name in ("LICENSE", "LICENSE.md") and name in file_names
     ]:
         return copies[0]
-    if said and re.fullmatch(PLAIN, said) and hub_base(made):
-        return f"{SITE}/{made.base.model}/blob/{_revision(made) or 'main'}/{said}"
-    return licences.terms(made.base.license).link
+    if link and re.fullmatch(NAME_PATTERN, link) and hub_base_model(manifest):
+        return f"{HUB_URL}/{manifest.base.model}/blob/{_base_revision(manifest) or 'main'}/{link}"
+    return licences.find_terms(manifest.base.license).link
 
 
-def _revision(made: Manifest) -> str | None:
+def _base_revision(manifest: Manifest) -> str | None:
     """Return the base model's revision; None when it cannot be part of a URL."""
-    said = made.base.revision or ""
-    return said if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", said, re.ASCII) else None
+    revision = manifest.base.revision or ""
+    return revision if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", revision, re.ASCII) else None
 
 
 # --- what it is -------------------------------------------------------------------------------------------------------
 
 
-def _title(made: Manifest, repo: str | None) -> str:
-    name, rows = (repo or made.name).split("/")[-1], made.dataset.rows.get("train")
-    trained = f" ({shown(rows)} training rows)" if rows is not None else ""
-    credit = licences.terms(made.base.license).credit
-    return _paragraphs(
+def _render_title(manifest: Manifest, repo: str | None) -> str:
+    name, row_count = (repo or manifest.name).split("/")[-1], manifest.dataset.rows.get("train")
+    row_note = f" ({format_value(row_count)} training rows)" if row_count is not None else ""
+    credit = licences.find_terms(manifest.base.license).credit
+    return _join_paragraphs(
         f"# {name}",
-        f"A {plain(made.training.get('method') or 'LoRA')} fine-tune of {code(made.base.name)} on "
-        f"{code(_place(made.dataset.source))}{trained}, "
+        f"A {escape_text(manifest.training.get('method') or 'LoRA')} fine-tune of {code_span(manifest.base.name)} on "
+        f"{code_span(_public_name(manifest.dataset.source))}{row_note}, "
         "as GGUF files for Ollama, LM Studio and llama.cpp.",
         credit and f"**{credit}**",
     )
 
 
-def _base(made: Manifest) -> str:
-    digest = re.fullmatch(r"[0-9a-f]{64}", made.base.revision or "")
-    facts = table(
+def _render_base_model(manifest: Manifest) -> str:
+    digest_match = re.fullmatch(r"[0-9a-f]{64}", manifest.base.revision or "")
+    facts = markdown_table(
         ("", ""),
-        ("Model", _linked(_place(made.base.model), _base_link(made))),
-        ("sha256 of its file" if digest else "Revision", made.base.revision and code(made.base.revision)),
-        ("Architecture", code(made.base.architecture)),
-        ("Licence", _licence_name(made) if licence_fields(made) else "The base model names no licence"),
+        ("Model", _code_link(_public_name(manifest.base.model), _base_model_url(manifest))),
+        (
+            "sha256 of its file" if digest_match else "Revision",
+            manifest.base.revision and code_span(manifest.base.revision),
+        ),
+        ("Architecture", code_span(manifest.base.architecture)),
+        ("Licence", _licence_name(manifest) if licence_fields(manifest) else "The base model names no licence"),
     )
-    return _paragraphs("## Base model", facts, *_terms(made))
+    return _join_paragraphs("## Base model", facts, *_licence_notes(manifest))
 
 
-def _terms(made: Manifest) -> list[str | None]:
+def _licence_notes(manifest: Manifest) -> list[str | None]:
     """Return what the licence requires a recipient to be told; many licences require that changes are named."""
-    asked = licences.terms(made.base.license)
-    here = [item.file for item in made.files if licences.NAMES.match(item.file)]
+    terms = licences.find_terms(manifest.base.license)
+    licence_files = [item.file for item in manifest.files if licences.LICENCE_FILE_NAME.match(item.file)]
     return [
-        asked.notice and f"> {asked.notice}",
-        None if asked.commercial else "The licence forbids commercial use.",
-        asked.use and f"Whoever receives this model is bound by {asked.use}.",
-        f"Licence and notices in this repo: {', '.join(map(code, here))}." if here else None,
+        terms.notice and f"> {terms.notice}",
+        None if terms.allows_commercial_use else "The licence forbids commercial use.",
+        terms.use_restrictions and f"Whoever receives this model is bound by {terms.use_restrictions}.",
+        f"Licence and notices in this repo: {', '.join(map(code_span, licence_files))}." if licence_files else None,
         "The base model was modified: fine-tuned, merged and quantized as this card says.",
     ]
 
 
-def _licence_name(made: Manifest) -> str:
-    name = made.base.license_name if (made.base.license or "").strip().lower() == "other" else None
-    return _linked(name or made.base.license, licence_link(made))
+def _licence_name(manifest: Manifest) -> str:
+    name = manifest.base.license_name if (manifest.base.license or "").strip().lower() == "other" else None
+    return _code_link(name or manifest.base.license, licence_link(manifest))
 
 
-def _base_link(made: Manifest) -> str | None:
-    if match := references.PYPI_MODEL.fullmatch(made.base.model):
+def _base_model_url(manifest: Manifest) -> str | None:
+    if match := references.PYPI_MODEL.fullmatch(manifest.base.model):
         return f"https://pypi.org/project/{match['package']}/{match['version']}/"
-    revision = _revision(made)
-    return hub_base(made) and f"{SITE}/{made.base.model}" + (f"/tree/{revision}" if revision else "")
+    revision = _base_revision(manifest)
+    return hub_base_model(manifest) and f"{HUB_URL}/{manifest.base.model}" + (f"/tree/{revision}" if revision else "")
 
 
-def _data(made: Manifest) -> str:
-    data, asked = made.dataset, made.config.get("data", {})
-    source = hub_data(made)
-    return "## Data\n\n" + table(
+def _render_dataset(manifest: Manifest) -> str:
+    dataset, data_config = manifest.dataset, manifest.config.get("data", {})
+    dataset_id = hub_dataset(manifest)
+    return "## Data\n\n" + markdown_table(
         ("", ""),
-        ("Data set", _linked(_place(data.source), source and f"{SITE}/datasets/{source}")),
-        ("Subset", asked.get("subset") and code(asked["subset"])),
-        ("Split", asked.get("split") and code(asked["split"])),
-        ("Revision", data.revision and code(data.revision)),
-        ("Held out", code(_place(data.split))),
-        ("Rows", ", ".join(f"{shown(count)} {plain(name)}" for name, count in data.rows.items())),
-        *((f"sha256 of {code(_place(path))}", code(digest)) for path, digest in data.sha256.items()),
-        ("sha256 of the held-out rows", code(data.split_hash)),
+        ("Data set", _code_link(_public_name(dataset.source), dataset_id and f"{HUB_URL}/datasets/{dataset_id}")),
+        ("Subset", data_config.get("subset") and code_span(data_config["subset"])),
+        ("Split", data_config.get("split") and code_span(data_config["split"])),
+        ("Revision", dataset.revision and code_span(dataset.revision)),
+        ("Held out", code_span(_public_name(dataset.split))),
+        ("Rows", ", ".join(f"{format_value(count)} {escape_text(name)}" for name, count in dataset.rows.items())),
+        *((f"sha256 of {code_span(_public_name(path))}", code_span(digest)) for path, digest in dataset.sha256.items()),
+        ("sha256 of the held-out rows", code_span(dataset.split_hash)),
     )
 
 
-def _training(made: Manifest) -> str:
-    done = made.training
-    return "## Training\n\n" + table(
+def _render_training(manifest: Manifest) -> str:
+    training = manifest.training
+    return "## Training\n\n" + markdown_table(
         ("", ""),
-        ("Method", _say("{}", done.get("method"))),
-        *_settings(made.config.get("finetune", {}), done, made.config.get("base", {})),
-        ("Seed", None if done.get("seed") is None else code(done["seed"])),
-        ("Done", _say("{} steps, {} epochs, {} tokens", done.get("steps"), done.get("epochs"), done.get("tokens"))),
-        ("Kept", _say("the adapter of step {}, which had the lowest held-out loss", done.get("best_step"))),
-        ("Trained parameters", _say("{}", done.get("trainable"))),
-        ("Last training loss", _say("{}", done.get("final_loss"))),
-        ("Time", _say("{} s", done.get("seconds"))),
-        ("Device", _say("{}", done.get("device"))),
-        ("Peak memory", _say("{} GB", done.get("peak_memory_gb"))),
+        ("Method", _fill_in("{}", training.get("method"))),
+        *_hyperparameter_rows(manifest.config.get("finetune", {}), training, manifest.config.get("base", {})),
+        ("Seed", None if training.get("seed") is None else code_span(training["seed"])),
+        (
+            "Done",
+            _fill_in(
+                "{} steps, {} epochs, {} tokens", training.get("steps"), training.get("epochs"), training.get("tokens")
+            ),
+        ),
+        ("Kept", _fill_in("the adapter of step {}, which had the lowest held-out loss", training.get("best_step"))),
+        ("Trained parameters", _fill_in("{}", training.get("trainable"))),
+        ("Last training loss", _fill_in("{}", training.get("final_loss"))),
+        ("Time", _fill_in("{} s", training.get("seconds"))),
+        ("Device", _fill_in("{}", training.get("device"))),
+        ("Peak memory", _fill_in("{} GB", training.get("peak_memory_gb"))),
     )
 
 
-def _settings(tune: dict, done: dict, base: dict) -> list[tuple[str, str | None]]:
+def _hyperparameter_rows(finetune_config: dict, training: dict, base_config: dict) -> list[tuple[str, str | None]]:
     """Return the table rows of the hyperparameters.
 
     They come from the config, except for the batch size and the learning rate, which come from the training record.
@@ -244,205 +254,243 @@ def _settings(tune: dict, done: dict, base: dict) -> list[tuple[str, str | None]
         training: The manifest's training facts.
         base_config: The config's `base` section.
     """
-    steps, quantized, device = tune.get("max_steps"), base.get("load_in_4bit"), str(done.get("device", ""))
+    max_steps, load_in_4bit, device = (
+        finetune_config.get("max_steps"),
+        base_config.get("load_in_4bit"),
+        str(training.get("device", "")),
+    )
     return [
-        ("Base loaded in", None if quantized is None else "4 bit (nf4)" if quantized else "16 bit"),
-        ("LoRA", _say("r {}, alpha {}, dropout {}", *map(tune.get, ("r", "lora_alpha", "lora_dropout")))),
-        ("LoRA variants", _variants(tune)),
-        ("Target modules", ", ".join(map(code, tune.get("target_modules") or ())) or None),
-        ("Learning rate", _say("{}, {}", done.get("learning_rate"), tune.get("lr_scheduler_type"))),
-        ("Warm-up", _warmup(tune.get("warmup_steps"))),
-        ("Length", _say("{} steps", steps) if steps else _say("{} epochs", tune.get("num_train_epochs"))),
-        ("Batch", _say("{} rows a step", done.get("train_batch_size"))),
-        ("Sequence length", _say("{} tokens", base.get("max_seq_length"))),
-        ("Optimizer", _optimizer(tune.get("optim"), device)),
-        ("Weight decay", _say("{}", tune.get("weight_decay"))),
-        ("Gradient norm at most", _say("{}", tune.get("max_grad_norm"))),
+        ("Base loaded in", None if load_in_4bit is None else "4 bit (nf4)" if load_in_4bit else "16 bit"),
+        (
+            "LoRA",
+            _fill_in("r {}, alpha {}, dropout {}", *map(finetune_config.get, ("r", "lora_alpha", "lora_dropout"))),
+        ),
+        ("LoRA variants", _lora_variants(finetune_config)),
+        ("Target modules", ", ".join(map(code_span, finetune_config.get("target_modules") or ())) or None),
+        ("Learning rate", _fill_in("{}, {}", training.get("learning_rate"), finetune_config.get("lr_scheduler_type"))),
+        ("Warm-up", _format_warmup(finetune_config.get("warmup_steps"))),
+        (
+            "Length",
+            _fill_in("{} steps", max_steps)
+            if max_steps
+            else _fill_in("{} epochs", finetune_config.get("num_train_epochs")),
+        ),
+        ("Batch", _fill_in("{} rows a step", training.get("train_batch_size"))),
+        ("Sequence length", _fill_in("{} tokens", base_config.get("max_seq_length"))),
+        ("Optimizer", _format_optimizer(finetune_config.get("optim"), device)),
+        ("Weight decay", _fill_in("{}", finetune_config.get("weight_decay"))),
+        ("Gradient norm at most", _fill_in("{}", finetune_config.get("max_grad_norm"))),
     ]
 
 
-def _variants(tune: dict) -> str | None:
+def _lora_variants(finetune_config: dict) -> str | None:
     """Return what differs from plain LoRA; None when nothing does."""
-    bits, bias = tune.get("loftq_bits"), tune.get("bias", "none")
-    said = ["rsLoRA"] * bool(tune.get("use_rslora")) + [f"LoftQ, {shown(bits)} bits"] * bool(bits)
-    return ", ".join(said + [f"bias {shown(bias)}"] * (bias != "none")) or None
+    bits, bias = finetune_config.get("loftq_bits"), finetune_config.get("bias", "none")
+    variants = ["rsLoRA"] * bool(finetune_config.get("use_rslora")) + [f"LoftQ, {format_value(bits)} bits"] * bool(bits)
+    return ", ".join(variants + [f"bias {format_value(bias)}"] * (bias != "none")) or None
 
 
-def _warmup(steps: float | None) -> str | None:
-    share = steps is not None and 0 < steps < 1
-    return f"{steps:.1%} of the steps" if share else _say("{} steps", steps)
+def _format_warmup(steps: float | None) -> str | None:
+    is_share = steps is not None and 0 < steps < 1
+    return f"{steps:.1%} of the steps" if is_share else _fill_in("{} steps", steps)
 
 
-def _optimizer(name: str | None, device: str) -> str | None:
+def _format_optimizer(name: str | None, device: str) -> str | None:
     """Return the optimizer's name. On a CPU, 8-bit and paged optimizers are replaced: see Finetune.optim."""
-    replaced = device.startswith("CPU") and re.search(r"8bit|paged", name or "")
-    return _say("adamw_torch_fused, on this CPU in place of {}", name) if replaced else _say("{}", name)
+    is_replaced = device.startswith("CPU") and re.search(r"8bit|paged", name or "")
+    return _fill_in("adamw_torch_fused, on this CPU in place of {}", name) if is_replaced else _fill_in("{}", name)
 
 
-def _quality(made: Manifest, ladder: str) -> str:
-    scores, rule = made.scores, made.scores.get("rule")
-    fit, conversion = scores.get("training") or {}, scores.get("conversion") or {}
-    return _paragraphs(
+def _render_quality(manifest: Manifest, ladder: str) -> str:
+    scores, rule = manifest.scores, manifest.scores.get("rule")
+    training_fit, conversion = scores.get("training") or {}, scores.get("conversion") or {}
+    return _join_paragraphs(
         "## Quality",
         ladder.strip(),
-        _say("Scoring rule: {}", rule) and f"Scoring rule: {code(rule)}{f' ({RULES[rule]})' if rule in RULES else ''}.",
-        _say("Rows: {}.", scores.get("used")),
+        _fill_in("Scoring rule: {}", rule)
+        and f"Scoring rule: {code_span(rule)}{f' ({RULE_DESCRIPTIONS[rule]})' if rule in RULE_DESCRIPTIONS else ''}.",
+        _fill_in("Rows: {}.", scores.get("used")),
         "Losses are in nats a token; KL to 16 bit is the mean KL divergence from the 16-bit GGUF at response "
         "positions, same top-1 the share of them where both would say the same token.",
-        _say("For comparison, the loss on {} training rows: {}.", fit.get("rows"), fit.get("loss")),
-        fit.get("warning") and plain(fit["warning"]),
-        _say(
+        _fill_in(
+            "For comparison, the loss on {} training rows: {}.", training_fit.get("rows"), training_fit.get("loss")
+        ),
+        training_fit.get("warning") and escape_text(training_fit["warning"]),
+        _fill_in(
             "Conversion: the 16-bit GGUF in llama.cpp is {} nats (mean KL divergence; worst position {}) from the "
             "merged weights in Transformers, over {} positions.",
             *map(conversion.get, ("kl", "worst", "positions")),
         ),
-        _served(scores.get("as_served") or {}),
-        "\n".join(f"- {plain(note)}" for note in scores.get("notes") or ()),
+        _describe_runtime_scores(scores.get("as_served") or {}),
+        "\n".join(f"- {escape_text(note)}" for note in scores.get("notes") or ()),
     )
 
 
-def _served(facts: dict) -> str | None:
+def _describe_runtime_scores(served_scores: dict) -> str | None:
     """Return how the default file scores with the prompts that its runtimes send; None when that was not measured."""
-    if "same_prompts" not in facts or "rows" not in facts:
+    if "same_prompts" not in served_scores or "rows" not in served_scores:
         return None
-    if facts["same_prompts"] == facts["rows"]:
+    if served_scores["same_prompts"] == served_scores["rows"]:
         return "Runtimes send the prompts that were scored, for every held-out row."
-    result = f"score {facts['score']:.1%}" if "score" in facts else f"held-out loss {shown(facts.get('loss'))}"
+    result = (
+        f"score {served_scores['score']:.1%}"
+        if "score" in served_scores
+        else f"held-out loss {format_value(served_scores.get('loss'))}"
+    )
     return (
         f"Asked as runtimes ask it (the default system prompt, sampling off): {result}; "
         f"the prompt is another one than the row's "
-        f"for {shown(facts['rows'] - facts['same_prompts'])} of "
-        f"{shown(facts['rows'])} rows."
+        f"for {format_value(served_scores['rows'] - served_scores['same_prompts'])} of "
+        f"{format_value(served_scores['rows'])} rows."
     )
 
 
-def _files(made: Manifest) -> str:
-    rows = [(code(item.file), _kind(item), size(item.bytes), code(item.sha256[:12])) for item in made.artifacts]
-    rows += [(code(item.file), "", size(item.bytes), code(item.sha256[:12])) for item in made.files]
-    return "## Files\n\n" + table(("file", "what", "size", "sha256 begins"), *rows)
+def _render_files(manifest: Manifest) -> str:
+    rows = [
+        (code_span(item.file), _artifact_label(item), format_size(item.bytes), code_span(item.sha256[:12]))
+        for item in manifest.artifacts
+    ]
+    rows += [
+        (code_span(item.file), "", format_size(item.bytes), code_span(item.sha256[:12])) for item in manifest.files
+    ]
+    return "## Files\n\n" + markdown_table(("file", "what", "size", "sha256 begins"), *rows)
 
 
-def _kind(artifact: Artifact) -> str:
-    name = KINDS.get(artifact.kind) or code((artifact.quantization or "?").upper())
+def _artifact_label(artifact: Artifact) -> str:
+    label = ARTIFACT_LABELS.get(artifact.kind) or code_span((artifact.quantization or "?").upper())
     return (
-        f"{name}{', with importance matrix' if artifact.imatrix else ''}{', **default**' if artifact.default else ''}"
+        f"{label}{', with importance matrix' if artifact.imatrix else ''}{', **default**' if artifact.default else ''}"
     )
 
 
 # --- how to use it ----------------------------------------------------------------------------------------------------
 
 
-def _prompt(made: Manifest) -> str:
-    chat, asked = made.chat, [golden for golden in made.golden if golden.add_generation_prompt]
-    with_system = [golden for golden in asked if any(m.get("role") == "system" for m in golden.messages)]
-    example = next(iter(with_system or asked), None)
-    return _paragraphs(
+def _render_prompt_format(manifest: Manifest) -> str:
+    chat, conversations = manifest.chat, [golden for golden in manifest.golden if golden.add_generation_prompt]
+    with_system = [
+        golden for golden in conversations if any(message.get("role") == "system" for message in golden.messages)
+    ]
+    example = next(iter(with_system or conversations), None)
+    return _join_paragraphs(
         "## Prompt format",
         "The chat template stands in every GGUF. An example, up to where the model answers:" if example else None,
-        example and fenced(example.prompt),
+        example and code_block(example.prompt),
         "Stop strings, as JSON:" if chat.stop else None,
-        fenced("\n".join(json.dumps(stop, ensure_ascii=False) for stop in chat.stop), "json") if chat.stop else None,
+        code_block("\n".join(json.dumps(stop, ensure_ascii=False) for stop in chat.stop), "json")
+        if chat.stop
+        else None,
         chat.system
         and "The default system prompt, which `make deploy-mac` puts in front of a conversation that brings none. "
         "Other runtimes must be told to send it: without it the model answers otherwise than it was scored.\n\n"
-        f"{fenced(chat.system)}",
+        f"{code_block(chat.system)}",
         chat.input
         and "A row's input followed its instruction in the same user message:\n\n"
-        + fenced(f"INSTRUCTION{chat.input}INPUT"),
+        + code_block(f"INSTRUCTION{chat.input}INPUT"),
     )
 
 
-def _run(made: Manifest, repo: str | None, private: bool) -> str:
-    lines, said = _on_the_hub(made, repo, private) if repo else _in_a_folder(made), made.generation
-    settings = (
-        f"Settings of `make deploy-mac`: temperature {shown(said.temperature)}, "
-        f"top-p {shown(said.top_p)}, "
-        f"{shown(said.num_ctx)} tokens of context, "
-        f"answers of at most {shown(said.max_tokens)} tokens."
+def _render_usage(manifest: Manifest, repo: str | None, private: bool) -> str:
+    commands, generation = (
+        _hub_commands(manifest, repo, private) if repo else _folder_commands(manifest),
+        manifest.generation,
     )
-    return _paragraphs("## Run it", "\n".join(f"- {line}" for line in lines), settings)
+    settings_note = (
+        f"Settings of `make deploy-mac`: temperature {format_value(generation.temperature)}, "
+        f"top-p {format_value(generation.top_p)}, "
+        f"{format_value(generation.num_ctx)} tokens of context, "
+        f"answers of at most {format_value(generation.max_tokens)} tokens."
+    )
+    return _join_paragraphs("## Run it", "\n".join(f"- {line}" for line in commands), settings_note)
 
 
-def _on_the_hub(made: Manifest, repo: str, private: bool) -> list[str]:
+def _hub_commands(manifest: Manifest, repo: str, private: bool) -> list[str]:
     """Return a line for each runtime that fetches the model from the Hub.
 
     Sources: https://huggingface.co/docs/hub/ollama and /lmstudio, `llama-server --help`.
     """
-    tag, file = (made.default().quantization or "").upper(), made.default().file
-    fetch = f"`hf download {repo} {file} --local-dir .`, then `lms import {file} --copy`"
-    studio = f"`lms get {SITE}/{repo}@{tag}`, or paste the repo's address into its search box"
-    own_key = (
+    tag, file_name = (manifest.default_artifact().quantization or "").upper(), manifest.default_artifact().file
+    download_command = f"`hf download {repo} {file_name} --local-dir .`, then `lms import {file_name} --copy`"
+    lm_studio_command = f"`lms get {HUB_URL}/{repo}@{tag}`, or paste the repo's address into its search box"
+    key_note = (
         " The repo is private: first add `~/.ollama/id_ed25519.pub` to the "
-        f"[keys of your account]({SITE}/settings/keys)."
+        f"[keys of your account]({HUB_URL}/settings/keys)."
     )
     return [
-        f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO={repo}`{CHECKED}",
+        f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO={repo}`{CHECKS_NOTE}",
         f"**Ollama:** `ollama run hf.co/{repo}:{tag}`. Here the Hub chooses a template, and no system prompt is set."
-        + own_key * private,
-        f"**LM Studio:** {fetch if private else studio}.",
+        + key_note * private,
+        f"**LM Studio:** {download_command if private else lm_studio_command}.",
         f"**llama.cpp:** `llama-server -hf {repo}:{tag}`"
         + (", with `HF_TOKEN` set: the repo is private." if private else "."),
     ]
 
 
-CHECKED = (
+CHECKS_NOTE = (
     ": compares every file with the manifest, asks for known answers, and takes template, system prompt and settings "
     "from what was trained."
 )
 
 
-def _in_a_folder(made: Manifest) -> list[str]:
+def _folder_commands(manifest: Manifest) -> list[str]:
     """Return a line for each runtime that reads the GGUF from this folder."""
-    file, name = made.default().file, made.name
-    create = f'echo "FROM $PWD/{file}" > /tmp/Modelfile && ollama create {name} -f /tmp/Modelfile && ollama run {name}'
+    file_name, name = manifest.default_artifact().file, manifest.name
+    ollama_command = (
+        f'echo "FROM $PWD/{file_name}" > /tmp/Modelfile && ollama create {name} -f /tmp/Modelfile && ollama run {name}'
+    )
     return [
-        f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO=` and the path of this folder{CHECKED}",
-        f"**Ollama:** `{create}`. Here Ollama chooses a template, and no system prompt is set.",
-        f"**LM Studio:** `lms import {file} --copy`.",
-        f"**llama.cpp:** `llama-server -m {file}`.",
+        f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO=` and the path of this folder{CHECKS_NOTE}",
+        f"**Ollama:** `{ollama_command}`. Here Ollama chooses a template, and no system prompt is set.",
+        f"**LM Studio:** `lms import {file_name} --copy`.",
+        f"**llama.cpp:** `llama-server -m {file_name}`.",
     ]
 
 
-def _adapter(made: Manifest, repo: str | None) -> str:
-    kinds, base = {artifact.kind for artifact in made.artifacts}, hub_base(made)
-    whole = (
+def _render_transformers_usage(manifest: Manifest, repo: str | None) -> str:
+    kinds, base_id = {artifact.kind for artifact in manifest.artifacts}, hub_base_model(manifest)
+    merged_snippet = (
         "from transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_call(repo, 'merged')})"
+        f"model = AutoModelForCausalLM.from_pretrained({_repo_arguments(repo, 'merged')})"
     )
-    alone = (
-        f"The adapter in `adapter/` belongs to {code(_place(made.base.model))}, "
+    adapter_note = (
+        f"The adapter in `adapter/` belongs to {code_span(_public_name(manifest.base.model))}, "
         "which Transformers cannot fetch by that name: "
-        f"load the base first, then `PeftModel.from_pretrained(base, {_call(repo, 'adapter')})`."
+        f"load the base first, then `PeftModel.from_pretrained(base, {_repo_arguments(repo, 'adapter')})`."
     )
-    return _paragraphs(
+    return _join_paragraphs(
         "## In Transformers" if kinds & {"adapter", "merged"} else None,
-        fenced(whole, "python") if "merged" in kinds else None,
-        (fenced(_peft(made, repo, base), "python") if base else alone) if "adapter" in kinds else None,
+        code_block(merged_snippet, "python") if "merged" in kinds else None,
+        (code_block(_peft_snippet(manifest, repo, base_id), "python") if base_id else adapter_note)
+        if "adapter" in kinds
+        else None,
     )
 
 
-def _peft(made: Manifest, repo: str | None, base: str) -> str:
+def _peft_snippet(manifest: Manifest, repo: str | None, base_id: str) -> str:
     """Return the Python code that loads the base model with the adapter.
 
     It uses PeftModel, because AutoPeftModelForCausalLM looks for the base model in the subfolder too (peft 0.21.2).
     """
-    there, revision = any(item.file.startswith("adapter/tokenizer") for item in made.files), _revision(made)
-    exact = f'"{base}"' + (f', revision="{revision}"' if revision else "")
+    has_tokenizer, revision = (
+        any(item.file.startswith("adapter/tokenizer") for item in manifest.files),
+        _base_revision(manifest),
+    )
+    base_arguments = f'"{base_id}"' + (f', revision="{revision}"' if revision else "")
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained({exact}, dtype="auto")\n'
-        f"model = PeftModel.from_pretrained(base, {_call(repo, 'adapter')})\n"
+        f'base = AutoModelForCausalLM.from_pretrained({base_arguments}, dtype="auto")\n'
+        f"model = PeftModel.from_pretrained(base, {_repo_arguments(repo, 'adapter')})\n"
         "tokenizer = AutoTokenizer.from_pretrained("
-        f"{_call(repo, 'adapter') if there else exact})"
+        f"{_repo_arguments(repo, 'adapter') if has_tokenizer else base_arguments})"
     )
 
 
-def _call(repo: str | None, folder: str) -> str:
+def _repo_arguments(repo: str | None, folder: str) -> str:
     """Return the arguments of `from_pretrained` for a subfolder of the published repo."""
     return f'"{repo}", subfolder="{folder}"' if repo else f'"./{folder}"'
 
 
-LIMITS = """## Limits
+LIMITS_SECTION = """## Limits
 
 - **Intended use** (TODO): what it is for, who should use it, and what it must not be used for.
 - **Not tested** (TODO): languages, topics, lengths and kinds of input that the scores above do not cover.
@@ -452,24 +500,24 @@ LIMITS = """## Limits
 # --- where it comes from ----------------------------------------------------------------------------------------------
 
 
-def _origin(made: Manifest) -> str:
-    origin = made.provenance
-    git, packages = origin.get("git") or {}, origin.get("packages") or {}
+def _render_provenance(manifest: Manifest) -> str:
+    provenance = manifest.provenance
+    git, packages = provenance.get("git") or {}, provenance.get("packages") or {}
     dirty = ", with uncommitted changes" if git.get("dirty") else ""
-    url = _public(git.get("url"))
-    return "## How it was made\n\n" + table(
+    url = _public_url(git.get("url"))
+    return "## How it was made\n\n" + markdown_table(
         ("", ""),
-        ("Ferry", git.get("commit") and f"{code(git['commit'])}{dirty}"),
-        ("From", url and code(url)),
-        ("Run", code(made.name)),
-        ("llama.cpp", _say("{}", origin.get("llama_cpp"))),
-        ("Python", _say("{} on {}", origin.get("python"), origin.get("platform"))),
-        ("Packages", ", ".join(f"{plain(name)} {plain(version)}" for name, version in packages.items())),
+        ("Ferry", git.get("commit") and f"{code_span(git['commit'])}{dirty}"),
+        ("From", url and code_span(url)),
+        ("Run", code_span(manifest.name)),
+        ("llama.cpp", _fill_in("{}", provenance.get("llama_cpp"))),
+        ("Python", _fill_in("{} on {}", provenance.get("python"), provenance.get("platform"))),
+        ("Packages", ", ".join(f"{escape_text(name)} {escape_text(version)}" for name, version in packages.items())),
         ("Everything else", "`manifest.json`: the whole config, chat template, scores, checksums"),
     )
 
 
-def _public(url: str | None) -> str | None:
+def _public_url(url: str | None) -> str | None:
     """Return the URL of a git remote without user and password; None for a path of this machine."""
     try:
         parts = urlsplit(url or "")
@@ -484,88 +532,88 @@ def _public(url: str | None) -> str | None:
     return url if re.fullmatch(r"[\w.-]+@[\w.-]+:[\w./~-]+", url or "", re.ASCII) else None
 
 
-def _verification(made: Manifest) -> str:
-    default = made.default()
-    return _paragraphs(
+def _render_verification(manifest: Manifest) -> str:
+    default = manifest.default_artifact()
+    return _join_paragraphs(
         "## Verification",
         "`manifest.json` holds the sha256 of every other file. Of the default one:",
-        fenced(f"{default.sha256}  {default.file}"),
+        code_block(f"{default.sha256}  {default.file}"),
         f"`shasum -a 256 {default.file}` must print the same line.",
-        made.id and f"Every GGUF of the run names it as `ferry.manifest_id` {code(made.id)}.",
+        manifest.id and f"Every GGUF of the run names it as `ferry.manifest_id` {code_span(manifest.id)}.",
     )
 
 
 # --- text that cannot act as markup -----------------------------------------------------------------------------------
 
 
-def code(value: Any) -> str:
+def code_span(value: Any) -> str:
     """Return `value` as inline code in one line, which may stand in a table.
 
     Entities never act as Markdown: https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references.
     """
-    line = printable(value)
+    line = printable_line(value)
     if line and not re.search(r"[`|\\]", line):
         return f"`{line}`"
     return f"<code>{''.join(c if c.isalnum() or c == ' ' else f'&#{ord(c)};' for c in line)}</code>"
 
 
-def plain(value: Any) -> str:
+def escape_text(value: Any) -> str:
     """Return `value` in one line, with entities for the characters that could act as Markdown or HTML.
 
     An underscore inside a word, as in q4_k_m, stays as it is.
     """
-    active = r"[\\`*\[\]<>|&$~{}#!@]|:(?=//)|(?<![^\W_])_|_(?![^\W_])|^[-+=]|^\d(?=\d*[.)](\s|$))"
-    return re.sub(active, lambda match: f"&#{ord(match[0])};", printable(value))
+    active_characters = r"[\\`*\[\]<>|&$~{}#!@]|:(?=//)|(?<![^\W_])_|_(?![^\W_])|^[-+=]|^\d(?=\d*[.)](\s|$))"
+    return re.sub(active_characters, lambda match: f"&#{ord(match[0])};", printable_line(value))
 
 
-def printable(value: Any) -> str:
+def printable_line(value: Any) -> str:
     """Return `value` in one line of printable characters, cut at MAX_NAME_LENGTH."""
     line = " ".join(str(value).split())
     line = "".join(c if c.isprintable() else "?" for c in line)
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+    return line if len(line) <= MAX_NAME_LENGTH else f"{line[:MAX_NAME_LENGTH]}…"
 
 
-def fenced(content: str, language: str = "text") -> str:
+def code_block(content: str, language: str = "text") -> str:
     """Return a code block whose fence is longer than any run of backticks in `content`."""
-    content = CONTROL.sub("\ufffd", content)
+    content = CONTROL_CHARACTERS.sub("\ufffd", content)
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", content)), default=0))
     return f"{fence}{language}\n{content.removesuffix(chr(10))}\n{fence}"
 
 
-def table(heads: tuple[str, ...], *rows: tuple[str | None, ...]) -> str:
+def markdown_table(titles: tuple[str, ...], *rows: tuple[str | None, ...]) -> str:
     """Return a Markdown table without the rows whose second cell is None. The cells are Markdown already."""
-    lines = [heads, ("---",) * len(heads), *(row for row in rows if row[1] is not None)]
+    lines = [titles, ("---",) * len(titles), *(row for row in rows if row[1] is not None)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a number with thousands separators or in short form, and everything else as escaped text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return plain(value)
+        return escape_text(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def size(count: int) -> str:
+def format_size(count: int) -> str:
     """Return a size in decimal units, which disks and the Hub use."""
     unit, name = next(((10**n, name) for n, name in ((9, "GB"), (6, "MB"), (3, "kB")) if count >= 10**n), (1, "bytes"))
     return f"{count} bytes" if unit == 1 else f"{count / unit:.{2 if unit == 10**9 else 1}f} {name}"
 
 
-def _say(form: str, *values: Any) -> str | None:
+def _fill_in(template: str, *values: Any) -> str | None:
     """Return `form` filled with the values; None when one of them is unknown."""
-    return None if any(value is None for value in values) else form.format(*map(shown, values))
+    return None if any(value is None for value in values) else template.format(*map(format_value, values))
 
 
-def _place(name: str) -> str:
+def _public_name(name: str) -> str:
     """Return a name or path; of an absolute path only the last part, because the rest describes the user's machine."""
     return PurePath(name).name or name if name.startswith(("/", "~", "file:")) else name
 
 
-def _linked(name: str | None, address: str | None) -> str:
+def _code_link(name: str | None, address: str | None) -> str:
     """Return a name as code, with a link where there is an address."""
-    return f"[{code(name)}]({address})" if address else code(name)
+    return f"[{code_span(name)}]({address})" if address else code_span(name)
 
 
-def _paragraphs(*parts: Any) -> str:
+def _join_paragraphs(*parts: Any) -> str:
     """Join the parts that are not empty as paragraphs."""
     return "\n\n".join(part for part in parts if part)

@@ -16,19 +16,19 @@ from itertools import chain
 from common import hub
 from common.errors import UserError
 
-TRIES = 3
-BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+MAX_ATTEMPTS = 3
+PROGRESS_BAR_VARIABLES = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
-def patience() -> float:
+def progress_timeout() -> float:
     """Return the timeout of an upload: seconds without progress after which its process is killed.
 
     By default 5 minutes, which is longer than the client's own retries take.
     """
-    return 5 * hub.silence()
+    return 5 * hub.timeout_seconds()
 
 
-def send(job: dict) -> dict:
+def upload_folder(job: dict) -> dict:
     """Upload the folder of a job and return {repo, commit, tag}.
 
     Args:
@@ -38,55 +38,55 @@ def send(job: dict) -> dict:
         UserError: The Hub refuses the upload, or every attempt ended without a result.
     """
     # The child process takes its progress from the progress bars, so they must not be turned off.
-    settings = {name: value for name, value in os.environ.items() if name not in BARS}
-    for attempt in range(TRIES):
-        found = _sent(job, settings | ({"HF_HUB_DISABLE_XET": "1"} if attempt else {}))
-        if "result" in found:
-            return found["result"]
-        if "error" in found:
-            raise UserError(*found["error"])
-        if attempt < TRIES - 1:
-            hub.say(f"publish to {job['repo']}: {found['lost']}; again in a fresh process, over plain LFS")
-    raise UserError(f"publish to {job['repo']}: {found['lost']}, {TRIES} times", hub.HINTS[None])
+    environment = {name: value for name, value in os.environ.items() if name not in PROGRESS_BAR_VARIABLES}
+    for attempt in range(MAX_ATTEMPTS):
+        message = _run_upload_process(job, environment | ({"HF_HUB_DISABLE_XET": "1"} if attempt else {}))
+        if "result" in message:
+            return message["result"]
+        if "error" in message:
+            raise UserError(*message["error"])
+        if attempt < MAX_ATTEMPTS - 1:
+            hub.print_message(f"publish to {job['repo']}: {message['lost']}; again in a fresh process, over plain LFS")
+    raise UserError(f"publish to {job['repo']}: {message['lost']}, {MAX_ATTEMPTS} times", hub.STATUS_HINTS[None])
 
 
-def _sent(job: dict, settings: dict[str, str]) -> dict:
+def _run_upload_process(job: dict, environment: dict[str, str]) -> dict:
     """Run one upload process and return its last message: {result}, {error} or {lost: reason}."""
     command = [sys.executable, "-m", "pipeline.publish.upload_process"]
-    sender = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings, start_new_session=True
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     try:
-        sender.stdin.write(json.dumps(job))
-        sender.stdin.close()
-        return _followed(sender)
+        process.stdin.write(json.dumps(job))
+        process.stdin.close()
+        return _read_messages(process)
     finally:
-        sender.kill()
-        sender.wait()
+        process.kill()
+        process.wait()
 
 
-def _followed(sender: subprocess.Popen) -> dict:
+def _read_messages(process: subprocess.Popen) -> dict:
     """Return the last message of an upload process, or {lost: reason} when it ended or made no progress."""
     lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in chain(sender.stdout, [""])], daemon=True).start()
-    heard = ""
+    threading.Thread(target=lambda: [lines.put(line) for line in chain(process.stdout, [""])], daemon=True).start()
+    client_warning = ""
     while True:
         try:
-            line = lines.get(timeout=patience())
+            line = lines.get(timeout=progress_timeout())
         except queue.Empty:
-            return {"lost": f"no progress for {patience():.0f} s{heard}"}
+            return {"lost": f"no progress for {progress_timeout():.0f} s{client_warning}"}
         if not line:
-            return {"lost": f"the sending process ended by itself (exit code {sender.wait()})"}
-        said = _word(line)
-        if "beat" not in said:
-            return said
-        heard = f" (the client: {said['client']})" if said.get("client") else ""
+            return {"lost": f"the sending process ended by itself (exit code {process.wait()})"}
+        message = _parse_message(line)
+        if "beat" not in message:
+            return message
+        client_warning = f" (the client: {message['client']})" if message.get("client") else ""
 
 
-def _word(line: str) -> dict:
+def _parse_message(line: str) -> dict:
     """Parse one line of the upload process. Any other output comes from a library and counts as progress."""
     try:
-        said = json.loads(line)
+        message = json.loads(line)
     except ValueError:
-        said = None
-    return said if isinstance(said, dict) else {"beat": 0}
+        message = None
+    return message if isinstance(message, dict) else {"beat": 0}

@@ -18,39 +18,39 @@ import time
 from pathlib import Path
 
 from common import files, hub
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from contract import manifest
 
 
 def main() -> None:
     """Read the job from stdin, upload its folder, and print the outcome as the last line."""
-    out = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # only our own lines reach the parent process; what a library prints goes to stderr
     job = json.load(sys.stdin)
-    threading.Thread(target=beat, args=(out, os.getppid()), daemon=True).start()
+    threading.Thread(target=report_progress, args=(output, os.getppid()), daemon=True).start()
     try:
-        word = {"result": send(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
+        message = {"result": publish_folder(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
     except UserError as error:
-        word = {"error": [error.message, error.hint]}
+        message = {"error": [error.message, error.hint]}
     except Exception as error:  # noqa: BLE001 for example from hf_xet, which a new process does not use
-        word = {"lost": hub.hidden(f"{type(error).__name__}: {error}")}
-    print(json.dumps(word), file=out, flush=True)
+        message = {"lost": hub.redact_secrets(f"{type(error).__name__}: {error}")}
+    print(json.dumps(message), file=output, flush=True)
     os._exit(0)  # do not wait for the threads of a library
 
 
-class Heard(logging.Handler):
+class LastWarningHandler(logging.Handler):
     """A log handler that keeps the last warning of the Hub client, which says why it waits."""
 
     text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = hub.hidden(record.getMessage())
+        self.text = hub.redact_secrets(record.getMessage())
 
 
-heard = Heard(logging.WARNING)
+last_warning = LastWarningHandler(logging.WARNING)
 
 
-def beat(out, courier: int) -> None:
+def report_progress(output, parent_pid: int) -> None:
     """Write a progress line whenever a progress bar moved or the Hub was called; exit when the parent process is gone.
 
     So an upload does not continue without its parent process.
@@ -61,20 +61,20 @@ def beat(out, courier: int) -> None:
     """
     from tqdm import tqdm
 
-    last = None
-    while os.getppid() == courier:
-        now = [hub.attempts, *((id(bar), bar.n) for bar in list(tqdm._instances))]
-        if now != last:
+    last_state = None
+    while os.getppid() == parent_pid:
+        state = [hub.attempts, *((id(bar), bar.n) for bar in list(tqdm._instances))]
+        if state != last_state:
             try:
-                print(json.dumps({"beat": len(now), "client": heard.text}), file=out, flush=True)
+                print(json.dumps({"beat": len(state), "client": last_warning.text}), file=output, flush=True)
             except OSError:
                 break
-        last = now
+        last_state = state
         time.sleep(1)
     os._exit(1)
 
 
-def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
+def publish_folder(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
     """Create the repo, commit the folder, compare the hashes and tag the commit; skip what is done already.
 
     Returns:
@@ -83,49 +83,57 @@ def send(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
     Raises:
         UserError: The repo holds something else, the Hub refuses, or what arrived differs from what was sent.
     """
-    api, what = hub.api(), f"publish to {repo}"
-    listen()
-    made = manifest.read(folder / manifest.NAME)
-    hub.patiently(what, lambda: api.create_repo(repo, private=private, exist_ok=True))
+    api, action = hub.create_client(), f"publish to {repo}"
+    capture_client_warnings()
+    new_manifest = manifest.read_manifest(folder / manifest.FILE_NAME)
+    hub.retry(action, lambda: api.create_repo(repo, private=private, exist_ok=True))
     # A lost answer looks like a failure, so each attempt reads the repo again and does not repeat what succeeded.
-    commit = hub.patiently(what, lambda: committed(api, folder, repo, private, made), again=(409, 412))
-    hub.patiently(what, lambda: compare(api, folder, repo, commit, made))
-    name = hub.patiently(what, lambda: tagged(api, repo, commit, tag), again=(409,))
-    return {"repo": repo, "commit": commit, "tag": name}
+    commit = hub.retry(
+        action, lambda: commit_folder(api, folder, repo, private, new_manifest), retry_statuses=(409, 412)
+    )
+    hub.retry(action, lambda: verify_upload(api, folder, repo, commit, new_manifest))
+    tag_name = hub.retry(action, lambda: tag_commit(api, repo, commit, tag), retry_statuses=(409,))
+    return {"repo": repo, "commit": commit, "tag": tag_name}
 
 
-def listen() -> None:
+def capture_client_warnings() -> None:
     """Send the client's warnings to the parent process instead of the terminal, because they quote signed URLs."""
     logger = logging.getLogger("huggingface_hub")
-    logger.handlers, logger.propagate = [heard], False
+    logger.handlers, logger.propagate = [last_warning], False
     logger.setLevel(logging.WARNING)
 
 
-def committed(api, folder: Path, repo: str, private: bool, made: manifest.Manifest) -> str:
+def commit_folder(api, folder: Path, repo: str, private: bool, new_manifest: manifest.Manifest) -> str:
     """Commit the whole folder at once and return the commit's id, so that no revision has a manifest without its files.
 
     The same commit deletes the files of the previous version.
     """
     from huggingface_hub import CommitOperationDelete
 
-    head = api.repo_info(repo, files_metadata=True)
-    refuse_strange(head, repo, private)
-    there = {sibling.rfilename for sibling in head.siblings}
-    names = {item.file for item in (*made.artifacts, *made.files)} | {manifest.NAME}
-    old = outdated(repo, head.sha, made.name) if manifest.NAME in there else set()
-    operations = [addition(folder, name, digest) for name, digest in digests(folder, made).items()]
-    operations += [CommitOperationDelete(name) for name in sorted(old & there - names)]
-    done = api.create_commit(repo, operations, commit_message=f"Ferry: {made.name}", parent_commit=head.sha)
-    return done.oid
+    repo_info = api.repo_info(repo, files_metadata=True)
+    refuse_foreign_repo(repo_info, repo, private)
+    remote_names = {sibling.rfilename for sibling in repo_info.siblings}
+    new_names = {item.file for item in (*new_manifest.artifacts, *new_manifest.files)} | {manifest.FILE_NAME}
+    published_names = (
+        list_published_files(repo, repo_info.sha, new_manifest.name) if manifest.FILE_NAME in remote_names else set()
+    )
+    operations = [
+        create_add_operation(folder, name, digest) for name, digest in file_hashes(folder, new_manifest).items()
+    ]
+    operations += [CommitOperationDelete(name) for name in sorted(published_names & remote_names - new_names)]
+    commit = api.create_commit(
+        repo, operations, commit_message=f"Ferry: {new_manifest.name}", parent_commit=repo_info.sha
+    )
+    return commit.oid
 
 
-def digests(folder: Path, made: manifest.Manifest) -> dict[str, str]:
+def file_hashes(folder: Path, new_manifest: manifest.Manifest) -> dict[str, str]:
     """Return the sha256 of every file by its name, from the manifest; the manifest itself comes last."""
-    named = {item.file: item.sha256 for item in (*made.artifacts, *made.files)}
-    return named | {manifest.NAME: files.sha256(folder / manifest.NAME)}
+    hashes = {item.file: item.sha256 for item in (*new_manifest.artifacts, *new_manifest.files)}
+    return hashes | {manifest.FILE_NAME: files.sha256(folder / manifest.FILE_NAME)}
 
 
-def addition(folder: Path, name: str, digest: str):
+def create_add_operation(folder: Path, name: str, digest: str):
     """Return the client's operation that adds a file, with the sha256 from the manifest.
 
     Without that the client would hash the file once more. The Hub compares what arrives with the sha256.
@@ -137,22 +145,22 @@ def addition(folder: Path, name: str, digest: str):
     return operation
 
 
-def refuse_strange(head, repo: str, private: bool) -> None:
+def refuse_foreign_repo(repo_info, repo: str, private: bool) -> None:
     """Raise UserError for a repo that holds something else, or that is public when the config says private."""
-    if private and not head.private:
+    if private and not repo_info.private:
         raise UserError(
             f"{repo} is public, and publish.private is true",
             "make it private in its settings on the Hub, or choose another publish.repo, "
             "or set publish.private to false",
         )
-    if strange := hub.strange(head, manifest.NAME):
+    if foreign_files := hub.find_foreign_files(repo_info, manifest.FILE_NAME):
         raise UserError(
-            f"{repo} is a repo of something else: it holds {', '.join(strange[:4])} and no {manifest.NAME}",
+            f"{repo} is a repo of something else: it holds {', '.join(foreign_files[:4])} and no {manifest.FILE_NAME}",
             "choose another publish.repo",
         )
 
 
-def outdated(repo: str, revision: str, name: str) -> set[str]:
+def list_published_files(repo: str, revision: str, name: str) -> set[str]:
     """Return the files that the manifest on the Hub names.
 
     Those that the new manifest does not name are deleted from the main branch; tags keep them.
@@ -163,23 +171,25 @@ def outdated(repo: str, revision: str, name: str) -> set[str]:
     Raises:
         UserError: The manifest on the Hub is of another program, another model or a newer Ferry.
     """
-    content = hub.read_small(repo, manifest.NAME, revision, manifest.MAX_BYTES)
+    content = hub.read_small_file(repo, manifest.FILE_NAME, revision, manifest.MAX_BYTES)
     try:
-        made = manifest.parse(content, f"{repo}/{manifest.NAME}")
+        published_manifest = manifest.parse_manifest(content, f"{repo}/{manifest.FILE_NAME}")
     except UserError as error:
-        if (manifest.schema(content) or 0) > manifest.SCHEMA:
+        if (manifest.read_schema_version(content) or 0) > manifest.SCHEMA_VERSION:
             raise
-        if (older := read_older_manifest(content)) is None:
-            raise UserError(f"{repo} holds another program's {manifest.NAME}", "choose another publish.repo") from error
-        refuse_other_model(repo, older.get("name", name), name)
+        if (older_manifest := parse_older_manifest(content)) is None:
+            raise UserError(
+                f"{repo} holds another program's {manifest.FILE_NAME}", "choose another publish.repo"
+            ) from error
+        refuse_other_model(repo, older_manifest.get("name", name), name)
         return set()  # this Ferry cannot read the manifest of an older one, so its files stay
-    refuse_other_model(repo, made.name, name)
-    return {item.file for item in (*made.artifacts, *made.files)}
+    refuse_other_model(repo, published_manifest.name, name)
+    return {item.file for item in (*published_manifest.artifacts, *published_manifest.files)}
 
 
-def read_older_manifest(content: bytes) -> dict | None:
+def parse_older_manifest(content: bytes) -> dict | None:
     """Return the JSON of a manifest that an older Ferry wrote; None when it is not one of Ferry's."""
-    if manifest.schema(content) is None:
+    if manifest.read_schema_version(content) is None:
         return None
     value = json.loads(content)
     return value if {"artifacts", "golden"} <= value.keys() else None
@@ -189,27 +199,32 @@ def refuse_other_model(repo: str, published: object, name: str) -> None:
     """Raise UserError when the repo holds a model of another name, whose files this one would delete."""
     if published != name:
         raise UserError(
-            f"{repo} holds the model {shown(str(published))}, and this one is {name}", "choose another publish.repo"
+            f"{repo} holds the model {printable_line(str(published))}, and this one is {name}",
+            "choose another publish.repo",
         )
 
 
-def compare(api, folder: Path, repo: str, commit: str, made: manifest.Manifest) -> None:
+def verify_upload(api, folder: Path, repo: str, commit: str, new_manifest: manifest.Manifest) -> None:
     """Raise UserError unless the Hub holds every file with the sha256 that was sent."""
-    there = {s.rfilename: s for s in api.repo_info(repo, revision=commit, files_metadata=True).siblings}
-    for name, digest in digests(folder, made).items():
-        large = there[name].lfs if name in there else None
-        if name not in there:
-            found = "nothing"
-        elif large:
-            found = large.sha256
+    remote_files = {
+        sibling.rfilename: sibling for sibling in api.repo_info(repo, revision=commit, files_metadata=True).siblings
+    }
+    for name, digest in file_hashes(folder, new_manifest).items():
+        lfs_file = remote_files[name].lfs if name in remote_files else None
+        if name not in remote_files:
+            remote_digest = "nothing"
+        elif lfs_file:
+            remote_digest = lfs_file.sha256
         else:  # the Hub knows only the SHA-1 of files that are not in LFS
-            limit = (folder / name).stat().st_size + 1
-            found = files.sha256_bytes(hub.read_small(repo, name, commit, limit))
-        if found != digest:
-            raise UserError(f"{repo}/{name} on the Hub is {found}, sent was {digest}", "run the same command again")
+            max_bytes = (folder / name).stat().st_size + 1
+            remote_digest = files.sha256_bytes(hub.read_small_file(repo, name, commit, max_bytes))
+        if remote_digest != digest:
+            raise UserError(
+                f"{repo}/{name} on the Hub is {remote_digest}, sent was {digest}", "run the same command again"
+            )
 
 
-def tagged(api, repo: str, commit: str, wanted: str | None) -> str:
+def tag_commit(api, repo: str, commit: str, requested_tag: str | None) -> str:
     """Tag the commit and return the tag's name.
 
     It is the requested one; else the version tag that the commit has already; else the next of v1, v2, ...
@@ -218,22 +233,25 @@ def tagged(api, repo: str, commit: str, wanted: str | None) -> str:
         UserError: The requested tag belongs to another commit.
     """
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
-    numbered = sorted((int(name[1:]), name) for name in tags if re.fullmatch(r"v\d{1,6}", name))
+    version_tags = sorted((int(tag_name[1:]), tag_name) for tag_name in tags if re.fullmatch(r"v\d{1,6}", tag_name))
 
     def is_ours(name: str) -> bool:  # for an annotated tag the refs may give the id of the tag, not of the commit
         return tags[name] == commit or api.repo_info(repo, revision=name).sha == commit
 
-    if wanted and wanted in tags and not is_ours(wanted):
+    if requested_tag and requested_tag in tags and not is_ours(requested_tag):
         raise UserError(
-            f"{repo} has a tag {wanted} already, of another version", "choose another publish.tag, or none for the next"
+            f"{repo} has a tag {requested_tag} already, of another version",
+            "choose another publish.tag, or none for the next",
         )
-    mine = [name for _, name in numbered if tags[name] == commit] or [
-        name for _, name in numbered[-1:] if is_ours(name)
+    commit_tags = [tag_name for _, tag_name in version_tags if tags[tag_name] == commit] or [
+        tag_name for _, tag_name in version_tags[-1:] if is_ours(tag_name)
     ]
-    name = wanted or (mine[0] if mine else f"v{numbered[-1][0] + 1 if numbered else 1}")
-    if name not in tags:
-        api.create_tag(repo, tag=name, revision=commit)
-    return name
+    tag_name = requested_tag or (
+        commit_tags[0] if commit_tags else f"v{version_tags[-1][0] + 1 if version_tags else 1}"
+    )
+    if tag_name not in tags:
+        api.create_tag(repo, tag=tag_name, revision=commit)
+    return tag_name
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from common import files
 from common.errors import UserError
 from pipeline.config.schema import Config
 from pipeline.config.stage_settings import settings_of_stage
-from pipeline.run.run_folder import RESTORED, STAGES, Run, next_version
+from pipeline.run.records import DataRecord, Record
+from pipeline.run.run_folder import RESTORED_FILE, STAGES, Run, next_version_name
 
-KEPT = ("data", "finetune")  # stages that never run a second time in the same run
-CLEANED = "cleaned.json"  # lists the outputs that `clean` removed; only a stage that runs again would need them
+ONE_TIME_STAGES = ("data", "finetune")  # stages that never run a second time in the same run
+CLEANED_FILE = "cleaned.json"  # lists the outputs that `clean` removed; only a stage that runs again would need them
 
 
 @dataclass
@@ -26,18 +27,18 @@ class Changes:
     stale: dict[str, list[str]] = field(default_factory=dict)
     """{stage: reasons}, in the order of the stages."""
 
-    def describe(self) -> list[str]:
+    def describe_reruns(self) -> list[str]:
         """Return which stages run again and why, as sentences for the user."""
         if not self.stale:
             return []
         reasons = next(iter(self.stale.values()))
         return [f"{', '.join(self.stale)} {'run' if len(self.stale) > 1 else 'runs'} again: {'; '.join(reasons)}"]
 
-    def add(self, stage: str, reasons: list[str]) -> None:
+    def add_reasons(self, stage: str, reasons: list[str]) -> None:
         """Add the reasons why `stage` no longer holds: as faults where it never runs again, else as a stale stage."""
         if not reasons:
             return
-        if stage in KEPT:
+        if stage in ONE_TIME_STAGES:
             self.faults += reasons
         else:
             self.stale[stage] = reasons
@@ -50,44 +51,44 @@ def find_changes(run: Run, config: Config) -> Changes:
 
     Outputs that `clean` removed count as missing only when a stale stage would need them.
     """
-    note = run.folder / CLEANED
-    cleaned = files.read_json(note)["paths"] if note.is_file() else []
-    changes = _find_changes(run, config, cleaned)
-    needs_them = set(changes.stale) - {"publish"} or (changes.stale and config.publish.merged)
-    return _find_changes(run, config, []) if cleaned and needs_them else changes
+    cleaned_file = run.folder / CLEANED_FILE
+    cleaned_paths = files.read_json(cleaned_file)["paths"] if cleaned_file.is_file() else []
+    changes = _compare_records(run, config, cleaned_paths)
+    needs_cleaned_paths = set(changes.stale) - {"publish"} or (changes.stale and config.publish.merged)
+    return _compare_records(run, config, []) if cleaned_paths and needs_cleaned_paths else changes
 
 
-def _find_changes(run: Run, config: Config, cleaned: list[str]) -> Changes:
+def _compare_records(run: Run, config: Config, cleaned_paths: list[str]) -> Changes:
     """Compare all records. `cleaned_paths` are the outputs that may be missing."""
     changes = Changes()
-    for stage in filter(run.done, STAGES):
-        record = run.read(stage)
-        reasons = describe_differences(record["settings"], settings_of_stage(config, stage))
-        reasons += _changed_inputs(run, record) if stage == "data" else []
-        reasons += _changed_sources(run, stage, record, changes)
-        reasons += _lost_outputs(run, stage, record, cleaned)
-        changes.add(stage, reasons)
-    if not run.done("finetune") and (run.folder / "finetune" / "choice.json").is_file():
-        changes.faults += _changed_training(run, config)
+    for stage in filter(run.is_done, STAGES):
+        record = run.read_stage_record(stage)
+        reasons = describe_differences(record.settings, settings_of_stage(config, stage))
+        reasons += _find_input_changes(run, record) if isinstance(record, DataRecord) else []
+        reasons += _find_source_changes(run, stage, record, changes)
+        reasons += _find_missing_outputs(run, stage, record, cleaned_paths)
+        changes.add_reasons(stage, reasons)
+    if not run.is_done("finetune") and (run.folder / "finetune" / "choice.json").is_file():
+        changes.faults += _find_training_changes(run, config)
     return changes
 
 
-def _changed_training(run: Run, config: Config) -> list[str]:
+def _find_training_changes(run: Run, config: Config) -> list[str]:
     """Return the changed settings of a training that is not complete.
 
     Its checkpoints were made with the settings of the frozen config.
     """
     if not run.config_file.is_file():
         return []
-    return describe_differences(settings_of_stage(run.config(), "finetune"), settings_of_stage(config, "finetune"))
+    return describe_differences(settings_of_stage(run.read_config(), "finetune"), settings_of_stage(config, "finetune"))
 
 
-def _changed_inputs(run: Run, record: dict) -> list[str]:
+def _find_input_changes(run: Run, record: DataRecord) -> list[str]:
     """Return the data files that are gone or whose content has changed since the rows were made."""
     faults = []
     # A restored run comes from another machine, which had the data files. Its rows were restored with it.
-    is_restored = (run.folder / RESTORED).is_file()
-    for name, digest in record["inputs"].items():
+    is_restored = (run.folder / RESTORED_FILE).is_file()
+    for name, digest in record.inputs.items():
         path = Path(name)
         if not path.is_file():
             faults += [] if is_restored else [f"{name}: the run was made from it and it is gone"]
@@ -96,36 +97,36 @@ def _changed_inputs(run: Run, record: dict) -> list[str]:
     return faults
 
 
-def _changed_sources(run: Run, stage: str, record: dict, changes: Changes) -> list[str]:
+def _find_source_changes(run: Run, stage: str, record: Record, changes: Changes) -> list[str]:
     """Return which of the records that this one was made from have changed, or will change."""
     reasons = []
-    for name, digest in record["sources"].items():
+    for name, digest in record.sources.items():
         if name in changes.stale:
             reasons.append(f"{name} runs again")
-        elif not run.done(name) or files.sha256(run.path(name)) != digest:
-            again = f" (delete {run.path(stage)} to make it again)" if stage in KEPT else ""
-            reasons.append(f"{run.path(stage)} was made from another {name}.json{again}")
+        elif not run.is_done(name) or files.sha256(run.record_path(name)) != digest:
+            remedy = f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
+            reasons.append(f"{run.record_path(stage)} was made from another {name}.json{remedy}")
     return reasons
 
 
-def _lost_outputs(run: Run, stage: str, record: dict, cleaned: list[str]) -> list[str]:
+def _find_missing_outputs(run: Run, stage: str, record: Record, cleaned_paths: list[str]) -> list[str]:
     """Return the outputs that are missing or have another size than the record says."""
     reasons = []
-    for output in record["outputs"].values():
-        path = run.folder / output["path"]
-        whole = path.is_file() and path.stat().st_size == output["bytes"]
-        if not whole and output["path"] not in cleaned:
-            again = f" (delete {run.path(stage)} to make it again)" if stage in KEPT else ""
-            reasons.append(f"{path}: gone or of another size than {stage}.json says{again}")
+    for output in record.outputs.values():
+        path = run.folder / output.path
+        is_intact = path.is_file() and path.stat().st_size == output.bytes
+        if not is_intact and output.path not in cleaned_paths:
+            remedy = f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
+            reasons.append(f"{path}: gone or of another size than {stage}.json says{remedy}")
     return reasons
 
 
-def describe_differences(before: dict, now: dict, there: str = "in the run", here: str = "now") -> list[str]:
+def describe_differences(old: dict, new: dict, old_label: str = "in the run", new_label: str = "now") -> list[str]:
     """Return a sentence for each setting that has another value."""
     return [
-        f"{name}: {before.get(name)!r} {there}, {now.get(name)!r} {here}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name}: {old.get(name)!r} {old_label}, {new.get(name)!r} {new_label}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
     ]
 
 
@@ -148,14 +149,14 @@ def find_allowed_changes(run: Run, config: Config, is_own_config: bool) -> Chang
     if changes.faults:
         raise UserError(
             f"the run {run.folder} does not fit any more:\n  " + "\n  ".join(changes.faults),
-            f"undo the change, or train the next version of the model: RUN={next_version(run.name)}",
+            f"undo the change, or train the next version of the model: RUN={next_version_name(run.name)}",
         )
     return changes
 
 
-def accept_config(run: Run, config: Config, changes: Changes) -> None:
+def apply_config(run: Run, config: Config, changes: Changes) -> None:
     """Continue the run with `config`: remove the records of stale stages and freeze the config."""
     for stage in reversed(changes.stale):
-        files.remove(run.path(stage))
-    if not run.config_file.is_file() or run.is_config_edited() or run.config() != config:
-        run.freeze(config)
+        files.remove(run.record_path(stage))
+    if not run.config_file.is_file() or run.is_config_edited() or run.read_config() != config:
+        run.freeze_config(config)

@@ -11,20 +11,20 @@ from pathlib import Path
 from common import files
 from common.errors import UserError
 
-COMPLETE = "ferry-complete"
+COMPLETE_MARKER = "ferry-complete"
 # Other names, such as checkpoint-best or checkpoint-8-mine, are a user's own copies.
-NAME = re.compile(r"checkpoint-[0-9]+")
+CHECKPOINT_NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 def mark_complete(path: Path, step: int) -> None:
     """Sync the checkpoint to disk, then write its marker, which names the step and all files."""
-    files.sync(path)
-    files.write_json(path / COMPLETE, {"step": step, "files": sorted(item.name for item in path.iterdir())})
+    files.fsync_tree(path)
+    files.write_json(path / COMPLETE_MARKER, {"step": step, "files": sorted(item.name for item in path.iterdir())})
 
 
-def remove_all_but(folder: Path, kept: set[Path]) -> None:
+def remove_other_checkpoints(folder: Path, keep: set[Path]) -> None:
     """Remove all checkpoints except those in `keep`, which are compared by name."""
-    names = {path.name for path in kept}
+    names = {path.name for path in keep}
     for path in list_checkpoints(folder):
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
@@ -32,30 +32,30 @@ def remove_all_but(folder: Path, kept: set[Path]) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, oldest first. Folders whose names the trainer does not use are left out."""
-    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    folders = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 
 
-def find_last_complete(folder: Path) -> Path | None:
+def prune_and_find_checkpoint(folder: Path) -> Path | None:
     """Remove incomplete checkpoints and return the newest complete one, or None.
 
     Raises:
         UserError: a file of that checkpoint is missing. Without the optimizer state, for example, a resumed training
             would differ from the one that was interrupted.
     """
-    found = list_checkpoints(folder)
-    for path in found:
-        if not (path / COMPLETE).is_file():
+    folders = list_checkpoints(folder)
+    for path in folders:
+        if not (path / COMPLETE_MARKER).is_file():
             shutil.rmtree(path)
-    newest = next((path for path in reversed(found) if path.is_dir()), None)
-    lost = (
-        [name for name in files.read_json(newest / COMPLETE).get("files", []) if not (newest / name).exists()]
+    newest = next((path for path in reversed(folders) if path.is_dir()), None)
+    missing_files = (
+        [name for name in files.read_json(newest / COMPLETE_MARKER).get("files", []) if not (newest / name).exists()]
         if newest
         else []
     )
-    if lost:
+    if missing_files:
         raise UserError(
-            f"{newest} lacks {', '.join(lost)}: a training that resumes without would be another one",
+            f"{newest} lacks {', '.join(missing_files)}: a training that resumes without would be another one",
             f"put the file back, or remove {newest} to resume from the checkpoint before it, or from the start",
         )
     return newest

@@ -9,53 +9,44 @@ import re
 import time
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from common import files
-from common.errors import UserError, shown
+from common.errors import UserError, printable_line
 from pipeline.config import yaml_tree
 from pipeline.config.load import build_config, dump_config
 from pipeline.config.schema import Config
 from pipeline.config.stage_settings import settings_of_stage
+from pipeline.run.records import RECORD_TYPES, OutputFile, Record, RecordType
 
 # Marks a folder as a run of Ferry ("made_by") and holds the hash of config.yaml as Ferry wrote it ("config_sha256").
-MARKER = "run.json"
+MARKER_FILE = "run.json"
 # Present in a run that was restored from another machine (pipeline/checkpoint_sync/restore.py).
-RESTORED = "restored.json"
+RESTORED_FILE = "restored.json"
 # The version in a run's name: the run `tickets.v2` trains version 2 of the model `tickets`.
-VERSION = re.compile(r"\.v(\d+)$")
+VERSION_SUFFIX = re.compile(r"\.v(\d+)$")
 STAGES = ("data", "finetune", "evaluate", "export", "verify", "publish")
 
 
-def next_version(run: str) -> str:
+def next_version_name(run: str) -> str:
     """Return the name of the run that trains the next version of the model, such as `tickets.v2` after `tickets`."""
-    version = VERSION.search(run)
-    return f"{VERSION.sub('', run)}.v{int(version[1]) + 1 if version else 2}"
+    version = VERSION_SUFFIX.search(run)
+    return f"{VERSION_SUFFIX.sub('', run)}.v{int(version[1]) + 1 if version else 2}"
 
 
 def is_run_folder(folder: Path) -> bool:
     """Return whether Ferry made the folder: it has the marker, or a record of an older Ferry or of another machine."""
-    marker, data = (_read_record(folder / name) for name in (MARKER, "data.json"))
+    marker, data = (_read_json_object(folder / name) for name in (MARKER_FILE, "data.json"))
     has_marker = marker.get("made_by") == "ferry" or re.fullmatch(r"[0-9a-f]{64}", str(marker.get("config_sha256")))
     return bool(has_marker) or (data.get("stage") == "data" and isinstance(data.get("outputs"), dict))
 
 
-def _read_record(path: Path) -> dict:
+def _read_json_object(path: Path) -> dict:
     """Return the JSON object in a file, or {} where it cannot be read."""
     try:
         return files.read_json(path)
     except UserError:
         return {}
-
-
-def is_sound_record(record: dict, stage: str) -> bool:
-    """Return whether a record holds the keys that every stage writes, with values of the right type."""
-    kinds = {"seconds": (int, float), "settings": dict, "sources": dict, "outputs": dict}
-    if record.get("stage") != stage or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        return False
-    files_of_stage = [item for item in record["outputs"].values() if isinstance(item, dict)]
-    return len(files_of_stage) == len(record["outputs"]) and all(
-        isinstance(item.get("path"), str) and isinstance(item.get("bytes"), int) and isinstance(item.get("sha256"), str)
-        for item in files_of_stage
-    )
 
 
 def refuse_foreign_folder(folder: Path) -> None:
@@ -64,11 +55,11 @@ def refuse_foreign_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, and a run needs a folder of that name", "choose another RUN=name")
-    found = sorted(path.name for path in folder.iterdir() if path.name != "config.yaml")
-    if found:
+    foreign_names = sorted(path.name for path in folder.iterdir() if path.name != "config.yaml")
+    if foreign_names:
         raise UserError(
-            f"{folder} is no run of Ferry's: it holds {', '.join(map(shown, found[:3]))}"
-            f"{', ...' if len(found) > 3 else ''}",
+            f"{folder} is no run of Ferry's: it holds {', '.join(map(printable_line, foreign_names[:3]))}"
+            f"{', ...' if len(foreign_names) > 3 else ''}",
             "choose another RUN=name, or another folder for all runs: RUNS=folder",
         )
 
@@ -78,7 +69,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.started = time.time()
+        self.started_at = time.time()
 
     @property
     def name(self) -> str:
@@ -86,31 +77,31 @@ class Run:
         return self.folder.name
 
     @property
-    def model(self) -> str:
+    def model_name(self) -> str:
         """Return the name of the model that the run trains. File names, {run} in publish.repo and Ollama have it."""
-        return VERSION.sub("", self.name)
+        return VERSION_SUFFIX.sub("", self.name)
 
     @property
     def config_file(self) -> Path:
         """Return the path of the frozen config."""
         return self.folder / "config.yaml"
 
-    def path(self, stage: str) -> Path:
+    def record_path(self, stage: str) -> Path:
         """Return the path of a stage's record."""
         return self.folder / f"{stage}.json"
 
-    def done(self, stage: str) -> bool:
+    def is_done(self, stage: str) -> bool:
         """Return whether the stage is complete: it has a record."""
-        return self.path(stage).is_file()
+        return self.record_path(stage).is_file()
 
-    def config(self) -> Config:
+    def read_config(self) -> Config:
         """Return the config that `data` froze. Raise UserError when there is none or it cannot be read."""
         if not self.config_file.is_file():
             raise UserError(
                 f"{self.folder} is no run: it holds no config.yaml", "start one: `make data CONFIG=configs/...`"
             )
         try:
-            tree, lines = yaml_tree.parse(yaml_tree.read_text(self.config_file), str(self.config_file))
+            tree, lines = yaml_tree.parse_yaml(yaml_tree.read_config_text(self.config_file), str(self.config_file))
             return build_config(tree, lines, self.config_file)
         except OSError as error:
             raise UserError(
@@ -118,48 +109,61 @@ class Run:
                 "start a new run with RUN=another-name",
             ) from error
 
-    def freeze(self, config: Config) -> None:
+    def freeze_config(self, config: Config) -> None:
         """Write the resolved config and the marker with its hash, before anything else is in the run's folder."""
         text = dump_config(config)
         if not is_run_folder(self.folder):
-            self.claim()
-        with files.writing(self.config_file) as part:
+            self.claim_folder()
+        with files.write_atomically(self.config_file) as part:
             part.write_text(text, encoding="utf-8")
-        files.write_json(self.folder / MARKER, {"made_by": "ferry", "config_sha256": files.sha256_bytes(text.encode())})
+        files.write_json(
+            self.folder / MARKER_FILE, {"made_by": "ferry", "config_sha256": files.sha256_bytes(text.encode())}
+        )
 
-    def claim(self) -> None:
+    def claim_folder(self) -> None:
         """Mark the folder as Ferry's before anything else is written into it.
 
         A config.yaml that the user put there is set aside. Raise UserError when the folder holds other files.
         """
         refuse_foreign_folder(self.folder)
         files.set_aside(self.config_file)
-        files.write_json(self.folder / MARKER, {"made_by": "ferry"})
+        files.write_json(self.folder / MARKER_FILE, {"made_by": "ferry"})
 
     def is_config_edited(self) -> bool:
         """Return whether config.yaml differs from what Ferry wrote."""
-        marker = self.folder / MARKER
+        marker = self.folder / MARKER_FILE
         if not marker.is_file() or not self.config_file.is_file():
             return False
-        written = files.read_json(marker).get("config_sha256")
-        return written is not None and written != files.sha256(self.config_file)
+        written_hash = files.read_json(marker).get("config_sha256")
+        return written_hash is not None and written_hash != files.sha256(self.config_file)
 
     def log_file(self, stage: str) -> Path:
         """Return the path of the log that gets what libraries print while the stage runs."""
         return self.folder / "logs" / f"{stage}.log"
 
-    def read(self, stage: str) -> dict:
-        """Return the record of a stage. Raise UserError when it is missing or damaged."""
-        if not self.done(stage):
-            raise UserError(f"{self.path(stage)} is missing", f"run `make {stage}` first")
-        record = files.read_json(self.path(stage))
-        if not is_sound_record(record, stage):
+    def read_record(self, record_type: type[RecordType]) -> RecordType:
+        """Return the record of a stage, such as `run.read_record(DataRecord)`.
+
+        Raises UserError when it is missing or damaged.
+        """
+        stage = record_type.model_fields["stage"].default
+        path = self.record_path(stage)
+        if not path.is_file():
+            raise UserError(f"{path} is missing", f"run `make {stage}` first")
+        try:
+            record = record_type.model_validate(files.read_json(path))
+        except ValidationError as error:
             raise UserError(
-                f"{self.path(stage)} is no record of {stage}", f"delete it, and the same command runs {stage} again"
-            )
+                f"{path} is no record of {stage}", f"delete it, and the same command runs {stage} again"
+            ) from error
+        record._run_folder = self.folder
         return record
 
-    def workspace(self, stage: str, source: str, **settings) -> Path:
+    def read_stage_record(self, stage: str) -> Record:
+        """Return the record of the stage of that name. Raises UserError when it is missing or damaged."""
+        return self.read_record(RECORD_TYPES[stage])
+
+    def prepare_stage_folder(self, stage: str, source_stage: str, **settings) -> Path:
         """Return the stage's folder, which is emptied first when it belongs to another source record or other settings.
 
         An interrupted stage therefore continues with its own unfinished work, never with that of other data or of
@@ -170,35 +174,38 @@ class Run:
             settings: further values that the unfinished work depends on.
         """
         folder = self.folder / stage
-        begun, now = folder / "source.json", {source: files.sha256(self.path(source))} | settings
-        if not begun.is_file() or files.read_json(begun) != now:
+        source_file, current_source = (
+            folder / "source.json",
+            {source_stage: files.sha256(self.record_path(source_stage))} | settings,
+        )
+        if not source_file.is_file() or files.read_json(source_file) != current_source:
             files.remove(folder)
-            files.write_json(begun, now)
+            files.write_json(source_file, current_source)
         return folder
 
-    def write(self, stage: str, sources: tuple[str, ...], outputs: dict[str, Path], **facts) -> dict:
+    def write_record(
+        self, record_type: type[RecordType], sources: tuple[str, ...], outputs: dict[str, Path], **facts
+    ) -> RecordType:
         """Write the record of a stage and return it. A stage does this last.
 
         Args:
+            record_type: the class of the record, such as DataRecord.
             sources: the stages whose records it was made from.
             outputs: its files by name, which must exist by now.
-            facts: further values of the record.
+            facts: the other fields of the record.
         """
-        value = {
-            "stage": stage,
-            "seconds": round(time.time() - self.started, 1),
-            "settings": settings_of_stage(self.config(), stage),
-            "sources": {name: files.sha256(self.path(name)) for name in sources},
-            "outputs": {name: self._described(path) for name, path in outputs.items()},
+        stage = record_type.model_fields["stage"].default
+        record = record_type(
+            stage=stage,
+            seconds=round(time.time() - self.started_at, 1),
+            settings=settings_of_stage(self.read_config(), stage),
+            sources={name: files.sha256(self.record_path(name)) for name in sources},
+            outputs={name: self._describe_output(path) for name, path in outputs.items()},
             **facts,
-        }
-        files.write_json(self.path(stage), value)
-        return value
+        )
+        record._run_folder = self.folder
+        files.write_json(self.record_path(stage), record.model_dump(mode="json", exclude_unset=True))
+        return record
 
-    def _described(self, path: Path) -> dict:
-        """Return an output's path in the run's folder, its size in bytes and its sha256."""
-        return {"path": str(path.relative_to(self.folder)), "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-
-    def output(self, stage: str, name: str) -> Path:
-        """Return the path of one output of a completed stage."""
-        return self.folder / self.read(stage)["outputs"][name]["path"]
+    def _describe_output(self, path: Path) -> OutputFile:
+        return OutputFile(path=str(path.relative_to(self.folder)), bytes=path.stat().st_size, sha256=files.sha256(path))

@@ -17,7 +17,7 @@ from common.lock import hold_lock
 from pipeline.run.run_folder import STAGES, Run
 
 # Signals that end a stage before it can print an error, with their usual cause.
-KILLED = {
+SIGNAL_CAUSES = {
     signal.SIGKILL: "killed (SIGKILL), most often because memory ran out",
     signal.SIGSEGV: "ended by a crash of a library (SIGSEGV)",
     signal.SIGBUS: "ended by a crash (SIGBUS), most often because the disk is full",
@@ -35,13 +35,13 @@ def lock_run(run: Run, command: str) -> Iterator[int | None]:
     with contextlib.ExitStack() as stack:
         try:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = stack.enter_context(hold_lock(lock_file(run), f"the run {run.folder}", command))
+            descriptor = stack.enter_context(hold_lock(lock_path(run), f"the run {run.folder}", command))
         except OSError as error:
-            raise files.translated(error, run.folder) from error
+            raise files.translate_write_error(error, run.folder) from error
         yield descriptor
 
 
-def lock_file(run: Run) -> Path:
+def lock_path(run: Run) -> Path:
     """Return the path of the lock, which is beside the run's folder because `restore_run` replaces the folder."""
     return run.folder.with_name(f".{run.name}.lock")
 
@@ -53,13 +53,13 @@ def run_stages(run: Run, last: str, lock: int | None, arguments: dict[str, list[
         lock: descriptor that each stage's process inherits, so that the run stays locked as long as the process lives.
         arguments: further command line arguments by stage.
     """
-    wanted = STAGES[: STAGES.index(last) + 1]
-    for stage in wanted:
+    stages = STAGES[: STAGES.index(last) + 1]
+    for stage in stages:
         heading = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}"
-        if run.done(stage):
-            console.say(f"{heading}: done already ({run.path(stage)})")
+        if run.is_done(stage):
+            console.print_message(f"{heading}: done already ({run.record_path(stage)})")
             continue
-        console.say(heading)
+        console.print_message(heading)
         run_stage(run, stage, lock, (arguments or {}).get(stage, []))
 
 
@@ -72,14 +72,14 @@ def run_stage(run: Run, stage: str, lock: int | None, arguments: list[str] = [])
     """
     command = [sys.executable, "-m", "pipeline", stage, str(run.folder), *arguments]
     process = subprocess.Popen(command, pass_fds=() if lock is None else (lock,))
-    code = wait_for_process(process)
-    if code < 0 and -code in KILLED:
+    exit_code = wait_for_process(process)
+    if exit_code < 0 and -exit_code in SIGNAL_CAUSES:
         raise UserError(
-            f"{stage} was {KILLED[signal.Signals(-code)]}",
+            f"{stage} was {SIGNAL_CAUSES[signal.Signals(-exit_code)]}",
             f"read {run.log_file(stage)}; the same command goes on from where it was",
         )
-    if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+    if exit_code:
+        raise SystemExit(exit_code if exit_code > 0 else 128 - exit_code)
 
 
 def wait_for_process(process: subprocess.Popen) -> int:
@@ -87,12 +87,12 @@ def wait_for_process(process: subprocess.Popen) -> int:
 
     SIGTERM is passed on to the process and Ctrl-C reaches it directly; it saves its state before it exits.
     """
-    before = {
+    previous_handlers = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number)),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
     }
     try:
         return process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

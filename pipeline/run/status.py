@@ -7,9 +7,10 @@ from pathlib import Path
 from common import console, files
 from common.errors import UserError
 from common.lock import read_holder
-from pipeline.run.changes import CLEANED
+from pipeline.run.changes import CLEANED_FILE
+from pipeline.run.records import ExportRecord, PublishRecord, Scores, VerifyRecord
 from pipeline.run.run_folder import STAGES, Run, is_run_folder
-from pipeline.run.run_stages import lock_file
+from pipeline.run.run_stages import lock_path
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,29 @@ class RunStatus:
 
 def read_status(run: Run) -> RunStatus:
     """Return the status of a run."""
-    done = tuple(stage for stage in STAGES if run.done(stage))
-    holder = read_holder(lock_file(run))
-    last = _last_log_entry(run) if "data" in done and "finetune" not in done else {}
-    scores = _scores_of_default(run) if "verify" in done else {}
+    done_stages = tuple(stage for stage in STAGES if run.is_done(stage))
+    holder = read_holder(lock_path(run))
+    last_entry = _last_log_entry(run) if "data" in done_stages and "finetune" not in done_stages else {}
+    scores = _default_file_scores(run) if "verify" in done_stages else None
     return RunStatus(
         name=run.name,
-        model=run.model,
-        done=done,
-        next_stage=next((stage for stage in STAGES if stage not in done), None),
+        model=run.model_name,
+        done=done_stages,
+        next_stage=next((stage for stage in STAGES if stage not in done_stages), None),
         held_by=str(holder) if holder else None,
-        step=last.get("step"),
-        loss=last.get("loss"),
-        seconds_left=last.get("seconds_left") if holder else None,
-        score=scores.get("score"),
-        heldout_loss=scores.get("loss"),
-        published=run.read("publish")["repo"] if "publish" in done else None,
-        bytes=_size(run.folder),
+        step=last_entry.get("step"),
+        loss=last_entry.get("loss"),
+        seconds_left=last_entry.get("seconds_left") if holder else None,
+        score=scores.score if scores else None,
+        heldout_loss=scores.loss if scores else None,
+        published=run.read_record(PublishRecord).repo if "publish" in done_stages else None,
+        bytes=_folder_bytes(run.folder),
     )
 
 
-def _scores_of_default(run: Run) -> dict:
-    verify = run.read("verify")
-    return verify["scores"][verify["default"]]
+def _default_file_scores(run: Run) -> Scores:
+    verify = run.read_record(VerifyRecord)
+    return verify.scores[verify.default]
 
 
 def _last_log_entry(run: Run) -> dict:
@@ -68,7 +69,7 @@ def _last_log_entry(run: Run) -> dict:
     return next((entry for entry in reversed(entries) if "loss" in entry), {})
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
@@ -96,7 +97,7 @@ def format_status(status: RunStatus, run: Run) -> str:
     lines = [f"{run.folder}" + (f", in use by {status.held_by}" if status.held_by else "")]
     for number, stage in enumerate(STAGES, 1):
         if stage in status.done:
-            detail = f"done in {console.format_duration(run.read(stage)['seconds'])}"
+            detail = f"done in {console.format_duration(run.read_stage_record(stage).seconds)}"
         elif stage == status.next_stage:
             detail = "running" if status.held_by else "next"
             detail += f", step {status.step:,}, loss {status.loss:.4f}" if status.step else ""
@@ -109,28 +110,28 @@ def format_status(status: RunStatus, run: Run) -> str:
     return "\n".join(lines)
 
 
-def to_json(value: RunStatus | list[RunStatus]) -> str:
+def status_to_json(value: RunStatus | list[RunStatus]) -> str:
     """Return one status, or a list of them, as JSON."""
-    return json.dumps([asdict(one) for one in value] if isinstance(value, list) else asdict(value), indent=2)
+    return json.dumps([asdict(status) for status in value] if isinstance(value, list) else asdict(value), indent=2)
 
 
-def find_removable(run: Run) -> list[Path]:
+def find_removable_paths(run: Run) -> list[Path]:
     """Return what `clean` can remove: paths that can be made again from the adapter or that no later stage reads.
 
     These are the 16-bit weights, the GGUFs made without an importance matrix, and the checkpoints.
     """
-    found: list[Path] = []
-    if run.done("finetune"):
-        found.append(run.folder / "finetune" / "checkpoints")
-    if run.done("publish"):
-        default = run.read("verify")["default"]
-        found.append(run.folder / "export" / "merged")
-        found += [
-            run.folder / item["path"]
-            for name, item in run.read("export")["outputs"].items()
-            if name != default and (name == run.read("export")["sixteen"] or name.endswith("-static"))
+    paths: list[Path] = []
+    if run.is_done("finetune"):
+        paths.append(run.folder / "finetune" / "checkpoints")
+    if run.is_done("publish"):
+        default_name, export = run.read_record(VerifyRecord).default, run.read_record(ExportRecord)
+        paths.append(run.folder / "export" / "merged")
+        paths += [
+            export.output_path(name)
+            for name in export.outputs
+            if name != default_name and (name == export.sixteen or name.endswith("-static"))
         ]
-    return [path for path in found if path.exists() and _is_inside(path, run.folder)]
+    return [path for path in paths if path.exists() and _is_inside(path, run.folder)]
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -138,19 +139,19 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve()) and path.resolve() != folder.resolve()
 
 
-def remove(run: Run, paths: list[Path]) -> int:
+def remove_paths(run: Run, paths: list[Path]) -> int:
     """Remove these paths of the run and return the bytes freed. Record the paths first, as removed on purpose."""
-    size = sum(_size(path) if path.is_dir() else path.stat().st_size for path in paths)
-    note = run.folder / CLEANED
-    before = files.read_json(note)["paths"] if note.is_file() else []
-    now = [str(path.relative_to(run.folder)) for path in paths]
-    files.write_json(note, {"paths": sorted({*before, *now})})
+    freed_bytes = sum(_folder_bytes(path) if path.is_dir() else path.stat().st_size for path in paths)
+    cleaned_file = run.folder / CLEANED_FILE
+    earlier_paths = files.read_json(cleaned_file)["paths"] if cleaned_file.is_file() else []
+    new_paths = [str(path.relative_to(run.folder)) for path in paths]
+    files.write_json(cleaned_file, {"paths": sorted({*earlier_paths, *new_paths})})
     for path in paths:
         files.remove(path)
-    return size
+    return freed_bytes
 
 
-def require_run(folder: Path) -> Run:
+def load_run(folder: Path) -> Run:
     """Return the run in a folder. Raise UserError when Ferry did not make the folder."""
     if not is_run_folder(folder):
         raise UserError(f"{folder} is no run of Ferry's", "`ferry runs` lists them")

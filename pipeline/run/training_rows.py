@@ -6,24 +6,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IGNORED = -100  # the label of a token that carries no loss, by convention of torch and transformers
+IGNORED_LABEL = -100  # the label of a token that carries no loss, by convention of torch and transformers
 
 
-def schema() -> "pa.Schema":
+def row_schema() -> "pa.Schema":
     """Return the Parquet schema of training rows."""
     import pyarrow as pa
 
     return pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
-def read(path: Path) -> "pa.Table":
+def read_table(path: Path) -> "pa.Table":
     """Return all rows as a table, in order."""
     from pyarrow import parquet
 
     return parquet.read_table(path)
 
 
-def first(path: Path, count: int) -> list[dict]:
+def read_first_rows(path: Path, count: int) -> list[dict]:
     """Return the first `count` rows as {input_ids, labels}."""
     from pyarrow import parquet
 

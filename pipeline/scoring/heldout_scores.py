@@ -10,33 +10,36 @@ from pathlib import Path
 
 from common import files
 from pipeline.config.schema import Evaluate
-from pipeline.run.training_rows import IGNORED
-from pipeline.scoring.judges import judge
+from pipeline.run.records import Scores
+from pipeline.run.training_rows import IGNORED_LABEL
+from pipeline.scoring.judges import create_judge
 
 
-def held_out(path: Path, rule: Evaluate) -> tuple[list[dict], str]:
+def select_heldout_rows(path: Path, evaluate_config: Evaluate) -> tuple[list[dict], str]:
     """Return the rows that are scored, and a text that says which.
 
     They are the first rows, up to evaluate.max_rows and evaluate.max_tokens.
     """
-    every = files.read_rows(path)
-    rows, tokens = [], 0
-    for row in every[: rule.max_rows]:
-        if rows and tokens + len(row["input_ids"]) > rule.max_tokens:
+    all_rows = files.read_rows(path)
+    rows, token_count = [], 0
+    for row in all_rows[: evaluate_config.max_rows]:
+        if rows and token_count + len(row["input_ids"]) > evaluate_config.max_tokens:
             break
         rows.append(row)
-        tokens += len(row["input_ids"])
-    caps = f"evaluate.max_rows {rule.max_rows}, evaluate.max_tokens {rule.max_tokens}"
-    return rows, f"{len(rows)} of {len(every)} held-out rows, {tokens} tokens ({caps})"
+        token_count += len(row["input_ids"])
+    limits = f"evaluate.max_rows {evaluate_config.max_rows}, evaluate.max_tokens {evaluate_config.max_tokens}"
+    return rows, f"{len(rows)} of {len(all_rows)} held-out rows, {token_count} tokens ({limits})"
 
 
-def asked(rows: list[dict], rule: Evaluate) -> list[dict]:
+def select_rows_to_answer(rows: list[dict], evaluate_config: Evaluate) -> list[dict]:
     """Return the rows that are answered too: all of them when a rule judges the answers, else a few samples."""
-    return rows if rule.rule != "loss" else rows[: rule.samples]
+    return rows if evaluate_config.rule != "loss" else rows[: evaluate_config.samples]
 
 
-def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Sequence[str]) -> dict:
-    """Return {loss, perplexity, positions, rows[, score, interval]} of one backend.
+def compute_scores(
+    rows: list[dict], evaluate_config: Evaluate, losses: Sequence[float], answers: Sequence[str]
+) -> Scores:
+    """Return the scores of one backend.
 
     Args:
         rows: The held-out rows.
@@ -46,20 +49,17 @@ def score(rows: list[dict], rule: Evaluate, losses: Sequence[float], answers: Se
     """
     positions = sum(len(response_positions(row)) for row in rows)
     loss = sum(losses) / positions
-    result = {
-        "loss": round(loss, 4),
-        "perplexity": round(math.exp(min(loss, 50)), 4),
-        "positions": positions,
-        "rows": len(rows),
-    }
-    if right := judge(rule):
-        points = [right(said, row["answer"]) for said, row in zip(answers, rows, strict=True)]
-        share = sum(points) / len(points)
-        result |= {"score": round(share, 4), "interval": confidence_interval(share, len(points))}
-    return result
+    scores = Scores(
+        loss=round(loss, 4), perplexity=round(math.exp(min(loss, 50)), 4), positions=positions, rows=len(rows)
+    )
+    if not (judge_answer := create_judge(evaluate_config)):
+        return scores
+    points = [judge_answer(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+    share = sum(points) / len(points)
+    return scores.model_copy(update={"score": round(share, 4), "interval": confidence_interval(share, len(points))})
 
 
-def confidence_interval(share: float, count: int) -> list[float]:
+def confidence_interval(share: float, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of `count` answers.
 
     Source: Wilson's formula, https://doi.org/10.1080/01621459.1927.10502953.
@@ -67,13 +67,13 @@ def confidence_interval(share: float, count: int) -> list[float]:
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+    return round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)
 
 
-def describe_interval(scores: dict) -> str:
+def describe_interval(scores: Scores) -> str:
     """Return a score and its interval as text, such as `96.0% (90-98 %)`."""
-    low, high = scores["interval"]
-    return f"{scores['score']:.1%} ({100 * low:.0f}-{100 * high:.0f} %)"
+    low, high = scores.interval
+    return f"{scores.score:.1%} ({100 * low:.0f}-{100 * high:.0f} %)"
 
 
 def prompt_ids(row: dict) -> list[int]:
@@ -83,11 +83,11 @@ def prompt_ids(row: dict) -> list[int]:
 
 def answer_positions(row: dict) -> list[int]:
     """Return the indexes of the last answer's tokens; the last of them is its end token."""
-    positions = [p for p in response_positions(row) if p >= row["prompt_tokens"]]
-    ends = [i for i, p in enumerate(positions) if i and p != positions[i - 1] + 1]
-    return positions[: ends[0]] if ends else positions
+    positions = [position for position in response_positions(row) if position >= row["prompt_tokens"]]
+    gaps = [i for i, position in enumerate(positions) if i and position != positions[i - 1] + 1]
+    return positions[: gaps[0]] if gaps else positions
 
 
 def response_positions(row: dict) -> list[int]:
     """Return the indexes of the tokens that carry loss."""
-    return [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+    return [i for i, label in enumerate(row["labels"]) if label != IGNORED_LABEL]

@@ -5,29 +5,29 @@ from pathlib import Path
 
 from common import files
 from common.errors import UserError
-from contract.answer_rules import BY_NAME, Judge
+from contract.answer_rules import RULES_BY_NAME, Judge
 from pipeline.config.schema import Evaluate
 
-SECONDS = 2  # for one pattern on one answer; a sensible pattern takes microseconds
+MATCH_TIMEOUT = 2  # for one pattern on one answer; a sensible pattern takes microseconds
 
 
-def judge(rule: Evaluate) -> Judge | None:
+def create_judge(evaluate_config: Evaluate) -> Judge | None:
     """Return the judge of evaluate.rule; None for `loss`, where free text is judged by its held-out loss only.
 
     Raises:
         UserError: The rule cannot be used.
     """
-    made = {"loss": lambda: None, "regex": lambda: regex(rule.pattern)}
-    made |= {"json_schema": lambda: json_schema(Path(rule.json_schema))}
-    return BY_NAME.get(rule.rule) or made[rule.rule]()
+    factories = {"loss": lambda: None, "regex": lambda: create_regex_judge(evaluate_config.pattern)}
+    factories |= {"json_schema": lambda: create_schema_judge(Path(evaluate_config.json_schema))}
+    return RULES_BY_NAME.get(evaluate_config.rule) or factories[evaluate_config.rule]()
 
 
-def regex(pattern: str) -> Judge:
+def create_regex_judge(pattern: str) -> Judge:
     """Return a judge that gives 1 when the pattern occurs in the answer."""
-    return lambda said, reference: float(is_found(pattern, said, "evaluate.pattern"))
+    return lambda answer, reference: float(has_match(pattern, answer, "evaluate.pattern"))
 
 
-def is_found(pattern: str, text: str, setting: str) -> bool:
+def has_match(pattern: str, text: str, setting: str) -> bool:
     """Return whether the pattern occurs in the text.
 
     Raises:
@@ -36,17 +36,17 @@ def is_found(pattern: str, text: str, setting: str) -> bool:
     import regex as library  # the same as Python's own module, with a timeout
 
     try:
-        return library.search(pattern, text, library.DOTALL, timeout=SECONDS) is not None
+        return library.search(pattern, text, library.DOTALL, timeout=MATCH_TIMEOUT) is not None
     except TimeoutError:
         raise UserError(
-            f"{setting}: {pattern[:60]!r} takes more than {SECONDS} s on an answer of {len(text):,} characters",
+            f"{setting}: {pattern[:60]!r} takes more than {MATCH_TIMEOUT} s on an answer of {len(text):,} characters",
             "write a pattern without repetitions inside of repetitions, such as (a+)+; the same command goes on",
         ) from None
     except library.error as error:
         raise UserError(f"{setting}: {pattern[:60]!r} is no regular expression: {error}", "correct it") from error
 
 
-def json_schema(path: Path) -> Judge:
+def create_schema_judge(path: Path) -> Judge:
     """Return a judge that gives 1 when the answer is JSON and fits the schema in the file.
 
     Raises:
@@ -57,49 +57,49 @@ def json_schema(path: Path) -> Judge:
     from jsonschema_specifications import REGISTRY
     from referencing.exceptions import Unresolvable
 
-    def unusable(why: object) -> UserError:
+    def schema_error(reason: object) -> UserError:
         return UserError(
-            f"evaluate.json_schema {path}: {why}",
+            f"evaluate.json_schema {path}: {reason}",
             "write one JSON schema there and run the same command again, or name another file with a new RUN=name",
         )
 
     try:
-        files.refuse_no_file(path)
+        files.refuse_special_file(path)
         schema = json.loads(path.read_text(encoding="utf-8-sig"))
         draft = schema.get("$schema", "") if isinstance(schema, dict) else ""
         if not isinstance(schema, dict | bool) or not isinstance(draft, str):
             raise SchemaError("it holds no JSON schema")
-        validator = validator_for(schema)
-        validator.check_schema(schema)
+        validator_class = validator_for(schema)
+        validator_class.check_schema(schema)
         # the validator's own registry would fetch a $ref from anywhere
-        fits = limited(validator)(schema, registry=REGISTRY).is_valid
-        fits({})  # some faults of a schema show only when a value is judged
+        is_valid = add_pattern_timeout(validator_class)(schema, registry=REGISTRY).is_valid
+        is_valid({})  # some faults of a schema show only when a value is judged
     except Unresolvable as error:
-        raise unusable(f"a $ref leads nowhere in it: {error}") from error
+        raise schema_error(f"a $ref leads nowhere in it: {error}") from error
     except (OSError, ValueError, ArithmeticError, RecursionError, SchemaError, UnknownType) as error:
-        why = getattr(error, "message", None) or getattr(error, "strerror", None) or error
-        raise unusable(why) from error
+        reason = getattr(error, "message", None) or getattr(error, "strerror", None) or error
+        raise schema_error(reason) from error
 
-    def judged(said: str, reference: str) -> float:
+    def judge_answer(answer: str, reference: str) -> float:
         try:
-            return float(fits(json.loads(said)))
+            return float(is_valid(json.loads(answer)))
         except Unresolvable as error:
-            raise unusable(f"a $ref leads nowhere in it: {error}") from error
+            raise schema_error(f"a $ref leads nowhere in it: {error}") from error
         except UnknownType as error:
-            raise unusable(f"it names the type {error.type!r}, which JSON does not have") from error
+            raise schema_error(f"it names the type {error.type!r}, which JSON does not have") from error
         except (ValueError, ArithmeticError, RecursionError):
             return 0.0
 
-    return judged
+    return judge_answer
 
 
-def limited(validator: type) -> type:
+def add_pattern_timeout(validator_class: type) -> type:
     """Return a subclass of a validator class whose patterns have a timeout."""
     from jsonschema import ValidationError
     from jsonschema.validators import extend
 
-    def pattern(self, wanted: str, value: object, schema: dict):
-        if self.is_type(value, "string") and not is_found(wanted, value, "evaluate.json_schema"):
-            yield ValidationError(f"{value!r} does not match {wanted!r}")
+    def validate_pattern(self, pattern: str, value: object, schema: dict):
+        if self.is_type(value, "string") and not has_match(pattern, value, "evaluate.json_schema"):
+            yield ValidationError(f"{value!r} does not match {pattern!r}")
 
-    return extend(validator, {"pattern": pattern})
+    return extend(validator_class, {"pattern": validate_pattern})

@@ -13,21 +13,21 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-RETRAIN = 'train again with a lower rate: a new RUN=name and SET="finetune.learning_rate=1e-4"'
+RETRAIN_HINT = 'train again with a lower rate: a new RUN=name and SET="finetune.learning_rate=1e-4"'
 # The hint for each source of a loss; the other names in the quality ladder are those of GGUFs.
-CURES = {
+HINTS_BY_LABEL = {
     "base": (
         'the base model computes no numbers here: SET="base.load_in_4bit=false", or another base.model, '
         "with a new RUN=name"
     ),
-    "adapter": RETRAIN,
+    "adapter": RETRAIN_HINT,
 }
-CONVERT = 'its numbers are too large for float16: a new RUN=name and SET="export.dtype=bfloat16"'
+BFLOAT16_HINT = 'its numbers are too large for float16: a new RUN=name and SET="export.dtype=bfloat16"'
 
 
-def find_broken_tensor(named: Iterable[tuple[str, "torch.Tensor"]]) -> str | None:
+def find_broken_tensor(named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
-    return next((name for name, tensor in named if not bool(tensor.isfinite().all())), None)
+    return next((name for name, tensor in named_tensors if not bool(tensor.isfinite().all())), None)
 
 
 def refuse_broken_adapter(path: Path) -> None:
@@ -35,9 +35,9 @@ def refuse_broken_adapter(path: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        broken = find_broken_tensor((name, file.get_tensor(name)) for name in list(file.keys()))
-    if broken:
-        raise UserError(f"{path} holds NaN or infinity in {broken}: its training broke", RETRAIN)
+        broken_name = find_broken_tensor((name, file.get_tensor(name)) for name in list(file.keys()))
+    if broken_name:
+        raise UserError(f"{path} holds NaN or infinity in {broken_name}: its training broke", RETRAIN_HINT)
 
 
 def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
@@ -47,6 +47,6 @@ def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
         losses: The loss of each row, in nats.
         label: The source of the losses, as the quality ladder names it.
     """
-    for number, loss in enumerate(losses):
+    for row, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise UserError(f"{label}: the loss of row {number} is {loss}", CURES.get(label, CONVERT))
+            raise UserError(f"{label}: the loss of row {row} is {loss}", HINTS_BY_LABEL.get(label, BFLOAT16_HINT))

@@ -16,64 +16,64 @@ from common import console, files
 from common.errors import UserError
 
 # Bits per weight from llama.cpp's own table for 8B models: good enough for a progress bar and a disk estimate.
-BITS = {
+BITS_PER_WEIGHT = {
     "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.6, "q5_0": 5.6, "q4_k_m": 4.9,
     "q4_k_s": 4.7, "q4_0": 4.7, "iq4_nl": 4.7, "iq4_xs": 4.5, "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.7,
     "iq3_xxs": 3.3, "q2_k": 3.2, "iq2_xs": 2.6, "iq2_xxs": 2.4,
 }  # fmt: skip
-STATIC = "-static"  # marks a quantization without the importance matrix, made to compare; the usual word for it
-CHUNK = 512  # tokens of an imatrix chunk: llama-imatrix's own default
-CHUNK_DONE = b"save_imatrix: saving"  # what llama-imatrix logs after each chunk
+STATIC_SUFFIX = "-static"  # marks a quantization without the importance matrix, made to compare; the usual word for it
+CHUNK_TOKENS = 512  # tokens of an imatrix chunk: llama-imatrix's own default
+CHUNK_DONE_LINE = b"save_imatrix: saving"  # what llama-imatrix logs after each chunk
 
 
-def folder() -> Path:
+def tools_folder() -> Path:
     """Return the folder where `make env` links llama.cpp into the environment."""
     return Path(os.environ.get("FERRY_LLAMA_CPP") or Path(sys.prefix) / "llama.cpp")
 
 
-def there() -> bool:
+def is_set_up() -> bool:
     """Return whether llama.cpp is set up in this environment."""
-    return (folder() / "build.json").is_file()
+    return (tools_folder() / "build.json").is_file()
 
 
-def home() -> Path:
+def require_folder() -> Path:
     """Return the folder of llama.cpp.
 
     Raises:
         UserError: It is not set up.
     """
-    if not there():
-        raise UserError(f"llama.cpp is not set up ({folder()})", "run `make env`")
-    return folder()
+    if not is_set_up():
+        raise UserError(f"llama.cpp is not set up ({tools_folder()})", "run `make env`")
+    return tools_folder()
 
 
-def version() -> str:
+def describe_version() -> str:
     """Return the version as text, such as 'llama.cpp 0c1e57098 of llama-cpp-python 0.3.36'."""
-    build = files.read_json(home() / "build.json")
+    build = files.read_json(require_folder() / "build.json")
     return f"llama.cpp {build['commit'][:9]} of llama-cpp-python {build['version']}"
 
 
-def surroundings() -> dict[str, str]:
+def tool_environment() -> dict[str, str]:
     """Return the environment variables for the tools: with a GPU they load the CUDA libraries that torch installed."""
-    cuda = Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "lib"
-    if not cuda.is_dir():
+    cuda_folder = Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "lib"
+    if not cuda_folder.is_dir():
         return dict(os.environ)
-    before = os.environ.get("LD_LIBRARY_PATH")  # on some machines only this finds the driver's library
-    return os.environ | {"LD_LIBRARY_PATH": f"{cuda}:{before}" if before else str(cuda)}
+    library_path = os.environ.get("LD_LIBRARY_PATH")  # on some machines only this finds the driver's library
+    return os.environ | {"LD_LIBRARY_PATH": f"{cuda_folder}:{library_path}" if library_path else str(cuda_folder)}
 
 
 @functools.cache
-def architectures() -> frozenset[str]:
+def list_architectures() -> frozenset[str]:
     """Return every `architectures` name of a config.json that the converter registers for text models."""
-    register = re.compile(r"@ModelBase\.register\(([^)]*)\)")
+    register_pattern = re.compile(r"@ModelBase\.register\(([^)]*)\)")
     names: set[str] = set()
-    for source in (home() / "convert" / "conversion").glob("*.py"):
-        for arguments in register.findall(source.read_text(encoding="utf-8")):
+    for source in (require_folder() / "convert" / "conversion").glob("*.py"):
+        for arguments in register_pattern.findall(source.read_text(encoding="utf-8")):
             names.update(re.findall(r"\"([^\"]+)\"", arguments))
     return frozenset(names)
 
 
-def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, log: Path) -> None:
+def convert_to_gguf(model: Path, target: Path, gguf_type: str, metadata: Path, key_values: Path, log: Path) -> None:
     """Convert a folder in Transformers layout to a GGUF.
 
     Args:
@@ -86,11 +86,21 @@ def convert(model: Path, target: Path, kind: str, metadata: Path, keys: Path, lo
     """
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     script = Path(__file__).parents[1] / "export" / "convert.py"
-    command = [sys.executable, script, home() / "convert", keys, model, "--outtype", kind, "--metadata", metadata]
-    _run([*command, "--outfile", target], log, _growth(target, size, "16-bit GGUF"))
+    command = [
+        sys.executable,
+        script,
+        require_folder() / "convert",
+        key_values,
+        model,
+        "--outtype",
+        gguf_type,
+        "--metadata",
+        metadata,
+    ]
+    _run_tool([*command, "--outfile", target], log, _file_progress(target, size, "16-bit GGUF"))
 
 
-def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | None = None) -> None:
+def quantize_gguf(source: Path, target: Path, quantization: str, log: Path, imatrix: Path | None = None) -> None:
     """Quantize a 16-bit GGUF.
 
     Args:
@@ -100,14 +110,20 @@ def quantize(source: Path, target: Path, kind: str, log: Path, imatrix: Path | N
         log: The file that gets the output of llama-quantize.
         imatrix: The importance matrix, if there is one.
     """
-    size = int(source.stat().st_size * BITS[kind] / BITS["f16"])
+    size = int(source.stat().st_size * BITS_PER_WEIGHT[quantization] / BITS_PER_WEIGHT["f16"])
     # Only the name of the importance matrix is passed, because llama-quantize writes the path into the GGUF.
-    weighed = ["--imatrix", imatrix.name] if imatrix else []
-    command = [home() / "bin" / "llama-quantize", *weighed, source.absolute(), target.absolute(), kind.upper()]
-    _run(command, log, _growth(target, size, kind), imatrix.parent if imatrix else None)
+    imatrix_arguments = ["--imatrix", imatrix.name] if imatrix else []
+    command = [
+        require_folder() / "bin" / "llama-quantize",
+        *imatrix_arguments,
+        source.absolute(),
+        target.absolute(),
+        quantization.upper(),
+    ]
+    _run_tool(command, log, _file_progress(target, size, quantization), imatrix.parent if imatrix else None)
 
 
-def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
+def quantize_once(source: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
     """Write <run>.<name>.gguf in `folder` from a 16-bit GGUF, unless it exists; return its path.
 
     Args:
@@ -116,11 +132,13 @@ def quantized(base: Path, name: str, imatrix: Path | None, folder: Path) -> Path
         imatrix: The importance matrix, if there is one.
         folder: Where the GGUF and the log are written.
     """
-    target, kind = folder / f"{base.name.rsplit('.', 2)[0]}.{name}.gguf", name.removesuffix(STATIC)
-    return files.once(target, lambda part: quantize(base, part, kind, folder / "quantize.log", imatrix))
+    target, quantization = folder / f"{source.name.rsplit('.', 2)[0]}.{name}.gguf", name.removesuffix(STATIC_SUFFIX)
+    return files.write_if_missing(
+        target, lambda temporary: quantize_gguf(source, temporary, quantization, folder / "quantize.log", imatrix)
+    )
 
 
-def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) -> None:
+def compute_imatrix(model: Path, text: Path, target: Path, token_count: int, log: Path) -> None:
     """Compute the importance matrix of a GGUF over rendered text, whose special tokens are parsed as such.
 
     The tool runs in the folder of the text and writes only the text's name into the matrix, so a run may be anywhere.
@@ -132,13 +150,30 @@ def importance(model: Path, text: Path, target: Path, tokens: int, log: Path) ->
         token_count: The number of tokens to read.
         log: The file that gets the output of llama-imatrix.
     """
-    command = [home() / "bin" / "llama-imatrix", "-m", model.absolute(), "-f", text.name, "-o", target.absolute()]
+    command = [
+        require_folder() / "bin" / "llama-imatrix",
+        "-m",
+        model.absolute(),
+        "-f",
+        text.name,
+        "-o",
+        target.absolute(),
+    ]
     command += ["--parse-special", "--no-ppl"]
-    command += ["-c", str(CHUNK), "--chunks", str(tokens // CHUNK), "--output-frequency", "1", "-ngl", "99"]
-    _run(command, log, _passes(log, tokens // CHUNK), text.parent)
+    command += [
+        "-c",
+        str(CHUNK_TOKENS),
+        "--chunks",
+        str(token_count // CHUNK_TOKENS),
+        "--output-frequency",
+        "1",
+        "-ngl",
+        "99",
+    ]
+    _run_tool(command, log, _chunk_progress(log, token_count // CHUNK_TOKENS), text.parent)
 
 
-def render(model: Path, conversations: list[dict]) -> list[dict]:
+def render_prompts(model: Path, conversations: list[dict]) -> list[dict]:
     """Render conversations as llama.cpp's server does, with its own Jinja and the template inside the GGUF.
 
     Args:
@@ -152,66 +187,75 @@ def render(model: Path, conversations: list[dict]) -> list[dict]:
         UserError: The tool fails.
     """
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in conversations)
-    command = [str(home() / "bin" / "llama-render"), str(model)]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8", env=surroundings())
-    if done.returncode:
-        raise UserError(f"llama.cpp cannot render with {model}: {done.stderr.strip()[-300:]}", "export it again")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    command = [str(require_folder() / "bin" / "llama-render"), str(model)]
+    result = subprocess.run(
+        command, input=lines, capture_output=True, text=True, encoding="utf-8", env=tool_environment()
+    )
+    if result.returncode:
+        raise UserError(f"llama.cpp cannot render with {model}: {result.stderr.strip()[-300:]}", "export it again")
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def perplexity(model: Path, text: Path, context: int, log: Path) -> float:
+def measure_perplexity(model: Path, text: Path, context: int, log: Path) -> float:
     """Return the perplexity of a plain text from llama-perplexity. It is only used to check Ferry's own method."""
-    command = [home() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
-    _run(command, log, Progress(0, "perplexity", "", lambda: 0))
+    command = [require_folder() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
+    _run_tool(command, log, ToolProgress(0, "perplexity", "", lambda: 0))
     return float(re.findall(r"Final estimate: PPL = ([\d.]+)", log.read_text(encoding="utf-8", errors="replace"))[-1])
 
 
 @dataclass(frozen=True)
-class Progress:
+class ToolProgress:
     """The progress of a tool: `count_done` is called regularly and returns how much of `total` is done."""
 
     total: float
     label: str
     unit: str
-    done: Callable[[], float]
+    count_done: Callable[[], float]
 
 
-def _growth(target: Path, size: int, label: str) -> Progress:
+def _file_progress(target: Path, size: int, label: str) -> ToolProgress:
     """Return the progress of a tool that writes a file of about `size` bytes."""
-    return Progress(size, label, "B", lambda: min(target.stat().st_size, size) if target.exists() else 0)
+    return ToolProgress(size, label, "B", lambda: min(target.stat().st_size, size) if target.exists() else 0)
 
 
-def _passes(log: Path, chunks: int) -> Progress:
+def _chunk_progress(log: Path, chunks: int) -> ToolProgress:
     """Return the progress of llama-imatrix, which logs a line for each chunk of tokens."""
-    before = log.read_bytes().count(CHUNK_DONE) if log.is_file() else 0
-    return Progress(chunks, "importance matrix", "chunks", lambda: log.read_bytes().count(CHUNK_DONE) - before)
+    earlier_chunks = log.read_bytes().count(CHUNK_DONE_LINE) if log.is_file() else 0
+    return ToolProgress(
+        chunks, "importance matrix", "chunks", lambda: log.read_bytes().count(CHUNK_DONE_LINE) - earlier_chunks
+    )
 
 
-def _run(command: list, log: Path, progress: Progress, folder: Path | None = None) -> None:
+def _run_tool(command: list, log: Path, progress: ToolProgress, folder: Path | None = None) -> None:
     """Run a tool in `folder`, append its output to `log`, and show its progress.
 
     Raises:
         UserError: The tool fails; the message has its last line.
     """
-    command = [str(part) for part in command]
-    with log.open("ab") as out, console.progress(progress.total, progress.label, progress.unit) as advance:
+    command = [str(word) for word in command]
+    with log.open("ab") as log_file, console.show_progress(progress.total, progress.label, progress.unit) as advance:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder, env=surroundings()
+            command,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+            env=tool_environment(),
         )
-        seen = 0.0
+        reported = 0.0
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                done = progress.done()
-                advance(done - seen)
-                seen = done
+                current = progress.count_done()
+                advance(current - reported)
+                reported = current
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
     if process.returncode:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        last_line = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise UserError(
-            f"{Path(command[1] if command[0] == sys.executable else command[0]).name} failed: {''.join(last)}",
+            f"{Path(command[1] if command[0] == sys.executable else command[0]).name} failed: {''.join(last_line)}",
             f"read {log}, then run the same command again",
         )

@@ -15,87 +15,87 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import linux
-from common.errors import shown
+from common.errors import printable_line
 
 # Seconds. Without persistence mode each nvidia-smi first wakes all GPUs: 10 s and more with eight of them.
-PATIENCE = 30
-CONTAINER = Path(__file__).parents[2] / "setup" / "container.py"
-CSV = "--format=csv,noheader,nounits"
+COMMAND_TIMEOUT = 30
+CONTAINER_SCRIPT = Path(__file__).parents[2] / "setup" / "container.py"
+CSV_FORMAT = "--format=csv,noheader,nounits"
 # The name of a GPU may contain anything, but it is between fields that do not; the name of a process is the last field.
-CARDS = (
+GPU_QUERY = (
     "nvidia-smi",
     "--query-gpu=index,uuid,name,compute_cap,memory.total,memory.used,memory.free,driver_version",
-    CSV,
+    CSV_FORMAT,
 )
-USERS = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,process_name", CSV)
+PROCESS_QUERY = ("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,process_name", CSV_FORMAT)
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """The output of a command, and how it ended."""
 
     state: str
     """'ok', 'absent', 'failed' or 'hangs'."""
-    out: str = ""
-    err: str = ""
+    stdout: str = ""
+    stderr: str = ""
 
 
 @dataclass(frozen=True)
-class User:
+class GpuProcess:
     """A process on a GPU."""
 
     pid: str
     name: str
-    memory: int | None
+    memory_bytes: int | None
     """None where the driver does not report it (in a container)."""
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A GPU. Its memory is None where the driver does not report it."""
 
     index: str
     uuid: str
     name: str
     capability: float
-    total: int | None
-    used: int | None
-    free: int | None
-    users: tuple[User, ...] = ()
+    total_bytes: int | None
+    used_bytes: int | None
+    free_bytes: int | None
+    processes: tuple[GpuProcess, ...] = ()
 
 
 @dataclass(frozen=True)
-class Nvidia:
+class NvidiaStatus:
     """What nvidia-smi reports."""
 
     state: str
     """The state of the CommandResult: 'ok', 'absent', 'failed' or 'hangs'."""
-    words: str = ""
+    error_line: str = ""
     """Its last line, where it failed."""
     driver: str = ""
     cuda: tuple[int, int] | None = None
     """The newest CUDA version that the driver runs; None where it does not report one."""
-    cards: tuple[Card, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
 
 
 @dataclass(frozen=True)
-class Where:
+class TrainLocation:
     """Where `make train` would run, as setup/container.py decides: 'image', 'native' or '' (no answer), and why."""
 
-    word: str
-    why: str
+    place: str
+    reason: str
 
     @property
-    def container(self) -> bool:
+    def is_container(self) -> bool:
         """Whether this machine is itself a container."""
-        return "itself a container" in self.why
+        return "itself a container" in self.reason
 
 
-Ask = Callable[..., Said]
+CommandRunner = Callable[..., CommandResult]
 """A function such as `run_command`: (command, timeout=COMMAND_TIMEOUT) -> CommandResult."""
 
 
-def ask(command: Sequence[str], patience: float = PATIENCE) -> Said:
+def run_command(command: Sequence[str], timeout: float = COMMAND_TIMEOUT) -> CommandResult:
     """Run a command and return its output.
 
     A command that hangs is killed with all processes that it started, and is not waited for: a process that waits for a
@@ -116,79 +116,79 @@ def ask(command: Sequence[str], patience: float = PATIENCE) -> Said:
             start_new_session=True,
         )
     except OSError:
-        return Said("absent")
+        return CommandResult("absent")
     try:
-        out, err = process.communicate(timeout=patience)
+        stdout, stderr = process.communicate(timeout=timeout)
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
         if isinstance(error, subprocess.TimeoutExpired):
-            return Said(
-                "hangs", *(part.decode(errors="replace") if part else "" for part in (error.stdout, error.stderr))
+            return CommandResult(
+                "hangs", *(stream.decode(errors="replace") if stream else "" for stream in (error.stdout, error.stderr))
             )
         raise  # Ctrl-C, above all
-    return Said("ok" if process.returncode == 0 else "failed", out, err)
+    return CommandResult("ok" if process.returncode == 0 else "failed", stdout, stderr)
 
 
-def nvidia(ask: Ask = ask) -> Nvidia:
+def query_nvidia(runner: CommandRunner = run_command) -> NvidiaStatus:
     """Return the driver and the GPUs as nvidia-smi reports them.
 
     Old drivers do not support every field of the query, so the banner is read first: it has their version.
     """
-    banner = ask(["nvidia-smi"])
+    banner = runner(["nvidia-smi"])
     if banner.state != "ok":
-        return Nvidia(banner.state, last(banner))
+        return NvidiaStatus(banner.state, last_output_line(banner))
     # `Driver Version: 580.95.05  CUDA Version: 13.0`; from driver 610 on `KMD Version: ...  CUDA UMD Version: ...`.
-    driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", banner.out)
-    cuda = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", banner.out)
-    listed = ask(CARDS)
-    lines = listed.out.splitlines() if listed.state == "ok" else []
-    return Nvidia(
-        listed.state,
-        last(listed) if listed.state != "ok" else "",
+    driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", banner.stdout)
+    cuda = re.search(r"CUDA.*Version: *(\d+)\.(\d+)", banner.stdout)
+    gpu_list = runner(GPU_QUERY)
+    lines = gpu_list.stdout.splitlines() if gpu_list.state == "ok" else []
+    return NvidiaStatus(
+        gpu_list.state,
+        last_output_line(gpu_list) if gpu_list.state != "ok" else "",
         driver[1] if driver else "",
         (int(cuda[1]), int(cuda[2])) if cuda else None,
-        tuple(cards(lines, users(ask(USERS).out) if lines else {})),
+        tuple(parse_gpus(lines, parse_processes(runner(PROCESS_QUERY).stdout) if lines else {})),
     )
 
 
-def cards(lines: list[str], users: dict[str, list[User]]) -> list[Card]:
+def parse_gpus(lines: list[str], processes: dict[str, list[GpuProcess]]) -> list[Gpu]:
     """Return the GPUs from the lines of nvidia-smi; `processes` has the processes of each GPU's uuid."""
-    found = []
+    gpus = []
     for fields in (re.split(r", *", line.strip()) for line in lines):
         if len(fields) < 8:
             continue
         index, uuid, *name, capability, total, used, free, _ = fields
-        known = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
-        memory = [mebibytes(value) for value in (total, used, free)]
-        found.append(Card(index, uuid, ", ".join(name), known, *memory, tuple(users.get(uuid, ()))))
-    return found
+        capability_number = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
+        memory = [parse_mebibytes(value) for value in (total, used, free)]
+        gpus.append(Gpu(index, uuid, ", ".join(name), capability_number, *memory, tuple(processes.get(uuid, ()))))
+    return gpus
 
 
-def users(said: str) -> dict[str, list[User]]:
+def parse_processes(stdout: str) -> dict[str, list[GpuProcess]]:
     """Return the processes of each GPU's uuid from the output of nvidia-smi."""
-    found: dict[str, list[User]] = {}
-    for fields in (re.split(r", *", line.strip(), maxsplit=3) for line in said.splitlines()):
+    processes: dict[str, list[GpuProcess]] = {}
+    for fields in (re.split(r", *", line.strip(), maxsplit=3) for line in stdout.splitlines()):
         if len(fields) == 4:
             uuid, pid, memory, name = fields
-            found.setdefault(uuid, []).append(User(pid, name, mebibytes(memory)))
-    return found
+            processes.setdefault(uuid, []).append(GpuProcess(pid, name, parse_mebibytes(memory)))
+    return processes
 
 
-def mebibytes(value: str) -> int | None:
+def parse_mebibytes(value: str) -> int | None:
     """Return the bytes of a number of mebibytes; None for [N/A] and the like."""
     return int(value) << 20 if value.isdecimal() else None
 
 
-def last(said: Said) -> str:
+def last_output_line(result: CommandResult) -> str:
     """Return the last line of output that is not empty: it usually says why a program failed."""
-    lines = [line.strip() for line in (said.out + "\n" + said.err).splitlines() if line.strip()]
-    return shown(lines[-1]) if lines else "it says nothing"
+    lines = [line.strip() for line in (result.stdout + "\n" + result.stderr).splitlines() if line.strip()]
+    return printable_line(lines[-1]) if lines else "it says nothing"
 
 
-def where(ask: Ask = ask, engine: str = "docker") -> Where:
+def find_train_location(runner: CommandRunner = run_command, engine: str = "docker") -> TrainLocation:
     """Ask setup/container.py where `make train` would run.
 
     It prints one word on stdout and `train: natively (why)` on stderr.
@@ -197,25 +197,27 @@ def where(ask: Ask = ask, engine: str = "docker") -> Where:
         runner: What runs the command.
         engine: docker or podman.
     """
-    said = ask([sys.executable, str(CONTAINER), "where", f"ENGINE={engine}", "--", "train"])
-    word, why = said.out.strip(), re.search(r"\((.*)\)$", said.err.strip())
-    if said.state == "ok" and word in ("image", "native") and why:
-        return Where(word, why[1])
-    return Where("", "it hangs" if said.state == "hangs" else last(Said(said.state, "", said.err)))
+    result = runner([sys.executable, str(CONTAINER_SCRIPT), "where", f"ENGINE={engine}", "--", "train"])
+    place, reason = result.stdout.strip(), re.search(r"\((.*)\)$", result.stderr.strip())
+    if result.state == "ok" and place in ("image", "native") and reason:
+        return TrainLocation(place, reason[1])
+    return TrainLocation(
+        "", "it hangs" if result.state == "hangs" else last_output_line(CommandResult(result.state, "", result.stderr))
+    )
 
 
-def is_set_up() -> bool:
+def has_torch() -> bool:
     """Return whether this Python has the libraries that train; the doctor also runs before they are installed."""
     return importlib.util.find_spec("torch") is not None
 
 
-def memory() -> int:
+def total_memory() -> int:
     """Return the bytes of main memory; in a container those that it may use."""
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *linux.limits()])
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *linux.memory_limits()])
 
 
-def gb(bytes: float | None) -> str:
+def format_gb(size: float | None) -> str:
     """Return a number of bytes as text in GB (1e9 bytes)."""
-    if bytes is None:
+    if size is None:
         return "an unknown amount"
-    return f"{bytes / 1e9:.0f} GB" if bytes >= 10e9 else f"{bytes / 1e9:.1f} GB"
+    return f"{size / 1e9:.0f} GB" if size >= 10e9 else f"{size / 1e9:.1f} GB"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # By default the libraries send statistics and flood the terminal. These are set before the first import.
-QUIET = {
+QUIET_ENVIRONMENT = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DISABLE_TELEMETRY": "1",
@@ -26,41 +26,41 @@ QUIET = {
 
 
 # Loggers that warn about kernels which a CPU does not have.
-CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels")
 
 
 # Kernels that are compiled for a GPU are kept between runs, and not in /tmp, which a container loses.
-COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Turn off telemetry and most log messages. Call this before transformers is imported."""
-    for name, value in QUIET.items():
+    for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in CHATTY:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start():
+def import_unsloth():
     """Import Unsloth (7-9 s) and return it; transformers must not be imported before.
 
     Its banner goes to stderr, so that stdout has only Ferry's output.
     """
-    hush()
-    for name, folder in COMPILED.items():
+    silence_libraries()
+    for name, folder in COMPILE_CACHES.items():
         os.environ.setdefault(name, str(files.cache_dir() / "compiled" / folder))
     with contextlib.redirect_stdout(sys.stderr):
         import unsloth
     return unsloth
 
 
-def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerFast"]:
+def load_model(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerFast"]:
     """Load a model folder, or an adapter folder together with its base model, for training or inference.
 
     Raises:
         UserError: The config asks for QLoRA, and torch sees no GPU.
     """
-    unsloth = start()
+    unsloth = import_unsloth()
     import torch
 
     if base.load_in_4bit and not torch.cuda.is_available():
@@ -77,21 +77,21 @@ def load(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel", "PreT
         )
 
 
-def gpu_bytes() -> float | None:
+def gpu_memory_bytes() -> float | None:
     """Return the memory of the first GPU in bytes; None where torch sees no GPU."""
     import torch
 
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def capability() -> float | None:
+def gpu_capability() -> float | None:
     """Return the compute capability of the GPU, such as 9.0; None where torch sees no GPU."""
     import torch
 
     return float("{}.{}".format(*torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
 
 
-def device() -> str:
+def describe_device() -> str:
     """Return the name of the GPU, or the CPU with its number of threads."""
     import torch
 
@@ -112,7 +112,7 @@ def peak_memory_gb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
-def forget_peak() -> None:
+def reset_peak_memory() -> None:
     """Measure the peak of GPU memory from now on."""
     import torch
 

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedFormat:
     """The prompt format as it was trained."""
 
     tokenizer: "PreTrainedTokenizerFast"
     golden: Sequence[dict]
-    ends: Sequence[str]
+    end_tokens: Sequence[str]
     """The texts of the tokens that end an answer."""
-    prompts: Sequence[tuple[str, list[int]]]
+    heldout_prompts: Sequence[tuple[str, list[int]]]
     """Held-out prompts and their token ids."""
 
 
-class Different(Exception):
+class ParityError(Exception):
     """A runtime or file that does not give the trained prompt. `evidence` has what was expected and what was found."""
 
     def __init__(self, what: str, expected, found):
@@ -41,66 +41,68 @@ class Different(Exception):
         self.evidence = {"what": what, "expected": expected, "found": found}
 
 
-def same(what: str, expected, found) -> None:
+def require_equal(what: str, expected, found) -> None:
     """Raise ParityError with the text `what` unless both values are equal."""
     if expected != found:
-        raise Different(what, expected, found)
+        raise ParityError(what, expected, found)
 
 
-def gguf(path: Path, model: "Llama", trained: Trained) -> None:
+def verify_gguf(path: Path, model: "Llama", trained: TrainedFormat) -> None:
     """Check that a GGUF gives the trained prompts, token ids and end token.
 
     Raises:
         ParityError: It does not.
     """
-    same(
+    require_equal(
         "its embedded chat template is not the one that was trained",
         trained.tokenizer.chat_template,
-        chat_format.embedded(model),
+        chat_format.embedded_template(model),
     )
-    same("its end token is another one", trained.tokenizer.eos_token_id, model.token_eos())
-    same("llama.cpp does not stop at every token that ends an answer", [], not_stopping(model, trained))
-    texts = [(item["prompt"], item["ids"]) for item in trained.golden] + list(trained.prompts)
-    for text, ids in texts:
-        same(f"llama.cpp tokenizes {text[-60:]!r} differently", list(ids), llama_runtime.tokenize(model, text))
-    one_bos(model, [item["ids"] for item in trained.golden])
-    served(path, trained.golden)
+    require_equal("its end token is another one", trained.tokenizer.eos_token_id, model.token_eos())
+    require_equal("llama.cpp does not stop at every token that ends an answer", [], find_missing_stops(model, trained))
+    texts = [(item["prompt"], item["ids"]) for item in trained.golden] + list(trained.heldout_prompts)
+    for text, token_ids in texts:
+        require_equal(
+            f"llama.cpp tokenizes {text[-60:]!r} differently", list(token_ids), llama_runtime.tokenize(model, text)
+        )
+    verify_bos_count(model, [item["ids"] for item in trained.golden])
+    verify_server_prompts(path, trained.golden)
 
 
-def not_stopping(model: "Llama", trained: Trained) -> list[str]:
+def find_missing_stops(model: "Llama", trained: TrainedFormat) -> list[str]:
     """Return the trained end tokens at which llama.cpp does not stop."""
     import llama_cpp
 
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    ends = {trained.tokenizer.eos_token, *trained.ends}
+    end_tokens = {trained.tokenizer.eos_token, *trained.end_tokens}
     return sorted(
-        end
-        for end in ends
-        if not llama_cpp.llama_vocab_is_eog(vocabulary, trained.tokenizer.convert_tokens_to_ids(end))
+        token
+        for token in end_tokens
+        if not llama_cpp.llama_vocab_is_eog(vocabulary, trained.tokenizer.convert_tokens_to_ids(token))
     )
 
 
-def adds_bos(model: "Llama") -> bool:
+def has_automatic_bos(model: "Llama") -> bool:
     """Return whether runtimes add a BOS to the start of a prompt by themselves."""
     import llama_cpp
 
     return llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
 
 
-def one_bos(model: "Llama", prompts: Sequence[Sequence[int]]) -> None:
+def verify_bos_count(model: "Llama", prompts: Sequence[Sequence[int]]) -> None:
     """Check that prompts were trained with exactly one BOS where a runtime adds one.
 
     Raises:
         ParityError: A prompt starts with other BOS tokens.
     """
-    bos, adds = model.token_bos(), adds_bos(model)
-    for ids in prompts:
-        wanted = 1 if adds else int(ids[:1] == [bos])
-        front = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        same("a prompt does not begin with the BOS tokens that a runtime will feed", wanted, front)
+    bos_id, adds_bos = model.token_bos(), has_automatic_bos(model)
+    for token_ids in prompts:
+        expected = 1 if adds_bos else int(token_ids[:1] == [bos_id])
+        bos_count = next((i for i, token in enumerate(token_ids) if token != bos_id), len(token_ids))
+        require_equal("a prompt does not begin with the BOS tokens that a runtime will feed", expected, bos_count)
 
 
-def served(path: Path, golden: Sequence[dict]) -> None:
+def verify_server_prompts(path: Path, golden: Sequence[dict]) -> None:
     """Check every golden conversation with llama.cpp's own Jinja and tokenizer.
 
     Its server, LM Studio and Ollama use them.
@@ -108,48 +110,54 @@ def served(path: Path, golden: Sequence[dict]) -> None:
     Raises:
         ParityError: A prompt differs.
     """
-    answers = llama_tools.render(path, [{k: item[k] for k in ("messages", "add_generation_prompt")} for item in golden])
-    for item, found in zip(golden, answers, strict=True):
-        if found.get("ids") != list(item["ids"]):
-            raise Different(
+    rendered_prompts = llama_tools.render_prompts(
+        path, [{key: item[key] for key in ("messages", "add_generation_prompt")} for item in golden]
+    )
+    for item, rendered in zip(golden, rendered_prompts, strict=True):
+        if rendered.get("ids") != list(item["ids"]):
+            raise ParityError(
                 f"llama.cpp's server makes another prompt of {item['messages'][-1]['content'][:60]!r}",
                 {"prompt": item["prompt"], "ids": list(item["ids"])},
-                found,
+                rendered,
             )
 
 
-def without_bos(text: str, bos: str | None, adds: bool) -> str:
+def strip_bos(text: str, bos: str | None, adds_bos: bool) -> str:
     """Return the prompt as a TEMPLATE must give it: where llama.cpp adds the BOS, a second one must not be there."""
-    return text.removeprefix(bos) if bos and adds else text
+    return text.removeprefix(bos) if bos and adds_bos else text
 
 
-def ollama(trained: Trained, adds: bool) -> tuple[Turns | None, list[str]]:
+def derive_ollama_turns(trained: TrainedFormat, adds_bos: bool) -> tuple[Turns | None, list[str]]:
     """Return the trained template as Turns for Ollama's TEMPLATE, and the reasons for what Turns cannot express."""
     tokenizer = trained.tokenizer
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
 
-    def render(messages: Sequence[dict], prompt: bool) -> str:
-        return without_bos(
-            chat_format.render(tokenizer.chat_template, messages, bos or "", eos or "", prompt), bos, adds
+    def render(messages: Sequence[dict], add_generation_prompt: bool) -> str:
+        return strip_bos(
+            chat_format.render(tokenizer.chat_template, messages, bos or "", eos or "", add_generation_prompt),
+            bos,
+            adds_bos,
         )
 
-    return derive_template.derive(render, tokenizer.chat_template, asking(trained.golden, bos, adds))
+    return derive_template.derive_turns(
+        render, tokenizer.chat_template, select_answer_prompts(trained.golden, bos, adds_bos)
+    )
 
 
-def asking(golden: Sequence[dict], bos: str | None, adds: bool) -> list[dict]:
+def select_answer_prompts(golden: Sequence[dict], bos: str | None, adds_bos: bool) -> list[dict]:
     """Return the golden conversations that end with a question, their prompts without a BOS that llama.cpp adds."""
     return [
-        {"messages": item["messages"], "prompt": without_bos(item["prompt"], bos, adds)}
+        {"messages": item["messages"], "prompt": strip_bos(item["prompt"], bos, adds_bos)}
         for item in golden
         if item["add_generation_prompt"]
     ]
 
 
-def template(turns: Turns, trained: Trained, adds: bool) -> None:
+def verify_ollama_template(turns: Turns, trained: TrainedFormat, adds_bos: bool) -> None:
     """Check that the TEMPLATE for the manifest gives every golden prompt.
 
     Raises:
         ParityError: It does not.
     """
-    for item in asking(trained.golden, trained.tokenizer.bos_token, adds):
-        same("Ollama's TEMPLATE gives another prompt", item["prompt"], turns.prompt(item["messages"]))
+    for item in select_answer_prompts(trained.golden, trained.tokenizer.bos_token, adds_bos):
+        require_equal("Ollama's TEMPLATE gives another prompt", item["prompt"], turns.render_prompt(item["messages"]))

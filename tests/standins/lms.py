@@ -145,7 +145,7 @@ def model(path: Path, place: Path) -> dict:
     from common import gguf_reader
     from tests.standins import create
 
-    header = gguf_reader.read(path)
+    header = gguf_reader.read_header(path)
     family, repo = str(header.metadata["general.architecture"]), place.parts[1]
     kind = create.quantization(header)
     key = re.sub(r"-gguf$", "", repo.lower())

@@ -33,7 +33,7 @@ def go() -> Go:
 
 @functools.lru_cache(maxsize=16)
 def header(path: Path) -> gguf_reader.Header:
-    return gguf_reader.read(path)
+    return gguf_reader.read_header(path)
 
 
 def in_go(template: str, messages: Sequence[dict], think: bool = False) -> str:
@@ -244,7 +244,7 @@ def load(model: Model, settings: dict) -> Loaded:
     trained = model.header.metadata.get(f"{model.header.metadata['general.architecture']}.context_length")
     context = max(4, min(int(settings["num_ctx"]), int(trained or settings["num_ctx"])))
     try:
-        llama = llama_runtime.load(model.path, context)
+        llama = llama_runtime.load_model(model.path, context)
     except UserError as error:
         raise Refused(500, f"error loading model: {error.message}") from error
     llama_cpp.llama_set_n_threads(llama.ctx, 1, 1)  # two threads wait for each other: 7 times slower on a busy machine
