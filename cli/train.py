@@ -25,7 +25,6 @@ from cli.options import (
     typed_command,
 )
 from cli.settings import operand, setting
-from pipeline.run.records import PublishRecord
 
 STAGE_OPTIONS = combine_decorators(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
 DEMO_CONFIG = Path("configs/demo.yaml")
@@ -133,6 +132,7 @@ def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
     from cli import train_summary
     from common import console
     from pipeline.preflight import check_run
+    from pipeline.run.records import PublishRecord
     from pipeline.run.run_stages import run_stages
 
     with open_run(request, "train", checkpoints) as (run, config, lock):

@@ -94,7 +94,7 @@ def real(
     """
     from common import llama_runtime
     from pipeline.config.schema import Generation
-    from pipeline.verify import derive_template, golden_prompts, stage
+    from pipeline.verify import derive_template, golden_prompts, smoke_prompts
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.q4_k_m.gguf"
@@ -120,7 +120,7 @@ def real(
     generation = Generation(max_tokens=24, num_ctx=1024, temperature=0)
     value = described(folder, name, template) | {
         "golden": [row | {"ids": llama_runtime.tokenize(model, row["prompt"])} for row in rows],
-        "smoke": [stage.build_smoke_prompt(model, m, system, generation) for m in SMOKE[:smoke]],
+        "smoke": [smoke_prompts.build_smoke_prompt(model, m, system, generation) for m in SMOKE[:smoke]],
         "scores": {"rule": "exact", "used": "none", "heldout": {}, "notes": []},
         "training": {"seed": seed},
     }

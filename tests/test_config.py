@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from common.errors import UserError
+from pipeline.base_model.model_config import refuse_unsupported_base
+from pipeline.config import schema
 from pipeline.config.advice import list_warnings
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config, Finetune
@@ -62,8 +64,9 @@ def test_overrides(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_before_anything_is_downloaded(tmp_path):
-    said = fault(tmp_path, GOOD.replace("model: some/model", "model: some/model\n  architecture: NoSuchForCausalLM"))
-    assert "cannot convert the architecture NoSuchForCausalLM" in said
+    base = schema.Base(model="some/model", architecture="NoSuchForCausalLM")
+    with pytest.raises(UserError, match="cannot convert the architecture NoSuchForCausalLM"):
+        refuse_unsupported_base(base)
 
 
 def test_known_architectures_are_the_converters_own():

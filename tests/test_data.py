@@ -18,6 +18,7 @@ from pipeline.config import load, schema
 from pipeline.data import chat_template, statistics
 from pipeline.data import stage as data
 from pipeline.run import training_rows
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from tests.conftest import ROOT
 
@@ -250,7 +251,7 @@ def test_steps_are_the_trainers():
 
 def test_the_table_shows_every_number(run):
     record, _ = run([*pairs(60), pair("")])
-    table = statistics.format_record(record)
+    table = statistics.format_record(DataRecord.model_validate(record))
     for text in (
         "61 rows",
         "1 empty",

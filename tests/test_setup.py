@@ -277,7 +277,7 @@ def test_a_finished_environment_says_so_and_changes_nothing(setup, tmp_path):
 
 
 def test_the_locks_pin_every_line():
-    assert [path.stem for path in LOCKS] == ["build", "cpu_features", "cuda", "data", "deploy", "nvcc", "sky", "test"]
+    assert [path.stem for path in LOCKS] == ["build", "cpu", "cuda", "data", "deploy", "nvcc", "sky", "test"]
     for path in LOCKS:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert len(lines) >= 5
@@ -312,7 +312,7 @@ def card(setup, monkeypatch):
 
 def test_a_card_decides_the_lock_and_what_is_compiled(setup, card):
     assert (
-        setup.packages.detect_device() == "cpu_features"
+        setup.packages.detect_device() == "cpu"
         and not setup.llamacpp.cuda_capabilities()
         and "CUDA" not in " ".join(setup.llamacpp.cmake_flags())
     )
@@ -329,7 +329,7 @@ def test_asked_for_without_a_card_it_is_compiled_for_all_of_them(setup, monkeypa
     assert setup.llamacpp.cuda_capabilities() == "75;80;90;100;120"
     monkeypatch.setenv("FERRY_CUDA", "90")
     assert setup.llamacpp.cuda_capabilities() == "90"
-    monkeypatch.setenv("FERRY_DEVICE", "cpu_features")
+    monkeypatch.setenv("FERRY_DEVICE", "cpu")
     assert setup.llamacpp.cuda_capabilities() == ""
     monkeypatch.setenv("FERRY_DEVICE", "tpu")
     with pytest.raises(SystemExit):
@@ -350,14 +350,14 @@ def test_asked_for_without_a_card_it_is_compiled_for_all_of_them(setup, monkeypa
 def test_a_card_that_cannot_be_used_is_said_before_the_download(card, capsys, monkeypatch, capability, cuda, told):
     """And the sides that need no torch go on without it."""
     packages = card(capability, cuda).packages
-    assert packages.detect_device() == ("cpu_features" if told else "cuda")
+    assert packages.detect_device() == ("cpu" if told else "cuda")
     if not told:
         return packages.refuse_unusable_gpu()
     with pytest.raises(SystemExit):
         packages.refuse_unusable_gpu()
     error, hint = refusal(capsys)
     assert told in error and "FERRY_DEVICE=cpu" in hint
-    monkeypatch.setenv("FERRY_DEVICE", "cpu_features")
+    monkeypatch.setenv("FERRY_DEVICE", "cpu")
     packages.refuse_unusable_gpu()
 
 

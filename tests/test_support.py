@@ -173,7 +173,7 @@ class Counted:
         self.content, self.block, self.read, self.closed = content, block, 0, False
 
     @contextlib.contextmanager
-    def opened(self, artifact: Artifact, start: int):
+    def open_blocks(self, artifact: Artifact, start: int):
         assert start == 0
         yield 0, self._blocks()
         self.closed = True

@@ -70,7 +70,7 @@ def run_data(config: Config, run: Run, processes: int | None = None) -> DataReco
         *template_changes,
         *statistics.list_data_warnings(facts, config, chat),
         *statistics.describe_system_prompt(prompt_choice, chat),
-        *list_warnings(config, facts["rows"]["train"], facts["tokens"]["max"]),
+        *list_warnings(config, facts.rows.train, facts.tokens.max),
     ]
     tokenizer_files = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer_dir.iterdir())}
     return run.write_record(
@@ -93,7 +93,7 @@ def run_data(config: Config, run: Run, processes: int | None = None) -> DataReco
         rows_keep_their_system=config.data.system == system_prompt.NONE,
         has_input=dataset.has_input(),
         smoke_prompts=list(smoke_prompts),
-        **facts,
+        **dict(facts),
     )
 
 

@@ -14,7 +14,7 @@ from common.errors import UserError
 from contract.ollama_template import find_modelfile_fault
 from pipeline.config.schema import Clean, Config, Finetune
 from pipeline.data.drop_reasons import BROKEN_REASONS, DROP_REASONS
-from pipeline.run.records import DataRecord
+from pipeline.run.records import DataFacts, DataRecord, Packing, RowCounts, TokenCounts
 from pipeline.run.training_rows import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -88,40 +88,40 @@ def refuse_empty_sets(spool: "RowSpool", config: Config) -> None:
         )
 
 
-def compute_facts(spool: "RowSpool", config: Config) -> dict:
-    """Return the numbers that the record holds."""
+def compute_facts(spool: "RowSpool", config: Config) -> DataFacts:
+    """Return the numbers of the rows."""
     is_training = spool.kept & ~spool.held
     lengths = np.sort(spool.lengths[is_training])
     total_tokens, loss_tokens = int(lengths.sum()), int(spool.learned[is_training].sum())
     limit, pack_count = config.base.max_seq_length, count_packs(lengths, config.base.max_seq_length)
-    return {
-        "rows": {
-            "read": spool.tally.rows,
-            "train": len(lengths),
-            "heldout": int((spool.kept & spool.held).sum()),
-            "dropped": sum(spool.tally.dropped.values()),
-        },
-        "dropped": dict(spool.tally.dropped.most_common()),
-        "changed": dict(spool.tally.changed.most_common()),
-        "findings": dict(spool.tally.findings.most_common()),
-        "unused": dict(spool.tally.unused.most_common()),
-        "truncated": dict(spool.tally.truncated),
-        "tokens": {
-            "train": total_tokens,
-            "loss": loss_tokens,
-            "p50": int(_length_quantile(lengths, 0.5)),
-            "p95": int(_length_quantile(lengths, 0.95)),
-            "max": int(lengths[-1]),
-        },
-        "packing": {
-            "packs": pack_count,
-            "full": round(total_tokens / (pack_count * limit), 4),
-            "unpacked_full": round(total_tokens / (len(lengths) * limit), 4),
-        },
-        "steps": count_steps(config.finetune, len(lengths)),
-        "max_seq_length": limit,
-        "histogram": build_histogram(lengths),
-    }
+    return DataFacts(
+        rows=RowCounts(
+            read=spool.tally.rows,
+            train=len(lengths),
+            heldout=int((spool.kept & spool.held).sum()),
+            dropped=sum(spool.tally.dropped.values()),
+        ),
+        dropped=dict(spool.tally.dropped.most_common()),
+        changed=dict(spool.tally.changed.most_common()),
+        findings=dict(spool.tally.findings.most_common()),
+        unused=dict(spool.tally.unused.most_common()),
+        truncated=dict(spool.tally.truncated),
+        tokens=TokenCounts(
+            train=total_tokens,
+            loss=loss_tokens,
+            p50=int(_length_quantile(lengths, 0.5)),
+            p95=int(_length_quantile(lengths, 0.95)),
+            max=int(lengths[-1]),
+        ),
+        packing=Packing(
+            packs=pack_count,
+            full=round(total_tokens / (pack_count * limit), 4),
+            unpacked_full=round(total_tokens / (len(lengths) * limit), 4),
+        ),
+        steps=count_steps(config.finetune, len(lengths)),
+        max_seq_length=limit,
+        histogram=build_histogram(lengths),
+    )
 
 
 def _length_quantile(lengths: np.ndarray, share: float) -> int:
@@ -167,14 +167,14 @@ def build_histogram(lengths: np.ndarray) -> list[list[int]]:
     ]
 
 
-def list_data_warnings(facts: dict, config: Config, chat: "ChatFormat") -> list[str]:
+def list_data_warnings(facts: DataFacts, config: Config, chat: "ChatFormat") -> list[str]:
     """Return warnings, with numbers, that a user should know before paying for a training."""
-    rows, truncated, warnings = facts["rows"], facts["truncated"], []
+    rows, truncated, warnings = facts.rows, facts.truncated, []
     if truncated:
-        cut_share = truncated["tokens"] / (truncated["tokens"] + facts["tokens"]["train"])
+        cut_share = truncated["tokens"] / (truncated["tokens"] + facts.tokens.train)
         warnings.append(
             f"{truncated['rows']} rows ({truncated['rows'] / rows.read:.1%}; {cut_share:.1%} of the tokens) "
-            f"are cut at {facts['max_seq_length']} tokens and lose their end token"
+            f"are cut at {facts.max_seq_length} tokens and lose their end token"
         )
     if chat.end_tokens[0] != chat.eos:
         warnings.append(
@@ -189,17 +189,17 @@ def list_data_warnings(facts: dict, config: Config, chat: "ChatFormat") -> list[
         warnings.append(
             "only the last answer of a row is trained: this template writes earlier turns otherwise than it serves them"
         )
-    if facts["findings"]:
+    if facts.findings:
         warnings.append(
-            f"found in rows: {_format_counts(facts['findings'])}; "
+            f"found in rows: {_format_counts(facts.findings)}; "
             "clean.secrets and clean.personal: mask or drop takes them out"
         )
-    if facts["unused"]:
-        warnings.append(f"not trained on: {_format_counts(facts['unused'])}; the rows are used without them")
-    too_long = facts["dropped"].get("too_long", 0)
+    if facts.unused:
+        warnings.append(f"not trained on: {_format_counts(facts.unused)}; the rows are used without them")
+    too_long = facts.dropped.get("too_long", 0)
     if too_long:
         warnings.append(
-            f"{too_long} rows ({too_long / rows.read:.1%}) are longer than {facts['max_seq_length']} tokens "
+            f"{too_long} rows ({too_long / rows.read:.1%}) are longer than {facts.max_seq_length} tokens "
             "and were dropped: raise base.max_seq_length, or set clean.too_long to truncate"
         )
     return warnings

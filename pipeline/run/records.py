@@ -129,7 +129,25 @@ class ChatFacts(RecordModel):
     joined: Any = None
 
 
-class DataRecord(Record):
+class DataFacts(RecordModel):
+    """The numbers of the rows."""
+
+    rows: RowCounts
+    dropped: dict[str, int]
+    """{reason: rows}."""
+    changed: dict[str, int]
+    findings: dict[str, int] = {}
+    unused: dict[str, int] = {}
+    truncated: dict[str, int] = {}
+    tokens: TokenCounts
+    packing: Packing
+    steps: int | None
+    """Optimizer steps; None where the rows of a step are chosen on the GPU machine."""
+    max_seq_length: int
+    histogram: list[list[int]]
+
+
+class DataRecord(Record, DataFacts):
     """The record of `data`."""
 
     stage: Literal["data"] = "data"
@@ -149,19 +167,6 @@ class DataRecord(Record):
     has_input: bool = False
     """Whether rows have an instruction and an input, which become one user message."""
     smoke_prompts: list[str]
-    rows: RowCounts
-    dropped: dict[str, int]
-    """{reason: rows}."""
-    changed: dict[str, int]
-    findings: dict[str, int] = {}
-    unused: dict[str, int] = {}
-    truncated: dict[str, int] = {}
-    tokens: TokenCounts
-    packing: Packing
-    steps: int | None
-    """Optimizer steps; None where the rows of a step are chosen on the GPU machine."""
-    max_seq_length: int
-    histogram: list[list[int]]
 
 
 class FinetuneRecord(Record):
