@@ -314,7 +314,7 @@ def _answer_call(answer_descriptor: int) -> None:
     try:
         answer = {"value": _import_function(function)(*arguments)}
     except UserError as error:
-        answer = {"error": [error.message, error.hint]}
+        answer = {"error": [error.message, error.hint, error.code]}
     with os.fdopen(answer_descriptor, "wb") as stream:
         stream.write(json.dumps(answer).encode())
     sys.stdout.flush()

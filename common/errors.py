@@ -11,12 +11,15 @@ class UserError(Exception):
     Args:
         message: what is wrong, with the value.
         hint: the next command or edit that fixes it.
+        code: "area.reason", such as "config.unknown_key": for programs and tests, shown in no message. It stays the
+            same when the message is reworded.
     """
 
-    def __init__(self, message: str, hint: str):
-        super().__init__(message, hint)  # both, so that it can be pickled
+    def __init__(self, message: str, hint: str, code: str = "unknown"):
+        super().__init__(message, hint, code)  # all three, so that it can be pickled
         self.message = message
         self.hint = hint
+        self.code = code
 
     def __str__(self) -> str:
         message, hint = (indent_further_lines(text[:MAX_MESSAGE_CHARS]) for text in (self.message, self.hint))

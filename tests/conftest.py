@@ -1,17 +1,20 @@
 """Paths and the one real chain that several tests look at."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import pytest
+
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # `make test &`: a shell starts it deaf to Ctrl-C, and its children too.
@@ -216,3 +219,12 @@ def ferry(*command: object, **settings: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def refuses(code: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expect a UserError with this code; yield what pytest.raises yields, to look at the values in its message."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    assert caught.value.code == code, caught.value
+    assert caught.value.message.strip() and caught.value.hint.strip()

@@ -132,7 +132,7 @@ def call_hub(call):
     try:
         return call()
     except hub.Unreachable as error:
-        raise ConnectionLost(error.message, error.hint) from error
+        raise ConnectionLost(error.message, error.hint, error.code) from error
 
 
 def skip_bytes(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:

@@ -31,7 +31,7 @@ def main() -> None:
     try:
         message = {"result": publish_folder(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
     except UserError as error:
-        message = {"error": [error.message, error.hint]}
+        message = {"error": [error.message, error.hint, error.code]}
     except Exception as error:  # noqa: BLE001 for example from hf_xet, which a new process does not use
         message = {"lost": hub.redact_secrets(f"{type(error).__name__}: {error}")}
     print(json.dumps(message), file=output, flush=True)
