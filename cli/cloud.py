@@ -111,7 +111,9 @@ def cloud_to_local(
     from launch.providers import create
 
     if not cloud:
-        raise UserError("CLOUD is missing", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs")
+        raise UserError(
+            "CLOUD is missing", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs", code="command.missing_setting"
+        )
     request = find_run(config_file, run_name, runs, overrides)
     provider = create.create_provider(cloud, request.folder, checkpoints, spot)
     launch_options = module.LaunchOptions(
@@ -120,7 +122,7 @@ def cloud_to_local(
     with open_run(request, "cloud-to-local") as (run, _, lock):
         record = module.run_cloud_to_local(request.config_file, run, provider, cloud, launch_options, lock)
     console.print_result(
-        f"cloud: {record['repo']}\n  trained on {record['where']} by the code of {record['commit'][:12]}"
+        f"cloud: {record['repo']}\n  trained on {record['where']} with the code of commit {record['commit'][:12]}"
     )
     options = ["--models", models, *(["--start"] if start else []), *(["--name", name] if name else [])]
     options += ["--quantization", quantization] if quantization else []
@@ -147,7 +149,9 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
 
     if not cloud:
         raise UserError(
-            "CLOUD is missing", "the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs"
+            "CLOUD is missing",
+            "name the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs",
+            code="command.missing_setting",
         )
     folder = find_run_folder(config_file, run_name, runs)
     refuse_foreign_folder(folder)
@@ -190,7 +194,7 @@ def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **remote_valu
         else SshProvider(None, str((runs / "reproduce" / "here").absolute()))
     )
     stop_command = (
-        f"`make cloud-stop CLOUD={cloud} RUN={reproduction.name}`" if cloud else "the same command, and then Ctrl-C,"
+        f"`make cloud-stop CLOUD={cloud} RUN={reproduction.name}`" if cloud else "the same command and then Ctrl-C"
     )
     rows = module.run_reproduce(
         reproduction,

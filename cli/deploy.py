@@ -48,7 +48,11 @@ def deploy_mac(repo, models, quantization, name, start) -> None:
       ferry deploy-mac ./hub/demo --quantization q8_0
     """
     if repo is None:
-        raise UserError("REPO is missing", "name what to deploy: owner/name on the Hub, or a folder such as ./hub/demo")
+        raise UserError(
+            "REPO is missing",
+            "name what to deploy: owner/name on the Hub, or a folder such as ./hub/demo",
+            code="command.missing_setting",
+        )
     deploy_everywhere(repo, models, quantization, name, start)
 
 
@@ -81,7 +85,11 @@ def pull(repo, models, quantization) -> None:
       ferry pull you/tickets-GGUF@v1
     """
     if repo is None:
-        raise UserError("REPO is missing", "name what to pull: owner/name on the Hub, or a folder such as ./hub/demo")
+        raise UserError(
+            "REPO is missing",
+            "name what to pull: owner/name on the Hub, or a folder such as ./hub/demo",
+            code="command.missing_setting",
+        )
     pull_model(repo, models, quantization)
 
 
@@ -165,7 +173,7 @@ def install_in_ollama(version: Path, name: str | None, start: bool, optional: bo
 
     with skip_absent_app(module.OllamaUnavailable, optional, "ollama"):
         record = module.run_ollama(version, name, start)
-        score_text = "" if record["score"] is None else f", {record['score']:.0%} of the answers as where it was made"
+        score_text = "" if record["score"] is None else f", {record['score']:.0%} agreement with the recorded answers"
         console.print_result(
             f"ollama: {record['latest']} is {record['model']}\n"
             f"  prompts as trained ({record['template']}, Ollama {record['server']}){score_text}"
@@ -323,7 +331,9 @@ def trace(what, name, models, as_json) -> None:
     from deploy import trace as module
 
     if not (what or name):
-        raise UserError("FILE is missing", "name a GGUF, or a model in Ollama with NAME=")
+        raise UserError(
+            "FILE is missing", "name a GGUF, or a model in Ollama with NAME=", code="command.missing_setting"
+        )
     console.print_result(module.run_trace(what or name, models, as_json))
 
 
@@ -379,7 +389,11 @@ def undeploy(repo, models, start) -> None:
     from deploy import versions
 
     if repo is None:
-        raise UserError("REPO is missing", "name what to remove; `ferry models` lists what is here")
+        raise UserError(
+            "REPO is missing",
+            "name what to remove; `ferry models` lists the models on this machine",
+            code="command.missing_setting",
+        )
     removed = versions.undeploy_model(resolve_repo(repo, models), models, start)
     show_removed("undeploy", removed)
 
@@ -389,5 +403,5 @@ def show_removed(command: str, removed: list[tuple[Path, int]]) -> None:
     from common import console
 
     for version, _ in removed:
-        console.print_result(f"{command}: {version} is gone")
-    console.print_result(f"{command}: {sum(size for _, size in removed):,} bytes came back")
+        console.print_result(f"{command}: removed {version}")
+    console.print_result(f"{command}: freed {sum(size for _, size in removed):,} bytes")

@@ -1,6 +1,7 @@
 """The `ferry` command: one group of lazily loaded commands, and the one place where errors are printed."""
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -17,6 +18,13 @@ from common.errors import UserError, printable_line
 # no slower alone.
 SPIN_COUNT = "3000"
 ROOT = Path(__file__).resolve().parents[1]
+# Codes for the errors of click. The first kind that fits wins: a subclass stands before its parent.
+CODE_OF_CLICK_ERROR = {
+    click.MissingParameter: "command.missing_setting",
+    click.BadParameter: "command.bad_value",
+    click.NoSuchOption: "command.unknown_setting",
+    click.ClickException: "command.bad_usage",
+}
 
 
 class Ferry(click.Group):
@@ -44,8 +52,9 @@ def unknown_command_error(name: str, program: str) -> UserError:
     matches = difflib.get_close_matches(name, COMMANDS, 1)
     suggestion = f", did you mean `{program} {matches[0]}`?" if matches else ""
     return UserError(
-        f"`{program} {printable_line(name, 60)}` is no command{suggestion}",
+        f"unknown command `{program} {printable_line(name, 60)}`{suggestion}",
         f"`{program} --help` lists them" if program == "ferry" else "`make` alone lists them",
+        code="command.unknown",
     )
 
 
@@ -132,7 +141,8 @@ def print_completion(shell: str) -> None:
 def main() -> None:
     """Run the command line and exit.
 
-    A UserError is printed as two lines, with exit code 2; any other exception is a fault of Ferry's, with a traceback.
+    A UserError is printed as two lines, with exit code 2, and as JSON where JSON was requested; any other exception is
+    a fault of Ferry's, with a traceback.
     """
     if sys.platform == "darwin":  # Unsloth would look for MLX there; Ferry uses its CPU backend
         os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
@@ -143,10 +153,14 @@ def main() -> None:
     try:
         code = ferry.main(prog_name="ferry", standalone_mode=False)
     except (UserError, click.ClickException, OSError) as error:
-        console.print_message(str(translate_error(error)))
+        user_error = translate_error(error)
+        console.print_message(str(user_error))
+        # stdout is one JSON document: the doctor has printed its checks, with the fault that it ends with.
+        if is_json_requested(sys.argv[1:]) and not console.has_printed_result:
+            console.print_result(error_to_json(user_error))
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        console.print_message("stopped; the same command goes on from here")
+        console.print_message("stopped; the same command resumes from here")
         code = 130
     sys.exit(code)
 
@@ -157,6 +171,21 @@ def translate_error(error: UserError | click.ClickException | OSError) -> UserEr
         context = getattr(error, "ctx", None)
         return UserError(
             error.format_message(),
-            f"`{context.command_path} --help` shows what it takes" if context else "ferry --help",
+            f"`{context.command_path} --help` lists its options" if context else "ferry --help",
+            code=next(code for kind, code in CODE_OF_CLICK_ERROR.items() if isinstance(error, kind)),
         )
     return files.translate_unhandled_error(error) if isinstance(error, OSError) else error
+
+
+def is_json_requested(arguments: list[str]) -> bool:
+    """Return whether a command line asks for JSON, by `--json` or, while it is still make's, by JSON=1."""
+    from cli.settings import YES_WORDS
+
+    if arguments[:1] == ["make"]:
+        return any(word.startswith("JSON=") and word[5:].lower() in YES_WORDS for word in arguments)
+    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
+def error_to_json(error: UserError) -> str:
+    """Return an error as JSON: {"error": {"code", "message", "next"}}."""
+    return json.dumps({"error": {"code": error.code, "message": error.message, "next": error.hint}}, indent=2)

@@ -95,7 +95,11 @@ class RunRequest:
 def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
     """Return the folder that the run has or will have. Raises UserError for a bad name, or without config and name."""
     if run_name is None and config_file is None:
-        raise UserError("CONFIG is missing", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
+        raise UserError(
+            "CONFIG is missing",
+            f"name one: {', '.join(list_configs()) or 'ferry init writes one'}",
+            code="command.missing_setting",
+        )
     name = config_file.stem if run_name is None else run_name
     refuse_bad_run_name(name)
     return runs / name
@@ -108,8 +112,9 @@ def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrid
         return RunRequest(config_file, folder, overrides, False)
     if not (folder / "config.yaml").is_file():
         raise UserError(
-            f"there is no run {folder}, and no CONFIG to begin it with",
+            f"there is no run {folder}; a new run needs CONFIG",
             f"CONFIG=one of: {', '.join(list_configs()) or 'ferry init writes one'}",
+            code="run.not_found",
         )
     return RunRequest(folder / "config.yaml", folder, overrides, True)
 
@@ -124,9 +129,9 @@ def refuse_bad_run_name(name: str) -> None:
         or (not Path(name).is_absolute() and "/" in name)
     ):
         raise UserError(
-            f"RUN={printable_line(name)!r} cannot name a folder and a model",
-            f"choose another: up to {MAX_RUN_NAME} letters, digits, dots, dashes and underscores, "
-            "a letter or digit first",
+            f"RUN={printable_line(name)!r} is not a valid name for a run",
+            f"use up to {MAX_RUN_NAME} letters, digits, dots, dashes and underscores, a letter or digit first",
+            code="run.bad_name",
         )
 
 

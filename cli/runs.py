@@ -18,8 +18,14 @@ def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path
         existing_runs = status.list_runs(runs)
         if len(existing_runs) == 1:
             return existing_runs[0]
-        names = ", ".join(run.name for run in existing_runs) or "none yet"
-        raise UserError(f"which run? {runs} holds {names}", "RUN=name, or CONFIG=configs/yours.yaml")
+        if not existing_runs:
+            raise UserError(f"there is no run in {runs}", "make train CONFIG=configs/yours.yaml", code="run.none")
+        names = ", ".join(run.name for run in existing_runs)
+        raise UserError(
+            f"{runs} has several runs: {names}",
+            "RUN=name, or CONFIG=configs/yours.yaml",
+            code="run.ambiguous",
+        )
     return status.load_run(find_run_folder(config_file, run_name, runs))
 
 
@@ -76,7 +82,7 @@ def list_runs(runs, as_json) -> None:
     elif statuses:
         console.print_result(status.format_runs(statuses))
     else:
-        console.print_result(f"{runs} holds no run yet: make demo, or make init DATA=rows.jsonl")
+        console.print_result(f"there is no run in {runs} yet: make demo, or make init DATA=rows.jsonl")
 
 
 @click.command(cls=Command)
@@ -115,14 +121,19 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
 
     run = find_existing_run(config_file, run_name, runs)
     if everything and config_file is None and run_name is None:
-        raise UserError(f"ALL=1 removes a whole run, and none is named; {runs} holds {run.name}", f"RUN={run.name}")
+        raise UserError(
+            f"ALL=1 removes a complete run and needs its name; {runs} has {run.name}",
+            f"RUN={run.name}",
+            code="run.not_named",
+        )
     with lock_run(run, typed_command("clean")):
         if everything:
             size = status.read_status(run).bytes
             if not yes:
                 raise UserError(
-                    f"{run.folder} holds the adapter and all records, {size / 1e9:.2f} GB",
+                    f"ALL=1 also removes the adapter and all records in {run.folder}, {size / 1e9:.2f} GB",
                     "the same command with YES=1",
+                    code="run.removal_not_confirmed",
                 )
             files.remove(run.folder)
             files.remove(lock_path(run))
@@ -133,4 +144,4 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
             size = 0
             if paths:
                 size = status.remove_paths(run, paths)
-        console.print_result(f"clean: {size / 1e9:.2f} GB came back")
+        console.print_result(f"clean: freed {size / 1e9:.2f} GB")

@@ -44,7 +44,7 @@ class FiniteRange(click.FloatRange):
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value} is not a number that limits anything", param, ctx)
+            self.fail(f"{value} is not a finite number", param, ctx)
         return number
 
 
@@ -88,7 +88,7 @@ def translate_make_settings(
         name, _, value = word.removeprefix("env:").partition("=")
         if name in own_settings:
             if name in NEVER_EMPTY and not value and not word.startswith("env:"):
-                raise UserError(f"{name}= is empty", f"write {name}=..., or leave it out")
+                raise UserError(f"{name}= is empty", f"write {name}=..., or leave it out", code="command.empty_setting")
             target = operands if isinstance(own_settings[name], click.Argument) else arguments
             target += _format_arguments(own_settings[name], name, value)
         elif name not in other_settings and name not in GLOBAL_SETTINGS and not word.startswith("env:"):
@@ -104,7 +104,9 @@ def _format_arguments(parameter: click.Parameter, name: str, value: str) -> list
     if parameter.is_flag:
         if value.lower() not in YES_WORDS + NO_WORDS:
             raise UserError(
-                f"{name}={printable_line(value)} is neither yes nor no", f"{name}=1 turns it on; leave it out otherwise"
+                f"{name}={printable_line(value)} is neither yes nor no",
+                f"{name}=1 turns it on; leave it out otherwise",
+                code="command.bad_switch",
             )
         return [option] if value.lower() in YES_WORDS else []
     values = split_overrides(value) if parameter.multiple else [value] if value or parameter.takes_empty else []
@@ -112,12 +114,13 @@ def _format_arguments(parameter: click.Parameter, name: str, value: str) -> list
 
 
 def explain_bad_value(error: click.BadParameter) -> UserError:
-    """Return the error for a value that an option does not take, with the option's name in make."""
+    """Return the error for a value that an option does not take or that is missing, with the option's name in make."""
     name = getattr(error.param, "make", None) or error.param.name
-    return UserError(
-        f"{name}: {error.message.replace('float range', 'number').replace('integer range', 'whole number')}",
-        f"`make {error.ctx.command.name} {name}=...`; ./ferry {error.ctx.command.name} --help shows what it takes",
-    )
+    hint = f"`make {error.ctx.command.name} {name}=...`; `./ferry {error.ctx.command.name} --help` lists the settings"
+    if isinstance(error, click.MissingParameter):
+        return UserError(f"{name} is missing", hint, code="command.missing_setting")
+    message = error.message.replace("float range", "number").replace("integer range", "whole number")
+    return UserError(f"{name}: {message}", hint, code="command.bad_value")
 
 
 def split_overrides(text: str) -> list[str]:
@@ -149,9 +152,10 @@ def _unknown_section_error(match: re.Match, sections: list[str]) -> UserError:
     """Return the error for an override of a section that the config does not have, with the closest one."""
     matches = difflib.get_close_matches(match[1], sections, 1)
     return UserError(
-        f"SET: {printable_line(match[0])} names the section {match[1]}, which the config does not have"
+        f"SET: unknown section {match[1]} in {printable_line(match[0])}"
         + (f", did you mean {matches[0]}?" if matches else ""),
-        f"sections: {', '.join(sections)}; a value that holds such text is put in quotes: SET=\"data.system='a.b=c'\"",
+        f"sections: {', '.join(sections)}; put a value that contains such text in quotes: SET=\"data.system='a.b=c'\"",
+        code="config.unknown_section",
     )
 
 
@@ -166,12 +170,14 @@ def _unknown_setting_error(name: str, command: click.Command, own_settings: dict
     if target_names:
         examples = ", ".join(f"`make {target}`" for target in target_names[:3])
         return UserError(
-            f"{printable_line(name)} is no setting of `make {command.name}`; it belongs to {examples}", listing
+            f"`make {command.name}` does not take {printable_line(name)}, which is a setting of {examples}",
+            listing,
+            code="command.setting_of_other_command",
         )
     matches = difflib.get_close_matches(name.upper(), known_names, 1, 0.5)
     matches = matches or difflib.get_close_matches(name.upper(), sorted(_all_settings()), 1, 0.5)
     suggestion = f", did you mean {matches[0]}?" if matches else ""
-    return UserError(f"{printable_line(name)} is no setting{suggestion}", listing)
+    return UserError(f"unknown setting {printable_line(name)}{suggestion}", listing, code="command.unknown_setting")
 
 
 def _all_settings() -> set[str]:

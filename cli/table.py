@@ -91,7 +91,7 @@ def load_command(name: str) -> click.Command:
     """Import and return the command of that name, with its environment set."""
     module, attribute = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), attribute)
-    assert hasattr(command, "environment"), f"{name} is no cli.environment.Command"
+    assert hasattr(command, "environment"), f"{name} is not a cli.environment.Command"
     command.name, command.environment = name, COMMANDS[name][1]
     return command
 

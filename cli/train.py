@@ -281,7 +281,7 @@ def check(config_file, run_name, runs, overrides) -> None:
 
     request = find_run(config_file, run_name, runs, overrides)
     changes = find_allowed_changes(Run(request.folder), request.load_config(), request.is_own_config)
-    for text in changes.describe_reruns() or [f"{request.folder} fits: nothing that is done runs again"]:
+    for text in changes.describe_reruns() or [f"{request.folder} fits this config: no finished stage runs again"]:
         console.print_result(console.wrap_text(text))
 
 

@@ -5,6 +5,7 @@ A fault has to be fixed before anything can run. Lacks and faults come with a cu
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
 from common.errors import UserError
@@ -20,6 +21,8 @@ class Check:
     text: str
     cure: str = ""
     """The next command or edit; empty when nothing has to be done."""
+    code: str = ""
+    """Code of the UserError that the check reports; empty: `refuse_faults` makes one from the name."""
 
 
 def format_checks(checks: list[Check]) -> str:
@@ -32,7 +35,7 @@ def format_checks(checks: list[Check]) -> str:
 
 
 def to_json(checks: list[Check]) -> str:
-    """Return the checks as JSON: a list of {name, state, text, cure}."""
+    """Return the checks as JSON: a list of {name, state, text, cure, code}."""
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 
@@ -40,4 +43,9 @@ def refuse_faults(checks: list[Check]) -> None:
     """Raise UserError for the first fault, if there is one."""
     for check in checks:
         if check.state == "fault":
-            raise UserError(check.text, check.cure)
+            raise UserError(check.text, check.cure, code=check.code or f"environment.{_name_to_reason(check.name)}")
+
+
+def _name_to_reason(name: str) -> str:
+    """Return the name of a check in snake_case, without the number of a GPU: 'GPU 0' -> 'gpu'."""
+    return re.sub(r"\W+", "_", re.sub(r" \d+$", "", name).lower())

@@ -39,14 +39,14 @@ CHILD_CODE = (
     "from common import child_process; child_process.main(*sys.argv[2:])"
 )
 SIGNAL_MEANINGS = {
-    signal.SIGABRT: "llama.cpp broke off",
+    signal.SIGABRT: "llama.cpp aborted",
     signal.SIGSEGV: "llama.cpp crashed",
     signal.SIGBUS: "llama.cpp crashed, most often because the file became shorter or the disk is full",
     signal.SIGFPE: "llama.cpp crashed",
-    signal.SIGILL: "llama.cpp was built for another processor",
-    signal.SIGKILL: "the system killed it, most often because memory ran out",
+    signal.SIGILL: "llama.cpp was built for a different processor",
+    signal.SIGKILL: "the system killed it, most often because it ran out of memory",
 }
-CRASH_HINT = "do not use this model if it stays so: pull it again, or report it"
+CRASH_HINT = "pull the model again; if the error stays, do not use the model, and report it"
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,11 @@ def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject:
                 return bytes(answer)
             answer += block
         if len(answer) > MAX_ANSWER_BYTES:
-            raise UserError(f"{subject}: the answer is larger than {MAX_ANSWER_BYTES:,} bytes", CRASH_HINT)
+            raise UserError(
+                f"{subject}: the answer is larger than {MAX_ANSWER_BYTES:,} bytes",
+                CRASH_HINT,
+                code="process.answer_too_large",
+            )
         _refuse_over_limits(process, limits.memory, deadline, limits.seconds, subject)
 
 
@@ -187,15 +191,17 @@ def _refuse_over_limits(
         raise _timeout_error(seconds, subject)
     if (used_bytes := resident_bytes(process.pid)) > max_memory:
         raise UserError(
-            f"{subject} took {used_bytes / 1e9:.1f} GB of memory, at most {max_memory / 1e9:.1f} GB are expected of it",
+            f"{subject} used {used_bytes / 1e9:.1f} GB of memory, the limit is {max_memory / 1e9:.1f} GB",
             CRASH_HINT,
+            code="process.memory_exceeded",
         )
 
 
 def _timeout_error(seconds: float, subject: str) -> UserError:
     return UserError(
         f"{subject} took more than {seconds:.0f} s",
-        "close other programs and run the same command again; if it stays so, do not use this model",
+        "close other programs and run the same command again; if the error stays, do not use this model",
+        code="process.timeout",
     )
 
 
@@ -222,7 +228,8 @@ def _parse_answer(answer: bytes, exit_code: int, log: IO, subject: str) -> objec
         )
         raise _crash_error(exit_code, subject, last_line) from None
     if "error" in reply:
-        raise UserError(*reply["error"])
+        message, hint, code = reply["error"]
+        raise UserError(message, hint, code=code)
     return reply["value"]
 
 
@@ -238,7 +245,7 @@ def _crash_error(exit_code: int, subject: str, last_line: str = "") -> UserError
         if exit_code < 0
         else f"exit code {exit_code}{': ' * bool(last_line)}{printable_line(last_line, 200)}"
     )
-    return UserError(f"{subject} ended without a result: {reason}", CRASH_HINT)
+    return UserError(f"{subject} ended without a result: {reason}", CRASH_HINT, code="process.crashed")
 
 
 def kill_with_children(process: subprocess.Popen) -> None:

@@ -25,6 +25,7 @@ TERMINAL_VARIABLE = "FERRY_TERMINAL"
 
 _streams: dict[str, TextIO] = {}
 is_progress_shown = True  # false in a process that runs beside another one
+has_printed_result = False  # whether this process has written to stdout
 
 
 def result_stream() -> TextIO:
@@ -60,6 +61,8 @@ def send_library_output_to(log: Path) -> None:
 
 def print_result(text: str) -> None:
     """Print a result on stdout."""
+    global has_printed_result
+    has_printed_result = True
     _print_line(text, result_stream())
 
 

@@ -65,11 +65,14 @@ def translate_write_error(error: OSError, path: Path) -> Exception:
         free = shutil.disk_usage(nearest_existing_path(path)).free / 1e9
         return UserError(
             f"no space left while writing {path} ({free:.1f} GB free)",
-            "free some disk, then run the same command again",
+            "free disk space, then run the same command again",
+            code="disk.full",
         )
     if error.errno in (*USER_ERRNOS, errno.ENOENT):
         return UserError(
-            f"cannot write {path}: {error.strerror}", f"make {path.parent} a writable folder, or choose another"
+            f"cannot write {path}: {error.strerror}",
+            f"make {path.parent} a writable folder, or choose another",
+            code="file.unwritable",
         )
     return error
 
@@ -79,7 +82,7 @@ def translate_unhandled_error(error: OSError) -> UserError:
     if error.errno not in USER_ERRNOS or error.filename is None:
         raise error
     hint = "correct its name, owner or permissions, then run the same command again"
-    return UserError(f"{printable_line(str(error.filename))}: {error.strerror}", hint)
+    return UserError(f"{printable_line(str(error.filename))}: {error.strerror}", hint, code="file.inaccessible")
 
 
 def expand_user_path(text: str, setting: str) -> Path:
@@ -91,13 +94,15 @@ def expand_user_path(text: str, setting: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{setting}: {printable_line(text, 100)}: {error}", "write the path of the file") from None
+        raise UserError(
+            f"{setting}: {printable_line(text, 100)}: {error}", "write the path of the file", code="file.unknown_user"
+        ) from None
 
 
 def refuse_special_file(path: Path) -> None:
     """Raise OSError for a pipe or a device: reading it could block for ever. Other faults are reported by reading."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def nearest_existing_path(path: Path) -> Path:
@@ -159,11 +164,23 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing", "run the stage that writes it (`make` lists them)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}", f"delete {path} and run the stage again") from error
+        raise UserError(
+            f"{path} is missing", "run the stage that writes it (`make` lists them)", code="file.missing"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error}", f"delete {path} and run the stage again", code="file.unreadable"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not valid JSON: {error}", f"delete {path} and run the stage again", code="file.not_json"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object", f"delete {path} and run the stage again")
+        raise UserError(
+            f"{path} does not contain a JSON object",
+            f"delete {path} and run the stage again",
+            code="file.not_json_object",
+        )
     return value
 
 

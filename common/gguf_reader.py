@@ -85,7 +85,7 @@ def read_header(path: Path, name: str | None = None) -> Header:
 
     Raises:
         UserError: the file cannot be read, llama.cpp would not load it, its numbers are impossible for a file of its
-            size, or it holds anything besides one whole model. The message says what is wrong.
+            size, or it holds anything besides one complete model. The message says what is wrong.
     """
     head, size = _read_head(path)
     cursor = _Cursor(name or path.name, head, size)
@@ -113,19 +113,21 @@ def weights_sha256(path: Path, header: Header) -> str:
 def _read_head(path: Path) -> tuple[bytes, int]:
     """Return the first bytes of the file, as many as a header may have, and the size of the whole file in bytes."""
     if not path.is_file():  # reading a pipe or a device could block
-        raise UserError(f"{path} is no file", "name a GGUF file: `make pull` brings one")
+        raise UserError(f"{path} is not a file", "name a GGUF file: `make pull` downloads one", code="gguf.not_a_file")
     try:
         # Read, not mapped: when a mapped file becomes shorter while it is read, the process is killed.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return file.read(min(size, MAX_HEADER_BYTES)), size
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "make it readable, or pull it again") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror}", "make it readable, or pull it again", code="file.unreadable"
+        ) from error
 
 
 def _quote_name(text: str | bytes) -> str:
     """Return an untrusted name as one short line without control characters, in quotes."""
-    return ascii(text[:64]) + ("..." if len(text) > 64 else "")
+    return ascii(text[:56]) + ("..." if len(text) > 56 else "")
 
 
 @dataclass
@@ -146,19 +148,25 @@ class _Cursor:
     item_count: int = 0
     """Number of items in all arrays so far."""
 
-    def error(self, fault: str) -> UserError:
-        """Return the error to raise: the file is not a sound GGUF, and `fault` says why."""
+    def error(self, fault: str, *, code: str) -> UserError:
+        """Return the error to raise: the file is not a valid GGUF, and `fault` says why."""
         return UserError(
-            f"{self.file_name} is no sound GGUF: {fault}",
-            "do not load it; pull it again, and if it stays so, its publisher has to mend it",
+            f"{self.file_name} is not a valid GGUF: {fault}",
+            "do not load it; pull it again, and if the error stays, its publisher has to fix it",
+            code=code,
         )
 
     def take(self, count: int, subject: str) -> int:
         """Move past the next `count` bytes and return their offset. Raise UserError when the file has fewer."""
         if count > self.file_size - self.position:
-            raise self.error(f"{subject} takes {count} bytes, and the file has {self.file_size - self.position} more")
+            raise self.error(
+                f"{subject} takes {count} bytes, and the file has {self.file_size - self.position} more",
+                code="gguf.truncated",
+            )
         if count > len(self.head) - self.position:
-            raise self.error(f"its header is longer than {MAX_HEADER_BYTES >> 20} MB ({subject})")
+            raise self.error(
+                f"its header is longer than {MAX_HEADER_BYTES >> 20} MB ({subject})", code="gguf.header_too_long"
+            )
         self.position += count
         return self.position - count
 
@@ -171,7 +179,7 @@ class _Cursor:
         """Read a string of 1 to `max_bytes` bytes."""
         length = self.read_number("Q", f"the length of {subject}")
         if not 0 < length <= max_bytes:
-            raise self.error(f"{subject} has {length} bytes, not 1 to {max_bytes}")
+            raise self.error(f"{subject} has {length} bytes, not 1 to {max_bytes}", code="gguf.bad_length")
         start = self.take(length, subject)
         return self.head[start : start + length]
 
@@ -181,16 +189,16 @@ class _Cursor:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise self.error(f"{subject} is no UTF-8: {_quote_name(raw)}") from None
+            raise self.error(f"{subject} is not UTF-8: {_quote_name(raw)}", code="gguf.not_utf8") from None
         if "\0" in text:
-            raise self.error(f"{subject} holds a NUL: {_quote_name(text)}")
+            raise self.error(f"{subject} has a NUL: {_quote_name(text)}", code="gguf.nul_in_text")
         return text
 
     def read_string(self, subject: str) -> str:
         """Read a value that is one string, of any length; it need not be UTF-8, as in llama.cpp."""
         (text,) = self.read_strings(1, subject)
         if "\0" in text:  # C would see a shorter value
-            raise self.error(f"{subject} holds a NUL")
+            raise self.error(f"{subject} has a NUL", code="gguf.nul_in_text")
         return text
 
     def read_strings(self, count: int, subject: str) -> list[str]:
@@ -215,12 +223,17 @@ class _Cursor:
         """Read an array of numbers or strings."""
         item_type, count = self.read_number("I", subject), self.read_number("Q", subject)
         if item_type != STRING and item_type not in SCALAR_FORMATS:
+            is_nested = item_type == ARRAY
             raise self.error(
-                f"{subject} is an array of {'arrays' if item_type == ARRAY else f'unknown type {item_type}'}"
+                f"{subject} is an array of {'arrays' if is_nested else f'unknown type {item_type}'}",
+                code="gguf.nested_array" if is_nested else "gguf.unknown_value_type",
             )
         self.item_count += count
         if self.item_count > MAX_ITEMS:
-            raise self.error(f"{subject} has {count} items, more than {MAX_ITEMS:,} in all arrays together")
+            raise self.error(
+                f"{subject} has {count} items, more than {MAX_ITEMS:,} in all arrays together",
+                code="gguf.too_many_items",
+            )
         if item_type == STRING:
             return self.read_strings(count, subject)
         layout = struct.Struct(f"<{count}{SCALAR_FORMATS[item_type]}")
@@ -233,7 +246,7 @@ class _Cursor:
         if value_type == ARRAY:
             return self.read_array(subject)
         if value_type not in SCALAR_FORMATS:
-            raise self.error(f"{subject} has the unknown type {value_type}")
+            raise self.error(f"{subject} has the unknown type {value_type}", code="gguf.unknown_value_type")
         return self.read_number(SCALAR_FORMATS[value_type], subject)
 
 
@@ -241,12 +254,12 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
     """Read the start of the file; return (version, number of tensors, number of metadata pairs)."""
     magic = cursor.head[cursor.take(4, "the magic number") : 4]
     if magic != b"GGUF":
-        raise cursor.error(f"it begins with {magic!r}, not with 'GGUF'")
+        raise cursor.error(f"it begins with {magic!r}, not with 'GGUF'", code="gguf.bad_magic")
     version = cursor.read_number("I", "the version")
     if version & 0xFFFF == 0 and version:
-        raise cursor.error("it is big-endian, made for other processors")
+        raise cursor.error("it is big-endian, made for other processors", code="gguf.big_endian")
     if version not in (2, 3):
-        raise cursor.error(f"it has version {version}, and llama.cpp reads 2 and 3")
+        raise cursor.error(f"it has version {version}, and llama.cpp reads 2 and 3", code="gguf.unknown_version")
     tensor_count, pair_count = (
         cursor.read_number("Q", "the number of tensors"),
         cursor.read_number("Q", "the number of metadata pairs"),
@@ -259,9 +272,11 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
 def _refuse_impossible_count(cursor: _Cursor, count: int, min_bytes: int, subject: str) -> None:
     """Raise UserError for a count that the file cannot hold, at `min_bytes` bytes each."""
     if count > MAX_ENTRIES:
-        raise cursor.error(f"it claims {count} {subject}, at most {MAX_ENTRIES:,} are read")
+        raise cursor.error(f"it claims {count} {subject}, the limit is {MAX_ENTRIES:,}", code="gguf.too_many_entries")
     if count * min_bytes > cursor.file_size - cursor.position:
-        raise cursor.error(f"it claims {count} {subject}, more than {cursor.file_size} bytes can hold")
+        raise cursor.error(
+            f"it claims {count} {subject}, more than {cursor.file_size} bytes can hold", code="gguf.impossible_count"
+        )
 
 
 def _read_metadata(cursor: _Cursor, pair_count: int) -> tuple[dict[str, object], int]:
@@ -270,15 +285,20 @@ def _read_metadata(cursor: _Cursor, pair_count: int) -> tuple[dict[str, object],
     for index in range(pair_count):
         key = cursor.read_name(MAX_KEY_BYTES, f"key {index}")
         if key in values:
-            raise cursor.error(f"the key {_quote_name(key)} is there twice")
+            raise cursor.error(f"the key {_quote_name(key)} appears twice", code="gguf.duplicate_key")
         types[key] = cursor.read_number("I", f"the type of {_quote_name(key)}")
         values[key] = cursor.read_value(types[key], f"the value of {_quote_name(key)}")
     if types.get(ARCHITECTURE_KEY) != STRING or not values[ARCHITECTURE_KEY]:
-        raise cursor.error(f"{ARCHITECTURE_KEY} is {'no text' if ARCHITECTURE_KEY in types else 'missing'}")
+        is_missing = ARCHITECTURE_KEY not in types
+        raise cursor.error(
+            f"{ARCHITECTURE_KEY} is {'missing' if is_missing else 'not a text'}",
+            code="gguf.no_architecture" if is_missing else "gguf.bad_architecture",
+        )
     split_count = values.get(SPLIT_COUNT_KEY, 1)
     if type(split_count) is not int or split_count not in (0, 1):
         raise cursor.error(
-            f"{SPLIT_COUNT_KEY} is {_quote_name(str(split_count))}: it is one part of a model in several files"
+            f"{SPLIT_COUNT_KEY} is {_quote_name(str(split_count))}: it is one part of a model in several files",
+            code="gguf.split_model",
         )
     return values, _validate_alignment(cursor, types.get(ALIGNMENT_KEY, UINT32), values.get(ALIGNMENT_KEY, 32))
 
@@ -286,9 +306,11 @@ def _read_metadata(cursor: _Cursor, pair_count: int) -> tuple[dict[str, object],
 def _validate_alignment(cursor: _Cursor, value_type: int, value: object) -> int:
     """Return the alignment in bytes. Raise UserError when it is not a uint32 that is a power of two."""
     if value_type != UINT32:
-        raise cursor.error(f"{ALIGNMENT_KEY} has value type {value_type}, not uint32")
+        raise cursor.error(f"{ALIGNMENT_KEY} has value type {value_type}, not uint32", code="gguf.bad_alignment_type")
     if value & (value - 1) or not 0 < value <= MAX_ALIGNMENT:
-        raise cursor.error(f"{ALIGNMENT_KEY} is {value}, no power of two up to {MAX_ALIGNMENT:,}")
+        raise cursor.error(
+            f"{ALIGNMENT_KEY} is {value}, not a power of two up to {MAX_ALIGNMENT:,}", code="gguf.bad_alignment"
+        )
     return value
 
 
@@ -298,16 +320,18 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, 
     for index in range(count):
         tensor = _read_tensor(cursor, index)
         if tensor.name in names:
-            raise cursor.error(f"the tensor {_quote_name(tensor.name)} is there twice")
+            raise cursor.error(f"the tensor {_quote_name(tensor.name)} appears twice", code="gguf.duplicate_tensor")
         names.add(tensor.name)
         tensors.append(tensor)
         if tensor.offset % alignment:
             raise cursor.error(
-                f"the tensor {_quote_name(tensor.name)} is at {tensor.offset}, no multiple of {alignment}"
+                f"the tensor {_quote_name(tensor.name)} is at {tensor.offset}, not a multiple of {alignment}",
+                code="gguf.misaligned_tensor",
             )
         if tensor.offset != (expected_offset := _round_up(end, alignment)):
             raise cursor.error(
-                f"the tensor {_quote_name(tensor.name)} is at {tensor.offset}, expected at {expected_offset}"
+                f"the tensor {_quote_name(tensor.name)} is at {tensor.offset}, expected at {expected_offset}",
+                code="gguf.wrong_tensor_offset",
             )
         end = tensor.offset + tensor.bytes
     _refuse_wrong_file_size(cursor, end, alignment)
@@ -318,9 +342,11 @@ def _refuse_wrong_file_size(cursor: _Cursor, data_bytes: int, alignment: int) ->
     """Raise UserError unless the file ends after its `data_bytes` of tensors, or after the padding behind them."""
     end = cursor.position if not data_bytes else _round_up(cursor.position, alignment) + data_bytes
     if cursor.file_size < end:
-        raise cursor.error(f"its tensors end at byte {end}, and the file has {cursor.file_size}: is it cut off?")
+        raise cursor.error(
+            f"its tensors end at byte {end}, and the file has {cursor.file_size} bytes", code="gguf.truncated"
+        )
     if cursor.file_size > _round_up(end, alignment):
-        raise cursor.error(f"{cursor.file_size - end} bytes follow its last tensor, which no part of it explains")
+        raise cursor.error(f"{cursor.file_size - end} bytes follow its last tensor", code="gguf.trailing_bytes")
 
 
 def _round_up(count: int, alignment: int) -> int:
@@ -335,15 +361,18 @@ def _read_tensor(cursor: _Cursor, index: int) -> Tensor:
     shape = _read_shape(cursor, subject)
     type_number = cursor.read_number("I", subject)
     if type_number not in TENSOR_TYPES:
-        raise cursor.error(f"{subject} has the unknown type {type_number}")
+        raise cursor.error(f"{subject} has the unknown type {type_number}", code="gguf.unknown_tensor_type")
     type_name, block_size, block_bytes = TENSOR_TYPES[type_number]
     elements = 1
     for size in shape:
         elements *= size
     if elements >= 1 << 63:
-        raise cursor.error(f"{subject} has {elements} elements: its shape overflows")
+        raise cursor.error(f"{subject} has {elements} elements: its shape overflows", code="gguf.shape_overflow")
     if shape[0] % block_size:
-        raise cursor.error(f"{subject} has rows of {shape[0]} elements, {type_name} needs a multiple of {block_size}")
+        raise cursor.error(
+            f"{subject} has rows of {shape[0]} elements, {type_name} needs a multiple of {block_size}",
+            code="gguf.partial_block",
+        )
     return Tensor(name, shape, type_name, cursor.read_number("Q", subject), elements // block_size * block_bytes)
 
 
@@ -351,8 +380,8 @@ def _read_shape(cursor: _Cursor, subject: str) -> tuple[int, ...]:
     """Read a shape: 1 to 4 dimensions of at least one element."""
     dimensions = cursor.read_number("I", subject)
     if not 1 <= dimensions <= 4:
-        raise cursor.error(f"{subject} has {dimensions} dimensions, not 1 to 4")
+        raise cursor.error(f"{subject} has {dimensions} dimensions, not 1 to 4", code="gguf.bad_dimension_count")
     shape = tuple(cursor.read_number("q", subject) for _ in range(dimensions))
     if min(shape) < 1:
-        raise cursor.error(f"{subject} has a dimension of {min(shape)} elements")
+        raise cursor.error(f"{subject} has a dimension of {min(shape)} elements", code="gguf.bad_dimension")
     return shape

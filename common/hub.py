@@ -56,7 +56,9 @@ def seconds_from_environment(name: str, default: float) -> float:
         return float(text) if text else default
     except ValueError:
         raise UserError(
-            f"{name}={printable_line(text)} is no number of seconds", f"unset {name}, or set it to one"
+            f"{name}={printable_line(text)} is not a number of seconds",
+            f"unset {name}, or set it to a number",
+            code="environment.not_a_number",
         ) from None
 
 
@@ -78,7 +80,9 @@ def folder_path(repo: str) -> Path:
     try:
         return Path(repo.removeprefix("file://")).expanduser()
     except RuntimeError as error:
-        raise UserError(f"REPO {printable_line(repo)}: {error}", "write the path of the folder") from None
+        raise UserError(
+            f"REPO {printable_line(repo)}: {error}", "write the path of the folder", code="file.unknown_user"
+        ) from None
 
 
 def parse_repo_id(repo: str) -> tuple[str, str | None]:
@@ -91,8 +95,9 @@ def parse_repo_id(repo: str) -> tuple[str, str | None]:
         or repo.endswith("@")
     ):
         raise UserError(
-            f"REPO {printable_line(repo)}: no such folder, and no Hub id",
+            f"REPO {printable_line(repo)}: no such folder, and not a Hub id",
             "write owner/name or owner/name@tag for the Hub, ./folder for a folder hub",
+            code="hub.bad_repo_id",
         )
     return name, revision or None
 
@@ -122,7 +127,7 @@ def create_client() -> "HfApi":
 
 
 def refuse_bad_endpoint() -> None:
-    """Raise UserError when HF_ENDPOINT is not an address. (With some values huggingface_hub cannot be imported.)"""
+    """Raise UserError when HF_ENDPOINT is not an address: with some values huggingface_hub cannot be imported."""
     from urllib.parse import urlsplit
 
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
@@ -132,7 +137,11 @@ def refuse_bad_endpoint() -> None:
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise UserError(f"HF_ENDPOINT={printable_line(url)} is no address of a Hub", "unset HF_ENDPOINT, or correct it")
+        raise UserError(
+            f"HF_ENDPOINT={printable_line(url)} is not the address of a Hub",
+            "unset HF_ENDPOINT, or correct it",
+            code="hub.bad_endpoint",
+        )
 
 
 def read_token() -> str | None:
@@ -141,7 +150,7 @@ def read_token() -> str | None:
 
     hub_token = get_token()
     if hub_token and not (hub_token.isascii() and hub_token.isprintable()):
-        raise UserError("the Hub's token holds characters that no token has", LOGIN_HINT)
+        raise UserError("the Hub token contains characters that no token has", LOGIN_HINT, code="hub.bad_token")
     return hub_token
 
 
@@ -181,7 +190,9 @@ def read_small_file(repo: str, name: str, revision: str, max_bytes: int, repo_ty
             content += block
             if len(content) > max_bytes:
                 raise UserError(
-                    f"{repo}/{name} is larger than {max_bytes} bytes", "is this the right repo? Ask who published it"
+                    f"{repo}/{name} is larger than {max_bytes} bytes",
+                    "check that this is the right repo, or ask its publisher",
+                    code="hub.file_too_large",
                 )
     return bytes(content)
 
@@ -222,7 +233,7 @@ def retry(
             pause = _retry_after_seconds(cause) or base_pause * random.uniform(0.5, 1.5)
             if not _is_transient(cause, retry_statuses) or pause > remaining_seconds:
                 raise translate_hub_error(cause, action) from error
-        print_message(f"{action}: {_describe_error(cause)}; again in {pause:.0f} s")
+        print_message(f"{action}: {_describe_error(cause)}; retrying in {pause:.0f} s")
         time.sleep(pause)
         remaining_seconds, base_pause = remaining_seconds - pause, min(base_pause * 2, MAX_RETRY_PAUSE)
 
@@ -232,7 +243,7 @@ def fill_placeholders(repo: str, run: str | None) -> str:
     repo = repo.replace("{run}", run) if run else repo
     if "{user}" in repo:
         client = create_client()
-        repo = repo.replace("{user}", retry("ask the Hub who you are", client.whoami)["name"])
+        repo = repo.replace("{user}", retry("read your user name from the Hub", client.whoami)["name"])
     return repo
 
 
@@ -291,7 +302,11 @@ def translate_client_error(error: Exception, action: str) -> UserError:
     if cause is not None:
         return translate_hub_error(cause, action)
     if isinstance(error, OSError):
-        return UserError(f"{action}: it cannot be fetched: {redact_secrets(str(error))}", STATUS_HINTS[None])
+        return UserError(
+            f"{action}: the download failed: {redact_secrets(str(error))}",
+            STATUS_HINTS[None],
+            code="hub.download_failed",
+        )
     raise error
 
 
@@ -327,6 +342,7 @@ def translate_hub_error(error: BaseException, action: str) -> UserError:
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -336,29 +352,47 @@ def translate_hub_error(error: BaseException, action: str) -> UserError:
         return translate_hub_error(error.__cause__, action)  # the error itself only adds that the cache has no copy
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return Unreachable(
-            f"{action}: HF_HUB_OFFLINE is set, and the local cache does not have it",
+            f"{action}: HF_HUB_OFFLINE is set, and it is not in the local cache",
             "unset HF_HUB_OFFLINE, then run the same command again",
+            code="hub.offline",
         )
+    if isinstance(error, LocalTokenNotFoundError):
+        return UserError(f"{action}: no Hub token is set", LOGIN_HINT, code="hub.no_token")
     if isinstance(error, json.JSONDecodeError):
-        return Unreachable(f"{action}: {endpoint()} answers, and it is no Hub", ENDPOINT_HINT)
+        return Unreachable(f"{action}: {endpoint()} answers, but is not a Hub", ENDPOINT_HINT, code="hub.not_a_hub")
     if isinstance(error, HFValidationError):
-        return UserError(f"{action}: {_describe_error(error)}", "correct the name: a Hub id reads owner/name")
+        return UserError(
+            f"{action}: {_describe_error(error)}",
+            "correct the name: a Hub id has the form owner/name",
+            code="hub.bad_repo_id",
+        )
     if isinstance(error, GatedRepoError):
         return UserError(
-            f"{action}: it is gated, and this account has not accepted its terms",
+            f"{action}: the repo is gated, and this account has not accepted its terms",
             f"accept them on its page on the Hub, {endpoint()} (and `hf auth login`), then run the same command again",
+            code="hub.gated",
         )
     if isinstance(error, RepositoryNotFoundError) and read_token() is None:
-        return UserError(f"{action}: it is not on the Hub, or private, and no token of the Hub is set", LOGIN_HINT)
+        return UserError(
+            f"{action}: it does not exist on the Hub or is private, and no Hub token is set",
+            LOGIN_HINT,
+            code="hub.not_found_without_token",
+        )
     if isinstance(error, RevisionNotFoundError):
-        return UserError(f"{action}: no such revision", "name a branch, tag or commit that the repo has")
+        return UserError(
+            f"{action}: no such revision", "name a branch, tag or commit of the repo", code="hub.revision_not_found"
+        )
     if http_status(error) is None and os.environ.get("HF_ENDPOINT") and _is_transient(error, ()):
         return Unreachable(
-            f"{action}: nothing answers at HF_ENDPOINT={endpoint()}: {_describe_error(error)}", ENDPOINT_HINT
+            f"{action}: no answer from HF_ENDPOINT={endpoint()}: {_describe_error(error)}",
+            ENDPOINT_HINT,
+            code="hub.endpoint_unreachable",
         )
-    error_type = Unreachable if _is_transient(error, ()) else UserError
+    error_type, status = Unreachable if _is_transient(error, ()) else UserError, _status_or_missing(error)
     return error_type(
-        f"{action}: {_describe_error(error)}", STATUS_HINTS.get(_status_or_missing(error), "run the same command again")
+        f"{action}: {_describe_error(error)}",
+        STATUS_HINTS.get(status, "run the same command again"),
+        code=STATUS_CODES.get(status, "hub.unexpected_status"),
     )
 
 
@@ -369,24 +403,35 @@ def endpoint() -> str:
 
 ENDPOINT_HINT = "unset HF_ENDPOINT, or correct it, then run the same command again"
 LOGIN_HINT = "`hf auth login`, or set HF_TOKEN, then run the same command again"
-STORAGE_HINT = "make room on the Hub (https://huggingface.co/settings/billing), then run the same command again"
+STORAGE_HINT = "free storage on the Hub (https://huggingface.co/settings/billing), then run the same command again"
 STATUS_HINTS = {
-    None: "check the network, then run the same command again; what is there already is kept",
+    None: "check the network, then run the same command again; what was already transferred is kept",
     401: LOGIN_HINT,
     402: STORAGE_HINT,
     403: "use a token that may do this (https://huggingface.co/settings/tokens), then run the same command again",
     404: "correct the name; a private repo needs a token that may read it: " + LOGIN_HINT,
     409: "choose another name, or run the same command again",
-    412: "somebody else writes to this repo: wait for the other one, then run the same command again",
-    413: "the Hub takes no file of this size: choose a smaller quantization",
-    429: "the Hub asks for a pause: run the same command again in some minutes",
+    412: "another process is writing to this repo: wait for it, then run the same command again",
+    413: "the Hub does not accept a file of this size: choose a smaller quantization",
+    429: "run the same command again in a few minutes",
 }
+STATUS_CODES = {
+    None: "hub.unreachable",
+    401: "hub.unauthorized",
+    402: "hub.payment_required",
+    403: "hub.forbidden",
+    404: "hub.not_found",
+    409: "hub.conflict",
+    412: "hub.repo_changed",
+    413: "hub.upload_too_large",
+    429: "hub.rate_limited",
+} | dict.fromkeys((408, 425, 500, 502, 503, 504), "hub.unavailable")
 STATUS_MEANINGS = {
-    401: "the Hub does not know this token",
-    402: "the Hub asks for payment",
+    401: "the Hub does not accept this token",
+    402: "the Hub requires payment",
     403: "the Hub refuses",
-    404: "it is not on the Hub, or private and no token that may read it is set",
-    412: "the repo changed meanwhile",
+    404: "it does not exist on the Hub or is private, and no token that may read it is set",
+    412: "the repo changed in the meantime",
     413: "too large for the Hub",
     429: "too many requests",
 }

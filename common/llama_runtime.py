@@ -47,7 +47,7 @@ def load_model(
     import llama_cpp
 
     if not gguf.is_file():
-        raise UserError(f"{gguf} is missing", "run the stage that writes it again")
+        raise UserError(f"{gguf} is missing", "run the stage that writes it again", code="file.missing")
     layer_counts = [-1]
     if allow_partial_offload and llama_cpp.llama_supports_gpu_offload():
         total_layers = _count_layers(gguf)
@@ -62,7 +62,8 @@ def load_model(
     reasons = messages.getvalue().strip().splitlines()[-1:] or [str(last_error)]
     raise UserError(
         f"llama.cpp cannot load {gguf}: {reasons[0]}",
-        "make or pull it again if it is damaged; close other programs or ask for less context if memory is short",
+        "make or pull it again if it is damaged; close other programs or use a shorter context if memory is too small",
+        code="gguf.not_loadable",
     ) from last_error
 
 
@@ -113,7 +114,7 @@ def compute_device() -> str:
 
 
 def _count_layers(gguf: Path) -> int:
-    """Return the model's number of layers. (llama_model_n_layer knows it only after the weights are loaded.)"""
+    """Return the model's number of layers; llama_model_n_layer knows it only after the weights are loaded."""
     model = load_model(gguf, vocab_only=True)
     try:
         return int(model.metadata[f"{model.metadata['general.architecture']}.block_count"])
@@ -236,7 +237,11 @@ def _create_context(model: "Llama", max_tokens: int) -> Iterator:
     params.n_threads = params.n_threads_batch = os.cpu_count()
     ctx = llama_cpp.llama_init_from_model(model.model, params)
     if not ctx:
-        raise UserError(f"no memory for an answer in {max_tokens} tokens", "lower evaluate.max_new_tokens")
+        raise UserError(
+            f"not enough memory for a context of {max_tokens} tokens",
+            "lower evaluate.max_new_tokens",
+            code="memory.context_too_long",
+        )
     try:
         yield ctx
     finally:
@@ -292,7 +297,7 @@ def _decode_batch(ctx, batch) -> None:
     import llama_cpp
 
     if code := llama_cpp.llama_decode(ctx, batch):
-        raise RuntimeError(f"llama_decode says {code} for {batch.n_tokens} tokens")
+        raise RuntimeError(f"llama_decode returned {code} for {batch.n_tokens} tokens")
 
 
 def _read_logits(ctx, index: int, vocabulary_size: int) -> "np.ndarray":

@@ -79,7 +79,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
 def _busy_error(path: Path, subject: str) -> UserError:
     holder = read_holder(path)
     hint = f"wait for it, or stop it: kill {holder.pid}" if holder else "wait for the other command"
-    return UserError(f"{subject} is in use by {holder or 'another process'}", hint)
+    return UserError(f"{subject} is in use by {holder or 'another process'}", hint, code="lock.held")
 
 
 def read_holder(path: Path) -> LockHolder | None:

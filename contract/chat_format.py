@@ -54,7 +54,8 @@ def render(
             "the chat template cannot render "
             f"{' '.join(str(message.get('role')) for message in messages) or 'an empty conversation'}: "
             f"{describe_template_error(error)}",
-            "use a template that can: data.template names one, a published model is published again",
+            "set data.template to a template that can; if the model is published, publish it again",
+            code="template.render_failed",
         ) from error
 
 
@@ -108,8 +109,9 @@ def compile_template(template: str, undefined: type | None = None) -> "Template"
         return environment.from_string(template)
     except Exception as error:  # Python's compiler refuses more than Jinja's: 20 nested loops, deep nesting
         raise UserError(
-            f"the chat template is no valid Jinja: {describe_template_error(error)}",
-            "set data.template to another one, such as alpaca or chatml",
+            f"the chat template is not valid Jinja: {describe_template_error(error)}",
+            "set data.template to a different one, such as alpaca or chatml",
+            code="template.not_jinja",
         ) from error
 
 
@@ -144,8 +146,9 @@ def embedded_template(model: "Llama") -> str:
     template = model.metadata.get("tokenizer.chat_template")
     if not template:
         raise UserError(
-            "the GGUF holds no chat template, so its prompt format is unknown",
-            "export it again: a trained file carries its template",
+            "the GGUF has no chat template, so its prompt format is unknown",
+            "export it again: a trained file contains its template",
+            code="template.missing",
         )
     return template
 

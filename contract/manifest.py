@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,7 +39,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 def _validate_file_name(name: str) -> str:
     """Return `name`. Raise ValueError unless it is a plain relative name, which cannot leave its folder."""
     if not is_safe_name(name):
-        raise ValueError(f"{name!r} is no safe file name")
+        raise ValueError(f"{name!r} is not a safe file name")
     return name
 
 
@@ -162,7 +163,7 @@ class GoldenPrompt(ManifestPart):
     @model_validator(mode="after")
     def _require_role_and_content(self) -> "GoldenPrompt":
         if not all({"role", "content"} <= message.keys() for message in self.messages):
-            raise ValueError("a message has a role and a content")
+            raise ValueError("a message needs a role and a content")
         return self
 
 
@@ -259,16 +260,17 @@ class Manifest(ManifestPart):
             raise ValueError("artifacts: exactly one GGUF must be the default")
         names = [item.file for item in (*self.artifacts, *self.files)]
         # Names that differ in case only are one file on a Mac's disk.
-        if len({name.lower() for name in names}) < len(names) or FILE_NAME in names:
-            raise ValueError("artifacts and files: a name stands twice")
+        counts = Counter(name.lower() for name in names)
+        if repeated_names := [name for name in names if counts[name.lower()] > 1 or name == FILE_NAME]:
+            raise ValueError(f"artifacts and files: {repeated_names[0]!r} appears twice")
         if bad_names := [
             artifact.file for artifact in self.artifacts if not artifact.file.endswith(SUFFIX_BY_KIND[artifact.kind])
         ]:
-            raise ValueError(f"artifacts: {bad_names[0]!r} does not end as its kind does")
-        if any(artifact.kind == "gguf" and "/" in artifact.file for artifact in self.artifacts):
-            raise ValueError("artifacts: a GGUF lies in no folder")
+            raise ValueError(f"artifacts: {bad_names[0]!r} has the wrong extension for its kind")
+        if nested_ggufs := [item.file for item in self.artifacts if item.kind == "gguf" and "/" in item.file]:
+            raise ValueError(f"artifacts: {nested_ggufs[0]!r} is a GGUF in a folder")
         if hashlib.sha256(self.chat.template.encode()).hexdigest() != self.chat.sha256:
-            raise ValueError("chat: the template has another sha256")
+            raise ValueError("chat: sha256 is not that of the template")
         return self
 
     def find_artifact(self, file: str) -> Artifact:
@@ -291,7 +293,9 @@ def read_manifest(path: Path) -> Manifest:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}", "run the stage that writes it (`make` lists them)"
+            f"cannot read {path}: {error.strerror}",
+            "run the stage that writes it (`make` lists them)",
+            code="manifest.unreadable",
         ) from error
     return parse_manifest(content, str(path))
 
@@ -307,20 +311,30 @@ def parse_manifest(content: bytes, source: str) -> Manifest:
         UserError: it is too large, newer than this reader, or not a valid manifest.
     """
     if len(content) > MAX_BYTES:
-        raise UserError(f"{source} is larger than {MAX_BYTES} bytes, which no manifest is", "is this the right repo?")
+        raise UserError(
+            f"{source} is larger than {MAX_BYTES} bytes, the limit of a manifest",
+            "check that this is the right repo",
+            code="manifest.too_large",
+        )
     try:
         value = _parse_json(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is no JSON: {printable_line(str(error), 100)}", PUBLISH_HINT) from error
+        raise UserError(
+            f"{source} is not valid JSON: {printable_line(str(error), 100)}", PUBLISH_HINT, code="manifest.not_json"
+        ) from error
     version = _schema_version(value)
     if version is not None and version > SCHEMA_VERSION:
         raise UserError(
-            f"{source} has schema {version}, this Ferry reads up to {SCHEMA_VERSION}", "update Ferry: `git pull`"
+            f"{source} has schema {version}, this Ferry reads up to {SCHEMA_VERSION}",
+            "update Ferry: `git pull`",
+            code="manifest.newer_schema",
         )
     try:
         return Manifest.model_validate(value)
     except (ValidationError, RecursionError) as error:
-        raise UserError(f"{source} is no valid manifest: {_describe_fault(error)}", PUBLISH_HINT) from error
+        raise UserError(
+            f"{source} is not a valid manifest: {_describe_fault(error)}", PUBLISH_HINT, code="manifest.invalid"
+        ) from error
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -341,6 +355,7 @@ def refuse_invalid_parts(parts: dict) -> None:
         raise UserError(
             f"the manifest cannot hold this: {_describe_fault(error)}",
             "shorten the system prompt, the chat template or generation.smoke_prompts, with a new RUN=name",
+            code="manifest.invalid_parts",
         ) from error
 
 
@@ -363,13 +378,13 @@ def _parse_json(content: bytes) -> object:
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number that a computer holds")
+        raise ValueError(f"{text} is too large for a number")
     return number
 
 

@@ -8,6 +8,7 @@ has one template, only keys that the converter writes, and numbers that agree wi
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from common.errors import UserError, printable_line
 from common.gguf_reader import ARCHITECTURE_KEY, SPLIT_COUNT_KEY, Header
@@ -34,6 +35,15 @@ TOKENIZER_KEY_TYPES = {
 }  # fmt: skip
 
 
+class Fault(NamedTuple):
+    """A fault of a header."""
+
+    code: str
+    """As of UserError."""
+    text: str
+    """One sentence."""
+
+
 def refuse_impossible_header(header: Header, file: str, made_by_ferry: bool = True) -> None:
     """Raise UserError when a header contradicts itself, or differs from all that Ferry publishes.
 
@@ -44,15 +54,17 @@ def refuse_impossible_header(header: Header, file: str, made_by_ferry: bool = Tr
     """
     for fault in find_faults(header, made_by_ferry):
         raise UserError(
-            f"{file} is no model that can be loaded: {fault}", "do not use this repo: its publisher has to mend it"
+            f"{file} cannot be loaded: {fault.text}",
+            "do not use this repo: its publisher has to fix it",
+            code=fault.code,
         )
 
 
-def find_faults(header: Header, made_by_ferry: bool = True) -> Iterator[str]:
-    """Yield the faults of a header, one sentence each."""
+def find_faults(header: Header, made_by_ferry: bool = True) -> Iterator[Fault]:
+    """Yield the faults of a header."""
     metadata, architecture = header.metadata, str(header.metadata[ARCHITECTURE_KEY])
     if not re.fullmatch(r"[a-z0-9_.-]{1,64}", architecture):
-        yield f"{ARCHITECTURE_KEY} is {printable_line(architecture, 40)!r}"
+        yield Fault("header.bad_architecture", f"{ARCHITECTURE_KEY} is {printable_line(architecture, 40)!r}")
         return
     for key, value in metadata.items():
         if made_by_ferry:
@@ -64,87 +76,100 @@ def find_faults(header: Header, made_by_ferry: bool = True) -> Iterator[str]:
     yield from _find_expert_faults(metadata, architecture)
 
 
-def _find_key_faults(key: str, value: object, architecture: str) -> Iterator[str]:
+def _find_key_faults(key: str, value: object, architecture: str) -> Iterator[Fault]:
     """Yield the faults of one key: it is unknown, or its value has another type or is too long."""
     name = printable_line(key, 80)
     if key in TOKENIZER_KEY_TYPES:
         if type(value) is not TOKENIZER_KEY_TYPES[key]:
-            yield f"{name} is {type(value).__name__}, not {TOKENIZER_KEY_TYPES[key].__name__}"
+            text = f"{name} is {type(value).__name__}, not {TOKENIZER_KEY_TYPES[key].__name__}"
+            yield Fault("header.wrong_value_type", text)
     elif (
         not key.startswith((*KEY_PREFIXES, f"{architecture}."))
         and not TOKEN_ID_KEY.fullmatch(key)
         and key != SPLIT_COUNT_KEY
     ):
-        yield f"the key {name} is none that Ferry writes"
+        yield Fault("header.unknown_key", f"Ferry does not write the key {name}")
     if isinstance(value, str) and len(value) > limits.MAX_TEMPLATE:
-        yield f"{name} has {len(value):,} characters, at most {limits.MAX_TEMPLATE:,}"
+        yield Fault(
+            "header.text_too_long", f"{name} has {len(value):,} characters, the limit is {limits.MAX_TEMPLATE:,}"
+        )
 
 
-def _find_dimension_faults(name: str, value: object) -> Iterator[str]:
+def _find_dimension_faults(name: str, value: object) -> Iterator[Fault]:
     """Yield the faults of the numbers under a key of the architecture: not finite, too large, or too many."""
     values = value if isinstance(value, list) else [value]
     if len(values) > MAX_PER_LAYER:
-        yield f"{name} has {len(values):,} items, at most {MAX_PER_LAYER:,}"
+        yield Fault("header.list_too_long", f"{name} has {len(values):,} items, the limit is {MAX_PER_LAYER:,}")
         return
     for item in values:
         if isinstance(item, float) and not math.isfinite(item):
-            yield f"{name} is {item}"
+            yield Fault("header.not_finite", f"{name} is {item}")
         if isinstance(item, int) and abs(item) > MAX_DIMENSION:
-            yield f"{name} is {item}, at most {MAX_DIMENSION:,}"
+            yield Fault("header.number_too_large", f"{name} is {item}, the limit is {MAX_DIMENSION:,}")
 
 
-def _find_vocabulary_faults(metadata: dict[str, object]) -> Iterator[str]:
+def _find_vocabulary_faults(metadata: dict[str, object]) -> Iterator[Fault]:
     """Yield the faults of the vocabulary: tokens that are not unique texts, lists of another length, ids beyond it."""
     tokens = metadata.get(TOKENS_KEY)
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-        yield f"{TOKENS_KEY} is no list of texts"
+        yield Fault("header.no_tokens", f"{TOKENS_KEY} is not a list of texts")
         return
     if len(set(tokens)) < len(tokens):
-        yield f"{TOKENS_KEY} has a text twice"
+        yield Fault("header.duplicate_token", f"{TOKENS_KEY} has a text twice")
     for key in PER_TOKEN_KEYS:
         if key in metadata and (not isinstance(metadata[key], list) or len(metadata[key]) != len(tokens)):
-            yield f"{key} has not one item for each of {len(tokens):,} tokens"
+            text = f"{key} does not have one item for each of {len(tokens):,} tokens"
+            yield Fault("header.wrong_list_length", text)
     for key in filter(TOKEN_ID_KEY.fullmatch, metadata):
         token_ids = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
         if any(type(token) is not int or not 0 <= token < len(tokens) for token in token_ids):
-            yield f"{key} is {printable_line(str(metadata[key]), 60)}, and the vocabulary has {len(tokens):,} tokens"
+            text = f"{key} is {printable_line(str(metadata[key]), 60)}, and the vocabulary has {len(tokens):,} tokens"
+            yield Fault("header.token_id_out_of_range", text)
 
 
-def _find_layer_faults(header: Header, architecture: str) -> Iterator[str]:
+def _find_layer_faults(header: Header, architecture: str) -> Iterator[Fault]:
     """Yield the faults of layers and context. Each claimed layer has tensors, and embeddings have a row per token."""
     layer_count, context = (header.metadata.get(f"{architecture}.{key}") for key in ("block_count", "context_length"))
     if type(layer_count) is not int or not 1 <= layer_count <= MAX_LAYERS:
-        yield f"{architecture}.block_count is {printable_line(str(layer_count), 40)}, not 1 to {MAX_LAYERS}"
+        text = f"{architecture}.block_count is {printable_line(str(layer_count), 40)}, not 1 to {MAX_LAYERS}"
+        yield Fault("header.bad_layer_count", text)
         return
     if type(context) is not int or not 1 <= context <= limits.MAX_CONTEXT:
-        yield f"{architecture}.context_length is {printable_line(str(context), 40)}, not 1 to {limits.MAX_CONTEXT:,}"
+        text = f"{architecture}.context_length is {printable_line(str(context), 40)}, not 1 to {limits.MAX_CONTEXT:,}"
+        yield Fault("header.bad_context_length", text)
     layer_indices = {
         int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", tensor.name))
     }
     if layer_indices != set(range(layer_count)):
-        yield f"{architecture}.block_count is {layer_count}, and there are tensors of {len(layer_indices)} layers"
+        text = f"{architecture}.block_count is {layer_count}, and there are tensors of {len(layer_indices)} layers"
+        yield Fault("header.wrong_layers", text)
     tokens = header.metadata.get(TOKENS_KEY)
     for tensor in header.tensors:
         if tensor.name == "token_embd.weight" and isinstance(tokens, list) and tensor.shape[-1] != len(tokens):
-            yield f"{tensor.name} has {tensor.shape[-1]:,} rows for {len(tokens):,} tokens"
+            text = f"{tensor.name} has {tensor.shape[-1]:,} rows for {len(tokens):,} tokens"
+            yield Fault("header.wrong_embedding_rows", text)
 
 
-def _find_expert_faults(metadata: dict[str, object], architecture: str) -> Iterator[str]:
+def _find_expert_faults(metadata: dict[str, object], architecture: str) -> Iterator[Fault]:
     """Yield the faults of expert counts, drafting layers (nextn) and RoPE scaling, all asserted by llama.cpp."""
     expert_count, used_experts, drafting_layers = (
         metadata.get(f"{architecture}.{key}", 0)
         for key in ("expert_count", "expert_used_count", "nextn_predict_layers")
     )
     if any(type(number) is not int for number in (expert_count, used_experts, drafting_layers)):
-        yield "expert_count, expert_used_count or nextn_predict_layers is no whole number"
+        text = "expert_count, expert_used_count or nextn_predict_layers is not an integer"
+        yield Fault("header.not_an_integer", text)
         return
     if not 0 <= expert_count <= MAX_EXPERTS or not (
         0 < used_experts <= expert_count or expert_count == used_experts == 0
     ):
-        yield f"{architecture} has {expert_count} experts, of which {used_experts} are used"
+        text = f"{architecture} has {expert_count} experts, of which {used_experts} are used"
+        yield Fault("header.bad_expert_count", text)
     layers = metadata.get(f"{architecture}.block_count")
     if drafting_layers and not (type(layers) is int and 0 <= drafting_layers < layers):
-        yield f"{architecture}.nextn_predict_layers is {drafting_layers}"
+        text = f"{architecture}.nextn_predict_layers is {drafting_layers}"
+        yield Fault("header.bad_drafting_layers", text)
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling not in ROPE_SCALINGS:
-        yield f"{architecture}.rope.scaling.type is {printable_line(str(scaling), 40)}"
+        text = f"{architecture}.rope.scaling.type is {printable_line(str(scaling), 40)}"
+        yield Fault("header.unknown_rope_scaling", text)

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 from urllib.parse import urljoin
 
 from common import files, hub
@@ -18,7 +18,30 @@ from contract.manifest import Artifact
 MAX_REDIRECTS = 5  # within the Hub's own host, such as after a repo was renamed
 
 
-def find_source(repo: str) -> "FolderSource | HubSource":
+class ModelSource(Protocol):
+    """A published model: what a folder hub and a repo on the Hub have in common."""
+
+    @property
+    def name(self) -> str:
+        """The name of the model's folder in the store."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub; None for a folder."""
+
+    def read_manifest(self) -> bytes:
+        """Return the bytes of the manifest."""
+
+    def refuse_changed(self, artifact: Artifact) -> None:
+        """Raise UserError, before it is read, when an artifact is not the one that the manifest describes."""
+
+    def open_blocks(
+        self, artifact: Artifact, start: int
+    ) -> contextlib.AbstractContextManager[tuple[int, Iterator[bytes]]]:
+        """Yield (the offset of the first byte, the blocks of an artifact from there on)."""
+
+
+def find_source(repo: str) -> ModelSource:
     """Return the source that `repo` names. Raise UserError when there is no such repo, or it has no manifest."""
     return FolderSource.open(repo) if hub.is_folder(repo) else HubSource.open(*hub.parse_repo_id(repo))
 
@@ -38,12 +61,15 @@ class FolderSource:
         path = hub.folder_path(repo)
         if not path.is_dir():
             raise UserError(
-                f"REPO {printable_line(repo)}: no such folder", "name the folder that `make publish` printed"
+                f"REPO {printable_line(repo)}: no such folder",
+                "name the folder that `make publish` printed",
+                code="hub.folder_not_found",
             )
         if not (path / manifest.FILE_NAME).is_file():
             raise UserError(
-                f"{path} holds no {manifest.FILE_NAME}: nothing was published there, or not to its end",
+                f"{path} has no {manifest.FILE_NAME}: nothing was published there, or the publishing was interrupted",
                 "run `make publish` again where the model was trained",
+                code="hub.no_manifest",
             )
         return cls(path, path.resolve().name)
 
@@ -58,8 +84,10 @@ class FolderSource:
         size = path.stat().st_size if path.is_file() else None
         if size != artifact.bytes:
             raise UserError(
-                f"{path} is {'missing' if size is None else f'{size} bytes'}, the manifest says {artifact.bytes} bytes",
+                f"{path} {'is missing' if size is None else f'has {size} bytes'}, "
+                f"its manifest says {artifact.bytes} bytes",
                 "publish it again: `make publish`",
+                code="hub.file_missing" if size is None else "hub.file_changed",
             )
 
     @contextlib.contextmanager
@@ -75,13 +103,19 @@ class FolderSource:
         try:
             return path.open("rb")
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}", "see to its owner and rights") from error
+            raise UserError(
+                f"cannot read {path}: {error.strerror}", "correct its owner or permissions", code="file.unreadable"
+            ) from error
 
     def _plain_path(self, name: str) -> Path:
         """Return the path of a file. Raise UserError when it, or its parent folder, is a symbolic link."""
         path = self.path / name
         if path.is_symlink() or path.parent.is_symlink():
-            raise UserError(f"{path} is a symbolic link; a hub holds plain files", "publish it again: `make publish`")
+            raise UserError(
+                f"{path} is a symbolic link; a hub has only regular files",
+                "publish it again: `make publish`",
+                code="hub.symbolic_link",
+            )
         return path
 
 
@@ -104,8 +138,10 @@ class HubSource:
         )
         if manifest.FILE_NAME not in {sibling.rfilename for sibling in repo_info.siblings or ()}:
             raise UserError(
-                f"{action}: it holds no {manifest.FILE_NAME}, so Ferry did not publish it, or not to its end",
+                f"{action}: the repo has no {manifest.FILE_NAME}: "
+                "it was not published by Ferry, or the publishing was interrupted",
                 "run `make publish` again where the model was trained",
+                code="hub.no_manifest",
             )
         return cls(repo, repo.replace("/", "--"), repo_info.sha)
 
@@ -129,6 +165,7 @@ class HubSource:
                 f"its manifest says {artifact.bytes} bytes and {artifact.sha256}",
                 "the file was replaced after it was published: ask who published it, "
                 "or publish it again with `make publish`",
+                code="hub.file_changed",
             )
 
     @contextlib.contextmanager
@@ -147,12 +184,12 @@ class HubSource:
         )
         with get_session().stream("GET", location, headers=headers) as response:
             if response.status_code == 403 and not hub.is_hub_url(location):
-                raise hub.TransientError("its address has expired")
+                raise hub.TransientError("the download address has expired")
             hf_raise_for_status(response)
             if response.status_code == 206 and not response.headers.get("content-range", "").startswith(
                 f"bytes {start}-"
             ):
-                raise hub.TransientError("it sends another part than was asked for")
+                raise hub.TransientError("the server sent a different part than requested")
             yield (start if response.status_code == 206 else 0), response.iter_raw()
 
     def _describe_file(self, name: str) -> "HubFile":
@@ -174,7 +211,9 @@ class HubSource:
                 break
             url = location
         if url.startswith("https:") and not location.startswith("https:"):
-            raise UserError(f"{self.repo}/{name} lies behind an address without TLS", "do not use this repo")
+            raise UserError(
+                f"{self.repo}/{name} is at an address without TLS", "do not use this repo", code="hub.no_tls"
+            )
         return HubFile.from_headers(response.headers, location)
 
 

@@ -33,7 +33,7 @@ MAX_OPEN_FILES = 64  # imports open one at a time
 # Environment variables that the child keeps. TZ: a template may print today's date. Library paths: some Pythons do not
 # start without them.
 KEPT_VARIABLES = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-TEMPLATE_HINT = "this repo's template is not one that Ferry publishes: do not use it"
+TEMPLATE_HINT = "do not use this repo: Ferry does not publish such a template"
 CHILD_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from contract import template_sandbox; template_sandbox.run_child()"
@@ -57,13 +57,17 @@ def render_prompts(
     """
     if len(template) > MAX_TEMPLATE_CHARS:
         raise UserError(
-            f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE_CHARS:,}", TEMPLATE_HINT
+            f"the chat template has {len(template):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}",
+            TEMPLATE_HINT,
+            code="template.too_long",
         )
     fields = {"template": template, "conversations": list(conversations), "bos": bos, "eos": eos}
     request = json.dumps(fields).encode()
     if len(request) > MAX_REQUEST_BYTES:
         raise UserError(
-            f"the conversations to render take {len(request):,} bytes, at most {MAX_REQUEST_BYTES:,}", TEMPLATE_HINT
+            f"the conversations to render have {len(request):,} bytes, the limit is {MAX_REQUEST_BYTES:,}",
+            TEMPLATE_HINT,
+            code="template.conversations_too_long",
         )
     return _parse_answer(*_run_child(request, seconds), len(fields["conversations"]))
 
@@ -78,7 +82,9 @@ def _run_child(request: bytes, seconds: float) -> tuple[bytes, int]:
             answer = _read_answer(process.stdout, deadline)
             return answer, process.wait(max(0, deadline - time.monotonic()))
         except (TimeoutError, subprocess.TimeoutExpired):
-            raise UserError(f"the chat template took more than {seconds:g} s", TEMPLATE_HINT) from None
+            raise UserError(
+                f"the chat template took more than {seconds:g} s", TEMPLATE_HINT, code="template.timeout"
+            ) from None
         finally:
             _kill_child(process)
 
@@ -91,8 +97,9 @@ def _write_temporary_file(content: bytes) -> IO[bytes]:
         file.seek(0)
     except OSError as error:
         raise UserError(
-            f"no temporary file can be written: {error.strerror}",
-            "free some disk in /tmp, or set TMPDIR to another folder",
+            f"cannot write a temporary file: {error.strerror}",
+            "free disk space in /tmp, or set TMPDIR to a different folder",
+            code="disk.no_temporary_file",
         ) from error
     return file
 
@@ -126,7 +133,9 @@ def _read_answer(pipe: IO[bytes], deadline: float) -> bytes:
             return bytes(answer)
         answer += block
     raise UserError(
-        f"the chat template is refused: its prompts have more than {MAX_PROMPT_CHARS:,} characters", TEMPLATE_HINT
+        f"the chat template is refused: its prompts have more than {MAX_PROMPT_CHARS:,} characters",
+        TEMPLATE_HINT,
+        code="template.refused",
     )
 
 
@@ -146,9 +155,15 @@ def _parse_answer(answer: bytes, exit_code: int, count: int) -> list[str]:
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, str):
-        raise UserError(f"the chat template is refused: {printable_line(value, 300)}", TEMPLATE_HINT)
+        raise UserError(
+            f"the chat template is refused: {printable_line(value, 300)}", TEMPLATE_HINT, code="template.refused"
+        )
     if not isinstance(value, list) or len(value) != count or not all(isinstance(text, str) for text in value):
-        raise UserError(f"the chat template broke what renders it (exit code {exit_code})", TEMPLATE_HINT)
+        raise UserError(
+            f"the chat template ended the process that renders it (exit code {exit_code})",
+            TEMPLATE_HINT,
+            code="template.process_failed",
+        )
     return value
 
 

@@ -102,7 +102,7 @@ class LlamaCpp:
         """Return the doctor's line about llama.cpp."""
         if self.version is None and not (Path(sys.prefix) / "ferry.json").is_file():
             text = "the Python environment that runs models is not set up yet: llama.cpp and 0.2 GB of packages"
-            return Check("llama.cpp", "lack", text, f"{SETUP_COMMAND}, or make deploy-mac, which does it")
+            return Check("llama.cpp", "lack", text, f"{SETUP_COMMAND}; make deploy-mac does it too")
         if self.version is None:
             return Check("llama.cpp", "fault", "llama-cpp-python is not in this environment", SETUP_COMMAND)
         text = f"llama-cpp-python {self.version}"
@@ -130,7 +130,7 @@ def check_compiler(this_machine: Machine, llama_cpp: LlamaCpp) -> list[Check]:
     """Check on a Mac that Apple's compiler is there, only where llama.cpp still has to be built."""
     if this_machine.system != "Darwin" or llama_cpp.version or machine.run_command(["xcode-select", "-p"]):
         return []
-    text = "no command line tools of Xcode; llama.cpp is compiled with them where no ready one fits"
+    text = "Xcode's command line tools are missing; they compile llama.cpp where no prebuilt one fits"
     return [Check("compiler", "lack", text, "xcode-select --install")]
 
 
@@ -152,20 +152,20 @@ def check_repo_file(repo: str, models: Path, quantization: str | None) -> tuple[
         header_bytes, header = header_check.read_header(source, artifact)
         header_check.refuse_unloadable_header(header_bytes, artifact.bytes, artifact.file)
     except hub.Unreachable as error:
-        return [Check("file", "lack", f"{error.message}; what was pulled before can be used", error.hint)], None
+        text = f"{error.message}; an earlier pull can still be used"
+        return [Check("file", "lack", text, error.hint, code=error.code)], None
     except UserError as error:
-        return [Check("file", "fault", error.message, error.hint)], None
+        return [Check("file", "fault", error.message, error.hint, code=error.code)], None
     except OSError as error:
-        return [
-            Check("file", "fault", f"{printable_line(repo)} cannot be read: {error.strerror}", "make it readable")
-        ], None
+        text = f"{printable_line(repo)} cannot be read: {error.strerror}"
+        return [Check("file", "fault", text, "make it readable", code="file.unreadable")], None
     path = models / source.name / files.sha256_bytes(content)[:12] / artifact.file
     header_names = [
         str(header.metadata.get(key, "none")) for key in (gguf_reader.ARCHITECTURE_KEY, "tokenizer.ggml.pre")
     ]
     text = (
         f"{artifact.file}, {format_disk(artifact.bytes)}; "
-        f"llama.cpp knows it (architecture {header_names[0]}, pre-tokenizer {header_names[1]})"
+        f"llama.cpp supports it (architecture {header_names[0]}, pre-tokenizer {header_names[1]})"
     )
     return [Check("file", "ok", printable_line(text))], RepoFile(model_manifest, artifact, header, path)
 
@@ -215,7 +215,10 @@ def check_free_space(copies: list[tuple[str, Path, int]], file: RepoFile | None)
     if free_bytes >= needed_bytes:
         return Check("disk", "ok", text)
     return Check(
-        "disk", "lack", text, f"free {format_disk(needed_bytes - free_bytes)} (`make models` lists what Ferry keeps)"
+        "disk",
+        "lack",
+        text,
+        f"free {format_disk(needed_bytes - free_bytes)} (`make models` lists the models in the store)",
     )
 
 
@@ -247,7 +250,7 @@ def check_context(memory_budget: int, file: RepoFile) -> Check:
     smaller = sorted(
         a.quantization for a in file.manifest.artifacts if a.kind == "gguf" and a.quantization and a.bytes < weights
     )
-    cure = f"QUANT=one of: {', '.join(smaller)}" if smaller else "close other programs, or take a smaller model"
+    cure = f"QUANT=one of: {', '.join(smaller)}" if smaller else "close other programs, or use a smaller model"
     if fitting_tokens:
         return Check(
             "context",
@@ -258,7 +261,7 @@ def check_context(memory_budget: int, file: RepoFile) -> Check:
     return Check(
         "context",
         "lack",
-        f"it needs {format_memory(needed_bytes)}, and {format_memory(memory_budget)} are there for a model",
+        f"it needs {format_memory(needed_bytes)}, {format_memory(memory_budget)} are available for a model",
         cure,
     )
 
@@ -305,7 +308,7 @@ def check_ollama(version: str | None) -> Check:
             "Ollama",
             "lack",
             f"installed, but nothing answers at {address}",
-            "`ollama serve`, or open the app (START=1 does it)",
+            "`ollama serve`, or open the app (START=1 starts it)",
         )
     return Check("Ollama", "lack", "not installed", ollama.INSTALL_HINT)
 

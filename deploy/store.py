@@ -61,7 +61,9 @@ def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
         return models / _folder_name(repo), None
     if re.fullmatch(manifest.NAME_PATTERN, name):
         raise UserError(
-            f"{models} holds no model {name}", "`make models` lists what it holds; owner/name is one on the Hub"
+            f"there is no model {name} in {models}",
+            "`make models` lists the models there; owner/name is a model on the Hub",
+            code="store.not_found",
         )
     name, version = hub.parse_repo_id(repo)
     return models / name.replace("/", "--"), version
@@ -72,7 +74,9 @@ def _folder_name(repo: str) -> str:
     name = hub.folder_path(repo).resolve().name
     if not name:
         raise UserError(
-            f"REPO {printable_line(repo)} is no model", "write owner/name for the Hub, ./folder for a folder hub"
+            f"REPO {printable_line(repo)} is not a model",
+            "write owner/name for the Hub, ./folder for a folder hub",
+            code="store.unnamed_folder",
         )
     return name
 
@@ -93,8 +97,16 @@ def resolve_model(repo: str | None, models: Path) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise UserError(f"{models} holds no model", "`make deploy-mac REPO=you/model`, or a folder such as ./hub/demo")
-    raise UserError(f"REPO is missing, and {models} holds {len(names)} models", f"REPO=one of: {', '.join(names)}")
+        raise UserError(
+            f"there is no model in {models}",
+            "`make deploy-mac REPO=you/model`, or a folder such as ./hub/demo",
+            code="store.empty",
+        )
+    raise UserError(
+        f"REPO is missing, and there are {len(names)} models in {models}",
+        f"REPO=one of: {', '.join(names)}",
+        code="store.ambiguous_model",
+    )
 
 
 def format_make_arguments(repo: str, models: Path) -> str:
@@ -111,6 +123,7 @@ def require_version(models: Path, repo: str) -> Path:
         raise UserError(
             f"{printable_line(repo)} was not pulled to {models}",
             f"run `make pull {format_make_arguments(repo, models)}`",
+            code="store.not_pulled",
         )
     return version_folder
 
@@ -123,7 +136,10 @@ def current_version(folder: Path) -> Path | None:
 
 
 def set_current_version(version: Path) -> None:
-    """Make this version the current one. (In a copied store the link may have become a folder, which is replaced.)"""
+    """Make this version the current one.
+
+    In a copied store the link may have become a folder, which is replaced.
+    """
     link, part = version.parent / CURRENT_LINK, version.parent / f".{CURRENT_LINK}.part"
     if current_version(version.parent) == version:
         return
@@ -149,7 +165,11 @@ def refuse_foreign_link(link: Path) -> None:
         else not link.exists() or bool(read_record(link / PULL_RECORD))
     )
     if not is_acceptable:
-        raise UserError(f"{link} is not Ferry's", "move it away, or choose another store: MODELS=folder")
+        raise UserError(
+            f"{link} was not created by Ferry",
+            "move it away, or choose a different store: MODELS=folder",
+            code="store.foreign_link",
+        )
 
 
 def read_names(folder: Path) -> dict[str, str]:
@@ -224,7 +244,9 @@ def read_pull_record(version: Path) -> dict:
     """Return the pull.json of a version. Raises UserError when it is not what `pull` wrote."""
     pull_record = read_record(version / PULL_RECORD)
     if not pull_record or pull_record["file"] != Path(pull_record["file"]).name:
-        raise UserError(f"{version / PULL_RECORD} is damaged", f"delete {version} and pull again")
+        raise UserError(
+            f"{version / PULL_RECORD} is damaged", f"delete {version} and pull again", code="store.damaged_record"
+        )
     return pull_record
 
 
@@ -257,8 +279,9 @@ def load_pulled(version: Path) -> tuple[manifest.Manifest, Path]:
     is_unchanged = path.is_file() and manifest_path.is_file() and files.sha256(path) == pull_record["sha256"]
     if not is_unchanged or files.sha256(manifest_path) != pull_record["manifest_sha256"]:
         raise UserError(
-            f"{version} is not what was pulled from {pull_record['repo']}: a file is gone or changed",
+            f"{version} differs from what was pulled from {pull_record['repo']}: a file is missing or changed",
             f"delete {version / PULL_RECORD} and run the same command again",
+            code="store.changed",
         )
     return manifest.read_manifest(manifest_path), path
 
@@ -284,7 +307,9 @@ def load_tested(version: Path) -> tuple[manifest.Manifest, Path]:
         revision = f"@{pull_record['commit']}" if pull_record["commit"] else ""
         arguments = format_make_arguments(pull_record["repo"] + revision, version.parent.parent)
         raise UserError(
-            f"{pull_record['file']} in {version} has not passed its smoke test", f"run `make smoke {arguments}`"
+            f"{pull_record['file']} in {version} has not passed its smoke test",
+            f"run `make smoke {arguments}`",
+            code="smoke.not_passed",
         )
     is_unchanged = path.is_file() and smoke_record.get("stamp") == file_stamp(path) and manifest_path.is_file()
     if is_unchanged and files.sha256(manifest_path) == pull_record["manifest_sha256"]:
@@ -308,7 +333,7 @@ def list_for_terminal(models: Path) -> str:
     for version in list_all_versions(models):
         mark = "*" if current_version(version.parent) == version else " "
         lines += [f"{mark} {version.parent.name}@{version.name}", f"    {_describe_version(version)}"]
-    return "\n".join(lines) or f"{models} holds no models: `make deploy-mac REPO=you/model`"
+    return "\n".join(lines) or f"there are no models in {models}: `make deploy-mac REPO=you/model`"
 
 
 def list_as_json(models: Path) -> str:
@@ -340,7 +365,7 @@ def _describe_version(version: Path) -> str:
     """Return the second line of a version in `make models`."""
     if not (version / PULL_RECORD).is_file():
         partial_bytes = sum(path.stat().st_size for path in version.glob(".*.part"))
-        return f"unfinished, {partial_bytes / 1e9:.2f} GB are there: pull it again, or remove it"
+        return f"unfinished, {partial_bytes / 1e9:.2f} GB downloaded: pull it again, or remove it"
     try:
         record = read_pull_record(version)
     except UserError:
@@ -364,7 +389,11 @@ def find_matching_versions(models: Path, repo: str) -> list[Path]:
         if requested_name is None or _has_name(version, requested_name)
     ]
     if not matches:
-        raise UserError(f"{printable_line(repo)} is not in {models}", "`make models` lists what is")
+        raise UserError(
+            f"{printable_line(repo)} is not in {models}",
+            "`make models` lists the models there",
+            code="store.not_found",
+        )
     return matches
 
 
@@ -448,5 +477,5 @@ def _wait_for_lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        hub.print_message(f"another pull works in {folder}: waiting for it")
+        hub.print_message(f"waiting for another pull, which uses {folder}")
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -18,6 +18,7 @@ def render_summary(folder: Path, repo: str) -> str:
         raise UserError(
             f"{folder / 'smoke.json'} is damaged",
             f"run `make smoke {store.format_make_arguments(repo, folder.parent.parent)}`",
+            code="store.damaged_record",
         )
     return "\n".join(
         [
@@ -79,7 +80,8 @@ def _format_score(scores: dict) -> str:
 def _answer_lines(smoke: dict) -> list[str]:
     head = (
         f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, "
-        f"loaded in {smoke['load_seconds']} s, log-probabilities within {smoke['difference']} of where it was made:"
+        f"loaded in {smoke['load_seconds']} s, "
+        f"log-probabilities within {smoke['difference']} of those on the training machine:"
     )
     return [console.wrap_text(head, 2), *(f"  > {a['message']}\n  {a['answer']}" for a in smoke["answers"])]
 

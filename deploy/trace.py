@@ -59,6 +59,7 @@ def find_file(target: str, models: Path) -> Path | None:
         raise UserError(
             f"{printable_line(target)}: no such file",
             "name a GGUF, a path in LM Studio's models folder, or a model in Ollama",
+            code="trace.no_such_file",
         )
     return None
 
@@ -118,7 +119,9 @@ def find_in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
         raise
     if full_name not in server_models:
         raise UserError(
-            f"Ollama has no model {printable_line(full_name)}", "`ollama list` names those it has; or name a file"
+            f"Ollama has no model {printable_line(full_name)}",
+            "`ollama list` shows its models; or name a file",
+            code="trace.not_in_ollama",
         )
     same_digest = [v for v, r in records.items() if r.get("digest") == server_models[full_name]["digest"]]
     if same_digest:
@@ -138,18 +141,19 @@ def render_trace(
     """Return the page about `target`, as text or as JSON. Raises UserError when nothing is known about it."""
     if model_manifest is None and not header:
         raise UserError(
-            f"{printable_line(target)} was not made by Ferry: no manifest here names it, and its header holds no "
-            f"{PREFIX}* keys",
-            "`make models` lists what was pulled",
+            f"{printable_line(target)} was not created by Ferry: no manifest in the store names it, and its header "
+            f"has no {PREFIX}* keys",
+            "`make models` lists the models in the store",
+            code="trace.not_created_by_ferry",
         )
     lines = list_manifest_facts(model_manifest) if model_manifest else list_header_facts(header)
     is_exact = model_manifest and digest in {artifact.sha256 for artifact in model_manifest.artifacts}
     evidence = (
         f"its manifest, {version}"
         if is_exact
-        else f"the manifest of its run, {version}; the file itself is another copy"
+        else f"the manifest of its run, {version}; the file itself is a different copy"
         if model_manifest
-        else "its own header; `make pull` of its repo brings the manifest"
+        else "its own header; `make pull` of its repo fetches the manifest"
     )
     head = [("file", target), *([("sha256", digest)] if digest else []), ("known by", evidence)]
     if as_json:
@@ -187,7 +191,7 @@ def list_manifest_facts(model_manifest: Manifest) -> list[tuple[str, str]]:
             ),
         ),
         ("base", f"{model_manifest.base.model} at {model_manifest.base.revision}, {model_manifest.base.license}"),
-        ("config", f"sha256 {provenance.get('config_sha256')}, all of it in the manifest"),
+        ("config", f"sha256 {provenance.get('config_sha256')}; the manifest has all of it"),
         ("data", f"{data.source} at {data.revision}" if data.revision else f"{data.source}: {sources}"),
         (
             "",

@@ -40,7 +40,8 @@ def _find_older_version(repo: str, models: Path) -> Path:
         raise UserError(
             f"there is no version of {printable_line(repo)} older than {in_use.name} on this machine that passed "
             "its smoke test",
-            "`make models` lists what is; `make deploy-mac REPO=you/model@v1` fetches a certain one",
+            "`make models` lists the versions; `make deploy-mac REPO=you/model@v1` fetches a specific one",
+            code="store.no_older_version",
         )
     return older[0]
 
@@ -49,9 +50,11 @@ def update_apps(version: Path, start: bool = False) -> list[str]:
     """Install a version in each app that has any version of this model, and return a line for each."""
     changes = []
     if store.read_records(version.parent, ollama.RECORD):
-        changes.append(f"Ollama: {ollama.run_ollama(version, start=start)['latest']} is {version.name}")
+        ollama_record = ollama.run_ollama(version, start=start)
+        changes.append(f"Ollama: {ollama_record['latest']} is {version.name}")
     if store.read_records(version.parent, lmstudio.RECORD):
-        changes.append(f"LM Studio: {lmstudio.run_lmstudio(version)['target']}")
+        lmstudio_record = lmstudio.run_lmstudio(version)
+        changes.append(f"LM Studio: {lmstudio_record['target']}")
     return changes
 
 
@@ -63,8 +66,12 @@ def prune_versions(repo: str, models: Path, keep: int, start: bool = False) -> l
     folder = store.model_folder(models, repo)
     in_use, complete = store.current_version(folder), store.list_complete_versions(folder)
     if not in_use:
-        raise UserError(f"{printable_line(repo)} is not in {models}", "`make models` lists what is")
-    return [(version, _remove_version(version, start)) for version in complete[keep:] if version != in_use]
+        raise UserError(
+            f"{printable_line(repo)} is not in {models}",
+            "`make models` lists the models there",
+            code="store.not_found",
+        )
+    return _remove_versions([version for version in complete[keep:] if version != in_use], start)
 
 
 def undeploy_model(repo: str, models: Path, start: bool = False) -> list[tuple[Path, int]]:
@@ -79,15 +86,25 @@ def undeploy_model(repo: str, models: Path, start: bool = False) -> list[tuple[P
         for v in store.list_complete_versions(store.model_folder(models, repo))
         if v not in removed and store.is_tested(v)
     ]
-    if (
-        remaining and store.current_version(removed[0].parent) in removed
-    ):  # LM Studio and NAME:latest then have a version that stays
+    if remaining and store.current_version(removed[0].parent) in removed:
+        # LM Studio and NAME:latest then have a version that stays.
         update_apps(remaining[0], start)
         store.set_current_version(remaining[0])
-    return [(version, _remove_version(version, start)) for version in removed]
+    return _remove_versions(removed, start)
+
+
+def _remove_versions(versions: list[Path], start: bool) -> list[tuple[Path, int]]:
+    """Remove versions, one after the other, and return [(version, bytes that became free)]."""
+    removed = []
+    for version in versions:
+        freed_bytes = _remove_version(version, start)
+        removed.append((version, freed_bytes))
+    return removed
 
 
 def _remove_version(version: Path, start: bool) -> int:
     """Remove a version and return the bytes that became free. The apps come first: the records say what they have."""
-    freed_bytes = ollama.remove_version(version, start) + lmstudio.remove_version(version)
-    return freed_bytes + store.delete_version(version)
+    ollama_bytes = ollama.remove_version(version, start)
+    lmstudio_bytes = lmstudio.remove_version(version)
+    store_bytes = store.delete_version(version)
+    return ollama_bytes + lmstudio_bytes + store_bytes

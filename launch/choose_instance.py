@@ -1,5 +1,7 @@
 """Choose the instance that a job asks for: of the types on offer, the one that costs least for the whole job."""
 
+from dataclasses import dataclass
+
 from common.errors import UserError
 from launch.provider import InstanceRequest, InstanceType, Machine
 from pipeline.plan import estimate as plans
@@ -10,52 +12,58 @@ TIME_LIMIT_FACTOR = 1.5  # the time limit allows so many times the hours of the 
 UNPLANNED_HOURS = 3.0  # hours, where there is no plan
 
 
+@dataclass(frozen=True)
+class InstanceNeeds:
+    """What a job needs of an instance, and what the user asked for."""
+
+    disk_bytes: int
+    """Disk that the job needs."""
+    image: str
+    """The container image that the instance runs."""
+    gpu: str | None = None
+    """A GPU of configs/gpus.csv, or a type of instance by the provider's name."""
+    cpu: bool = False
+    """Whether an instance without a GPU is wanted."""
+    spot: bool = False
+    """Whether the provider may take the instance away."""
+    hours: float | None = None
+    """The time limit that the user asked for."""
+    max_dollars: float | None = None
+    """The most that may be spent; the time limit is shortened to it."""
+
+
 def choose_cheapest_instance(
-    machine: Machine,
-    work: plans.Workload | None,
-    disk_bytes: int,
-    image: str,
-    *,
-    gpu: str | None,
-    cpu: bool,
-    spot: bool,
-    hours: float | None,
-    dollars: float | None,
+    machine: Machine, work: plans.Workload | None, needs: InstanceNeeds
 ) -> tuple[InstanceRequest, plans.TrainingPlan | None]:
     """Return the request for the cheapest instance that can do the job, and the plan of the job on it.
 
     Args:
         machine: What the provider offers.
         work: The training to plan; None when it cannot be planned.
-        disk_bytes: Disk that the job needs.
-        image: The container image that the instance runs.
-        gpu: A GPU of configs/gpus.csv, or a type of instance by the provider's name.
-        cpu: Whether an instance without a GPU is wanted.
-        spot: Whether the provider may take the instance away.
-        hours: The time limit that the user asked for.
-        dollars: The most that may be spent; the time limit is shortened to it.
+        needs: What the instance must have, and its limits.
 
     Raises:
         UserError: No type of instance on offer will do.
     """
     candidates, reasons = [], []
     for instance_type in machine.instance_types:
-        if bool(instance_type.gpu_name) == cpu or (gpu and not has_gpu_name(instance_type, gpu)):
+        if bool(instance_type.gpu_name) == needs.cpu or (needs.gpu and not has_gpu_name(instance_type, needs.gpu)):
             continue
-        plan = plan_on_instance(instance_type, work, disk_bytes)
+        plan = plan_on_instance(instance_type, work, needs.disk_bytes)
         reasons += [f"{instance_type.name}: {plan}"] if isinstance(plan, str) else []
         candidates += [] if isinstance(plan, str) else [(instance_type, plan)]
     if not candidates:
         names = ", ".join(instance_type.name for instance_type in machine.instance_types)
         raise UserError(
-            "no machine that is offered will do" + "".join(f"\n  {line}" for line in reasons),
-            f"offered are {names or 'none'}; GPU=name takes one, `make plan` says what fits which card",
+            "no instance type on offer can run the job" + "".join(f"\n  {line}" for line in reasons),
+            f"on offer: {names or 'none'}; GPU=name chooses one, `make plan` lists the GPUs that fit",
+            code="provider.no_suitable_instance",
         )
     instance_type, plan = min(candidates, key=job_cost_key)
-    time_limit = hours or (SETUP_HOURS + TIME_LIMIT_FACTOR * plan.hours if plan else UNPLANNED_HOURS)
-    if hours is None and dollars is not None and instance_type.dollars_per_hour:
-        time_limit = min(time_limit, dollars / instance_type.dollars_per_hour)
-    return InstanceRequest(instance_type, time_limit, disk_bytes, image, spot), plan
+    time_limit = needs.hours or (SETUP_HOURS + TIME_LIMIT_FACTOR * plan.hours if plan else UNPLANNED_HOURS)
+    if needs.hours is None and needs.max_dollars is not None and instance_type.dollars_per_hour:
+        time_limit = min(time_limit, needs.max_dollars / instance_type.dollars_per_hour)
+    return InstanceRequest(instance_type, time_limit, needs.disk_bytes, needs.image, needs.spot), plan
 
 
 def has_gpu_name(instance_type: InstanceType, gpu: str) -> bool:
@@ -69,7 +77,7 @@ def plan_on_instance(
 ) -> plans.TrainingPlan | None | str:
     """Return the plan on this type of instance, None when none can be made, or the reason why it will not do."""
     if instance_type.disk_bytes is not None and instance_type.disk_bytes < disk_bytes:
-        return f"{instance_type.disk_bytes / 1e9:.0f} GB of disk, {disk_bytes / 1e9:.0f} are needed"
+        return f"{instance_type.disk_bytes / 1e9:.0f} GB of disk, the job needs {disk_bytes / 1e9:.0f} GB"
     if not instance_type.gpu_name or work is None:
         return None
     table_gpu = gpu_table.find_gpu(instance_type.gpu_name)

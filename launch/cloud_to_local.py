@@ -11,8 +11,8 @@ from pathlib import Path
 from common import console, files, hub
 from common.errors import UserError
 from contract import manifest
-from launch import choose_instance as orders
 from launch import fetch_result, job_script, rescue, source_archive, upload_files, watch_job
+from launch.choose_instance import InstanceNeeds, choose_cheapest_instance
 from launch.costs import JobSession, confirm_cost
 from launch.provider import InstanceRequest, Job, JobState, Machine, Provider
 from pipeline.config import load
@@ -38,6 +38,7 @@ FORWARDED_VARIABLES = (
     "FERRY_DEVICE",
 )
 START_FILE = "started.json"
+JOB_END_CODES = {"ended": "job.failed", "absent": "job.gone"}  # status of a job -> error code; of any other: job.died
 ENVIRONMENT_BYTES = {"cuda": 9e9, "cpu": 4e9}  # peak bytes of disk: packages and the build of llama.cpp
 
 
@@ -72,6 +73,19 @@ class LaunchOptions:
     def get_setting(self, name: str, default: str) -> str:
         """Return the value of a setting for the job's `make`, or the default."""
         return dict(setting.split("=", 1) for setting in self.settings).get(name, default)
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job, and what is known of its training and its machine before it starts."""
+
+    job: Job
+    config: Config
+    machine: Machine
+    work: plans.Workload | None
+    """What the training needs; None when that is not known."""
+    plan: plans.TrainingPlan | None
+    """The training on that machine; None when it cannot be planned."""
 
 
 def run_cloud_to_local(
@@ -127,7 +141,7 @@ def run_cloud_to_local(
             if state.status == "absent" or provider.is_rented:
                 # it is of an earlier machine, and a log holds the output of one machine only
                 files.set_aside(cloud_folder / "log")
-            confirm_start(config, work, plan, job, session, machine, options)
+            confirm_start(PlannedJob(job, config, machine, work, plan), session, options)
             files.write_json(cloud_folder / START_FILE, {"where": provider.label})
             submit_job(session, job, "train", options)
         state = wait_for_job(session, job, cloud_folder / "log")
@@ -200,8 +214,9 @@ def refuse_folder_hub(config: Config, provider: Provider) -> None:
     """Raise UserError when the result would go into a folder of an instance, which is lost when that is given back."""
     if provider.is_rented and hub.is_folder(config.publish.repo):
         raise UserError(
-            f"publish.repo is {config.publish.repo}, a folder, and {provider.label} keeps none",
-            'a repo of the Hub: SET="publish.repo={user}/{run}-GGUF"',
+            f"publish.repo={config.publish.repo} is a folder, and {provider.label} keeps no files after the job",
+            'publish to a repo on the Hub: SET="publish.repo={user}/{run}-GGUF"',
+            code="provider.folder_hub",
         )
 
 
@@ -209,8 +224,9 @@ def refuse_instance_options(provider: Provider, options: LaunchOptions) -> None:
     """Raise UserError when the options choose an instance and the job runs on a machine of yours."""
     if not provider.is_rented and (options.gpu or options.hours):
         raise UserError(
-            f"GPU and HOURS choose a machine that is rented, and {provider.label} is there already",
-            "leave them out, or CLOUD=sky or hf-jobs",
+            f"GPU and HOURS choose a rented instance, and {provider.label} is a machine of yours",
+            "leave them out, or use CLOUD=sky or CLOUD=hf-jobs",
+            code="provider.not_rented",
         )
 
 
@@ -244,14 +260,15 @@ def find_existing_job(session: JobSession, job: Job) -> JobState:
     is_other_config = state.config_sha256 and state.config_sha256 != config_sha256(job)
     if is_other_config and session.is_running:
         raise UserError(
-            f"{provider.label} runs {job.name} already, with another config",
-            "wait for it, or start this one beside it: RUN=another-name",
+            f"{provider.label} is already running {job.name}, with a different config",
+            "wait for it, or start this one under a different name: RUN=another-name",
+            code="job.different_config",
         )
     if session.is_running:
         code_note = (
-            "" if state.commit == job.commit else f", by the code of {state.commit[:12]}, not of {job.commit[:12]}"
+            "" if state.commit == job.commit else f", with the code of {state.commit[:12]}, not of {job.commit[:12]}"
         )
-        hub.print_message(f"{provider.label}: {job.name} runs there already{code_note}")
+        hub.print_message(f"{provider.label}: {job.name} is already running{code_note}")
     return replace(state, status="died", exit_code=None) if is_other_config else state
 
 
@@ -261,7 +278,7 @@ def run_local_checks(config_file: Path, run: Run, provider: Provider, options: L
     Raises UserError, or ends with the exit code of the data stage.
     """
     run_stages(run, "data", lock)
-    checkpoints_repo = getattr(provider, "checkpoints", options.checkpoints)
+    checkpoints_repo = provider.checkpoints if provider.is_rented else options.checkpoints
     for warning in check_run.run_preflight(
         load.load_config(config_file, options.overrides), run, trains_here=False, checkpoints=checkpoints_repo
     ):
@@ -276,8 +293,8 @@ def add_job_files(job: Job, config: Config, run: Run) -> Job:
     if unsent_names := source_archive.list_unsent_files(job.repository, {str(path) for path in config_files.values()}):
         more_note = f" and {len(unsent_names) - 5} more" if len(unsent_names) > 5 else ""
         hub.print_message(
-            f"note: {', '.join(unsent_names[:5])}{more_note}: not committed as they are here; "
-            f"what travels is {job.commit[:12]}"
+            f"note: not committed, so not sent: {', '.join(unsent_names[:5])}{more_note}; "
+            f"the job gets the commit {job.commit[:12]}"
         )
     return replace(job, files=files_to_send)
 
@@ -286,7 +303,7 @@ def find_rescued_files(run: Run) -> dict[str, Path]:
     """Return path in the tree -> local file of what an earlier machine made of the run before it was given back."""
     rescued_files = rescue.list_rescued_files(run.folder / "cloud" / "rescued", run.folder.name)
     if rescued_files:
-        hub.print_message(f"{run.folder.name} goes on there with what was brought home")
+        hub.print_message(f"{run.folder.name} resumes there from {run.folder / 'cloud' / 'rescued'}")
     return rescued_files
 
 
@@ -294,23 +311,30 @@ def require_suitable_machine(provider: Provider, options: LaunchOptions) -> Mach
     """Return what the provider has, if it can do the job. Raises UserError for what would fail there after minutes."""
     machine = provider.inspect_machine()
     if not machine.system.startswith("Linux"):
-        raise UserError(f"{provider.label} is {machine.system}; Ferry trains on Linux", "CLOUD=ssh://user@a-linux-box")
+        raise UserError(
+            f"{provider.label} is {machine.system}; Ferry trains on Linux",
+            "use a Linux machine: CLOUD=ssh://user@host",
+            code="provider.not_linux",
+        )
     if machine.missing_programs:
         raise UserError(
             f"{provider.label} has no {', '.join(machine.missing_programs)}",
             "install it there (sudo apt-get install make python3 python3-venv python3-dev g++ util-linux), "
-            "then the same command",
+            "then run the same command again",
+            code="provider.missing_programs",
         )
     if machine.unwritable_folder:
         raise UserError(
-            f"{provider.label}: nothing can be written in {machine.unwritable_folder}",
-            "name another folder: CLOUD=ssh://user@box/folder",
+            f"{provider.label}: {machine.unwritable_folder} is not writable",
+            "name a different folder: CLOUD=ssh://user@host/folder",
+            code="provider.unwritable_folder",
         )
     if not machine.gpu_names and options.device != "cpu":
         raise UserError(
             f"{provider.label} {'offers' if provider.is_rented else 'has'} no NVIDIA GPU"
-            f"{'' if provider.is_rented else ' that answers'}",
-            "take another one, or train on a processor: DEVICE=cpu",
+            f"{'' if provider.is_rented else ' that nvidia-smi lists'}",
+            "use a different one, or train on the CPU: DEVICE=cpu",
+            code="provider.no_gpu",
         )
     return machine
 
@@ -319,29 +343,21 @@ def choose_instance_request(
     machine: Machine, work: plans.Workload | None, disk_bytes: int, options: LaunchOptions
 ) -> tuple[InstanceRequest, plans.TrainingPlan | None]:
     """Return the request for the cheapest instance that fits the options, and the plan on it."""
-    return orders.choose_cheapest_instance(
-        machine,
-        work,
+    needs = InstanceNeeds(
         disk_bytes,
         options.get_setting("IMAGE", job_script.DEFAULT_IMAGE),
         gpu=options.gpu,
         cpu=options.device == "cpu",
         spot=options.spot,
         hours=options.hours,
-        dollars=options.max_dollars,
+        max_dollars=options.max_dollars,
     )
+    return choose_cheapest_instance(machine, work, needs)
 
 
-def confirm_start(
-    config: Config,
-    work: plans.Workload | None,
-    plan: plans.TrainingPlan | None,
-    job: Job,
-    session: JobSession,
-    machine: Machine,
-    options: LaunchOptions,
-) -> None:
+def confirm_start(planned_job: PlannedJob, session: JobSession, options: LaunchOptions) -> None:
     """Show the plan and ask the user to confirm hours and price; the same run on the same machine is asked for once."""
+    job, machine, plan = planned_job.job, planned_job.machine, planned_job.plan
     label = session.provider.label
     agreed_file = session.rescue_folder.with_name("agreed.json")
     request = job.instance_request
@@ -354,7 +370,7 @@ def confirm_start(
     )
     was_confirmed = agreed_file.is_file() and files.read_json(agreed_file) == terms
     if plan and not was_confirmed:
-        console.print_message(plans.format_plan(plan, config, work))
+        console.print_message(plans.format_plan(plan, planned_job.config, planned_job.work))
     dollars_per_hour = (
         request.instance_type.dollars_per_hour if request else plan.gpu_type.dollars_per_hour if plan else None
     )
@@ -399,9 +415,10 @@ def refuse_full_disk(disk_bytes: int, provider: Provider, machine: Machine) -> N
     """Raise UserError when a machine of yours has too little free disk."""
     if not provider.is_rented and machine.free_bytes < disk_bytes:
         raise UserError(
-            f"{provider.label} has {machine.free_bytes / 1e9:.1f} GB of disk free where the job goes, "
-            f"it needs {disk_bytes / 1e9:.1f} GB",
-            "take a box with more disk, or name a larger folder: CLOUD=ssh://user@box/folder",
+            f"{provider.label} has {machine.free_bytes / 1e9:.1f} GB of free disk where the job's folder goes, "
+            f"the job needs {disk_bytes / 1e9:.1f} GB",
+            "use a machine with more disk, or name a folder on a larger disk: CLOUD=ssh://user@host/folder",
+            code="disk.too_small",
         )
 
 
@@ -411,10 +428,13 @@ def plan_on_machine(config: Config, work: plans.Workload | None, machine: Machin
     Raises UserError when the training does not fit.
     """
     gpu = gpu_table.find_gpu(machine.gpu_names[0]) if machine.gpu_names else None
-    plan = plans.plan_on_gpu(gpu, work) if gpu and work else None
-    if isinstance(plan, str):
-        raise UserError(f"{config.base.model} on {gpu.name}: {plan}", "`make plan` names the cards that fit")
-    return plan
+    try:
+        return plans.estimate_on_gpu(gpu, work) if gpu and work else None
+    except UserError as error:
+        reason = plans.shorten_reason(error, work)
+        raise UserError(
+            f"{config.base.model} on {gpu.name}: {reason}", "`make plan` lists the GPUs that fit", code=error.code
+        ) from error
 
 
 def estimate_work(config: Config, run: Run) -> plans.Workload | None:
@@ -433,7 +453,8 @@ def submit_job(session: JobSession, job: Job, goal: str, options: LaunchOptions)
     provider.send_job(job)
     variables = job_environment(options)
     hub.print_message(
-        f"{provider.label}: starting `make {goal}`" + (f", with {', '.join(variables)} of here" if variables else "")
+        f"{provider.label}: starting `make {goal}`"
+        + (f", with {', '.join(variables)} of this machine" if variables else "")
     )
     session.is_running = True  # before the call, which may fail after the job has started
     try:
@@ -469,12 +490,13 @@ def wait_for_job(session: JobSession, job: Job, log: Path) -> JobState:
     end_text = f"ended: {state.reason}" if state.reason else f"ended with exit code {state.exit_code}"
     endings = {
         "ended": end_text,
-        "absent": "is not there any more" if session.provider.is_rented else "is gone, with its folder",
+        "absent": "no longer exists" if session.provider.is_rented else "no longer exists, nor does its folder",
     } | ({"died": end_text} if state.reason else {})
-    ending = endings.get(state.status, "ended without a word (killed, or the machine was switched off)")
+    ending = endings.get(state.status, "ended without an exit code (killed, or the machine was switched off)")
     raise UserError(
         f"`make {state.goal or 'train'}` on {session.provider.label} {ending}; its log is above and in {log}",
-        "see what it says; the same command goes on from its records",
+        "read the log, then run the same command again: it resumes from the job's records",
+        code=JOB_END_CODES.get(state.status, "job.died"),
     )
 
 
@@ -487,5 +509,5 @@ def fetch_job_result(provider: Provider, job: Job, run: Run) -> str:
         for difference in fetch_result.list_row_differences(
             run.read_record(DataRecord), fetch_result.read_remote_record(provider, job.name, job.run_name, DataRecord)
         ):
-            hub.print_message(f"note: the rows made there are others than those made here: {difference}")
+            hub.print_message(f"note: the rows made there differ from the local ones: {difference}")
     return fetch_result.fetch_published_repo(provider, job.name, job.run_name, Path("hub"))

@@ -55,12 +55,15 @@ class JobSession:
             reason = rescue.rescue_run(self.provider, self.job_name, self.job_name, self.rescue_folder)
             if reason:
                 return (
-                    f"TEARDOWN was not run: what {self.job_name} made cannot be brought home ({reason}). "
+                    f"TEARDOWN was not run: the files of {self.job_name} cannot be downloaded ({reason}). "
                     f"{self.provider.describe_costs(self.job_name, self.is_running)}"
                 )
         exit_code = subprocess.run(["sh", "-c", teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if exit_code:
-            return f"TEARDOWN failed (exit {exit_code}): {self.provider.label} still bills; `{teardown}` was to end it"
+            return (
+                f"TEARDOWN failed (exit code {exit_code}): {self.provider.label} still bills; "
+                f"the command was `{teardown}`"
+            )
         return f"TEARDOWN has ended {self.provider.label}: `{teardown}`"
 
 
@@ -77,15 +80,20 @@ def confirm_cost(summary: str, dollars: float | None, max_dollars: float | None,
         UserError: The price is over the limit, the user said no, or there is no terminal to ask on.
     """
     if max_dollars is not None and (dollars is None or dollars > max_dollars):
-        price_text = "a price that is not known" if dollars is None else f"about ${dollars:.2f}"
+        price_text = "the price is not known" if dollars is None else f"about ${dollars:.2f}"
         raise UserError(
             f"{summary}: {price_text}, the limit is ${max_dollars:.2f}",
-            "raise MAX_DOLLARS, take a cheaper card, or correct its line in configs/gpus.csv",
+            "raise MAX_DOLLARS, use a cheaper GPU, or correct its line in configs/gpus.csv",
+            code="cost.unknown_price" if dollars is None else "cost.over_limit",
         )
     if assume_yes:
         hub.print_message(summary)
         return
     if not sys.stdin.isatty():
-        raise UserError(f"{summary}: nobody is here to agree to it", "the same command with YES=1")
+        raise UserError(
+            f"{summary}: cannot ask for confirmation without a terminal",
+            "add YES=1 to the same command",
+            code="cost.no_terminal",
+        )
     if not click.confirm(f"{summary}. Start it?", err=True):
-        raise UserError("not started", "the same command asks again")
+        raise UserError("not started", "run the same command again to be asked again", code="cost.not_confirmed")

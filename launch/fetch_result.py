@@ -21,8 +21,9 @@ def read_remote_record(provider: Provider, job_name: str, run_name: str, record_
         return record_type.model_validate_json(read_remote_file(provider, job_name, f"runs/{run_name}/{stage}.json"))
     except ValueError as error:
         raise UserError(
-            f"{provider.label}: runs/{run_name}/{stage}.json is no record: {str(error).splitlines()[0]}",
-            "delete it there, then the same command",
+            f"{provider.label}: runs/{run_name}/{stage}.json is not a valid record: {str(error).splitlines()[0]}",
+            "delete it there, then run the same command again",
+            code="job.invalid_record",
         ) from None
 
 
@@ -32,7 +33,11 @@ def read_remote_file(provider: Provider, job_name: str, path: str) -> bytes:
     for block in provider.read_file(job_name, path):
         content += block
         if len(content) > MAX_RECORD_BYTES:
-            raise UserError(f"{path} on {provider.label} is larger than any record", f"see to {path} there")
+            raise UserError(
+                f"{path} on {provider.label} is larger than {MAX_RECORD_BYTES >> 20} MiB, the limit for a record",
+                f"check {path} there",
+                code="job.record_too_large",
+            )
     return bytes(content)
 
 
@@ -79,7 +84,9 @@ def download_file(
         if files.sha256(part) != entry.sha256:
             files.remove(part)
             raise UserError(
-                f"{target.name} from {provider.label} is not the file that was published", "run the same command again"
+                f"{target.name} from {provider.label} is not the file that was published: its sha256 differs",
+                "run the same command again",
+                code="job.wrong_sha256",
             )
         files.fsync_tree(part)
         part.replace(target)

@@ -20,7 +20,7 @@ UNPACK_CODE = (
     "names = os.listdir() + (os.listdir('job') if os.path.isdir('job') else []); "
     "strange = sorted({*names} - {'job', 'commit', 'listing'}) if not all(map(os.path.isfile, marks)) else []; "
     "strange and sys.exit("
-    "f'error: {os.getcwd()} holds {strange[0]}, which Ferry did not send\\n next: RUN=another-name'); "
+    "f'error: {os.getcwd()} contains {strange[0]}, which Ferry did not send\\n next: RUN=another-name'); "
     "os.makedirs('job', exist_ok=True); [open(mark, 'a').close() for mark in marks]; "
     "q = u.Request(os.environ['FERRY_JOB'] + 'job.tar'); "
     "q.add_unredirected_header('Authorization', 'Bearer ' + os.environ['HF_TOKEN']); "

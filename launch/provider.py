@@ -129,7 +129,11 @@ def command_words(variable: str, default: str) -> list[str]:
     try:
         return shlex.split(os.environ.get(variable) or default) or [default]
     except ValueError as error:
-        raise UserError(f"{variable} cannot be read: {error}", f"correct {variable}, or unset it") from None
+        raise UserError(
+            f"{variable} is not a valid command line: {error}",
+            f"fix {variable}, or unset it",
+            code="environment.invalid_command",
+        ) from None
 
 
 class Provider(Protocol):
@@ -145,6 +149,10 @@ class Provider(Protocol):
     """Whether it is this machine. Then Ctrl-C ends the job too."""
     is_rented: bool
     """Whether an instance is rented for each job and given back after it. Then only what is on the Hub stays."""
+
+    @property
+    def checkpoints(self) -> str | None:
+        """Return owner/name of the repo that gets a rented instance's checkpoints; None for a machine of yours."""
 
     def inspect_machine(self) -> Machine:
         """Return the machine, or the types of instances that can be rented."""

@@ -77,11 +77,16 @@ def _list_data_files(manifest: Manifest, data: Path | None) -> list[Path]:
         return []
     paths = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
     if not paths:
-        raise UserError(f"DATA={data}: no such file or folder", "name the file, or the folder, that it was trained on")
+        raise UserError(
+            f"DATA={data}: no such file, or an empty folder",
+            "name the file, or the folder, that it was trained on",
+            code="data.file_not_found",
+        )
     if not manifest.dataset.sha256:
         raise UserError(
             f"{manifest.name} was trained on {manifest.dataset.source} from the Hub, at {manifest.dataset.revision}",
             "leave out DATA",
+            code="data.on_hub",
         )
     return paths
 
@@ -114,14 +119,15 @@ def data_mismatch_error(manifest: Manifest, commit: str, missing: list[str], unk
         name = next((name for name in names if Path(name).name == path.name), names[0])
         lines.append(f"{path} has sha256 {files.sha256(path)[:12]}, {name} had {manifest.dataset.sha256[name][:12]}")
         lines += [f"  {line}" for line in describe_row_differences(path, name, manifest, commit)]
-    lines += (
-        []
-        if unknown_files
-        else [f"{name} (sha256 {manifest.dataset.sha256[name][:12]}) is not here" for name in missing]
-    )
+    if unknown_files:
+        problem, code = "was trained on different rows", "data.different_rows"
+    else:
+        problem, code = "was trained on files that were not found", "data.missing_source"
+        lines += [f"{name} (sha256 {manifest.dataset.sha256[name][:12]}) is not on this machine" for name in missing]
     return UserError(
-        f"{manifest.name} was trained on other rows, nothing was started:\n  " + "\n  ".join(lines),
-        "DATA=the file as it was then, or the folder that holds it",
+        f"{manifest.name} {problem}; nothing was started:\n  " + "\n  ".join(lines),
+        "set DATA= to the file as it was then, or to a folder that contains it",
+        code=code,
     )
 
 
@@ -136,7 +142,7 @@ def describe_row_differences(path: Path, name: str, manifest: Manifest, commit: 
         )
     try:
         return fingerprint.find_differing_rows(path, manifest.dataset.fingerprints.get(name, "")) or [
-            "which row is not known"
+            "it is not known which row differs"
         ]
     except UserError as error:
         return [error.message]
@@ -147,9 +153,9 @@ def show_first_difference(path: Path, new_lines: list[str], old_name: str, old_l
     pairs = enumerate(zip(old_lines, new_lines, strict=False))
     number = next((i for i, (a, b) in pairs if a != b), min(len(old_lines), len(new_lines)))
     if number == len(old_lines) == len(new_lines):
-        return ["its lines are the same, their ends are not"]
+        return ["the lines are equal, their line endings are not"]
     return [
         f"{source}, line {number + 1}: "
-        f"{hub.printable_line(lines[number]) if number < len(lines) else '(it ends before)'}"
+        f"{hub.printable_line(lines[number]) if number < len(lines) else '(the file is shorter)'}"
         for source, lines in ((path, new_lines), (old_name, old_lines))
     ]

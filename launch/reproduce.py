@@ -19,6 +19,7 @@ from launch.costs import JobSession, confirm_cost
 from launch.provider import Job, Machine, Provider
 from pipeline.config import references
 from pipeline.plan import gpu_table
+from pipeline.run.records import DataRecord, PublishRecord
 
 COMMIT_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -103,7 +104,7 @@ def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOpti
     )
     config, _ = published_sources.relocate_published_paths(pin_revisions(published_manifest))
     hub.print_message(
-        f"{reproduction.repo}: {published_manifest.name}, by the code of {commit[:12]}, "
+        f"{reproduction.repo}: {published_manifest.name}, with the code of {commit[:12]}, "
         f"trained on {published_manifest.training.get('device')}"
     )
     return Job(
@@ -127,13 +128,14 @@ def fetch_training_commit(published_manifest: Manifest) -> str:
     commit = str(git.get("commit") or "")
     if not COMMIT_ID.fullmatch(commit):
         raise UserError(
-            f"the manifest of {published_manifest.name} names no commit: its code is not known",
-            "nothing can be made again without it",
+            f"the manifest of {published_manifest.name} has no valid commit, so its code is not known",
+            "publish it again from a git checkout: without the commit it cannot be reproduced",
+            code="manifest.no_commit",
         )
     if git.get("dirty"):
         hub.print_message(
             f"note: {published_manifest.name} cannot be reproduced exactly: "
-            f"its checkout had changes that {commit[:12]} does not have"
+            f"its checkout had uncommitted changes besides {commit[:12]}"
         )
     if not source_archive.has_commit(source_archive.ROOT, commit):
         try:
@@ -142,9 +144,10 @@ def fetch_training_commit(published_manifest: Manifest) -> str:
             # Never fetched from the address in the manifest: whoever wrote that would choose which code runs here.
             raise UserError(
                 f"this checkout does not have the commit {commit[:12]}, "
-                f"and its origin does not give it ({error.message})",
+                f"and its origin does not provide it ({error.message})",
                 f"if you trust {printable_line(str(git.get('url')))}: "
-                f"`git fetch {printable_line(str(git.get('url')))} {commit}`, then the same command",
+                f"`git fetch {printable_line(str(git.get('url')))} {commit}`, then run the same command again",
+                code="git.no_commit",
             ) from error
     return commit
 
@@ -194,20 +197,20 @@ def estimate_cost(published_manifest: Manifest, machine: Machine) -> tuple[float
 
 def refuse_different_rows(reproduction: Reproduction, provider: Provider, job: Job) -> None:
     """Raise UserError when the rows made there, or the base model, differ from the published ones."""
-    record = fetch_result.read_remote_record(provider, job.name, job.run_name, "data")
+    record = fetch_result.read_remote_record(provider, job.name, job.run_name, DataRecord)
     dataset = reproduction.manifest.dataset
     pairs = (("held-out rows", dataset.split_hash, "heldout"), ("training rows", dataset.train_sha256, "train"))
     differences = [
-        f"{title}: {published_sha256[:12]} published, {record['outputs'][output]['sha256'][:12]} now"
+        f"{title}: {published_sha256[:12]} published, {record.outputs[output].sha256[:12]} now"
         for title, published_sha256, output in pairs
-        if published_sha256 and published_sha256 != record["outputs"][output]["sha256"]
+        if published_sha256 and published_sha256 != record.outputs[output].sha256
     ]
     differences += [
         f"rows {kind}: {dataset.rows.get(kind)} published, {count} now"
-        for kind, count in record["rows"].items()
+        for kind, count in record.rows.model_dump().items()
         if dataset.rows.get(kind) != count
     ]
-    revision = record["base"]["revision"]
+    revision = record.base.revision
     differences += (
         [f"base model: {reproduction.manifest.base.revision} published, {revision} now"]
         if revision != reproduction.manifest.base.revision
@@ -215,16 +218,17 @@ def refuse_different_rows(reproduction: Reproduction, provider: Provider, job: J
     )
     if differences:
         raise UserError(
-            f"{reproduction.manifest.name}: the same code and sources give other rows, nothing was trained:\n  "
+            f"{reproduction.manifest.name}: the same code and sources give different rows; nothing was trained:\n  "
             + "\n  ".join(differences),
-            f"see runs/{job.run_name}/data/rejected.jsonl in {provider.label}'s {job.name}, "
-            "and whether the data set's revision still is what it was",
+            f"read runs/{job.run_name}/data/rejected.jsonl in {job.name} on {provider.label}, "
+            "and check that the data set's revision has not changed",
+            code="data.not_reproduced",
         )
 
 
 def read_new_manifest(provider: Provider, job: Job) -> Manifest:
     """Return the manifest of the model that the job made."""
-    repo = fetch_result.read_remote_record(provider, job.name, job.run_name, "publish")["repo"]
+    repo = fetch_result.read_remote_record(provider, job.name, job.run_name, PublishRecord).repo
     return manifest.parse_manifest(
         fetch_result.read_remote_file(provider, job.name, f"{repo}/{manifest.FILE_NAME}"),
         f"{provider.label}:{repo}/{manifest.FILE_NAME}",

@@ -30,8 +30,8 @@ def rescue_run(provider: Provider, job_name: str, run_name: str, target: Path) -
     except (UserError, OSError, tarfile.TarError) as error:
         return getattr(error, "message", str(error))
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    old_note = f"; what was there is in {old_folder}" if old_folder else ""
-    hub.print_message(f"{run_name}: {size / 1e6:.0f} MB of it brought home to {target}{old_note}")
+    old_note = f"; the earlier copy is in {old_folder}" if old_folder else ""
+    hub.print_message(f"{run_name}: {size / 1e6:.0f} MB downloaded to {target}{old_note}")
     return None
 
 

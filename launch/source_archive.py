@@ -18,11 +18,15 @@ def run_git(repository: Path, *arguments: str) -> bytes:
     try:
         result = subprocess.run(["git", "--no-optional-locks", "-C", str(repository), *arguments], capture_output=True)
     except OSError:
-        raise UserError("git is not here, and what travels is what it has committed", "install git") from None
+        raise UserError(
+            "git is not installed, and Ferry sends what git has committed", "install git", code="git.not_installed"
+        ) from None
     if result.returncode:
         stderr_lines = result.stderr.decode(errors="replace").strip().splitlines()
         raise UserError(
-            f"git {arguments[0]}: {(stderr_lines or ['it fails'])[-1]}", "see to the checkout, then the same command"
+            f"git {arguments[0]}: {(stderr_lines or [f'exit code {result.returncode}'])[-1]}",
+            "fix the checkout, then run the same command again",
+            code="git.failed",
         )
     return result.stdout
 

@@ -29,7 +29,7 @@ class VerdictRow:
 def compare_manifests(before: Manifest, after: Manifest) -> list[VerdictRow]:
     """Return the rows of the comparison: first those that decide, then the differences that may explain them."""
     environment_rows = compare_environments(before, after)
-    reason = "; ".join(f"other {row.what}" for row in environment_rows if row.verdict == DIFFERENT)
+    reason = "; ".join(f"different {row.what}" for row in environment_rows if row.verdict == DIFFERENT)
     decisive = [
         *compare_data(before, after),
         *compare_training(before, after, reason),
@@ -75,11 +75,7 @@ def compare_code(before: Manifest, after: Manifest) -> list[VerdictRow]:
     published, again = (manifest.provenance.get("git") or {} for manifest in (before, after))
     row = compare_exact("code", published.get("commit"), again.get("commit"))
     if published.get("dirty") or again.get("dirty"):
-        return [
-            VerdictRow(
-                "code", row.published, row.again, UNKNOWN, "the checkout had changes that the commit does not have"
-            )
-        ]
+        return [VerdictRow("code", row.published, row.again, UNKNOWN, "the checkout had uncommitted changes")]
     return [row]
 
 
@@ -156,7 +152,7 @@ def compare_default_gguf(before: Manifest, after: Manifest, reason: str) -> list
             again.bytes,
             0,
             HEADER_BYTES,
-            "its header holds the scores" if published.bytes != again.bytes else "",
+            "its header contains the scores" if published.bytes != again.bytes else "",
         ),
         compare_weights(published.weights_sha256, again.weights_sha256),
     ]

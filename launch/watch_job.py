@@ -29,7 +29,7 @@ class RetryTimer:
         """Report `error` and pause before the next try. Raises `error` when the time limit has passed."""
         if time.monotonic() - self.start > self.max_seconds:
             raise error
-        hub.print_message(f"{error.message}; again in {self.next_pause} s")
+        hub.print_message(f"{error.message}; retrying in {self.next_pause} s")
         time.sleep(self.next_pause)
         self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
 
@@ -53,7 +53,7 @@ def watch_until_end(provider: Provider, job_name: str, log: Path) -> JobState:
     except KeyboardInterrupt:
         if provider.is_local:
             provider.stop_job(job_name)
-            hub.print_message("stopping: the stage in progress writes its state")
+            hub.print_message("stopping: the current stage saves its state")
             return _copy_log_until_end(provider, job_name, log)
         raise
 
@@ -81,9 +81,14 @@ def _copy_log_until_end(provider: Provider, job_name: str, log: Path) -> JobStat
                 try:
                     retry_timer.pause_or_raise(error)
                 except ConnectionLost:
-                    raise JobStillRunning(f"{error.message}; the job may go on there", error.hint) from error
+                    raise job_still_running(error) from error
             except UserError as error:
-                raise JobStillRunning(f"{error.message}; the job may go on there", error.hint) from error
+                raise job_still_running(error) from error
+
+
+def job_still_running(error: UserError) -> JobStillRunning:
+    """Return the error for a job that can no longer be watched because of `error`."""
+    return JobStillRunning(f"{error.message}; the job may still be running there", error.hint, code=error.code)
 
 
 def _copy_log_once(

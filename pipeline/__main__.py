@@ -39,9 +39,12 @@ def main(stage: str, folder: str, *arguments: str) -> int:
         return 0
     except ModuleNotFoundError as error:
         traceback.print_exc()
-        return report_user_error(
-            run, stage, UserError(f"{stage} needs {error.name}, which this environment does not have", "make env")
+        missing = UserError(
+            f"{stage} needs {error.name}, which is not installed in this environment",
+            "make env",
+            code="environment.missing_package",
         )
+        return report_user_error(run, stage, missing)
     except UserError as error:
         return report_user_error(run, stage, error)
     except OSError as error:
@@ -50,7 +53,7 @@ def main(stage: str, folder: str, *arguments: str) -> int:
         except OSError:
             return report_internal_error(run, stage)
     except KeyboardInterrupt:
-        console.print_message("stopped; the same command goes on from here")
+        console.print_message("stopped; the same command resumes from here")
         return 130
     except Exception:  # noqa: BLE001 everything else is an error in Ferry itself
         return report_internal_error(run, stage)
@@ -74,8 +77,8 @@ def report_internal_error(run: Run, stage: str) -> int:
     traceback.print_exc()
     summary = traceback.format_exception_only(*sys.exc_info()[:2])[-1].strip()
     console.print_message(
-        f"error: {stage} failed, and this is a fault of Ferry's: {summary[:300]}\n"
-        f" next: report it with {run.log_file(stage)}; the same command goes on from the stage's beginning"
+        f"error: {stage} failed because of a bug in Ferry: {summary[:300]}\n"
+        f" next: report it with {run.log_file(stage)}; the same command restarts the stage"
     )
     return 1
 
@@ -84,6 +87,7 @@ def report_internal_error(run: Run, stage: str) -> int:
 
 
 def run_and_show_data(run: Run, processes: str | None = None) -> None:
+    """Run `data` and print its warnings and the numbers of the rows."""
     from pipeline.data import stage as data
     from pipeline.data import statistics
 
@@ -94,6 +98,7 @@ def run_and_show_data(run: Run, processes: str | None = None) -> None:
 
 
 def run_and_show_finetune(run: Run) -> None:
+    """Run `finetune` and print steps, time, loss and memory."""
     from pipeline.finetune import stage as finetune
 
     config = run.read_config()
@@ -105,6 +110,7 @@ def run_and_show_finetune(run: Run) -> None:
 
 
 def run_and_show_evaluate(run: Run) -> None:
+    """Run `evaluate` and print the quality ladder and some answers."""
     from pipeline.evaluate import stage
     from pipeline.scoring import quality_ladder
 
@@ -131,6 +137,7 @@ def format_samples(answers: list[dict], count: int = 3) -> str:
 
 
 def run_and_show_export(run: Run) -> None:
+    """Run `export` and print its files with their sizes."""
     from pipeline.export import stage as export
 
     records = (run.read_record(kind) for kind in (DataRecord, FinetuneRecord, EvaluateRecord))
@@ -139,6 +146,7 @@ def run_and_show_export(run: Run) -> None:
 
 
 def run_and_show_verify(run: Run) -> None:
+    """Run `verify` and print its notes, the quality ladder and the gates."""
     from pipeline.scoring import quality_ladder
     from pipeline.verify import stage as verify
 
@@ -174,10 +182,11 @@ def describe_runtime_answers(scores: RuntimeScores) -> str:
         return f"runtimes send the prompts that were scored, all {scores.rows}"
     result = describe_interval(scores) if scores.score is not None else f"held-out loss {scores.loss:.3f}"
     other_prompts = scores.rows - scores.same_prompts
-    return f"{result}; runtimes send another prompt than the row's for {other_prompts} of {scores.rows}"
+    return f"{result}; runtimes send a different prompt than the row's for {other_prompts} of {scores.rows}"
 
 
 def run_and_show_publish(run: Run) -> None:
+    """Run `publish` and print the repo and the command that deploys it."""
     from pipeline.publish import stage as publish
 
     record = publish.run_publish(run.read_config(), run)

@@ -315,7 +315,10 @@ def install_build_tools(work_folder: Path, log: Path) -> dict[str, str]:
 
 
 def download_source(work_folder: Path, log: Path, environment: dict[str, str]) -> Path:
-    """Download and unpack the sdist; return its folder. (pip also asks the sdist for its metadata, which takes 7 s.)"""
+    """Download and unpack the sdist; return its folder.
+
+    pip also asks the sdist for its metadata, which takes 7 s.
+    """
     name = f"llama-cpp-python=={version()}"
     pip = [work_folder / "tools/bin/python", "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
     pip += ["--no-binary", "llama-cpp-python"]

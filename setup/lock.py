@@ -30,7 +30,10 @@ HEADER = "# Made by `make lock` from pyproject.toml. Do not edit: change pyproje
 
 
 def read_pip_setting(name: str) -> list[str]:
-    """Return a setting of pip from its environment variable, else from its configuration file. (uv reads neither.)"""
+    """Return a setting of pip from its environment variable, else from its configuration file.
+
+    uv reads neither.
+    """
     value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
     if value is None:
         command = [sys.executable, "-m", "pip", "config", "get", "global." + name]

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.fuzz_readers import bent, mutated
+from tests.fuzz_readers import bent, mutated  # noqa: E402
 
 YAML_PIECES = [
     b"base:", b"  model: ", b"data:", b"finetune:", b"generation:", b"- ", b"? ", b": ", b"{", b"}", b"[", b"]", b"'", b'"', b"&a ", b"*a",

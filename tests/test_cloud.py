@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.errors import UserError
 from contract import manifest
 from deploy import trace
 from launch import fetch_result, published_sources, reproduce, verdict
@@ -22,7 +21,7 @@ from launch.providers import ssh_address
 from launch.providers.ssh import SshProvider as launcher_of
 from tests import boxes
 from tests.boxes import Box, Watch
-from tests.conftest import SHORT
+from tests.conftest import SHORT, refuses
 
 pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
 SECRET = "hf_" + "OnlyOverTheConnection"  # in two pieces: this file travels, too
@@ -63,7 +62,7 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
         first.until((there / "runs" / "boat" / "data.json").is_file)
         for pid in boxes.children(box.process.pid):  # asleep: the connection is there and nothing comes through it
             os.kill(pid, signal.SIGSTOP)
-        first.until(lambda: "; again in 5 s" in first.said, 60)
+        first.until(lambda: "; retrying in 5 s" in first.said, 60)
         box.cut()
         until = first.said.count("\n") + 1
         first.until(lambda: first.said.count("\n") > until)
@@ -85,13 +84,13 @@ def delivered(tmp_path_factory) -> Iterator[Delivered]:
 
 def test_a_sleeping_laptop_finds_its_job_again(delivered):
     said = delivered.said["first"]
-    assert re.search(r"root@127\.0\.0\.1 is not reached: .*; again in 5 s", said)
-    assert "Traceback" not in said and "[2/6] finetune" in said.split("again in 5 s")[1]
+    assert re.search(r"root@127\.0\.0\.1 cannot be reached: .*; retrying in 5 s", said)
+    assert "Traceback" not in said and "[2/6] finetune" in said.split("retrying in 5 s")[1]
 
 
 def test_the_job_outlives_its_laptop_and_is_not_started_twice(delivered):
     said = delivered.said["second"]
-    assert "root@127.0.0.1: boat runs there already" in said and "sending" not in said
+    assert "root@127.0.0.1: boat is already running" in said and "sending" not in said
     assert "[1/6] data" not in said, "what was seen is not shown again"
     log = (delivered.there / "job" / "log").read_text()
     assert log.count("train: natively") == 2, "the first start, and that after it was killed"
@@ -99,7 +98,7 @@ def test_the_job_outlives_its_laptop_and_is_not_started_twice(delivered):
 
 def test_a_job_killed_on_the_box_is_one_clear_line_and_starts_again_where_it_stood(delivered):
     said = delivered.said["second"]
-    assert "error: `make train` on root@127.0.0.1 ended without a word" in said and "Traceback" not in said
+    assert "error: `make train` on root@127.0.0.1 ended without an exit code" in said and "Traceback" not in said
     assert "boat does not run on root@127.0.0.1. root@127.0.0.1 bills until" in said
     assert "  continuing from checkpoint-" in delivered.said["third"]
     tuned = files.read_json(delivered.there / "runs" / "boat" / "finetune.json")
@@ -108,7 +107,7 @@ def test_a_job_killed_on_the_box_is_one_clear_line_and_starts_again_where_it_sto
 
 def test_it_ends_deployed_and_says_what_bills(delivered):
     said, laptop = delivered.said["third"], delivered.laptop
-    assert "cloud: ./hub/boat\n  trained on root@127.0.0.1 by the code of" in said
+    assert "cloud: ./hub/boat\n  trained on root@127.0.0.1 with the code of commit" in said
     assert "smoke: passed" in said and "make chat REPO=./hub/boat" in said
     assert said.rstrip().splitlines()[-1] == "TEARDOWN has ended root@127.0.0.1: `echo ended >> bill`"
     assert (laptop / "bill").read_text() == "ended\n"
@@ -167,7 +166,9 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     files.remove(laptop / "runs" / "starboard")
     for name in ("starboard", ".starboard.lock"):
         (laptop / "aside" / name).rename(laptop / "runs" / name)
-    assert done.returncode == 2 and "runs starboard already, with another config" in done.stdout, done.stdout
+    assert (
+        done.returncode == 2 and "root@127.0.0.1 is already running starboard, with a different config" in done.stdout
+    ), done.stdout
     assert "still running on root@127.0.0.1: starboard; `make cloud-stop" in done.stdout
     assert not (box.folder / "gone").exists(), "the machine of a running job"
 
@@ -176,14 +177,14 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
     os.killpg(watches["port"].process.pid, signal.SIGINT)
     watches["port"].end()
     looker = watched(laptop, box, *words["port"], f"TEARDOWN=touch {box.folder}/gone")
-    looker.until(lambda: "port runs there already" in looker.said)
+    looker.until(lambda: "port is already running" in looker.said)
     os.killpg(looker.process.pid, signal.SIGINT)
     looker.end()
     assert "still running on root@127.0.0.1: port; `make cloud-stop" in looker.said, looker.said
-    assert "stopped; the same command goes on from here" in looker.said and "Traceback" not in looker.said
+    assert "stopped; the same command resumes from here" in looker.said and "Traceback" not in looker.said
     assert not (box.folder / "gone").exists()
     watches["port"] = last = watched(laptop, box, *words["port"])
-    last.until(lambda: "port runs there already" in last.said)
+    last.until(lambda: "port is already running" in last.said)
 
     for name, watch in watches.items():
         gone = f"TEARDOWN=rm -r {there[name]}"  # the machine is given back
@@ -198,7 +199,7 @@ def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered)
 
     again = watched(laptop, box, *words["port"])
     again.until(lambda: "  continuing from checkpoint-" in again.said)
-    assert "port goes on there with what was brought home" in again.said
+    assert "port resumes there from runs/port/cloud/rescued" in again.said
     boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=port")
     again.end()
     box.more("")
@@ -239,7 +240,7 @@ def test_reproduce_with_one_row_changed_stops_before_anything_and_shows_it(deliv
         laptop, delivered.box, "reproduce", f"REPO={repo}", f"DATA={tmp_path}/train.jsonl", f"RUNS={tmp_path}/runs"
     )
     assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
-    assert "was trained on other rows, nothing was started" in done.stdout
+    assert "boat was trained on different rows; nothing was started" in done.stdout
     assert f"{tmp_path}/train.jsonl{', line ' if held else ':'}322: " in done.stdout and "bokking" in done.stdout
     assert (re.search(r"configs/demo/train\.jsonl of \w{12}, line 322: ", done.stdout) is not None) == held
     assert not (tmp_path / "runs" / "reproduce" / "here").exists()
@@ -279,10 +280,10 @@ def test_what_a_strangers_manifest_names_stays_in_the_tree(delivered, tmp_path, 
 def test_lines_that_differ_by_their_ends_or_number(tmp_path):
     path = tmp_path / "a.jsonl"
     assert published_sources.show_first_difference(path, ["a", "b"], "then", ["a", "b"]) == [
-        "its lines are the same, their ends are not"
+        "the lines are equal, their line endings are not"
     ]
     assert published_sources.show_first_difference(path, ["a"], "then", ["a", "b"]) == [
-        f"{path}, line 2: (it ends before)",
+        f"{path}, line 2: (the file is shorter)",
         "then, line 2: b",
     ]
 
@@ -301,10 +302,10 @@ def renamed(dataset: dict, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda made: made["provenance"]["git"].update(commit=None), "names no commit"),
-        (lambda made: made["provenance"].update(git="a commit"), "is no valid manifest: provenance.git"),
-        (lambda made: made.update(config={"base": 3}), "is no valid manifest: config.base"),
-        (lambda made: made["provenance"]["git"].update(commit="--upload-pack=x"), "names no commit"),
+        (lambda made: made["provenance"]["git"].update(commit=None), "boat has no valid commit"),
+        (lambda made: made["provenance"].update(git="a commit"), "is not a valid manifest: provenance.git"),
+        (lambda made: made.update(config={"base": 3}), "is not a valid manifest: config.base"),
+        (lambda made: made["provenance"]["git"].update(commit="--upload-pack=x"), "boat has no valid commit"),
         (
             lambda made: made["provenance"]["git"].update(commit="1" * 40),
             "this checkout does not have the commit 111111111111",
@@ -327,8 +328,8 @@ def test_reproduce_with_other_rows_than_published_trains_nothing(delivered, tmp_
     edit(repo, lambda made: made["provenance"]["git"].update(dirty=True))
     done = boxes.make(delivered.laptop, delivered.box, "reproduce", f"REPO={repo}", f"RUNS={tmp_path}/runs")
     assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout
-    assert "boat cannot be reproduced exactly: its checkout had changes" in done.stdout
-    assert re.search("error: boat: the same code and sources give other rows, nothing was trained", done.stdout)
+    assert "boat cannot be reproduced exactly: its checkout had uncommitted changes" in done.stdout
+    assert "error: boat: the same code and sources give different rows; nothing was trained" in done.stdout
     assert "training rows: 000000000000 published" in done.stdout and "[2/6] finetune" not in done.stdout
 
 
@@ -339,10 +340,9 @@ def test_a_file_that_is_damaged_there_or_on_the_way_does_not_come_home(delivered
     with (bad / "boat.q4_k_m.gguf").open("r+b") as file:
         file.seek(5000)
         file.write(b"other")
-    with pytest.raises(
-        UserError, match=r"boat\.q4_k_m\.gguf from root@127\.0\.0\.1 is not the file that was published"
-    ):
+    with refuses("job.wrong_sha256") as error:
         fetch_result.download_folder_hub(launcher, "boat", "hub/bad", tmp_path / "boat")
+    assert "boat.q4_k_m.gguf from root@127.0.0.1" in error.value.message
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob(manifest.FILE_NAME))
     fetch_result.download_folder_hub(launcher, "boat", "./hub/boat", tmp_path / "boat")
     assert files.sha256(tmp_path / "boat" / "boat.q4_k_m.gguf") == files.sha256(
@@ -431,7 +431,7 @@ def test_within_tolerance_is_reproduced_and_a_dirty_tree_is_said(delivered):
     rows = {row.what: row for row in verdict.compare_manifests(before, manifest.Manifest.model_validate(other))}
     assert verdict.is_reproduced(list(rows.values()))
     assert rows["final loss"].verdict == verdict.WITHIN_TOLERANCE and rows["its weights"].verdict == verdict.OTHER_BITS
-    assert rows["code"].verdict == verdict.UNKNOWN and "had changes" in rows["code"].reason
+    assert rows["code"].verdict == verdict.UNKNOWN and "uncommitted changes" in rows["code"].reason
 
 
 def test_trace_leads_from_a_file_to_its_run(delivered, tmp_path):

@@ -7,51 +7,55 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
+from cli import main as cli
 from cli.settings import list_make_settings, split_overrides
 from cli.table import COMMANDS, load_all_commands
 from common.errors import UserError
-from tests.conftest import ROOT, make, typed
+from pipeline.config.load import load_config
+from pipeline.run import run_folder
+from tests.conftest import ROOT, ferry, make, refuses, typed
 
 DEMO = "CONFIG=configs/demo.yaml"
 # Words after `make`, and what the error must say: the name, and the closest one where there is one.
 REFUSED = [
     # settings that nothing knows, with the closest name
-    ("train conifg=configs/demo.yaml", "conifg is no setting, did you mean CONFIG?"),
-    ("train config=configs/demo.yaml", "config is no setting, did you mean CONFIG?"),
-    (f"train {DEMO} RUNN=x", "RUNN is no setting, did you mean RUN?"),
-    (f"train {DEMO} SETT=a.b=1", "SETT is no setting, did you mean SET?"),
-    (f"train {DEMO} CHECKPOINT=you/x", "CHECKPOINT is no setting, did you mean CHECKPOINTS?"),
-    (f"demo MODEL=x {DEMO}", "MODEL is no setting of `make demo`"),
-    (f"cloud-to-local {DEMO} MAX_DOLARS=5", "MAX_DOLARS is no setting, did you mean MAX_DOLLARS?"),
-    (f"cloud-to-local {DEMO} MAXDOLLARS=5", "MAXDOLLARS is no setting, did you mean MAX_DOLLARS?"),
-    (f"cloud-to-local {DEMO} max_dollars=5", "max_dollars is no setting, did you mean MAX_DOLLARS?"),
-    (f"cloud-to-local {DEMO} HUORS=2", "HUORS is no setting, did you mean HOURS?"),
-    (f"cloud-to-local {DEMO} TEARDWON=x", "TEARDWON is no setting, did you mean TEARDOWN?"),
-    (f"cloud-to-local {DEMO} SPOTT=1", "SPOTT is no setting, did you mean SPOT?"),
-    ("chat REOP=./hub/demo", "REOP is no setting, did you mean REPO?"),
-    ("chat repo=./hub/demo", "repo is no setting, did you mean REPO?"),
-    ("chat SYSTM=x", "SYSTM is no setting, did you mean SYSTEM?"),
-    ("serve PROT=1", "PROT is no setting, did you mean PORT?"),
-    ("pull REPO=./x QAUNT=q8_0", "QAUNT is no setting, did you mean QUANT?"),
-    ("prune KEPE=1", "KEPE is no setting, did you mean KEEP?"),
-    ("models MODLES=x", "MODLES is no setting, did you mean MODELS?"),
-    ("init DATE=x", "DATE is no setting, did you mean DATA?"),
-    ("env LIGHT=1", "LIGHT is no setting"),
+    ("train conifg=configs/demo.yaml", "unknown setting conifg, did you mean CONFIG?"),
+    ("train config=configs/demo.yaml", "unknown setting config, did you mean CONFIG?"),
+    (f"train {DEMO} RUNN=x", "unknown setting RUNN, did you mean RUN?"),
+    (f"train {DEMO} SETT=a.b=1", "unknown setting SETT, did you mean SET?"),
+    (f"train {DEMO} CHECKPOINT=you/x", "unknown setting CHECKPOINT, did you mean CHECKPOINTS?"),
+    (f"demo MODEL=x {DEMO}", "`make demo` does not take MODEL, "),
+    (f"cloud-to-local {DEMO} MAX_DOLARS=5", "unknown setting MAX_DOLARS, did you mean MAX_DOLLARS?"),
+    (f"cloud-to-local {DEMO} MAXDOLLARS=5", "unknown setting MAXDOLLARS, did you mean MAX_DOLLARS?"),
+    (f"cloud-to-local {DEMO} max_dollars=5", "unknown setting max_dollars, did you mean MAX_DOLLARS?"),
+    (f"cloud-to-local {DEMO} HUORS=2", "unknown setting HUORS, did you mean HOURS?"),
+    (f"cloud-to-local {DEMO} TEARDWON=x", "unknown setting TEARDWON, did you mean TEARDOWN?"),
+    (f"cloud-to-local {DEMO} SPOTT=1", "unknown setting SPOTT, did you mean SPOT?"),
+    ("chat REOP=./hub/demo", "unknown setting REOP, did you mean REPO?"),
+    ("chat repo=./hub/demo", "unknown setting repo, did you mean REPO?"),
+    ("chat SYSTM=x", "unknown setting SYSTM, did you mean SYSTEM?"),
+    ("serve PROT=1", "unknown setting PROT, did you mean PORT?"),
+    ("pull REPO=./x QAUNT=q8_0", "unknown setting QAUNT, did you mean QUANT?"),
+    ("prune KEPE=1", "unknown setting KEPE, did you mean KEEP?"),
+    ("models MODLES=x", "unknown setting MODLES, did you mean MODELS?"),
+    ("init DATE=x", "unknown setting DATE, did you mean DATA?"),
+    ("env LIGHT=1", "unknown setting LIGHT"),
     # settings of other targets
-    (f"train {DEMO} MAX_DOLLARS=5", "MAX_DOLLARS is no setting of `make train`; it belongs to `make cloud-to-local`"),
-    (f"train {DEMO} PORT=1", "PORT is no setting of `make train`; it belongs to `make serve`"),
-    ("chat GPU=L4", "GPU is no setting of `make chat`; it belongs to `make plan`"),
-    ("rollback KEEP=3", "KEEP is no setting of `make rollback`; it belongs to `make prune`"),
-    (f"config {DEMO} RUN=x", "RUN is no setting of `make config`"),
+    (f"train {DEMO} MAX_DOLLARS=5", "`make train` does not take MAX_DOLLARS, which is a setting of `make cloud-to-local`"),
+    (f"train {DEMO} PORT=1", "`make train` does not take PORT, which is a setting of `make serve`"),
+    ("chat GPU=L4", "`make chat` does not take GPU, which is a setting of `make plan`"),
+    ("rollback KEEP=3", "`make rollback` does not take KEEP, which is a setting of `make prune`"),
+    (f"config {DEMO} RUN=x", "`make config` does not take RUN, "),
     # money, time and numbers
     (f"cloud-to-local {DEMO} MAX_DOLLARS=five", "MAX_DOLLARS: 'five' is not a valid number"),
     (f"cloud-to-local {DEMO} MAX_DOLLARS=$5", "MAX_DOLLARS: '$5' is not a valid number"),
     (f"cloud-to-local {DEMO} MAX_DOLLARS=-1", "MAX_DOLLARS: -1.0 is not in the range x>=0"),
     (f"cloud-to-local {DEMO} MAX_DOLLARS=5,50", "MAX_DOLLARS: '5,50' is not a valid number"),
-    (f"cloud-to-local {DEMO} MAX_DOLLARS=nan", "MAX_DOLLARS: nan is not a number"),
+    (f"cloud-to-local {DEMO} MAX_DOLLARS=nan", "MAX_DOLLARS: nan is not a finite number"),
     (f"cloud-to-local {DEMO} HOURS=0", "HOURS: 0.0 is not in the range x>0"),
     (f"cloud-to-local {DEMO} HOURS=2h", "HOURS: '2h' is not a valid number"),
     (f"cloud-to-local {DEMO} HOURS=-3", "HOURS: -3.0 is not in the range x>0"),
@@ -70,25 +74,31 @@ REFUSED = [
     # names and files
     ("train", "CONFIG is missing"),
     ("train CONFIG=configs/none.yaml", "cannot read the config configs/none.yaml"),
-    (f"train {DEMO} RUN=a/b", "RUN='a/b' cannot name a folder"),
-    (f"train {DEMO} RUN=../x", "RUN='../x' cannot name a folder"),
-    (f"train {DEMO} RUN=a+b", "RUN='a+b' cannot name a folder"),
-    (f"train {DEMO} RUN=-x", "RUN='-x' cannot name a folder"),
+    (f"train {DEMO} RUN=a/b", "RUN='a/b' is not a valid name"),
+    (f"train {DEMO} RUN=../x", "RUN='../x' is not a valid name"),
+    (f"train {DEMO} RUN=a+b", "RUN='a+b' is not a valid name"),
+    (f"train {DEMO} RUN=-x", "RUN='-x' is not a valid name"),
     ("train RUN=no-such-run", "there is no run runs/no-such-run"),
-    ("chat MODELS=no-such-folder", "no-such-folder holds no model"),
-    ("chat REPO=no-such-model", "holds no model no-such-model"),
+    ("chat MODELS=no-such-folder", "there is no model in no-such-folder"),
+    ("chat REPO=no-such-model", "there is no model no-such-model in"),
+    ("init", "DATA is missing"),
+    ("resume", "CHECKPOINTS is missing"),
     ("trace", "FILE is missing"),
     ("pull", "REPO is missing"),
     ("undeploy", "REPO is missing"),
+    ("deploy-mac", "REPO is missing"),
+    (f"cloud-to-local {DEMO}", "CLOUD is missing"),
+    (f"cloud-stop {DEMO}", "CLOUD is missing"),
+    ("train RUN=", "RUN= is empty"),
     # overrides
     (f"config {DEMO} SET=finetune.rr=1", "unknown key, did you mean r?"),
-    (f"config {DEMO} SET=finetun.r=1", "SET: finetun.r= names the section finetun, which the config does not have, did you mean finetune?"),
-    (f"config {DEMO} SET=finetune.r", "cannot read the override"),
-    (f"config {DEMO} SET=r=8", "cannot read the override"),
+    (f"config {DEMO} SET=finetun.r=1", "SET: unknown section finetun in finetun.r=, did you mean finetune?"),
+    (f"config {DEMO} SET=finetune.r", "cannot read the override 'finetune.r'"),
+    (f"config {DEMO} SET=r=8", "cannot read the override 'r=8'"),
     # targets
-    ("trian", "`make trian` is no command, did you mean `make train`?"),
-    ("docs", "`make docs` is no command"),
-    (f"data bogus {DEMO}", "`make bogus` is no command"),
+    ("trian", "unknown command `make trian`, did you mean `make train`?"),
+    ("docs", "unknown command `make docs`"),
+    (f"data bogus {DEMO}", "unknown command `make bogus`"),
 ]  # fmt: skip
 
 
@@ -104,6 +114,87 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_done(line, expected,
     assert "error: " in done.stderr and expected in done.stderr and "\n next: " in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert not done.stdout and {path.name for path in ROOT.iterdir()} == before
+
+
+# Words after `ferry`, the code of the error, and the value in it.
+CODES = [
+    ("trian", "command.unknown", "ferry trian"),
+    ("models --modles=x", "command.unknown_setting", "--modles"),
+    ("models extra", "command.bad_usage", "extra"),
+    ("init", "command.missing_setting", "--data"),
+    ("prune --keep=0", "command.bad_value", "0"),
+    ("make models models MODLES=x", "command.unknown_setting", "MODLES"),
+    ("make models models PORT=1", "command.setting_of_other_command", "PORT"),
+    ("make models models MODELS=", "command.empty_setting", "MODELS"),
+    ("make prune prune START=maybe", "command.bad_switch", "START=maybe"),
+    ("make prune prune KEEP=0", "command.bad_value", "KEEP"),
+    ("make init init", "command.missing_setting", "DATA"),
+    ("make trian trian", "command.unknown", "make trian"),
+    ("trace", "command.missing_setting", "FILE"),
+    ("pull", "command.missing_setting", "REPO"),
+    ("undeploy", "command.missing_setting", "REPO"),
+    ("deploy-mac", "command.missing_setting", "REPO"),
+    ("cloud-to-local configs/demo.yaml", "command.missing_setting", "CLOUD"),
+    ("cloud-stop configs/demo.yaml", "command.missing_setting", "CLOUD"),
+    ("train", "command.missing_setting", "CONFIG"),
+    ("train --run=no-such-run", "run.not_found", "no-such-run"),
+    ("train --run=a+b configs/demo.yaml", "run.bad_name", "'a+b'"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "value"), CODES, ids=[line for line, _, _ in CODES])
+def test_a_mistyped_command_has_a_code(line, code, value, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ferry", *line.split()])  # make's words are replaced there
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises((UserError, click.ClickException)) as caught:
+        cli.ferry.main(line.split(), prog_name="ferry", standalone_mode=False)
+    error = cli.translate_error(caught.value)
+    assert error.code == code and value in error.message and error.hint, error
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "code", "value"),
+    [
+        ("status", [], "run.none", "{runs}"),
+        ("status", ["a", "b"], "run.ambiguous", "a, b"),
+        ("clean --all --yes", ["a"], "run.not_named", "a"),
+        ("clean --all --run=a", ["a"], "run.removal_not_confirmed", "{runs}/a"),
+        ("config configs/demo.yaml --set=data.source=none.jsonl", [], "config.missing_file", "data.source: none.jsonl"),
+    ],
+)
+def test_a_run_or_a_file_that_is_not_clear_is_asked_for(line, names, code, value, tmp_path):
+    for name in names:
+        run_folder.Run(tmp_path / name).freeze_config(load_config(ROOT / "configs" / "demo.yaml"))
+    words = [*line.split(), *([] if line.startswith("config") else [f"--runs={tmp_path}"])]
+    with refuses(code) as error:
+        cli.ferry.main(words, prog_name="ferry", standalone_mode=False)
+    assert value.format(runs=tmp_path) in error.value.message
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == names
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "value"),
+    [
+        ("status --run=no-such-run --json", "run.", "no-such-run"),
+        ("trace --json", "command.missing_setting", "FILE"),
+        ("models --json --modles=x", "command.unknown_setting", "--modles"),
+        ("plan configs/demo.yaml --set=finetune.rr=1 --json", "config.unknown_key", "finetune.rr"),
+        ("make trace trace JSON=1", "command.missing_setting", "FILE"),
+        ("make models models JSON=Yes MODLES=x", "command.unknown_setting", "MODLES"),
+    ],
+)
+def test_with_json_an_error_is_json_on_stdout_too(command, code, value):
+    done = ferry(*command.split())
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 2 and set(error) == {"code", "message", "next"}
+    assert error["code"].startswith(code) and value in error["message"]
+    assert done.stderr == f"error: {error['message']}\n next: {error['next']}\n"
+
+
+@pytest.mark.parametrize("command", ["trace", "trace -- --json", "make trace trace JSON=0"])
+def test_without_json_an_error_is_on_stderr_alone(command):
+    done = ferry(*command.split())
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and not done.stdout
 
 
 # What a user may write into a value: it arrives as it was typed.
@@ -138,8 +229,9 @@ def test_overrides_are_told_apart_where_a_section_begins():
         "data.system='set finetune.r=8 here'", "finetune.r=4",
     ]  # fmt: skip
     assert split_overrides("") == [] and split_overrides("  ") == []
-    with pytest.raises(UserError, match=r"tune\.r= names the section tune"):
+    with refuses("config.unknown_section") as error:
         split_overrides("data.system=x tune.r=8")
+    assert "tune.r=" in error.value.message
 
 
 def test_a_command_line_says_the_same_as_make():

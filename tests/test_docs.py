@@ -115,7 +115,7 @@ def test_every_command_in_the_pages_exists_and_takes_its_settings():
 
 
 def test_values_in_the_pages_are_taken():
-    for path, line in command_lines():
+    for _, line in command_lines():
         if "..." in line or not line.startswith("make ") or "$" in line:
             continue
         words = shlex.split(line, comments=True)

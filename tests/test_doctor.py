@@ -1,6 +1,7 @@
 """The doctor names what a machine has and lacks, each lack with its cure, and stops nothing that can go on."""
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -92,7 +93,7 @@ def test_a_gpu_that_is_not_used_is_a_lack(tmp_path):
     assert found["memory"].text == "128.0 GB, NVIDIA H100 with 80.0 GB; a model may take 96.0 GB"
 
 
-def test_where_cuda_computes_the_card_s_memory_counts(tmp_path, monkeypatch):
+def test_where_cuda_computes_the_gpus_memory_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(llama_runtime, "compute_device", lambda: "CUDA")
     found = of(tmp_path, machine=BOX)
     assert found["llama.cpp"].state == "ok" and "a model may take 79.0 GB" in found["memory"].text
@@ -169,7 +170,7 @@ def test_a_model_that_memory_does_not_hold_is_a_lack(real, tmp_path):
     found = of(tmp_path / "models", real, TINY)["context"]
     assert found.state == "lack" and found.text == "512 of the trained 1024 tokens fit into 0.2 GB"
     found = of(tmp_path / "models", real, Machine(**vars(TINY) | {"memory": 1 << 27}))["context"]
-    assert found.state == "lack" and found.text == "it needs 0.2 GB, and 0.1 GB are there for a model"
+    assert found.state == "lack" and found.text == "it needs 0.2 GB, 0.1 GB are available for a model"
     assert "a smaller model" in found.cure
 
 
@@ -191,14 +192,15 @@ def unknown(real, tmp_path) -> Path:
 
 def test_a_model_that_llama_cpp_does_not_know_is_a_fault(unknown, tmp_path):
     found = of(tmp_path / "models", unknown)
-    assert found["file"].state == "fault" and "the architecture lamma is not known" in found["file"].text
+    assert (found["file"].state, found["file"].code) == ("fault", "gguf.unsupported_model")
+    assert "lamma" in found["file"].text
     assert "1B" in found["context"].text, "the rest is said all the same"
 
 
-@pytest.mark.parametrize(("repo", "words"), [("./nowhere", "no such folder"), ("a b", "no Hub id")])
-def test_a_repo_that_is_none_is_a_fault(repo, words, tmp_path):
+@pytest.mark.parametrize(("repo", "code"), [("./nowhere", "hub.folder_not_found"), ("a b", "hub.bad_repo_id")])
+def test_a_repo_that_is_none_is_a_fault(repo, code, tmp_path):
     found = of(tmp_path, repo)["file"]
-    assert found.state == "fault" and words in found.text
+    assert (found.state, found.code) == ("fault", code) and repo in found.text
 
 
 def test_a_file_that_may_not_be_read_is_a_fault(real, tmp_path, monkeypatch):
@@ -207,18 +209,22 @@ def test_a_file_that_may_not_be_read_is_a_fault(real, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", denied)
     found = of(tmp_path / "models", real)["file"]
-    assert found.state == "fault" and found.text.endswith("cannot be read: Permission denied")
+    assert (found.state, found.code) == ("fault", "file.unreadable")
+    assert str(real) in found.text and found.text.endswith(": Permission denied")
 
 
 def test_a_quantization_that_is_not_there_is_a_fault(real, tmp_path):
-    assert "QUANT=one of: q4_k_m" in of(tmp_path, real, quantization="q8_0")["file"].cure
+    found = of(tmp_path, real, quantization="q8_0")["file"]
+    assert (found.state, found.code) == ("fault", "pull.no_such_quantization")
+    assert "q8_0" in found.text and "QUANT=one of: q4_k_m" in found.cure
 
 
 def test_a_hub_that_cannot_be_asked_is_a_lack(tmp_path, online, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = of(tmp_path, "you/real")
-    assert found["file"].state == "lack" and "what was pulled before can be used" in found["file"].text
+    assert (found["file"].state, found["file"].code) == ("lack", "hub.offline")
+    assert "you/real" in found["file"].text and "an earlier pull can still be used" in found["file"].text
     assert found["context"].state == "ok"
 
 
@@ -319,8 +325,16 @@ def test_lacks_are_no_failure_and_a_fault_is(tmp_path, unknown):
     done = ferry("doctor", "--models", tmp_path / "models")
     assert done.returncode == 0 and not done.stderr and done.stdout.count("lack  ") >= 2
     done = ferry("doctor", unknown, "--models", tmp_path / "models")
-    assert done.returncode == 2 and "fault file      real.q4_k_m.gguf: the architecture lamma" in done.stdout
+    fault = next(line for line in done.stdout.splitlines() if line.startswith("fault "))
+    assert done.returncode == 2 and re.match(r"fault file +real\.q4_k_m\.gguf: .*architecture lamma", fault)
     assert "Traceback" not in done.stderr and not (tmp_path / "models").exists()
+
+
+def test_as_json_the_doctor_prints_one_document_with_the_code_of_each_fault(tmp_path, unknown):
+    done = ferry("doctor", unknown, "--models", tmp_path / "models", "--json")
+    faults = [check for check in json.loads(done.stdout) if check["state"] == "fault"]
+    assert done.returncode == 2 and [check["code"] for check in faults] == ["gguf.unsupported_model"]
+    assert done.stderr.startswith(f"error: {faults[0]['text']}") and done.stderr.count("error: ") == 1
 
 
 def test_a_read_only_home_hinders_nothing(tmp_path, real):

@@ -1,6 +1,7 @@
 """The merge keeps what was trained; the GGUF says where it comes from."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import files
-from common.errors import UserError
 from pipeline.base_model import restore_gguf
 from pipeline.config.schema import Export
 from pipeline.export import merge, stage
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from pipeline.toolchain import llama_tools
 from tests import tiny
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 
 
 def test_every_target_is_w_plus_scale_b_a_and_everything_else_the_base(chain, source):
@@ -132,7 +133,7 @@ Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
         (Q, lambda w: torch.where(torch.arange(w.numel()).view(w.shape) == 7, w * 1.02, w), "not W"),
         (Q, lambda w: w[:-1], "shape"),
         (Q, lambda w: w * float("nan"), "not W"),
-        (NORM, lambda w: w * 1.01, "not the base"),
+        (NORM, lambda w: w * 1.01, "not equal to the base"),
     ],
 )
 def test_the_merge_gate_sees_every_changed_tensor(name, change, says, dtype, tmp_path):
@@ -150,29 +151,32 @@ def test_the_merge_gate_sees_a_tensor_that_the_base_does_not_have(tmp_path):
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     save_file(tensors | {"model.more.weight": torch.zeros(2)}, tmp_path / "merged" / "model.safetensors")
     (fault,) = merge.find_merge_faults(weights, adapter, tmp_path / "merged", "float16")
-    assert fault == {"tensor": "model.more.weight", "what": "the base has none"}
+    assert fault == {"tensor": "model.more.weight", "what": "not in the base model"}
 
 
 def test_a_value_that_does_not_fit_float16_is_refused_and_fits_bfloat16(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path)
     damaged(weights, NORM, lambda w: w + 1e5)
-    with pytest.raises(UserError, match=r"(?s)does not fit float16.*export.dtype=bfloat16") as error:
+    with refuses("merge.overflow") as error:
         merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
-    assert NORM in str(error.value)
+    assert NORM in error.value.message and "float16" in error.value.message
+    assert "export.dtype=bfloat16" in error.value.hint
     merge.merge_adapter(weights, adapter, tmp_path / "again", "bfloat16")
 
 
 def test_quantized_weights_are_no_base_to_merge_into(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path)
     damaged(weights, Q, lambda w: w.to(torch.uint8))
-    with pytest.raises(UserError, match="no 16-bit weights"):
+    with refuses("base_model.no_16_bit_weights") as error:
         merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
+    assert "U8" in error.value.message
 
 
 def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path):
     weights, adapter = adapted("qwen-3", tmp_path, use_dora=True)
-    with pytest.raises(UserError, match="no LoRA matrix"):
+    with refuses("adapter.not_lora") as error:
         merge.merge_adapter(weights, adapter, tmp_path / "merged", "float16")
+    assert "lora_magnitude_vector" in error.value.message
 
 
 PEAK = """
@@ -251,7 +255,8 @@ def test_few_training_rows_are_said_again_until_the_matrix_has_enough(chain):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(chain.run / "data" / "tokenizer")
-    text = stage.build_imatrix_text(Run(chain.run), 40_000)
+    run = Run(chain.run)
+    text = stage.build_imatrix_text(run.read_record(DataRecord), run, 40_000)
     assert 40_000 < len(tokenizer.encode(text, add_special_tokens=False)) < 42_000
 
 
@@ -260,13 +265,14 @@ def test_the_disk_is_asked_before_anything_is_written(chain, source, monkeypatch
 
     weights = restore_gguf.prepare_weights(source)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(0.1e9)))
-    with pytest.raises(UserError, match=r"(?s)export needs 1\.\d GB .* 0\.1 GB are free"):
+    with refuses("disk.too_small") as error:
         stage.refuse_full_disk(weights, chain.folder / "empty", Export(quantizations=("q4_k_m", "q8_0")))
+    assert re.search(r"needs 1\.\d GB .* 0\.1 GB are free", error.value.message)
     # the estimate, against what the chain really wrote: merged, f16, q4_k_m twice
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
-    with pytest.raises(UserError) as error:
+    with refuses("disk.too_small") as error:
         stage.refuse_full_disk(weights, chain.folder / "empty", Export())
-    needed = float(str(error.value).split("needs ")[1].split(" GB")[0]) * 1e9
+    needed = float(error.value.message.split("needs ")[1].split(" GB")[0]) * 1e9
     wrote = sum(f.stat().st_size for f in (chain.run / "export").rglob("*") if f.suffix in (".safetensors", ".gguf"))
     assert 0.8 * wrote < needed < 1.25 * wrote
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from common import files
-from common.errors import UserError
+from tests.conftest import refuses
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -62,20 +62,29 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with refuses("file.unwritable") as error:
         files.write_json(tmp_path / "file" / "x.json", {})
+    assert str(tmp_path / "file" / "x.json") in error.value.message
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
-    with (
-        pytest.raises(UserError, match="no space left while writing .* GB free"),
-        files.write_atomically(tmp_path / "x"),
-    ):
+    with refuses("disk.full") as error, files.write_atomically(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(tmp_path / "x") in error.value.message and " GB free" in error.value.message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
-def test_a_broken_record_is_one_clear_error(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("", "file.not_json"), ("{", "file.not_json"), ("[1]", "file.not_json_object"), ("\xff", "file.not_json")],
+)
+def test_a_broken_record_is_one_clear_error(tmp_path, text, code):
     (tmp_path / "r.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError):
+    with refuses(code) as error:
         files.read_json(tmp_path / "r.json")
+    assert str(tmp_path / "r.json") in error.value.message and str(tmp_path / "r.json") in error.value.hint
+
+
+def test_a_record_that_is_not_there_is_one_clear_error(tmp_path):
+    with refuses("file.missing") as error:
+        files.read_json(tmp_path / "r.json")
+    assert str(tmp_path / "r.json") in error.value.message

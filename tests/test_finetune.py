@@ -31,7 +31,7 @@ from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from pipeline.toolchain import finite_numbers
 from tests import tiny
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 
 WORDS = ["red", "green", "blue", "amber", "violet", "white", "black", "golden", "silver", "brown"]
 TUNE = {
@@ -285,7 +285,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     if kill == signal.SIGKILL:
         assert step % 4 == 0
     else:
-        assert f"{kill.name} after step {step}" in printed and "the same command goes on from here" in printed
+        assert f"{kill.name} after step {step}" in printed and "the same command resumes from here" in printed
         assert step == len(losses(run)), "the checkpoint is of the last step"
     record = trained(run, save_steps=4)
     assert record["resumed_from"] == left.name
@@ -345,7 +345,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing(run, whole, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert "no checkpoint at step 16" in capsys.readouterr().err
+    assert "no checkpoint was written at step 16" in capsys.readouterr().err
     assert left == ["checkpoint-8"], "the last whole one was there until the end"
     assert record["steps"] == whole[0]["steps"] and losses(run) == pytest.approx(whole[1], rel=1e-6)
 
@@ -389,7 +389,7 @@ def test_out_of_memory_trains_the_same_step_with_less_at_once(run, small_card, c
     again = trained(run, lora_dropout=0.0)
     said = " ".join(capsys.readouterr().err.split())
     before, after = map(
-        int, re.search(r"out of GPU memory with (\d+) tokens .*; the same step again with (\d+)", said).groups()
+        int, re.search(r"out of GPU memory with (\d+) tokens .*; the step is repeated with (\d+)", said).groups()
     )
     assert after == before // 2, "not less than it takes"
     assert sum(size > 200 for size in sizes) < 4, "it was not tried again at each step"
@@ -466,8 +466,9 @@ def test_too_small_a_card_starts_again_with_gradient_checkpointing(run, small_ca
     assert files.read_json(run.folder / "finetune" / "choice.json")["after_out_of_memory"] == {
         "use_gradient_checkpointing": "unsloth"
     }
-    with pytest.raises(UserError, match="with the smallest micro-batch and gradient checkpointing"):
+    with refuses("gpu.out_of_memory") as error:
         trained(run)
+    assert "CUDA out of memory. Tried to allocate" in error.value.message
 
 
 def test_a_card_that_is_taken_is_one_error(run, monkeypatch):
@@ -479,9 +480,10 @@ def test_a_card_that_is_taken_is_one_error(run, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB.\nmore")
 
     monkeypatch.setattr(stage, "build_model", full)
-    with pytest.raises(UserError, match="finds no room on CPU.*: CUDA out of memory. Tried to allocate 2 GB") as caught:
+    with refuses("gpu.memory_in_use") as error:
         trained(run)
-    assert "make doctor" in caught.value.hint
+    assert re.search(r" CPU.*: CUDA out of memory. Tried to allocate 2 GB", error.value.message)
+    assert "make doctor" in error.value.hint
 
 
 def test_a_model_that_unsloth_does_not_pack_is_padded_and_it_is_said(run, monkeypatch, capsys):
@@ -512,11 +514,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(run, monkeypat
         return model
 
     monkeypatch.setattr(stage, "build_model", build)
-    with pytest.raises(UserError) as caught:
+    with refuses("finetune.loss_not_finite") as error:
         trained(run, save_steps=4, logging_steps=5)
     order = batches.ShuffledRows(43, 129, 3407)[:]
-    assert f"the loss of step 10 is nan: rows {', '.join(map(str, order[54:60]))} of" in caught.value.message
-    assert "last good checkpoint is checkpoint-8" in caught.value.message
+    rows_of_step = ", ".join(map(str, order[54:60]))
+    for value in ("step 10 is nan", f"rows {rows_of_step} of", "checkpoint-8"):
+        assert value in error.value.message
     assert checkpoint_files.prune_and_find_checkpoint(run.folder / "finetune" / "checkpoints").name == "checkpoint-8"
     monkeypatch.setattr(stage, "build_model", real)
     assert trained(run, save_steps=4)["resumed_from"] == "checkpoint-8"
@@ -545,28 +548,47 @@ def pair(keeper, poison):
 
 
 BROKEN = {
-    "every step, logged at the first alone": ({"max_steps": 3, "learning_rate": "inf"}, None, "step 2"),
-    "a rate that overflows": ({"max_steps": 3, "learning_rate": 1e38}, None, "step"),
-    "the last step's weights": ({"max_steps": 3}, lambda step: float("nan") if step == 3 else None, "after step 3"),
+    "every step, logged at the first alone": (
+        {"max_steps": 3, "learning_rate": "inf"},
+        None,
+        ("loss_not_finite",),
+        "step 2",
+    ),
+    "a rate that overflows": (
+        {"max_steps": 3, "learning_rate": 1e38},
+        None,
+        ("loss_not_finite", "weights_not_finite"),
+        "step",
+    ),
+    "the last step's weights": (
+        {"max_steps": 3},
+        lambda step: float("nan") if step == 3 else None,
+        ("weights_not_finite",),
+        "after step 3",
+    ),
     "infinity in the last step's weights": (
         {"max_steps": 3},
         lambda step: float("inf") if step == 3 else None,
+        ("weights_not_finite",),
         "after step 3",
     ),
-    "the only step": ({"max_steps": 1}, lambda step: float("nan"), "after step 1"),
+    "the only step": ({"max_steps": 1}, lambda step: float("nan"), ("weights_not_finite",), "after step 1"),
     "weights at a checkpoint": (
         {"max_steps": 4, "save_steps": 2},
         lambda step: float("nan") if step == 2 else None,
+        ("weights_not_finite",),
         "after step 2",
     ),
     "a step between two logged ones": (
         {"max_steps": 6, "logging_steps": 100},
         lambda step: float("nan") if step == 3 else None,
+        ("loss_not_finite",),
         "step 4",
     ),
     "held-out losses": (
         {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2},
         lambda step: float("nan") if step == 2 else None,
+        ("heldout_loss_not_finite",),
         "step 2",
     ),
 }
@@ -574,7 +596,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_no_training_with_broken_numbers_is_a_success(run, monkeypatch, case):
-    changes, when, words = BROKEN[case]
+    changes, when, reasons, value = BROKEN[case]
     rate = changes.get("learning_rate")
     changes = {name: value for name, value in changes.items() if name != "learning_rate"}
     if when:
@@ -584,7 +606,7 @@ def test_no_training_with_broken_numbers_is_a_success(run, monkeypatch, case):
     tune = Finetune(**(TUNE | changes)).model_copy(update={"learning_rate": float(rate)} if rate else {})
     with pytest.raises(UserError) as caught:
         run_finetune(run.read_config().base, tune, run.read_record(DataRecord), run)
-    assert words in caught.value.message, caught.value.message
+    assert caught.value.code in [f"finetune.{reason}" for reason in reasons] and value in caught.value.message, caught
     cure = float(re.search(r"learning_rate=([\d.e+-]+)", caught.value.hint)[1])
     assert 0 < cure <= 2e-4, "a cure is one"
     assert not run.is_done("finetune") and not (run.folder / "finetune" / "adapter").exists()
@@ -596,8 +618,9 @@ def test_no_training_with_broken_numbers_is_a_success(run, monkeypatch, case):
 def test_a_rate_that_is_no_rate_is_refused_by_the_config(rate):
     from pipeline.config import load
 
-    with pytest.raises(UserError, match="learning_rate"):
+    with refuses("config.invalid") as error:
         load.load_config(ROOT / "configs" / "demo.yaml", (f"finetune.learning_rate={rate}",))
+    assert "finetune.learning_rate" in error.value.message
 
 
 def test_the_losses_of_a_long_training_are_looked_at_now_and_then(run, monkeypatch):
@@ -606,8 +629,9 @@ def test_the_losses_of_a_long_training_are_looked_at_now_and_then(run, monkeypat
 
     monkeypatch.setattr(trainer, "LOSS_CHECK_STEPS", 2)
     poison(monkeypatch, lambda step: float("nan") if step == 1 else None)
-    with pytest.raises(UserError, match="the loss of step 2 is nan"):
+    with refuses("finetune.loss_not_finite") as error:
         trained(run, max_steps=40, logging_steps=1000)
+    assert "step 2 is nan" in error.value.message
     assert len(losses(run)) <= 1, "it ended soon after"
 
 
@@ -671,8 +695,9 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_first(run, monkeypatch)
     from pipeline.finetune import stage
 
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="checkpoints and adapter take .* GB of disk, 0.00 GB are free"):
+    with refuses("disk.too_little_for_checkpoints") as error:
         trained(run)
+    assert "0.00 GB are free" in error.value.message
     assert not run.is_done("finetune")
 
 
@@ -688,7 +713,7 @@ def test_an_adapter_that_cannot_be_written_keeps_the_last_checkpoint(run, monkey
 
     monkeypatch.setattr(checkpoint_files, "mark_complete", full)
     try:
-        with pytest.raises(UserError, match="the adapter cannot be written: .*"):
+        with refuses("finetune.adapter_not_written"):
             trained(run, save_steps=22)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -725,7 +750,7 @@ def test_a_probe_measures_the_longest_rows_and_finetune_takes_the_fastest(run, m
     )
     page = probe.run_probe(run)
     best = max(found, key=lambda row: row["tokens_per_second"])
-    line = next(line for line in page.splitlines() if "finetune takes this" in line)
+    line = next(line for line in page.splitlines() if "finetune uses this" in line)
     assert f"{best['micro_batch_tokens']:,}" in line and "16 bit" in line
     assert trained(run, max_steps=2)["micro_batch_tokens"] == best["micro_batch_tokens"]
 
@@ -828,14 +853,18 @@ def test_report_to_gets_what_the_log_gets(run, monkeypatch):
     assert [{"loss", "tokens_per_second", "memory_gb"} <= logs.keys() for logs in Recorder.seen[:3]] == [True] * 3
 
 
-@pytest.mark.parametrize("name, words", [("tensorbored", "tensorbored"), ("tensorboard", "tensorboard")])
-def test_a_reporter_that_is_not_there_is_one_error(name, words):
+@pytest.mark.parametrize(
+    "name, code",
+    [("tensorbored", "finetune.unknown_reporter"), ("tensorboard", "finetune.reporter_not_installed")],
+)
+def test_a_reporter_that_is_not_there_is_one_error(name, code):
     """tensorboard is not among the locked packages."""
     from pipeline.finetune.build_trainer import create_reporters
 
-    with pytest.raises(UserError, match=f"finetune.report_to: .*{words}") as caught:
+    with refuses(code) as error:
         create_reporters((name,))
-    assert f"pip install {name}" in caught.value.hint
+    assert re.search(f"finetune.report_to: .*{name}", error.value.message)
+    assert f"pip install {name}" in error.value.hint
 
 
 def test_each_step_is_in_the_log(whole):

@@ -48,7 +48,7 @@ def test_one_byte_shows_nearly_every_change(tmp_path):
 def test_rows_that_came_or_went(tmp_path):
     known = fingerprint.compute_fingerprint(written(tmp_path, ROWS[:50]))
     path = written(tmp_path, ROWS[:40])
-    assert fingerprint.find_differing_rows(path, known) == [f"{path}: it ends after 40 rows, 10 fewer"]
+    assert fingerprint.find_differing_rows(path, known) == [f"{path}: ends after 40 rows, 10 fewer than before"]
     path = written(tmp_path, ROWS[:60])
     assert fingerprint.find_differing_rows(path, known) == [f"{path}:51: {ROWS[50]}"]
 

@@ -16,6 +16,7 @@ from common import gguf_reader
 from common.errors import UserError
 from pipeline.toolchain import llama_tools
 from tests import fuzz_readers
+from tests.conftest import refuses
 
 U8, U16, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 2, 4, 6, 7, 8, 9, 10
 KINDS = {"F32": 0, "Q8_0": 8, "Q4_K": 12}
@@ -90,86 +91,86 @@ def of(tmp_path: Path, content: bytes) -> Path:
 
 BIG = 1 << 62
 LIES = {
-    "empty": (b"", "the magic number takes 4 bytes, and the file has 0 more"),
-    "another magic": (whole(magic=b"GGML"), "begins with b'GGML'"),
-    "a zip": (b"PK\3\4" + bytes(400), "not with 'GGUF'"),
-    "big-endian": (whole(version=3 << 24), "big-endian"),
-    "version 0": (whole(version=0), "version 0"),
-    "version 1": (whole(version=1), "version 1, and llama.cpp reads 2 and 3"),
-    "version 4": (whole(version=4), "version 4"),
-    "too many pairs": (whole(n_pairs=1 << 40), "claims 1099511627776 metadata pairs, at most 65,536"),
-    "too many tensors": (whole(n_tensors=1 << 63), "tensors, at most 65,536"),
-    "more pairs than fit": (whole(n_pairs=60_000), "claims 60000 metadata pairs, more than"),
-    "more tensors than fit": (whole(n_tensors=60_000), "claims 60000 tensors, more than"),
-    "a pair too many": (whole(tensors=[], data=b"", n_pairs=7), "the length of key 6 takes 8 bytes"),
-    "tensors taken for a pair": (whole(n_pairs=7), "the name of tensor 0 has 562949953421312 bytes"),
-    "an empty key": (also(pair(b"", U8, b"1")), "key 6 has 0 bytes"),
-    "a long key": (also(pair(b"k" * 65_536, U8, b"1")), "key 6 has 65536 bytes, not 1 to 65535"),
-    "a key beyond the file": (also(text(b"k", 60_000)), "key 6 takes 60000 bytes"),
-    "a key that is no UTF-8": (also(pair(b"\xff\xfe", U8, b"1")), "key 6 is no UTF-8"),
-    "a key that C sees otherwise": (also(pair(b"general.alignment\0", U32, u32(1))), "key 6 holds a NUL"),
-    "a key twice": (also(pair(b"yes", BOOL, b"\0")), "the key 'yes' is there twice"),
-    "an unknown type": (also(pair(b"x", 13, b"1")), "the value of 'x' has the unknown type 13"),
-    "an array of an unknown type": (also(pair(b"x", ARRAY, array(77, 1))), "array of unknown type 77"),
-    "arrays in arrays": (also(pair(b"x", ARRAY, array(ARRAY, 1, array(U8, 1)))), "'x' is an array of arrays"),
-    "an array beyond the file": (also(pair(b"x", ARRAY, array(U64, 100_000))), "takes 800000 bytes, and the file has"),
-    "an array of 2^62": (also(pair(b"x", ARRAY, array(U64, BIG))), "more than 4,000,000"),
+    "empty": (b"", "gguf.truncated", "takes 4 bytes, and the file has 0"),
+    "another magic": (whole(magic=b"GGML"), "gguf.bad_magic", "b'GGML'"),
+    "a zip": (b"PK\3\4" + bytes(400), "gguf.bad_magic", "b'PK\\x03\\x04'"),
+    "big-endian": (whole(version=3 << 24), "gguf.big_endian", "m.gguf"),
+    "version 0": (whole(version=0), "gguf.unknown_version", "version 0"),
+    "version 1": (whole(version=1), "gguf.unknown_version", "version 1"),
+    "version 4": (whole(version=4), "gguf.unknown_version", "version 4"),
+    "too many pairs": (whole(n_pairs=1 << 40), "gguf.too_many_entries", "1099511627776 metadata pairs, the limit is 65,536"),
+    "too many tensors": (whole(n_tensors=1 << 63), "gguf.too_many_entries", "9223372036854775808 tensors, the limit is 65,536"),
+    "more pairs than fit": (whole(n_pairs=60_000), "gguf.impossible_count", "60000 metadata pairs, more than 576"),
+    "more tensors than fit": (whole(n_tensors=60_000), "gguf.impossible_count", "60000 tensors, more than 576"),
+    "a pair too many": (whole(tensors=[], data=b"", n_pairs=7), "gguf.truncated", "the length of key 6 takes 8 bytes"),
+    "tensors taken for a pair": (whole(n_pairs=7), "gguf.bad_length", "the name of tensor 0 has 562949953421312 bytes"),
+    "an empty key": (also(pair(b"", U8, b"1")), "gguf.bad_length", "key 6 has 0 bytes"),
+    "a long key": (also(pair(b"k" * 65_536, U8, b"1")), "gguf.bad_length", "key 6 has 65536 bytes, not 1 to 65535"),
+    "a key beyond the file": (also(text(b"k", 60_000)), "gguf.truncated", "key 6 takes 60000 bytes"),
+    "a key that is no UTF-8": (also(pair(b"\xff\xfe", U8, b"1")), "gguf.not_utf8", "key 6 is not UTF-8: b'\\xff\\xfe'"),
+    "a key that C sees otherwise": (also(pair(b"general.alignment\0", U32, u32(1))), "gguf.nul_in_text", "'general.alignment\\x00'"),
+    "a key twice": (also(pair(b"yes", BOOL, b"\0")), "gguf.duplicate_key", "'yes'"),
+    "an unknown type": (also(pair(b"x", 13, b"1")), "gguf.unknown_value_type", "'x' has the unknown type 13"),
+    "an array of an unknown type": (also(pair(b"x", ARRAY, array(77, 1))), "gguf.unknown_value_type", "'x' is an array of unknown type 77"),
+    "arrays in arrays": (also(pair(b"x", ARRAY, array(ARRAY, 1, array(U8, 1)))), "gguf.nested_array", "'x'"),
+    "an array beyond the file": (also(pair(b"x", ARRAY, array(U64, 100_000))), "gguf.truncated", "'x' takes 800000 bytes"),
+    "an array of 2^62": (also(pair(b"x", ARRAY, array(U64, BIG))), "gguf.too_many_items", "4611686018427387904 items, more than 4,000,000"),
     "arrays that are too many together": (
         also(*(pair(b"x%d" % i, ARRAY, array(U8, 1_500_000, bytes(1_500_000))) for i in range(3))),
-        "'x2' has 1500000 items, more than 4,000,000 in all arrays together",
+        "gguf.too_many_items", "'x2' has 1500000 items, more than 4,000,000",
     ),
-    "strings beyond the file": (also(pair(b"x", ARRAY, array(STRING, 3_000_000))), "a string in the value of 'x'"),
-    "a string beyond the file": (also(pair(b"x", STRING, text(b"x", 1 << 63))), "takes 9223372036854775808 bytes"),
-    "a string that C sees otherwise": (also(pair(b"x", STRING, text(b"x\0y"))), "the value of 'x' holds a NUL"),
-    "no architecture": (whole(pairs=PAIRS[1:]), "general.architecture is missing"),
-    "a number as architecture": (whole(pairs=[pair(b"general.architecture", U32, u32(1))]), "is no text"),
-    "an empty architecture": (whole(pairs=[pair(b"general.architecture", STRING, text(b""))]), "is no text"),
-    "alignment 0": (aligned(u32(0)), "general.alignment is 0"),
-    "alignment 48": (aligned(u32(48)), "general.alignment is 48, no power of two"),
-    "alignment 2 GB": (aligned(u32(1 << 31)), "general.alignment is 2147483648"),
-    "alignment as u64": (aligned(struct.pack("<Q", 32), U64), "has value type 10, not uint32"),
-    "a part of a model": (also(pair(b"split.count", U16, b"\3\0")), "split.count is '3': it is one part"),
-    "a part by a string": (also(pair(b"split.count", STRING, text(b"3"))), "split.count is '3'"),
-    "a tensor without name": (alone(tensor(b"", (8,)), data=32), "the name of tensor 0 has 0 bytes"),
-    "a long tensor name": (alone(tensor(b"t" * 64, (8,)), data=32), "has 64 bytes, not 1 to 63"),
-    "a tensor name that is no UTF-8": (alone(tensor(b"\xc3", (8,)), data=32), "tensor 0 is no UTF-8"),
-    "a tensor name that C sees otherwise": (alone(tensor(b"a\0b", (8,)), data=32), "holds a NUL: 'a\\x00b'"),
+    "strings beyond the file": (also(pair(b"x", ARRAY, array(STRING, 3_000_000))), "gguf.truncated", "'x' takes 21474836482 bytes"),
+    "a string beyond the file": (also(pair(b"x", STRING, text(b"x", 1 << 63))), "gguf.truncated", "'x' takes 9223372036854775808 bytes"),
+    "a string that C sees otherwise": (also(pair(b"x", STRING, text(b"x\0y"))), "gguf.nul_in_text", "'x'"),
+    "no architecture": (whole(pairs=PAIRS[1:]), "gguf.no_architecture", "general.architecture"),
+    "a number as architecture": (whole(pairs=[pair(b"general.architecture", U32, u32(1))]), "gguf.bad_architecture", "general.architecture"),
+    "an empty architecture": (whole(pairs=[pair(b"general.architecture", STRING, text(b""))]), "gguf.bad_architecture", "general.architecture"),
+    "alignment 0": (aligned(u32(0)), "gguf.bad_alignment", "general.alignment is 0"),
+    "alignment 48": (aligned(u32(48)), "gguf.bad_alignment", "general.alignment is 48"),
+    "alignment 2 GB": (aligned(u32(1 << 31)), "gguf.bad_alignment", "general.alignment is 2147483648"),
+    "alignment as u64": (aligned(struct.pack("<Q", 32), U64), "gguf.bad_alignment_type", "type 10"),
+    "a part of a model": (also(pair(b"split.count", U16, b"\3\0")), "gguf.split_model", "split.count is '3'"),
+    "a part by a string": (also(pair(b"split.count", STRING, text(b"3"))), "gguf.split_model", "split.count is '3'"),
+    "a tensor without name": (alone(tensor(b"", (8,)), data=32), "gguf.bad_length", "the name of tensor 0 has 0 bytes"),
+    "a long tensor name": (alone(tensor(b"t" * 64, (8,)), data=32), "gguf.bad_length", "64 bytes, not 1 to 63"),
+    "a tensor name that is no UTF-8": (alone(tensor(b"\xc3", (8,)), data=32), "gguf.not_utf8", "tensor 0 is not UTF-8: b'\\xc3'"),
+    "a tensor name that C sees otherwise": (alone(tensor(b"a\0b", (8,)), data=32), "gguf.nul_in_text", "'a\\x00b'"),
     "a tensor twice": (
         alone(tensor(b"a", (8,)), tensor(b"a", (8,), 0, 32), data=64),
-        "the tensor 'a' is there twice",
+        "gguf.duplicate_tensor", "'a'",
     ),
-    "no dimension": (alone(tensor(b"a", (8,), dimensions=0), data=32), "has 0 dimensions, not 1 to 4"),
-    "five dimensions": (alone(tensor(b"a", (8, 1, 1, 1, 1)), data=32), "has 5 dimensions"),
-    "2^32-1 dimensions": (alone(tensor(b"a", (8,), dimensions=2**32 - 1), data=32), "has 4294967295 dimensions"),
-    "a dimension of nothing": (alone(tensor(b"a", (8, 0)), data=32), "a dimension of 0 elements"),
-    "a negative dimension": (alone(tensor(b"a", (-8, -1)), data=32), "a dimension of -8 elements"),
-    "a shape that overflows": (alone(tensor(b"a", (1 << 32, 1 << 31)), data=32), "its shape overflows"),
-    "a shape that overflows to 0": (alone(tensor(b"a", (1 << 32, 1 << 32)), data=32), "its shape overflows"),
-    "bytes that overflow to 0": (alone(tensor(b"a", (1 << 62,))), "and the file has"),
-    "rows of half a block": (alone(tensor(b"a", (128,), KINDS["Q4_K"]), data=96), "Q4_K needs a multiple of 256"),
-    "a type that was taken back": (alone(tensor(b"a", (32,), 4), data=32), "'a' has the unknown type 4"),
-    "an unknown tensor type": (alone(tensor(b"a", (32,), 2**31), data=32), "has the unknown type 2147483648"),
-    "an offset between": (alone(tensor(b"a", (8,), offset=8), data=64), "is at 8, no multiple of 32"),
-    "a gap": (alone(tensor(b"a", (8,), offset=32), data=64), "is at 32, expected at 0"),
-    "tensors on one another": (alone(tensor(b"a", (8,)), tensor(b"b", (8,)), data=64), "is at 0, expected at 32"),
-    "tensors out of order": (alone(tensor(b"a", (8,), 0, 32), tensor(b"b", (8,)), data=64), "is at 32, expected at 0"),
-    "data that is not there": (alone(tensor(b"a", (1 << 40,))), "is it cut off?"),
-    "something behind the data": (whole(data=DATA + b"PK" + bytes(30)), "32 bytes follow its last tensor"),
-    "one byte behind the data": (whole(data=DATA + b"\0"), "1 bytes follow its last tensor"),
-    "something behind no tensors": (whole(tensors=[], data=bytes(64)), "bytes follow its last tensor"),
+    "no dimension": (alone(tensor(b"a", (8,), dimensions=0), data=32), "gguf.bad_dimension_count", "'a' has 0 dimensions"),
+    "five dimensions": (alone(tensor(b"a", (8, 1, 1, 1, 1)), data=32), "gguf.bad_dimension_count", "'a' has 5 dimensions"),
+    "2^32-1 dimensions": (alone(tensor(b"a", (8,), dimensions=2**32 - 1), data=32), "gguf.bad_dimension_count", "'a' has 4294967295 dimensions"),
+    "a dimension of nothing": (alone(tensor(b"a", (8, 0)), data=32), "gguf.bad_dimension", "'a' has a dimension of 0"),
+    "a negative dimension": (alone(tensor(b"a", (-8, -1)), data=32), "gguf.bad_dimension", "'a' has a dimension of -8"),
+    "a shape that overflows": (alone(tensor(b"a", (1 << 32, 1 << 31)), data=32), "gguf.shape_overflow", "9223372036854775808 elements"),
+    "a shape that overflows to 0": (alone(tensor(b"a", (1 << 32, 1 << 32)), data=32), "gguf.shape_overflow", "18446744073709551616 elements"),
+    "bytes that overflow to 0": (alone(tensor(b"a", (1 << 62,))), "gguf.truncated", "byte 18446744073709551904, and the file has 288"),
+    "rows of half a block": (alone(tensor(b"a", (128,), KINDS["Q4_K"]), data=96), "gguf.partial_block", "128 elements, Q4_K needs a multiple of 256"),
+    "a type that was taken back": (alone(tensor(b"a", (32,), 4), data=32), "gguf.unknown_tensor_type", "'a' has the unknown type 4"),
+    "an unknown tensor type": (alone(tensor(b"a", (32,), 2**31), data=32), "gguf.unknown_tensor_type", "'a' has the unknown type 2147483648"),
+    "an offset between": (alone(tensor(b"a", (8,), offset=8), data=64), "gguf.misaligned_tensor", "'a' is at 8, not a multiple of 32"),
+    "a gap": (alone(tensor(b"a", (8,), offset=32), data=64), "gguf.wrong_tensor_offset", "'a' is at 32, expected at 0"),
+    "tensors on one another": (alone(tensor(b"a", (8,)), tensor(b"b", (8,)), data=64), "gguf.wrong_tensor_offset", "'b' is at 0, expected at 32"),
+    "tensors out of order": (alone(tensor(b"a", (8,), 0, 32), tensor(b"b", (8,)), data=64), "gguf.wrong_tensor_offset", "'a' is at 32, expected at 0"),
+    "data that is not there": (alone(tensor(b"a", (1 << 40,))), "gguf.truncated", "byte 4398046511392, and the file has 288"),
+    "something behind the data": (whole(data=DATA + b"PK" + bytes(30)), "gguf.trailing_bytes", " 32 bytes"),
+    "one byte behind the data": (whole(data=DATA + b"\0"), "gguf.trailing_bytes", " 1 bytes"),
+    "something behind no tensors": (whole(tensors=[], data=bytes(64)), "gguf.trailing_bytes", " 64 bytes"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_is_named_in_one_line_quickly_and_in_little_memory(lie, tmp_path):
-    content, words = LIES[lie]
+    content, code, value = LIES[lie]
     path, started = of(tmp_path, content), time.perf_counter()
     tracemalloc.start()
-    with pytest.raises(UserError) as caught:
+    with refuses(code) as caught:
         gguf_reader.read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert words in caught.value.message and caught.value.message.isprintable()
+    assert value in caught.value.message and caught.value.message.isprintable()
     assert len(caught.value.message) < 300 and peak < 100e6 and time.perf_counter() - started < 2
 
 
@@ -196,13 +197,14 @@ def test_a_file_may_end_before_its_last_padding(tmp_path):
 def test_a_file_that_ends_anywhere_else_is_refused(tmp_path):
     content = whole()
     for end in range(len(content)):
-        with pytest.raises(UserError, match="no sound GGUF"):
+        with pytest.raises(UserError) as caught:
             gguf_reader.read_header(of(tmp_path, content[:end]))
+        assert caught.value.code in ("gguf.truncated", "gguf.impossible_count"), end
 
 
 def test_a_header_is_read_only_so_far(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_reader, "MAX_HEADER_BYTES", 200)
-    with pytest.raises(UserError, match="its header is longer than"):
+    with refuses("gguf.header_too_long"):
         gguf_reader.read_header(of(tmp_path, whole()))
 
 
@@ -218,8 +220,9 @@ def test_the_data_of_a_large_file_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("place", ["missing", ".", "/dev/null"])
 def test_what_is_no_file_is_refused(place, tmp_path):
-    with pytest.raises(UserError, match="is no file"):
+    with refuses("gguf.not_a_file") as error:
         gguf_reader.read_header(tmp_path / place)
+    assert str(tmp_path / place) in error.value.message
 
 
 # llama.cpp as the judge

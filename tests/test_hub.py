@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from common import hub as client_calls
 from tests.clients import client
 from tests.hub import Fault, Hub, serving
 
@@ -396,3 +397,29 @@ def test_a_card_is_judged_by_the_hubs_rules(hub, line, expected):
     status, _, answer = ask(hub.url, "/api/validate-yaml", "POST", body)
     messages = " ".join(item["message"] for item in json.loads(answer)["errors"])
     assert status == (400 if expected else 200) and expected in messages and bool(messages) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "is_transient"),
+    [
+        (401, "hub.unauthorized", False),
+        (402, "hub.payment_required", False),
+        (403, "hub.forbidden", False),
+        (404, "hub.not_found", False),
+        (409, "hub.conflict", False),
+        (412, "hub.repo_changed", False),
+        (413, "hub.upload_too_large", False),
+        (418, "hub.unexpected_status", False),
+        (429, "hub.rate_limited", True),
+        (500, "hub.unavailable", True),
+        (503, "hub.unavailable", True),
+    ],
+)
+def test_a_failed_call_is_one_error_with_the_code_of_its_status(status, code, is_transient):
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api/models/you/x"))
+    error = client_calls.translate_hub_error(HfHubHTTPError("failed", response=response), "read you/x")
+    assert (error.code, isinstance(error, client_calls.Unreachable)) == (code, is_transient)
+    assert error.message.startswith("read you/x: ") and error.hint

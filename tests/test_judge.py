@@ -14,6 +14,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Evaluate
 from pipeline.evaluate.stage import read_prompts
 from pipeline.scoring import judges
+from tests.conftest import refuses
 
 BASE = "base:\n  model: some/model\ndata:\n  source: rows.jsonl\n"
 SCHEMA = {"type": "object", "required": ["desk"], "properties": {"desk": {"enum": ["a", "b"]}, "n": {"multipleOf": 0.1}}}  # fmt: skip
@@ -27,11 +28,11 @@ ANSWERS = ["[" * 100_000, '{"n":' * 50_000, "NaN", '{"desk":"a","n":NaN}', "-Inf
 same_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-def refused(call, path, why: str = "") -> None:
-    with pytest.raises(UserError) as caught:
+def refused(call, path, code: str, value: str = "") -> None:
+    with refuses(code) as error:
         call(path)
-    assert str(path) in caught.value.message and why in caught.value.message
-    assert "RUN=name" in caught.value.hint
+    assert str(path) in error.value.message and value in error.value.message
+    assert "RUN=name" in error.value.hint
 
 
 @pytest.fixture
@@ -151,38 +152,38 @@ def test_no_hostile_answer_makes_regex_or_json_schema_raise(schema, said):
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "code", "value"),
     [
-        (None, "No such file"),
-        (b"", "Expecting value"),
-        (b"{'a': 1}", "Expecting property name"),
-        (b"\xff\xfe{}", "can't decode"),
-        (b'{"type": "objekt"}', "'objekt' is not valid"),
-        (b'{"pattern": "("}', "not a 'regex'"),
-        (b"[]", "no JSON schema"),
-        (b"3", "no JSON schema"),
-        (b"null", "no JSON schema"),
-        (b'{"$schema": ["x"]}', "no JSON schema"),
-        (b"[" * 100_000, "recursion"),
+        (None, "evaluate.unreadable_schema", "No such file"),
+        (b"", "evaluate.schema_not_json", "char 0"),
+        (b"{'a': 1}", "evaluate.schema_not_json", "char 1"),
+        (b"\xff\xfe{}", "evaluate.unreadable_schema", "0xff"),
+        (b'{"type": "objekt"}', "evaluate.bad_schema", "'objekt'"),
+        (b'{"pattern": "("}', "evaluate.bad_schema", "'regex'"),
+        (b"[]", "evaluate.bad_schema", ""),
+        (b"3", "evaluate.bad_schema", ""),
+        (b"null", "evaluate.bad_schema", ""),
+        (b'{"$schema": ["x"]}', "evaluate.bad_schema", ""),
+        (b"[" * 100_000, "evaluate.schema_not_json", "recursion"),
     ],
     ids=range(11),
 )
-def test_a_broken_schema_file_is_one_error_that_names_it(tmp_path, content, why):
+def test_a_broken_schema_file_is_one_error_that_names_it(tmp_path, content, code, value):
     path = tmp_path / "schema.json"
     if content is not None:
         path.write_bytes(content)
-    refused(judges.create_schema_judge, path, why)
+    refused(judges.create_schema_judge, path, code, value)
 
 
 def test_a_folder_is_no_schema_file(tmp_path):
-    refused(judges.create_schema_judge, tmp_path, "Is a directory")
+    refused(judges.create_schema_judge, tmp_path, "evaluate.unreadable_schema", "Is a directory")
 
 
 @pytest.mark.parametrize("ref", ["#/$defs/none", "none.json", "file:///etc/hostname", "http://127.0.0.1:9/s.json"])
 def test_a_ref_that_leads_out_of_the_schema_is_one_error_and_nothing_is_fetched(tmp_path, ref, recwarn):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps({"properties": {"a": {"$ref": ref}}}))
-    refused(lambda path: judges.create_schema_judge(path)('{"a": 1}', ""), path, "$ref")
+    refused(lambda path: judges.create_schema_judge(path)('{"a": 1}', ""), path, "evaluate.unresolved_ref", ref)
     assert not [w for w in recwarn if "remote" in str(w.message).lower()]
 
 
@@ -195,7 +196,7 @@ def test_a_schema_may_begin_with_a_bom_and_name_a_draft(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('  rule: regex\n  pattern: "("\n', "evaluate: pattern is no regular expression: missing )"),
+        ('  rule: regex\n  pattern: "("\n', "evaluate: pattern is not a valid regular expression: missing )"),
         ("  rule: regex\n", "evaluate: rule regex needs pattern"),
         ("  rule: json_schema\n", "evaluate: rule json_schema needs json_schema"),
         ("  rule: exactly\n", "evaluate.rule"),
@@ -204,10 +205,10 @@ def test_a_schema_may_begin_with_a_bom_and_name_a_draft(tmp_path):
 def test_the_config_refuses_an_unusable_rule_with_its_line(tmp_path, text, expected):
     path = tmp_path / "c.yaml"
     path.write_text(BASE + "evaluate:\n" + text)
-    with pytest.raises(UserError) as caught:
+    with refuses("config.invalid") as error:
         load_config(path)
     line = 6 if expected.startswith("evaluate.rule") else 5
-    assert f"c.yaml:{line}: {expected}" in caught.value.message and caught.value.hint
+    assert f"c.yaml:{line}: {expected}" in error.value.message
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
@@ -219,34 +220,34 @@ def test_prompts_are_one_a_line_blank_lines_and_bom_apart(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "why"),
+    ("name", "content", "code", "value"),
     [
-        ("p.txt", None, "No such file"),
-        ("p.txt", b"", "it holds no prompts"),
-        ("p.txt", b"\xef\xbb\xbf \n\t\n", "it holds no prompts"),
-        ("p.txt", b"Hi\n\xff\xfe\n", "can't decode"),
-        ("p.jsonl", b"\n", "it holds no prompts"),
-        ("p.jsonl", b'{"prompt": "Hi"}\nHi\n', "Expecting value"),
-        ("p.jsonl", b'{"question": "Hi"}\n', "a line without a prompt"),
-        ("p.jsonl", b'["prompt"]\n', "a line without a prompt"),
-        ("p.jsonl", b'"prompt"\n', "a line without a prompt"),
-        ("p.jsonl", b"3\n", "a line without a prompt"),
-        ("p.jsonl", b'{"prompt": null}\n', "a prompt is no text"),
-        ("p.jsonl", b'{"prompt": ["Hi"]}\n', "a prompt is no text"),
-        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "can't encode"),
-        ("p.jsonl", b"[" * 100_000, "recursion"),
+        ("p.txt", None, "evaluate.unreadable_prompts", "No such file"),
+        ("p.txt", b"", "evaluate.no_prompts", ""),
+        ("p.txt", b"\xef\xbb\xbf \n\t\n", "evaluate.no_prompts", ""),
+        ("p.txt", b"Hi\n\xff\xfe\n", "evaluate.unreadable_prompts", "0xff"),
+        ("p.jsonl", b"\n", "evaluate.no_prompts", ""),
+        ("p.jsonl", b'{"prompt": "Hi"}\nHi\n', "evaluate.bad_prompt", "char 0"),
+        ("p.jsonl", b'{"question": "Hi"}\n', "evaluate.bad_prompt", '"prompt"'),
+        ("p.jsonl", b'["prompt"]\n', "evaluate.bad_prompt", '"prompt"'),
+        ("p.jsonl", b'"prompt"\n', "evaluate.bad_prompt", '"prompt"'),
+        ("p.jsonl", b"3\n", "evaluate.bad_prompt", '"prompt"'),
+        ("p.jsonl", b'{"prompt": null}\n', "evaluate.bad_prompt", '"prompt"'),
+        ("p.jsonl", b'{"prompt": ["Hi"]}\n', "evaluate.bad_prompt", '"prompt"'),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', "evaluate.bad_prompt", "ud800"),
+        ("p.jsonl", b"[" * 100_000, "evaluate.bad_prompt", "recursion"),
     ],
     ids=range(14),
 )
-def test_an_unusable_prompt_file_is_one_error_that_names_it(tmp_path, name, content, why):
+def test_an_unusable_prompt_file_is_one_error_that_names_it(tmp_path, name, content, code, value):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    refused(read_prompts, path, why)
+    refused(read_prompts, path, code, value)
 
 
 def test_a_folder_is_no_prompt_file(tmp_path):
-    refused(read_prompts, tmp_path, "Is a directory")
+    refused(read_prompts, tmp_path, "evaluate.unreadable_prompts", "Is a directory")
 
 
 LINES = st.lists(JSON | st.builds(lambda p: json.dumps({"prompt": p}), ANY | JSON | st.integers()))
@@ -261,6 +262,7 @@ def test_any_bytes_are_prompts_or_one_error(tmp_path, name, content):
     try:
         prompts = read_prompts(path)
     except UserError as error:
+        assert error.code in ("evaluate.unreadable_prompts", "evaluate.no_prompts", "evaluate.bad_prompt")
         assert str(path) in error.message and "RUN=name" in error.hint
     else:
         assert prompts and all(isinstance(prompt, str) and prompt.encode() is not None for prompt in prompts)

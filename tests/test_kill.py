@@ -72,12 +72,12 @@ def test_kill_at_any_moment_then_go_on(tmp_path, offline):
     assert files.read_json(run / "finetune.json")["steps"] == 30
     made = manifest.read_manifest(chain.hub / manifest.FILE_NAME)
     assert pull.run_pull(str(chain.hub), tmp_path / "model")["sha256"] == made.default_artifact().sha256
-    assert not [path for path in run.rglob(".*.part")], "what killed runs left is cleaned up"
+    assert not list(run.rglob(".*.part")), "what killed runs left is cleaned up"
 
 
 def test_ctrl_c_leaves_no_half_file(tmp_path):
     chain = Chain(tmp_path, "stopped")
     printed = killed(chain, exists(chain.run, "finetune/checkpoints/checkpoint-*/ferry-complete"), signal.SIGINT)
-    assert "Traceback" not in printed and "stopped; the same command goes on from here" in printed
+    assert "Traceback" not in printed and "stopped; the same command resumes from here" in printed
     assert not (chain.run / "finetune.json").exists()
     assert not list(chain.run.rglob(".*.part"))

@@ -14,13 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from common import files
-from common.errors import UserError
 from launch import upload_files
 from launch.providers import ssh as boxes_there
 from launch.providers import ssh_address
 from tests import boxes
 from tests.boxes import Box
-from tests.conftest import SHORT
+from tests.conftest import ROOT, SHORT, refuses
 from tests.hub import serving
 
 pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
@@ -66,18 +65,18 @@ def refused(done: subprocess.CompletedProcess, what: str) -> str:
 
 def test_no_route(laptop, box):
     box.stop()
-    refused(launched(laptop, box), "root@127.0.0.1 is not reached: connect to host 127.0.0.1 port")
+    refused(launched(laptop, box), "root@127.0.0.1 cannot be reached: connect to host 127.0.0.1 port")
 
 
 def test_an_ssh_command_that_no_shell_reads(laptop, box):
-    refused(launched(laptop, box, FERRY_SSH="ssh 'i"), "FERRY_SSH cannot be read: No closing quotation")
+    refused(launched(laptop, box, FERRY_SSH="ssh 'i"), "FERRY_SSH is not a valid command line: No closing quotation")
 
 
 def test_a_box_that_cannot_be_told_to_stop_is_not_said_to_have_stopped(laptop, box, tmp_path):
     box.stop()
     done = boxes.make(laptop, box, "cloud-stop", f"CLOUD={box.address}", "RUN=fault", f"TEARDOWN=touch {tmp_path}/gone")
     assert done.returncode == 2 and "still running on root@127.0.0.1: fault" in done.stdout, done.stdout
-    assert "is not reached" in done.stdout and not (tmp_path / "gone").exists()
+    assert "error: root@127.0.0.1 cannot be reached" in done.stdout and not (tmp_path / "gone").exists()
 
 
 def test_a_key_that_the_box_does_not_know(laptop, box):
@@ -90,7 +89,7 @@ def test_a_changed_host_key(laptop, box):
     box.stop()
     box.key("host")
     box.start()
-    out = refused(launched(laptop, box), "its host key is not the one that was known")
+    out = refused(launched(laptop, box), "its host key differs from the known one")
     assert f"ssh-keygen -R '[127.0.0.1]:{box.port}'" in out
     assert not (box.home / "ferry").exists(), "nothing was sent to it"
 
@@ -102,7 +101,7 @@ def test_a_host_key_that_nobody_has_seen(laptop, box):
 
 
 def test_no_gpu_on_the_box(laptop, box):
-    assert "DEVICE=cpu" in refused(launched(laptop, box), "has no NVIDIA GPU that answers")
+    assert "DEVICE=cpu" in refused(launched(laptop, box), "root@127.0.0.1 has no NVIDIA GPU")
 
 
 def test_no_make_and_no_python_on_the_box(laptop, tmp_path):
@@ -134,13 +133,16 @@ def test_a_price_over_the_limit(laptop, box):
 
 
 def test_nobody_is_there_to_agree(laptop, box):
-    assert "YES=1" in refused(launched(laptop, box, "DEVICE=cpu"), "nobody is here to agree")
+    assert "YES=1" in refused(launched(laptop, box, "DEVICE=cpu"), "cannot ask for confirmation")
     assert not (box.home / "ferry" / "fault").exists()
 
 
 def test_a_disk_too_small_for_the_run(laptop, box):
     box.program("df", "echo Filesystem; echo /dev/vda 9 9 1000000 1% /")
-    refused(launched(laptop, box, "DEVICE=cpu", "YES=1"), "has 1.0 GB of disk free where the job goes, it needs 5.")
+    refused(
+        launched(laptop, box, "DEVICE=cpu", "YES=1"),
+        "has 1.0 GB of free disk where the job's folder goes, the job needs 5.",
+    )
 
 
 def test_a_disk_that_fills_up_while_it_is_sent(laptop, tmp_path):
@@ -164,7 +166,7 @@ def test_a_disk_that_fills_up_while_it_is_sent(laptop, tmp_path):
         assert "free some disk there" in refused(done, "No space left on device")
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "TEARDOWN has ended"), (3, "TEARDOWN failed (exit 3)")])
+@pytest.mark.parametrize(("code", "said"), [(0, "TEARDOWN has ended"), (3, "TEARDOWN failed (exit code 3)")])
 def test_the_teardown_is_run_when_nothing_runs(laptop, box, tmp_path, code, said):
     done = launched(laptop, box, f"TEARDOWN=echo ended >> {tmp_path}/bill; exit {code}")
     assert done.returncode == 2 and said in done.stdout and "has no NVIDIA GPU" in done.stdout
@@ -195,26 +197,27 @@ def test_what_was_typed_goes_on_as_it_was_typed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cloud", "what"),
+    ("cloud", "code", "value"),
     [
-        ("", "there is no launcher for that"),
-        ("box", "there is no launcher for that"),
-        ("sky://box", "there is no launcher for that"),
-        ("ssh://", "no address of a box"),
-        ("ssh://-oProxyCommand=x", "no address of a box"),
-        ("ssh://-l@box", "no address of a box"),
-        ("ssh://box:99999", "is no address"),
-        ("ssh://box:0", "no address of a box"),
-        ("ssh://you:secret@box", "holds a password"),
-        ("ssh://box/../etc", "no folder has such a name"),
-        ("ssh://box/a b", "no folder has such a name"),
-        ("ssh://box/$(id)", "no folder has such a name"),
-        ("ssh://bo;x", "no address of a box"),
+        ("", "provider.unknown", "CLOUD= "),
+        ("box", "provider.unknown", "CLOUD=box "),
+        ("sky://box", "provider.unknown", "CLOUD=sky://box "),
+        ("ssh://", "ssh.invalid_address", "CLOUD=ssh:// "),
+        ("ssh://-oProxyCommand=x", "ssh.invalid_address", "CLOUD=ssh://-oProxyCommand=x "),
+        ("ssh://-l@box", "ssh.invalid_address", "CLOUD=ssh://-l@box "),
+        ("ssh://box:99999", "ssh.invalid_address", "CLOUD=ssh://box:99999 "),
+        ("ssh://box:0", "ssh.invalid_address", "CLOUD=ssh://box:0 "),
+        ("ssh://you:secret@box", "ssh.password_in_address", "CLOUD"),
+        ("ssh://box/../etc", "ssh.invalid_folder", "/../etc"),
+        ("ssh://box/a b", "ssh.invalid_folder", "/a b"),
+        ("ssh://box/$(id)", "ssh.invalid_folder", "/$(id)"),
+        ("ssh://bo;x", "ssh.invalid_address", "CLOUD=ssh://bo;x "),
     ],
 )
-def test_what_is_no_address(cloud, what):
-    with pytest.raises(UserError, match=what) as error:
+def test_what_is_no_address(cloud, code, value):
+    with refuses(code) as error:
         ssh_address.parse_address(cloud)
+    assert value in error.value.message
     assert "secret" not in str(error.value)
 
 
@@ -396,8 +399,8 @@ def test_what_a_run_made_comes_home_before_the_teardown_or_there_is_none(box, la
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["HOURS=2"], "GPU and HOURS choose a machine that is rented, and root@127.0.0.1 is there already"),
-    (["SPOT=1"], "SPOT: a box that is there is nobody's to take away"),
+    (["HOURS=2"], "GPU and HOURS choose a rented instance, and root@127.0.0.1 is a machine of yours"),
+    (["SPOT=1"], "SPOT=1 needs CLOUD=sky: an SSH machine is not a spot instance"),
 ])  # fmt: skip
 def test_a_box_that_is_there_is_not_chosen(laptop, box, words, said):
     done = launched(laptop, box, *words)
@@ -438,5 +441,65 @@ def test_a_program_that_no_shell_reads_is_one_line(monkeypatch, tmp_path):
     from launch.providers.skypilot import SkyPilotProvider
 
     monkeypatch.setenv("FERRY_SKY", "sky 'x")
-    with pytest.raises(UserError, match="FERRY_SKY cannot be read: No closing quotation"):
+    with refuses("environment.invalid_command") as error:
         SkyPilotProvider("you/x", "", False, tmp_path).inspect_machine()
+    assert "FERRY_SKY" in error.value.message and "No closing quotation" in error.value.message
+
+
+@pytest.mark.parametrize(("stderr", "code"), [
+    ("@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\nHost key verification failed.", "ssh.host_key_changed"),
+    ("Host key verification failed.", "ssh.unknown_host_key"),
+    ("No ED25519 host key is known for box and you have requested strict checking.", "ssh.unknown_host_key"),
+    ("you@box: Permission denied (publickey).", "ssh.key_refused"),
+    ("/home/you/.ssh/config: line 3: Bad configuration option: nonsense", "ssh.invalid_config"),
+    ("ssh: Could not resolve hostname box: Name or service not known", "ssh.unknown_host"),
+    ("ssh: connect to host box port 22: Connection refused", "ssh.unreachable"),
+])  # fmt: skip
+def test_each_fault_of_ssh_has_its_code(stderr, code):
+    """Only a fault that may be gone at the next try is retried."""
+    error = boxes_there.SshProvider(ssh_address.parse_address("ssh://you@box"))._ssh_error(stderr)
+    assert error.code == code and "you@box" in error.message
+    assert isinstance(error, boxes_there.ConnectionLost) == (code == "ssh.unreachable")
+
+
+@pytest.mark.parametrize(("dollars", "max_dollars", "code", "value"), [
+    (2.5, 2.0, "cost.over_limit", "$2.50, the limit is $2.00"),
+    (None, 2.0, "cost.unknown_price", "the limit is $2.00"),
+    (2.5, 3.0, "cost.no_terminal", "boat on box"),
+    (None, None, "cost.no_terminal", "boat on box"),
+])  # fmt: skip
+def test_nothing_is_started_without_a_yes_or_over_the_limit(monkeypatch, dollars, max_dollars, code, value):
+    from launch.costs import confirm_cost
+
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    with refuses(code) as error:
+        confirm_cost("boat on box", dollars, max_dollars, assume_yes=code != "cost.no_terminal")
+    assert value in error.value.message
+
+
+def test_reproduce_compares_the_records_of_the_run_there(tmp_path):
+    """With the rows and the base model of the manifest; the new manifest is read from where `publish` says."""
+    from contract import manifest
+    from launch import reproduce
+
+    samples, there = ROOT / "tests" / "samples", tmp_path / "again"
+    for name in ("runs", "hub"):
+        shutil.copytree(samples / name, there / name)
+    published = manifest.read_manifest(samples / "hub" / "chain" / manifest.FILE_NAME)
+    provider, job = boxes_there.SshProvider(None, str(tmp_path)), boxes_there.Job("again", "chain", ROOT, "", None, "")
+
+    def compare(**changes) -> None:
+        changed = published.model_copy(update=changes)
+        reproduce.refuse_different_rows(reproduce.Reproduction("./hub/chain", changed, tmp_path), provider, job)
+
+    compare()
+    assert reproduce.read_new_manifest(provider, job) == published
+    for changes, value in (
+        ({"dataset": published.dataset.model_copy(update={"train_sha256": "0" * 64})}, "training rows: 000000000000"),
+        ({"dataset": published.dataset.model_copy(update={"split_hash": "0" * 64})}, "held-out rows: 000000000000"),
+        ({"dataset": published.dataset.model_copy(update={"rows": published.dataset.rows | {"train": 3}})}, "rows train: 3"),
+        ({"base": published.base.model_copy(update={"revision": "1" * 40})}, f"base model: {'1' * 40}"),
+    ):  # fmt: skip
+        with refuses("data.not_reproduced") as error:
+            compare(**changes)
+        assert value in error.value.message and error.value.message.count("published") == 1

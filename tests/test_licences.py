@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
 from pipeline.base_model import licences
+from tests.conftest import refuses
 from tests.hub_card import LICENSES
 
 
@@ -60,19 +60,19 @@ def test_the_words_that_a_licence_demands(name, notice, credit, prefix):
 @pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("named", [True, False])
 def test_no_derivatives_goes_nowhere_but_a_folder(private, named):
-    with pytest.raises(UserError) as error:
+    with refuses("licence.no_derivatives") as error:
         licences.review_licence("CC-BY-ND-4.0", "a/b", private, named)
     assert "CC-BY-ND-4.0" in error.value.message and "publish.repo=./hub/{run}" in error.value.hint
 
 
 @pytest.mark.parametrize("license", [None, "other", "unknown", "my-own"])
 def test_an_unknown_licence_is_the_users_to_name_before_a_repo_is_public(license):
-    with pytest.raises(UserError) as error:
+    with refuses("licence.unknown") as error:
         licences.review_licence(license, "a/b", is_private=False, is_licence_named=False)
     assert "a/b" in error.value.message and "base.license" in error.value.hint and "./hub/{run}" in error.value.hint
     for private, named in ((True, False), (True, True), (False, True)):
         (note,) = licences.review_licence(license, "a/b", private, named)
-        assert "for you to read" in note and (license or "no licence") in note
+        assert "check whether" in note and (license or "no licence") in note
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_an_unknown_licence_is_the_users_to_name_before_a_repo_is_public(license
         ("cc-by-nc-4.0", None, 0, ["commercial"]),
         ("llama3.1", "you/Llama-3.1-tickets", 1, ["binds"]),
         ("llama3.1", "you/llama_tickets", 1, ["binds"]),
-        ("llama3.1", "llama/tickets", 1, ["begin with Llama", "binds"]),
-        ("llama3.1", None, 0, ["begin with Llama", "copy", "binds"]),
-        ("llama3", "you/Llama-tickets", 1, ["begin with Llama 3", "binds"]),
+        ("llama3.1", "llama/tickets", 1, ["begins with Llama", "binds"]),
+        ("llama3.1", None, 0, ["begins with Llama", "copy", "binds"]),
+        ("llama3", "you/Llama-tickets", 1, ["begins with Llama 3", "binds"]),
         ("llama3", "you/Llama3-tickets", 1, ["binds"]),
         ("llama2", "you/tickets", 1, ["binds"]),
         ("gemma", "you/tickets", 1, ["binds"]),

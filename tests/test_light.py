@@ -117,7 +117,7 @@ def test_the_plan_of_an_8b_model_is_made_on_a_laptop(light, hub, tmp_path):
         ("data.subset=medium", "the data set you/rows cannot be loaded: BuilderConfig 'medium' not found"),
         ("data.split=nonsense", "the data set you/rows cannot be loaded: Unknown split"),
         ("data.revision=v9", "the data set you/rows cannot be loaded"),
-        ("base.model=you/gone", "base.model you/gone: it is not on the Hub, or private"),
+        ("base.model=you/gone", "base.model you/gone: it does not exist on the Hub or is private"),
         ("base.revision=v9", "base.model you/base, base.revision v9: no such revision"),
     ],
 )
@@ -130,7 +130,7 @@ def test_what_the_hub_does_not_have_is_one_clear_error(hub, tmp_path, setting, e
 def test_what_needs_more_says_so(light, tmp_path):
     command = [light / "bin" / "python", "-m", "cli", "data", "configs/demo.yaml", "--run", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "which this environment does not have" in done.stderr and "make env" in done.stderr
+    assert done.returncode == 2 and "not installed in this environment" in done.stderr and "make env" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.errors import UserError
 from contract import chat_format
 from deploy.stages import modelfile
 from deploy.store import load_pulled
+from tests.conftest import refuses
 from tests.test_turns import Go
 
 CONVERSATIONS = [
@@ -69,7 +69,7 @@ def test_the_modelfile_says_what_was_trained(chain):
 def test_turns_that_are_not_the_manifests_golden_prompts_are_refused(made):
     turns = made.chat.turns.model_copy(update={"generate": made.chat.turns.generate + "\n"})
     changed = made.model_copy(update={"chat": made.chat.model_copy(update={"turns": turns})})
-    with pytest.raises(UserError, match="does not give the trained prompt"):
+    with refuses("modelfile.wrong_prompt"):
         modelfile.render_modelfile(changed, changed.default_artifact())
 
 
@@ -94,18 +94,28 @@ def edited(monkeypatch, tmp_path, content: str | bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "code", "value"),
     [
-        (SHIPPED + "$nope\n", r"nothing is called \$nope; there are \$name"), (SHIPPED + "costs $5\n", r"\$\$"),
-        (SHIPPED.replace("FROM ./$file", ""), "needs the line `FROM"), (SHIPPED + "from other\n", "no other FROM"), ("", "needs the line"),
-        (SHIPPED.replace("$template", ""), r"\$template is gone"), (SHIPPED.replace("$system", "SYSTEM mine"), r"\$system is gone"),
-        (SHIPPED.replace("$stops", "# $$stops"), r"\$stops is gone"), (SHIPPED + 'MESSAGE user """Hi\n', "is not closed"), (b"\xff" + SHIPPED.encode(), "utf-8"),
+        (SHIPPED + "$nope\n", "modelfile.unknown_name", "$nope"), (SHIPPED + "costs $5\n", "modelfile.bad_dollar_sign", "$$"),
+        (SHIPPED.replace("FROM ./$file", ""), "modelfile.bad_from", "`FROM ./$file`"),
+        (SHIPPED + "from other\n", "modelfile.bad_from", "`FROM ./$file`"), ("", "modelfile.bad_from", "`FROM ./$file`"),
+        (SHIPPED.replace("$template", ""), "modelfile.missing_name", "$template"),
+        (SHIPPED.replace("$system", "SYSTEM mine"), "modelfile.missing_name", "$system"),
+        (SHIPPED.replace("$stops", "# $$stops"), "modelfile.missing_name", "$stops"),
+        (SHIPPED + 'MESSAGE user """Hi\n', "modelfile.unclosed_quotes", '"""'), (b"\xff" + SHIPPED.encode(), "modelfile.not_utf8", "0xff"),
     ],
 )  # fmt: skip
-def test_a_bad_edit_of_the_template_is_one_clear_line(monkeypatch, tmp_path, content, said):
-    with pytest.raises(UserError, match=f"Modelfile.template: .*{said}") as caught:
+def test_a_bad_edit_of_the_template_is_one_clear_line(monkeypatch, tmp_path, content, code, value):
+    with refuses(code) as caught:
         edited(monkeypatch, tmp_path, content)
-    assert caught.value.hint == "mend it, or take it back: `git checkout Modelfile.template`"
+    assert caught.value.message.startswith("Modelfile.template: ") and value in caught.value.message
+    assert "git checkout Modelfile.template" in caught.value.hint
+
+
+def test_a_name_that_the_template_does_not_have_is_listed_with_those_that_it_has(monkeypatch, tmp_path):
+    with refuses("modelfile.unknown_name") as caught:
+        edited(monkeypatch, tmp_path, SHIPPED + "$nope\n")
+    assert all(f"${name}" in caught.value.message for name in VALUES)
 
 
 def test_what_is_added_to_the_template_stays(monkeypatch, tmp_path):

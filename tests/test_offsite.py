@@ -14,13 +14,12 @@ import pytest
 import yaml
 
 from common import files
-from common.errors import UserError
 from pipeline.checkpoint_sync import background_push, push, restore
 from pipeline.checkpoint_sync import snapshot as states
 from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from tests import boxes
-from tests.conftest import SHORT
+from tests.conftest import SHORT, refuses
 from tests.hub import Fault
 from tests.test_finetune import TUNE, begin, losses, made, run, trained, whole  # noqa: F401 fixtures
 
@@ -154,29 +153,37 @@ def test_the_repo_is_private_and_holds_nothing_but_the_state(run, leaving):  # n
 def test_refusals(run, leaving, tmp_path, monkeypatch):  # noqa: F811
     leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
     leaving.add("models/you/other", folder_with(tmp_path / "b", "x.txt"), private=True)
-    for repo, said in (("you/open", "is public"), ("you/other", "is a repo of something else: it holds x.txt")):
-        with pytest.raises(UserError, match=said):
-            push.push_state(run, repo)
+    with refuses("checkpoints.public_repo") as error:
+        push.push_state(run, "you/open")
+    assert "you/open" in error.value.message
+    with refuses("checkpoints.foreign_repo") as error:
+        push.push_state(run, "you/other")
+    assert "you/other" in error.value.message and "x.txt" in error.value.message
     push.push_state(run, REPO)
     tree = yaml.safe_load(run.config_file.read_text())
     run.config_file.write_text(yaml.safe_dump(tree | {"finetune": tree["finetune"] | {"seed": 1}}))
-    with pytest.raises(UserError, match="holds the run run of another config"):
+    with refuses("checkpoints.other_config") as error:
         push.push_state(run, REPO)
-    with pytest.raises(UserError, match=r"another config:\n  finetune.seed: 3407 there, 1 here"):
+    assert "the run run " in error.value.message
+    with refuses("checkpoints.other_config") as error:
         restore.restore_run(REPO, Run(tmp_path / "elsewhere" / "run"), run.read_config())
-    with pytest.raises(UserError, match="holds the run run, this one is boat"):
+    assert error.value.message.endswith("\n  finetune.seed: 3407 in the repo, 1 here")
+    with refuses("checkpoints.other_run") as error:
         restore.restore_run(REPO, Run(tmp_path / "elsewhere" / "boat"), run.read_config())
+    assert "the run run," in error.value.message and error.value.message.endswith(" boat")
     assert not (tmp_path / "elsewhere").exists()
     for checkpoints in ("", "boat", "./boat", "you/boat@v1", "you/{run}"):
-        with pytest.raises(
-            UserError, match=r"^error: CHECKPOINTS=.* is no repo of the Hub\n next: CHECKPOINTS=owner/name$"
-        ):
+        with refuses("checkpoints.invalid_repo_name") as error:
             restore.resume_run(checkpoints, tmp_path)
-    with pytest.raises(UserError, match="holds no state of a run"):
+        assert f"CHECKPOINTS={checkpoints} " in error.value.message
+        assert error.value.hint == "CHECKPOINTS=owner/name"
+    with refuses("checkpoints.no_run") as error:
         restore.resume_run("you/nothing", tmp_path)
+    assert "you/nothing" in error.value.message
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    with pytest.raises(UserError, match="may only read|refuses"):
+    with refuses("hub.forbidden") as error:
         push.push_state(run, "you/new")
+    assert "you/new" in error.value.message
 
 
 def folder_with(folder: Path, name: str) -> Path:
@@ -189,10 +196,10 @@ def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leavi
     shutil.copytree(run.folder, tmp_path / "behind" / "run")
     trained(run, max_steps=4)
     push.push_state(run, REPO)
-    with pytest.raises(
-        push.NewerStateError, match="is at finetune done, this machine at data done: another one went on with run"
-    ):
+    with refuses("checkpoints.newer_state") as error:
         push.push_state(Run(tmp_path / "behind" / "run"), REPO)
+    assert isinstance(error.value, push.NewerStateError)
+    assert re.search(r"is at finetune done, .* at data done.* run$", error.value.message)
 
 
 def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):  # noqa: F811
@@ -202,18 +209,26 @@ def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):  
     content[100] ^= 1
     entry = leaving.files(NAME)[name]
     leaving.object(entry).write_bytes(content)
-    with pytest.raises(UserError, match="is not the file that was sent"):
+    with refuses("checkpoints.damaged_file") as error:
         restore.resume_run(REPO, tmp_path / "other")
+    assert name in error.value.message
     assert [path.name for path in (tmp_path / "other").iterdir()] == [".run.lock"]
 
 
 @pytest.mark.parametrize("content", [
     b"[]", b"{}", b"no json", b'{"schema": 2}', b'{"schema": 1, "run": "../x", "config": "", "done": [], "step": 0, "files": {}}',
     json.dumps({"schema": 1, "run": "x", "config": "", "done": [], "step": 0, "files": {n: {"sha256": "0" * 64, "bytes": 1} for n in ("config.yaml", "data.json", "../../etc/passwd")}}).encode(),
-], ids=["a list", "empty", "no JSON", "a newer schema", "a run that leads out", "a file that leads out"])  # fmt: skip
+], ids=["a list", "empty", "no JSON", "no more than a schema", "a run that leads out", "a file that leads out"])  # fmt: skip
 def test_an_index_that_lies(content):
-    with pytest.raises(UserError):
+    with refuses("checkpoints.invalid_state") as error:
         states.parse_state(content, "you/x/state.json")
+    assert "you/x/state.json" in error.value.message
+
+
+def test_an_index_of_a_newer_ferry():
+    with refuses("checkpoints.newer_schema") as error:
+        states.parse_state(b'{"schema": 3}', "you/x/state.json")
+    assert "you/x/state.json has schema 3" in error.value.message
 
 
 def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # noqa: F811
@@ -285,7 +300,7 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
     assert json.loads(online.read(NAME, "publish.json"))["tag"] == "v1", "whoever waits for it finds where it is"
     third = start(b, "resume", f"CHECKPOINTS={REPO}", "RUNS=again")
     printed = third.communicate()[0]
-    assert third.returncode == 2 and "has ended: it is you/boat-GGUF@v1" in printed, printed
+    assert third.returncode == 2 and "the run boat is complete" in printed and "you/boat-GGUF@v1" in printed, printed
 
 
 def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch):  # noqa: F811
@@ -299,15 +314,19 @@ def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch)
         == f"checkpoints go to {REPO} on the Hub (at data done, private)"
     )
     leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
-    with pytest.raises(UserError, match="you/open is public"):
+    with refuses("checkpoints.public_repo") as error:
         check_run.check_checkpoint_repo(config, run, "you/open")
-    with pytest.raises(UserError, match=f"holds the run {name}\n"):
+    assert "you/open" in error.value.message
+    with refuses("checkpoints.other_run") as error:
         check_run.check_checkpoint_repo(config, Run(run.folder.with_name("other")), REPO)
-    with pytest.raises(UserError, match="may not write to strangers's repos"):
+    assert f"the run {name}," in error.value.message and error.value.message.endswith(" other")
+    with refuses("hub.no_write_access") as error:
         check_run.check_checkpoint_repo(config, run, "strangers/x")
+    assert "strangers/x" in error.value.message
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="no token of the Hub is set"):
+    with refuses("hub.no_token") as error:
         check_run.check_checkpoint_repo(config, run, REPO)
+    assert REPO in error.value.message
 
 
 def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):  # noqa: F811
@@ -320,7 +339,7 @@ def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_
     source = Path(config.data.source)
     aside = source.rename(source.with_name("aside.jsonl"))
     try:
-        assert any("it is gone" in fault for fault in find_changes(run, config).faults)
+        assert any(f"{source}: " in fault for fault in find_changes(run, config).faults)
         assert not find_changes(other, config).faults and not find_changes(other, config).stale
     finally:
         aside.rename(source)

@@ -14,7 +14,6 @@ from cli import settings
 from cli.main import main
 from cli.table import load_command
 from common import files
-from common.errors import UserError
 from contract import manifest
 from deploy import store, versions
 from pipeline.checkpoint_sync import snapshot as states
@@ -23,7 +22,7 @@ from pipeline.config.user_files import refuse_files_inside
 from pipeline.publish.folder_hub import HUB_MARKER, back_up_edited_card, claim_hub_folder, hub_folder
 from pipeline.run import run_folder, status
 from tests import repos
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 
 # A folder hub
 
@@ -33,32 +32,35 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 FOREIGN_HUBS = {
-    "a README of a project": lambda folder: (folder / "README.md").write_text("mine"),
-    "a licence": lambda folder: (folder / "LICENSE").write_text("mine"),
-    "a GGUF of somebody's": lambda folder: (folder / "x.gguf").write_bytes(b"GGUF"),
-    "a web page's manifest": lambda folder: (folder / "manifest.json").write_text('{"name": "tiny", "icons": []}'),
-    "a hidden file": lambda folder: (folder / ".env").write_text("SECRET=1"),
-    "an adapter of another tool": lambda folder: ((folder / "adapter").mkdir(), (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")),
-    "a hub of another model": lambda folder: repos.make(folder, 1 << 14, name="other"),
-    "a marker of another model": lambda folder: claim_hub_folder(folder, "other"),
-    "a marker that is damaged": lambda folder: (folder / HUB_MARKER).write_text("{"),
-    "a link to somewhere": lambda folder: (repos.make(folder, 1 << 14), shutil.rmtree(folder / "adapter"), (folder / "adapter").symlink_to("/tmp")),
+    "a README of a project": (lambda folder: (folder / "README.md").write_text("mine"), "hub.foreign_folder", "README.md"),
+    "a licence": (lambda folder: (folder / "LICENSE").write_text("mine"), "hub.foreign_folder", "LICENSE"),
+    "a GGUF of somebody's": (lambda folder: (folder / "x.gguf").write_bytes(b"GGUF"), "hub.foreign_folder", "x.gguf"),
+    "a web page's manifest": (lambda folder: (folder / "manifest.json").write_text('{"name": "tiny", "icons": []}'), "hub.foreign_folder", "manifest.json"),
+    "a hidden file": (lambda folder: (folder / ".env").write_text("SECRET=1"), "hub.foreign_folder", ".env"),
+    "an adapter of another tool": (lambda folder: ((folder / "adapter").mkdir(), (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")), "hub.foreign_folder", "adapter"),
+    "a hub of another model": (lambda folder: repos.make(folder, 1 << 14, name="other"), "hub.other_model", "other"),
+    "a marker of another model": (lambda folder: claim_hub_folder(folder, "other"), "hub.other_model", "other"),
+    "a marker that is damaged": (lambda folder: (folder / HUB_MARKER).write_text("{"), "hub.foreign_folder", HUB_MARKER),
+    "a link to somewhere": (lambda folder: (repos.make(folder, 1 << 14), shutil.rmtree(folder / "adapter"), (folder / "adapter").symlink_to("/tmp")), "hub.symbolic_link", "adapter"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOREIGN_HUBS)
 def test_a_folder_that_is_no_hub_of_this_model_is_refused(tmp_path, case):
-    FOREIGN_HUBS[case](tmp_path)
+    write, code, value = FOREIGN_HUBS[case]
+    write(tmp_path)
     before = listing(tmp_path)
-    with pytest.raises(UserError) as caught:
+    with refuses(code) as error:
         hub_folder(str(tmp_path), "tiny")
-    assert "publish.repo" in caught.value.message and listing(tmp_path) == before
+    assert "publish.repo" in error.value.message and value in error.value.message
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("repo", ["/dev/null", __file__])
 def test_a_hub_is_a_folder(repo):
-    with pytest.raises(UserError, match=r"publish\.repo"):
+    with refuses("hub.foreign_folder") as error:
         hub_folder(repo, "tiny")
+    assert f"publish.repo {repo}" in error.value.message
 
 
 def test_an_empty_folder_ones_own_hub_and_one_that_was_interrupted_are_taken(tmp_path):
@@ -110,7 +112,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys, case,
     monkeypatch.setattr("sys.argv", ["ferry", command, "--run", "web", "--runs", str(tmp_path), *more])
     with pytest.raises(SystemExit) as caught:
         main()
-    assert caught.value.code == 2 and "no run of Ferry's" in capsys.readouterr().err
+    assert caught.value.code == 2 and "was not created by Ferry" in capsys.readouterr().err
     assert listing(folder) == before
 
 
@@ -145,8 +147,9 @@ def test_rows_in_a_folder_that_a_stage_empties_are_refused(tmp_path, setting):
     section, key = setting.split(".")
     tree = {"base": {"model": "a/b"}, "data": {"source": "configs/demo/train.jsonl"}}
     tree.setdefault(section, {})[key] = str(run / "data" / "rows.jsonl")
-    with pytest.raises(UserError, match=setting):
+    with refuses("config.file_in_run_folder") as error:
         refuse_files_inside(Config.model_validate(tree), run)
+    assert setting in error.value.message and str(run) in error.value.message
 
 
 def test_clean_removes_nothing_outside_the_run(tmp_path):
@@ -157,7 +160,19 @@ def test_clean_removes_nothing_outside_the_run(tmp_path):
         "f16": {"path": "../../thesis", "bytes": 4, "sha256": "0" * 64},
         "q4_k_m": {"path": "export/q", "bytes": 1, "sha256": "0" * 64},
     }
-    for stage, more in (("export", {"sixteen": "f16"}), ("verify", {"default": "q4_k_m"}), ("publish", {})):
+    export = {"llama_cpp": "x", "default": "q4_k_m", "sixteen": "f16", "id": "0" * 64, "imatrix": None}
+    verify = {
+        "scores": {},
+        "default": "q4_k_m",
+        "as_served": {"same_prompts": 1, "loss": 1.0, "rows": 1},
+        "used": "1 of 1",
+        "conversion": {"kl": 0.0, "top1": 1.0, "positions": 1},
+        "notes": [],
+        "sixteen": "f16",
+        "template": "derived",
+        "reasons": [],
+    }
+    for stage, more in (("export", export), ("verify", verify), ("publish", {})):
         files.write_json(
             run.record_path(stage),
             {"stage": stage, "seconds": 1, "settings": {}, "sources": {}, "outputs": outputs} | more,
@@ -167,8 +182,9 @@ def test_clean_removes_nothing_outside_the_run(tmp_path):
 
 @pytest.mark.parametrize("words", [["RUN="], ["RUN=", "ALL=1", "YES=1"], ["CONFIG=", "ALL=1"], ["RUNS="]])
 def test_an_empty_name_is_no_name(words):
-    with pytest.raises(UserError, match="is empty"):
+    with refuses("command.empty_setting") as error:
         settings.translate_make_settings(load_command("clean"), words, {})
+    assert words[0] in error.value.message
 
 
 def test_all_of_a_run_is_removed_by_its_name_alone(tmp_path, monkeypatch, capsys):
@@ -176,7 +192,7 @@ def test_all_of_a_run_is_removed_by_its_name_alone(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("sys.argv", ["ferry", "clean", "--runs", str(tmp_path), "--all", "--yes"])
     with pytest.raises(SystemExit):
         main()
-    assert "none is named" in capsys.readouterr().err and (tmp_path / "only").is_dir()
+    assert "needs its name" in capsys.readouterr().err and (tmp_path / "only").is_dir()
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", ".git", "tickets/export", "/tmp/x", "", "x\n", "-x"])
@@ -191,8 +207,9 @@ def test_a_state_from_elsewhere_names_no_other_folder(name):
         "step": 0,
         "files": {"config.yaml": entry, "data.json": entry},
     }
-    with pytest.raises(UserError):
+    with refuses("checkpoints.invalid_state") as error:
         states.parse_state(json.dumps(said).encode(), "you/checkpoints")
+    assert "you/checkpoints" in error.value.message
 
 
 def test_what_is_set_aside_takes_the_place_of_nothing(tmp_path):
@@ -213,8 +230,9 @@ def test_folders_that_look_like_versions_stay(tmp_path, monkeypatch):
     (photos / "a.jpg").write_bytes(b"x")
     (tmp_path / "photos" / "0123456789ab").symlink_to(photos)
     assert store.list_all_versions(tmp_path) == []
-    with pytest.raises(UserError):
+    with refuses("store.not_found") as error:
         versions.undeploy_model("photos", tmp_path, False)
+    assert "photos" in error.value.message
     assert (photos / "a.jpg").is_file()
 
 
@@ -224,16 +242,18 @@ def test_a_current_of_the_users_stays(tmp_path, kind):
     version.mkdir(parents=True)
     current = tmp_path / "tiny" / "current"
     {"folder": current.mkdir, "link": lambda: current.symlink_to("/tmp"), "file": current.touch}[kind]()
-    with pytest.raises(UserError, match="not Ferry's"):
+    with refuses("store.foreign_link") as error:
         store.set_current_version(version)
+    assert str(current) in error.value.message
     assert os.path.lexists(current)
 
 
 def test_a_folder_in_a_files_place_stays(tmp_path):
     (tmp_path / "README.md").mkdir()
     (tmp_path / "README.md" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="cannot write"), files.write_atomically(tmp_path / "README.md") as part:
+    with refuses("file.unwritable") as error, files.write_atomically(tmp_path / "README.md") as part:
         part.write_text("x")
+    assert str(tmp_path / "README.md") in error.value.message
     assert (tmp_path / "README.md" / "thesis.txt").is_file()
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from common import files, hub
-from common.errors import UserError
 from contract import manifest
 from launch import cloud_to_local, job_script, rescue, source_archive
 from launch.costs import JobSession
@@ -25,6 +23,7 @@ from pipeline.checkpoint_sync import snapshot as states
 from pipeline.publish import upload_process
 from pipeline.run.run_folder import Run
 from tests import boxes, repos
+from tests.conftest import refuses
 from tests.hub import Fault, Hub, lfs_entry
 
 MODEL, CHECKPOINTS, JOB = "models/you/tickets-GGUF", "models/you/tickets-checkpoints", "datasets/you/tickets-job"
@@ -93,9 +92,11 @@ OURS = {
 @pytest.mark.parametrize("there", FOREIGN.values(), ids=FOREIGN)
 def test_a_folder_of_something_else_is_left_alone_and_named(box, home, job, there):
     fill(home / "website", there)
-    names = "|".join(re.escape(part) for name in there for part in name.split("/"))
-    with pytest.raises(UserError, match=rf"website holds .*({names}).*, which Ferry did not send") as error:
+    names = {part for name in there for part in name.split("/")}
+    with refuses("job.foreign_folder") as error:
         box.send_job(job)
+    named = error.value.message.removeprefix(f"this machine: {home}/website contains ").partition(", which")[0]
+    assert named != error.value.message and names & set(named.split(", ")), error.value
     assert "RUN=another-name" in error.value.hint
     assert contents_of(home / "website") == {name: content.encode() for name, content in there.items()}
 
@@ -386,8 +387,9 @@ NOT_OURS = {
 def test_a_data_set_with_a_job_file_of_something_else_is_left_alone(job, online, note):
     mine = {"job.json": note.encode(), "data/rows.csv": b"mine", "README.md": b"mine"}
     add(online, JOB, mine)
-    with pytest.raises(UserError, match="you/tickets-job (is a repo of something else|holds the job of)") as error:
+    with refuses("job.repo_of_other_run" if "letters" in note else "job.foreign_repo") as error:
         send_job(job, "rows.jsonl")
+    assert "you/tickets-job" in error.value.message and ("letters" in error.value.message) == ("letters" in note)
     assert error.value.hint == "RUN=another-name" and contents_on(online, JOB) == mine
     if "letters" not in note:
         assert HubJobProvider("there", "you/tickets-checkpoints").fetch_job_note("tickets") == {}
@@ -418,9 +420,10 @@ def publish(folder: Path) -> None:
 def test_a_model_does_not_take_the_place_of_another(online, tmp_path):
     publish(repos.make(tmp_path / "tickets", 1 << 16, name="tickets"))
     before = online.files(MODEL)
-    with pytest.raises(UserError, match="holds the model tickets, and this one is letters") as error:
+    with refuses("hub.other_model") as error:
         publish(repos.make(tmp_path / "letters", 1 << 16, name="letters"))
-    assert "another publish.repo" in error.value.hint and online.files(MODEL) == before
+    assert "tickets" in error.value.message and "letters" in error.value.message
+    assert "publish.repo" in error.value.hint and online.files(MODEL) == before
     publish(repos.make(tmp_path / "again", 1 << 16, seed=2, name="tickets"))
     assert online.files(MODEL) != before, "its own next version does"
 
@@ -429,24 +432,25 @@ OLDER = {"schema_version": 1, "name": "tickets", "artifacts": [], "golden": []}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "code"),
     [
-        ({"schema_version": 1}, "another program's"),
-        ({"schema_version": 2, "packages": {"a": "1.0"}}, "another program's"),
-        ({"schema_version": 2, "artifacts": []}, "another program's"),
-        ([{"schema_version": 1}], "another program's"),
-        (OLDER | {"name": "letters"}, "holds the model letters"),
+        ({"schema_version": 1}, "hub.foreign_manifest"),
+        ({"schema_version": 2, "packages": {"a": "1.0"}}, "hub.foreign_manifest"),
+        ({"schema_version": 2, "artifacts": []}, "hub.foreign_manifest"),
+        ([{"schema_version": 1}], "hub.foreign_manifest"),
+        (OLDER | {"name": "letters"}, "hub.other_model"),
         (OLDER, None),
     ],
 )
-def test_a_manifest_that_this_ferry_cannot_read_must_be_a_ferrys_and_this_models(online, tmp_path, content, said):
+def test_a_manifest_that_this_ferry_cannot_read_must_be_a_ferrys_and_this_models(online, tmp_path, content, code):
     mine = {manifest.FILE_NAME: json.dumps(content).encode(), "README.md": b"mine"}
     add(online, MODEL, mine)
     folder = repos.make(tmp_path / "tickets", 1 << 16, name="tickets")
-    if said is None:
+    if code is None:
         publish(folder)
         assert online.read(MODEL, manifest.FILE_NAME) == (folder / manifest.FILE_NAME).read_bytes()
     else:
-        with pytest.raises(UserError, match=said):
+        with refuses(code) as error:
             publish(folder)
+        assert "you/tickets-GGUF" in error.value.message
         assert contents_on(online, MODEL) == mine

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from common import files, gguf_reader
-from common.errors import UserError
 from pipeline.config.schema import Base, Finetune
 from pipeline.plan import choose_batch, disk_space, gpu_table, memory_need
 from pipeline.plan import estimate as plan
+from pipeline.plan.choose_batch import TrainingTask
+from pipeline.run.run_folder import Run
 from pipeline.toolchain import unsloth_loader
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -29,7 +30,7 @@ ALPACA = np.clip(np.random.default_rng(1).lognormal(4.9, 0.7, 3000), 24, 2048).a
 def on(
     gb: float, tune: Finetune = TUNE, lengths=ALPACA, base: Base = BASE, packed: bool = True
 ) -> choose_batch.BatchChoice:
-    return choose_batch.choose_batch_settings(SHAPE, base, tune, lengths, gb * 1e9, packed)[0]
+    return choose_batch.choose_batch_settings(TrainingTask(SHAPE, base, lengths, gb * 1e9), tune, packed)[0]
 
 
 # Memory
@@ -132,14 +133,21 @@ def test_a_wrong_micro_batch_is_the_trainings_to_mend():
 
 
 def test_a_card_without_room_for_the_longest_row_is_refused():
-    with pytest.raises(
-        UserError, match=r"needs \d+ GB of GPU memory for its longest row \(2,048 tokens\), this card has 6 GB"
-    ):
+    with refuses("gpu.too_small") as error:
         on(6, lengths=np.full(300, 2048))
+    assert re.search(r"needs \d+ GB .* \(2,048 tokens\).* 6 GB", error.value.message)
+
+
+def test_a_plan_says_in_full_why_a_gpu_is_too_small():
+    small = gpu_table.GpuType("small", "small", 6, 8.0, 100, 1)
+    work = plan.Workload(BASE, TUNE, SHAPE, "llama", np.full(300, 2048))
+    assert re.fullmatch(
+        r"needs \d+ GB of GPU memory for its longest row \(2,048 tokens\)", plan.plan_on_gpu(small, work)
+    )
 
 
 def test_on_a_cpu_nothing_is_computed_twice():
-    choice = choose_batch.choose_batch_settings(SHAPE, BASE, TUNE, ALPACA, None, False)[0]
+    choice = choose_batch.choose_batch_settings(TrainingTask(SHAPE, BASE, ALPACA, None), TUNE, False)[0]
     assert (choice.use_gradient_checkpointing, choice.micro_batch_tokens) == (False, 4096)
 
 
@@ -164,13 +172,15 @@ def test_a_broken_line_of_the_table_is_one_error(tmp_path):
     (tmp_path / "gpus.csv").write_text(
         "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4,sixteen,7.5,65,0.5\n"
     )
-    with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*sixteen"):
+    with refuses("gpu.invalid_table") as error:
         gpu_table.read_gpu_table(tmp_path / "gpus.csv")
+    assert re.search(r"gpus\.csv.*sixteen", error.value.message)
     (tmp_path / "gpus.csv").write_text(
         "name,match,memory_gb,capability,tflops,dollars_per_hour\nT4,T4(,16,7.5,65,0.5\n"
     )
-    with pytest.raises(UserError, match=r"gpus\.csv cannot be read.*subpattern"):
+    with refuses("gpu.invalid_table") as error:
         gpu_table.read_gpu_table(tmp_path / "gpus.csv")
+    assert re.search(r"gpus\.csv.*subpattern", error.value.message)
 
 
 @pytest.mark.parametrize("capability, kind, fits", [(7.0, "llama", False), (7.5, "llama", True), (7.5, "gemma2", False), (7.5, "gemma3_text", False), (8.0, "gemma2", True)])  # fmt: skip
@@ -180,9 +190,11 @@ def test_what_a_card_cannot_do_is_refused_with_the_reason(capability, kind, fits
     monkeypatch.setattr(unsloth_loader, "gpu_capability", lambda: capability)
     if fits:
         return stage.refuse_unfit_gpu(kind, BASE)
-    with pytest.raises(UserError, match="overflow float16" if kind.startswith("gemma") else "CUDA 13") as caught:
+    with refuses("gpu.unsupported") as error:
         stage.refuse_unfit_gpu(kind, BASE)
-    assert "newer card" in caught.value.hint
+    assert f"capability {capability}" in error.value.message
+    assert ("float16" if kind.startswith("gemma") else "CUDA 13") in error.value.message
+    assert "make plan" in error.value.hint
 
 
 def test_unsloth_still_does_not_pack_what_we_think_it_does_not():
@@ -261,9 +273,19 @@ def test_it_needs_no_torch(run):
 
 def test_bad_input_is_one_error(run, tmp_path):
     unknown = asked(run, "--gpu", "H1000")
-    assert unknown.returncode == 2 and "has no card 'H1000'" in unknown.stderr and "GPU=one of: T4, " in unknown.stderr
+    assert unknown.returncode == 2 and "'H1000'" in unknown.stderr and "GPU=one of: T4, " in unknown.stderr
     probe = asked(run, "--probe")
     assert probe.returncode == 2 and "PROBE measures a GPU" in probe.stderr
+
+
+def test_a_named_gpu_that_is_too_small_is_refused(run, monkeypatch):
+    small = gpu_table.GpuType("small", "small", 0.7, 8.0, 100, 1)
+    monkeypatch.setattr(gpu_table, "read_gpu_table", lambda: [small])
+    config = Run(run).read_config()
+    with refuses("gpu.too_small") as error:
+        plan.run_plan(config, Run(run), "small", None)
+    assert error.value.message.startswith("small: needs ")
+    assert "cheapest that fits: none" in plan.run_plan(config, Run(run), None, None)
 
 
 def test_more_work_takes_more_time_and_money():

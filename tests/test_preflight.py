@@ -49,27 +49,27 @@ FINE = {"hf_fine": {"name": "you", "role": "fineGrained", "fineGrained": {"scope
 @pytest.mark.parametrize(
     ("overrides", "environment", "expected"),
     [
-        ((), {"HF_TOKEN": ""}, "no token"),
+        ((), {"HF_TOKEN": ""}, "no Hub token"),
         ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-        ((), {"HF_ENDPOINT": "huggingface.co"}, "is no address of a Hub"),
-        ((), {"HF_TOKEN": "hf_wrong"}, "does not know this token"),
+        ((), {"HF_ENDPOINT": "huggingface.co"}, "is not the address of a Hub"),
+        ((), {"HF_TOKEN": "hf_wrong"}, "does not accept this token"),
         ((), {"HF_TOKEN": "hf_reader"}, "may only read"),
         ((), {"HF_TOKEN": "hf_fine"}, "fine-grained; it may write to other"),
         (("publish.repo=other/x",), {}, "you may not write to other's repos"),
-        (("publish.repo=you/strange",), {}, "is a repo of something else"),
+        (("publish.repo=you/strange",), {}, "was not created by Ferry: it holds thesis.pdf"),
         (("publish.repo=you/open",), {}, "is public, and publish.private is true"),
-        (("publish.repo=you/a b",), {}, "no Hub id"),
-        (("publish.repo=you/own", "publish.tag=v1"), {}, "has a tag v1 already"),
+        (("publish.repo=you/a b",), {}, "not a Hub id"),
+        (("publish.repo=you/own", "publish.tag=v1"), {}, "already has a tag v1"),
         (("publish.repo=you/tiny",), {}, "holds the model tiny"),
-        (("base.model=you/gone",), {}, "not on the Hub"),
+        (("base.model=you/gone",), {}, "does not exist on the Hub"),
         (("base.model=acme/gated",), {}, "gated"),
-        (("base.model=you/nd",), {}, "forbids passing on a changed model"),
-        (("base.model=you/unsaid", "publish.private=false"), {}, "is not known here"),
+        (("base.model=you/nd",), {}, "cc-by-nd-4.0, which forbids"),
+        (("base.model=you/unsaid", "publish.private=false"), {}, "no licence, and Ferry does not know"),
         (("base.revision=v9",), {}, "no such revision"),
-        (("data.source=you/gone",), {}, "not on the Hub"),
+        (("data.source=you/gone",), {}, "does not exist on the Hub"),
         (("data.source=acme/gatedrows",), {}, "gated"),
         (("data.revision=v9",), {}, "no such revision"),
-        (("base.model=you/huge",), {}, "GB of disk to its end"),
+        (("base.model=you/huge",), {}, "GB of disk for all stages"),
     ],
 )
 def test_what_would_fail_later_is_one_clear_error_now(world, online, tmp_path, overrides, environment, expected):
@@ -121,5 +121,5 @@ def test_a_folder_hub_and_local_files_ask_nobody(online, tmp_path):
 def test_train_asks_before_anything_is_made(online, tmp_path):
     online.faults.append(Fault("GET /api/whoami", status=401, times=-1))
     done = make("train", "CONFIG=configs/demo.yaml", f"RUNS={tmp_path}", "SET=publish.repo={user}/x")
-    assert done.returncode == 2 and "does not know this token" in done.stderr
+    assert done.returncode == 2 and "does not accept this token" in done.stderr
     assert not list(tmp_path.glob("*/data*"))

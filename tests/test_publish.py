@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from common import files, hub
-from common.errors import UserError
 from contract import manifest
 from pipeline.publish import upload
 from tests import repos
 from tests.clients import client
-from tests.conftest import ROOT, ferry
+from tests.conftest import ROOT, ferry, refuses
 from tests.hub import Fault, Hub
 
 REPO = "models/you/tiny"
@@ -100,36 +99,36 @@ def test_what_passes_by_itself_is_waited_for(online, tiny, monkeypatch, number, 
     assert online.sent["uploads"] < 1.6 * (tiny / "tiny.q4_k_m.gguf").stat().st_size
 
 
-# What does not: one clear error, nothing lost, and the same command ends right once it is mended.
+# What does not: one clear error, nothing lost, and the same command ends right once it is fixed.
 LASTING = [
-    (Fault("POST /api/repos/create", status=401), "does not know this token"),
-    (Fault("POST /api/repos/create", status=403), "the Hub refuses"),
-    (Fault("POST /api/repos/create", status=503, times=OFTEN), "the Hub answers 503"),
-    (Fault("POST .*/preupload/", status=403), "the Hub refuses"),
-    (Fault("POST .*/preupload/", status=404, code="RepoNotFound"), "not on the Hub"),
-    (Fault("POST .*/objects/batch", status=413), "too large"),
-    (Fault("PUT ", status=403), "the Hub refuses"),
-    (Fault("POST .*/commit/", status=402), "asks for payment"),
-    (Fault("POST .*/commit/", status=403), "the Hub refuses"),
-    (Fault("POST .*/commit/", status=429, times=OFTEN), "too many requests"),
-    (Fault("POST .*/commit/", status=503, times=OFTEN), "the Hub answers 503"),
-    (Fault("GET .*/resolve/.*README", flip=10), "sent was"),
-    (Fault("POST .*/tag/", status=403), "the Hub refuses"),
+    (Fault("POST /api/repos/create", status=401), "hub.unauthorized"),
+    (Fault("POST /api/repos/create", status=403), "hub.forbidden"),
+    (Fault("POST /api/repos/create", status=503, times=OFTEN), "hub.unavailable"),
+    (Fault("POST .*/preupload/", status=403), "hub.forbidden"),
+    (Fault("POST .*/preupload/", status=404, code="RepoNotFound"), "hub.not_found"),
+    (Fault("POST .*/objects/batch", status=413), "hub.upload_too_large"),
+    (Fault("PUT ", status=403), "hub.forbidden"),
+    (Fault("POST .*/commit/", status=402), "hub.payment_required"),
+    (Fault("POST .*/commit/", status=403), "hub.forbidden"),
+    (Fault("POST .*/commit/", status=429, times=OFTEN), "hub.rate_limited"),
+    (Fault("POST .*/commit/", status=503, times=OFTEN), "hub.unavailable"),
+    (Fault("GET .*/resolve/.*README", flip=10), "hub.upload_mismatch"),
+    (Fault("POST .*/tag/", status=403), "hub.forbidden"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("number", "fault", "expected"),
+    ("number", "fault", "code"),
     [(i, *case) for i, case in enumerate(LASTING)],
     ids=[named(case[0]) for case in LASTING],
 )
-def test_what_does_not_pass_is_one_clear_error_and_nothing_is_lost(online, tiny, monkeypatch, number, fault, expected):
+def test_what_does_not_pass_is_one_clear_error_and_nothing_is_lost(online, tiny, monkeypatch, number, fault, code):
     for name, value in client("21"[number % 2]).items():
         monkeypatch.setenv(name, value)
     online.faults.append(Fault(**{**vars(fault), "struck": 0}))
-    with pytest.raises(UserError) as caught:
+    with refuses(code) as error:
         upload.upload_folder(job(tiny))
-    assert expected in caught.value.message and caught.value.hint and "hf_writer" not in str(caught.value)
+    assert "you/tiny" in error.value.message and "hf_writer" not in str(error.value)
     whole(online)
     online.faults.clear()
     assert upload.upload_folder(job(tiny))["tag"] == "v1"
@@ -138,8 +137,9 @@ def test_what_does_not_pass_is_one_clear_error_and_nothing_is_lost(online, tiny,
 
 def test_an_unreachable_hub_is_one_clear_error(online, tiny, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="cannot be reached"):
+    with refuses("hub.endpoint_unreachable") as error:
         upload.upload_folder(job(tiny))
+    assert "http://127.0.0.1:9" in error.value.message
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -202,8 +202,9 @@ def test_the_next_version_gets_the_next_tag_and_leaves_no_file_of_the_old_one(on
 def test_a_wanted_tag_is_given_once(online, tiny, tmp_path):
     assert upload.upload_folder(job(tiny, tag="first"))["tag"] == "first"
     second = repos.make(tmp_path / "second", seed=2)
-    with pytest.raises(UserError, match="has a tag first already"):
+    with refuses("hub.tag_exists") as error:
         upload.upload_folder(job(second, tag="first"))
+    assert "you/tiny" in error.value.message and "first" in error.value.message
 
 
 def test_two_publishers_at_once_both_arrive(online, tiny, tmp_path):
@@ -225,15 +226,17 @@ def test_a_repo_of_something_else_is_left_alone(online, tiny, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.pdf").write_bytes(b"years of work")
     online.add(REPO, tmp_path / "other", private=True)
-    with pytest.raises(UserError, match="holds thesis.pdf and no manifest.json"):
+    with refuses("hub.foreign_repo") as error:
         upload.upload_folder(job(tiny))
+    assert "thesis.pdf" in error.value.message and "manifest.json" in error.value.message
     assert set(online.files(REPO)) == {"thesis.pdf"}
 
 
 def test_nothing_private_goes_into_a_public_repo(online, tiny):
     upload.upload_folder(job(tiny, private=False))
-    with pytest.raises(UserError, match="is public, and publish.private is true"):
+    with refuses("hub.public_repo") as error:
         upload.upload_folder(job(tiny))
+    assert "you/tiny" in error.value.message and "publish.private" in error.value.message
 
 
 def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online, tiny, monkeypatch, capfd):
@@ -298,7 +301,7 @@ def test_a_failed_publish_says_how_to_save_it(online, trained, fault):
     done = ferry("publish", "--run", trained)
     folder = trained / "publish" / "chain"
     assert done.returncode == 2 and "Traceback" not in done.stderr and "hf_writer" not in done.stderr + done.stdout
-    for words in (f"all of it is in {folder}", f"{folder} .", "deploy-mac REPO=./chain"):
+    for words in (f"the complete model is in {folder}", f"{folder} .", "deploy-mac REPO=./chain"):
         assert words in done.stderr
     assert ferry("pull", folder, "--models", trained.parent / "models").returncode == 0
 
@@ -334,16 +337,17 @@ def test_a_large_file_that_is_no_lfs_file_is_compared_too(online, tmp_path):
     assert "sha256" not in online.files(REPO)["adapter/tokenizer.json"]
 
 
-@pytest.mark.parametrize(("content", "expected"), [({}, "another program's manifest.json"), ({"schema_version": 99}, "update Ferry"), ({"schema_version": 1, "artifacts": [], "golden": []}, None)])  # fmt: skip
-def test_a_manifest_that_cannot_be_read_is_no_end(online, tiny, tmp_path, content, expected):
+@pytest.mark.parametrize(("content", "code"), [({}, "hub.foreign_manifest"), ({"schema_version": 99}, "manifest.newer_schema"), ({"schema_version": 1, "artifacts": [], "golden": []}, None)])  # fmt: skip
+def test_a_manifest_that_cannot_be_read_is_no_end(online, tiny, tmp_path, content, code):
     (tmp_path / "old").mkdir()
     files.write_json(tmp_path / "old" / manifest.FILE_NAME, content)
     online.add(REPO, tmp_path / "old", private=True)
-    if expected is None:
+    if code is None:
         assert upload.upload_folder(job(tiny))["tag"] == "v1"
     else:
-        with pytest.raises(UserError, match=expected):
+        with refuses(code) as error:
             upload.upload_folder(job(tiny))
+        assert "you/tiny" in error.value.message
 
 
 def test_what_a_library_prints_is_not_taken_for_a_word(online, tiny, tmp_path, monkeypatch):
@@ -355,5 +359,6 @@ def test_what_a_library_prints_is_not_taken_for_a_word(online, tiny, tmp_path, m
 def test_a_file_that_is_gone_is_one_clear_error(online, tmp_path):
     folder = repos.make(tmp_path / "repo", 1 << 20)
     (folder / "LICENSE").unlink()
-    with pytest.raises(UserError, match="LICENSE"):
+    with refuses("hub.upload_failed") as error:
         upload.upload_folder(job(folder))
+    assert "LICENSE" in error.value.message

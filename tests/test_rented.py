@@ -78,7 +78,7 @@ def delivered(laptop, hub) -> Delivered:
     said["first"] = first.said
 
     second = watched(laptop, hub, *WORDS, SET)
-    second.until(lambda: "boat runs there already" in second.said)
+    second.until(lambda: "boat is already running" in second.said)
     stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=boat")
     assert stop.end() == 0, stop.said
     assert second.end() == 2, second.said
@@ -97,7 +97,7 @@ def delivered(laptop, hub) -> Delivered:
 @pytest.mark.release
 def test_the_whole_demo(delivered):
     said = delivered.said["fourth"]
-    assert "cloud: you/boat-GGUF@v1\n  trained on Hugging Face Jobs by the code of" in said, said
+    assert "cloud: you/boat-GGUF@v1\n  trained on Hugging Face Jobs with the code of commit" in said, said
     assert "smoke: passed" in said and "Traceback" not in "".join(delivered.said.values())
     made = manifest.parse_manifest(delivered.hub.read("models/you/boat-GGUF", manifest.FILE_NAME), "")
     assert (
@@ -125,14 +125,14 @@ def test_the_request_is_the_clients_own_and_says_all(delivered):
 def test_a_closed_lid_and_the_same_command_watches(delivered):
     assert "sending" in delivered.said["first"] and "scheduling, http" in delivered.said["first"]
     second = delivered.said["second"]
-    assert "Hugging Face Jobs: boat runs there already" in second and "sending" not in second
+    assert "Hugging Face Jobs: boat is already running" in second and "sending" not in second
     assert second.count("[1/6] data\n") == 0, "what was seen is not shown again"
 
 
 @pytest.mark.release
 def test_cancelled_from_another_terminal(delivered):
     assert "error: `make train` on Hugging Face Jobs ended: canceled" in delivered.said["second"]
-    assert "boat does not run on Hugging Face Jobs. Nothing of it bills there" in delivered.said["stop"]
+    assert "boat does not run on Hugging Face Jobs. Nothing is billed for it now" in delivered.said["stop"]
     assert "`hf repos delete you/boat-job --type dataset`" in delivered.said["second"].splitlines()[-4]
 
 
@@ -218,14 +218,14 @@ def test_private_data_goes_along(laptop, hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["SET=publish.repo=./hub/x"], r"publish.repo is ./hub/x, a folder, and Hugging Face Jobs keeps none\n next: .*\{user\}/\{run\}-GGUF"),
+    (["SET=publish.repo=./hub/x"], r"publish.repo=./hub/x is a folder, and Hugging Face Jobs keeps no files .*\n next: .*\{user\}/\{run\}-GGUF"),
     (["MAX_DOLLARS=0.001", "HOURS=3"], r"the limit is \$0.00"),
     (["CLOUD=hf-jobs/strangers"], r"you may not run jobs here"),
-    (["CLOUD=hf-jobs//x"], r"there is no launcher for that\n next: CLOUD=ssh://.*sky or sky/<infra>.*hf-jobs"),
-    (["CLOUD=modal"], r"there is no launcher for that"),
-    (["SPOT=1"], r"Hugging Face Jobs has no spot machines"),
-    (["DEVICE=cuda", "GPU=H100"], r"no machine that is offered will do\n next: offered are cpu-basic, .*l4x1"),
-    ([], r"nobody is here to agree to it\n next: the same command with YES=1"),
+    (["CLOUD=hf-jobs//x"], r"CLOUD=hf-jobs//x is not a known provider\n next: CLOUD=ssh://.*sky or sky/<infra>.*hf-jobs"),
+    (["CLOUD=modal"], r"CLOUD=modal is not a known provider"),
+    (["SPOT=1"], r"Hugging Face Jobs has no spot instances"),
+    (["DEVICE=cuda", "GPU=H100"], r"no instance type on offer can run the job\n next: on offer: cpu-basic, .*l4x1"),
+    ([], r"cannot ask for confirmation without a terminal\n next: add YES=1"),
     (["HOURS=0"], r"0.0 is not in the range"),
 ])  # fmt: skip
 def test_refusals(laptop, hub, words, said):
@@ -242,7 +242,7 @@ def test_refusals(laptop, hub, words, said):
 
 def test_no_token(laptop, hub):
     watch = watched(laptop, hub, *WORDS, SET, HF_TOKEN="")
-    assert watch.end() == 2 and "no token of it is set" in watch.said and "Traceback" not in watch.said
+    assert watch.end() == 2 and "no Hub token is set" in watch.said and "Traceback" not in watch.said
 
 
 def test_no_credit_is_one_line_and_nothing_bills(laptop, hub):
@@ -252,15 +252,15 @@ def test_no_credit_is_one_line_and_nothing_bills(laptop, hub):
         assert watch.end() == 2, watch.said
     finally:
         hub.jobs.credit = True
-    assert "the Hub asks for payment (Payment required: add credits to run Jobs)" in watch.said
-    assert "Nothing of it bills there" in watch.said and "Traceback" not in watch.said
+    assert "the Hub requires payment (Payment required: add credits to run Jobs)" in watch.said
+    assert "Nothing is billed for it now" in watch.said and "Traceback" not in watch.said
 
 
 def test_a_public_job_repo_is_refused(laptop, hub, tmp_path):
     (tmp_path / "x").write_text("x")
     hub.add("datasets/you/bare-job", tmp_path, private=False)
     watch = watched(laptop, hub, *(w if w != "RUN=boat" else "RUN=bare" for w in WORDS), SET, "YES=1")
-    assert watch.end() == 2 and "you/bare-job is public, and a job holds your data" in watch.said, watch.said
+    assert watch.end() == 2 and "you/bare-job is public, and a job contains your data" in watch.said, watch.said
 
 
 def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
@@ -272,7 +272,7 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
     hub.faults.append(fault)
     for connection in list(hub.connections):
         connection.shutdown(socket.SHUT_RDWR)
-    watch.until(lambda: "; again in 5 s" in watch.said, 60)
+    watch.until(lambda: "; retrying in 5 s" in watch.said, 60)
     hub.faults.remove(fault)
     watch.until(lambda: "[2/6] finetune" in watch.said)
     stop = watched(laptop, hub, "cloud-stop", "CLOUD=hf-jobs", "RUN=skiff")

@@ -57,7 +57,7 @@ def test_init_never_replaces_a_config(tmp_path):
     config = tmp_path / "rows.yaml"
     config.write_text("mine")
     done = make("init", f"DATA={tmp_path}/rows.jsonl", f"CONFIG={config}")
-    assert done.returncode == 2 and "is there already" in done.stderr and config.read_text() == "mine"
+    assert done.returncode == 2 and f"{config} already exists" in done.stderr and config.read_text() == "mine"
 
 
 @pytest.fixture
@@ -90,18 +90,18 @@ def test_runs_and_status_as_text_and_json(runs):
         == found["chain"]["score"]
     )
     missing = ferry("status", "--runs", runs)
-    assert missing.returncode == 2 and "which run?" in missing.stderr and "chain, chain.v2" in missing.stderr
+    assert missing.returncode == 2 and "chain, chain.v2" in missing.stderr
 
 
 def test_clean_removes_what_can_be_made_again_and_the_run_stays_complete(runs, chain):
     done = ferry("clean", "--runs", runs, "--run", "chain")
-    assert done.returncode == 0 and "GB came back" in done.stdout
+    assert done.returncode == 0 and re.search(r"freed \d+\.\d+ GB", done.stdout)
     run = runs / "chain"
     assert not (run / "export" / "merged").exists() and (run / "finetune" / "adapter").is_dir()
     assert (run / "export" / "chain.q4_k_m.gguf").is_file() and not (run / "export" / "chain.f16.gguf").exists()
     settings = [setting if not setting.startswith("RUNS=") else f"RUNS={runs}" for setting in chain.settings]
     checked = make(*settings, "check")
-    assert checked.returncode == 0 and "nothing that is done runs again" in checked.stdout, checked.stdout
+    assert checked.returncode == 0 and "no finished stage runs again" in checked.stdout, checked.stdout
     changed = make(*settings[:-1], settings[-1] + " verify.max_positions=100", "check")
     assert "export, verify, publish run again" in " ".join((changed.stdout + changed.stderr).split()), (
         "what verify needs was cleaned"

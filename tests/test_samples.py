@@ -34,7 +34,7 @@ def test_a_run_goes_on_with_its_own_config(run):
     """Its large files are no samples; apart from them nothing has changed, so nothing would run again or be refused."""
     changes = find_changes(run, run.read_config())
     reasons = changes.faults + [reason for reasons in changes.stale.values() for reason in reasons]
-    lost = [reason for reason in reasons if "gone or of another size" in reason]
+    lost = [reason for reason in reasons if "missing, or its size differs" in reason]
     assert lost and all("runs again" in reason for reason in reasons if reason not in lost)
 
 

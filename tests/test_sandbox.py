@@ -13,7 +13,7 @@ import pytest
 from common.errors import UserError
 from contract import chat_format, template_sandbox
 from pipeline.toolchain import llama_tools
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 
 HI = {"role": "user", "content": "Hi \u00e9\U0001f6a2 \ud800 \0 </s>"}
 SAID = [HI, {"role": "assistant", "content": "Ahoy"}]
@@ -21,13 +21,13 @@ ASKED = [([HI], True)]
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}{{ add_generation_prompt }}"
 
 
-def refused(template: str, seconds: float = 10) -> str:
+def refused(template: str, seconds: float = 10) -> UserError:
     """What is said of a template."""
     with pytest.raises(UserError) as caught:
         template_sandbox.render_prompts(template, ASKED, "<s>", "</s>", seconds)
     said = caught.value.message
     assert caught.value.hint == template_sandbox.TEMPLATE_HINT and said.isprintable() and len(said) < 400
-    return said
+    return caught.value
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,9 @@ def test_every_template_of_llama_cpp_is_rendered_or_refused_as_in_this_process()
         try:
             wanted = [chat_format.render(template, SAID[:n], "<s>", "</s>", n == 1) for n in (1, 2)]
         except UserError as error:
-            assert chat_format.describe_template_error(error.__cause__) in refused(template)
+            fault = refused(template)
+            assert fault.code == "template.refused", path.name
+            assert chat_format.describe_template_error(error.__cause__) in fault.message
             continue
         assert template_sandbox.render_prompts(template, [(SAID[:1], True), (SAID, False)], "<s>", "</s>") == wanted, (
             path.name
@@ -109,7 +111,7 @@ def timed(action) -> float:
 
 HOSTILE = {
     # Python's internals
-    "{{ ''.__class__.__mro__ }}": "the chat template is refused: access to attribute '__class__' of 'str' object is unsafe",
+    "{{ ''.__class__.__mro__ }}": "access to attribute '__class__' of 'str' object is unsafe",
     "{{ lipsum.__globals__['os'].popen('id').read() }}": "attribute '__globals__'",
     "{{ cycler.__init__.__globals__.os.environ }}": "attribute '__init__'",
     "{{ joiner.__init__.__globals__.os.environ }}": "attribute '__init__'",
@@ -148,10 +150,10 @@ HOSTILE = {
     "{{ 'x' | int(base=99) + 'y'.index('z') }}": "substring not found",
     "{{ '%d' % 'x' }}": "%d format",
     "{% for": "unexpected 'end of template'",
-    "{{ raise_exception('\x1b[2J\n next: run this\n' ~ 'x' * 10**6) }}": "refused: ?[2J next: run this xxx",
+    "{{ raise_exception('\x1b[2J\n next: run this\n' ~ 'x' * 10**6) }}": ": ?[2J next: run this xxx",
     # Text
-    "{% for a in range(10) %}{{ 'x' * 1000000 }}{% endfor %}": "its prompts have more than 4,194,304 characters",
-    "x" * 50_000_000: "the chat template has 50,000,000 characters, at most 1,048,576",
+    "{% for a in range(10) %}{{ 'x' * 1000000 }}{% endfor %}": "4,194,304 characters",
+    "x" * 50_000_000: "50,000,000 characters, the limit is 1,048,576",
 }  # fmt: skip
 
 
@@ -159,7 +161,9 @@ HOSTILE = {
 def test_a_hostile_template_is_refused_in_one_line(template):
     if not sys.platform.startswith("linux") and HOSTILE[template] == "MemoryError":
         pytest.skip("only Linux holds a process to RLIMIT_AS")
-    assert HOSTILE[template] in refused(template)
+    fault = refused(template)
+    assert fault.code == ("template.too_long" if len(template) > 10**6 else "template.refused")
+    assert HOSTILE[template] in fault.message
 
 
 ENDLESS = {
@@ -175,9 +179,12 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_stopped(name):
     started = time.perf_counter()
-    said = refused(ENDLESS[name], 0.7)
+    fault = refused(ENDLESS[name], 0.7)
     assert time.perf_counter() - started < 2
-    assert said == "the chat template took more than 0.7 s" or "MemoryError" in said
+    if fault.code == "template.timeout":
+        assert "0.7 s" in fault.message
+    else:
+        assert fault.code == "template.refused" and "MemoryError" in fault.message
 
 
 @pytest.mark.parametrize("template", ["{{ '' | attr('__class__') }}", "{{ self._TemplateReference__context }}"])
@@ -186,12 +193,16 @@ def test_an_unsafe_name_that_is_only_printed_is_nothing_here_and_there(template)
 
 
 @pytest.mark.parametrize(
-    "template", [t for t, words in HOSTILE.items() if len(t) < 10**6 and "MemoryError" != words and "prompts" not in words],
+    "template", [t for t, words in HOSTILE.items() if len(t) < 10**6 and words not in ("MemoryError", "4,194,304 characters")],
     ids=lambda template: template[:50],
 )  # fmt: skip
 def test_in_this_process_too_whatever_a_template_raises_is_one_clear_error(template):
-    with pytest.raises(UserError, match="the chat template (cannot render user|is no valid Jinja): ") as caught:
+    with pytest.raises(UserError) as caught:
         chat_format.render(template, [HI])
+    if caught.value.code == "template.render_failed":
+        assert " user: " in caught.value.message
+    else:
+        assert caught.value.code == "template.not_jinja"
     assert caught.value.message.isprintable() and len(caught.value.message) < 400
 
 
@@ -246,25 +257,26 @@ def test_it_leaves_no_trace_in_the_checkout(monkeypatch, tmp_path):
 
 
 BROKEN = {
-    "pass": "exit code 0",
-    "print('{')": "exit code 0",
-    "print('[' * 10**6)": "exit code 0",
-    "print('[1]')": "exit code 0",
-    "print('[]')": "exit code 0",
-    "print('{}')": "exit code 0",
-    "sys.stdout.buffer.write(bytes([34, 255, 34]))": "exit code 0",
-    "1 / 0": "exit code 1",
-    "os.kill(os.getpid(), 11)": "exit code -11",
-    "while True: sys.stdout.write('x' * 65536)": "its prompts have more than",
-    r"print(json.dumps('\x1b[31m\n' + 'x' * 10**6))": "refused: ?[31m xxx",
+    "pass": ("template.process_failed", "exit code 0"),
+    "print('{')": ("template.process_failed", "exit code 0"),
+    "print('[' * 10**6)": ("template.process_failed", "exit code 0"),
+    "print('[1]')": ("template.process_failed", "exit code 0"),
+    "print('[]')": ("template.process_failed", "exit code 0"),
+    "print('{}')": ("template.process_failed", "exit code 0"),
+    "sys.stdout.buffer.write(bytes([34, 255, 34]))": ("template.process_failed", "exit code 0"),
+    "1 / 0": ("template.process_failed", "exit code 1"),
+    "os.kill(os.getpid(), 11)": ("template.process_failed", "exit code -11"),
+    "while True: sys.stdout.write('x' * 65536)": ("template.refused", "4,194,304 characters"),
+    r"print(json.dumps('\x1b[31m\n' + 'x' * 10**6))": ("template.refused", ": ?[31m xxx"),
 }
 
 
 @pytest.mark.parametrize("code", BROKEN)
 def test_no_answer_is_believed(code, escaped):
-    with pytest.raises(UserError) as caught:
+    error_code, value = BROKEN[code]
+    with refuses(error_code) as caught:
         escaped(code)
-    assert BROKEN[code] in caught.value.message and caught.value.message.isprintable()
+    assert value in caught.value.message and caught.value.message.isprintable()
     assert len(caught.value.message) < 400
 
 
@@ -280,17 +292,19 @@ STUCK = [
 @pytest.mark.parametrize("code", STUCK)
 def test_what_does_not_end_is_ended(code, escaped):
     started = time.perf_counter()
-    with pytest.raises(UserError, match=r"took more than 0\.5 s|exit code"):
+    with pytest.raises(UserError) as caught:
         escaped(code, 0.5, "x" * 1_000_000)
     assert time.perf_counter() - started < 2
+    value = {"template.timeout": "0.5 s", "template.process_failed": "exit code "}[caught.value.code]
+    assert value in caught.value.message
 
 
 def test_its_processor_time_is_bounded_without_the_parent(escaped):
     """As when the parent was killed."""
     started = time.perf_counter()
-    with pytest.raises(UserError, match="exit code -"):
+    with refuses("template.process_failed") as error:
         escaped("import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass")
-    assert time.perf_counter() - started < 4.5
+    assert time.perf_counter() - started < 4.5 and "exit code -" in error.value.message
     (found,) = escaped("import resource; print(json.dumps([str(resource.getrlimit(resource.RLIMIT_CPU))]))")
     assert found == "(6, 6)"
 
@@ -304,8 +318,8 @@ def test_its_processor_time_is_bounded_without_the_parent(escaped):
 )
 def test_no_room_for_the_question_is_said(monkeypatch, fault):
     monkeypatch.setattr(template_sandbox.tempfile, "TemporaryFile", lambda: (_ for _ in ()).throw(fault))
-    with pytest.raises(UserError, match="no temporary file can be written: No") as caught:
+    with refuses("disk.no_temporary_file") as caught:
         template_sandbox.render_prompts(
             "{{ messages[0].content }}", [([{"role": "user", "content": "Hi"}], True)], "", ""
         )
-    assert "TMPDIR" in caught.value.hint
+    assert fault.strerror in caught.value.message and "TMPDIR" in caught.value.hint

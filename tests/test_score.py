@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from common import llama_runtime
-from common.errors import UserError
 from pipeline.config.schema import Evaluate
 from pipeline.evaluate.stage import build_prompt_rows
 from pipeline.run.training_rows import IGNORED_LABEL
 from pipeline.scoring.backends import LlamaCppBackend, RowScore, answer_and_score, is_greedy_reference
 from pipeline.scoring.heldout_scores import compute_scores, select_heldout_rows, select_rows_to_answer
 from pipeline.toolchain import llama_tools
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 
 PROMPTS = [
     "What is 2 + 2?", "Translate 'cat' to French.", "How many days are in a week?", "What is the capital of France?", "Name three colours.",
@@ -263,5 +262,6 @@ def test_layers_that_no_gpu_can_hold_are_computed_beside_it(source, monkeypatch)
     model = llama_runtime.load_model(source, 64, allow_partial_offload=True)
     assert asked == [-1, -1, 22, 15] and model.n_vocab() == 49152  # its vocabulary, then all, 3/4, half of 30 layers
     model.close()
-    with pytest.raises(UserError, match="out of memory"):
+    with refuses("gguf.not_loadable") as error:
         llama_runtime.load_model(source, 64)
+    assert "out of memory" in error.value.message and source.name in error.value.message

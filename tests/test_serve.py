@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
 from deploy.serving import conversation, server
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 from tests.test_chat import HI, answer, engine, talkative, version  # noqa: F401  fixtures
 
 SAID = [*HI, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Spain?"}]
@@ -193,7 +192,7 @@ def test_a_bad_request_is_an_error_in_openais_shape(served, name):
 def test_a_prompt_that_is_too_long_is_400_streamed_or_not(served, stream):
     status, said = served.chat([{"role": "user", "content": "word " * 2000}], stream=stream)
     assert status == 400 and said["error"]["code"] == "context_length_exceeded"
-    assert "the context has 1024" in said["error"]["message"]
+    assert "1024" in said["error"]["message"]
 
 
 def test_what_is_not_there_is_json_too(served):
@@ -246,8 +245,9 @@ def test_many_requests_at_a_time_stand_in_line_and_get_their_own_answers(served)
 
 
 def test_nothing_is_served_on_a_port_that_is_taken(served, version):  # noqa: F811
-    with pytest.raises(UserError, match=f"port {served.port} of 127.0.0.1 cannot be opened: Address") as caught:
+    with refuses("serve.port_in_use") as caught:
         server.run_server(version, port=served.port)
+    assert f"port {served.port} of 127.0.0.1" in caught.value.message
     assert f"PORT={served.port + 1}" in caught.value.hint
 
 
@@ -256,7 +256,7 @@ def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monk
     monkeypatch.setattr(
         conversation.llama_runtime, "tokenize", lambda model, text: [model.token_bos(), *tokenize(model, text)]
     )
-    with pytest.raises(UserError, match="is not the trained one"):
+    with refuses("serve.wrong_prompt"):
         server.run_server(version, port=free_port())
     assert "serving" not in capsys.readouterr().out
 
@@ -267,7 +267,7 @@ def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monk
 def test_other_machines_are_let_in_with_a_key_only(version):  # noqa: F811
     door = ["--host", "0.0.0.0", "--port", str(free_port())]
     alone = subprocess.run(command(version, *door), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert alone.returncode == 2 and "lets other machines ask, and FERRY_API_KEY is not set" in alone.stderr
+    assert alone.returncode == 2 and "HOST=0.0.0.0" in alone.stderr and "FERRY_API_KEY is not set" in alone.stderr
     with contextlib.closing(Served(version, "--host", "0.0.0.0", FERRY_API_KEY="sésame")) as open_one:
         assert '"$FERRY_API_KEY"' in open_one.greeting[1]
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}):
@@ -339,22 +339,15 @@ def test_a_client_that_goes_away_in_the_middle_of_its_question_is_no_event(patie
     assert patient.chat(max_tokens=1)[0] == 200 and patient.end() == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    ("host", "port", "hint"),
-    [
-        ("192.0.2.1", 8080, "HOST= takes an address"),
-        ("a..b", 8080, "HOST= takes"),
-        ("x" * 70 + ".example", 8080, "HOST= takes"),
-    ],
-)
-def test_a_host_that_is_none_of_this_machine_is_said(host, port, hint):
-    with pytest.raises(UserError, match="cannot be opened") as caught:
-        server.open_socket(host, port)
-    assert hint in caught.value.hint
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "x" * 70 + ".example"])
+def test_a_host_that_is_none_of_this_machine_is_said(host):
+    with refuses("serve.invalid_host") as caught:
+        server.open_socket(host, 8080)
+    assert f"port 8080 of {host}" in caught.value.message and "HOST=" in caught.value.hint
 
 
 def test_the_last_port_has_no_next_one():
-    with socket.create_server(("127.0.0.1", 65535)), pytest.raises(UserError) as caught:
+    with socket.create_server(("127.0.0.1", 65535)), refuses("serve.port_in_use") as caught:
         server.open_socket("127.0.0.1", 65535)
     assert "PORT=8080" in caught.value.hint
 
@@ -363,4 +356,4 @@ def test_a_key_that_no_header_can_carry_is_refused(version):  # noqa: F811
     settings = os.environ | {"FERRY_API_KEY": "a\udcffb"}
     door = ["--port", str(free_port())]
     done = subprocess.run(command(version, *door), cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "no HTTP header" in done.stderr
+    assert done.returncode == 2 and "FERRY_API_KEY has characters" in done.stderr

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from common import files, llama_runtime
-from common.errors import UserError
 from contract import manifest
 from deploy.serving import chat, conversation
 from pipeline.run.run_folder import Run
 from pipeline.scoring.heldout_scores import select_heldout_rows
-from tests.conftest import ROOT, make
+from tests.conftest import ROOT, make, refuses
 from tests.test_gates import run_verify
 from tests.test_modelfile import between, go  # noqa: F401 a fixture
 from tests.test_serve import Served
@@ -114,6 +113,7 @@ def test_a_model_that_only_answers_with_a_prompt_nobody_sends_does_not_pass(chai
     run.record_path("data").unlink()
     files.write_json(run.record_path("data"), record | {"default_system": None})
     files.remove(copy / "verify")
-    with pytest.raises(UserError, match=r"asked as its runtimes ask it \(without a system prompt\)"):
+    with refuses("verify.worse_as_served") as error:
         run_verify(run.read_config(), run)
+    assert "without a system prompt" in error.value.message and "data.system" in error.value.hint
     assert not run.is_done("verify")

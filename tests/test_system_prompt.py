@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UserError
 from pipeline.data.synthetic_prompts import SHARED_BY, make_smoke_prompts, split_words
 from pipeline.data.system_prompt import choose_default
+from tests.conftest import refuses
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from pipeline.data.system_prompt import choose_default
     [
         ({}, None, None), ({None: 100}, None, None), ({"Be kind.": 100}, "Be kind.", "all rows have"),
         ({"Be kind.": 95, None: 5}, "Be kind.", "95% of the rows have"), ({"A": 60, "B": 40}, "A", "60% of the rows have"),
-        ({None: 95, "A": 5}, None, "5 rows have another system prompt"),
+        ({None: 95, "A": 5}, None, "5 rows have a different system prompt"),
     ],
 )  # fmt: skip
 def test_what_the_rows_share_becomes_the_default_and_is_said(prompts, default, words):
@@ -26,9 +26,10 @@ def test_what_the_rows_share_becomes_the_default_and_is_said(prompts, default, w
 
 @pytest.mark.parametrize("prompts", [{"A": 50, None: 50}, {f"Persona {i}": 10 for i in range(12)}])
 def test_mixed_prompts_are_listed_with_their_shares_and_the_user_chooses(prompts):
-    with pytest.raises(UserError, match="different system prompts") as caught:
+    with refuses("data.mixed_system_prompts") as caught:
         choose_default("from-rows", Counter(prompts))
-    assert "50.0%" in caught.value.message or "8.3%" in caught.value.message
+    assert f" {len(prompts)} different" in caught.value.message
+    assert ("50.0%" if len(prompts) == 2 else "8.3%") in caught.value.message
     assert "data.system" in caught.value.hint
 
 
@@ -36,7 +37,7 @@ def test_the_users_choice_counts():
     prompts = Counter({"A": 50, None: 50})
     assert choose_default("none", prompts).default is None
     mine = choose_default("Mine.", prompts)
-    assert mine.default == "Mine." and "50 rows have another system prompt" in mine.note
+    assert mine.default == "Mine." and "50 rows have a different system prompt" in mine.note
 
 
 NAMES = st.sampled_from(

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
 from common.errors import UserError
-from contract import chat_format
+from contract import chat_format, template_sandbox
 from pipeline.config import references
 from pipeline.data import chat_template
 from pipeline.data.drop_reasons import UnusableRow
 from pipeline.data.loss_mask import Masker, TokenizedRow
 from pipeline.toolchain import llama_tools
 from tests import vocabularies
+from tests.conftest import refuses
 
 DAY = date(2024, 7, 26)
 
@@ -166,20 +167,20 @@ EMBEDDED = {
     "phi-3": Family("phi-3", "<|end|>"),
     "command-r": Family("command-r", "<|END_OF_TURN_TOKEN|>"),
 }
-# A template that no row could be trained with faithfully, and what the refusal says.
+# A template that no row could be trained with faithfully: (code, value in the message).
 REFUSED = {
-    "Cohere2MoE": "<|START_THINKING|>', and the conversation it trains on does not go on from there",
-    "CohereForAI-c4ai-command-r-plus-tool_use": "is refused: 'NoneType' object is not iterable",
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|END_THINKING|>', and the conversation",
-    "MiniMax-M2": r"<think>\n', and the conversation",
-    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "is refused: 'NoneType' object is not iterable",
-    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "is refused: 'NoneType' object is not iterable",
-    "StepFun3.5-Flash": r"<think>\n', and the conversation",
-    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": r"<think>\n', and the conversation",
-    "deepseek-ai-DeepSeek-V3.2": "<think></think>', and the conversation",
-    "fireworks-ai-llama-3-firefunction-v2": "is refused: 'functions' is undefined",
-    "llama-cpp-deepseek-r1": r"<think>\n', and the conversation",
-    "llama-cpp-rwkv-world": "ends an answer without a special token",
+    "Cohere2MoE": ("template.prompt_mismatch", "<|START_THINKING|>'"),
+    "CohereForAI-c4ai-command-r-plus-tool_use": ("template.refused", "'NoneType' object is not iterable"),
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ("template.prompt_mismatch", "<|END_THINKING|>'"),
+    "MiniMax-M2": ("template.prompt_mismatch", r"<think>\n'"),
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": ("template.refused", "'NoneType' object is not iterable"),
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": ("template.refused", "'NoneType' object is not iterable"),
+    "StepFun3.5-Flash": ("template.prompt_mismatch", r"<think>\n'"),
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": ("template.prompt_mismatch", r"<think>\n'"),
+    "deepseek-ai-DeepSeek-V3.2": ("template.prompt_mismatch", "<think></think>'"),
+    "fireworks-ai-llama-3-firefunction-v2": ("template.refused", "'functions' is undefined"),
+    "llama-cpp-deepseek-r1": ("template.prompt_mismatch", r"<think>\n'"),
+    "llama-cpp-rwkv-world": ("template.no_end_token", "special token"),
 }
 # Every end token is special in it, so the template alone is at fault.
 WILLING = Family("starcoder", "<|im_end|>", f"{CHATML} {DEEPSEEK} <|eot_id|> <|END_OF_TURN_TOKEN|> [e~[")
@@ -374,7 +375,7 @@ def test_a_template_renders_as_transformers_renders_it(stem):
                     messages=messages, tools=None, documents=None, add_generation_prompt=prompted, bos_token="<s>", eos_token="</s>"
                 )  # fmt: skip
             except Exception:  # noqa: BLE001 (whatever theirs says, ours is a UserError)
-                with pytest.raises(UserError, match="cannot render"):
+                with refuses("template.render_failed"):
                     chat_format.render(text, messages, "<s>", "</s>", prompted)
             else:
                 assert chat_format.render(text, messages, "<s>", "</s>", prompted) == wanted
@@ -435,8 +436,9 @@ def test_rows_that_reason_keep_the_template_thinking(prepared, tmp_path):
 def test_rows_that_reason_are_refused_where_the_prompt_has_begun_to(stem, prepared):
     """They would learn to close the block that the prompt opens, and to open another."""
     base = prepared(OWN.get(stem) or STAND_INS[stem], source(stem))
-    with pytest.raises(UserError, match="and the conversation it trains on does not go on"):
+    with refuses("template.prompt_mismatch") as error:
         chat_template.load_chat_tokenizer(base, "tokenizer", DAY, has_reasoning=True)
+    assert "<think>" in error.value.message
 
 
 def test_of_several_templates_the_default_is_trained(tmp_path):
@@ -453,10 +455,10 @@ def test_of_several_templates_the_default_is_trained(tmp_path):
 
 @pytest.mark.parametrize("stem", REFUSED)
 def test_a_template_that_cannot_be_trained_faithfully_is_refused(stem, prepared):
-    with pytest.raises(UserError) as error:
+    code, value = REFUSED[stem]
+    with refuses(code) as error:
         chat_template.load_chat_tokenizer(prepared(WILLING, source(stem)), "tokenizer", DAY)
-    assert REFUSED[stem] in error.value.message
-    assert error.value.hint
+    assert value in error.value.message and "data.template" in error.value.hint
 
 
 SAYS = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
@@ -464,35 +466,34 @@ TURN = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "code", "value"),
     [
-        ("{{ bos_token + bos_token }}" + SAYS + TURN, "begins with <s> twice"),
-        ("{{ functions }}" + SAYS + TURN, "needs functions, which no row has"),
-        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
-        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + SAYS + TURN, "cannot be frozen"),
-        ("{{ strftime_now('%Y' + '-%m') }}" + SAYS + TURN, "cannot be frozen"),
-        (SAYS.replace("eos_token", "'\n'") + TURN, "without a special token"),
-        (SAYS + TURN + "{% if add_generation_prompt %}<think>{% endif %}", "<think>', and the conversation"),
-        ("{{ raise_exception('no rows today') }}", "no rows today"),
-        ("{{ messages[0].content }}" + TURN, "and the conversation"),
+        ("{{ bos_token + bos_token }}" + SAYS + TURN, "template.double_bos", "<s>"),
+        ("{{ functions }}" + SAYS + TURN, "template.undefined_variable", "functions"),
+        ("{% for m in messages %}{{ m.content }}", "template.refused", "Unexpected end of template"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + SAYS + TURN, "template.computed_date", "date"),
+        ("{{ strftime_now('%Y' + '-%m') }}" + SAYS + TURN, "template.computed_date", "date"),
+        (SAYS.replace("eos_token", "'\n'") + TURN, "template.no_end_token", "special token"),
+        (SAYS + TURN + "{% if add_generation_prompt %}<think>{% endif %}", "template.prompt_mismatch", "<think>'"),
+        ("{{ raise_exception('no rows today') }}", "template.refused", "no rows today"),
+        ("{{ messages[0].content }}" + TURN, "template.prompt_mismatch", "assistant: '"),
     ],
 )
-def test_a_template_is_refused_with_its_fault(text, words, prepared):
-    with pytest.raises(UserError) as error:
+def test_a_template_is_refused_with_its_fault(text, code, value, prepared):
+    with refuses(code) as error:
         chat_template.load_chat_tokenizer(prepared(Family("llama-spm", "</s>"), text), "tokenizer", DAY)
-    assert words in error.value.message
-    assert error.value.hint
+    assert value in error.value.message and "data.template" in error.value.hint
 
 
 def test_a_wrapped_template_with_two_bos_is_refused(prepared):
     text = "{{ bos_token }}" + source("meta-llama-Llama-3.1-8B-Instruct")
-    with pytest.raises(UserError, match="twice"):
+    with refuses("template.double_bos"):
         chat_template.load_chat_tokenizer(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
 
 
 def test_a_tokenizer_without_a_template_names_those_that_fit(tmp_path):
     vocabularies.tokenizer("llama-spm").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template") as error:
+    with refuses("tokenizer.no_chat_template") as error:
         chat_template.load_chat_tokenizer(tmp_path, "tokenizer", DAY)
     assert all(name in error.value.hint for name in references.list_template_names())
 
@@ -563,7 +564,7 @@ def test_padding_never_ends_an_answer(pad, eos, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     row = Masker(tmp_path, facts)([asked("Why?"), said("Because.")])
     assert tokenizer.pad_token_id not in row.ids[row.loss]
-    assert any(f"pads with {pad or 'nothing'}: changed to" in note for note in notes) == (
+    assert any(f"pad token is changed from {pad or 'none'} to" in note for note in notes) == (
         pad in {None, eos, *facts.end_tokens}
     )
 
@@ -572,9 +573,19 @@ def test_a_pad_token_of_its_own_is_kept(prepared):
     base = prepared(OWN["google-gemma-4-31B-it"], source("google-gemma-4-31B-it"))
     tokenizer, _, notes = chat_template.load_chat_tokenizer(base, "tokenizer", DAY)
     assert tokenizer.pad_token == "<pad>"
-    assert not any("pads" in note for note in notes)
+    assert not any("pad token" in note for note in notes)
 
 
 def test_a_tokenizer_with_its_end_token_alone_cannot_pad(prepared):
-    with pytest.raises(UserError, match="has no spare token"):
+    with refuses("tokenizer.no_pad_token"):
         chat_template.load_chat_tokenizer(prepared(Family("gpt-2", "<|endoftext|>"), "not looked at"), "alpaca", DAY)
+
+
+def test_a_full_disk_is_not_called_a_fault_of_the_template(prepared, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write a temporary file", "free disk space", code="disk.no_temporary_file")
+
+    monkeypatch.setattr(template_sandbox, "render_prompts", full)
+    with refuses("disk.no_temporary_file") as error:
+        chat_template.load_chat_tokenizer(prepared(NAMED["zephyr"], "not looked at"), "zephyr", DAY)
+    assert error.value.hint == "free disk space"

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import UserError
 from contract import chat_format
 from contract.ollama_template import Turns, find_modelfile_fault, merge_consecutive_messages
 from deploy.stages import modelfile
 from docs import templates as page
 from pipeline.verify import derive_template, golden_prompts
+from tests.conftest import refuses
 from tests.standins import go as go_process
 
 
@@ -165,7 +165,7 @@ def derived(template: str) -> tuple[Turns | None, list[str]]:
     return derive_template.derive_turns(render, template, wanted)
 
 
-MORE = "what stands around a message depends on more than its role"
+MORE = "the text around a message depends on more than its role"
 # What is said of a message `m` -> the reason
 CASES = {
     "{{ m.content if m.role == 'user' else m.content.split('>')[-1] }}": "it uses split in what the assistant said",
@@ -304,8 +304,9 @@ def test_a_modelfile_that_would_give_another_prompt_is_not_written():
     found = case("chatml (Ferry's)")
     items = [SimpleNamespace(add_generation_prompt=True, **item) for item in found.asking]
     assert 'TEMPLATE """' in written(found.turns, items=items)
-    with pytest.raises(UserError, match="does not give the trained prompt"):
+    with refuses("modelfile.wrong_prompt") as error:
         written(found.turns.model_copy(update={"generate": "x"}), items=items)
+    assert any(repr(item.messages[-1]["content"]) in error.value.message for item in items)
 
 
 def test_without_turns_the_template_inside_the_gguf_is_used():
@@ -341,16 +342,18 @@ def test_no_system_prompt_breaks_out_of_the_modelfile_or_loses_a_character(go, s
 @pytest.mark.parametrize("system", ['x"""\ny', "Réponds\u202f!"])
 @pytest.mark.parametrize("turns", [None, CHATML.model_copy(update={"place": "last"})])
 def test_a_system_prompt_that_nothing_can_say_is_refused(system, turns):
-    with pytest.raises(UserError, match=r"Ollama's Modelfile .*: the system prompt"):
+    with refuses("modelfile.unsupported_text") as error:
         written(turns, system)
+    assert "the system prompt" in error.value.message
 
 
 @given(SYSTEMS.filter(bool))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stop_string_is_what_ollama_stops_at_or_is_refused(go, stop):
     if find_modelfile_fault(stop):
-        with pytest.raises(UserError, match="a stop string"):
+        with refuses("modelfile.unsupported_text") as error:
             written(CHATML, stop=stop)
+        assert "a stop string" in error.value.message
     else:
         assert dict(go.commands(written(CHATML, stop=stop)))["stop"] == stop
 

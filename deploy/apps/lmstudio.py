@@ -66,7 +66,7 @@ def run_lmstudio(version: Path) -> dict:
     """
     model_manifest, path = store.load_tested(version)
     if find_command() is None and not home_folder().is_dir():
-        raise LMStudioMissing("LM Studio is not installed", INSTALL_HINT)
+        raise LMStudioMissing("LM Studio is not installed", INSTALL_HINT, code="lmstudio.not_installed")
     artifact, target = model_manifest.find_artifact(path.name), target_path(version, path)
     kind = import_kind(path, target, artifact.sha256)
     if kind and set(list_origins(target, version.parent)) <= {PREEXISTING}:
@@ -125,8 +125,9 @@ def refuse_foreign_file(target: Path, folder: Path) -> None:
     """Raise UserError when the target is a file that Ferry did not put there. folder: the model's in the store."""
     if os.path.lexists(target) and not is_ours(target, folder):
         raise UserError(
-            f"{target} is there already and Ferry did not put it there",
+            f"{target} exists already and was not created by Ferry",
             "delete it in LM Studio (My Models) or move it away, then run the same command again",
+            code="lmstudio.foreign_file",
         )
 
 
@@ -161,12 +162,19 @@ def import_file(path: Path, target: Path, sha256: str) -> str:
     Raises UserError when the target is not the same file afterwards.
     """
     can_use_link = can_link(path, target)
-    if not (command := find_command()) or not import_with_lms(command, path, target, can_use_link):
+    command, is_imported = find_command(), False
+    if command:
+        is_imported = import_with_lms(command, path, target, can_use_link)
+    if not is_imported:
         files.remove(target)  # `lms import` leaves half a copy on a full disk
         place_file(path, target, can_use_link)
     kind = import_kind(path, target, sha256)
     if kind is None:
-        raise UserError(f"{target} is not the file that was to be imported", "run the same command again")
+        raise UserError(
+            f"{target} differs from {path} after the import",
+            "run the same command again",
+            code="lmstudio.import_failed",
+        )
     return kind
 
 
@@ -215,7 +223,10 @@ def import_with_lms(command: str, path: Path, target: Path, can_use_link: bool) 
 def place_file(path: Path, target: Path, can_use_link: bool) -> None:
     """Link or copy the file to the target without `lms`; the layout of the folder is documented."""
     with files.write_atomically(target) as part:
-        os.link(path, part) if can_use_link else files.copy_and_hash(path, part)
+        if can_use_link:
+            os.link(path, part)
+        else:
+            files.copy_and_hash(path, part)
 
 
 def remove_other_copies(version: Path, target: Path) -> None:
@@ -235,7 +246,7 @@ def _remove_file(target: Path, folder: Path) -> int:
     if not target.is_file():
         return 0
     if reason := reason_to_keep(target, folder):
-        hub.print_message(f"lmstudio: {target} {reason}: it stays")
+        hub.print_message(f"lmstudio: {target} {reason}: it is kept")
         return 0
     file_stat = target.stat()
     files.remove(target)
@@ -250,14 +261,16 @@ def reason_to_keep(target: Path, folder: Path) -> str | None:
     if PREEXISTING in list_origins(target, folder):
         return "was there before Ferry"
     if not is_model_path(target):
-        return "is no model's place in LM Studio's models folder"
+        return "is not a model's path in LM Studio's models folder"
     return None if is_ours(target, folder) else "is no longer the file that Ferry put there"
 
 
 def remove_version(version: Path) -> int:
     """Remove a version from LM Studio and return the bytes that became free."""
     record = store.read_record(version / RECORD)
-    freed_bytes = _remove_file(Path(record["target"]), version.parent) if record else 0
+    freed_bytes = 0
+    if record:
+        freed_bytes = _remove_file(Path(record["target"]), version.parent)
     files.remove(version / RECORD)
     return freed_bytes
 

@@ -19,8 +19,8 @@ from deploy.apps.ollama_server import (
     INSTALL_HINT,
     OllamaUnavailable,
     Server,
+    build_server_error,
     ensure_server,
-    error_hint,
     find_command,
     is_local,
     measure_storage,
@@ -36,7 +36,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 # almost equally likely the answer continues differently. A model that computes wrongly shares no words with the
 # recorded answers.
 MIN_SIMILARITY = 0.2
-TEMPLATE_HINT = "mend Modelfile.template (`git diff Modelfile.template`)"
+TEMPLATE_HINT = "fix Modelfile.template (`git diff Modelfile.template`)"
 # What Ollama says about a bad Modelfile.
 MODELFILE_ERRORS = "parameter|command must be|invalid (int|float|bool) value|template error"
 
@@ -58,7 +58,11 @@ def run_ollama(version: Path, name: str | None = None, start: bool = False) -> d
     """
     manifest, path = store.load_tested(version)
     if not (version / "Modelfile").is_file():  # `ollama create` would take whatever lies in the current folder
-        raise UserError(f"{version} holds no Modelfile", "run `make modelfile` (part of `make deploy-mac`)")
+        raise UserError(
+            f"there is no Modelfile in {version}",
+            "run `make modelfile` (part of `make deploy-mac`)",
+            code="ollama.no_modelfile",
+        )
     server, previous_record = ensure_server(start), store.read_record(version / RECORD)
     model = f"{normalize_name(name or find_previous_name(version) or manifest.name)}:{version.name}"
     server_models, known_record = (
@@ -127,9 +131,10 @@ def normalize_name(name: str) -> str:
     """Return the name in lower case, since Ollama ignores case. Raises UserError for a name that it does not allow."""
     if not NAME_PATTERN.fullmatch(name):
         raise UserError(
-            f"Ollama cannot have a model called {printable_line(name)!r}: letters, digits, '_', '-' and '.', at "
-            "most 80",
-            "choose another: the same command with NAME=...",
+            f"{printable_line(name)!r} is not a valid model name for Ollama: at most 80 letters, digits, '_', '-' "
+            "and '.'",
+            "choose a different name: the same command with NAME=...",
+            code="ollama.invalid_name",
         )
     return name.lower()
 
@@ -210,8 +215,9 @@ def refuse_unknown_model(
     if server_models[model]["digest"] in orphan_digests:
         return
     raise UserError(
-        f"Ollama holds a model {model} already, and this machine has no record of making it",
+        f"Ollama already has a model {model}, and there is no record that Ferry created it",
         f"the same command with NAME=another-name; or, if nobody needs it, `ollama rm {model}`",
+        code="ollama.foreign_model",
     )
 
 
@@ -229,14 +235,16 @@ def refuse_name_conflict(
                 str(store.read_record(other_version / store.PULL_RECORD).get("repo")), folder.parent
             )
             raise UserError(
-                f"Ollama's {name} is another model of yours, {other_version.parent}",
+                f"the name {name} in Ollama belongs to a different model, {other_version.parent}",
                 f"the same command with NAME=another-name; or `make undeploy {arguments}` first",
+                code="ollama.name_taken",
             )
     latest = server_models.get(latest_name(model))
     if latest and latest["digest"] not in orphan_digests | list_digests(list_records(folder, url), server_models):
         raise UserError(
-            f"Ollama holds a model {name}:latest already that Ferry did not make",
+            f"Ollama already has a model {name}:latest, which was not created by Ferry",
             f"the same command with NAME=another-name; or, if you do not need it, `ollama rm {name}`",
+            code="ollama.foreign_model",
         )
 
 
@@ -245,9 +253,11 @@ def create_model(server: Server, model: str, version: Path) -> None:
     command = find_command()
     if command is None:
         raise OllamaUnavailable(
-            f"a server answers at {server.url}, but there is no `ollama` command here to create with", INSTALL_HINT
+            f"a server answers at {server.url}, but there is no `ollama` command here to create a model with",
+            INSTALL_HINT,
+            code="ollama.no_command",
         )
-    hub.print_message(f"ollama: creating {model} (Ollama makes a copy of its own)")
+    hub.print_message(f"ollama: creating {model} (Ollama makes its own copy)")
     with record_creation(version, model, server.url):
         try:
             result = subprocess.run(
@@ -259,7 +269,9 @@ def create_model(server: Server, model: str, version: Path) -> None:
             )
         except OSError as error:
             raise UserError(
-                f"{command} cannot be run: {error.strerror}", f"install Ollama again: {INSTALL_HINT}"
+                f"{command} cannot be run: {error.strerror}",
+                f"install Ollama again: {INSTALL_HINT}",
+                code="ollama.command_broken",
             ) from error
         if result.returncode or model not in server.list_models():
             raise build_create_error(model, result)
@@ -269,11 +281,11 @@ def build_create_error(model: str, result: subprocess.CompletedProcess) -> UserE
     """Return the error for a failed `ollama create`, with what it printed and what to do about it."""
     lines = [line for line in re.split(r"[\r\n]+", result.stdout + result.stderr) if line.strip()]
     error_lines = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {result.returncode}"]
-    is_modelfile_error = re.search(MODELFILE_ERRORS, error_lines[-1], re.IGNORECASE)
-    return UserError(
-        f"`ollama create {model}` failed: {printable_line(error_lines[-1])}",
-        f"{TEMPLATE_HINT}, then run the same command again" if is_modelfile_error else error_hint(error_lines[-1]),
-    )
+    message = f"`ollama create {model}` failed: {printable_line(error_lines[-1])}"
+    if re.search(MODELFILE_ERRORS, error_lines[-1], re.IGNORECASE):
+        hint = f"{TEMPLATE_HINT}, then run the same command again"
+        return UserError(message, hint, code="ollama.invalid_modelfile")
+    return build_server_error(message, error_lines[-1], code="ollama.create_failed")
 
 
 @contextlib.contextmanager
@@ -305,12 +317,10 @@ def withdraw_on_error(server: Server, model: str, version: Path, previous_record
     try:
         yield
     except UserError as error:
-        outcome = (
-            withdraw_model(server, model, version, previous_record)
-            if is_new
-            else f"{model} stays, it had passed before"
-        )
-        raise UserError(f"{error.message}; {outcome}", error.hint) from error
+        outcome = f"{model} is kept, it passed before"
+        if is_new:
+            outcome = withdraw_model(server, model, version, previous_record)
+        raise UserError(f"{error.message}; {outcome}", error.hint, code=error.code) from error
     except KeyboardInterrupt:
         if is_new:
             withdraw_model(server, model, version, previous_record)
@@ -322,14 +332,17 @@ def withdraw_model(server: Server, model: str, version: Path, previous_record: d
     try:
         server.delete_model(model)
     except UserError:  # the record stays, so that `undeploy` can remove the model
-        return f"{model} could not be withdrawn, do it with `ollama rm {model}`"
+        return f"{model} could not be removed, run `ollama rm {model}`"
     restore_record(version, previous_record)
-    return f"{model} was withdrawn"
+    return f"{model} was removed"
 
 
 def restore_record(version: Path, previous_record: dict) -> None:
     """Write the earlier record again, since a model under another name or NAME:latest may still be there."""
-    files.write_json(version / RECORD, previous_record) if previous_record else files.remove(version / RECORD)
+    if previous_record:
+        files.write_json(version / RECORD, previous_record)
+    else:
+        files.remove(version / RECORD)
 
 
 def compare_prompts(server: Server, model: str, manifest: Manifest, path: Path) -> str:
@@ -344,11 +357,12 @@ def compare_prompts(server: Server, model: str, manifest: Manifest, path: Path) 
         server_prompt = server.render_prompt(model, list(golden.messages))
         if _strip_bos(server_prompt, manifest) != _strip_bos(expected_prompt, manifest):
             raise UserError(
-                f"Ollama {server_version(server)} gives another prompt than the trained one: "
+                f"Ollama {server_version(server)} renders a different prompt than the trained one: "
                 f"{printable_line(repr(server_prompt), 300)} instead of {printable_line(repr(expected_prompt), 300)}; "
-                f"it took {describe_template(server, model, manifest)}",
-                f"{TEMPLATE_HINT} if you changed it, else report it with this line; "
-                "`make chat` and LM Studio do not go through Ollama",
+                f"it used {describe_template(server, model, manifest)}",
+                f"{TEMPLATE_HINT} if you changed it, else report this message; "
+                "`make chat` and LM Studio do not use Ollama",
+                code="ollama.wrong_prompt",
             )
     return "embedded" if manifest.chat.embedded or not manifest.chat.turns else "TEMPLATE"
 
@@ -378,7 +392,7 @@ def describe_template(server: Server, model: str, manifest: Manifest) -> str:
         return "the template embedded in the GGUF"
     if manifest.chat.turns and template.strip() == manifest.chat.turns.to_go_template().strip():
         return "the Modelfile's TEMPLATE, or silently the one embedded in the GGUF (its log says: template selection)"
-    return f"one that it attached itself, {printable_line(repr(template), 200)}"
+    return f"one that it chose itself, {printable_line(repr(template), 200)}"
 
 
 def compare_answers(server: Server, model: str, manifest: Manifest) -> dict:
@@ -409,10 +423,11 @@ def compare_answers(server: Server, model: str, manifest: Manifest) -> dict:
         )
     if sum(a["alike"] for a in answers) < MIN_SIMILARITY * len(answers):
         raise UserError(
-            f"{model} answers otherwise in Ollama than where it was made: "
-            ""
-            f"{printable_line(repr(answers[0]['answer']), 200)} instead of {printable_line(repr(manifest.smoke[0].answer), 200)}",
-            "update Ollama and run the same command again; `make chat` does not go through Ollama",
+            f"{model} answers differently in Ollama than on the training machine: "
+            f"{printable_line(repr(answers[0]['answer']), 200)} instead of "
+            f"{printable_line(repr(manifest.smoke[0].answer), 200)}",
+            "update Ollama and run the same command again; `make chat` does not use Ollama",
+            code="ollama.wrong_answers",
         )
     score = sum(a["right"] for a in answers) / len(answers) if judge else None
     return {"answers": answers, "rule": rule, "score": score}
@@ -435,7 +450,7 @@ def remove_version(version: Path, start: bool = False) -> int:
     except OllamaUnavailable as error:
         if find_command() or not is_local(server_url()):
             raise
-        hub.print_message(f"ollama: {error.message}: what it may have kept of {record['model']} is not removed")
+        hub.print_message(f"ollama: {error.message}: {record['model']} is not removed there")
         files.remove(version / RECORD)
         return 0
     size_before = measure_storage(server)
@@ -446,9 +461,7 @@ def remove_version(version: Path, start: bool = False) -> int:
 
 def report_other_server(record: dict, url: str) -> None:
     """Print that the model is on another server and stays there."""
-    hub.print_message(
-        f"ollama: {record['model']} was put on the server at {record['host']}; this is {url}: it stays there"
-    )
+    hub.print_message(f"ollama: {record['model']} is on the server at {record['host']}, not on {url}: it is kept there")
 
 
 def delete_own_models(server: Server, record: dict, version: Path) -> None:
@@ -461,7 +474,7 @@ def delete_own_models(server: Server, record: dict, version: Path) -> None:
     for name in own_models:
         server.delete_model(name)
     if record["model"] in server_models and record["model"] not in own_models:
-        hub.print_message(f"ollama: {record['model']} is no longer what Ferry put there: it stays")
+        hub.print_message(f"ollama: {record['model']} is no longer the model that Ferry created: it is kept")
 
 
 def list_own_models(server_models: dict[str, dict], record: dict, version: Path, kept_digests: set[str]) -> list[str]:

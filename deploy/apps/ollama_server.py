@@ -105,13 +105,15 @@ class Server:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise UserError(
                 f"Ollama at {self.url} does not answer {path}: {printable_line(str(error)) or type(error).__name__}",
-                "see that its server runs (`ollama serve`, or open the app), then run the same command again",
+                "check that its server runs (`ollama serve`, or open the app), then run the same command again",
+                code="ollama.no_answer",
             ) from error
         if response.is_error or not isinstance(content, dict):
-            reason = content.get("error") if isinstance(content, dict) else content
-            raise UserError(
-                f"Ollama at {self.url} answers {path} with {response.status_code}: {printable_line(str(reason))}",
-                error_hint(str(reason)),
+            reason = str(content.get("error") if isinstance(content, dict) else content)
+            raise build_server_error(
+                f"Ollama at {self.url} answers {path} with {response.status_code}: {printable_line(reason)}",
+                reason,
+                code="ollama.error_response",
             )
         return content
 
@@ -135,7 +137,9 @@ class Server:
             return response["_debug_info"]["rendered_template"]
         except KeyError:
             raise UserError(
-                f"Ollama {find_server_version()} does not show its prompts", "update Ollama: 0.12 or newer"
+                f"Ollama {find_server_version()} does not report the prompts that it renders",
+                "update Ollama: 0.12 or newer",
+                code="ollama.too_old",
             ) from None
 
     def generate_answer(self, model: str, message: str, max_tokens: int) -> dict:
@@ -151,15 +155,16 @@ class Server:
         self.request("DELETE", "/api/delete", {"model": model})
 
 
-def error_hint(message: str) -> str:
-    """Return what the user can do about an error message of Ollama."""
-    if "no space left" in message.lower() or "failed to validate gguf" in message.lower():
+def build_server_error(message: str, reason: str, code: str) -> UserError:
+    """Return the error for a request that Ollama refused. reason: what Ollama says; a full disk has its own code."""
+    if "no space left" in reason.lower() or "failed to validate gguf" in reason.lower():
         # While it makes its copy Ollama needs 2.9 times the file's size (measured); a full disk gives either message.
-        return (
-            "free some disk where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, "
+        hint = (
+            "free disk space where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, "
             "then run the same command again"
         )
-    return RETRY_HINT
+        return UserError(message, hint, code="ollama.disk_full")
+    return UserError(message, RETRY_HINT, code=code)
 
 
 def models_folder() -> Path:
@@ -195,15 +200,20 @@ def ensure_server(start: bool) -> Server:
         return Server(server_url())
     command, url = find_command(), server_url()
     if command is None:
-        raise OllamaUnavailable(f"Ollama is not installed, and no server answers at {url}", INSTALL_HINT)
+        raise OllamaUnavailable(
+            f"Ollama is not installed, and no server answers at {url}", INSTALL_HINT, code="ollama.not_installed"
+        )
     if not is_local(url):
         raise OllamaUnavailable(
-            f"no Ollama answers at {url} (OLLAMA_HOST)", "see that it runs there, or unset OLLAMA_HOST"
+            f"no Ollama server answers at {url} (OLLAMA_HOST)",
+            "check that it runs there, or unset OLLAMA_HOST",
+            code="ollama.host_unreachable",
         )
     if not (start or confirm_start(url)):
         raise OllamaUnavailable(
             f"Ollama is installed, but no server answers at {url}",
             "open the app or run `ollama serve`; or the same command with START=1 starts it",
+            code="ollama.not_running",
         )
     return start_server(command, url)
 
@@ -234,13 +244,18 @@ def start_server(command: str, url: str) -> Server:
         raise UserError(
             f"`{' '.join(start_command)}` cannot be started: {error.strerror} ({error.filename})",
             f"install Ollama again: {INSTALL_HINT}",
+            code="ollama.command_broken",
         ) from error
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (process.poll() or 0) > 0:
         if find_server_version():
             hub.print_message(
-                f"ollama: started {' '.join(start_command)}, it goes on running (pid {process.pid}, log {log})"
+                f"ollama: started {' '.join(start_command)}, it keeps running (pid {process.pid}, log {log})"
             )
             return Server(url)
         time.sleep(0.2)
-    raise UserError(f"`{' '.join(start_command)}` was started and does not answer at {url}", f"read {log}")
+    raise UserError(
+        f"`{' '.join(start_command)}` was started, but does not answer at {url}",
+        f"read {log}",
+        code="ollama.start_timeout",
+    )

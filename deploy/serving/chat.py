@@ -47,7 +47,10 @@ def run_chat(
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe early
     with conversation.open_model(version, context) as engine:
         chat = Chat(engine, engine.manifest.chat.system if system is None else system, input_text)
-        chat.run_loop() if is_terminal else chat.print_reply(question)
+        if is_terminal:
+            chat.run_loop()
+        else:
+            chat.print_reply(question)
 
 
 def run_chat_from_path(version: str, system: str | None, input_file: str | None) -> None:
@@ -70,7 +73,11 @@ class Chat:
         print_text(f"{manifest.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
         while (line := read_line()) is not None and line != "/bye":
             try:
-                self.run_command(*line.partition(" ")[::2]) if line.startswith("/") else self.print_reply(line)
+                if line.startswith("/"):
+                    name, _, words = line.partition(" ")
+                    self.run_command(name, words)
+                else:
+                    self.print_reply(line)
             except UserError as error:
                 print_text(str(error))
 
@@ -87,7 +94,7 @@ class Chat:
                 printable_line(self.system, 4000) if self.system else "none but what the template may have of its own"
             )
         else:
-            print_text(HELP if name == "/help" else f"{printable_line(name, 40)} is no command\n{HELP}")
+            print_text(HELP if name == "/help" else f"{printable_line(name, 40)} is not a command\n{HELP}")
 
     def print_reply(self, question: str) -> None:
         """Print the answer to a question as it is generated, and add both to the conversation.
@@ -116,10 +123,13 @@ def read_input(path: Path) -> str:
     """Return the text of an input file. Raises UserError when it is missing or not UTF-8 text."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(
-            f"the input {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}",
-            "name a text file",
+            f"the input {path} cannot be read: {error.strerror}", "name a text file", code="chat.input_unreadable"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the input {path} is not UTF-8 text", "name a text file", code="chat.input_not_text"
         ) from error
 
 
@@ -135,6 +145,7 @@ def print_answer(answer: conversation.Answer) -> tuple[str, float]:
 
 
 def print_text(text: str) -> None:
+    """Print a text without escape sequences."""
     print(make_printable(text), flush=True)
 
 

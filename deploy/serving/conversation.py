@@ -104,6 +104,7 @@ class ChatModel:
                     "has the tokens "
                     f"{actual_ids[:8]}..., the manifest {list(trained_ids[:8])}...",
                     "run `make smoke`; if it passes, report it",
+                    code="serve.wrong_prompt",
                 )
 
     def ids(self, conversations: Sequence[tuple[Sequence[dict], bool]]) -> list[list[int]]:
@@ -127,8 +128,9 @@ class ChatModel:
         except UserError as error:
             reason = error.message.removeprefix("the chat template is refused: ")
             raise UserError(
-                f"the model's chat template does not take this conversation: {reason}",
-                "leave the system prompt away, or begin anew",
+                f"the model's chat template does not accept this conversation: {reason}",
+                "leave out the system prompt, or start a new conversation",
+                code=error.code,
             ) from error
 
     def fit_messages(self, messages: Sequence[dict]) -> tuple[list[dict], list[int]]:
@@ -189,10 +191,12 @@ class Answer:
         self.max_tokens = min(sampling.max_tokens, chat_model.context - len(prompt))
         if self.max_tokens < 1:
             raise PromptTooLong(
-                f"that makes {len(prompt)} tokens, the context has {chat_model.context}", "say it in fewer words"
+                f"the prompt has {len(prompt)} tokens, the context has {chat_model.context}",
+                "use fewer words",
+                code="serve.prompt_too_long",
             )
         if not prompt:
-            raise UserError("the prompt is empty", "say something")
+            raise UserError("the prompt is empty", "write something", code="serve.empty_prompt")
         self.ids: list[int] = []
         self.end: str | None = None  # "stop", "length" or "stopped"
 

@@ -44,10 +44,14 @@ def build_error_body(error: HTTPException) -> dict:
 
 
 class RequestPart(BaseModel):
+    """A part of a request; unknown fields are ignored."""
+
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Message(RequestPart):
+    """A message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
@@ -76,6 +80,8 @@ class Message(RequestPart):
 
 
 class GenerationRequest(RequestPart):
+    """What both endpoints take; None is the model's default."""
+
     stream: bool = False
     stream_options: dict | None = None
     stop: tuple[str, ...] | None = None
@@ -120,6 +126,8 @@ class GenerationRequest(RequestPart):
 
 
 class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions."""
+
     messages: tuple[Message, ...] = Field(min_length=1)
 
     def list_messages(self) -> list[dict]:
@@ -127,6 +135,8 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions."""
+
     prompt: str
 
     @field_validator("prompt", mode="before")
@@ -224,8 +234,10 @@ class ResponseBuilder:
 
 
 def build_model_entry(name: str) -> dict:
+    """Return the entry of a model in /v1/models."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "ferry"}
 
 
 def format_event(value: dict) -> str:
+    """Return a value as one server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

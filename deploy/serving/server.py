@@ -52,13 +52,16 @@ def run_server(version: Path, host: str = "127.0.0.1", port: int = 8080, context
     key = os.environ.get(KEY_VARIABLE)
     if host not in LOCAL_HOSTS and not key:
         raise UserError(
-            f"HOST={printable_line(host)} lets other machines ask, and {KEY_VARIABLE} is not set",
-            f"set {KEY_VARIABLE} to a secret of yours (it travels unencrypted: for a network that you trust), "
-            "or leave HOST away",
+            f"HOST={printable_line(host)} lets other machines send requests, and {KEY_VARIABLE} is not set",
+            f"set {KEY_VARIABLE} to a secret (it is sent unencrypted: only for a network that you trust), "
+            "or leave out HOST",
+            code="serve.no_key",
         )
     if key and not key.isprintable():  # bytes that are not UTF-8 are not printable either
         raise UserError(
-            f"{KEY_VARIABLE} holds characters that no HTTP header can have", "choose one of letters and digits"
+            f"{KEY_VARIABLE} has characters that an HTTP header cannot have",
+            "choose one of letters and digits",
+            code="serve.invalid_key",
         )
     with open_socket(host, port) as listener, conversation.open_model(version, context) as chat_model:
         print_greeting(chat_model, host, listener.getsockname()[1], key)
@@ -77,19 +80,21 @@ def open_socket(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "that is no host name"
-        raise UserError(
-            f"port {port} of {printable_line(host)} cannot be opened: {reason}", suggest_port(port, error)
-        ) from error
+        raise build_port_error(host, port, error) from error
 
 
-def suggest_port(port: int, error: Exception) -> str:
-    """Return what to try when a port cannot be opened."""
+def build_port_error(host: str, port: int, error: Exception) -> UserError:
+    """Return the error for a port that cannot be opened, with what to try."""
+    reason = error.strerror if isinstance(error, OSError) else "that is not a host name"
+    message = f"port {port} of {printable_line(host)} cannot be opened: {reason}"
     if getattr(error, "errno", None) == errno.EADDRINUSE:
-        return f"end what listens there, or take another port: `make serve PORT={port + 1 if port < 65535 else 8080}`"
+        other_port = port + 1 if port < 65535 else 8080
+        hint = f"end the program that listens there, or use a different port: `make serve PORT={other_port}`"
+        return UserError(message, hint, code="serve.port_in_use")
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
-        return "take a port above 1023: `make serve PORT=8080`"
-    return "HOST= takes an address of this machine; leave it away for 127.0.0.1"
+        return UserError(message, "use a port above 1023: `make serve PORT=8080`", code="serve.port_forbidden")
+    hint = "HOST= takes an address of this machine; leave it out for 127.0.0.1"
+    return UserError(message, hint, code="serve.invalid_host")
 
 
 def print_greeting(chat_model: conversation.ChatModel, host: str, port: int, key: str | None) -> None:

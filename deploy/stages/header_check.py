@@ -21,6 +21,7 @@ from common import gguf_reader, hub
 from common.errors import UserError, printable_line
 from contract import model_header
 from contract.manifest import Artifact
+from contract.published_model import ModelSource
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_FROM_BYTES = 256 << 20  # bytes: a smaller file is downloaded as fast as its header is read
@@ -36,20 +37,20 @@ CHILD_CODE = (
 )
 ERROR_LEVEL = 4  # enum ggml_log_level
 ERROR_PREFIX = "error loading model: "
-UPDATE_HINT = "update Ferry: `git pull && make deploy-env` (another QUANT of the repo has the same)"
-BAD_FILE_HINT = "do not use this repo: its publisher has to mend it"
-# What llama.cpp says about a model that is too new for it, and how Ferry puts it.
+UPDATE_HINT = "update Ferry: `git pull && make deploy-env` (a different QUANT of the repo has the same fault)"
+BAD_FILE_HINT = "do not use this repo: its publisher has to fix it"
+# What llama.cpp says about a model that is too new for it, and what it does not support then.
 UNSUPPORTED_PATTERNS = {
-    r"unknown model architecture: '([^']*)'": "the architecture {} is",
-    r"unknown pre-tokenizer type: '([^']*)'": "the pre-tokenizer {} is",
-    r"unknown tokenizer: '([^']*)'": "the tokenizer {} is",
+    r"unknown model architecture: '([^']*)'": "architecture",
+    r"unknown pre-tokenizer type: '([^']*)'": "pre-tokenizer",
+    r"unknown tokenizer: '([^']*)'": "tokenizer",
 }
 
 
-def refuse_unloadable_artifact(source, artifact: Artifact) -> None:
+def refuse_unloadable_artifact(source: ModelSource, artifact: Artifact) -> None:
     """Raise UserError when this machine's llama.cpp cannot load a large artifact of a source.
 
-    Only the header is downloaded. source: one of contract/published_model.py.
+    Only the header is downloaded.
     """
     if artifact.bytes >= PROBE_FROM_BYTES:
         refuse_unloadable_header(read_header(source, artifact)[0], artifact.bytes, artifact.file)
@@ -70,7 +71,7 @@ def refuse_unloadable_header(header_bytes: bytes, size: int, name: str) -> None:
         raise _build_load_error(load_errors, name)
 
 
-def read_header(source, artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
+def read_header(source: ModelSource, artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
     """Return the first bytes of an artifact, its header and little more, and the header itself. Raises UserError."""
 
     def read_start() -> tuple[bytes, gguf_reader.Header]:
@@ -88,13 +89,16 @@ def create_sparse_file(header_bytes: bytes, size: int) -> Iterator[Path]:
             file.write(header_bytes[:size])
             file.truncate(size)
         except (OSError, OverflowError) as error:
-            message = f"{tempfile.gettempdir()} can hold no file of {size} bytes: {error}"
-            raise UserError(message, "free some disk there, or set TMPDIR to another folder") from error
+            raise UserError(
+                f"cannot create a file of {size} bytes in {tempfile.gettempdir()}: {error}",
+                "free disk space there, or set TMPDIR to a different folder",
+                code="disk.no_temporary_file",
+            ) from error
         yield Path(file.name)
 
 
 def _read_until_header(blocks: Iterator[bytes], artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
-    """Read blocks until they hold a whole header. (If it is cut off, the next name in it is empty: an error.)"""
+    """Read blocks until they hold a complete header: if it is cut off, the next name in it is empty, an error."""
     header_bytes, target_bytes, max_bytes = (
         bytearray(),
         FIRST_READ_BYTES,
@@ -115,12 +119,19 @@ def _read_until_header(blocks: Iterator[bytes], artifact: Artifact) -> tuple[byt
 def _build_load_error(load_errors: list[str], name: str) -> UserError:
     """Return the error for a file that llama.cpp does not load, from what llama.cpp said."""
     version = importlib.metadata.version("llama_cpp_python")
-    for pattern, phrase in UNSUPPORTED_PATTERNS.items():
+    for pattern, part in UNSUPPORTED_PATTERNS.items():
         if match := re.search(pattern, " ".join(load_errors)):
-            unknown_part = phrase.format(printable_line(match[1], 60))
-            return UserError(f"{name}: {unknown_part} not known to llama-cpp-python {version}", UPDATE_HINT)
+            return UserError(
+                f"{name}: llama-cpp-python {version} does not support the {part} {printable_line(match[1], 60)}",
+                UPDATE_HINT,
+                code="gguf.unsupported_model",
+            )
     reason = next((line for line in load_errors if ERROR_PREFIX in line), load_errors[-1]).rpartition(ERROR_PREFIX)[2]
-    return UserError(f"{name}: llama-cpp-python {version} cannot load it: {printable_line(reason)}", UPDATE_HINT)
+    return UserError(
+        f"{name}: llama-cpp-python {version} cannot load it: {printable_line(reason)}",
+        UPDATE_HINT,
+        code="gguf.not_loadable",
+    )
 
 
 def _list_load_errors(path: Path, name: str) -> list[str]:
@@ -141,12 +152,22 @@ def _list_load_errors(path: Path, name: str) -> list[str]:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"llama.cpp takes more than {LOAD_TIMEOUT} s over the header of {name}", BAD_FILE_HINT
+            f"llama.cpp takes more than {LOAD_TIMEOUT} s to read the header of {name}",
+            BAD_FILE_HINT,
+            code="gguf.load_timeout",
         ) from None
     if result.returncode < 0:
-        raise UserError(f"llama.cpp breaks off over the header of {name} (signal {-result.returncode})", BAD_FILE_HINT)
+        raise UserError(
+            f"llama.cpp crashes on the header of {name} (signal {-result.returncode})",
+            BAD_FILE_HINT,
+            code="gguf.load_crashed",
+        )
     if result.returncode:
-        raise UserError("llama-cpp-python does not start here", "make its environment again: `make deploy-env`")
+        raise UserError(
+            f"llama-cpp-python does not start in this environment (exit code {result.returncode})",
+            "set the environment up again: `make deploy-env`",
+            code="environment.llama_cpp_broken",
+        )
     return [str(line) for line in json.loads(result.stdout)]
 
 
@@ -168,7 +189,7 @@ def print_load_errors() -> None:
     params = llama_cpp.llama_model_default_params()
     params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0  # no memory, no mapping, no GPU
     model = llama_cpp.llama_model_load_from_file(sys.argv[2].encode(), params)
-    sys.stdout.write(json.dumps([] if model else load_errors or ["no reason is given"]))
+    sys.stdout.write(json.dumps([] if model else load_errors or ["no reason given"]))
     sys.stdout.flush()
     os._exit(0)
 

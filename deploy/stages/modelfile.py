@@ -47,7 +47,7 @@ def set_aside_edits(folder: Path, text: str) -> None:
         return
     kept_path = files.set_aside(path)
     hub.print_message(
-        f"modelfile: {path} was edited: it is kept as {kept_path.name}; an edit of {TEMPLATE.name} is in every new one"
+        f"modelfile: {path} was edited: it is kept as {kept_path.name}; edits of {TEMPLATE.name} are in every new one"
     )
 
 
@@ -69,8 +69,9 @@ def render_modelfile(manifest: Manifest, artifact: Artifact, num_ctx: int | None
     for golden in manifest.golden if turns else ():
         if golden.add_generation_prompt and (bos or "") + turns.render_prompt(golden.messages) != golden.prompt:
             raise UserError(
-                f"the manifest's TEMPLATE does not give the trained prompt for {golden.messages[-1]['content']!r}",
+                f"the manifest's TEMPLATE does not render the trained prompt for {golden.messages[-1]['content']!r}",
                 "publish it again: `make publish`",
+                code="modelfile.wrong_prompt",
             )
     turns, system = place_system_prompt(turns, manifest.chat.system)
     return fill_template(
@@ -98,25 +99,35 @@ def fill_template(values: dict) -> str:
         filled_text = Template(text).substitute(values)
     except KeyError as error:
         raise _build_template_error(
-            f"nothing is called ${error.args[0]}; there are {', '.join(f'${name}' for name in values)}"
+            f"${error.args[0]} is unknown; the known names are {', '.join(f'${name}' for name in values)}",
+            code="modelfile.unknown_name",
         ) from None
-    except ValueError as error:  # from string.Template, or because the file is not UTF-8
-        raise _build_template_error(f"{error}; a dollar sign of your own is written $$") from error
+    except UnicodeDecodeError as error:
+        raise _build_template_error(f"it is not UTF-8 text: {error}", code="modelfile.not_utf8") from error
+    except ValueError as error:  # from string.Template
+        raise _build_template_error(
+            f"{error}; a literal dollar sign is written $$", code="modelfile.bad_dollar_sign"
+        ) from error
     except OSError as error:
-        raise _build_template_error(error.strerror or str(error)) from error
+        raise _build_template_error(error.strerror or str(error), code="modelfile.unreadable") from error
     from_lines = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
     if from_lines != [["FROM", "./$file"]]:
-        raise _build_template_error("it needs the line `FROM ./$file`, and no other FROM")
+        raise _build_template_error("it needs the line `FROM ./$file`, and no other FROM", code="modelfile.bad_from")
     if text.count('"""') % 2:
-        raise _build_template_error('a """ is not closed')
+        raise _build_template_error('a """ is not closed', code="modelfile.unclosed_quotes")
     used_names = re.findall(r"\$\{?(\w+)", text.replace("$$", ""))
     if missing_names := [name for name in ("template", "system", "stops") if name not in used_names]:
-        raise _build_template_error(f"${missing_names[0]} is gone: without it the model is not asked as it was trained")
+        raise _build_template_error(
+            f"${missing_names[0]} is missing: without it the prompts differ from those of the training",
+            code="modelfile.missing_name",
+        )
     return filled_text
 
 
-def _build_template_error(reason: str) -> UserError:
-    return UserError(f"{TEMPLATE.name}: {reason}", f"mend it, or take it back: `git checkout {TEMPLATE.name}`")
+def _build_template_error(reason: str, code: str) -> UserError:
+    return UserError(
+        f"{TEMPLATE.name}: {reason}", f"fix it, or restore it from git: `git checkout {TEMPLATE.name}`", code=code
+    )
 
 
 def place_system_prompt(turns: Turns | None, system: str | None) -> tuple[Turns | None, str | None]:
@@ -133,6 +144,8 @@ def quote_text(subject: str, text: str) -> str:
     """Quote a text for the Modelfile. Raises UserError for a text that Ollama's parser would change."""
     if reason := find_modelfile_fault(text):
         raise UserError(
-            f"Ollama's Modelfile {reason}: {subject}", "write it otherwise, with a new RUN=name, and publish again"
+            f"Ollama's Modelfile {reason}: {subject}",
+            "change that text, train with a new RUN=name, and publish again",
+            code="modelfile.unsupported_text",
         )
     return f'"""{text}"""'

@@ -9,6 +9,7 @@ from typing_extensions import Self
 from common import files, hub
 from common.errors import UserError
 from contract.manifest import Artifact
+from contract.published_model import ModelSource
 
 
 class PartialDownload:
@@ -30,8 +31,8 @@ class PartialDownload:
     def __exit__(self, *_) -> None:
         self.file.close()
 
-    def download(self, source) -> None:
-        """Download what is missing from a source of contract/published_model.py.
+    def download(self, source: ModelSource) -> None:
+        """Download what is missing.
 
         Raises UserError when the source ends early or gives other bytes than the manifest says.
         """
@@ -41,18 +42,20 @@ class PartialDownload:
             if self.size <= size_before:
                 raise UserError(
                     f"{self.artifact.file} ended after {self.size} of {self.artifact.bytes} bytes",
-                    "run the same command again; what is there is kept",
+                    "run the same command again; it resumes the download",
+                    code="pull.ended_early",
                 )
         if (self.size, self.digest.hexdigest()) != (self.artifact.bytes, self.artifact.sha256):
             files.remove(self.path)
             raise UserError(
-                f"{self.artifact.file} came with {self.size} bytes and sha256 {self.digest.hexdigest()}, "
+                f"the downloaded {self.artifact.file} has {self.size} bytes and sha256 {self.digest.hexdigest()}, "
                 f"its manifest says {self.artifact.bytes} bytes and {self.artifact.sha256}",
-                "run the same command again; if it stays, the file was damaged or replaced: "
+                "run the same command again; if it fails again, the file was damaged or replaced: "
                 "publish it again with `make publish`",
+                code="pull.wrong_content",
             )
 
-    def _resume(self, source) -> None:
+    def _resume(self, source: ModelSource) -> None:
         with source.open_blocks(self.artifact, self.size) as (start, blocks):
             if start != self.size:  # a server that cannot resume there
                 self._restart()

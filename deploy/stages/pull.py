@@ -7,6 +7,7 @@ from common import console, files, gguf_reader, hub
 from common.errors import UserError, printable_line
 from contract import manifest, model_header, published_model, template_sandbox
 from contract.manifest import Artifact, Manifest
+from contract.published_model import ModelSource
 from deploy import store
 from deploy.stages import header_check
 from deploy.stages.partial_download import PartialDownload
@@ -40,7 +41,8 @@ def run_pull(repo: str, models: Path, quantization: str | None = None) -> dict:
         except Exception:
             remove_stray_manifest(version)
             raise
-        return write_record(repo, source.commit, version, artifact, content) | {"folder": str(version)}
+        record = write_record(repo, source.commit, version, artifact, content)
+    return record | {"folder": str(version)}
 
 
 def use_earlier_pull(repo: str, models: Path, quantization: str | None, error: UserError) -> dict:
@@ -52,12 +54,11 @@ def use_earlier_pull(repo: str, models: Path, quantization: str | None, error: U
     artifact = choose_artifact(manifest.parse_manifest(content, str(version / manifest.FILE_NAME)), quantization)
     path = version / artifact.file
     if not path.is_file() or files.sha256(path) != artifact.sha256:
-        raise UserError(f"{error.message}; {path} was not pulled before, or is damaged", error.hint)
-    hub.print_message(f"{error.message}: using what was pulled before, {version}")
+        raise UserError(f"{error.message}; {path} was not pulled before, or is damaged", error.hint, code=error.code)
+    hub.print_message(f"{error.message}: using an earlier pull, {version}")
     with store.lock_model(version.parent):
-        return write_record(repo, store.read_pull_record(version)["commit"], version, artifact, content) | {
-            "folder": str(version)
-        }
+        record = write_record(repo, store.read_pull_record(version)["commit"], version, artifact, content)
+    return record | {"folder": str(version)}
 
 
 def choose_artifact(model_manifest: Manifest, quantization: str | None) -> Artifact:
@@ -67,16 +68,20 @@ def choose_artifact(model_manifest: Manifest, quantization: str | None) -> Artif
         return model_manifest.default_artifact()
     if quantization.lower() not in ggufs:
         raise UserError(
-            f"there is no {quantization} GGUF in the repo", f"QUANT=one of: {', '.join(sorted(map(str, ggufs)))}"
+            f"there is no {quantization} GGUF in the repo",
+            f"QUANT=one of: {', '.join(sorted(map(str, ggufs)))}",
+            code="pull.no_such_quantization",
         )
     return ggufs[quantization.lower()]
 
 
-def store_artifact(source, version: Path, model_manifest: Manifest, artifact: Artifact, content: bytes) -> None:
+def store_artifact(
+    source: ModelSource, version: Path, model_manifest: Manifest, artifact: Artifact, content: bytes
+) -> None:
     """Download and verify the artifact unless the store has it already, and write its manifest.
 
     Args:
-        source: One of contract/published_model.py.
+        source: Where the artifact is published.
         version: The folder of the version in the store.
         model_manifest: The manifest.
         artifact: The artifact of the manifest to store.
@@ -110,11 +115,12 @@ def refuse_full_disk(target: Path, artifact: Artifact) -> None:
     if free_bytes < needed_bytes:
         raise UserError(
             f"{artifact.file} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free at {target.parent}",
-            "free some disk, then run the same command again",
+            "free disk space, then run the same command again",
+            code="disk.full",
         )
 
 
-def download_artifact(source, path: Path, artifact: Artifact) -> None:
+def download_artifact(source: ModelSource, path: Path, artifact: Artifact) -> None:
     """Download an artifact to `path`, with a progress bar; resume when a part of it is there."""
     with (
         console.show_progress(artifact.bytes, artifact.file, "B") as tick,
@@ -132,9 +138,17 @@ def verify_header(part: Path, model_manifest: Manifest, artifact: Artifact) -> N
         header = gguf_reader.read_header(part, artifact.file)
         model_header.refuse_impossible_header(header, artifact.file)
         if artifact.tensor_types and gguf_reader.count_tensor_types(header) != artifact.tensor_types:
-            raise UserError(f"{artifact.file} holds other tensors than its manifest says", "do not use this repo")
+            raise UserError(
+                f"the tensors of {artifact.file} differ from those in its manifest",
+                "do not use this repo",
+                code="gguf.wrong_tensors",
+            )
         if header.metadata.get("tokenizer.chat_template") != model_manifest.chat.template:
-            raise UserError(f"{artifact.file} holds another chat template than its manifest", "do not use this repo")
+            raise UserError(
+                f"the chat template of {artifact.file} differs from the one in its manifest",
+                "do not use this repo",
+                code="gguf.wrong_template",
+            )
         verify_prompts(header, model_manifest)
     except Exception:
         files.remove(part)
@@ -153,9 +167,10 @@ def verify_prompts(header: gguf_reader.Header, model_manifest: Manifest) -> None
     for golden, text in zip(model_manifest.golden, texts, strict=True):
         if text != golden.prompt:
             raise UserError(
-                "the template does not give the manifest's prompt for "
+                "the chat template does not render the manifest's prompt for "
                 f"{printable_line(golden.messages[-1]['content'])!r}",
                 "publish it again: `make publish`",
+                code="template.wrong_prompt",
             )
 
 

@@ -62,13 +62,19 @@ def run_smoke(version: Path) -> dict:
     files.remove(version / "smoke.json")
     if not manifest.smoke:
         raise UserError(
-            f"the manifest of {path.name} holds no answers to compare with", "publish it again: `make publish`"
+            f"the manifest of {path.name} has no answers to compare with",
+            "publish it again: `make publish`",
+            code="smoke.no_answers",
         )
     model, load_facts = load_model(manifest, path)
     try:
         verify_prompts(model, manifest, path)
-        if max(max((*s.ids, *s.answer_ids)) for s in manifest.smoke) >= model.n_vocab():
-            raise UserError(f"the manifest of {path.name} names tokens that it does not have", "do not use this repo")
+        if (largest_id := max(max((*s.ids, *s.answer_ids)) for s in manifest.smoke)) >= model.n_vocab():
+            raise UserError(
+                f"the manifest of {path.name} names the token id {largest_id}, the model has {model.n_vocab()} tokens",
+                "do not use this repo",
+                code="smoke.unknown_token",
+            )
         answers = [compare_answer(model, expected) for expected in manifest.smoke]
         record = {
             "stage": "smoke",
@@ -91,9 +97,10 @@ def run_smoke(version: Path) -> dict:
     files.write_json(version / "smoke.json", record)
     if record["faults"]:
         raise UserError(
-            f"{path.name} does not answer as it did where it was made: {'; '.join(record['faults'])}",
-            "pull it again; if it stays, the runtime here computes wrongly: report it with "
-            f"{version / 'smoke.json'} (`make rollback` uses the version before)",
+            f"{path.name} does not answer as on the training machine: {'; '.join(record['faults'])}",
+            "pull it again; if it fails again, llama.cpp computes wrong results on this machine: report it with "
+            f"{version / 'smoke.json'} (`make rollback` uses the previous version)",
+            code="smoke.wrong_answers",
         )
     return record
 
@@ -113,7 +120,8 @@ def load_model(manifest: Manifest, path: Path) -> tuple["Llama", dict]:
         model.close()
         raise UserError(
             f"llama.cpp put {facts['gpu_layers']} of {facts['layers']} layers of {path.name} on {facts['backend']}",
-            "close what uses the GPU's memory, or take a smaller file: `make deploy-mac QUANT=...`",
+            "close programs that use GPU memory, or use a smaller file: `make deploy-mac QUANT=...`",
+            code="smoke.not_on_gpu",
         )
     return model, facts
 
@@ -122,7 +130,9 @@ def verify_prompts(model: "Llama", manifest: Manifest, path: Path) -> None:
     """Verify that the file's own template and tokenizer give the golden prompts. Raises UserError when one differs."""
     if chat_format.embedded_template(model) != manifest.chat.template:
         raise UserError(
-            f"{path.name} holds another chat template than its manifest", "publish it again: `make publish`"
+            f"the chat template of {path.name} differs from the one in its manifest",
+            "publish it again: `make publish`",
+            code="gguf.wrong_template",
         )
     conversations = [(golden.messages, golden.add_generation_prompt) for golden in manifest.golden]
     texts = template_sandbox.render_prompts(
@@ -138,6 +148,7 @@ def verify_prompts(model: "Llama", manifest: Manifest, path: Path) -> None:
             raise UserError(
                 f"{path.name}: the prompt for {golden.messages[-1]['content'][:200]!r} is not the trained one: {got}",
                 "publish it again: `make publish`",
+                code="smoke.wrong_prompt",
             )
 
 
@@ -174,7 +185,7 @@ def find_faults(record: dict) -> list[str]:
     """Return what is wrong by the record. Other words in a greedy answer are no fault: rounding can decide a tie."""
     faults = []
     if record["judged"] and not record["difference"] <= record["bound"]:
-        faults.append(f"log-probabilities differ by {record['difference']} per token, at most {record['bound']}")
+        faults.append(f"log-probabilities differ by {record['difference']} per token, the limit is {record['bound']}")
     for answer in record["answers"] if record["judged"] else ():
         if answer["should_end"] and not answer["ended"]:
             faults.append(f"the answer to {printable_line(answer['message'], 60)!r} does not end")
@@ -210,7 +221,7 @@ def render_record(record: dict) -> str:
         "" if record["bound_measured"] else f" (not measured on {record['backend']})"
     )
     if not record["judged"]:
-        bound = "not judged: the answers to compare with are the default file's"
+        bound = "not judged: the recorded answers are those of the default file"
     equal, ended = (sum(answer[key] for answer in record["answers"]) for key in ("same", "ended"))
     total = len(record["answers"])
     rows = [

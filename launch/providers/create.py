@@ -33,14 +33,24 @@ def create_provider(cloud: str, run_folder: Path, checkpoints: str | None = None
     provider_name, _, place = cloud.partition("/")
     if provider_name not in ("sky", "hf-jobs") or cloud.startswith(f"{provider_name}//"):
         if spot:
-            raise UserError("SPOT: a box that is there is nobody's to take away", "CLOUD=sky SPOT=1")
+            raise UserError(
+                "SPOT=1 needs CLOUD=sky: an SSH machine is not a spot instance",
+                "leave SPOT out, or use CLOUD=sky SPOT=1",
+                code="provider.no_spot",
+            )
         return SshProvider(ssh_address.parse_address(cloud, ADDRESS_FORMS))
     if place and not (INFRA_PATTERN if provider_name == "sky" else NAMESPACE_PATTERN).fullmatch(place):
-        raise UserError(f"CLOUD={printable_line(cloud)}: {printable_line(place)} is no name", ADDRESS_FORMS)
+        kind = "an infra of SkyPilot" if provider_name == "sky" else "an organization"
+        raise UserError(
+            f"CLOUD={printable_line(cloud)}: {printable_line(place)} is not a valid name of {kind}",
+            ADDRESS_FORMS,
+            code="provider.invalid_name",
+        )
     if not hub.read_token():
         raise UserError(
-            f"CLOUD={provider_name}: code, data and checkpoints go through the Hub, and no token of it is set",
+            f"CLOUD={provider_name}: code, data and checkpoints go through the Hub, and no Hub token is set",
             hub.LOGIN_HINT,
+            code="hub.no_token",
         )
     repo = fill_repo_name(checkpoints or DEFAULT_CHECKPOINTS_REPO, run_folder.name)
     if provider_name == "sky":
@@ -48,7 +58,11 @@ def create_provider(cloud: str, run_folder: Path, checkpoints: str | None = None
 
         return SkyPilotProvider(repo, place, spot, run_folder / "cloud")
     if spot:
-        raise UserError("SPOT: Hugging Face Jobs has no spot machines", "leave SPOT out, or CLOUD=sky SPOT=1")
+        raise UserError(
+            "SPOT=1 needs CLOUD=sky: Hugging Face Jobs has no spot instances",
+            "leave SPOT out, or use CLOUD=sky SPOT=1",
+            code="provider.no_spot",
+        )
     from launch.providers.hf_jobs import HfJobsProvider
 
     return HfJobsProvider(repo, place or None)

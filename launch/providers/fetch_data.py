@@ -32,10 +32,10 @@ def fetch_file(path, sha256):
             digest = download_file(path)
             if digest == sha256:
                 return
-            reason = "it is not the file that was sent"
+            reason = "it is not the file that was sent: its sha256 differs"
         except (OSError, urllib.error.URLError) as error:
             reason = str(error)
-        print(f"{path}: {reason}" + (f"; again in {PAUSE_SECONDS} s" if tries_left else ""), file=sys.stderr)
+        print(f"{path}: {reason}" + (f"; retrying in {PAUSE_SECONDS} s" if tries_left else ""), file=sys.stderr)
         time.sleep(PAUSE_SECONDS if tries_left else 0)
     sys.exit(2)
 

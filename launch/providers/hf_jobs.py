@@ -1,4 +1,6 @@
-"""The provider Hugging Face Jobs, which needs only a Hub account with credit: https://huggingface.co/docs/hub/jobs
+"""The provider Hugging Face Jobs, which needs only a Hub account with credit.
+
+https://huggingface.co/docs/hub/jobs describes it.
 
 A job is found again by its label, so nothing about it is kept here. The Hub keeps its log. The time limit is set at the
 Hub, whose default is 30 minutes, and by `timeout` inside the job, a little earlier, so that the state can be uploaded.
@@ -83,7 +85,10 @@ class HfJobsProvider(HubJobProvider):
     def find_job(self, job_name: str):
         """Return the newest job of that name as huggingface_hub describes it, or None."""
         api = hub.create_client()
-        list_jobs = lambda: list(api.list_jobs(labels={RUN_LABEL: job_name}, namespace=self.namespace))
+
+        def list_jobs() -> list:
+            return list(api.list_jobs(labels={RUN_LABEL: job_name}, namespace=self.namespace))
+
         jobs = call_hub(
             lambda: hub.retry("the jobs of Hugging Face Jobs", list_jobs, retry_seconds=hub.QUICK_RETRY_SECONDS)
         )
@@ -115,14 +120,17 @@ class HfJobsProvider(HubJobProvider):
 
     def stop_job(self, job_name: str) -> None:
         job = self.find_job(job_name)
+
+        def cancel_job():
+            return hub.create_client().cancel_job(job_id=job.id, namespace=job.owner.name)
+
         if job:
-            cancel = lambda: hub.create_client().cancel_job(job_id=job.id, namespace=job.owner.name)
-            call_hub(lambda: hub.retry(f"cancel {job.url}", cancel, retry_seconds=hub.QUICK_RETRY_SECONDS))
+            call_hub(lambda: hub.retry(f"cancel {job.url}", cancel_job, retry_seconds=hub.QUICK_RETRY_SECONDS))
 
     def describe_costs(self, job_name: str, is_running: bool) -> str:
         if is_running:
             return "It bills by the minute until it ends, at its time limit at the latest (`hf jobs ls`)"
-        return f"Nothing of it bills there; {self.describe_kept_repos(job_name)}"
+        return f"Nothing is billed for it now; {self.describe_kept_repos(job_name)}"
 
 
 def read_in_thread(lines: Iterable[str]) -> Iterator[str]:

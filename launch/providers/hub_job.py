@@ -105,7 +105,7 @@ class HubJobProvider:
 
         content = call_hub(lambda: hub.retry(f"{repo}/{path}", read_if_exists, retry_seconds=hub.QUICK_RETRY_SECONDS))
         if content is None:
-            raise RemoteFileMissing(f"{repo} holds no {path}", "see what the job's log says")
+            raise RemoteFileMissing(f"{repo} has no {path}", "read the job's log", code="job.file_missing")
         return content
 
     def stream_log(self, job_name: str, follow: bool) -> Iterator[bytes]:
@@ -113,7 +113,11 @@ class HubJobProvider:
         raise NotImplementedError
 
     def pack_run(self, job_name: str, run_name: str) -> Iterator[bytes]:
-        raise RemoteFileMissing(f"{self.label} keeps nothing of a job", "what it made is in its repo of checkpoints")
+        raise RemoteFileMissing(
+            f"{self.label} keeps no files of a job",
+            f"the files of {run_name} are in {self.checkpoints}",
+            code="provider.keeps_no_files",
+        )
 
     def teardown_command(self, job_name: str) -> str | None:
         return None
@@ -132,7 +136,7 @@ def call_hub(call):
     try:
         return call()
     except hub.Unreachable as error:
-        raise ConnectionLost(error.message, error.hint, error.code) from error
+        raise ConnectionLost(error.message, error.hint, code=error.code) from error
 
 
 def skip_bytes(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:
@@ -157,10 +161,16 @@ def read_job_note(repo: str, revision: str, run_name: str) -> dict:
     """Return the fields of a repo's job.json. Raises UserError when it does not describe a job of this run."""
     note = parse_job_note(hub.read_small_file(repo, JOB_FILE, revision, states.MAX_STATE_BYTES, "dataset"))
     if not note:
-        raise UserError(f"{repo} is a repo of something else: no Ferry wrote its {JOB_FILE}", "RUN=another-name")
+        raise UserError(
+            f"{repo} was not created by Ferry: its {JOB_FILE} describes no job",
+            "RUN=another-name",
+            code="job.foreign_repo",
+        )
     if note["run"] != run_name:
         raise UserError(
-            f"{repo} holds the job of the run {printable_line(note['run'])}, this one is {run_name}", "RUN=another-name"
+            f"{repo} holds the job of the run {printable_line(note['run'])}, this one is {run_name}",
+            "RUN=another-name",
+            code="job.repo_of_other_run",
         )
     return note
 
@@ -182,11 +192,15 @@ def commit_job(api, repo: str, job: Job) -> str:
     names = {sibling.rfilename for sibling in repo_info.siblings}
     if not repo_info.private:
         raise UserError(
-            f"{repo} is public, and a job holds your data", "make it private on the Hub, or RUN=another-name"
+            f"{repo} is public, and a job contains your data",
+            "make it private on the Hub, or RUN=another-name",
+            code="job.public_repo",
         )
     if foreign_names := hub.find_foreign_files(repo_info, JOB_FILE):
         raise UserError(
-            f"{repo} is a repo of something else: it holds {', '.join(foreign_names[:4])}", "RUN=another-name"
+            f"{repo} was not created by Ferry: it contains {', '.join(foreign_names[:4])}",
+            "RUN=another-name",
+            code="job.foreign_repo",
         )
     old_data = list_note_files(read_job_note(repo, repo_info.sha, job.run_name)) if JOB_FILE in names else set()
     data = {f"data/{name}": path for name, path in job.files.items()}

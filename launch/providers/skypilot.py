@@ -1,4 +1,6 @@
-"""The provider SkyPilot, by the user's own `sky` (FERRY_SKY names another command): https://docs.skypilot.co
+"""The provider SkyPilot, by the user's own `sky` (FERRY_SKY names another command).
+
+https://docs.skypilot.co describes it.
 
 With SPOT=1 the job is a managed job, which SkyPilot starts again elsewhere when its instance is taken away. Without it
 the job has a cluster of its own, which is taken down when the job ends, by us or by its autostop. SkyPilot chooses the
@@ -57,11 +59,14 @@ class SkyPilotProvider(HubJobProvider):
         infras = [self.infra] if self.infra else clouds
         if self.infra.split("/")[0] not in ("", *clouds):
             raise UserError(
-                f"SkyPilot has no access to {self.infra}; it has to {', '.join(clouds) or 'no cloud'}",
-                "`sky check` says what lacks",
+                f"SkyPilot has no access to {self.infra}; it has access to {', '.join(clouds) or 'no cloud'}",
+                "`sky check` shows what is missing",
+                code="sky.no_access",
             )
         if not infras:
-            raise UserError("SkyPilot has access to no cloud", "`sky check` says what lacks")
+            raise UserError(
+                "SkyPilot has no access to any cloud", "`sky check` shows what is missing", code="sky.no_cloud"
+            )
         instance_types = [InstanceType("CPU", "", None)]
         for infra in infras:
             instance_types += parse_gpu_list(
@@ -95,7 +100,8 @@ class SkyPilotProvider(HubJobProvider):
         if dry_run.returncode:
             raise UserError(
                 f"{self.label}: {last_line(dry_run)}",
-                f"`sky launch --dryrun {task_file}` says more; SET, GPU= or HOURS= change what is asked for",
+                f"`sky launch --dryrun {task_file}` shows more; SET=, GPU= and HOURS= change the request",
+                code="sky.task_refused",
             )
         self.has_job = True
         words = (
@@ -106,8 +112,9 @@ class SkyPilotProvider(HubJobProvider):
         result = self._run_sky_and_show(*words, "-y", "-d", str(task_file), *secret_options, secrets=task.secrets)
         if result.returncode:
             raise UserError(
-                f"{self.label} does not start it: {last_line(result)}",
-                "see what SkyPilot says above, then the same command",
+                f"{self.label} did not start {job.name}: {last_line(result)}",
+                "read SkyPilot's output above, then run the same command again",
+                code="sky.launch_failed",
             )
 
     def read_provider_state(self, job_name: str) -> JobState:
@@ -160,7 +167,9 @@ class SkyPilotProvider(HubJobProvider):
             result = self._run_sky(*words, str(job["job_id"]))
             if result.returncode:
                 raise UserError(
-                    f"{self.label} does not cancel {job_name}: {last_line(result)}", "the same command again"
+                    f"{self.label} did not cancel {job_name}: {last_line(result)}",
+                    "run the same command again",
+                    code="sky.cancel_failed",
                 )
 
     def teardown_command(self, job_name: str) -> str | None:
@@ -174,7 +183,7 @@ class SkyPilotProvider(HubJobProvider):
         if is_running:
             return (
                 "It bills until it ends, at its time limit at the latest; "
-                f"its cluster goes {IDLE_MINUTES} idle minutes after (`sky status`)"
+                f"its cluster is taken down {IDLE_MINUTES} idle minutes later (`sky status`)"
             )
         controller_note = (
             "SkyPilot's controller of managed jobs bills until it is idle for ten minutes "
@@ -194,15 +203,18 @@ class SkyPilotProvider(HubJobProvider):
             return None
         if result.returncode:
             raise ConnectionLost(
-                f"sky {words[0]}: {last_line(result)}", "see that `sky status` works, then the same command"
+                f"sky {words[0]}: {last_line(result)}",
+                "check that `sky status` works, then run the same command again",
+                code="sky.command_failed",
             )
         json_start = re.search(r"^[\[{]", result.stdout, re.MULTILINE)
         try:
             return json.loads(result.stdout[json_start.start() if json_start else 0 :])
         except ValueError as error:
             raise UserError(
-                f"sky {' '.join(words)} says no JSON: {error}",
-                "Ferry was made for SkyPilot 0.14: see `sky --version`",
+                f"the output of `sky {' '.join(words)}` is not JSON: {error}",
+                "Ferry supports SkyPilot 0.14: compare `sky --version`",
+                code="sky.invalid_output",
             ) from None
 
     def _run_sky(self, *words: str, secrets: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -233,9 +245,10 @@ class SkyPilotProvider(HubJobProvider):
             )
         except OSError as error:
             raise UserError(
-                f"{sky_command()[0]} cannot be started: {error.strerror}",
+                f"cannot start {sky_command()[0]}: {error.strerror}",
                 "install SkyPilot in an environment of its own: "
                 "pipx install 'skypilot[aws]' (or gcp, runpod, ...), then `sky check`",
+                code="sky.not_installed",
             ) from None
 
 

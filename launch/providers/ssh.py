@@ -13,6 +13,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from common import console, files, hub
 from common.errors import UserError, printable_line
@@ -24,46 +25,105 @@ REMOTE_SCRIPT = Path(__file__).with_name("ssh_box.sh")
 CONNECT_SECONDS = 20  # seconds to make a connection
 SSH_ERROR_CODE = 255  # ssh's own exit code, when the connection failed
 FOLLOW_EXIT_CODES = (143, -15)  # exit codes of follow in ssh_box.sh when the job has ended
-# Pattern of ssh's own message, our message, our hint. An error that is not listed may be gone at the next try.
-SSH_ERRORS = (
-    (
+
+
+class SshFault(NamedTuple):
+    """An error of ssh that a retry does not cure."""
+
+    pattern: str
+    """A regular expression that finds ssh's own message."""
+    code: str
+    reason: str
+    hint: str
+    """Text with the fields {ssh}, the command that reaches the machine, and {known}, its name in known_hosts."""
+
+
+# An error that is not listed may be gone at the next try.
+SSH_FAULTS = (
+    SshFault(
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its host key is not the one that was known: another machine, or somebody between",
-        (
-            "if the box was made anew, `ssh-keygen -R {known}` forgets the old key; "
-            "then `{ssh}` once, and compare the new one"
-        ),
+        "ssh.host_key_changed",
+        "its host key differs from the known one: a different machine, or somebody intercepts the connection",
+        "if the machine was reinstalled, `ssh-keygen -R {known}` removes the old key; "
+        "then run `{ssh}` once and compare the new key",
     ),
-    (
-        "Host key verification failed",
+    SshFault(
+        "Host key verification failed|No .* host key is known",
+        "ssh.unknown_host_key",
         "its host key is not known here",
-        "`{ssh}` once, and compare the key with the provider's",
+        "run `{ssh}` once and compare the key with the provider's",
     ),
-    (
-        "No .* host key is known",
-        "its host key is not known here",
-        "`{ssh}` once, and compare the key with the provider's",
-    ),
-    (
+    SshFault(
         "Permission denied|Too many authentication failures",
+        "ssh.key_refused",
         "it does not accept this machine's key",
         "add the key there (ssh-copy-id), or name it in ~/.ssh/config or FERRY_SSH='ssh -i key'; `{ssh}` must work",
     ),
-    (
+    SshFault(
         "Bad configuration option|terminating, .* bad configuration|Can't open user config",
-        "ssh's configuration cannot be read",
-        "`{ssh}` says more",
+        "ssh.invalid_config",
+        "ssh's configuration is not readable",
+        "`{ssh}` shows more",
     ),
-    (
+    SshFault(
         "Could not resolve hostname",
-        "there is no host of that name",
+        "ssh.unknown_host",
+        "no host has that name",
         "correct CLOUD, or check the network; `{ssh}` must work",
     ),
 )
 
 
+class MachineProcess:
+    """A command on the machine, with a thread that collects its stderr."""
+
+    def __init__(self, words: list[str], own_session: bool):
+        """Start the command.
+
+        Args:
+            words: The whole command, with ssh where the machine is not this one.
+            own_session: Whether Ctrl-C on this terminal does not reach it.
+
+        Raises:
+            OSError: The program cannot be started.
+        """
+        self._process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=own_session,
+        )
+        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+        self._stderr_lines: list[bytes] = []
+        self._stderr_reader = threading.Thread(target=self._collect_stderr, daemon=True)
+        self._stderr_reader.start()
+
+    def _collect_stderr(self) -> None:
+        """Read stderr until it ends."""
+        self._stderr_lines.extend(self._process.stderr)
+
+    def wait(self) -> tuple[int, str]:
+        """Wait until the process ends and return its exit code and stderr."""
+        exit_code = self._process.wait()
+        self._stderr_reader.join()
+        return exit_code, b"".join(self._stderr_lines).decode(errors="replace")
+
+    def kill(self) -> None:
+        """End the process here and close its pipes. What it started on the machine goes on."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self.stdin, self.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
 class SshProvider:
     """Runs jobs on a machine that ssh reaches, or on this machine."""
+
+    is_rented: bool = False
+    checkpoints: str | None = None
 
     def __init__(self, address: SshAddress | None, root: str | None = None):
         """Set the machine.
@@ -73,7 +133,7 @@ class SshProvider:
             root: The folder of all jobs there; None for the address's folder.
         """
         self.address, self.root = address, root or (address.folder if address else "")
-        self.is_local, self.is_rented = address is None, False
+        self.is_local = address is None
         self.label = address.destination if address else "this machine"
 
     @property
@@ -92,8 +152,8 @@ class SshProvider:
             system=facts.get("system", ""),
             free_bytes=1024 * int(facts.get("free") or 0),
             unwritable_folder=facts.get("unwritable", ""),
-            gpu_names=tuple(value for key, value in pairs if key == "card"),
-            missing_programs=tuple(value for key, value in pairs if key == "lacks"),
+            gpu_names=tuple(value for key, value in pairs if key == "gpu"),
+            missing_programs=tuple(value for key, value in pairs if key == "missing"),
         )
 
     def read_job_state(self, job_name: str) -> JobState:
@@ -126,7 +186,11 @@ class SshProvider:
                 unpack, lambda pipe: _write_tar({name: job.files[name] for name in missing}, size, pipe)
             )
         if still_missing := self._list_missing_files(folder, sha256s):
-            raise UserError(f"{still_missing[0]} did not arrive whole on {self.label}", "run the same command again")
+            raise UserError(
+                f"{still_missing[0]} did not arrive complete on {self.label}",
+                "run the same command again",
+                code="job.incomplete_file",
+            )
 
     def _claim_folder(self, folder: str) -> None:
         """Make the folder a job's and remove the tree that was sent before.
@@ -136,9 +200,10 @@ class SshProvider:
         answer = self._run_script("claim", folder)
         if foreign_names := answer.splitlines():
             raise UserError(
-                f"{self.label}: {folder} holds {printable_line(', '.join(foreign_names[:4]))}, which Ferry did "
+                f"{self.label}: {folder} contains {printable_line(', '.join(foreign_names[:4]))}, which Ferry did "
                 "not send",
-                "RUN=another-name, or another folder: CLOUD=ssh://user@box/folder",
+                "RUN=another-name, or a different folder: CLOUD=ssh://user@host/folder",
+                code="job.foreign_folder",
             )
 
     def start_job(self, job: Job, goal: str, environment: dict[str, str]) -> None:
@@ -184,7 +249,7 @@ class SshProvider:
                 write(block)
             self._raise_on_failure(process, (0, *FOLLOW_EXIT_CODES))
         finally:
-            _kill_process(process)
+            process.kill()
 
     def read_file(self, job_name: str, path: str, offset: int = 0) -> Iterator[bytes]:
         return self._stream_script("rest", self.job_folder(job_name), path, str(offset))
@@ -200,7 +265,7 @@ class SshProvider:
                 yield block
             self._raise_on_failure(process)
         finally:
-            _kill_process(process)
+            process.kill()
 
     def stop_job(self, job_name: str) -> None:
         self._run_script("stop", self.job_folder(job_name))
@@ -210,10 +275,10 @@ class SshProvider:
 
     def describe_costs(self, job_name: str, is_running: bool) -> str:
         if self.is_local:
-            return f"What there is of it is in {self.job_folder(job_name)}"
+            return f"Its files are in {self.job_folder(job_name)}"
         return (
-            f"{self.label} bills until you end it where you rented it (TEARDOWN='command' does); "
-            f"what there is of the run is in {self.job_folder(job_name)} there"
+            f"{self.label} bills until you end it where you rented it (or with TEARDOWN='command'); "
+            f"the run's files are in {self.job_folder(job_name)} there"
         )
 
     def _list_missing_files(self, folder: str, sha256s: dict[str, str]) -> list[str]:
@@ -242,7 +307,7 @@ class SshProvider:
             shlex.join(remote_words),
         ]
 
-    def _start_script(self, *words: str, exports: str = "") -> subprocess.Popen:
+    def _start_script(self, *words: str, exports: str = "") -> MachineProcess:
         """Start ssh_box.sh with these words.
 
         exports: shell lines that run before it. They go through stdin, so they stand in no argument and in no file.
@@ -253,25 +318,17 @@ class SshProvider:
             process.stdin.close()
         return process
 
-    def _start_process(self, remote_words: list[str]) -> subprocess.Popen:
-        """Start a command on the machine; a thread collects its stderr in `process.stderr_lines`."""
+    def _start_process(self, remote_words: list[str]) -> MachineProcess:
+        """Start a command on the machine."""
         words = self._wrap_in_ssh(remote_words)
         try:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=self.is_local,  # Ctrl-C is handled by Ferry
-            )
+            return MachineProcess(words, own_session=self.is_local)  # Ctrl-C is handled by Ferry
         except OSError as error:
-            raise UserError(f"{words[0]} cannot be started: {error.strerror}", "install OpenSSH's client") from None
-        process.stderr_lines = []
-        process.stderr_reader = threading.Thread(
-            target=lambda: process.stderr_lines.extend(process.stderr), daemon=True
-        )
-        process.stderr_reader.start()
-        return process
+            raise UserError(
+                f"cannot start {words[0]}: {error.strerror}",
+                "install the OpenSSH client, or fix FERRY_SSH",
+                code="ssh.not_installed",
+            ) from None
 
     def _run_script(self, *words: str, exports: str = "") -> str:
         """Run ssh_box.sh with these words and return its output. Raises UserError when it fails."""
@@ -281,7 +338,7 @@ class SshProvider:
             self._raise_on_failure(process)
             return output
         finally:
-            _kill_process(process)
+            process.kill()
 
     def _run_with_input(self, remote_command: str, write_input: Callable) -> None:
         """Run a command on the machine, with what `write_input` writes to its stdin."""
@@ -293,56 +350,50 @@ class SshProvider:
             process.stdout.read()
             self._raise_on_failure(process)
         finally:
-            _kill_process(process)
+            process.kill()
 
-    def _raise_on_failure(self, process: subprocess.Popen, good_codes: tuple[int, ...] = (0,)) -> None:
+    def _raise_on_failure(self, process: MachineProcess, good_codes: tuple[int, ...] = (0,)) -> None:
         """Wait for a process to end. Raises the error for its exit code and stderr unless it is one of `good_codes`."""
-        code = process.wait()
-        process.stderr_reader.join()
-        stderr = b"".join(process.stderr_lines).decode(errors="replace")
-        if code == SSH_ERROR_CODE and not self.is_local:
+        exit_code, stderr = process.wait()
+        if exit_code == SSH_ERROR_CODE and not self.is_local:
             raise self._ssh_error(stderr)
-        if code not in good_codes:
-            raise self._command_error(stderr, code)
+        if exit_code not in good_codes:
+            raise self._command_error(stderr, exit_code)
 
     def _ssh_error(self, stderr: str) -> UserError:
         """Return the error for what ssh could not do."""
         known_host = f"'[{self.address.host}]:{self.address.port}'" if self.address.port else self.address.host
-        for pattern, reason, hint in SSH_ERRORS:
-            if re.search(pattern, stderr):
-                return UserError(f"{self.label}: {reason}", hint.format(ssh=self.ssh_command, known=known_host))
+        for fault in SSH_FAULTS:
+            if re.search(fault.pattern, stderr):
+                hint = fault.hint.format(ssh=self.ssh_command, known=known_host)
+                return UserError(f"{self.label}: {fault.reason}", hint, code=fault.code)
         lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith(("Warning:", "**"))]
         reason = re.sub(r"^ssh: |\r", "", lines[-1]) if lines else "the connection was closed"
         return ConnectionLost(
-            f"{self.label} is not reached: {printable_line(reason)}",
-            f"see that it runs and that `{self.ssh_command}` works, then the same command",
+            f"{self.label} cannot be reached: {printable_line(reason)}",
+            f"check that it runs and that `{self.ssh_command}` works, then run the same command again",
+            code="ssh.unreachable",
         )
 
-    def _command_error(self, stderr: str, code: int) -> UserError:
+    def _command_error(self, stderr: str, exit_code: int) -> UserError:
         """Return the error for what a command on the machine could not do."""
         lines = [line for line in stderr.splitlines() if line.strip()]
         disk_full_lines = [
             line for line in lines if re.search("No space left|Disk quota exceeded|File too large", line)
         ]
-        reason = printable_line([*disk_full_lines, *lines[-1:], f"exit code {code}"][0])
+        reason = printable_line([*disk_full_lines, *lines[-1:], f"exit code {exit_code}"][0])
         if re.search("No such file|can't cd to", reason):
-            return RemoteFileMissing(f"{self.label}: {reason}", "the same command makes it")
-        hint = (
-            "free some disk there"
+            return RemoteFileMissing(
+                f"{self.label}: {reason}",
+                "run the same command again: it creates what is missing",
+                code="job.file_missing",
+            )
+        hint, code = (
+            ("free some disk there", "disk.full")
             if disk_full_lines
-            else "see to it there" + ("" if self.is_local else f" (`{self.ssh_command}`)")
+            else ("fix it there" + ("" if self.is_local else f" (`{self.ssh_command}`)"), "job.command_failed")
         )
-        return UserError(f"{self.label}: {reason}", f"{hint}, then the same command goes on")
-
-
-def _kill_process(process: subprocess.Popen) -> None:
-    """End a process here and close its pipes. What it started on the machine goes on."""
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):
-            stream.close()
+        return UserError(f"{self.label}: {reason}", f"{hint}, then run the same command again: it resumes", code=code)
 
 
 def _write_tar(paths: dict[str, Path], size: int, pipe) -> None:

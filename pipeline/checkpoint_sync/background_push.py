@@ -78,7 +78,7 @@ class CheckpointSync:
         self._start_push(checkpoint)
         if not wait_for_exit(self.process, deadline - time.monotonic()):
             hub.print_message(
-                f"checkpoints: {checkpoint.name} did not get to {self.repo} in time; an older one is there"
+                f"checkpoints: {checkpoint.name} did not reach {self.repo} in time; the repo holds an older one"
             )
         self.kill_push()
 
@@ -103,7 +103,7 @@ def push_after_stage(run: Run) -> None:
         process.kill()
         process.wait()
     hub.print_message(
-        f"note: the state of {run.folder.name} did not get to {repo}; it is tried again after the next stage"
+        f"note: the state of {run.folder.name} did not reach {repo}; it is sent again after the next stage"
     )
 
 

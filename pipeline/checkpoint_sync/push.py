@@ -113,13 +113,15 @@ def read_repo_state(repo: str, head) -> RunState | None:
     """
     if not head.private:
         raise UserError(
-            f"{repo} is public, and checkpoints hold the rows they were trained on",
-            "make it private in its settings on the Hub, or choose another: CHECKPOINTS=you/name",
+            f"{repo} is public, but checkpoints hold the training rows",
+            "make it private in its settings on the Hub, or choose a different one: CHECKPOINTS=owner/name",
+            code="checkpoints.public_repo",
         )
     if other_files := hub.find_foreign_files(head, STATE_FILE):
         raise UserError(
-            f"{repo} is a repo of something else: it holds {', '.join(other_files[:4])} and no {STATE_FILE}",
-            "choose another: CHECKPOINTS=you/name",
+            f"{repo} was not created by Ferry: it holds {', '.join(other_files[:4])} and no {STATE_FILE}",
+            "choose a different one: CHECKPOINTS=owner/name",
+            code="checkpoints.foreign_repo",
         )
     if STATE_FILE not in {sibling.rfilename for sibling in head.siblings}:
         return None
@@ -143,15 +145,18 @@ def refuse_conflicting_state(
         NewerStateError: another machine has pushed a later state.
     """
     if repo_state and not repo_state.is_same_training(local_state):
+        is_same_run = repo_state.run == local_state.run
         raise UserError(
             f"{repo} holds the run {repo_state.run}"
-            + (" of another config" if repo_state.run == local_state.run else ""),
-            "CHECKPOINTS=another repo, or delete that one on the Hub",
+            + (" with a different config" if is_same_run else f", this run is {local_state.run}"),
+            "choose a different repo: CHECKPOINTS=owner/name, or delete this one on the Hub",
+            code="checkpoints.other_config" if is_same_run else "checkpoints.other_run",
         )
     if repo_state and repo_state.progress > local_state.progress and not may_be_behind:
         raise NewerStateError(
-            f"{repo} is at {repo_state}, this machine at {local_state}: another one went on with {local_state.run}",
-            f"to go on from there: rm -r the run's folder here, then `make resume CHECKPOINTS={repo}`",
+            f"{repo} is at {repo_state}, this machine at {local_state}: another machine has resumed {local_state.run}",
+            f"to resume from that state: rm -r the run's folder here, then `make resume CHECKPOINTS={repo}`",
+            code="checkpoints.newer_state",
         )
 
 

@@ -35,8 +35,9 @@ def restore_run(repo: str, run: Run, config: Config) -> RunState | None:
     repo_name, commit, state = remote
     if state.run != run.folder.name:
         raise UserError(
-            f"{repo_name} holds the run {state.run}, this one is {run.folder.name}",
-            f"RUN={state.run}, or CHECKPOINTS=another repo",
+            f"{repo_name} holds the run {state.run}, this run is {run.folder.name}",
+            f"RUN={state.run}, or a different repo: CHECKPOINTS=owner/name",
+            code="checkpoints.other_run",
         )
     text = read_repo_file(repo_name, "config.yaml", commit).decode("utf-8", "replace")
     repo_config = build_config(
@@ -45,11 +46,12 @@ def restore_run(repo: str, run: Run, config: Config) -> RunState | None:
     faults = []
     for stage in ONE_TIME_STAGES:
         settings_of_both = (settings_of_stage(compared, stage) for compared in (repo_config, config))
-        faults += describe_differences(*settings_of_both, old_label="there", new_label="here")
+        faults += describe_differences(*settings_of_both, old_label="in the repo", new_label="here")
     if faults:
         raise UserError(
-            f"{repo_name} holds the run {state.run} of another config:\n  " + "\n  ".join(faults),
-            "undo the change, or start a new run: RUN=another-name CHECKPOINTS=another repo",
+            f"{repo_name} holds the run {state.run} with a different config:\n  " + "\n  ".join(faults),
+            "undo the change, or start a new run in a different repo: RUN=another-name CHECKPOINTS=owner/name",
+            code="checkpoints.other_config",
         )
     return download_run(repo_name, commit, state, run)
 
@@ -61,11 +63,15 @@ def resume_run(repo: str, runs: Path) -> RunState:
     """
     remote = find_repo_state(repo, None)
     if not remote:
-        raise UserError(f"{repo} holds no state of a run", "correct CHECKPOINTS; a run is there once its rows are made")
+        raise UserError(
+            f"{repo} holds no run",
+            "correct CHECKPOINTS; a run is sent once its rows are prepared",
+            code="checkpoints.no_run",
+        )
     repo_name, commit, state = remote
     run = Run(runs / state.run)
     if run.is_done("data"):
-        hub.print_message(f"checkpoints: {run.folder} is here already and goes on from what it has")
+        hub.print_message(f"checkpoints: {run.folder} exists already and resumes from what it holds")
         return state
     with lock_run(run, f"make resume CHECKPOINTS={repo}"):
         return download_run(repo_name, commit, state, run)
@@ -86,7 +92,11 @@ def find_repo_state(repo: str, run: Run | None) -> tuple[str, str, RunState] | N
     if states.RESULT_FILE in state.files:
         record = json.loads(read_repo_file(repo_name, states.RESULT_FILE, head.sha))
         address = f"{record['repo']}@{record['tag']}" if "tag" in record else record["repo"]
-        raise UserError(f"the run {state.run} has ended: it is {address}", f"make deploy-mac REPO={address}")
+        raise UserError(
+            f"the run {state.run} is complete: it is published as {address}",
+            f"make deploy-mac REPO={address}",
+            code="checkpoints.run_complete",
+        )
     return repo_name, head.sha, state
 
 
@@ -116,9 +126,13 @@ def download_run(repo: str, commit: str, state: RunState, run: Run) -> RunState:
         shutil.rmtree(part / ".cache", ignore_errors=True)
         for name, item in state.files.items():
             if not (part / name).is_file() or states.describe_file(part / name) != item:
-                raise UserError(f"{name} in {repo} is not the file that was sent", "run the same command again")
+                raise UserError(
+                    f"{name} in {repo} differs from the file that was sent",
+                    "run the same command again",
+                    code="checkpoints.damaged_file",
+                )
         files.write_json(part / RESTORED_FILE, {"repo": repo, "commit": commit, "at": str(state)})
         if backup := files.set_aside(run.folder):  # a run that was started here and has no rows yet
-            console.print_note(f"what was in {run.folder} is in {backup} now")
+            console.print_note(f"{run.folder} was renamed to {backup}")
     hub.print_message(f"checkpoints: {run.folder} from {repo}, {state}")
     return state

@@ -68,7 +68,11 @@ def fill_repo_name(template: str, run: str | None) -> str:
     """Return owner/name with {user} and {run} filled in. Raise UserError when it is not the name of a repo."""
     name = hub.fill_placeholders(template, run)
     if not hub.REPO_ID_PATTERN.fullmatch(name):
-        raise UserError(f"CHECKPOINTS={printable_line(name)} is no repo of the Hub", "CHECKPOINTS=owner/name")
+        raise UserError(
+            f"CHECKPOINTS={printable_line(name)} is not the name of a repo on the Hub",
+            "CHECKPOINTS=owner/name",
+            code="checkpoints.invalid_repo_name",
+        )
     return name
 
 
@@ -152,7 +156,8 @@ def parse_state(content: bytes, file_name: str) -> RunState:
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"{file_name} has schema {version}, this Ferry reads up to {SCHEMA_VERSION}",
-                "git pull, then the same command",
+                "git pull, then run the same command again",
+                code="checkpoints.newer_schema",
             )
         state = RunState(**(values | {"done": tuple(values["done"])}))
         is_valid = (
@@ -165,7 +170,11 @@ def parse_state(content: bytes, file_name: str) -> RunState:
     except (ValueError, TypeError, KeyError, AttributeError):
         is_valid = False
     if not is_valid:
-        raise UserError(f"{file_name} is no state of a run", "CHECKPOINTS=another repo; this one is something else's")
+        raise UserError(
+            f"{file_name} is not the state of a run",
+            "choose a different repo: CHECKPOINTS=owner/name",
+            code="checkpoints.invalid_state",
+        )
     return state
 
 

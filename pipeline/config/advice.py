@@ -19,10 +19,10 @@ def list_warnings(config: Config, row_count: int | None = None, longest_row: int
     candidates = [
         (
             tune.lora_dropout > 0,
-            f"lora_dropout {tune.lora_dropout} turns Unsloth's fast LoRA kernels off; 0 is the usual choice",
+            f"lora_dropout {tune.lora_dropout} disables Unsloth's fast LoRA kernels; 0 is the usual choice",
         ),
-        (tune.bias != "none", f"bias {tune.bias} turns Unsloth's fast LoRA kernels off; none is the usual choice"),
-        (tune.r > 64, f"rank {tune.r} is high: more memory and overfitting, seldom a better model; 8 to 64 is usual"),
+        (tune.bias != "none", f"bias {tune.bias} disables Unsloth's fast LoRA kernels; none is the usual choice"),
+        (tune.r > 64, f"rank {tune.r} is high: more memory and overfitting, rarely a better model; 8 to 64 is usual"),
         (
             tune.learning_rate > 5e-4 and not is_demo_model,
             f"learning_rate {tune.learning_rate:g} is high for LoRA; 1e-4 to 5e-4 is usual",
@@ -30,13 +30,13 @@ def list_warnings(config: Config, row_count: int | None = None, longest_row: int
         (
             bool(re.search(r"(bnb-4bit|awq|gptq|gguf|fp8)", base.model, re.IGNORECASE))
             or base.model.startswith("pypi:"),
-            f"{base.model} is quantized already: the result starts from rounded weights; a 16-bit base keeps more",
+            f"{base.model} is already quantized: training starts from rounded weights; a 16-bit base is more accurate",
         ),
     ]
     if row_count is not None:
         epochs = count_epochs(tune, row_count)
         candidates += [
-            (row_count < 50, f"{row_count} training rows are few; below 50 a model mostly memorises"),
+            (row_count < 50, f"only {row_count} training rows: below 50, a model mostly memorises"),
             (
                 epochs > 3 and row_count < 1000 and not is_demo_model,
                 f"{epochs:.1f} epochs over {row_count} rows: likely to overfit; watch the held-out score",
@@ -46,7 +46,7 @@ def list_warnings(config: Config, row_count: int | None = None, longest_row: int
         candidates.append(
             (
                 base.max_seq_length > 4 * longest_row,
-                f"max_seq_length {base.max_seq_length} is far over the data (longest row {longest_row} tokens)",
+                f"max_seq_length {base.max_seq_length} is more than the data needs (longest row {longest_row} tokens)",
             )
         )
     return [text for applies, text in candidates if applies]

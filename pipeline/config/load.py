@@ -18,11 +18,11 @@ MAX_PRINTED_FAULTS = 30  # further ones are only counted
 # Arguments of transformers that have no setting of the same name here, and what to use instead.
 OTHER_LIBRARIES_KEYS = {
     "per_device_train_batch_size": (
-        "train_batch_size is the rows of a whole step; what goes through the model at once follows the card"
+        "train_batch_size is the global batch size; micro-batches are sized to the GPU's memory"
     ),
-    "gradient_accumulation_steps": "train_batch_size is the rows of a whole step, however it is dealt",
-    "save_strategy": "checkpoints come every save_minutes (and save_steps)",
-    "save_total_limit": "the newest checkpoint is kept, and the best",
+    "gradient_accumulation_steps": "train_batch_size is the global batch size; the accumulation follows from it",
+    "save_strategy": "checkpoints are written every save_minutes (and save_steps)",
+    "save_total_limit": "the newest and the best checkpoint are kept",
 }
 
 
@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """
     tree, lines = yaml_tree.parse_yaml(yaml_tree.read_config_text(path), str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no sections", "start from one of configs/*.yaml")
+        raise UserError(f"{path} has no sections", "start from one of configs/*.yaml", code="config.no_sections")
     for override in overrides:
         _apply_override(tree, lines, override)
     return build_config(tree, lines, path)
@@ -54,13 +54,16 @@ def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = [_describe_fault(item, lines, path) for item in error.errors()]
+        pydantic_errors = error.errors()
+        faults = [_describe_fault(item, lines, path) for item in pydantic_errors]
         remainder = [f"  and {len(faults) - MAX_PRINTED_FAULTS:,} more"] if len(faults) > MAX_PRINTED_FAULTS else []
         all_from_overrides = all(fault.startswith("  SET=") for fault in faults)
+        all_unknown_keys = all(item["type"] == "extra_forbidden" for item in pydantic_errors)
         raise UserError(
             f"{path}: {len(faults):,} fault{'s' * (len(faults) > 1)}\n"
             + "\n".join([*faults[:MAX_PRINTED_FAULTS], *remainder]),
             "correct SET" if all_from_overrides else f"edit {path}; `ferry config {path}` checks it",
+            code="config.unknown_key" if all_unknown_keys else "config.invalid",
         ) from error
 
 
@@ -99,11 +102,16 @@ def _apply_override(tree: dict, lines: dict[tuple, str], override: str) -> None:
         raise UserError(
             f"cannot read the override {printable_line(override)!r}",
             'write SET="section.key=value", such as SET="finetune.max_steps=20"',
+            code="config.bad_override",
         )
     section, key, value = match.groups()
     settings = tree.setdefault(section, {})
     if not isinstance(settings, dict):
-        raise UserError(f"{section} is no section, so {override!r} cannot be set", "correct the config")
+        raise UserError(
+            f"{section} is not a section, so {override!r} cannot be set",
+            f"write the settings of {section} below it in the config",
+            code="config.not_a_section",
+        )
     setting = f'SET="{printable_line(override, 200)}"'
     placeholder = value.startswith(("{user}", "{run}"))  # YAML would read these as a mapping
     settings[key], inner_lines = (value, {}) if placeholder else yaml_tree.parse_yaml(value, setting)

@@ -53,7 +53,11 @@ def expand_source_path(source: str) -> Path:
         path.exists()
         return path
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{source[:100]} is no path: {error}", "correct data.source or data.validation") from error
+        raise UserError(
+            f"{source[:100]} is not a valid path: {error}",
+            "correct data.source or data.validation",
+            code="config.bad_path",
+        ) from error
 
 
 def row_file_suffix(path: Path) -> str:

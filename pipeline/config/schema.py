@@ -30,7 +30,7 @@ MAX_STEPS = 10**7  # upper bound for the steps of a training: their numbers take
 
 def _refuse_blank(text: str) -> str:
     if not text.strip():
-        raise ValueError("is empty; leave it out for its default")
+        raise ValueError("is empty; leave it out to use its default")
     return text
 
 
@@ -76,9 +76,11 @@ class Base(Section):
     @model_validator(mode="after")
     def _validate_model_name(self) -> "Base":
         if match := re.search(r"[<>{}$%*?|\"'`\\\n]", self.model):
-            raise ValueError(f"model: {self.model[:60]!r} holds {match[0]!r}: write a Hub id, a folder or a .gguf file")
+            raise ValueError(
+                f"model: {self.model[:60]!r} contains {match[0]!r}: write a Hub id, a folder or a .gguf file"
+            )
         if self.model.startswith("pypi:") and not references.PYPI_MODEL.match(self.model):
-            raise ValueError("model: a package is written pypi:name==version")
+            raise ValueError(f"model: {self.model[:60]!r} is not pypi:package==version")
         return self
 
 
@@ -121,17 +123,17 @@ class Data(Section):
             references.OPTIONAL_FIELDS
         )
         if unknown := self.columns.keys() - fields:
-            raise ValueError(
-                f"columns: no format has {', '.join(sorted(unknown))}; fields are {', '.join(sorted(fields))}"
-            )
+            raise ValueError(f"columns: unknown field {', '.join(sorted(unknown))}; known: {', '.join(sorted(fields))}")
         if (
             self.system not in SYSTEM_PROMPT_KEYWORDS
             and self.system.strip().lower().replace("_", "-") in SYSTEM_PROMPT_KEYWORDS
         ):
-            raise ValueError(f"system: write {' or '.join(SYSTEM_PROMPT_KEYWORDS)} in small letters, or a prompt")
+            raise ValueError(f"system: write {' or '.join(SYSTEM_PROMPT_KEYWORDS)} in lower case, or a prompt")
         names = references.list_template_names()
         if self.template != "tokenizer" and self.template not in names and not self.template.endswith(".jinja"):
-            raise ValueError(f"template must be tokenizer, a .jinja file, or one of {', '.join(names)}")
+            raise ValueError(
+                f"template: {self.template[:60]!r} is not tokenizer, a .jinja file, or one of {', '.join(names)}"
+            )
         return self
 
 
@@ -268,7 +270,7 @@ class Evaluate(Section):
         try:
             re.compile(self.pattern or "")
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"pattern is no regular expression: {error}") from error
+            raise ValueError(f"pattern is not a valid regular expression: {error}") from error
         return self
 
 
@@ -289,13 +291,13 @@ class Export(Section):
     @model_validator(mode="after")
     def _validate_quantizations(self) -> "Export":
         if len(set(self.quantizations)) != len(self.quantizations) or not self.quantizations:
-            raise ValueError("quantizations must name at least one, each once")
+            raise ValueError("quantizations: name at least one, and each only once")
         if not self.imatrix and (
             without_imatrix := [
                 quantization for quantization in self.quantizations if quantization in IMATRIX_QUANTIZATIONS
             ]
         ):
-            raise ValueError(f"{', '.join(without_imatrix)} cannot be made without imatrix")
+            raise ValueError(f"{', '.join(without_imatrix)} needs an importance matrix: set imatrix to true")
         return self
 
 
@@ -333,9 +335,9 @@ class Publish(Section):
     @model_validator(mode="after")
     def _validate_repo_and_tag(self) -> "Publish":
         if "{" in self.repo.replace("{run}", "").replace("{user}", ""):
-            raise ValueError("repo: {run} and {user} are filled in, and no other name in braces")
+            raise ValueError(f"repo: only {{run}} and {{user}} may be in braces, in {self.repo[:60]!r}")
         if self.tag and (".." in self.tag or self.tag.endswith((".", ".lock"))):
-            raise ValueError(f"tag: {self.tag} is no name of a tag")
+            raise ValueError(f"tag: {self.tag} is not a valid tag name")
         return self
 
 
@@ -382,7 +384,7 @@ class Config(Section):
         if self.finetune.loftq_bits and self.base.load_in_4bit:
             faults.append("finetune.loftq_bits quantizes the 16-bit base itself: set base.load_in_4bit to false")
         if self.verify.min_score is not None and self.evaluate.rule == "loss":
-            faults.append("verify.min_score needs a task score: set evaluate.rule to one that judges answers")
+            faults.append("verify.min_score needs a task score: set evaluate.rule to a rule other than loss")
         if self.finetune.early_stopping_patience and self.finetune.eval_strategy == "no":
             faults.append(
                 "finetune.early_stopping_patience needs held-out losses: set finetune.eval_strategy to epoch or steps"

@@ -19,8 +19,9 @@ def refuse_missing_files(config: Config) -> None:
     ]
     if missing:
         raise UserError(
-            "\n  ".join(["the config names files that are not there", *missing]),
+            "\n  ".join(["the config names files that do not exist", *missing]),
             "put them there, or correct the config",
+            code="config.missing_file",
         )
 
 
@@ -31,8 +32,9 @@ def refuse_files_inside(config: Config, run_folder: Path) -> None:
         path = files.expand_user_path(value, name).resolve()
         if path.is_relative_to(run_path) and path.parent != run_path:
             raise UserError(
-                f"{name}: {value} lies in the folder of the run, {run_folder}, whose stages remove what they find",
-                "move it to another folder, or choose another RUN=name",
+                f"{name}: {value} is in the run's folder {run_folder}, in which stages delete files",
+                "move it to a different folder, or choose a different RUN=name",
+                code="config.file_in_run_folder",
             )
 
 

@@ -35,6 +35,10 @@ PLAIN_TYPES = {
 ALLOWED_TAGS = {CORE_TAG + name for name in ("str", "map", "seq", *PLAIN_TYPES)}
 
 
+class _AnchorError(yaml.composer.ComposerError):
+    """An anchor or an alias, which is valid YAML but not allowed in a config."""
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, with the plain values of YAML 1.2 and without anchors and aliases."""
 
@@ -43,8 +47,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            problem = "anchors and aliases (&name, *name) are not read: write the value out"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            problem = "anchors and aliases (&name, *name) are not allowed"
+            raise _AnchorError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -56,24 +60,32 @@ def read_config_text(path: Path) -> str:
     """Return the text of a config file.
 
     Raises:
-        UserError: It cannot be read, is no UTF-8 text, or has more than MAX_CHARACTERS characters.
+        UserError: It cannot be read, is not UTF-8 text, or has more than MAX_CHARACTERS characters.
     """
     try:
         if path.exists() and not path.is_file():
             raise UserError(
-                f"the config {printable_line(str(path))} is no file", "name a YAML file, such as one of configs/"
+                f"the config {printable_line(str(path))} is not a file",
+                "name a YAML file, such as one of configs/",
+                code="config.not_a_file",
             )
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAX_CHARACTERS + 1)
     except (OSError, ValueError) as error:
         config_files = ", ".join(str(p) for p in sorted(Path("configs").glob("*.yaml"))) or "none"
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        is_text = not isinstance(error, UnicodeError)
+        reason = (getattr(error, "strerror", None) or str(error)) if is_text else "it is not UTF-8 text"
+        code = "config.not_found" if isinstance(error, FileNotFoundError) else "config.unreadable"
         raise UserError(
-            f"cannot read the config {printable_line(str(path))}: {reason}", f"CONFIG=one of: {config_files}"
+            f"cannot read the config {printable_line(str(path))}: {reason}",
+            f"CONFIG=one of: {config_files}",
+            code=code if is_text else "config.not_utf8",
         ) from error
     if len(text) > MAX_CHARACTERS:
         raise UserError(
-            f"the config {path} has more than {MAX_CHARACTERS:,} characters", "is it the right file? Name a config"
+            f"the config {path} has more than {MAX_CHARACTERS:,} characters",
+            "is it the right file? Name a config",
+            code="config.too_large",
         )
     return text
 
@@ -89,22 +101,29 @@ def parse_yaml(text: str, origin: str) -> tuple[object, dict[tuple, str]]:
         The tree, and `origin:line` of each key by its path in the tree.
 
     Raises:
-        UserError: The text is not valid YAML, or not what a config may hold: a key that stands twice or is no word, a
-            tag, an anchor, a control character, half a surrogate pair.
+        UserError: The text is not valid YAML, or not what a config may hold: a key that occurs twice or is not a word,
+            a tag, an anchor, a control character, half a surrogate pair.
     """
     try:
         node, lines = yaml.compose(text, Loader=_Loader), {}
         return _read_node(node, (), lines, origin) if node else None, lines
+    except _AnchorError as error:
+        place = f"{origin}:{error.problem_mark.line + 1}"
+        cure = "write the value out; put text that begins with & or * in quotes"
+        raise _create_error(place, error.problem, cure, code="config.yaml_anchor") from error
     # PyYAML raises ValueError and OverflowError for an escape or a %YAML version that is out of range.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{origin}:{mark.line + 1}" if mark else origin
         raise UserError(
-            f"{place}: no valid YAML: {printable_line(getattr(error, 'problem', None) or str(error))}",
-            f"correct {place}; text that begins with {{, [, <, *, &, !, % or @ is put in quotes",
+            f"{place}: not valid YAML: {printable_line(getattr(error, 'problem', None) or str(error))}",
+            f"correct {place}; put text that begins with {{, [, <, *, &, !, % or @ in quotes",
+            code="config.invalid_yaml",
         ) from error
     except RecursionError as error:
-        raise UserError(f"{origin}: lists and mappings are nested too deeply", f"correct {origin}") from error
+        raise UserError(
+            f"{origin}: lists and mappings are nested too deeply", f"correct {origin}", code="config.nested_too_deeply"
+        ) from error
 
 
 def _read_node(node: yaml.Node, key_path: tuple, lines: dict[tuple, str], origin: str) -> object:
@@ -113,7 +132,10 @@ def _read_node(node: yaml.Node, key_path: tuple, lines: dict[tuple, str], origin
     lines.setdefault(key_path, line)
     if node.tag not in ALLOWED_TAGS:
         raise _create_error(
-            line, f"the tag {node.tag.replace(CORE_TAG, '!!')} is not read", "write the value without it"
+            line,
+            f"the tag {node.tag.replace(CORE_TAG, '!!')} is not allowed",
+            "write the value without it",
+            code="config.yaml_tag",
         )
     if isinstance(node, yaml.MappingNode):
         return _read_mapping(node, key_path, lines, origin)
@@ -128,11 +150,17 @@ def _read_mapping(node: yaml.MappingNode, key_path: tuple, lines: dict[tuple, st
         line = f"{origin}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise _create_error(
-                line, "a key is a list or a mapping", "a key is a word; put quotes around text that holds [ or {"
+                line,
+                "a key is a list or a mapping",
+                "a key is a word; put quotes around text that contains [ or {",
+                code="config.bad_key",
             )
         if key.value in tree:
             raise _create_error(
-                line, f"{key.value} stands twice (first {lines[(*key_path, key.value)]})", "delete one of them"
+                line,
+                f"the key {key.value} occurs twice (first {lines[(*key_path, key.value)]})",
+                "delete one of them",
+                code="config.duplicate_key",
             )
         _refuse_characters(key.value, line)
         lines[(*key_path, key.value)] = line
@@ -146,9 +174,19 @@ def _read_scalar(node: yaml.ScalarNode, line: str) -> object:
         _refuse_characters(text, line)
         return text
     if not re.fullmatch(PLAIN_TYPES[kind][0], text):
-        raise _create_error(line, f"{printable_line(text, 40)} is no {kind}", "write the value without a tag")
+        raise _create_error(
+            line,
+            f"{printable_line(text, 40)} is not a value of type {kind}",
+            "write the value without a tag",
+            code="config.yaml_tag_mismatch",
+        )
     if kind == "int" and len(text) > MAX_DIGITS:
-        raise _create_error(line, f"a number has {len(text):,} digits", "write a smaller one; text is put in quotes")
+        raise _create_error(
+            line,
+            f"a number has {len(text):,} digits (limit {MAX_DIGITS})",
+            "write a smaller one, or put text in quotes",
+            code="config.number_too_long",
+        )
     if kind == "float":
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return {"null": lambda: None, "bool": lambda: text.lower() == "true", "int": lambda: int(text)}[kind]()
@@ -161,9 +199,14 @@ def _refuse_characters(text: str, line: str) -> None:
     """
     character = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
     if character is not None:
-        raise _create_error(line, f"a value holds the character U+{ord(character):04X}", "leave it out")
+        raise _create_error(
+            line,
+            f"the character U+{ord(character):04X} is not allowed in a config",
+            "remove it",
+            code="config.bad_character",
+        )
 
 
-def _create_error(line: str, problem: str, cure: str) -> UserError:
+def _create_error(line: str, problem: str, cure: str, code: str) -> UserError:
     """Return the error to raise: what is wrong in that line, and how to correct it."""
-    return UserError(f"{line}: {printable_line(problem)}", f"correct {line}: {cure}")
+    return UserError(f"{line}: {printable_line(problem)}", f"correct {line}: {cure}", code=code)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 RENDER_TIMEOUT_SECONDS = 30  # timeout for one short conversation; on a busy machine Python itself takes a few to start
 OTHER_TEMPLATE_HINT = (
-    "set data.template to another one (alpaca, zephyr and vicuna fit every tokenizer), or choose another base"
+    "set data.template to a different one (alpaca, zephyr and vicuna fit every tokenizer), "
+    "or choose a different base model"
 )
 # Prefixes that keep a template from opening a thinking block: rows without reasoning must be served as trained.
 THINKING_SWITCHES = ("", "{%- set enable_thinking = false %}", "{%- set thinking = false %}")
@@ -136,7 +137,10 @@ def refuse_hostile_template(template: str, tokenizer: "PreTrainedTokenizerFast")
             RENDER_TIMEOUT_SECONDS,
         )
     except UserError as error:
-        raise UserError(error.message, OTHER_TEMPLATE_HINT) from error
+        is_template_fault = error.code.startswith("template.")
+        raise UserError(
+            error.message, OTHER_TEMPLATE_HINT if is_template_fault else error.hint, code=error.code
+        ) from error
 
 
 def read_template_text(name: str, own_template: str | dict | None) -> str:
@@ -155,6 +159,7 @@ def read_template_text(name: str, own_template: str | dict | None) -> str:
             raise UserError(
                 "the base model's tokenizer has no chat template",
                 f"set data.template to one of {', '.join(list_template_names())}, or to a .jinja file",
+                code="tokenizer.no_chat_template",
             )
         return text
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in list_template_names() else Path(name).expanduser()
@@ -164,6 +169,7 @@ def read_template_text(name: str, own_template: str | dict | None) -> str:
         raise UserError(
             f"data.template: {path} cannot be read: {getattr(error, 'strerror', None) or error}",
             f"name a .jinja file, or one of tokenizer, {', '.join(list_template_names())}",
+            code="template.unreadable",
         ) from error
 
 
@@ -186,7 +192,7 @@ def promote_control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
         [AddedToken(word, special=True, normalized=False) for word in promoted_words], special_tokens=True
     )
     return (
-        [f"llama.cpp reads {' and '.join(promoted_words)} in a text as control tokens: so does the tokenizer now"]
+        [f"llama.cpp reads {' and '.join(promoted_words)} as control tokens: made special tokens of the tokenizer too"]
         if promoted_words
         else []
     )
@@ -212,7 +218,11 @@ def freeze_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
         + text
     )
     if "strftime_now" in text:
-        raise UserError("the chat template computes a date in a way that cannot be frozen", OTHER_TEMPLATE_HINT)
+        raise UserError(
+            "the chat template computes a date in a way that cannot be frozen",
+            OTHER_TEMPLATE_HINT,
+            code="template.computed_date",
+        )
     changes = [f"the chat template shows a date: frozen to {day.isoformat()} (data.date)"] if text != template else []
     return text, changes
 
@@ -231,11 +241,11 @@ def add_missing_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tupl
     bos = tokenizer.bos_token or ""
     text = chat_format.render(template, [FIRST_QUESTION], bos, tokenizer.eos_token or "")
     if bos and text.startswith(bos * 2):
-        raise UserError(f"the chat template begins with {bos} twice", OTHER_TEMPLATE_HINT)
+        raise UserError(f"the chat template begins with {bos} twice", OTHER_TEMPLATE_HINT, code="template.double_bos")
     adds_bos = bool(bos) and tokenizer.bos_token_id in tokenizer("").input_ids
     if not adds_bos or text.startswith(bos):
         return template, []
-    return "{{ bos_token }}" + template, [f"the chat template has no BOS and this tokenizer adds one: {bos} put first"]
+    return "{{ bos_token }}" + template, [f"the chat template has no BOS and this tokenizer adds one: {bos} is added"]
 
 
 def choose_faithful_format(
@@ -265,7 +275,7 @@ def choose_faithful_format(
     # The best variant has a prompt that ends where the answer begins, and a text that the template writes by itself.
     switch, best = min(candidates, key=lambda item: (bool(item[1].scaffolds[0].strip()), item[1].is_joined))
     return best, [
-        f"rows hold no reasoning: the template's thinking is off ({switch[2:-2].strip('- ')})"
+        f"the rows hold no reasoning: the template's thinking is turned off ({switch[2:-2].strip('- ')})"
     ] if switch else []
 
 
@@ -277,9 +287,10 @@ def refuse_thinking_prompt(chat: ChatFormat) -> None:
     )
     if usual_prompt != thinking_prompt:
         raise UserError(
-            f"the chat template's prompt ends with {thinking_prompt[-30:]!r} when a runtime asks it to think, "
-            "and rows hold no reasoning",
+            f"the chat template's prompt ends with {thinking_prompt[-30:]!r} when a runtime turns thinking on, "
+            "but the rows hold no reasoning",
             OTHER_TEMPLATE_HINT,
+            code="template.thinking_prompt",
         )
 
 
@@ -298,7 +309,11 @@ def probe_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> ChatF
         return chat_format.render(template, messages, bos, eos, prompt)
 
     if missing_fields := chat_format.find_undefined_names(template, [FIRST_QUESTION, FIRST_ANSWER], bos, eos):
-        raise UserError(f"the chat template needs {', '.join(missing_fields)}, which no row has", OTHER_TEMPLATE_HINT)
+        raise UserError(
+            f"the chat template needs {', '.join(missing_fields)}, which no row has",
+            OTHER_TEMPLATE_HINT,
+            code="template.undefined_variable",
+        )
     prompt = render(FIRST_QUESTION, prompt=True)
     scaffold, after_answer, is_joined = split_at_answer(
         render(FIRST_QUESTION, FIRST_ANSWER), prompt, FIRST_ANSWER["content"]
@@ -318,7 +333,9 @@ def probe_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> ChatF
     )
     if not middle_end or not (last_end or not after_answer.strip()):
         raise UserError(
-            "the chat template ends an answer without a special token: the model would never stop", OTHER_TEMPLATE_HINT
+            "the chat template ends an answer without a special token: the model would never stop",
+            OTHER_TEMPLATE_HINT,
+            code="template.no_end_token",
         )
     ends = [(last_end or middle_end).strip(), middle_end.strip()]
     return ChatFormat(
@@ -361,9 +378,9 @@ def split_at_answer(text: str, prompt: str, answer: str) -> tuple[str, str, bool
     ):
         return "", after_answer, True
     raise UserError(
-        f"the chat template's prompt ends with {prompt[-30:]!r}, "
-        "and the conversation it trains on does not go on from there",
+        f"the chat template's prompt ends with {prompt[-30:]!r}, but the training text does not continue from there",
         OTHER_TEMPLATE_HINT,
+        code="template.prompt_mismatch",
     )
 
 
@@ -402,11 +419,13 @@ def set_own_pad_token(tokenizer: "PreTrainedTokenizerFast", chat: ChatFormat) ->
     spare_tokens += [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token]
     usable = [token for token in spare_tokens if token not in end_tokens]
     if not usable:
+        old_pad = (
+            f"its pad token {tokenizer.pad_token} ends an answer" if tokenizer.pad_token else "it has no pad token"
+        )
         raise UserError(
-            f"the tokenizer pads with {tokenizer.pad_token or 'nothing'}, which ends an answer, and has no spare token",
+            f"the tokenizer has no spare token to pad with, and {old_pad}",
             "choose a base model with a pad token of its own",
+            code="tokenizer.no_pad_token",
         )
     old_pad, tokenizer.pad_token = tokenizer.pad_token, usable[0]
-    return [
-        f"the tokenizer pads with {old_pad or 'nothing'}: changed to {usable[0]}, so that the end token keeps its loss"
-    ]
+    return [f"the pad token is changed from {old_pad or 'none'} to {usable[0]}, so that the end token keeps its loss"]

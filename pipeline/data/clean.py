@@ -83,7 +83,7 @@ class Cleaner:
                 "no_answer", f"the last turn is the {turns[-1]['role']}'s" if turns else "there is no turn"
             )
         if any(message["role"] == "system" for message in messages[1:]):
-            raise UnusableRow("not_alternating", "a system prompt stands behind the first turn")
+            raise UnusableRow("not_alternating", "a system prompt follows the first turn")
         if any(turn["role"] == next_turn["role"] for turn, next_turn in pairwise(turns)) or (
             turns[0]["role"] == "assistant" and len(turns) > 1
         ):
@@ -138,14 +138,14 @@ class Cleaner:
 
 
 def refuse_broken_text(text: str) -> None:
-    """Raise UnusableRow for half a surrogate pair, and for U+FFFD, which stands for characters lost in a conversion."""
+    """Raise UnusableRow for an unpaired surrogate, and for U+FFFD, which stands for characters lost in a conversion."""
     if not text.isascii():
         if "\ufffd" in text:
             raise UnusableRow("broken_encoding", f"U+FFFD at character {text.index(chr(0xFFFD)) + 1}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UnusableRow("broken_encoding", f"half a surrogate pair at character {error.start + 1}") from None
+            raise UnusableRow("broken_encoding", f"an unpaired surrogate at character {error.start + 1}") from None
 
 
 def normalize_text(text: str, changes: set[str]) -> str:

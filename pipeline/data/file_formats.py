@@ -20,18 +20,19 @@ from pipeline.config.references import row_file_suffix
 # (line or row number, row); the row is JSON text that is not parsed yet, or an object.
 NumberedRow = tuple[int, bytes | dict]
 
-# What a file with these first bytes is, when its name says something else.
+# What a file with these first bytes is, when its name says something else, and how to fix it.
 KNOWN_BEGINNINGS = {
-    b"PAR1": "a Parquet file: name it .parquet",
-    b"\x1f\x8b": "gzip: name it .gz",
-    b"PK\x03\x04": "a zip archive: unpack it",
-    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
-    b"<!DOCTYPE": "an HTML page, perhaps a failed download",
-    b"<html": "an HTML page, perhaps a failed download",
-    b"\xff\xfe\0\0": "UTF-32: convert it with `iconv -f utf-32 -t utf-8`",
-    b"\xff\xfe": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`",
-    b"\xfe\xff": "UTF-16: convert it with `iconv -f utf-16 -t utf-8`",
+    b"PAR1": ("a Parquet file", "name it .parquet"),
+    b"\x1f\x8b": ("a gzip file", "name it .gz"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"version https://git-lfs": ("a Git LFS pointer", "run `git lfs pull`"),
+    b"<!DOCTYPE": ("an HTML page, perhaps a failed download", "download it again"),
+    b"<html": ("an HTML page, perhaps a failed download", "download it again"),
+    b"\xff\xfe\0\0": ("UTF-32 text", "convert it with `iconv -f utf-32 -t utf-8`"),
+    b"\xff\xfe": ("UTF-16 text", "convert it with `iconv -f utf-16 -t utf-8`"),
+    b"\xfe\xff": ("UTF-16 text", "convert it with `iconv -f utf-16 -t utf-8`"),
 }
+RENEW_HINT = "download or create the file again"
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
@@ -55,10 +56,12 @@ def explain_damaged_file(path: Path):
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: broken gzip: {error}", "fetch or make the file again") from error
+        raise UserError(f"{path}: broken gzip: {error}", RENEW_HINT, code="data.broken_gzip") from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror or error}", "check the file and its permissions"
+            f"{path} cannot be read: {error.strerror or error}",
+            "check the file and its permissions",
+            code="data.unreadable_file",
         ) from error
 
 
@@ -69,15 +72,21 @@ def _refuse_wrong_content(path: Path) -> None:
         while beginning.isspace() and (next_bytes := file.read(4096)):
             beginning = next_bytes
     if not beginning.strip():
-        raise UserError(f"{path} is empty", "put rows into it, or name another file in data.source")
+        raise UserError(
+            f"{path} is empty", "put rows into it, or name a different file in data.source", code="data.empty_file"
+        )
     if row_file_suffix(path) == ".parquet":
         return
-    for marker, description in KNOWN_BEGINNINGS.items():
+    for marker, (description, fix) in KNOWN_BEGINNINGS.items():
         if beginning.lower().startswith(marker.lower()):
-            raise UserError(f"{path} is {description}", "then run the same command again")
+            raise UserError(
+                f"{path} is {description}", f"{fix}, then run the same command again", code="data.wrong_file_type"
+            )
     if b"\0" in beginning:
         raise UserError(
-            f"{path} is a binary file (a zero byte at {beginning.index(0)})", "name a file of rows in data.source"
+            f"{path} is a binary file (a zero byte at {beginning.index(0)})",
+            "name a file of rows in data.source",
+            code="data.binary_file",
         )
 
 
@@ -108,8 +117,9 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line}: no UTF-8 ({error.reason})",
+            f"{path}:{line}: not UTF-8 ({error.reason})",
             "convert the file to UTF-8, or use .jsonl, where one bad line is one rejected row",
+            code="data.not_utf8",
         ) from error
     yield from _read_json_values(text, path)
 
@@ -137,11 +147,11 @@ def _read_json_values(text: str, path: Path) -> Iterator[NumberedRow]:
         if is_array and text.startswith(",", position):
             position += 1
         elif is_array and not text.startswith("]", position):
-            raise create_json_error(path, line, "the array does not go on with , or ]")
+            raise create_json_error(path, line, "expected , or ] after a value of the array")
     if is_array and start == len(text):
         raise create_json_error(path, line, "the array is not closed")
     if is_array and text[start + 1 :].strip():
-        raise create_json_error(path, line, "the file goes on behind the array")
+        raise create_json_error(path, line, "unexpected text after the array")
 
 
 def _find_wrapped_rows(decoder: json.JSONDecoder, text: str, start: int, path: Path) -> list | None:
@@ -153,7 +163,9 @@ def _find_wrapped_rows(decoder: json.JSONDecoder, text: str, start: int, path: P
     if not isinstance(value, dict) or text[end:].strip() or {"messages", "conversations"} & value.keys():
         return None
     if isinstance(value, DuplicateKeys) and any(isinstance(v, list) for v in value.values()):
-        raise create_json_error(path, 1, f"of its keys {', '.join(value)} one stands there twice")
+        raise create_json_error(
+            path, 1, f"the object repeats one of its keys {', '.join(value)}", code="data.duplicate_keys"
+        )
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     return lists[0] if len(lists) == 1 else None
 
@@ -168,11 +180,12 @@ def mark_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     return value if len(value) == len(pairs) else DuplicateKeys(value)
 
 
-def create_json_error(path: Path | str, line: int, error: object) -> UserError:
-    """Return the error to raise for a line that is no JSON."""
+def create_json_error(path: Path | str, line: int, error: object, code: str = "data.invalid_json") -> UserError:
+    """Return the error to raise for a line that is not JSON, or whose JSON holds no rows."""
     return UserError(
-        f"{path}:{line}: no JSON: {error}",
-        f"correct line {line} of {path}; a file that is cut off must be fetched again",
+        f"{path}:{line}: invalid JSON: {error}",
+        f"correct line {line} of {path}; if the file is cut off, download or create it again",
+        code=code,
     )
 
 
@@ -186,24 +199,40 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             separator = max(",;\t|", key=header.count)
             reader = csv.DictReader(text, delimiter=separator, strict=True)
             columns = reader.fieldnames or []
-            if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
+            _refuse_duplicate_columns(f"{path}:1", columns)
+            if not all(name.strip() for name in columns):
                 raise UserError(
-                    f"{path}:1: the header names a column twice or not at all: {', '.join(columns)}",
-                    "correct the first line",
+                    f"{path}:1: a column has no name: {', '.join(map(repr, columns))}",
+                    "give each column a name in the first line",
+                    code="data.unnamed_column",
                 )
             for row in reader:
                 yield reader.line_num, row
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path}:{_find_non_utf8_line(path)}: no UTF-8 ({error.reason})", "convert the file to UTF-8"
+                f"{path}:{_find_non_utf8_line(path)}: not UTF-8 ({error.reason})",
+                "convert the file to UTF-8",
+                code="data.not_utf8",
             ) from error
         except csv.Error as error:
             line = reader.line_num + 1  # behind the last row that was read
-            raise UserError(f"{path}:{line}: no CSV: {error}", f"correct line {line} of {path}") from error
+            raise UserError(
+                f"{path}:{line}: invalid CSV: {error}", f"correct line {line} of {path}", code="data.invalid_csv"
+            ) from error
+
+
+def _refuse_duplicate_columns(place: str, columns: list[str]) -> None:
+    """Raise UserError when two columns of a table have the same name."""
+    if len(set(columns)) < len(columns):
+        raise UserError(
+            f"{place}: a column name is repeated in {', '.join(columns)}",
+            "give each column its own name",
+            code="data.duplicate_column",
+        )
 
 
 def _find_non_utf8_line(path: Path) -> int:
-    """Return the number of the first line that is no UTF-8."""
+    """Return the number of the first line that is not UTF-8."""
     with _open_binary(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -221,14 +250,12 @@ def _read_parquet(path: Path) -> Iterator[NumberedRow]:
     try:
         with _open_binary(path) as file:
             table = parquet.ParquetFile(pa.BufferReader(file.read()) if path.suffix == ".gz" else path)
-            columns = table.schema_arrow.names
-            if len(set(columns)) < len(columns):
-                raise ValueError(f"of its columns {', '.join(columns)} one stands there twice")
+            _refuse_duplicate_columns(str(path), table.schema_arrow.names)
             rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(500))
             yield from enumerate(rows, 1)
     except (pa.ArrowException, ValueError, OverflowError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: no readable Parquet: {reason}", "fetch or make the file again") from error
+        raise UserError(f"{path}: invalid Parquet: {reason}", RENEW_HINT, code="data.invalid_parquet") from error
 
 
 READER_BY_SUFFIX = {

@@ -54,7 +54,7 @@ def find_differing_rows(path: Path, expected: str) -> list[str]:
         group += 1
     missing_groups = len(expected_hex) // 2 - group
     return (
-        [f"{path}: it ends after {group * rows_per_byte:,} rows, {missing_groups * rows_per_byte:,} fewer"]
+        [f"{path}: ends after {group * rows_per_byte:,} rows, {missing_groups * rows_per_byte:,} fewer than before"]
         if missing_groups > 0
         else []
     )
@@ -64,7 +64,7 @@ def _show_group(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
     """Return lines that show the rows of one byte, of which at least one differs."""
     lines = [f"{path}:{line}: {text[:300]}" for line, text, _ in rows[:MAX_SHOWN_ROWS]]
     other_count = len(rows) - MAX_SHOWN_ROWS
-    return [*lines, f"... and {other_count} more, one of which differs at least"] if other_count > 0 else lines
+    return [*lines, f"... and {other_count} more, of which at least one differs"] if other_count > 0 else lines
 
 
 def _read_hashed_rows(path: Path) -> Iterator[tuple[int, str, bytes]]:

@@ -118,7 +118,7 @@ class Masker:
             and NOT_PLAIN_ASCII.search(conversation.text)
             and self.tokenizer.decode(encoding.ids, False) != conversation.text
         ):
-            return UnusableRow("unknown_characters", "the tokenizer does not give back what it was given")
+            return UnusableRow("unknown_characters", "decoding the tokens does not give back the text")
         ids = np.array(encoding.ids, dtype=np.int32)
         loss = np.zeros(len(ids), dtype=bool)
         try:
@@ -134,7 +134,7 @@ class Masker:
         """Raise UnusableRow when the prompt alone, as it is served, has other tokens than the row begins with."""
         prompt_ids = self.tokenizer.encode(row.prompt, add_special_tokens=False).ids
         if prompt_ids != row.ids[: row.prompt_tokens].tolist():
-            raise UnusableRow("template", f"the prompt {row.prompt[-40:]!r} alone gives other tokens than in the row")
+            raise UnusableRow("template", f"the prompt {row.prompt[-40:]!r} has different tokens alone than in the row")
 
     def render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], str]:
         """Return the rendered text, the characters (start, end) that carry loss, and the last answer's prompt."""
@@ -162,7 +162,8 @@ class Masker:
         """
         if not text.startswith(prompt):
             raise UnusableRow(
-                "template", "an earlier turn is written otherwise than it was prompted; data.labels: last leaves it out"
+                "template",
+                "the template renders an earlier turn differently than its prompt; data.labels: last leaves it out",
             )
         for scaffold in self.chat.scaffolds:
             if text.startswith(scaffold + answer, len(prompt)):
@@ -175,7 +176,8 @@ class Masker:
                 if white_space == len(rest):
                     return text[:answer_end] + self.chat.answer_end, answer_end + len(self.chat.answer_end)
         raise UnusableRow(
-            "template", f"the answer {answer[:40]!r} is changed, or not followed by {self.chat.end_tokens[0]}"
+            "template",
+            f"the template changes the answer {answer[:40]!r}, or does not end it with {self.chat.end_tokens[0]}",
         )
 
     def find_token_range(self, encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int]:
@@ -192,7 +194,5 @@ class Masker:
             or encoding.token_to_chars(first)[0] != start
             or text[end : encoding.token_to_chars(last)[1]].strip()
         ):
-            raise UnusableRow(
-                "template", f"a token reaches across the border of the answer {text[start : start + 40]!r}"
-            )
+            raise UnusableRow("template", f"a token crosses the border of the answer {text[start : start + 40]!r}")
         return first, last + 1

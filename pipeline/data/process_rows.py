@@ -290,7 +290,7 @@ class Worker:
             raise UnusableRow("too_long", f"{length} tokens, base.max_seq_length is {limit}")
         row.ids, row.loss = row.ids[:limit], row.loss[:limit]
         if not row.loss.any():
-            raise UnusableRow("no_loss", f"no token of the assistant's within the first {limit}")
+            raise UnusableRow("no_loss", f"no token of the assistant within the first {limit} tokens")
         return max(0, length - limit)
 
     def pack_rows(self, chunk: Chunk, tally: Tally, kept: list[tuple["CleanRow", TokenizedRow]]) -> ProcessedChunk:
@@ -334,19 +334,19 @@ def parse_row(payload: bytes | dict) -> dict:
     """Return a row as an object, parsed where it is JSON text.
 
     Raises:
-        UnusableRow: The text is no UTF-8 or no JSON, or the object has a key twice.
+        UnusableRow: The text is not UTF-8 or not JSON, or the object repeats a key.
     """
     if isinstance(payload, bytes):
         try:
             payload = json.loads(payload.decode(), object_pairs_hook=mark_duplicate_keys)
         except UnicodeDecodeError as error:
             raise UnusableRow(
-                "broken_encoding", f"no UTF-8: {error.reason} at byte {error.start + 1} of the line"
+                "broken_encoding", f"not UTF-8: {error.reason} at byte {error.start + 1} of the line"
             ) from None
         except (ValueError, RecursionError) as error:
             raise UnusableRow("broken_json", str(error)) from None
     if isinstance(payload, DuplicateKeys):
-        raise UnusableRow("duplicate_keys", f"its keys are {', '.join(map(str, payload))}, and one stands there twice")
+        raise UnusableRow("duplicate_keys", f"the row repeats one of its keys {', '.join(map(str, payload))}")
     return payload
 
 

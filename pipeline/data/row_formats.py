@@ -78,7 +78,8 @@ def detect_format(first_rows: list[dict], data: Data, source: str) -> RowSchema:
             f"{source}: data.columns names {', '.join(missing)}, "
             f"which none of the first {len(first_rows)} rows has; "
             f"they have {', '.join(map(str, first_rows[0])) or 'nothing'}",
-            "correct data.columns: our name first, then the data set's",
+            "correct data.columns: Ferry's name first, then the name in the data set",
+            code="data.missing_column",
         )
     formats = [data.format] if data.format != "auto" else list(FORMAT_FIELDS)
     if data.format == "auto" and data.columns:
@@ -88,11 +89,13 @@ def detect_format(first_rows: list[dict], data: Data, source: str) -> RowSchema:
     )
     keys = Counter(key for row in first_rows for key in row)
     if not count:
+        is_auto = data.format == "auto"
+        fault = "the format of the rows is unknown" if is_auto else f"the rows do not have the format {data.format}"
         raise UserError(
-            f"{source}: no {'known' if data.format == 'auto' else data.format} format: "
-            f"the first {len(first_rows)} rows have the keys {', '.join(map(str, keys)) or 'none'}",
+            f"{source}: {fault}: the first {len(first_rows)} rows have the keys {', '.join(map(str, keys)) or 'none'}",
             "set data.format and data.columns, such as {question: THEIR_NAME, answer: THEIR_NAME}; known: "
             + "; ".join(f"{name} ({', '.join(fields)})" for name, fields in FORMAT_FIELDS.items()),
+            code="data.unknown_format" if is_auto else "data.wrong_format",
         )
     column_names = ", ".join(column if column == field else f"{column} as {field}" for field, column in columns.items())
     unused_columns = [str(key) for key in keys if key not in columns.values()]
@@ -191,12 +194,12 @@ def build_conversation(row: dict, schema: RowSchema) -> list[dict]:
         UnusableRow: The row does not have the format, or one of its values is not text.
     """
     if not isinstance(row, dict):
-        raise UnusableRow("wrong_format", f"a row must be a JSON object, this is {type(row).__name__}")
+        raise UnusableRow("wrong_format", f"a row must be a JSON object, not {type(row).__name__}")
     if None in row:
         raise UnusableRow("columns", f"{len(row[None])} columns too many")
     missing = [schema.columns[field] for field in FORMAT_FIELDS[schema.format] if schema.columns[field] not in row]
     if missing:
-        raise UnusableRow("wrong_format", f"no {', '.join(missing)}; its keys are {', '.join(map(str, row)) or 'none'}")
+        raise UnusableRow("wrong_format", f"no {', '.join(missing)}; the keys are {', '.join(map(str, row)) or 'none'}")
     values = {field: row.get(column) for field, column in schema.columns.items()}
     messages = _READER_BY_FORMAT[schema.format](values)
     system = values.get("system")
@@ -237,7 +240,7 @@ def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict]:
     if not isinstance(turns, list):
         raise UnusableRow("not_text", f"the conversation is {type(turns).__name__}, not a list of turns")
     if not turns:
-        raise UnusableRow("empty", "the conversation has no turn")
+        raise UnusableRow("empty", "the conversation has no turns")
     return [_read_turn(turn, role_key, content_key) for turn in turns]
 
 
@@ -246,12 +249,10 @@ def _read_turn(turn: object, role_key: str, content_key: str) -> dict:
     if not isinstance(turn, dict) or role_key not in turn:
         raise UnusableRow("wrong_format", f"a turn without {role_key!r}: {str(turn)[:60]}")
     if isinstance(turn, DuplicateKeys):
-        raise UnusableRow(
-            "duplicate_keys", f"a turn's keys are {', '.join(map(str, turn))}, and one stands there twice"
-        )
+        raise UnusableRow("duplicate_keys", f"a turn repeats one of its keys {', '.join(map(str, turn))}")
     role = turn[role_key] if isinstance(turn[role_key], str) else repr(turn[role_key])[:60]
     if role in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
-        raise UnusableRow("tool_call", f"a turn of the role {role!r} with a tool call or its result")
+        raise UnusableRow("tool_call", f"a turn with the role {role!r} is a tool call or its result")
     if role not in ROLES:
         raise UnusableRow("unknown_role", f"the role {role!r}")
     return _build_message(ROLES[role], turn.get(content_key))

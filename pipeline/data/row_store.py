@@ -130,7 +130,7 @@ class RowSpool:
         """Mark rows as dropped, given as {row: (the row that it repeats, similarity)}."""
         for row, (original, similarity) in sorted(repeated.items()):
             self.kept[row] = False
-            detail = f"{'equal to' if similarity == 1 else f'{similarity:.2f} like'} {self.row_place(original)}"
+            detail = f"{'equal to' if similarity == 1 else f'{similarity:.2f} similar to'} {self.row_place(original)}"
             self._repeated[row] = {"reason": reason, "detail": detail}
             self.tally.dropped[reason] += 1
             self.tally.examples.setdefault(reason, f"{self.row_place(row)}: {detail}")

@@ -106,7 +106,9 @@ def _load_source(source: str, split: str, data: Data, setting: str = "data.sourc
     match = LOCAL_SPLIT.match(split)
     if not match:
         raise UserError(
-            f"the split {split!r} cannot be cut from files", "write data.split as NAME or NAME[FIRST:LAST], in rows"
+            f"the split {split!r} is not supported for files",
+            "write data.split as NAME or NAME[FIRST:LAST], in rows",
+            code="data.invalid_split",
         )
     rows = slice(int(match["start"] or 0), int(match["stop"]) if match["stop"] else None)
     if path.is_dir():
@@ -114,15 +116,20 @@ def _load_source(source: str, split: str, data: Data, setting: str = "data.sourc
         if not split_files:
             present_files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise UserError(
-                f"the folder {source} has no {match['name']} file; there is {present_files}",
+                f"the folder {source} has no {match['name']} file; it contains {present_files}",
                 f"name one {match['name']}.jsonl (or .json, .csv, .parquet), or name the file itself in {setting}",
+                code="data.split_not_found",
             )
         return _build_local_source(split_files, rows, path)
     if not path.is_file():
-        raise UserError(f"data file {source} is missing", f"correct {setting}, or put the file there")
+        raise UserError(
+            f"data file {source} is missing", f"correct {setting}, or put the file there", code="data.file_not_found"
+        )
     if row_file_suffix(path) not in ROW_FILE_SUFFIXES:
         raise UserError(
-            f"{source}: no known kind of data file", f"known: {', '.join(ROW_FILE_SUFFIXES)}, each also with .gz"
+            f"{source}: unknown type of data file",
+            f"name a file that ends in {', '.join(ROW_FILE_SUFFIXES)}, each also with .gz",
+            code="data.unknown_file_type",
         )
     return _build_local_source([path], rows, None)
 
@@ -149,12 +156,15 @@ def _build_local_source(paths: list[Path], rows: slice, folder: Path | None) -> 
     """
     if rows != slice(0, None) and len(paths) > 1 and rows != slice(None):
         raise UserError(
-            f"data.split cuts rows, and {folder} has {len(paths)} files", "name one file in data.source, or no rows"
+            f"data.split selects rows, but {folder} has {len(paths)} files",
+            "name one file in data.source, or remove the rows from data.split",
+            code="data.split_of_many_files",
         )
     if len(paths) > limits.MAX_FILES:
         raise UserError(
-            f"{folder} has {len(paths):,} data files, at most {limits.MAX_FILES:,} are read",
+            f"{folder} has {len(paths):,} data files, at most {limits.MAX_FILES:,} are supported",
             "put the rows into fewer files",
+            code="data.too_many_files",
         )
     parts = [Part(str(path), path, start=rows.start or 0, stop=rows.stop) for path in paths]
     inputs = {}
@@ -184,6 +194,7 @@ def _load_hub_source(source: str, split: str, data: Data) -> DataSource:
             f"{(str(hub_error or error).strip() or type(error).__name__).splitlines()[0][:300]}",
             "check data.source, subset, revision and split, the network and HF_TOKEN; a local file ends in "
             + ", ".join(ROW_FILE_SUFFIXES),
+            code="data.dataset_not_loaded",
         ) from error
     facts = {"revision": revision, "split": split, "subset": data.subset, "rows": len(rows)}
     return DataSource([Part(f"{source}[{split}]", hub_rows=rows)], {}, facts)

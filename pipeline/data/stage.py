@@ -108,8 +108,9 @@ def build_worker_settings(
     formats = {schema.format for _, _, schema in dataset.parts}
     if "text" in formats and not chat.is_raw:
         raise UserError(
-            f"{config.data.source} holds plain text, and a chat template puts turns around it",
+            f"{config.data.source} holds plain text, but the chat template adds turns around it",
             "set data.template to completion, or map the columns of questions and answers in data.columns",
+            code="data.plain_text",
         )
     return process_rows.WorkerSettings(
         tokenizer_dir=tokenizer_dir,
@@ -151,6 +152,7 @@ def refuse_long_prompts(tokenizer, prompts: Sequence[str], default_system: str |
                 f"the smoke prompt {printable_line(prompt, 60)!r} has {token_count:,} tokens with its system prompt, "
                 f"at most {max_tokens:,} fit",
                 "shorten generation.smoke_prompts or data.system, or raise base.max_seq_length",
+                code="smoke.prompt_too_long",
             )
 
 
@@ -223,8 +225,9 @@ def read_first_rows(part: sources.Part) -> list[dict]:
             faults.append(f"{part.name}:{line}: {error.detail}")
     if not rows:
         raise UserError(
-            f"{part.name} holds no row that can be read" + (f"; the first: {faults[0]}" if faults else ""),
-            "put rows into it (JSON objects, or a table with a header), or name another file in data.source",
+            f"{part.name} has no readable row" + (f"; the first: {faults[0]}" if faults else ""),
+            "put rows into it (JSON objects, or a table with a header), or name a different file in data.source",
+            code="data.no_readable_rows",
         )
     return rows
 

@@ -39,6 +39,7 @@ def refuse_broken_rows(tally: "Tally", clean: Clean, rejected: Path) -> None:
         raise UserError(
             f"{count} of {tally.rows} rows cannot be used:\n" + "\n".join(lines),
             f"correct them (each is listed in {rejected}), or allow more with clean.max_rejected, a share of the rows",
+            code="data.too_many_broken_rows",
         )
 
 
@@ -84,7 +85,8 @@ def refuse_empty_sets(spool: "RowSpool", config: Config) -> None:
         raise UserError(
             f"{train_count} training and {heldout_count} held-out rows are left of {spool.tally.rows} "
             f"({question_count} different questions; dropped: {_format_counts(spool.tally.dropped) or 'none'})",
-            "more rows, a larger data.validation_share (a question never stands on both sides), or data.validation",
+            "add rows, raise data.validation_share (a question is never on both sides), or set data.validation",
+            code="data.empty_set",
         )
 
 
@@ -182,20 +184,19 @@ def list_data_warnings(facts: DataFacts, config: Config, chat: "ChatFormat") -> 
             "runtimes must stop at the first"
         )
     if chat.scaffolds[0].strip():
-        warnings.append(
-            f"the model learns to write {chat.scaffolds[0]!r} before each answer: the template has it there"
-        )
+        warnings.append(f"the model learns to write {chat.scaffolds[0]!r} before each answer, as the template does")
     if chat.is_joined and config.data.labels == "all":
         warnings.append(
-            "only the last answer of a row is trained: this template writes earlier turns otherwise than it serves them"
+            "only the last answer of a row is trained: "
+            "the chat template renders earlier turns differently than their prompts"
         )
     if facts.findings:
         warnings.append(
             f"found in rows: {_format_counts(facts.findings)}; "
-            "clean.secrets and clean.personal: mask or drop takes them out"
+            "to remove them, set clean.secrets and clean.personal to mask or drop"
         )
     if facts.unused:
-        warnings.append(f"not trained on: {_format_counts(facts.unused)}; the rows are used without them")
+        warnings.append(f"fields that are not trained on: {_format_counts(facts.unused)}")
     too_long = facts.dropped.get("too_long", 0)
     if too_long:
         warnings.append(
@@ -244,7 +245,7 @@ def format_record(record: DataRecord) -> str:
             "steps",
             f"{record.steps:,} optimizer steps"
             if record.steps
-            else "as the card allows (finetune.train_batch_size: auto)",
+            else "depend on the GPU (finetune.train_batch_size: auto)",
         )
     )
     wrapped = [

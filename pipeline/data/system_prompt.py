@@ -40,7 +40,7 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
     """
     if setting == NONE:
         return SystemPrompt(
-            None, "no system prompt is sent by default: requests bring their own" if set(prompts) - {None} else None
+            None, "no system prompt is sent by default: requests must send their own" if set(prompts) - {None} else None
         )
     if setting != FROM_ROWS:
         return SystemPrompt(setting, _note_others(setting, prompts))
@@ -55,19 +55,21 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
             prompt, f"{share} the system prompt {quote_prompt(prompt)}: every runtime sends it by default (data.system)"
         )
     raise UserError(
-        f"the rows have {len(prompts)} different system prompts, and none is most rows':\n{list_prompts(prompts)}",
-        "choose what is sent to the model when a request brings none: data.system: none, or one of them, "
+        f"the rows have {len(prompts)} different system prompts, and none is in {MIN_SHARE:.0%} of the rows:\n"
+        f"{list_prompts(prompts)}",
+        "choose the prompt for requests without one: data.system: none, or one of these prompts, "
         "such as SET=\"data.system='You are a helpful assistant.'\"",
+        code="data.mixed_system_prompts",
     )
 
 
 def _note_others(default: str | None, prompts: Counter) -> str | None:
-    """Return a sentence about rows with another system prompt than the default; None where there are none."""
+    """Return a sentence about rows with a different system prompt than the default; None where there are none."""
     others = Counter({prompt: count for prompt, count in prompts.items() if prompt not in (None, default)})
     if not others:
         return None
     return (
-        f"{sum(others.values()):,} rows have another system prompt than the default {quote_prompt(default)}, "
+        f"{sum(others.values()):,} rows have a different system prompt than the default {quote_prompt(default)}, "
         f"the most frequent: {quote_prompt(others.most_common(1)[0][0])}"
     )
 

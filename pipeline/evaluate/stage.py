@@ -118,23 +118,29 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: The file cannot be read, or holds no prompts.
     """
+
+    def prompts_error(reason: object, code: str) -> UserError:
+        return UserError(
+            f"evaluate.prompts {path}: {reason}",
+            'write one prompt a line (.txt) or {"prompt": "..."} a line (.jsonl) and run the same command again, '
+            "or name a different file with a new RUN=name",
+            code=code,
+        )
+
     try:
         files.refuse_special_file(path)
         # not splitlines(): a prompt may contain U+2028 and the like
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise prompts_error(getattr(error, "strerror", None) or error, "evaluate.unreadable_prompts") from error
+    if not lines:
+        raise prompts_error("the file has no prompts", "evaluate.no_prompts")
+    try:
         prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("it holds no prompts" if not prompts else "a prompt is no text")
         "".join(prompts).encode()  # half a surrogate pair has no tokens
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or (
-            "a line without a prompt" if isinstance(error, (KeyError, TypeError)) else error
-        )
-        raise UserError(
-            f"evaluate.prompts {path}: {reason}",
-            'write one prompt a line (.txt) or {"prompt": "..."} a line (.jsonl) and run the same command again, '
-            "or name another file with a new RUN=name",
-        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = 'a line has no "prompt" with a text' if isinstance(error, (KeyError, TypeError)) else error
+        raise prompts_error(reason, "evaluate.bad_prompt") from error
     return prompts
 
 

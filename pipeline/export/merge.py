@@ -58,11 +58,16 @@ class LoraAdapter:
                 self.bias_keys[_find_base_tensor(tensor_path, tensor_names)] = key
             elif not tensor_path.endswith(".lora_B.weight"):
                 raise UserError(
-                    f"the adapter holds {key}, which is no LoRA matrix",
+                    f"the adapter holds {key}, which is not a LoRA matrix",
                     "train without DoRA, modules_to_save and trained embeddings",
+                    code="adapter.not_lora",
                 )
         if self.settings.get("fan_in_fan_out"):
-            raise UserError("the adapter belongs to Conv1D layers (fan_in_fan_out)", "choose a base with Linear layers")
+            raise UserError(
+                "the adapter was trained on Conv1D layers (fan_in_fan_out)",
+                "choose a base model with Linear layers",
+                code="adapter.conv1d_layers",
+            )
 
     def load_matrices(self, name: str) -> tuple["torch.Tensor", "torch.Tensor", float]:
         """Return A of shape (r, in), B of shape (out, r), and the scale, for a tensor of the base model."""
@@ -95,8 +100,9 @@ def _find_base_tensor(path: str, tensor_names: set[str]) -> str:
         if len(matches) == 1:
             return matches[0]
     raise UserError(
-        f"the adapter changes {path}, and the base has no such tensor",
-        "train on a base whose layers are stored one by one (no fused experts)",
+        f"the adapter changes {path}, which the base model does not have",
+        "train on a base model whose layers are stored one by one (no fused experts)",
+        code="adapter.unknown_tensor",
     )
 
 
@@ -148,11 +154,13 @@ def _merge_tensor(name: str, base: "torch.Tensor", lora: LoraAdapter, dtype: str
         if not bool(base.isfinite().all()):
             raise UserError(
                 f"{name} of the base model holds NaN or infinity",
-                "fetch the base model again, or name another base.model with a new RUN=name",
+                "download the base model again, or set a different base.model with a new RUN=name",
+                code="base_model.not_finite",
             )
         raise UserError(
             f"{name} does not fit {dtype} (largest value {base.abs().max():.4g})",
             'start a new run: RUN=another-name SET="export.dtype=bfloat16"',
+            code="merge.overflow",
         )
     return merged
 
@@ -167,8 +175,9 @@ def list_weight_shards(folder: Path) -> list[Path]:
     dtypes = {item["dtype"] for shard in shards for item in read_shard_header(shard).values()}
     if not shards or not dtypes & FLOAT_BYTES.keys() or dtypes & {"U8", "I8", "F8_E4M3", "F8_E5M2"}:
         raise UserError(
-            f"{folder} holds no 16-bit weights in safetensors (there: {', '.join(sorted(dtypes)) or 'none'})",
-            "name the model's 16-bit id in base.model; QLoRA rounds it itself",
+            f"{folder} holds no 16-bit weights in safetensors (found: {', '.join(sorted(dtypes)) or 'none'})",
+            "set base.model to the model's 16-bit id; QLoRA quantizes it itself",
+            code="base_model.no_16_bit_weights",
         )
     return shards
 
@@ -250,7 +259,7 @@ def find_merge_faults(weights: Path, adapter: Path, merged_folder: Path, dtype: 
     tensor_names = {name for shard in shards for name in read_shard_header(shard)}
     lora, faults = (
         LoraAdapter(adapter, tensor_names),
-        [{"tensor": n, "what": "the base has none"} for n in sorted(merged_shards.keys() - tensor_names)],
+        [{"tensor": n, "what": "not in the base model"} for n in sorted(merged_shards.keys() - tensor_names)],
     )
     with console.show_progress(sum(shard.stat().st_size for shard in shards), "checking the merge", "B") as advance:
         for shard in shards:
@@ -283,7 +292,11 @@ def _compare_tensor(name: str, source, merged_shards: dict[str, Path], lora: Lor
         return [{"tensor": name, "what": f"shape {tuple(merged.shape)}, not {tuple(base.shape)}"}]
     if name not in lora.matrix_keys:
         is_equal = torch.equal(merged, base.to(getattr(torch, dtype)) if base.is_floating_point() else base)
-        return [] if is_equal else [{"tensor": name, "what": "not the base's, and the adapter does not change it"}]
+        return (
+            []
+            if is_equal
+            else [{"tensor": name, "what": "not equal to the base model's, and the adapter does not change it"}]
+        )
     error_ratio = _max_error_ratio(merged, base, *lora.load_matrices(name), dtype)
     return (
         []

@@ -100,7 +100,8 @@ def build_merged_weights(weights: Path, adapter: Path, tokenizer: Path, folder: 
             files.write_json(evidence_path, {"gate": "merge", "faults": faults})
             raise UserError(
                 f"the merge is wrong in {len(faults)} tensors, the first is {faults[0]['tensor']}: {faults[0]['what']}",
-                f"read {evidence_path}; the adapter itself is untouched: report it, or run the same command again",
+                f"read {evidence_path}; the adapter is unchanged: report it, or run the same command again",
+                code="merge.wrong_tensors",
             )
 
     return files.write_if_missing(folder / "merged", write_merged)
@@ -252,5 +253,6 @@ def refuse_full_disk(weights: Path, folder: Path, export) -> None:
             f"export needs {needed_bytes / 1e9:.1f} GB in {folder} "
             f"(merged weights and 16-bit GGUF {merged_bytes / 1e9:.1f} GB each, "
             f"quantized {quantized_bytes / 1e9:.1f} GB), {free_bytes / 1e9:.1f} GB are free",
-            "free some disk, then run the same command again",
+            "free disk space, then run the same command again",
+            code="disk.too_small",
         )

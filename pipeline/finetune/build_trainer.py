@@ -130,6 +130,7 @@ def create_reporters(names: tuple[str, ...]) -> list:
         raise UserError(
             f"finetune.report_to: {' '.join(str(error).split())}",
             f"correct it, or install what it needs: .venv/bin/python -m pip install {' '.join(names)}",
+            code="finetune.unknown_reporter" if isinstance(error, ValueError) else "finetune.reporter_not_installed",
         ) from error
 
 
@@ -150,6 +151,7 @@ def refuse_unknown_targets(model, names: tuple[str, ...]) -> None:
             f"finetune.target_modules: the model has no {', '.join(unknown)}",
             f"choose among {', '.join(sorted(n for n in modules if n.endswith(('proj', 'fc1', 'fc2', 'dense'))))}, "
             "with a new RUN=name",
+            code="finetune.unknown_target_module",
         )
 
 
@@ -228,8 +230,9 @@ def trainer_arguments(
         )
     except ValueError as error:
         raise UserError(
-            f"the trainer refuses the settings of finetune: {error}",
-            "correct the finetune section, then start with a new RUN=name",
+            f"the trainer does not accept the finetune settings: {error}",
+            "correct the finetune section, then start a new run with RUN=name",
+            code="finetune.invalid_settings",
         ) from error
 
 

@@ -15,7 +15,7 @@ from common import console
 from pipeline.checkpoint_sync.background_push import CheckpointSync
 from pipeline.finetune.early_stop import StopSignals
 from pipeline.finetune.training_log import SpeedMeter, format_entry, write_log
-from pipeline.run.checkpoint_files import mark_complete, remove_other_checkpoints
+from pipeline.run import checkpoint_files
 
 
 class CheckpointCallback(TrainerCallback):
@@ -55,9 +55,10 @@ class CheckpointCallback(TrainerCallback):
         path = self.folder / f"checkpoint-{state.global_step}"
         if not path.is_dir():  # the disk is full, and it was removed
             return
-        mark_complete(path, state.global_step)
+        checkpoint_files.mark_complete(path, state.global_step)
         best_path = Path(state.best_model_checkpoint or path)
-        remove_other_checkpoints(self.folder, {path, best_path, self.checkpoint_sync.checkpoint_in_transit or path})
+        kept_paths = {path, best_path, self.checkpoint_sync.checkpoint_in_transit or path}
+        checkpoint_files.remove_other_checkpoints(self.folder, kept_paths)
         if not self.signals:  # after a signal it is sent when the training has ended
             self.checkpoint_sync.send_if_due(path)
 

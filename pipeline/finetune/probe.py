@@ -27,6 +27,7 @@ from pipeline.run.run_folder import Run
 
 PROBE_STEPS = 6  # steps to train: the first ones compile kernels, and the last one is measured
 RESULT_PREFIX = "probed: "  # precedes a result in the output of a measuring process
+ERROR_PREFIX = "probe error: "  # precedes the UserError of a measuring process: [message, hint, code]
 
 
 def run_probe(run: Run) -> str:
@@ -49,7 +50,9 @@ def run_probe(run: Run) -> str:
     own_results = [row for row in fitting_results if row["load_in_4bit"] == config.base.load_in_4bit]
     if not own_results:
         raise UserError(
-            f"nothing fits this card: {config.base.model} with its longest rows", "`make plan` names cards that it fits"
+            f"{config.base.model} does not fit in the memory of this GPU with its longest rows",
+            "`make plan` lists the GPUs that fit",
+            code="probe.nothing_fits",
         )
     best = max(own_results, key=lambda row: row["tokens_per_second"])
     save_choice(run, {name: best[name] for name in ("micro_batch_tokens", "use_gradient_checkpointing")})
@@ -68,9 +71,10 @@ def measure_in_process(run: Run, load_in_4bit: bool, policy) -> list[dict]:
     """
     command = [sys.executable, "-m", "pipeline.finetune.probe", str(run.folder), json.dumps([load_in_4bit, policy])]
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if process.returncode == 2:
-        message, _, hint = process.stderr.rpartition("error: ")[2].strip().partition("\n next: ")
-        raise UserError(message, hint)
+    for line in process.stdout.splitlines():
+        if line.startswith(ERROR_PREFIX):
+            message, hint, code = json.loads(line.removeprefix(ERROR_PREFIX))
+            raise UserError(message, hint, code=code)
     process.check_returncode()
     return [
         json.loads(line.removeprefix(RESULT_PREFIX))
@@ -162,7 +166,7 @@ def save_choice(run: Run, settings: dict) -> None:
 def format_results(results: list[dict], best: dict) -> list[str]:
     """Return the lines of the table of results, with the best one marked."""
     header = f"  {'base':<8}{'checkpointing':<15}{'at once':>9}{'tokens/s':>10}{'peak GB':>9}"
-    return [header, *(f"  {format_result(row)}{'  <- finetune takes this' if row is best else ''}" for row in results)]
+    return [header, *(f"  {format_result(row)}{'  <- finetune uses this' if row is best else ''}" for row in results)]
 
 
 def format_result(row: dict) -> str:
@@ -195,7 +199,11 @@ def main(folder: str, model_settings: str) -> None:
     config = run.read_config()
     unsloth_loader.import_unsloth()
     if unsloth_loader.gpu_memory_bytes() is None:
-        raise UserError("PROBE measures a GPU, and torch sees none here", "leave it out: `make plan` needs no GPU")
+        raise UserError(
+            "PROBE measures a GPU, but torch finds none on this machine",
+            "leave out PROBE: `make plan` needs no GPU",
+            code="probe.no_gpu",
+        )
     import torch
 
     with contextlib.suppress(torch.OutOfMemoryError):  # the weights alone do not fit
@@ -208,5 +216,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(ERROR_PREFIX + json.dumps([error.message, error.hint, error.code]), flush=True)
         sys.exit(2)

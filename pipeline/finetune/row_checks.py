@@ -25,9 +25,7 @@ def verify_first_step(trainer: "StepTrainer", training_table: "pa.Table") -> Non
     row_count = 0
     for batch in trainer.iter_micro_batches(rows):
         if trainer.packed and "packed_seq_lengths" not in batch:
-            raise RuntimeError(
-                f"packing was asked for, and Unsloth does not pack: a micro-batch has only {sorted(batch)}"
-            )
+            raise RuntimeError(f"packing is on, but Unsloth does not pack: a micro-batch has only {sorted(batch)}")
         for token_ids, labels in zip(*_split_into_rows(batch), strict=True):
             row_count += 1
             if _hash_row(token_ids, labels) not in expected_hashes:
@@ -62,7 +60,7 @@ def verify_answer_ends(training_table: "pa.Table", end_ids: set[int], truncated_
     endless_rows = np.flatnonzero(ends_before[offsets[1:]] == ends_before[offsets[:-1]])
     if len(endless_rows) > truncated_rows:  # rows truncated at max_seq_length, as clean.too_long configures
         raise RuntimeError(
-            f"training row {endless_rows[0]} teaches no end: none of its labels is one of the tokens {sorted(end_ids)}"
+            f"training row {endless_rows[0]} has no end token: none of its labels is one of {sorted(end_ids)}"
         )
 
 

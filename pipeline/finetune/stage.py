@@ -1,7 +1,6 @@
 """finetune: train LoRA matrices with Unsloth and TRL on the rows that `data` wrote, without changing them."""
 
 import contextlib
-import functools
 import os
 import shutil
 import signal
@@ -83,8 +82,10 @@ def translate_oom_errors(base: Base):
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{base.model} finds no room on {unsloth_loader.describe_device()}: {str(error).splitlines()[0]}",
-            "`make doctor` says who holds the card's memory; then run the same command again",
+            f"{base.model} does not fit in the free memory of {unsloth_loader.describe_device()}: "
+            f"{str(error).splitlines()[0]}",
+            "`make doctor` shows which process uses the GPU's memory; then run the same command again",
+            code="gpu.memory_in_use",
         ) from error
 
 
@@ -106,25 +107,20 @@ def prepare_training(weights: Path, config_json: dict, source: TrainingInput, ru
     saved_choice = files.read_json(choice_path) if choice_path.is_file() else {}
     tune = tune.model_copy(update=saved_choice.get("probed", {}) | saved_choice.get("after_out_of_memory", {}))
     wants_packing = tune.packing and unsloth_loader.gpu_memory_bytes() is not None
-    choose_for_gpu = functools.partial(
-        choose_batch.choose_batch_settings,
+    task = choose_batch.TrainingTask(
         memory_need.shape_from_config(config_json),
         base,
-        lengths=batches.row_lengths(source.table),
-        gpu_bytes=unsloth_loader.gpu_memory_bytes(),
-        resumed_rows_per_step=saved_choice.get("train_batch_size"),
+        batches.row_lengths(source.table),
+        unsloth_loader.gpu_memory_bytes(),
+        saved_choice.get("train_batch_size"),
     )
-    choice, order = choose_for_gpu(
-        tune,
-        packed=saved_choice.get(
-            "packing", wants_packing and choose_batch.can_pack_rows(config_json.get("model_type", ""))
-        ),
-    )
+    can_pack = wants_packing and choose_batch.can_pack_rows(config_json.get("model_type", ""))
+    choice, order = choose_batch.choose_batch_settings(task, tune, saved_choice.get("packing", can_pack))
     model = build_model(weights, base, tune, choice)
     trainer = build_trainer(model, replace(source, tune=tune), run, choice, order)
     if choice.packing and not trainer.args.packing:  # Unsloth does not decide by the model's type alone
         tune = tune.model_copy(update={"use_gradient_checkpointing": choice.use_gradient_checkpointing})
-        choice, order = choose_for_gpu(tune, packed=False)
+        choice, order = choose_batch.choose_batch_settings(task, tune, packed=False)
         trainer = build_trainer(model, replace(source, tune=tune), run, choice, order)
     if wants_packing and not choice.packing:
         console.print_note(
@@ -139,8 +135,9 @@ def refuse_unfit_gpu(model_type: str, base: Base) -> None:
     capability = unsloth_loader.gpu_capability()
     if capability and (fault := gpu_table.find_gpu_fault(capability, model_type)):
         raise UserError(
-            f"{base.model} on this {unsloth_loader.describe_device()}: {fault}",
-            "take a machine with a newer card (`make plan` names the cheapest that fits)",
+            f"{base.model} cannot be trained on {unsloth_loader.describe_device()}: {fault}",
+            "use a machine with a newer GPU (`make plan` names the cheapest that fits)",
+            code="gpu.unsupported",
         )
 
 
@@ -152,9 +149,10 @@ def refuse_full_disk(shape: memory_need.ModelShape | None, tune: Finetune, folde
     free = shutil.disk_usage(files.nearest_existing_path(folder)).free
     if shape and free < (need := disk_space.checkpoint_bytes(shape, tune)):
         raise UserError(
-            f"checkpoints and adapter take {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free at "
+            f"checkpoints and adapter need {need / 1e9:.2f} GB of disk space, {free / 1e9:.2f} GB are free at "
             f"{files.nearest_existing_path(folder)}",
-            "free some, then run the same command again",
+            "free some disk space, then run the same command again",
+            code="disk.too_little_for_checkpoints",
         )
 
 
@@ -204,7 +202,7 @@ def run_training(
         )
         if trainer.signals.number == signal.SIGINT:
             raise KeyboardInterrupt
-        console.print_message("stopped; the same command goes on from here")
+        console.print_message("stopped; the same command resumes from here")
         raise SystemExit(128 + trainer.signals.number)
 
 
@@ -255,12 +253,14 @@ def restart_with_checkpointing(choice_path: Path, choice: choose_batch.BatchChoi
     if choice.use_gradient_checkpointing:
         raise UserError(
             f"out of GPU memory with the smallest micro-batch and gradient checkpointing: {reason}",
-            "a larger card goes on from the last checkpoint; or a smaller base.max_seq_length with a new RUN=name",
+            "run the same command on a larger GPU: it resumes from the last checkpoint; or set a smaller "
+            "base.max_seq_length with a new RUN=name",
+            code="gpu.out_of_memory",
         )
     files.write_json(
         choice_path, files.read_json(choice_path) | {"after_out_of_memory": {"use_gradient_checkpointing": "unsloth"}}
     )
-    console.print_note("the stage starts once more, with Unsloth's gradient checkpointing")
+    console.print_note("the stage restarts with Unsloth's gradient checkpointing")
     os.execv(sys.executable, sys.orig_argv)
 
 
@@ -330,5 +330,6 @@ def save_adapter(trainer: "StepTrainer", path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the adapter cannot be written: {error}",
-            "free some disk, then the same command goes on from the last checkpoint",
+            "free some disk space, then run the same command: it resumes from the last checkpoint",
+            code="finetune.adapter_not_written",
         ) from error

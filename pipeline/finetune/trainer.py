@@ -21,7 +21,7 @@ from trl import SFTTrainer
 from common import console, files
 from common.errors import UserError
 from pipeline.checkpoint_sync.background_push import CheckpointSync
-from pipeline.finetune.checkpoints import LAST_LOSS_FILE, OutOfGpuMemory, StopSignals, StopTraining
+from pipeline.finetune.early_stop import LAST_LOSS_FILE, OutOfGpuMemory, StopSignals, StopTraining
 from pipeline.finetune.training_log import SpeedMeter
 from pipeline.plan import batches
 from pipeline.run.checkpoint_files import prune_and_find_checkpoint
@@ -105,7 +105,7 @@ class StepTrainer(SFTTrainer):
             raise OutOfGpuMemory(reason)
         self.micro_batch_tokens = max(self.min_micro_batch_tokens, current_tokens // 2)
         console.print_note(
-            f"out of GPU memory with {current_tokens:,} tokens at once ({reason}); the same step again with "
+            f"out of GPU memory with {current_tokens:,} tokens at once ({reason}); the step is repeated with "
             f"{self.micro_batch_tokens:,}"
         )
 
@@ -128,7 +128,9 @@ class StepTrainer(SFTTrainer):
             rows = ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
             step = self.state.global_step - len(losses) + 1 + index
             self._refuse_broken_numbers(
-                f"the loss of step {step:,} is {loss.item()}: rows {rows} of data/train.parquet, or the step before"
+                f"the loss of step {step:,} is {loss.item()}, caused by rows {rows} of data/train.parquet or by the "
+                "step before",
+                code="finetune.loss_not_finite",
             )
 
     def refuse_broken_weights(self) -> None:
@@ -138,17 +140,20 @@ class StepTrainer(SFTTrainer):
         """
         trainable = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         if tensor_name := find_broken_tensor(trainable):
-            self._refuse_broken_numbers(f"after step {self.state.global_step:,} {tensor_name} holds NaN or infinity")
+            self._refuse_broken_numbers(
+                f"after step {self.state.global_step:,} {tensor_name} holds NaN or infinity",
+                code="finetune.weights_not_finite",
+            )
 
-    def _refuse_broken_numbers(self, problem: str) -> NoReturn:
+    def _refuse_broken_numbers(self, problem: str, code: str) -> NoReturn:
         """Raise UserError that names the last good checkpoint and a lower learning rate."""
-        last_good, lower_rate = (
-            prune_and_find_checkpoint(Path(self.args.output_dir)),
-            min(self.args.learning_rate / 4, 2e-4),
-        )
+        last_good = prune_and_find_checkpoint(Path(self.args.output_dir))
+        checkpoint = f"the last good checkpoint is {last_good.name}" if last_good else "there is no good checkpoint yet"
+        lower_rate = min(self.args.learning_rate / 4, 2e-4)
         raise UserError(
-            f"{problem}; the last good checkpoint is {last_good.name if last_good else 'none yet'}",
-            f'a new RUN=name and SET="finetune.learning_rate={lower_rate:.1e}", or without these rows',
+            f"{problem}; {checkpoint}",
+            f'start a new run with RUN=name SET="finetune.learning_rate={lower_rate:.1e}", or without these rows',
+            code=code,
         )
 
     def log(self, logs, start_time=None):
@@ -170,8 +175,8 @@ class StepTrainer(SFTTrainer):
                 raise
             shutil.rmtree(path, ignore_errors=True)
             console.print_note(
-                f"no checkpoint at step {self.state.global_step} ({error}); the one before is kept, "
-                "and the training goes on: free some disk"
+                f"no checkpoint was written at step {self.state.global_step} ({error}); the previous one is kept and "
+                "the training continues: free some disk space"
             )
         self.meter.leave_out(time.monotonic() - started_at)
 
@@ -199,7 +204,8 @@ class StepTrainer(SFTTrainer):
         metrics = {"eval_loss": float(loss_sum) / max(1, target_count)}
         if not math.isfinite(metrics["eval_loss"]):
             self._refuse_broken_numbers(
-                f"the held-out loss after step {self.state.global_step:,} is {metrics['eval_loss']}"
+                f"the held-out loss after step {self.state.global_step:,} is {metrics['eval_loss']}",
+                code="finetune.heldout_loss_not_finite",
             )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -43,35 +43,36 @@ class BatchChoice:
     packing: bool
 
 
-def choose_batch_settings(
-    shape: memory_need.ModelShape | None,
-    base: Base,
-    tune: Finetune,
-    lengths: np.ndarray,
-    gpu_bytes: float | None,
-    packed: bool,
-    resumed_rows_per_step: int | None = None,
-) -> tuple[BatchChoice, batches.ShuffledRows]:
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is trained, and on what."""
+
+    shape: memory_need.ModelShape | None
+    """None when the memory of such a model cannot be estimated; then the first candidate is chosen."""
+    base: Base
+    lengths: np.ndarray
+    """Tokens of each row, int [rows]."""
+    gpu_bytes: float | None
+    """GPU memory, None on a CPU."""
+    resumed_rows_per_step: int | None = None
+    """Rows of a step in the training that is resumed."""
+
+
+def choose_batch_settings(task: TrainingTask, tune: Finetune, packed: bool) -> tuple[BatchChoice, batches.ShuffledRows]:
     """Return the first candidate that fits the GPU, and the rows in the order of training.
 
     A `micro_batch_tokens` from the config is returned even if it does not fit: the training then lowers it.
 
-    Args:
-        shape: None when the memory of such a model cannot be estimated; then the first candidate is returned.
-        lengths: tokens of each row, int [rows].
-        gpu_bytes: GPU memory, None on a CPU.
-        resumed_rows_per_step: rows of a step in the training that is resumed.
-
     Raises:
         UserError: not even the smallest candidate fits, or the training would have too many steps.
     """
-    least_need = np.inf
+    shape, lengths, gpu_bytes, least_need = task.shape, task.lengths, task.gpu_bytes, np.inf
     for tokens, policy in list_candidates(tune, int(lengths.max()), gpu_bytes):
-        choice, order = build_choice(tune, lengths, tokens, policy, packed, resumed_rows_per_step)
+        choice, order = build_choice(tune, lengths, tokens, policy, packed, task.resumed_rows_per_step)
         if gpu_bytes is None or shape is None:
             return choice, order
         need = (
-            memory_need.peak_bytes(shape, base, tune, choice.largest_micro_batch, policy, packed)
+            memory_need.peak_bytes(shape, task.base, tune, choice.largest_micro_batch, policy, packed)
             + memory_need.CUDA_CONTEXT_BYTES
         )
         if need <= USABLE_MEMORY_SHARE * gpu_bytes:
@@ -80,10 +81,11 @@ def choose_batch_settings(
     if tune.micro_batch_tokens and tune.micro_batch_tokens > lengths.max():
         return choice, order  # as configured: if it does not fit, the training lowers it
     raise UserError(
-        f"{base.model} needs {least_need / USABLE_MEMORY_SHARE / 1e9:.0f} GB of GPU memory for its longest row "
-        f"({lengths.max():,} tokens), this card has {gpu_bytes / 1e9:.0f} GB",
-        "a larger card (`make plan` names one), base.load_in_4bit: true, or a smaller base.max_seq_length, "
+        f"{task.base.model} needs {least_need / USABLE_MEMORY_SHARE / 1e9:.0f} GB of GPU memory for its longest row "
+        f"({lengths.max():,} tokens); this GPU has {gpu_bytes / 1e9:.0f} GB",
+        "use a larger GPU (`make plan` names one), base.load_in_4bit: true, or a smaller base.max_seq_length, "
         "with a new RUN=name",
+        code="gpu.too_small",
     )
 
 
@@ -139,9 +141,10 @@ def build_choice(
     order = batches.ShuffledRows(len(lengths), count_visits(tune, len(lengths), rows_per_step), tune.seed)
     if len(order) > MAX_STEPS * rows_per_step:
         raise UserError(
-            f"finetune.num_train_epochs {tune.num_train_epochs:g} makes {len(order) // rows_per_step:,} steps, "
-            f"at most {MAX_STEPS:,} are trained",
+            f"finetune.num_train_epochs {tune.num_train_epochs:g} makes {len(order) // rows_per_step:,} steps; "
+            f"at most {MAX_STEPS:,} are allowed",
             "set fewer epochs, or finetune.max_steps, with a new RUN=name",
+            code="finetune.too_many_steps",
         )
     largest = batches.largest_micro_batch_tokens(
         lengths[select_first_steps(order, rows_per_step)], rows_per_step, tokens, packed

@@ -17,7 +17,13 @@ from pipeline.base_model import fetch as bases
 from pipeline.base_model import model_config, restore_gguf
 from pipeline.config.schema import Base, Config, Finetune
 from pipeline.plan import batches, disk_space, gpu_table, memory_need, this_machine
-from pipeline.plan.choose_batch import BatchChoice, can_pack_rows, choose_batch_settings, select_first_steps
+from pipeline.plan.choose_batch import (
+    BatchChoice,
+    TrainingTask,
+    can_pack_rows,
+    choose_batch_settings,
+    select_first_steps,
+)
 from pipeline.plan.gpu_table import GpuType
 from pipeline.run import training_rows
 from pipeline.run.records import DataRecord
@@ -94,10 +100,15 @@ def run_plan(config: Config, run: Run, gpu: str | None, local_gpu: str | None) -
     fitting_plans = [plan for plan in plans if isinstance(plan, TrainingPlan)]
     cheapest = min(fitting_plans, key=lambda plan: plan.dollars, default=None)
     gpu_type = select_gpu(gpu) if gpu else gpu_table.find_gpu(local_gpu or "")
-    shown_plan = plan_on_gpu(gpu_type, workload) if gpu_type else cheapest
-    if isinstance(shown_plan, str) and gpu:
-        raise UserError(f"{gpu}: {shown_plan}", "`make plan` without GPU= names the cards that fit")
-    shown_plan = cheapest if isinstance(shown_plan, str) else shown_plan
+    try:
+        shown_plan = estimate_on_gpu(gpu_type, workload) if gpu_type else cheapest
+    except UserError as error:
+        if gpu:
+            reason = shorten_reason(error, workload)
+            raise UserError(
+                f"{gpu}: {reason}", "`make plan` without GPU= lists the GPUs that fit", code=error.code
+            ) from error
+        shown_plan = cheapest
     sections = [format_plan(shown_plan, config, workload)] if shown_plan else []
     return "\n".join(
         [
@@ -162,17 +173,18 @@ def load_workload(config: Config, run: Run) -> Workload:
     """
     if not run.is_done("data"):
         raise UserError(
-            f"there is no prepared data in {run.folder} yet, and the plan depends on the rows' lengths",
+            f"there is no prepared data in {run.folder} yet, and the plan depends on the lengths of the rows",
             "run `make data CONFIG=...` first",
+            code="plan.no_prepared_data",
         )
     shape, model_type = read_model_shape(
         bases.fetch_base_model(config.base.model, run.read_record(DataRecord).base.revision, weights=False)
     )
     if shape is None:
         raise UserError(
-            f"{config.base.model} is no plain decoder ({model_type}): its memory and speed are not known before "
-            "it runs",
-            "`make finetune` finds what fits: it takes less at once where memory ends",
+            f"{config.base.model} is not a plain decoder ({model_type}): its memory and speed cannot be estimated",
+            "`make finetune` finds what fits: it halves the micro-batch when GPU memory runs out",
+            code="plan.unknown_model_shape",
         )
     return Workload(
         config.base,
@@ -200,23 +212,33 @@ def select_gpu(name: str) -> GpuType:
     ) or gpu_table.find_gpu(name)
     if not gpu_type:
         raise UserError(
-            f"{gpu_table.TABLE_PATH} has no card {name!r}",
+            f"{gpu_table.TABLE_PATH} has no GPU {name!r}",
             f"GPU=one of: {', '.join(gpu_type.name for gpu_type in gpu_types)}; or add a line",
+            code="gpu.unknown",
         )
     return gpu_type
 
 
 def plan_on_gpu(gpu_type: GpuType, workload: Workload) -> TrainingPlan | str:
     """Return the plan for a GPU, or the reason why it cannot train the model."""
-    if fault := gpu_table.find_gpu_fault(gpu_type.capability, workload.model_type):
-        return fault
-    packed = workload.tune.packing and can_pack_rows(workload.model_type)
     try:
-        choice, order = choose_batch_settings(
-            workload.shape, workload.base, workload.tune, workload.lengths, gpu_type.memory_gb * 1e9, packed
-        )
+        return estimate_on_gpu(gpu_type, workload)
     except UserError as error:
-        return error.message.removeprefix(f"{workload.base.model} ").partition(",")[0]
+        return shorten_reason(error, workload)
+
+
+def shorten_reason(error: UserError, workload: Workload) -> str:
+    """Return why a GPU cannot train the model, without the name of the model and the limits of the GPU."""
+    return error.message.removeprefix(f"{workload.base.model} ").partition(";")[0]
+
+
+def estimate_on_gpu(gpu_type: GpuType, workload: Workload) -> TrainingPlan:
+    """Return the plan for a GPU. Raise UserError when it cannot train the model."""
+    if fault := gpu_table.find_gpu_fault(gpu_type.capability, workload.model_type):
+        raise UserError(fault, "choose a newer GPU", code="gpu.unsupported")
+    packed = workload.tune.packing and can_pack_rows(workload.model_type)
+    task = TrainingTask(workload.shape, workload.base, workload.lengths, gpu_type.memory_gb * 1e9)
+    choice, order = choose_batch_settings(task, workload.tune, packed)
     parts = memory_need.memory_parts(
         workload.shape,
         workload.base,
@@ -266,7 +288,7 @@ def estimate_training_seconds(
 def format_plan(plan: TrainingPlan, config: Config, workload: Workload) -> str:
     """Return the details of a plan: rows, batches, memory and disk by part, time and costs."""
     choice, checkpointing = plan.choice, POLICY_NAMES[plan.choice.use_gradient_checkpointing]
-    disk_parts = estimate_disk_parts(config, workload)
+    lengths, disk_parts = workload.lengths, estimate_disk_parts(config, workload)
     batch = (
         f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, "
         f"learning rate {choice.learning_rate:.3g}"
@@ -276,20 +298,15 @@ def format_plan(plan: TrainingPlan, config: Config, workload: Workload) -> str:
         f"gradient checkpointing: {checkpointing}"
     )
     lines = [
-        (
-            "rows",
-            (
-                f"{len(workload.lengths):,} with {workload.lengths.sum():,} tokens, the longest has {workload.lengths.max():,}"
-            ),
-        ),
+        ("rows", f"{len(lengths):,} with {lengths.sum():,} tokens, the longest has {lengths.max():,}"),
         ("visits", f"{describe_visits(plan, workload)}"),
         ("batch", batch),
         ("at once", at_once),
         ("steps", f"{plan.steps:,}"),
-        ("memory", f"{plan.peak_bytes / 1e9:.1f} GB at its peak"),
+        ("memory", f"{plan.peak_bytes / 1e9:.1f} GB at the peak"),
         *format_parts(plan.memory_parts),
         ("", "    -  logits (the loss is computed without holding them)"),
-        ("disk", f"{sum(disk_parts.values()) / 1e9:.1f} GB at its end"),
+        ("disk", f"{sum(disk_parts.values()) / 1e9:.1f} GB at the end"),
         *format_parts(disk_parts),
         (
             "time",
@@ -348,7 +365,7 @@ def format_gpu_table(
     cheapest_text = (
         f"{cheapest.gpu_type.name}, about ${cheapest.dollars:.2f}"
         if cheapest
-        else "none; a smaller base.model or base.max_seq_length might"
+        else "none; a smaller base.model or base.max_seq_length may fit"
     )
     return [*lines, f"  cheapest that fits: {cheapest_text} (prices: {gpu_table.TABLE_PATH}, yours to edit)"]
 

@@ -45,7 +45,9 @@ def read_gpu_table(path: Path = TABLE_PATH) -> list[GpuType]:
                 for row in csv.DictReader(file)
             ]
     except (OSError, ValueError, KeyError, TypeError, re.error) as error:
-        raise UserError(f"{path} cannot be read: {error!r}", f"correct it, or `git checkout {path}`") from error
+        raise UserError(
+            f"{path} cannot be read: {error!r}", f"fix it, or `git checkout {path}`", code="gpu.invalid_table"
+        ) from error
 
 
 def find_gpu(device: str) -> GpuType | None:
@@ -68,8 +70,8 @@ def find_gpu_fault(capability: float, model_type: str) -> str | None:
     """
     if capability < MIN_CAPABILITY:
         return (
-            f"compute capability {capability}: CUDA 13, and torch, Triton and bitsandbytes with it, "
-            f"begin with {MIN_CAPABILITY} (T4)"
+            f"compute capability {capability} is too low: CUDA 13, and with it torch, Triton and bitsandbytes, "
+            f"need at least {MIN_CAPABILITY} (T4)"
         )
     if capability < BF16_CAPABILITY and model_type.startswith("gemma"):
         return (

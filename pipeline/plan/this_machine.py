@@ -4,7 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from pipeline.plan.choose_batch import BatchChoice, choose_batch_settings
+from pipeline.plan.choose_batch import BatchChoice, TrainingTask, choose_batch_settings
 from pipeline.toolchain import machine
 
 MEASURED_SECONDS = 0.3
@@ -27,9 +27,8 @@ def plan_on_processor(workload) -> ProcessorPlan | str:
     """Return the plan for a `pipeline.plan.estimate.Workload`, or the reason why there is none."""
     if workload.base.load_in_4bit:
         return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
-    choice, order = choose_batch_settings(
-        workload.shape, workload.base, workload.tune, workload.lengths, None, packed=False
-    )
+    task = TrainingTask(workload.shape, workload.base, workload.lengths, gpu_bytes=None)
+    choice, order = choose_batch_settings(task, workload.tune, packed=False)
     seconds = (
         order.count_tokens(workload.lengths, len(order))
         * workload.shape.flops_per_token()

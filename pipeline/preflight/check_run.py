@@ -52,10 +52,10 @@ def require_write_access(action: str, repo: str) -> dict:
         action: The start of the error message, such as "publish.repo you/model".
     """
     if not hub.read_token():
-        raise UserError(f"{action}: no token of the Hub is set", hub.LOGIN_HINT)
+        raise UserError(f"{action}: no Hub token is set", hub.LOGIN_HINT, code="hub.no_token")
     user = hub.retry(action, hub.create_client().whoami, retry_seconds=hub.QUICK_RETRY_SECONDS)
     if reason := find_permission_fault(user, repo):
-        raise UserError(f"{action}: {reason}", hub.STATUS_HINTS[403])
+        raise UserError(f"{action}: {reason}", hub.STATUS_HINTS[403], code="hub.no_write_access")
     return user
 
 
@@ -78,7 +78,7 @@ def check_checkpoint_repo(config: Config, run: Run, checkpoints: str) -> str:
     )
     return (
         f"checkpoints go to {repo} on the Hub "
-        f"({f'at {pushed_state}' if pushed_state else 'there already' if repo_info else 'new'}, private)"
+        f"({f'at {pushed_state}' if pushed_state else 'existing' if repo_info else 'new'}, private)"
     )
 
 
@@ -92,7 +92,11 @@ def check_destination(config: Config, repo: str, model: str) -> str:
         folder = hub_folder(repo, model)
         existing_parent = files.nearest_existing_path(folder)
         if not existing_parent.is_dir() or not os.access(existing_parent, os.W_OK):
-            raise UserError(f"publish.repo {folder} cannot be written: see to {existing_parent}", "name another folder")
+            raise UserError(
+                f"publish.repo {folder} cannot be written: {existing_parent} is not a writable folder",
+                "set publish.repo to a different folder",
+                code="file.unwritable",
+            )
         return f"goes to the folder {folder}"
     repo_id, _ = hub.parse_repo_id(repo)
     user, api = require_write_access(f"publish.repo {repo_id}", repo_id), hub.create_client()
@@ -103,16 +107,18 @@ def check_destination(config: Config, repo: str, model: str) -> str:
             upload_process.list_published_files(repo_id, repo_info.sha, model)
         refuse_taken_tag(api, repo_id, config.publish.tag)
     return (
-        f"goes to {repo_id} on the Hub ({'there already' if repo_info else 'new'}, "
+        f"goes to {repo_id} on the Hub ({'existing' if repo_info else 'new'}, "
         f"{'private' if config.publish.private else 'public'}), as {user['name']}"
     )
 
 
 def refuse_taken_tag(api, repo: str, tag: str | None) -> None:
-    """Raise UserError when the repo has the requested tag already. (Without one, the next free tag is chosen later.)"""
+    """Raise UserError when the repo already has the requested tag; without one, the next free tag is chosen later."""
     if tag and tag in {tag_ref.name for tag_ref in hub.retry(repo, lambda: api.list_repo_refs(repo)).tags}:
         raise UserError(
-            f"{repo} has a tag {tag} already, of another version", "choose another publish.tag, or none for the next"
+            f"{repo} already has a tag {tag}, of a different version",
+            "choose a different publish.tag, or none for the next version tag",
+            code="hub.tag_exists",
         )
 
 
@@ -160,7 +166,7 @@ def check_base_model(config: Config, run: Run, repo: str, trains_here: bool) -> 
         )
         hub.retry(action, lambda: api.auth_check(model), retry_seconds=hub.QUICK_RETRY_SECONDS)
     except hub.Unreachable as error:
-        return [f"{error.message}: what is in the local cache decides"]
+        return [f"{error.message}: only the local cache is used"]
     weights_bytes = sum(sibling.size or 0 for sibling in info.siblings if sibling.rfilename.endswith(".safetensors"))
     notes = check_disk_space(config, run, weights_bytes, repo) if trains_here else []
     if not hub.is_folder(repo):  # a folder on this machine is not a publication
@@ -204,10 +210,11 @@ def check_disk_space(config: Config, run: Run, weights_bytes: int, repo: str) ->
     refuse_full_hub_disk(config, run, weights_bytes, repo)
     if free < need:
         raise UserError(
-            f"{config.base.model} needs {need / 1e9:.0f} GB of disk to its end "
+            f"{config.base.model} needs {need / 1e9:.0f} GB of disk for all stages "
             f"({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}), "
             f"{free / 1e9:.0f} GB are free",
-            "take a machine with more disk, then run the same command again",
+            "use a machine with more disk, then run the same command again",
+            code="disk.too_small",
         )
     return [f"{need / 1e9:.1f} GB of disk needed, {free / 1e9:.0f} GB free"]
 
@@ -225,8 +232,9 @@ def refuse_full_hub_disk(config: Config, run: Run, weights_bytes: int, repo: str
     )
     if free < need:
         raise UserError(
-            f"publish.repo {repo} gets {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk",
-            "free some disk there, or name a folder on another disk in publish.repo",
+            f"publish.repo {repo} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk",
+            "free disk space there, or set publish.repo to a folder on a different disk",
+            code="disk.too_small",
         )
 
 
@@ -239,11 +247,12 @@ def check_upload_size(config: Config, weights_bytes: int) -> str:
     sizes = space.quantization_bytes(config, weights_bytes)
     if max(sizes) > FILE_LIMIT:
         raise UserError(
-            f"a GGUF of {max(sizes) / 1e9:.0f} GB does not go to the Hub, which takes {FILE_LIMIT / 1e9:.0f} GB a file",
+            f"a GGUF of {max(sizes) / 1e9:.0f} GB is too large for the Hub (at most {FILE_LIMIT / 1e9:.0f} GB a file)",
             "choose a smaller base.model or export.quantizations, or publish.repo=./hub/{run}",
+            code="hub.gguf_too_large",
         )
     total = sum(sizes) + weights_bytes * config.publish.merged
-    return f"about {total / 1e9:.1f} GB to send (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
+    return f"about {total / 1e9:.1f} GB to upload (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
 
 
 def check_dataset(config: Config) -> list[str]:
@@ -269,5 +278,5 @@ def check_dataset(config: Config) -> list[str]:
                 action, lambda: api.auth_check(source, repo_type="dataset"), retry_seconds=hub.QUICK_RETRY_SECONDS
             )
     except hub.Unreachable as error:
-        return [f"{error.message}: what is in the local cache decides"]
+        return [f"{error.message}: only the local cache is used"]
     return []

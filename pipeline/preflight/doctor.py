@@ -1,4 +1,4 @@
-"""doctor: report what the training machine is, has and lacks, with the command that cures each lack."""
+"""doctor: report what the training machine has and lacks, with the command that cures each lack."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def check_compiler(nvidia: NvidiaStatus, ask: CommandRunner) -> Check:
         answer = ask([name, "--version"])
         if answer.state == "ok" and answer.stdout.strip():
             return Check("compiler", "ok", printable_line(answer.stdout.splitlines()[0], 80))
-    text = "no C compiler: Triton compiles with one when the training runs"
+    text = "no C compiler: Triton compiles with one during training"
     return Check("compiler", gpu_lack_state(nvidia), text, "sudo apt-get install gcc")
 
 
@@ -77,7 +77,7 @@ def check_python_headers(nvidia: NvidiaStatus) -> Check:
     header_path = Path(sysconfig.get_path("include")) / "Python.h"
     if header_path.is_file():
         return Check("Python.h", "ok", str(header_path))
-    text = f"{header_path} is not there: Triton compiles against it when the training runs"
+    text = f"{header_path} is missing: Triton compiles against it during training"
     return Check(
         "Python.h", gpu_lack_state(nvidia), text, "sudo apt-get install python{}.{}-dev".format(*sys.version_info)
     )
@@ -104,7 +104,7 @@ def check_llama_cpp(nvidia: NvidiaStatus) -> Check:
         return Check(
             "llama.cpp",
             "lack",
-            f"{llama_tools.describe_version()} computes on the CPU, the card is not used",
+            f"{llama_tools.describe_version()} runs on the CPU, the GPU is not used",
             "make env",
         )
     return Check("llama.cpp", "ok", llama_tools.describe_version())
@@ -148,12 +148,12 @@ def check_disk(folders: list[tuple[str, Path, float]], workload: str) -> Check:
     """
     free, need = shutil.disk_usage(folders[0][1]).free, sum(need for _, _, need in folders)
     text = f"{format_gb(free)} free for {', '.join(name for name, _, _ in folders)}"
-    text += f"; {workload} takes {format_gb(need)}" if need else ""
+    text += f"; {workload} needs {format_gb(need)}" if need else ""
     if free >= need:
         return Check("disk", "ok", text)
     cure = (
-        f"free {format_gb(need - free)}, or take another disk: RUNS=, HF_HOME= "
-        "(`make preflight CONFIG=...` knows your model's need)"
+        f"free {format_gb(need - free)}, or use a different disk: RUNS=, HF_HOME= "
+        "(`make preflight CONFIG=...` computes your model's need)"
     )
     return Check("disk", "lack", text, cure)
 
@@ -161,16 +161,16 @@ def check_disk(folders: list[tuple[str, Path, float]], workload: str) -> Check:
 def check_memory(nvidia: NvidiaStatus) -> Check:
     """Check the memory of the machine or its container."""
     available, need = machine.total_memory(), MEMORY_8B_BYTES if nvidia.gpus else DEMO_BYTES
-    text = f'{format_gb(available)} of this machine, where "unsloth" checkpointing keeps activations; '
-    text += f"{describe_workload(nvidia)} wants {format_gb(need)}"
+    text = f'{format_gb(available)} in this machine, where "unsloth" checkpointing keeps activations; '
+    text += f"{describe_workload(nvidia)} needs {format_gb(need)}"
     if available >= need:
         return Check("memory", "ok", text)
-    return Check("memory", "lack", text, "take a machine (or give its container) more, or a smaller base.model")
+    return Check("memory", "lack", text, "use a machine (or a container) with more memory, or a smaller base.model")
 
 
 def describe_workload(nvidia: NvidiaStatus) -> str:
     """Return what the machine is measured against, for messages."""
-    return "a model of 8B" if nvidia.gpus else "the demo"
+    return "an 8B model" if nvidia.gpus else "the demo"
 
 
 def check_container(run_location: TrainLocation, ask: CommandRunner) -> Check:
@@ -182,7 +182,7 @@ def check_container(run_location: TrainLocation, ask: CommandRunner) -> Check:
             "container",
             "lack",
             f"setup/container.py does not answer: {run_location.reason}",
-            "DOCKER=1 or DOCKER=0 decides",
+            "set DOCKER=1 or DOCKER=0",
         )
     text = f"`make train` runs {'in the image' if run_location.place == 'image' else 'natively'}: {run_location.reason}"
     # Without "docker" in the reason, no part of a container engine is missing.
@@ -192,6 +192,6 @@ def check_container(run_location: TrainLocation, ask: CommandRunner) -> Check:
     cure = (
         "ENGINE=podman"
         if has_podman
-        else "install docker.io and nvidia-container-toolkit; or nothing: both are the same"
+        else "install docker.io and nvidia-container-toolkit; or do nothing: both ways give the same model"
     )
     return Check("container", "lack", text, cure)

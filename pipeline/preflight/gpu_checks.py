@@ -11,10 +11,10 @@ from pipeline.toolchain.machine import Gpu, NvidiaStatus, TrainLocation, format_
 
 CUDA, DRIVER = (13, 0), 580  # what the locked torch needs, as in setup/packages.py
 IDLE_BYTES = 1 << 30  # bytes of GPU memory that a desktop or the driver itself may use
-TORCH_CUDA = f"torch here is made for CUDA {CUDA[0]}.{CUDA[1]}"
-INSTALL_DRIVER = f"sudo apt-get install nvidia-driver-{DRIVER}-server (Ubuntu's name of it), then reboot"
-RENT_NEWER_DRIVER = f"rent a machine with driver {DRIVER} or newer: a container has its host's"
-EXPOSE_GPUS = "start the container with its cards (docker run --gpus all), or rent a machine that has one"
+TORCH_CUDA = f"torch is built for CUDA {CUDA[0]}.{CUDA[1]}"
+INSTALL_DRIVER = f"sudo apt-get install nvidia-driver-{DRIVER}-server (its name on Ubuntu), then reboot"
+RENT_NEWER_DRIVER = f"rent a machine with driver {DRIVER} or newer: a container uses the driver of its host"
+EXPOSE_GPUS = "start the container with its GPUs (docker run --gpus all), or rent a machine that has one"
 
 
 def check_gpus(nvidia: NvidiaStatus, run_location: TrainLocation) -> list[Check]:
@@ -32,11 +32,11 @@ def check_gpus(nvidia: NvidiaStatus, run_location: TrainLocation) -> list[Check]
 def check_driver(nvidia: NvidiaStatus, run_location: TrainLocation) -> Check:
     """Check that the NVIDIA driver answers, names a GPU and is new enough for the locked torch."""
     if nvidia.state == "absent":
-        text = "no nvidia-smi here, so no NVIDIA card: `make demo` works, training a model of your own needs one"
+        text = "no nvidia-smi, so no NVIDIA GPU: `make demo` works, training a model of your own needs one"
         cure = (
             EXPOSE_GPUS
             if run_location.is_container
-            else f"where there is a card: {INSTALL_DRIVER}; else rent a machine that has one"
+            else f"if there is a GPU: {INSTALL_DRIVER}; else rent a machine that has one"
         )
         return Check("driver", "lack", text, cure)
     if is_driver_too_old(nvidia):
@@ -44,10 +44,10 @@ def check_driver(nvidia: NvidiaStatus, run_location: TrainLocation) -> Check:
         return Check("driver", "fault", text, RENT_NEWER_DRIVER if run_location.is_container else INSTALL_DRIVER)
     if nvidia.gpus:
         return Check("driver", "ok", f"{nvidia.driver} {format_cuda(nvidia)}; {TORCH_CUDA}")
-    cure = EXPOSE_GPUS if run_location.is_container else f"reboot; where that does not help: {INSTALL_DRIVER}"
+    cure = EXPOSE_GPUS if run_location.is_container else f"reboot; if that does not help: {INSTALL_DRIVER}"
     if nvidia.state == "hangs":
-        return Check("driver", "fault", f"nvidia-smi gives no answer within {machine.COMMAND_TIMEOUT} s", cure)
-    return Check("driver", "fault", f"nvidia-smi fails: {nvidia.error_line or 'it names no card'}", cure)
+        return Check("driver", "fault", f"nvidia-smi did not answer within {machine.COMMAND_TIMEOUT} s", cure)
+    return Check("driver", "fault", f"nvidia-smi fails: {nvidia.error_line or 'it lists no GPU'}", cure)
 
 
 def is_driver_too_old(nvidia: NvidiaStatus) -> bool:
@@ -62,21 +62,21 @@ def is_driver_too_old(nvidia: NvidiaStatus) -> bool:
 
 def format_cuda(nvidia: NvidiaStatus) -> str:
     """Return which CUDA the driver runs, for messages."""
-    return "runs CUDA {}.{}".format(*nvidia.cuda) if nvidia.cuda else "runs a CUDA that it does not name"
+    return "runs CUDA {}.{}".format(*nvidia.cuda) if nvidia.cuda else "runs an unknown version of CUDA"
 
 
 def check_gpu_type(gpu: Gpu) -> Check:
     """Check the compute capability of a GPU, and whether it computes in bf16."""
-    name, text = f"card {gpu.index}", f"{printable_line(gpu.name, 80)}, compute capability {gpu.capability}"
+    name, text = f"GPU {gpu.index}", f"{printable_line(gpu.name, 80)}, compute capability {gpu.capability}"
     if reason := table.find_gpu_fault(gpu.capability, ""):
         return Check(
             name,
             "fault",
             f"{printable_line(gpu.name, 80)}, {reason}",
-            f"take a machine with a newer card; {table.TABLE_PATH} has a list",
+            f"use a machine with a newer GPU; {table.TABLE_PATH} has a list",
         )
     if gpu.capability < table.BF16_CAPABILITY:
-        text += ": no bf16, so fp16. Gemma models are refused there: their activations overflow float16"
+        text += ": no bf16, so fp16. Gemma models are refused, because their activations overflow float16"
         return Check(name, "ok", text)
     return Check(name, "ok", f"{text}: bf16")
 
@@ -87,43 +87,45 @@ def check_gpu_memory(gpu: Gpu, nvidia: NvidiaStatus) -> Check:
     if is_idle(gpu):
         return Check(name, "ok", text)
     holders = ", ".join(
-        f"{printable_line(Path(user.name).name, 40)} (process {user.pid}) has {format_gb(user.memory_bytes)}"
+        f"{printable_line(Path(user.name).name, 40)} (process {user.pid}) uses {format_gb(user.memory_bytes)}"
         for user in gpu.processes
     )
-    unseen_note = f"{format_gb(gpu.used_bytes)} are held by what cannot be seen from here (another container?)"
+    unseen_note = f"{format_gb(gpu.used_bytes)} are used by processes that are not visible here (in another container?)"
     idle_indexes = [
         other_gpu.index
         for other_gpu in nvidia.gpus
         if is_idle(other_gpu) and other_gpu.capability >= table.MIN_CAPABILITY
     ]
-    cure = f"CUDA_VISIBLE_DEVICES={idle_indexes[0]} takes another card" if idle_indexes else "take another machine"
-    return Check(name, "lack", f"{text}: {holders or unseen_note}", f"wait for it, or end it if it is yours; or {cure}")
+    cure = f"use a different GPU: CUDA_VISIBLE_DEVICES={idle_indexes[0]}" if idle_indexes else "use a different machine"
+    return Check(
+        name, "lack", f"{text}: {holders or unseen_note}", f"wait for it, or stop it if it is yours; or {cure}"
+    )
 
 
 def is_idle(gpu: Gpu) -> bool:
-    """Return whether no process uses the GPU, as far as the driver tells."""
+    """Return whether no process uses the GPU, as far as the driver reports."""
     return not gpu.processes and (gpu.used_bytes or 0) < IDLE_BYTES
 
 
 def check_gpu_price(gpu: Gpu) -> Check:
-    """Check that the GPU is in the table, which only serves to tell a run's price and its share of the GPU's speed."""
+    """Check that the GPU is in the table, which only serves to report a run's price and share of the GPU's speed."""
     name = f"price {gpu.index}"
     try:
         table_row = table.find_gpu(gpu.name)
     except UserError as error:
-        return Check(name, "lack", error.message, error.hint)
+        return Check(name, "lack", error.message, error.hint, error.code)
     if table_row:
         return Check(
             name, "ok", f"about {table_row.dollars_per_hour:.2f} $ an hour ({table_row.name} in {table.TABLE_PATH})"
         )
     text = (
         f"{printable_line(gpu.name, 80)} is not in {table.TABLE_PATH}: a run's price and share of its speed "
-        "are not told"
+        "are not reported"
     )
     return Check(name, "lack", text, f"add a line: {gpu_table_line(gpu)}")
 
 
 def gpu_table_line(gpu: Gpu) -> str:
-    """Return a line for the GPU table with what the driver tells. Its field `match` is a regular expression."""
+    """Return a line for the GPU table with what the driver reports. Its field `match` is a regular expression."""
     name_pattern = re.sub(r"[^\w .-]", ".", re.sub(r"^(NVIDIA|Tesla)( GeForce)? ", "", printable_line(gpu.name, 80)))
     return f"{name_pattern},{name_pattern},{(gpu.total_bytes or 0) / 1e9:.1f},{gpu.capability},TFLOPS in bf16,$ an hour"

@@ -27,8 +27,8 @@ def check_libraries(nvidia: NvidiaStatus, tools: Sequence[Check], ask: CommandRu
     if not machine.has_torch():
         return []
     if nvidia.state == "hangs":
-        reason = "not asked: what asks the driver would hang, too"
-        return [Check("libraries", "lack", reason, "mend the driver (above), then make doctor")]
+        reason = "not checked: a program that uses the driver would hang too"
+        return [Check("libraries", "lack", reason, "fix the driver (above), then make doctor")]
     answer = ask([sys.executable, "-m", gpu_work.__name__], LOAD_TIMEOUT)
     steps, results = parse_steps(answer.stdout), []
     for name, (label, check_step) in STEP_CHECKS.items():
@@ -55,7 +55,7 @@ def parse_steps(output: str) -> dict[str, dict]:
 def report_no_answer(label: str, answer: CommandResult) -> Check:
     """Return the fault of the step that printed no line."""
     if answer.state == "hangs":
-        cure = f"make doctor once more, a slow disk has been read by now; else {reinstall_command()}"
+        cure = f"make doctor again, because a slow disk is cached by now; else {reinstall_command()}"
         return Check(label, "fault", f"no answer within {LOAD_TIMEOUT} s", cure)
     return Check(
         label,
@@ -69,7 +69,7 @@ def report_step_error(label: str, reason: str, tools: Sequence[Check]) -> Check:
     """Return the fault of a step that raised an error. When Triton lacks a tool, the cure is the one of that tool."""
     cure = next((tool.cure for tool in tools if tool.cure and label == "triton"), reinstall_command())
     return Check(
-        label, "fault", printable_line(reason), "free the card's memory (above)" if "out of memory" in reason else cure
+        label, "fault", printable_line(reason), "free the GPU's memory (above)" if "out of memory" in reason else cure
     )
 
 
@@ -87,19 +87,19 @@ def reinstall_command() -> str:
 
 def check_unsloth(step: dict, nvidia: NvidiaStatus) -> Check:
     """Report Unsloth's version."""
-    return Check("unsloth", "ok", f"Unsloth {step['version']} loads together with those below")
+    return Check("unsloth", "ok", f"Unsloth {step['version']} loads together with the libraries below")
 
 
 def check_torch(step: dict, nvidia: NvidiaStatus) -> Check:
     """Check that torch is built for the GPUs of this machine and sees them."""
-    text = f"{step['version']}, made for {'CUDA ' + step['cuda'] if step['cuda'] else 'the CPU'}"
+    text = f"{step['version']}, built for {'CUDA ' + step['cuda'] if step['cuda'] else 'the CPU'}"
     if not nvidia.gpus:
-        return Check("torch", "ok", f"{text}, computes on the CPU")
+        return Check("torch", "ok", f"{text}, runs on the CPU")
     if not step["cuda"]:
-        cure = "unset FERRY_DEVICE, then make env (it takes torch for CUDA where driver and cards allow it)"
-        return Check("torch", "lack", f"{text}: the cards here are not used", cure)
+        cure = "unset FERRY_DEVICE, then make env (it installs torch for CUDA where driver and GPUs allow it)"
+        return Check("torch", "lack", f"{text}: the GPUs of this machine are not used", cure)
     if step["cards"]:
-        return Check("torch", "ok", f"{text}, sees {step['cards']} of {len(nvidia.gpus)} cards")
+        return Check("torch", "ok", f"{text}, sees {step['cards']} of {len(nvidia.gpus)} GPUs")
     return report_unseen_gpu(text, step["why"], os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -107,27 +107,27 @@ def report_unseen_gpu(text: str, reason: str, visible_devices: str | None) -> Ch
     """Return the fault that nvidia-smi names a GPU and torch, although built for CUDA, sees none."""
     if visible_devices is not None:
         text, cure = (
-            f"{text}, sees no card with CUDA_VISIBLE_DEVICES={printable_line(visible_devices)}",
+            f"{text}, sees no GPU with CUDA_VISIBLE_DEVICES={printable_line(visible_devices)}",
             "unset CUDA_VISIBLE_DEVICES",
         )
         return Check("torch", "fault", text, cure)
-    cure = "mend the driver or the card where a line above says so; else reboot, or take another machine"
-    return Check("torch", "fault", f"{text}, sees no card: {printable_line(reason)}", cure)
+    cure = "fix the driver or the GPU if a line above reports a fault; else reboot, or use a different machine"
+    return Check("torch", "fault", f"{text}, sees no GPU: {printable_line(reason)}", cure)
 
 
 def check_triton(step: dict, nvidia: NvidiaStatus) -> Check:
     """Check that Triton compiles a kernel with correct results; on the CPU it is not needed."""
-    text = f"Triton {step['version']}" if step["version"] else "not here"
+    text = f"Triton {step['version']}" if step["version"] else "not installed"
     if "right" not in step:
         return Check("triton", "ok", f"{text}, not needed on the CPU")
     if step["right"]:
-        return Check("triton", "ok", f"{text} compiled a kernel of Unsloth's, and the card computed it right")
-    return Check("triton", "fault", f"{text}: a kernel of Unsloth's gives wrong values", reinstall_command())
+        return Check("triton", "ok", f"{text} compiled a kernel of Unsloth, and the GPU computed it correctly")
+    return Check("triton", "fault", f"{text}: a kernel of Unsloth gives wrong values", reinstall_command())
 
 
 def check_bitsandbytes(step: dict, nvidia: NvidiaStatus) -> Check:
     """Check that bitsandbytes quantizes to 4 bit with correct results."""
-    text = f"bitsandbytes {step['version']}, nf4 and back on the {'card' if step['device'] == gpu_work.CUDA else 'CPU'}"
+    text = f"bitsandbytes {step['version']}, nf4 and back on the {'GPU' if step['device'] == gpu_work.CUDA else 'CPU'}"
     if step["right"]:
         return Check("4-bit", "ok", text)
     return Check("4-bit", "fault", f"{text}: wrong values", reinstall_command())
@@ -141,14 +141,16 @@ def check_attention(step: dict, nvidia: NvidiaStatus) -> Check:
     if step["chosen"] in BACKEND_DESCRIPTIONS:
         return Check("attention", "ok", BACKEND_DESCRIPTIONS[step["chosen"]])
     if step["capability"] is None:
-        return Check("attention", "ok", f"{SERIAL_ATTENTION}: Unsloth has no other on the CPU")
+        return Check("attention", "ok", f"{SERIAL_ATTENTION}: Unsloth has no alternative on the CPU")
     if step["capability"] < VARLEN_CAPABILITY:
-        return Check("attention", "ok", f"{SERIAL_ATTENTION}: PyTorch's varlen is for cards from {VARLEN_CAPABILITY}")
+        return Check(
+            "attention", "ok", f"{SERIAL_ATTENTION}: PyTorch's varlen needs compute capability {VARLEN_CAPABILITY}"
+        )
     if step["loaded"]:
         return Check("attention", "ok", f"PyTorch's own varlen for packed rows (torch {step['torch']})")
     if step["varlen"]:
-        cure = f"unset UNSLOTH_TORCH_VARLEN; where it is not set: {reinstall_command()}"
-        return Check("attention", "lack", f"{SERIAL_ATTENTION}: Unsloth does not take this torch's varlen", cure)
+        cure = f"unset UNSLOTH_TORCH_VARLEN; if it is not set: {reinstall_command()}"
+        return Check("attention", "lack", f"{SERIAL_ATTENTION}: Unsloth does not use this torch's varlen", cure)
     return Check(
         "attention",
         "lack",
@@ -158,8 +160,8 @@ def check_attention(step: dict, nvidia: NvidiaStatus) -> Check:
 
 
 BACKEND_DESCRIPTIONS = {
-    "flash_varlen": "FlashAttention, which Unsloth takes before all others",
-    "xformers": "xFormers, which Unsloth takes where PyTorch's varlen is not for this torch or card",
+    "flash_varlen": "FlashAttention, which Unsloth prefers",
+    "xformers": "xFormers, which Unsloth uses where PyTorch's varlen does not support this torch or GPU",
 }
 STEP_CHECKS: dict[str, tuple[str, Callable[[dict, NvidiaStatus], Check]]] = {
     "unsloth": ("unsloth", check_unsloth),

@@ -50,10 +50,18 @@ def write_config(source: str, model: str | None, goal: str | None, target: Path 
     """
     for name, text in (("MODEL", model or ""), ("DATA", source)):
         if not text.isprintable():
-            raise UserError(f"{name}={printable_line(text)} holds characters that a config cannot", "rename it")
+            raise UserError(
+                f"{name}={printable_line(text)} contains characters that a config cannot hold",
+                "rename it",
+                code="config.bad_character",
+            )
     target = target or Path("configs") / f"{config_name(source)}.yaml"
     if target.exists():
-        raise UserError(f"{target} is there already", "edit it, or write another one: CONFIG=configs/another.yaml")
+        raise UserError(
+            f"{target} already exists",
+            "edit it, or write a different one: CONFIG=configs/another.yaml",
+            code="config.already_exists",
+        )
     rows = sample_rows(source)
     chosen_goal = goal or guess_goal(rows.answers)
     text = render_config(source, model or DEMO_MODEL, chosen_goal, rows, target)
@@ -82,7 +90,9 @@ def sample_rows(source: str) -> RowFacts:
             continue
     if not conversations:
         raise UserError(
-            f"{source}: none of its first rows can be trained on", f"ferry data says why, or correct {source}"
+            f"{source}: none of its first rows can be trained on",
+            f"run `ferry data` to see why, or correct {source}",
+            code="data.no_usable_rows",
         )
     answers = tuple(
         messages[-1]["content"].strip() for messages in conversations if messages[-1]["role"] == "assistant"
@@ -112,6 +122,7 @@ def guess_goal(answers: tuple[str, ...]) -> str:
 
 
 def is_json_object(text: str) -> bool:
+    """Return whether the text is one JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except ValueError:
@@ -124,12 +135,10 @@ def describe_findings(rows: RowFacts, goal: str, is_guessed: bool, model: str | 
         f"{rows.count} rows read as {rows.format}"
         + (f", with {rows.system_prompts} system prompts" if rows.system_prompts else "")
     ]
-    basis = "the answers look like it" if is_guessed else "as asked"
+    basis = "guessed from the answers" if is_guessed else "as requested"
     findings.append(f"goal: {goal} ({basis}); held-out answers are judged by evaluate.rule: {GOAL_RULES[goal]}")
     if model is None:
-        findings.append(
-            "base model: the demo's, which any machine can train; name your own with MODEL= for better answers"
-        )
+        findings.append("base model: the demo's, which any machine can train; set MODEL= for better answers")
     return findings
 
 
@@ -193,7 +202,7 @@ def finetune_lines(is_demo: bool, rows: int) -> list[str]:
         return [
             "  r: 16",
             "  lora_alpha: 32",
-            "  learning_rate: 1.0e-3                 # a tiny model wants more than the usual 2.0e-4",
+            "  learning_rate: 1.0e-3                 # a tiny model needs more than the usual 2.0e-4",
             f"  num_train_epochs: {2 * epochs}",
         ]
     return ["  r: 16", "  lora_alpha: 16", "  learning_rate: 2.0e-4", f"  num_train_epochs: {epochs}"]

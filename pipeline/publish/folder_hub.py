@@ -25,17 +25,22 @@ def hub_folder(repo: str, model: str) -> Path:
     hub_model = hub_model_name(folder)
     if hub_model is None and (names or not folder.is_dir()):
         raise UserError(
-            f"publish.repo {folder} holds files that Ferry did not put there: "
-            f"{', '.join(map(printable_line, names[:3]))}",
-            "name an empty or new folder in publish.repo",
+            f"publish.repo {folder} was not created by Ferry: it holds {', '.join(map(printable_line, names[:3]))}",
+            "set publish.repo to an empty or new folder",
+            code="hub.foreign_folder",
         )
     if hub_model not in (None, model):
         raise UserError(
-            f"publish.repo {folder} holds the model {printable_line(hub_model)}, this one is {model}",
-            "name another folder in publish.repo, such as ./hub/{run}",
+            f"publish.repo {folder} holds the model {printable_line(hub_model)}, and this one is {model}",
+            "set publish.repo to a different folder, such as ./hub/{run}",
+            code="hub.other_model",
         )
     if links := [name for name in names if (folder / name).is_symlink()]:
-        raise UserError(f"publish.repo {folder}: {links[0]} is a symbolic link", "a hub holds plain files: remove it")
+        raise UserError(
+            f"publish.repo {folder}: {links[0]} is a symbolic link; a hub has only regular files",
+            "remove the link",
+            code="hub.symbolic_link",
+        )
     return folder
 
 
@@ -67,4 +72,4 @@ def back_up_edited_card(folder: Path) -> None:
         return
     card_path = folder / MODEL_CARD_FILE
     if card_path.is_file() and files.sha256(card_path) != published_hashes.get(MODEL_CARD_FILE):
-        console.print_note(f"{card_path} was edited: it is kept as {files.set_aside(card_path).name}")
+        console.print_note(f"{card_path} was edited: the edited version is kept as {files.set_aside(card_path).name}")

@@ -311,7 +311,7 @@ def _render_quality(manifest: Manifest, ladder: str) -> str:
         and f"Scoring rule: {code_span(rule)}{f' ({RULE_DESCRIPTIONS[rule]})' if rule in RULE_DESCRIPTIONS else ''}.",
         _fill_in("Rows: {}.", scores.get("used")),
         "Losses are in nats a token; KL to 16 bit is the mean KL divergence from the 16-bit GGUF at response "
-        "positions, same top-1 the share of them where both would say the same token.",
+        "positions, same top-1 the share of them where both would choose the same token.",
         _fill_in(
             "For comparison, the loss on {} training rows: {}.", training_fit.get("rows"), training_fit.get("loss")
         ),
@@ -338,8 +338,8 @@ def _describe_runtime_scores(served_scores: dict) -> str | None:
         else f"held-out loss {format_value(served_scores.get('loss'))}"
     )
     return (
-        f"Asked as runtimes ask it (the default system prompt, sampling off): {result}; "
-        f"the prompt is another one than the row's "
+        f"With the prompts that runtimes send (the default system prompt, sampling off): {result}; "
+        f"the prompt differs from the row's "
         f"for {format_value(served_scores['rows'] - served_scores['same_prompts'])} of "
         f"{format_value(served_scores['rows'])} rows."
     )
@@ -374,15 +374,15 @@ def _render_prompt_format(manifest: Manifest) -> str:
     example = next(iter(with_system or conversations), None)
     return _join_paragraphs(
         "## Prompt format",
-        "The chat template stands in every GGUF. An example, up to where the model answers:" if example else None,
+        "The chat template is in every GGUF. An example, up to where the model answers:" if example else None,
         example and code_block(example.prompt),
         "Stop strings, as JSON:" if chat.stop else None,
         code_block("\n".join(json.dumps(stop, ensure_ascii=False) for stop in chat.stop), "json")
         if chat.stop
         else None,
         chat.system
-        and "The default system prompt, which `make deploy-mac` puts in front of a conversation that brings none. "
-        "Other runtimes must be told to send it: without it the model answers otherwise than it was scored.\n\n"
+        and "The default system prompt, which `make deploy-mac` puts in front of a conversation that has none. "
+        "Other runtimes must be told to send it: without it the model answers differently than it was scored.\n\n"
         f"{code_block(chat.system)}",
         chat.input
         and "A row's input followed its instruction in the same user message:\n\n"

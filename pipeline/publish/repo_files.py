@@ -40,8 +40,9 @@ def add_gguf(record: Record, name: str, records: FinishedStages, folder: Path) -
     digest = link_or_copy(source, folder / source.name)
     if digest != record.outputs[name].sha256:
         raise UserError(
-            f"{source} is not the file that {record.stage} made",
+            f"{source} was changed after {record.stage} wrote it",
             f"delete {record.record_path()} and run the same command again",
+            code="publish.changed_file",
         )
     header = gguf_reader.read_header(source)
     return manifest.Artifact(

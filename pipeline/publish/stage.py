@@ -63,10 +63,11 @@ def publish_to_hub(config: Config, run: Run, records: FinishedStages, repo: str)
         return full_manifest, upload.upload_folder({"folder": str(folder), "repo": repo} | options)
     except UserError as error:
         raise UserError(
-            f"{error.message}\n  nothing is lost: all of it is in {folder}. Before this machine is given back:\n"
+            f"{error.message}\n  nothing is lost: the complete model is in {folder}. To copy it off this machine:\n"
             f"  scp -r {socket.gethostname()}:{folder.absolute()} .   "
             f"and then, on your Mac: make deploy-mac REPO=./{folder.name}",
             error.hint,
+            code=error.code,
         ) from error
 
 

@@ -44,10 +44,15 @@ def upload_folder(job: dict) -> dict:
         if "result" in message:
             return message["result"]
         if "error" in message:
-            raise UserError(*message["error"])
+            text, hint, code = message["error"]
+            raise UserError(text, hint, code=code)
         if attempt < MAX_ATTEMPTS - 1:
-            hub.print_message(f"publish to {job['repo']}: {message['lost']}; again in a fresh process, over plain LFS")
-    raise UserError(f"publish to {job['repo']}: {message['lost']}, {MAX_ATTEMPTS} times", hub.STATUS_HINTS[None])
+            hub.print_message(f"publish to {job['repo']}: {message['lost']}; retrying in a new process over plain LFS")
+    raise UserError(
+        f"publish to {job['repo']}: {message['lost']} ({MAX_ATTEMPTS} attempts)",
+        hub.STATUS_HINTS[None],
+        code="hub.upload_failed",
+    )
 
 
 def _run_upload_process(job: dict, environment: dict[str, str]) -> dict:
@@ -76,11 +81,11 @@ def _read_messages(process: subprocess.Popen) -> dict:
         except queue.Empty:
             return {"lost": f"no progress for {progress_timeout():.0f} s{client_warning}"}
         if not line:
-            return {"lost": f"the sending process ended by itself (exit code {process.wait()})"}
+            return {"lost": f"the upload process ended without a result (exit code {process.wait()})"}
         message = _parse_message(line)
         if "beat" not in message:
             return message
-        client_warning = f" (the client: {message['client']})" if message.get("client") else ""
+        client_warning = f" (last warning: {message['client']})" if message.get("client") else ""
 
 
 def _parse_message(line: str) -> dict:

@@ -5,7 +5,7 @@ It reads a job as JSON from stdin:
     {"folder": a complete repo, "repo": owner/name, "private": bool, "tag": name or null}
 
 It writes JSON lines to stdout: {"beat": n, "client": last warning} for progress, and at the end {"result": ...},
-{"error": [message, hint]} or {"lost": reason}. "lost" means that a new process may succeed.
+{"error": [message, hint, code]} or {"lost": reason}. "lost" means that a new process may succeed.
 """
 
 import json
@@ -150,13 +150,15 @@ def refuse_foreign_repo(repo_info, repo: str, private: bool) -> None:
     if private and not repo_info.private:
         raise UserError(
             f"{repo} is public, and publish.private is true",
-            "make it private in its settings on the Hub, or choose another publish.repo, "
+            "make it private in its settings on the Hub, or choose a different publish.repo, "
             "or set publish.private to false",
+            code="hub.public_repo",
         )
     if foreign_files := hub.find_foreign_files(repo_info, manifest.FILE_NAME):
         raise UserError(
-            f"{repo} is a repo of something else: it holds {', '.join(foreign_files[:4])} and no {manifest.FILE_NAME}",
-            "choose another publish.repo",
+            f"{repo} was not created by Ferry: it holds {', '.join(foreign_files[:4])} and no {manifest.FILE_NAME}",
+            "choose a different publish.repo",
+            code="hub.foreign_repo",
         )
 
 
@@ -179,7 +181,9 @@ def list_published_files(repo: str, revision: str, name: str) -> set[str]:
             raise
         if (older_manifest := parse_older_manifest(content)) is None:
             raise UserError(
-                f"{repo} holds another program's {manifest.FILE_NAME}", "choose another publish.repo"
+                f"{repo}: {manifest.FILE_NAME} was not written by Ferry",
+                "choose a different publish.repo",
+                code="hub.foreign_manifest",
             ) from error
         refuse_other_model(repo, older_manifest.get("name", name), name)
         return set()  # this Ferry cannot read the manifest of an older one, so its files stay
@@ -200,7 +204,8 @@ def refuse_other_model(repo: str, published: object, name: str) -> None:
     if published != name:
         raise UserError(
             f"{repo} holds the model {printable_line(str(published))}, and this one is {name}",
-            "choose another publish.repo",
+            "choose a different publish.repo",
+            code="hub.other_model",
         )
 
 
@@ -220,7 +225,9 @@ def verify_upload(api, folder: Path, repo: str, commit: str, new_manifest: manif
             remote_digest = files.sha256_bytes(hub.read_small_file(repo, name, commit, max_bytes))
         if remote_digest != digest:
             raise UserError(
-                f"{repo}/{name} on the Hub is {remote_digest}, sent was {digest}", "run the same command again"
+                f"{repo}/{name}: the Hub holds {remote_digest}, {digest} was sent",
+                "run the same command again",
+                code="hub.upload_mismatch",
             )
 
 
@@ -240,8 +247,9 @@ def tag_commit(api, repo: str, commit: str, requested_tag: str | None) -> str:
 
     if requested_tag and requested_tag in tags and not is_ours(requested_tag):
         raise UserError(
-            f"{repo} has a tag {requested_tag} already, of another version",
-            "choose another publish.tag, or none for the next",
+            f"{repo} already has a tag {requested_tag}, of a different version",
+            "choose a different publish.tag, or none for the next version tag",
+            code="hub.tag_exists",
         )
     commit_tags = [tag_name for _, tag_name in version_tags if tags[tag_name] == commit] or [
         tag_name for _, tag_name in version_tags[-1:] if is_ours(tag_name)

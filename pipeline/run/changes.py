@@ -91,7 +91,7 @@ def _find_input_changes(run: Run, record: DataRecord) -> list[str]:
     for name, digest in record.inputs.items():
         path = Path(name)
         if not path.is_file():
-            faults += [] if is_restored else [f"{name}: the run was made from it and it is gone"]
+            faults += [] if is_restored else [f"{name}: the run was made from it, but it is missing"]
         elif files.sha256(path) != digest:
             faults.append(f"{name}: its content has changed")
     return faults
@@ -105,7 +105,7 @@ def _find_source_changes(run: Run, stage: str, record: Record, changes: Changes)
             reasons.append(f"{name} runs again")
         elif not run.is_done(name) or files.sha256(run.record_path(name)) != digest:
             remedy = f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
-            reasons.append(f"{run.record_path(stage)} was made from another {name}.json{remedy}")
+            reasons.append(f"{run.record_path(stage)} was made from a different {name}.json{remedy}")
     return reasons
 
 
@@ -117,7 +117,7 @@ def _find_missing_outputs(run: Run, stage: str, record: Record, cleaned_paths: l
         is_intact = path.is_file() and path.stat().st_size == output.bytes
         if not is_intact and output.path not in cleaned_paths:
             remedy = f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
-            reasons.append(f"{path}: gone or of another size than {stage}.json says{remedy}")
+            reasons.append(f"{path}: missing, or its size differs from {stage}.json{remedy}")
     return reasons
 
 
@@ -141,15 +141,17 @@ def find_allowed_changes(run: Run, config: Config, is_own_config: bool) -> Chang
     """
     if run.is_config_edited() and not is_own_config:
         raise UserError(
-            f"{run.config_file} was edited, and CONFIG names another file",
-            f"put the change into CONFIG and delete {run.config_file}; or leave out CONFIG to take the edit: "
+            f"{run.config_file} was edited, but CONFIG names a different file",
+            f"put the change into CONFIG and delete {run.config_file}; or leave out CONFIG to use the edit: "
             f"RUN={run.name}",
+            code="run.edited_config",
         )
     changes = find_changes(run, config)
     if changes.faults:
         raise UserError(
-            f"the run {run.folder} does not fit any more:\n  " + "\n  ".join(changes.faults),
+            f"the run {run.folder} cannot be resumed after these changes:\n  " + "\n  ".join(changes.faults),
             f"undo the change, or train the next version of the model: RUN={next_version_name(run.name)}",
+            code="run.changed",
         )
     return changes
 

@@ -55,7 +55,8 @@ def prune_and_find_checkpoint(folder: Path) -> Path | None:
     )
     if missing_files:
         raise UserError(
-            f"{newest} lacks {', '.join(missing_files)}: a training that resumes without would be another one",
-            f"put the file back, or remove {newest} to resume from the checkpoint before it, or from the start",
+            f"{newest} lacks {', '.join(missing_files)}: without it the resumed training would differ",
+            f"put the file back, or delete {newest} to resume from the checkpoint before it, or from the start",
+            code="checkpoints.missing_file",
         )
     return newest

@@ -54,13 +54,18 @@ def refuse_foreign_folder(folder: Path) -> None:
     if not folder.exists() or is_run_folder(folder):
         return
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file, and a run needs a folder of that name", "choose another RUN=name")
+        raise UserError(
+            f"{folder} is a file, but a run needs a folder of that name",
+            "choose a different RUN=name",
+            code="run.folder_is_file",
+        )
     foreign_names = sorted(path.name for path in folder.iterdir() if path.name != "config.yaml")
     if foreign_names:
         raise UserError(
-            f"{folder} is no run of Ferry's: it holds {', '.join(map(printable_line, foreign_names[:3]))}"
+            f"{folder} was not created by Ferry: it holds {', '.join(map(printable_line, foreign_names[:3]))}"
             f"{', ...' if len(foreign_names) > 3 else ''}",
-            "choose another RUN=name, or another folder for all runs: RUNS=folder",
+            "choose a different RUN=name, or a different folder for all runs: RUNS=folder",
+            code="run.foreign_folder",
         )
 
 
@@ -98,15 +103,18 @@ class Run:
         """Return the config that `data` froze. Raise UserError when there is none or it cannot be read."""
         if not self.config_file.is_file():
             raise UserError(
-                f"{self.folder} is no run: it holds no config.yaml", "start one: `make data CONFIG=configs/...`"
+                f"{self.folder} is not a run: it has no config.yaml",
+                "start one: `make data CONFIG=configs/...`",
+                code="run.no_config",
             )
         try:
             tree, lines = yaml_tree.parse_yaml(yaml_tree.read_config_text(self.config_file), str(self.config_file))
             return build_config(tree, lines, self.config_file)
         except OSError as error:
             raise UserError(
-                f"{self.config_file} cannot be read any more: {str(error).splitlines()[0]}",
+                f"{self.config_file} cannot be read: {str(error).splitlines()[0]}",
                 "start a new run with RUN=another-name",
+                code="run.unreadable_config",
             ) from error
 
     def freeze_config(self, config: Config) -> None:
@@ -149,12 +157,14 @@ class Run:
         stage = record_type.model_fields["stage"].default
         path = self.record_path(stage)
         if not path.is_file():
-            raise UserError(f"{path} is missing", f"run `make {stage}` first")
+            raise UserError(f"{path} is missing", f"run `make {stage}` first", code="run.no_record")
         try:
             record = record_type.model_validate(files.read_json(path))
         except ValidationError as error:
             raise UserError(
-                f"{path} is no record of {stage}", f"delete it, and the same command runs {stage} again"
+                f"{path} is not a record of {stage}",
+                f"delete it, and the same command runs {stage} again",
+                code="run.invalid_record",
             ) from error
         record._run_folder = self.folder
         return record

@@ -76,7 +76,8 @@ def run_stage(run: Run, stage: str, lock: int | None, arguments: list[str] = [])
     if exit_code < 0 and -exit_code in SIGNAL_CAUSES:
         raise UserError(
             f"{stage} was {SIGNAL_CAUSES[signal.Signals(-exit_code)]}",
-            f"read {run.log_file(stage)}; the same command goes on from where it was",
+            f"read {run.log_file(stage)}; the same command resumes where it stopped",
+            code="run.stage_killed",
         )
     if exit_code:
         raise SystemExit(exit_code if exit_code > 0 else 128 - exit_code)

@@ -76,7 +76,9 @@ def _folder_bytes(folder: Path) -> int:
 def list_runs(runs: Path) -> list[Run]:
     """Return the runs in a folder, in the order of their names. Raise UserError when `runs` is a file."""
     if runs.exists() and not runs.is_dir():
-        raise UserError(f"RUNS={runs} is no folder", "name the folder that runs are in")
+        raise UserError(
+            f"RUNS={runs} is not a folder", "name the folder that holds the runs", code="run.runs_no_folder"
+        )
     return [Run(folder) for folder in sorted(runs.glob("*/")) if is_run_folder(folder)]
 
 
@@ -154,5 +156,5 @@ def remove_paths(run: Run, paths: list[Path]) -> int:
 def load_run(folder: Path) -> Run:
     """Return the run in a folder. Raise UserError when Ferry did not make the folder."""
     if not is_run_folder(folder):
-        raise UserError(f"{folder} is no run of Ferry's", "`ferry runs` lists them")
+        raise UserError(f"{folder} was not created by Ferry", "`ferry runs` lists the runs", code="run.foreign_folder")
     return Run(folder)

@@ -31,7 +31,7 @@ def has_match(pattern: str, text: str, setting: str) -> bool:
     """Return whether the pattern occurs in the text.
 
     Raises:
-        UserError: The search takes longer than any sensible pattern does, or the pattern is no regular expression.
+        UserError: The search takes longer than any sensible pattern does, or the pattern is not a regular expression.
     """
     import regex as library  # the same as Python's own module, with a timeout
 
@@ -40,10 +40,15 @@ def has_match(pattern: str, text: str, setting: str) -> bool:
     except TimeoutError:
         raise UserError(
             f"{setting}: {pattern[:60]!r} takes more than {MATCH_TIMEOUT} s on an answer of {len(text):,} characters",
-            "write a pattern without repetitions inside of repetitions, such as (a+)+; the same command goes on",
+            "write a pattern without nested repetitions such as (a+)+, then run the same command again",
+            code="evaluate.pattern_timeout",
         ) from None
     except library.error as error:
-        raise UserError(f"{setting}: {pattern[:60]!r} is no regular expression: {error}", "correct it") from error
+        raise UserError(
+            f"{setting}: {pattern[:60]!r} is not a regular expression: {error}",
+            f"correct the pattern in {setting}",
+            code="evaluate.bad_pattern",
+        ) from error
 
 
 def create_schema_judge(path: Path) -> Judge:
@@ -57,40 +62,66 @@ def create_schema_judge(path: Path) -> Judge:
     from jsonschema_specifications import REGISTRY
     from referencing.exceptions import Unresolvable
 
-    def schema_error(reason: object) -> UserError:
-        return UserError(
-            f"evaluate.json_schema {path}: {reason}",
-            "write one JSON schema there and run the same command again, or name another file with a new RUN=name",
-        )
-
+    schema = read_schema(path)
     try:
-        files.refuse_special_file(path)
-        schema = json.loads(path.read_text(encoding="utf-8-sig"))
         draft = schema.get("$schema", "") if isinstance(schema, dict) else ""
         if not isinstance(schema, dict | bool) or not isinstance(draft, str):
-            raise SchemaError("it holds no JSON schema")
+            raise SchemaError("it is not a JSON schema")
         validator_class = validator_for(schema)
         validator_class.check_schema(schema)
         # the validator's own registry would fetch a $ref from anywhere
         is_valid = add_pattern_timeout(validator_class)(schema, registry=REGISTRY).is_valid
         is_valid({})  # some faults of a schema show only when a value is judged
-    except Unresolvable as error:
-        raise schema_error(f"a $ref leads nowhere in it: {error}") from error
-    except (OSError, ValueError, ArithmeticError, RecursionError, SchemaError, UnknownType) as error:
-        reason = getattr(error, "message", None) or getattr(error, "strerror", None) or error
-        raise schema_error(reason) from error
+    except (ValueError, ArithmeticError, RecursionError, SchemaError, Unresolvable, UnknownType) as error:
+        raise translate_schema_error(path, error) from error
 
     def judge_answer(answer: str, reference: str) -> float:
         try:
             return float(is_valid(json.loads(answer)))
-        except Unresolvable as error:
-            raise schema_error(f"a $ref leads nowhere in it: {error}") from error
-        except UnknownType as error:
-            raise schema_error(f"it names the type {error.type!r}, which JSON does not have") from error
+        except (Unresolvable, UnknownType) as error:
+            raise translate_schema_error(path, error) from error
         except (ValueError, ArithmeticError, RecursionError):
             return 0.0
 
     return judge_answer
+
+
+def read_schema(path: Path) -> object:
+    """Return the JSON value in the file of evaluate.json_schema.
+
+    Raises:
+        UserError: The file cannot be read, or is not JSON.
+    """
+    try:
+        files.refuse_special_file(path)
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise schema_error(path, getattr(error, "strerror", None) or error, "evaluate.unreadable_schema") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise schema_error(path, error, "evaluate.schema_not_json") from error
+
+
+def translate_schema_error(path: Path, error: Exception) -> UserError:
+    """Return an error of the schema's own, not of an answer, as a UserError."""
+    from jsonschema.exceptions import UnknownType
+    from referencing.exceptions import Unresolvable
+
+    if isinstance(error, Unresolvable):
+        return schema_error(path, f"a $ref cannot be resolved: {error}", "evaluate.unresolved_ref")
+    if isinstance(error, UnknownType):
+        return schema_error(path, f"{error.type!r} is not a JSON type", "evaluate.unknown_schema_type")
+    return schema_error(path, getattr(error, "message", None) or error, "evaluate.bad_schema")
+
+
+def schema_error(path: Path, reason: object, code: str) -> UserError:
+    """Return the error that the file of evaluate.json_schema cannot be used."""
+    return UserError(
+        f"evaluate.json_schema {path}: {reason}",
+        "write one JSON schema to it and run the same command again, or name a different file with a new RUN=name",
+        code=code,
+    )
 
 
 def add_pattern_timeout(validator_class: type) -> type:

@@ -13,16 +13,16 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-RETRAIN_HINT = 'train again with a lower rate: a new RUN=name and SET="finetune.learning_rate=1e-4"'
+RETRAIN_HINT = 'train again with a lower learning rate: a new RUN=name and SET="finetune.learning_rate=1e-4"'
 # The hint for each source of a loss; the other names in the quality ladder are those of GGUFs.
 HINTS_BY_LABEL = {
     "base": (
-        'the base model computes no numbers here: SET="base.load_in_4bit=false", or another base.model, '
+        'the base model gives no finite numbers here: SET="base.load_in_4bit=false", or a different base.model, '
         "with a new RUN=name"
     ),
     "adapter": RETRAIN_HINT,
 }
-BFLOAT16_HINT = 'its numbers are too large for float16: a new RUN=name and SET="export.dtype=bfloat16"'
+BFLOAT16_HINT = 'its values are too large for float16: a new RUN=name and SET="export.dtype=bfloat16"'
 
 
 def find_broken_tensor(named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> str | None:
@@ -37,7 +37,11 @@ def refuse_broken_adapter(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         broken_name = find_broken_tensor((name, file.get_tensor(name)) for name in list(file.keys()))
     if broken_name:
-        raise UserError(f"{path} holds NaN or infinity in {broken_name}: its training broke", RETRAIN_HINT)
+        raise UserError(
+            f"{path} holds NaN or infinity in {broken_name}: the training diverged",
+            RETRAIN_HINT,
+            code="adapter.not_finite",
+        )
 
 
 def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
@@ -49,4 +53,8 @@ def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
     """
     for row, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise UserError(f"{label}: the loss of row {row} is {loss}", HINTS_BY_LABEL.get(label, BFLOAT16_HINT))
+            raise UserError(
+                f"{label}: the loss of row {row} is {loss}",
+                HINTS_BY_LABEL.get(label, BFLOAT16_HINT),
+                code="loss.not_finite",
+            )

@@ -43,7 +43,7 @@ def require_folder() -> Path:
         UserError: It is not set up.
     """
     if not is_set_up():
-        raise UserError(f"llama.cpp is not set up ({tools_folder()})", "run `make env`")
+        raise UserError(f"llama.cpp is not set up ({tools_folder()})", "run `make env`", code="llama_cpp.not_set_up")
     return tools_folder()
 
 
@@ -192,7 +192,11 @@ def render_prompts(model: Path, conversations: list[dict]) -> list[dict]:
         command, input=lines, capture_output=True, text=True, encoding="utf-8", env=tool_environment()
     )
     if result.returncode:
-        raise UserError(f"llama.cpp cannot render with {model}: {result.stderr.strip()[-300:]}", "export it again")
+        raise UserError(
+            f"llama.cpp cannot render a prompt with {model}: {result.stderr.strip()[-300:]}",
+            "export the GGUF again",
+            code="llama_cpp.render_failed",
+        )
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
@@ -258,4 +262,5 @@ def _run_tool(command: list, log: Path, progress: ToolProgress, folder: Path | N
         raise UserError(
             f"{Path(command[1] if command[0] == sys.executable else command[0]).name} failed: {''.join(last_line)}",
             f"read {log}, then run the same command again",
+            code="llama_cpp.tool_failed",
         )

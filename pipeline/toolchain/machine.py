@@ -185,7 +185,7 @@ def parse_mebibytes(value: str) -> int | None:
 def last_output_line(result: CommandResult) -> str:
     """Return the last line of output that is not empty: it usually says why a program failed."""
     lines = [line.strip() for line in (result.stdout + "\n" + result.stderr).splitlines() if line.strip()]
-    return printable_line(lines[-1]) if lines else "it says nothing"
+    return printable_line(lines[-1]) if lines else "no output"
 
 
 def find_train_location(runner: CommandRunner = run_command, engine: str = "docker") -> TrainLocation:
@@ -202,7 +202,7 @@ def find_train_location(runner: CommandRunner = run_command, engine: str = "dock
     if result.state == "ok" and place in ("image", "native") and reason:
         return TrainLocation(place, reason[1])
     return TrainLocation(
-        "", "it hangs" if result.state == "hangs" else last_output_line(CommandResult(result.state, "", result.stderr))
+        "", "timeout" if result.state == "hangs" else last_output_line(CommandResult(result.state, "", result.stderr))
     )
 
 

@@ -66,7 +66,8 @@ def load_model(folder: Path, base: Base) -> tuple["PreTrainedModel | PeftModel",
     if base.load_in_4bit and not torch.cuda.is_available():
         raise UserError(
             "base.load_in_4bit is QLoRA, which needs an NVIDIA GPU, and torch sees none",
-            'run on a GPU box, or train 16-bit LoRA here: SET="base.load_in_4bit=false" with a new RUN=name',
+            'run on a machine with a GPU, or train 16-bit LoRA here: SET="base.load_in_4bit=false" with a new RUN=name',
+            code="environment.no_gpu",
         )
     with contextlib.redirect_stdout(sys.stderr):
         return unsloth.FastLanguageModel.from_pretrained(

@@ -49,7 +49,7 @@ def derive_turns(render: Render, template: str, golden: Sequence[dict]) -> tuple
     except (UserError, ValueError) as error:
         return None, [*reasons, str(error).splitlines()[0]]
     if derived_turns is None:
-        reasons.append("what stands around a message depends on more than its role")
+        reasons.append("the text around a message depends on more than its role")
     return derived_turns, reasons
 
 

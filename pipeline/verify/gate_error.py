@@ -6,8 +6,8 @@ from common import files
 from common.errors import UserError
 
 
-def write_gate_error(gate: str, reason: str, folder: Path, evidence: dict) -> UserError:
+def write_gate_error(gate: str, reason: str, folder: Path, evidence: dict, code: str) -> UserError:
     """Write the evidence of a failed gate to folder/evidence.json and return the error, which names that file."""
     path = folder / "evidence.json"
     files.write_json(path, {"gate": gate, **evidence})
-    return UserError(reason, f"do not use this file; read {path} and report it with the run's records")
+    return UserError(reason, f"do not use this file; read {path} and report it with the run's records", code=code)

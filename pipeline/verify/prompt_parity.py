@@ -34,17 +34,21 @@ class TrainedFormat:
 
 
 class ParityError(Exception):
-    """A runtime or file that does not give the trained prompt. `evidence` has what was expected and what was found."""
+    """A runtime or file that does not give the trained prompt. `evidence` has what was expected and what was found.
 
-    def __init__(self, what: str, expected, found):
+    `code` is the code of the UserError that reports it.
+    """
+
+    def __init__(self, what: str, expected, found, code: str):
         super().__init__(what)
+        self.code = code
         self.evidence = {"what": what, "expected": expected, "found": found}
 
 
-def require_equal(what: str, expected, found) -> None:
+def require_equal(what: str, expected, found, code: str) -> None:
     """Raise ParityError with the text `what` unless both values are equal."""
     if expected != found:
-        raise ParityError(what, expected, found)
+        raise ParityError(what, expected, found, code=code)
 
 
 def verify_gguf(path: Path, model: "Llama", trained: TrainedFormat) -> None:
@@ -54,16 +58,24 @@ def verify_gguf(path: Path, model: "Llama", trained: TrainedFormat) -> None:
         ParityError: It does not.
     """
     require_equal(
-        "its embedded chat template is not the one that was trained",
+        "its chat template is not the trained one",
         trained.tokenizer.chat_template,
         chat_format.embedded_template(model),
+        code="parity.chat_template",
     )
-    require_equal("its end token is another one", trained.tokenizer.eos_token_id, model.token_eos())
-    require_equal("llama.cpp does not stop at every token that ends an answer", [], find_missing_stops(model, trained))
+    trained_eos, eos = trained.tokenizer.eos_token_id, model.token_eos()
+    require_equal(f"its end token is {eos}, not {trained_eos}", trained_eos, eos, code="parity.end_token")
+    missing_stops = find_missing_stops(model, trained)
+    require_equal(
+        f"llama.cpp does not stop at {', '.join(missing_stops)}", [], missing_stops, code="parity.stop_tokens"
+    )
     texts = [(item["prompt"], item["ids"]) for item in trained.golden] + list(trained.heldout_prompts)
     for text, token_ids in texts:
         require_equal(
-            f"llama.cpp tokenizes {text[-60:]!r} differently", list(token_ids), llama_runtime.tokenize(model, text)
+            f"llama.cpp tokenizes {text[-60:]!r} differently",
+            list(token_ids),
+            llama_runtime.tokenize(model, text),
+            code="parity.token_ids",
         )
     verify_bos_count(model, [item["ids"] for item in trained.golden])
     verify_server_prompts(path, trained.golden)
@@ -99,7 +111,12 @@ def verify_bos_count(model: "Llama", prompts: Sequence[Sequence[int]]) -> None:
     for token_ids in prompts:
         expected = 1 if adds_bos else int(token_ids[:1] == [bos_id])
         bos_count = next((i for i, token in enumerate(token_ids) if token != bos_id), len(token_ids))
-        require_equal("a prompt does not begin with the BOS tokens that a runtime will feed", expected, bos_count)
+        require_equal(
+            f"a trained prompt starts with {bos_count} BOS tokens, a runtime sends {expected}",
+            expected,
+            bos_count,
+            code="parity.bos_count",
+        )
 
 
 def verify_server_prompts(path: Path, golden: Sequence[dict]) -> None:
@@ -116,9 +133,10 @@ def verify_server_prompts(path: Path, golden: Sequence[dict]) -> None:
     for item, rendered in zip(golden, rendered_prompts, strict=True):
         if rendered.get("ids") != list(item["ids"]):
             raise ParityError(
-                f"llama.cpp's server makes another prompt of {item['messages'][-1]['content'][:60]!r}",
+                f"llama.cpp's server renders {item['messages'][-1]['content'][:60]!r} differently",
                 {"prompt": item["prompt"], "ids": list(item["ids"])},
                 rendered,
+                code="parity.server_prompt",
             )
 
 
@@ -160,4 +178,9 @@ def verify_ollama_template(turns: Turns, trained: TrainedFormat, adds_bos: bool)
         ParityError: It does not.
     """
     for item in select_answer_prompts(trained.golden, trained.tokenizer.bos_token, adds_bos):
-        require_equal("Ollama's TEMPLATE gives another prompt", item["prompt"], turns.render_prompt(item["messages"]))
+        require_equal(
+            f"Ollama's TEMPLATE gives a different prompt for {item['messages'][-1]['content'][:60]!r}",
+            item["prompt"],
+            turns.render_prompt(item["messages"]),
+            code="parity.ollama_template",
+        )

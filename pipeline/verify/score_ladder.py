@@ -60,6 +60,7 @@ class LadderScorer:
                 f"mean KL {conversion.kl:.3g} nats, at most {bound:g}",
                 self.folder,
                 {"bound": bound, **conversion.model_dump()},
+                code="conversion.kl_too_high",
             )
 
     def load_merged(self, trained: prompt_parity.TrainedFormat) -> TorchBackend:

@@ -102,22 +102,22 @@ def refuse_worse_answers(
         if default_system
         else "without a system prompt"
     )
-    hint = (
-        "set data.system to the prompt that its users will send, with a new RUN=name; or train with rows that have none"
-    )
+    hint = "set data.system to the prompt that its users will send, with a new RUN=name; or train on rows without one"
     if served_scores.score is not None:
         allowed = max(config.verify.max_score_drop, 1 / served_scores.rows)
         if ladder_scores.score - served_scores.score > allowed + 1e-9:
             raise UserError(
-                f"asked as its runtimes ask it ({system_note}), "
-                f"the model answers {describe_interval(served_scores)} of the held-out rows, "
+                f"with the prompts that runtimes send ({system_note}), "
+                f"the model answers {describe_interval(served_scores)} of the held-out rows correctly, "
                 f"and {describe_interval(ladder_scores)} with the prompts of the rows",
                 hint,
+                code="verify.worse_as_served",
             )
     elif served_scores.loss - ladder_scores.loss > config.verify.max_extra_loss:
         raise UserError(
-            f"asked as its runtimes ask it ({system_note}), "
+            f"with the prompts that runtimes send ({system_note}), "
             f"the held-out loss is {served_scores.loss:.3f} nats a token, "
             f"and {ladder_scores.loss:.3f} with the prompts of the rows",
             hint,
+            code="verify.worse_as_served",
         )

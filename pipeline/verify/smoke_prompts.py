@@ -1,4 +1,4 @@
-"""The smoke prompts of the manifest: what the default file answers here, which the Mac compares with its own answers."""
+"""The smoke prompts of the manifest: the answers of the default file here, for the Mac to compare with its own."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

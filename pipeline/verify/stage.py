@@ -116,7 +116,7 @@ def verify_prompts(paths: dict[str, Path], trained: prompt_parity.TrainedFormat,
             prompt_parity.verify_gguf(path, model, trained)
         except prompt_parity.ParityError as error:
             raise write_gate_error(
-                "parity", f"the {name} GGUF is not what was trained: {error}", folder, error.evidence
+                "parity", f"the {name} GGUF differs from what was trained: {error}", folder, error.evidence, error.code
             ) from error
         finally:
             model.close()
@@ -125,7 +125,7 @@ def verify_prompts(paths: dict[str, Path], trained: prompt_parity.TrainedFormat,
         if turns:
             prompt_parity.verify_ollama_template(turns, trained, adds_bos)
     except prompt_parity.ParityError as error:
-        raise write_gate_error("parity", str(error), folder, error.evidence) from error
+        raise write_gate_error("parity", str(error), folder, error.evidence, error.code) from error
     return turns, reasons, adds_bos
 
 
@@ -182,8 +182,10 @@ def refuse_low_score(config: Config, scores: dict[str, Scores], default: str) ->
     minimum = config.verify.min_score
     if minimum is not None and scores[default].score < minimum:
         raise UserError(
-            f"{default} answers {scores[default].score:.0%} of the held-out rows, verify.min_score is {minimum:.0%}",
+            f"{default} answers {scores[default].score:.0%} of the held-out rows correctly, "
+            f"verify.min_score is {minimum:.0%}",
             "train longer or on more rows (a new RUN=name), or lower verify.min_score",
+            code="verify.low_score",
         )
 
 
