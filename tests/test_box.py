@@ -194,7 +194,9 @@ def test_a_t4_computes_in_fp16_and_says_what_that_means(tmp_path):
 def test_a_card_that_cuda_13_does_not_compile_for_is_a_fault(model, tmp_path):
     smi(tmp_path, model)
     found = of(tmp_path)["GPU 0"]
-    assert found.state == "fault" and f"compute capability {model[1]} " in found.text and "configs/gpus.csv" in found.cure
+    assert (
+        found.state == "fault" and f"compute capability {model[1]} " in found.text and "configs/gpus.csv" in found.cure
+    )
 
 
 def test_the_limits_are_the_set_ups():
