@@ -15,7 +15,7 @@ class UserError(Exception):
             same when the message is reworded.
     """
 
-    def __init__(self, message: str, hint: str, code: str = "unknown"):
+    def __init__(self, message: str, hint: str, code: str):
         super().__init__(message, hint, code)  # all three, so that it can be pickled
         self.message = message
         self.hint = hint

@@ -11,6 +11,7 @@ from common import files
 from contract import manifest
 from deploy.stages import modelfile, pull, smoke
 from pipeline.run.changes import find_changes
+from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import STAGES, Run
 from pipeline.run.training_rows import read_table as rows_of
 from tests.conftest import make, refuses
@@ -67,7 +68,7 @@ def test_every_stage_wrote_its_record_after_its_outputs(chain):
 def test_a_record_without_its_outputs_cannot_be_written(chain, tmp_path):
     shutil.copy(chain.run / "config.yaml", tmp_path)
     with pytest.raises(FileNotFoundError):
-        Run(tmp_path).write_record("data", (), {"train": tmp_path / "train.jsonl"})
+        Run(tmp_path).write_record(DataRecord, (), {"train": tmp_path / "train.jsonl"})
     assert not (tmp_path / "data.json").exists()
 
 

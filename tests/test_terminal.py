@@ -28,7 +28,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(case):
     for text in (
         make_printable(HOSTILE[case]),
         printable_line(HOSTILE[case]),
-        str(UserError(HOSTILE[case], HOSTILE[case])),
+        str(UserError(HOSTILE[case], HOSTILE[case], "test.hostile")),
     ):
         assert not any(ord(c) < 32 and c != "\n" or 0x7F <= ord(c) < 0xA0 or c in "\u202e\ud800" for c in text), ascii(
             text
@@ -59,7 +59,7 @@ FORGED = [
 
 @pytest.mark.parametrize("text", FORGED)
 def test_no_text_of_a_stranger_looks_like_a_line_of_ferrys(text):
-    lines = str(UserError(text, "the next command")).split("\n")
+    lines = str(UserError(text, "the next command", "test.text")).split("\n")
     assert lines[0].startswith("error: ") and [line for line in lines if line.startswith(" next: ")] == [
         " next: the next command"
     ]
