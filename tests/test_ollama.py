@@ -147,6 +147,7 @@ def test_a_server_that_takes_nothing_back_is_said_beside_the_reason(pair, server
     assert len(digests()) == 1 and store.read(pair[1] / ollama.RECORD).get("digest") is None
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("fault", [{"wrong": "Bonjour le monde"}, {"full": True}])
 def test_a_version_made_anew_that_fails_leaves_its_latest_known_as_ours(pair, server, fault, again):
