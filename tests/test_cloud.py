@@ -146,6 +146,7 @@ def test_again_it_is_fetched_and_deployed_not_trained(delivered):
     assert (delivered.there / "job" / "log").read_bytes() == before
 
 
+@pytest.mark.release  # two trainings
 def test_two_runs_side_by_side_each_stopped_and_one_goes_on_elsewhere(delivered):
     laptop, box = delivered.laptop, delivered.box
     box.more("OMP_NUM_THREADS=1")  # two trainings with two threads each on two cores only wait for each other

@@ -256,6 +256,7 @@ def test_a_truncated_gguf_stops_the_run(run):
 # --- quality
 
 
+@pytest.mark.release  # scores five files
 def test_a_quantization_that_costs_too_much_is_followed_by_a_larger_one_and_keeps_its_name(run, tmp_path):
     config = changed(run, max_extra_loss=0.0, max_score_drop=1.0, min_score=None)
     tree = config.model_dump()

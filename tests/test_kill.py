@@ -44,6 +44,7 @@ def exists(folder: Path, pattern: str):
     return lambda: any(folder.glob(pattern))
 
 
+@pytest.mark.release  # 3 to 4 minutes; a training that is killed is in test_finetune.py too
 def test_kill_at_any_moment_then_go_on(tmp_path, offline):
     chain = Chain(tmp_path, "killed", offline)
     run = chain.run

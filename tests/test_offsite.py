@@ -345,6 +345,7 @@ def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_
         aside.rename(source)
 
 
+@pytest.mark.release
 def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):  # noqa: F811
     """A slow Hub: newer ones come meanwhile, and the one that is being sent is not removed."""
     leaving.faults.append(Fault("objects/batch", stall=2, times=1))

@@ -155,6 +155,7 @@ def test_a_server_that_takes_nothing_back_is_said_beside_the_reason(pair, server
     assert len(digests()) == 1 and store.read_record(pair[1] / ollama.RECORD).get("digest") is None
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(
     ("fault", "code"), [({"wrong": "Bonjour le monde"}, "ollama.wrong_answers"), ({"full": True}, "ollama.disk_full")]

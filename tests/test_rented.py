@@ -200,6 +200,7 @@ def test_ctrl_c_ends_the_watching_and_says_what_bills(laptop, hub):
     assert stop.end() == 0 and job.stage == "CANCELED", stop.said
 
 
+@pytest.mark.release
 def test_private_data_goes_along(laptop, hub, tmp_path, monkeypatch):
     """Rows that no commit holds: from a folder of this machine, by sha256, to where the job's config names them."""
     monkeypatch.setattr(hub, "lfs_from", 1000)  # the Hub sends who asks for it to another host
@@ -263,6 +264,7 @@ def test_a_public_job_repo_is_refused(laptop, hub, tmp_path):
     assert watch.end() == 2 and "you/bare-job is public, and a job contains your data" in watch.said, watch.said
 
 
+@pytest.mark.release
 def test_a_hub_that_is_away_for_a_moment_is_asked_again(laptop, hub):
     """The watch ends in nothing but a pause; the job never knows."""
     words = [*(word for word in WORDS if not word.startswith("RUN=")), "RUN=skiff", SET]

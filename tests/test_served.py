@@ -102,6 +102,7 @@ def test_ollamas_template_without_a_system_message_is_answered_as_it_was_scored(
     assert abs(count_right(answers, questions) - right) <= 1
 
 
+@pytest.mark.release  # the whole of verify
 def test_a_model_that_only_answers_with_a_prompt_nobody_sends_does_not_pass(chain, tmp_path):
     """The default is taken away: every gate that asks with the rows' own prompts is green, and `verify` fails."""
     copy = tmp_path / "chain"
