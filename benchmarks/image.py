@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/image.py [cuda]
 
-The CPU image on the tests' stand-in base (tests/images.py) with llama.cpp lent by the native build; `cuda` adds the
+The CPU image on the tests' stand-in base (tests/helpers/images.py) with llama.cpp lent by the native build; `cuda` adds the
 sizes of a ferry:cuda that is there. The rival for start-up is the same program natively.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests import images
-from tests.conftest import MAKE, ROOT
+from tests.helpers import images
+from tests.helpers.commands import MAKE, ROOT
 
 PARTS = ("base", "Debian packages", "CUDA and triton", "torch", "llama.cpp", "other Python packages")
 

@@ -22,7 +22,7 @@ from common.errors import UserError
 from contract.ollama_template import Turns
 from pipeline.data import chat_template
 from pipeline.verify import golden_prompts, prompt_parity
-from tests import test_templates, vocabularies
+from tests.helpers import template_families, vocabularies
 
 PAGE = Path(__file__).with_suffix(".md")
 PLACES = {"own": "a turn of its own", "first": "in the first user turn", "last": "in the last user turn"}
@@ -48,21 +48,21 @@ class Case:
 @functools.cache
 def cases() -> tuple[Case, ...]:
     """llama.cpp's templates, those inside its vocabularies, and Ferry's own."""
-    families = test_templates.OWN | test_templates.STAND_INS
-    found = [case(stem, families.get(stem), test_templates.source(stem)) for stem in test_templates.stems()]
-    for name, family in test_templates.EMBEDDED.items():
+    families = template_families.OWN | template_families.STAND_INS
+    found = [case(stem, families.get(stem), template_families.source(stem)) for stem in template_families.stems()]
+    for name, family in template_families.EMBEDDED.items():
         text = vocabularies.header(name)["tokenizer.chat_template"]
         found.append(case(f"{name} (inside its vocabulary's GGUF)", family, text))
-    for name, family in test_templates.NAMED.items():
+    for name, family in template_families.NAMED.items():
         found.append(case(f"{name} (Ferry's)", family, chat_template.read_template_text(name, None)))
     return tuple(found)
 
 
-def case(name: str, family: "test_templates.Family | None", text: str) -> Case:
+def case(name: str, family: "template_families.Family | None", text: str) -> Case:
     with tempfile.TemporaryDirectory() as folder:
-        stand_in(family or test_templates.WILLING, text).save_pretrained(folder)
+        stand_in(family or template_families.WILLING, text).save_pretrained(folder)
         try:
-            tokenizer, facts, _ = chat_template.load_chat_tokenizer(Path(folder), "tokenizer", test_templates.DAY)
+            tokenizer, facts, _ = chat_template.load_chat_tokenizer(Path(folder), "tokenizer", template_families.DAY)
         except UserError as error:
             return Case(name, None, False, None, [str(error).splitlines()[0].removeprefix("error: ")])
     return derived(name, tokenizer, facts)
@@ -77,7 +77,7 @@ def derived(name: str, tokenizer: PreTrainedTokenizerFast, facts: chat_template.
     return Case(name, trained, adds, *prompt_parity.derive_ollama_turns(trained, adds))
 
 
-def stand_in(family: "test_templates.Family", text: str) -> PreTrainedTokenizerFast:
+def stand_in(family: "template_families.Family", text: str) -> PreTrainedTokenizerFast:
     """A tokenizer with the family's special tokens and no other: no id of it is looked at."""
     meta = vocabularies.header(family.vocabulary)
     bos = family.bos or vocabularies.named(meta, "bos") or "<s>"

@@ -9,7 +9,7 @@ import yaml
 
 from cli.table import COMMANDS
 from pipeline.run.run_folder import STAGES
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 # Rooms from the lowest floor to the highest: a folder, or a module that stands by itself between folders. A room imports
 # from lower floors only, never from its own.

@@ -28,7 +28,7 @@ PROBES = [
     "https://example.org/a?b=c&d=%20#e user@example.org C:\\path\\file.txt",
 ]
 # From a measurement on SmolLM2-135M (Q4_1 in llama.cpp, 8-bit activations, against bf16 weights in torch): see
-# tests/test_base.py.
+# tests/pipeline/base_model/test_restore_gguf.py.
 MAX_MEAN_KL = 0.05
 # The key-values from which a tokenizer is rebuilt.
 NEEDED_KEYS = (

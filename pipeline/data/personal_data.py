@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # Every secret that is searched for has one of these: a long run of such characters, a URL or a PEM header. Nearly all
-# rows have none and cost only this one pass; the single patterns take ten times as long. tests/test_bad_data.py holds a
-# secret of each kind.
+# rows have none and cost only this one pass; the single patterns take ten times as long.
+# tests/pipeline/data/test_bad_data.py holds a secret of each kind.
 SECRET_HINT = re.compile(r"(?<![\w+/=.-])[\w+/=.-]{20}|://|BEGIN |PuTTY")
 NUMBER_HINT = re.compile(r"\d\d[ -]?\d")  # every number that is searched for has this
 # Plugins that are not used: entropy and keyword plugins, which take hex ids and prose for secrets; Artifactory (its

@@ -3,7 +3,8 @@
 The memory needed follows the largest tensor, not the model. Unsloth's merged_16bit is not used because it rounds to
 bfloat16: most changes of a short training are below half a bfloat16 step of their weight, and vanish there. PEFT's
 merge_and_unload is not used because it holds the whole model in memory; the result here is the same as PEFT's, bit for
-bit (tests/test_export.py). `find_merge_faults` then reads the written files again and compares them with the formula.
+bit (tests/pipeline/export/test_export.py). `find_merge_faults` then reads the written files again and compares them
+with the formula.
 """
 
 import json
