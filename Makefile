@@ -85,7 +85,8 @@ image:          ; $(FORWARD) ## Ferry's image by Docker (DEVICE=cuda or cpu)
 shell:          ; $(FORWARD) ## a shell in it
 lock:           ; $(FORWARD) ## refresh the pins
 lock-images:    ; $(FORWARD) ## freeze the digests of the base images
-lint:           ; $(FORWARD) ## ruff, hadolint, shellcheck, actionlint
+lint:           ; $(FORWARD) ## ruff, mypy, hadolint, shellcheck, actionlint
+test-fast:      ; $(FORWARD) ## the tests that train nothing, two at a time
 test:           ; $(FORWARD) ## every test, the real chain included
 test-image:     ; $(FORWARD) ## build the CPU image and run the chain in it (root, podman)
 bench:          ; $(FORWARD) ## time and memory of the demo, stage by stage

@@ -102,7 +102,7 @@ def lock_images() -> None:
 
 @click.command(cls=Command)
 def lint() -> None:
-    """Run ruff, hadolint, shellcheck and actionlint.
+    """Run ruff, mypy, hadolint, shellcheck and actionlint.
 
     \b
     Example:
@@ -110,6 +110,17 @@ def lint() -> None:
     """
     os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
     replace_process("/bin/bash", SETUP / "lint.sh")
+
+
+@click.command(cls=Command)
+def test_fast() -> None:
+    """Run the tests that train nothing, two at a time.
+
+    \b
+    Example:
+      make test-fast
+    """
+    run_tests("not chain and not slow and not image and not release", "-n", "2")
 
 
 @click.command(cls=Command)
@@ -144,10 +155,10 @@ def list_make_goals() -> list[str]:
     return os.environ.get("FERRY_GOALS", "").split()
 
 
-def run_tests(marker: str) -> None:
+def run_tests(marker: str, *options: str) -> None:
     """Run the tests that match a marker expression, and exit with pytest's code."""
     os.chdir(ROOT)
-    code = subprocess.call([sys.executable, "-m", "pytest", "-m", marker])
+    code = subprocess.call([sys.executable, "-m", "pytest", "-m", marker, *options])
     raise SystemExit(code)
 
 

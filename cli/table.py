@@ -62,6 +62,7 @@ SECTIONS = {
         "lock": ("cli.maintain:lock", "train"),
         "lock-images": ("cli.maintain:lock_images", "core"),
         "lint": ("cli.maintain:lint", "train"),
+        "test-fast": ("cli.maintain:test_fast", "train"),
         "test": ("cli.maintain:test", "train"),
         "test-image": ("cli.maintain:test_image", "train"),
         "bench": ("cli.maintain:bench", "core"),

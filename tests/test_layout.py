@@ -107,6 +107,24 @@ def test_the_folder_of_the_pipeline_is_read_at_a_glance():
     assert len(names) <= 16
 
 
+def test_the_folders_of_the_tests_are_those_of_the_code():
+    """Beside them: whole chains, what tests share, fuzzers, and files of earlier versions."""
+    shared = {"fuzzing", "helpers", "samples", "scenarios"}
+    for path in list_modules("tests"):
+        folder = path.parent.relative_to(ROOT / "tests")
+        assert folder.parts[:1] == () or folder.parts[0] in shared or (ROOT / folder).is_dir(), path
+
+
+def test_tests_share_helpers_and_not_each_other():
+    for path in list_modules("tests"):
+        for name in list_imports(path):
+            parts = name.split(".")
+            assert parts[0] != "tests" or parts[1] in ("helpers", "fuzzing"), f"{path} imports {name}"
+        is_test = path.name.startswith("test_") or path.name == "conftest.py"
+        has_tests = "\ndef test_" in path.read_text(encoding="utf-8")
+        assert is_test or not has_tests, f"{path} holds tests that pytest does not collect"
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_imports_cost_nothing(package):
     for path in (ROOT / package).rglob("__init__.py"):

@@ -73,9 +73,9 @@ def seeds() -> list[tuple[str, bytes]]:
 
 def gguf_seeds() -> list[tuple[str, bytes]]:
     """The same for GGUF: whole files of 300 bytes or so."""
-    from tests.common import test_gguf_reader
+    from tests.helpers import gguf_bytes
 
-    return [(".gguf", test_gguf_reader.whole()), (".gguf", test_gguf_reader.whole(tensors=[], data=b""))]
+    return [(".gguf", gguf_bytes.whole()), (".gguf", gguf_bytes.whole(tensors=[], data=b""))]
 
 
 def mutated(rng: random.Random, content: bytes, pieces: list[bytes] = PIECES) -> bytes:
