@@ -8,9 +8,8 @@ import click
 
 from cli.environment import ROOT, Command
 from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, combine_decorators, find_run, find_run_folder
-from cli.settings import FiniteRange, operand, setting
+from cli.settings import FiniteRange, missing_setting_error, operand, setting
 from cli.train import choose_environment_for_rows, open_run
-from common.errors import UserError
 
 CLOUD = setting(
     "--cloud",
@@ -107,20 +106,18 @@ def cloud_to_local(
       ferry cloud-to-local configs/tickets.yaml --cloud hf-jobs --max-dollars 5
     """
     from common import console
-    from launch import cloud_to_local as module
+    from launch.cloud_to_local import LaunchOptions, run_cloud_to_local
     from launch.providers import create
 
     if not cloud:
-        raise UserError(
-            "CLOUD is missing", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs", code="command.missing_setting"
-        )
+        raise missing_setting_error("CLOUD", "CLOUD=ssh://user@host, CLOUD=sky or CLOUD=hf-jobs")
     request = find_run(config_file, run_name, runs, overrides)
     provider = create.create_provider(cloud, request.folder, checkpoints, spot)
-    launch_options = module.LaunchOptions(
+    launch_options = LaunchOptions(
         overrides, format_remote_settings(remote_values), teardown, limit, yes, checkpoints, gpu, hours, spot
     )
     with open_run(request, "cloud-to-local") as (run, _, lock):
-        record = module.run_cloud_to_local(request.config_file, run, provider, cloud, launch_options, lock)
+        record = run_cloud_to_local(request.config_file, run, provider, cloud, launch_options, lock)
     console.print_result(
         f"cloud: {record['repo']}\n  trained on {record['where']} with the code of commit {record['commit'][:12]}"
     )
@@ -143,20 +140,18 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
       ferry cloud-stop --run tickets --cloud ssh://root@203.0.113.7
     """
     from common import console
-    from launch import cloud_to_local as module
+    from launch.cloud_to_local import stop_job
     from launch.providers import create
     from pipeline.run.run_folder import refuse_foreign_folder
 
     if not cloud:
-        raise UserError(
-            "CLOUD is missing",
-            "name the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs",
-            code="command.missing_setting",
+        raise missing_setting_error(
+            "CLOUD", "name the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs"
         )
     folder = find_run_folder(config_file, run_name, runs)
     refuse_foreign_folder(folder)
     provider = create.create_provider(cloud, folder, checkpoints, spot)
-    report = module.stop_job(provider, folder, teardown)
+    report = stop_job(provider, folder, teardown)
     console.print_result(f"stop: {report}")
 
 
@@ -181,13 +176,13 @@ def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **remote_valu
       ferry reproduce you/tickets-GGUF@v1 --cloud ssh://root@203.0.113.7
     """
     from common import console, files
-    from launch import reproduce as module
     from launch import verdict
     from launch.cloud_to_local import LaunchOptions
     from launch.providers import ssh_address
     from launch.providers.ssh import SshProvider
+    from launch.reproduce import load_reproduction, run_reproduce
 
-    reproduction = module.load_reproduction(repo, runs)
+    reproduction = load_reproduction(repo, runs)
     provider = (
         SshProvider(ssh_address.parse_address(cloud))
         if cloud
@@ -196,7 +191,7 @@ def reproduce(repo, runs: Path, cloud, data, limit, teardown, yes, **remote_valu
     stop_command = (
         f"`make cloud-stop CLOUD={cloud} RUN={reproduction.name}`" if cloud else "the same command and then Ctrl-C"
     )
-    rows = module.run_reproduce(
+    rows = run_reproduce(
         reproduction,
         provider,
         stop_command,

@@ -3,12 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from cli.environment import Command
 from cli.options import JSON, MODELS, PATH, QUANTIZATION, START, combine_decorators
-from cli.settings import operand, setting
+from cli.settings import missing_setting_error, operand, setting
 from common.errors import UserError
 
 REPO = operand("repo", make="REPO", required=False, metavar="[REPO]")
@@ -16,7 +17,7 @@ NAME = setting("--name", make="NAME", help="What Ollama calls it; default: as be
 REPO_OPTIONS = combine_decorators(REPO, MODELS)
 
 
-def require_model_choice(params: dict) -> None:
+def require_model_choice(params: dict[str, Any]) -> None:
     """Raise UserError when it is not clear which model is meant, before any environment is set up."""
     resolve_repo(params["repo"], params["models"])
 
@@ -48,10 +49,8 @@ def deploy_mac(repo, models, quantization, name, start) -> None:
       ferry deploy-mac ./hub/demo --quantization q8_0
     """
     if repo is None:
-        raise UserError(
-            "REPO is missing",
-            "name what to deploy: owner/name on the Hub, or a folder such as ./hub/demo",
-            code="command.missing_setting",
+        raise missing_setting_error(
+            "REPO", "name what to deploy: owner/name on the Hub, or a folder such as ./hub/demo"
         )
     deploy_everywhere(repo, models, quantization, name, start)
 
@@ -85,20 +84,16 @@ def pull(repo, models, quantization) -> None:
       ferry pull you/tickets-GGUF@v1
     """
     if repo is None:
-        raise UserError(
-            "REPO is missing",
-            "name what to pull: owner/name on the Hub, or a folder such as ./hub/demo",
-            code="command.missing_setting",
-        )
+        raise missing_setting_error("REPO", "name what to pull: owner/name on the Hub, or a folder such as ./hub/demo")
     pull_model(repo, models, quantization)
 
 
 def pull_model(repo: str, models: Path, quantization: str | None) -> None:
     """Download one GGUF and show what came."""
     from common import console
-    from deploy.stages import pull as module
+    from deploy.stages.pull import run_pull
 
-    record = module.run_pull(repo, models, quantization)
+    record = run_pull(repo, models, quantization)
     console.print_result(
         f"pull: {record['folder']}/{record['file']}\n"
         f"  {record['bytes'] / 1e6:.0f} MB, sha256 {record['sha256'][:12]}... matches the manifest"
@@ -120,10 +115,10 @@ def smoke(repo, models) -> None:
 def smoke_test(version: Path) -> None:
     """Test the model in a child process and show the answers."""
     from common import console
-    from deploy.stages import smoke as module
+    from deploy.stages.smoke import render_record, run_smoke_in_child
 
-    record = module.run_smoke_in_child(version)
-    console.print_result(f"smoke: passed\n{module.render_record(record)}")
+    record = run_smoke_in_child(version)
+    console.print_result(f"smoke: passed\n{render_record(record)}")
 
 
 @click.command(cls=Command, choose_environment=require_model_choice)
@@ -141,9 +136,9 @@ def modelfile(repo, models) -> None:
 def write_modelfile(version: Path) -> None:
     """Write Ollama's Modelfile and show what is in it."""
     from common import console
-    from deploy.stages import modelfile as module
+    from deploy.stages.modelfile import run_modelfile
 
-    record = module.run_modelfile(version)
+    record = run_modelfile(version)
     is_cut = record["num_ctx"] < record["trained_ctx"]
     limit_note = f" of {record['trained_ctx']}: more does not fit in memory" if is_cut else ""
     template = "explicit TEMPLATE" if record["template"] else "template embedded in the GGUF"
@@ -169,10 +164,10 @@ def ollama(repo, models, name, start) -> None:
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
     """Create the model in Ollama and show the result; `optional` skips it where there is no Ollama."""
     from common import console
-    from deploy.apps import ollama as module
+    from deploy.apps.ollama import OllamaUnavailable, run_ollama
 
-    with skip_absent_app(module.OllamaUnavailable, optional, "ollama"):
-        record = module.run_ollama(version, name, start)
+    with skip_absent_app(OllamaUnavailable, optional, "ollama"):
+        record = run_ollama(version, name, start)
         score_text = "" if record["score"] is None else f", {record['score']:.0%} agreement with the recorded answers"
         console.print_result(
             f"ollama: {record['latest']} is {record['model']}\n"
@@ -197,10 +192,10 @@ def lmstudio(repo, models) -> None:
 def install_in_lmstudio(version: Path, optional: bool) -> None:
     """Put the file into LM Studio and show the result; `optional` skips it where there is no LM Studio."""
     from common import console
-    from deploy.apps import lmstudio as module
+    from deploy.apps.lmstudio import LMStudioMissing, run_lmstudio
 
-    with skip_absent_app(module.LMStudioMissing, optional, "lmstudio"):
-        record = module.run_lmstudio(version)
+    with skip_absent_app(LMStudioMissing, optional, "lmstudio"):
+        record = run_lmstudio(version)
         key_text = f", listed as {record['key']}" if record["key"] else ""
         console.print_result(f"lmstudio: {record['target']} ({record['how']}){key_text}")
 
@@ -233,9 +228,9 @@ def summary(repo, models) -> None:
 def show_summary(version: Path, repo: str) -> None:
     """Show scores, answers and the commands to talk to the model."""
     from common import console
-    from deploy import summary as module
+    from deploy.summary import render_summary
 
-    console.print_result(module.render_summary(version, repo))
+    console.print_result(render_summary(version, repo))
 
 
 @click.command(cls=Command, choose_environment=require_model_choice)
@@ -328,13 +323,11 @@ def trace(what, name, models, as_json) -> None:
       ferry trace --name tickets
     """
     from common import console
-    from deploy import trace as module
+    from deploy.trace import run_trace
 
     if not (what or name):
-        raise UserError(
-            "FILE is missing", "name a GGUF, or a model in Ollama with NAME=", code="command.missing_setting"
-        )
-    console.print_result(module.run_trace(what or name, models, as_json))
+        raise missing_setting_error("FILE", "name a GGUF, or a model in Ollama with NAME=")
+    console.print_result(run_trace(what or name, models, as_json))
 
 
 @click.command(cls=Command, choose_environment=require_model_choice)
@@ -389,11 +382,7 @@ def undeploy(repo, models, start) -> None:
     from deploy import versions
 
     if repo is None:
-        raise UserError(
-            "REPO is missing",
-            "name what to remove; `ferry models` lists the models on this machine",
-            code="command.missing_setting",
-        )
+        raise missing_setting_error("REPO", "name what to remove; `ferry models` lists the models on this machine")
     removed = versions.undeploy_model(resolve_repo(repo, models), models, start)
     show_removed("undeploy", removed)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ def find_side(side: str | None, repo: str | None) -> str:
     return "cloud" if os.environ.get("FERRY_IMAGE") or shutil.which("nvidia-smi") else "mac"
 
 
-def choose_environment(params: dict) -> str | None:
+def choose_environment(params: dict[str, Any]) -> str | None:
     """Return the environment that the doctor needs, or None for the table's."""
     if find_side(params["side"], params["repo"]) == "mac" and params["repo"]:
         return "deploy"  # a repo's manifest is read, perhaps from the Hub
@@ -51,12 +52,12 @@ def doctor(repo, side, runs: Path, models: Path, quantization, as_json, **image)
     from common import checks, console
 
     if find_side(side, repo) == "cloud":
-        from pipeline.preflight import doctor
+        from pipeline.preflight.doctor import run_doctor as run_training_doctor
 
-        results = doctor.run_doctor(runs)
+        results = run_training_doctor(runs)
     else:
-        from deploy import doctor as mac
+        from deploy.doctor import run_doctor as run_deploy_doctor
 
-        results = mac.run_doctor(repo, models, quantization)
+        results = run_deploy_doctor(repo, models, quantization)
     console.print_result(checks.to_json(results) if as_json else checks.format_checks(results))
     checks.refuse_faults(results)

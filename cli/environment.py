@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,24 +20,26 @@ MAY_SWITCH = "FERRY_MAY_SWITCH"
 IMAGE_SETTINGS = ("DOCKER", "IMAGE", "DEVICE", "ENGINE", "MOUNT", "DOCKER_BUILD_FLAGS", "DOCKER_RUN_FLAGS")
 FOLDER_SETTINGS = ("CONFIG", "RUNS", "MODELS", "REPO")  # paths on this machine that the image needs
 # Environment -> options of setup/env.py.
-ENV_SCRIPT_OPTIONS = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}
+ENV_SCRIPT_OPTIONS: dict[str, list[str]] = {"train": [], "deploy": ["--deploy"], "data": ["--light"]}
 
 
 class Command(click.Command):
     """A command that knows which environment it needs (cli/table.py)."""
 
+    name: str
+    """Never None: `load_command` sets it."""
     environment = "core"
 
-    def __init__(self, *arguments, choose_environment: Callable[[dict], str | None] | None = None, **attributes):
+    def __init__(self, *, choose_environment: Callable[[dict[str, Any]], str | None] | None = None, **attributes: Any):
         """Create the command.
 
         choose_environment: returns, for the command's parameters, another environment than the table's, or None. It
         runs before anything else, so it raises UserError for what is known without an environment, as for a bad config.
         """
-        super().__init__(*arguments, context_settings={"help_option_names": ["-h", "--help"]}, **attributes)
+        super().__init__(context_settings={"help_option_names": ["-h", "--help"]}, **attributes)
         self.choose_environment = choose_environment
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         if os.environ.pop(MAY_SWITCH, None) and not os.environ.get("FERRY_IMAGE"):
             kind = self.choose_environment(ctx.params) if self.choose_environment else None
             enter_environment(self, ctx, kind or self.environment)
@@ -84,9 +87,8 @@ def environment_folders() -> dict[str, EnvironmentFolder]:
 
 def find_environment(kinds: tuple[str, ...]) -> Path | None:
     """Return the Python of the first of these environments that is set up, or None."""
-    return next(
-        (environment_folders()[kind].python for kind in kinds if environment_folders()[kind].is_finished()), None
-    )
+    environments = (environment_folders()[kind] for kind in kinds)
+    return next((environment.python for environment in environments if environment.is_finished()), None)
 
 
 def prepare_environment(kind: str) -> Path:
@@ -113,23 +115,25 @@ def is_this_python(python: Path) -> bool:
 
 def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
     """Replace this process by one in the image, if the command is to run there. Raises SystemExit on bad settings."""
-    settings = list_typed_settings(command, ctx, IMAGE_SETTINGS)
     script = [sys.executable, str(SETUP / "container.py")]
-    decision = subprocess.run([*script, "where", *settings, "--", command.name], stdout=subprocess.PIPE, text=True)
-    if decision.stdout.strip() == "native":
-        return
-    if decision.stdout.strip() != "image":
+    settings = list_typed_settings(command, ctx, IMAGE_SETTINGS)
+    if is_image_chosen([*script, "where", *settings, "--", command.name]):
+        settings += list_typed_settings(command, ctx, FOLDER_SETTINGS)
+        os.execv(sys.executable, [*script, "run", *settings, "--", *sys.argv[1:]])
+
+
+def is_image_chosen(where_command: list[str]) -> bool:
+    """Return whether setup/container.py chooses the image. Raises SystemExit when it has refused the settings."""
+    place = subprocess.run(where_command, stdout=subprocess.PIPE, text=True).stdout.strip()
+    if place not in ("native", "image"):
         raise SystemExit(2)
-    settings += list_typed_settings(command, ctx, FOLDER_SETTINGS)
-    os.execv(sys.executable, [*script, "run", *settings, "--", *sys.argv[1:]])
+    return place == "image"
 
 
-def list_typed_settings(command: Command, ctx: click.Context, names: tuple[str, ...]) -> list[str]:
+def list_typed_settings(command: click.Command, ctx: click.Context, names: tuple[str, ...]) -> list[str]:
     """Return NAME=VALUE of those of these make settings that were typed, as setup/container.py takes them."""
-    parameters = list_make_settings(command)
+    own_settings, typed = list_make_settings(command), click.core.ParameterSource.COMMANDLINE
+    parameter_names = {name: own_settings[name].name for name in names if name in own_settings}
     return [
-        f"{name}={ctx.params[parameters[name].name]}"
-        for name in names
-        if name in parameters
-        and ctx.get_parameter_source(parameters[name].name) == click.core.ParameterSource.COMMANDLINE
+        f"{name}={ctx.params[key]}" for name, key in parameter_names.items() if ctx.get_parameter_source(key) == typed
     ]

@@ -1,6 +1,5 @@
 """The `ferry` command: one group of lazily loaded commands, and the one place where errors are printed."""
 
-import difflib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from cli.settings import suggest_name
 from cli.table import COMMANDS, SECTIONS, load_command
 from common import console, files
 from common.errors import UserError, printable_line
@@ -36,7 +36,9 @@ class Ferry(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return load_command(name) if name in COMMANDS else super().get_command(ctx, name)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             raise unknown_command_error(args[0], "ferry")
         return super().resolve_command(ctx, args)
@@ -49,8 +51,7 @@ class Ferry(click.Group):
 
 def unknown_command_error(name: str, program: str) -> UserError:
     """Return the error for a command that does not exist, with the closest one. program: 'ferry' or 'make'."""
-    matches = difflib.get_close_matches(name, COMMANDS, 1)
-    suggestion = f", did you mean `{program} {matches[0]}`?" if matches else ""
+    suggestion = suggest_name(name, COMMANDS, f"`{program} {{}}`")
     return UserError(
         f"unknown command `{program} {printable_line(name, 60)}`{suggestion}",
         f"`{program} --help` lists them" if program == "ferry" else "`make` alone lists them",
@@ -60,7 +61,8 @@ def unknown_command_error(name: str, program: str) -> UserError:
 
 def read_version() -> str:
     """Return Ferry's version, which is written in pyproject.toml only."""
-    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.findall(r'^version = "(.+)"$', text, re.MULTILINE)[0]
 
 
 def print_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
@@ -135,7 +137,9 @@ def print_completion(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    click.echo(get_completion_class(shell)(ferry, {}, "ferry", "_FERRY_COMPLETE").source())
+    completion = get_completion_class(shell)
+    assert completion, f"click knows {shell}"
+    click.echo(completion(ferry, {}, "ferry", "_FERRY_COMPLETE").source())
 
 
 def main() -> None:
@@ -144,20 +148,11 @@ def main() -> None:
     A UserError is printed as two lines, with exit code 2, and as JSON where JSON was requested; any other exception is
     a fault of Ferry's, with a traceback.
     """
-    if sys.platform == "darwin":  # Unsloth would look for MLX there; Ferry uses its CPU backend
-        os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # for a terminal that cannot show a character
+    prepare_process()
     try:
         code = ferry.main(prog_name="ferry", standalone_mode=False)
     except (UserError, click.ClickException, OSError) as error:
-        user_error = translate_error(error)
-        console.print_message(str(user_error))
-        # stdout is one JSON document: the doctor has printed its checks, with the fault that it ends with.
-        if is_json_requested(sys.argv[1:]) and not console.has_printed_result:
-            console.print_result(error_to_json(user_error))
+        print_error(translate_error(error))
         code = 2
     except (KeyboardInterrupt, click.Abort):
         console.print_message("stopped; the same command resumes from here")
@@ -165,15 +160,31 @@ def main() -> None:
     sys.exit(code)
 
 
+def prepare_process() -> None:
+    """Set what the libraries read from the environment, and how the streams write a character that cannot be shown."""
+    if sys.platform == "darwin":  # Unsloth would look for MLX there; Ferry uses its CPU backend
+        os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
+
+
+def print_error(error: UserError) -> None:
+    """Print an error, and as JSON where JSON was requested."""
+    console.print_message(str(error))
+    # stdout is one JSON document: the doctor has printed its checks, with the fault that it ends with.
+    if is_json_requested(sys.argv[1:]) and not console.has_printed_result:
+        console.print_result(error_to_json(error))
+
+
 def translate_error(error: UserError | click.ClickException | OSError) -> UserError:
     """Return the error as a UserError with the next command. Raises an OSError again that a user cannot cure."""
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
-        return UserError(
-            error.format_message(),
-            f"`{context.command_path} --help` lists its options" if context else "ferry --help",
-            code=next(code for kind, code in CODE_OF_CLICK_ERROR.items() if isinstance(error, kind)),
-        )
+        hint = f"`{context.command_path} --help` lists its options" if context else "ferry --help"
+        code = next(code for kind, code in CODE_OF_CLICK_ERROR.items() if isinstance(error, kind))
+        return UserError(error.format_message(), hint, code=code)
     return files.translate_unhandled_error(error) if isinstance(error, OSError) else error
 
 

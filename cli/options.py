@@ -2,22 +2,27 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.settings import operand, setting
+from cli.settings import Decorator, missing_setting_error, operand, setting
 from common.errors import UserError, printable_line
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
 
 PATH = click.Path(path_type=Path)
 MAX_RUN_NAME = 96  # characters: file names are the model's name and a suffix, and a manifest allows 128
 
 
-def combine_decorators(*decorators):
+def combine_decorators(*decorators: Decorator) -> Decorator:
     """Return one decorator that applies several, in their order."""
 
-    def decorate(function):
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
         return function
@@ -82,7 +87,7 @@ class RunRequest:
     is_own_config: bool
     """Whether config_file is the config.yaml in the run's folder."""
 
-    def load_config(self):
+    def load_config(self) -> "Config":
         """Return the config with its overrides. Raises UserError when it is bad or its base model is not supported."""
         from pipeline.base_model.model_config import refuse_unsupported_base
         from pipeline.config import load
@@ -94,15 +99,12 @@ class RunRequest:
 
 def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
     """Return the folder that the run has or will have. Raises UserError for a bad name, or without config and name."""
-    if run_name is None and config_file is None:
-        raise UserError(
-            "CONFIG is missing",
-            f"name one: {', '.join(list_configs()) or 'ferry init writes one'}",
-            code="command.missing_setting",
-        )
-    name = config_file.stem if run_name is None else run_name
-    refuse_bad_run_name(name)
-    return runs / name
+    if run_name is None:
+        if config_file is None:
+            raise missing_setting_error("CONFIG", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
+        run_name = config_file.stem
+    refuse_bad_run_name(run_name)
+    return runs / run_name
 
 
 def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrides: tuple[str, ...] = ()) -> RunRequest:

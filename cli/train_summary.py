@@ -8,11 +8,11 @@ from pipeline.run.run_folder import STAGES, Run
 
 def summarize(run: Run) -> str:
     """Return the summary of a finished run."""
-    publish, verify, evaluate = (run.read_record(kind) for kind in (PublishRecord, VerifyRecord, EvaluateRecord))
-    scores, default = evaluate.scores | verify.scores, publish.default
+    publish, verify = run.read_record(PublishRecord), run.read_record(VerifyRecord)
+    evaluate, default = run.read_record(EvaluateRecord), publish.default
     lines = [
         ("time", describe_time(run)),
-        ("score", describe_score(scores, verify.default, evaluate.rule)),
+        ("score", describe_score(evaluate.scores | verify.scores, verify.default, evaluate.rule)),
         ("file", f"{default['file']}, {default['bytes'] / 1e6:,.1f} MB"),
         ("hub", publish.repo_with_tag),
         ("logs", str(run.log_file("data").parent)),
@@ -36,9 +36,7 @@ def describe_time(run: Run) -> str:
 def describe_score(scores: dict[str, Scores], default: str, rule: str) -> str:
     """Return the scores of the base model and of the result, by the task's rule or as held-out loss."""
     before, after = scores["base"], scores[default]
+    change = f"held-out loss {before.loss:.3f} -> {after.loss:.3f}"
     if after.score is not None:
-        return (
-            f"{before.score:.0%} -> {after.score:.0%} of {after.rows} held-out rows right ({rule}), "
-            f"{default} in llama.cpp"
-        )
-    return f"held-out loss {before.loss:.3f} -> {after.loss:.3f}, {default} in llama.cpp"
+        change = f"{before.score:.0%} -> {after.score:.0%} of {after.rows} held-out rows right ({rule})"
+    return f"{change}, {default} in llama.cpp"

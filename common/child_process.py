@@ -17,10 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any
 
 from common import console
 from common.errors import UserError, printable_line
@@ -38,7 +39,7 @@ CHILD_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from common import child_process; child_process.main(*sys.argv[2:])"
 )
-SIGNAL_MEANINGS = {
+SIGNAL_MEANINGS: dict[int, str] = {
     signal.SIGABRT: "llama.cpp aborted",
     signal.SIGSEGV: "llama.cpp crashed",
     signal.SIGBUS: "llama.cpp crashed, most often because the file became shorter or the disk is full",
@@ -59,7 +60,7 @@ class Limits:
     """Resident memory in bytes."""
 
 
-def call_in_child(function: str, arguments: list, limits: Limits, subject: str) -> object:
+def call_in_child(function: str, arguments: Sequence[object], limits: Limits, subject: str) -> Any:
     """Call `function` in a child process and return its result; arguments and result must be JSON values.
 
     Args:
@@ -88,7 +89,7 @@ def call_in_child(function: str, arguments: list, limits: Limits, subject: str) 
         return _parse_answer(answer, exit_code, log_file, subject)
 
 
-def run_attached(function: str, arguments: list, limits: Limits, subject: str) -> int:
+def run_attached(function: str, arguments: Sequence[object], limits: Limits, subject: str) -> int:
     """Run `function` in a child process that shares this terminal, wait for its end, and return its exit code.
 
     Ctrl-C reaches the child, SIGTERM is passed on, and the child ends when this process does.
@@ -128,8 +129,11 @@ def report_ready() -> None:
 
 
 def _start_child(
-    arguments: list[str], inherited_descriptors: tuple[int, ...], request: IO | None = None, log: IO | None = None
-) -> subprocess.Popen:
+    arguments: list[str],
+    inherited_descriptors: tuple[int, ...],
+    request: IO[bytes] | None = None,
+    log: IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
     """Start a Python that imports from the same places as this one, without secrets in its environment.
 
     With a `request` the child has a session of its own and no terminal. Without one it shares this terminal.
@@ -152,14 +156,14 @@ def _start_child(
 
 
 @contextlib.contextmanager
-def _open_pipe() -> Iterator[tuple[IO, IO]]:
+def _open_pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Open a pipe; yield (the end to read from, the end to write to), and close both afterwards."""
     reader, writer = (os.fdopen(end, mode, 0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     with reader, writer:
         yield reader, writer
 
 
-def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject: str) -> bytes:
+def _read_answer(process: subprocess.Popen[bytes], reader: IO[bytes], limits: Limits, subject: str) -> bytes:
     """Return what the child writes to the pipe until it closes it. Raise UserError when it exceeds its limits."""
     answer, deadline = bytearray(), time.monotonic() + limits.seconds
     while True:
@@ -178,7 +182,7 @@ def _read_answer(process: subprocess.Popen, reader: IO, limits: Limits, subject:
 
 
 def _refuse_over_limits(
-    process: subprocess.Popen, max_memory: int, deadline: float, seconds: float, subject: str
+    process: subprocess.Popen[bytes], max_memory: int, deadline: float, seconds: float, subject: str
 ) -> None:
     """Raise UserError when the deadline has passed or the child uses more than `max_memory` bytes.
 
@@ -217,20 +221,21 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def _parse_answer(answer: bytes, exit_code: int, log: IO, subject: str) -> object:
+def _parse_answer(answer: bytes, exit_code: int, log: IO[bytes], subject: str) -> Any:
     """Return the value in the child's answer. Raise UserError for the error in it, or when there is no answer."""
     try:
         reply = json.loads(answer)
     except ValueError:
-        log.seek(0)
-        last_line = (
-            log.read(MAX_ANSWER_BYTES).decode("utf-8", "replace").strip().rpartition("\n")[2] if exit_code > 0 else ""
-        )
-        raise _crash_error(exit_code, subject, last_line) from None
+        raise _crash_error(exit_code, subject, _read_last_line(log) if exit_code > 0 else "") from None
     if "error" in reply:
         message, hint, code = reply["error"]
         raise UserError(message, hint, code=code)
     return reply["value"]
+
+
+def _read_last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read(MAX_ANSWER_BYTES).decode("utf-8", "replace").strip().rpartition("\n")[2]
 
 
 def _crash_error(exit_code: int, subject: str, last_line: str = "") -> UserError:
@@ -248,7 +253,7 @@ def _crash_error(exit_code: int, subject: str, last_line: str = "") -> UserError
     return UserError(f"{subject} ended without a result: {reason}", CRASH_HINT, code="process.crashed")
 
 
-def kill_with_children(process: subprocess.Popen) -> None:
+def kill_with_children(process: subprocess.Popen[bytes]) -> None:
     """Kill a session's leader and all processes of its group, even when the leader has ended by itself."""
     with contextlib.suppress(OSError):  # no process is left; macOS reports that as forbidden
         os.killpg(process.pid, signal.SIGKILL)
@@ -256,11 +261,17 @@ def kill_with_children(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def require_pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    """Return the stdin, stdout or stderr of a process that was started with PIPE for it."""
+    assert stream is not None, "Popen makes a stream for each PIPE"
+    return stream
+
+
 @contextlib.contextmanager
-def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
+def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Pass SIGTERM on to the child; SIGINT too, where no terminal sends it to the child by itself."""
 
-    def forward_signal(number: int, frame) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
     previous_handlers = {
@@ -282,7 +293,7 @@ def is_in_foreground() -> bool:
     return False
 
 
-def _wait_for_child(process: subprocess.Popen, ready_pipe: IO, limits: Limits, subject: str) -> int:
+def _wait_for_child(process: subprocess.Popen[bytes], ready_pipe: IO[bytes], limits: Limits, subject: str) -> int:
     """Wait until the child ends and return its exit code: 128 + number for a signal that a user sends.
 
     The time limit ends when `ready_pipe` becomes readable, which is when the child closes its end of it.
@@ -317,18 +328,22 @@ def main(kind: str, *arguments: str) -> None:
 
 def _answer_call(answer_descriptor: int) -> None:
     """Call the function that stdin names and write its result, or its UserError, to the pipe; then exit."""
-    function, arguments = json.load(sys.stdin)
-    try:
-        answer = {"value": _import_function(function)(*arguments)}
-    except UserError as error:
-        answer = {"error": [error.message, error.hint, error.code]}
+    answer = _call_function(*json.load(sys.stdin))
     with os.fdopen(answer_descriptor, "wb") as stream:
         stream.write(json.dumps(answer).encode())
     sys.stdout.flush()
     os._exit(0)  # do not wait for any library's clean-up
 
 
-def _run_function(function: str, arguments: list) -> None:
+def _call_function(function: str, arguments: list[Any]) -> dict[str, object]:
+    """Call the function; return {"value": its result}, or {"error": message, hint and code of its UserError}."""
+    try:
+        return {"value": _import_function(function)(*arguments)}
+    except UserError as error:
+        return {"error": [error.message, error.hint, error.code]}
+
+
+def _run_function(function: str, arguments: list[Any]) -> None:
     """Call the function; print a UserError and exit with code 2, or exit with 130 after Ctrl-C."""
     try:
         _import_function(function)(*arguments)
@@ -340,10 +355,11 @@ def _run_function(function: str, arguments: list) -> None:
         sys.exit(130)
 
 
-def _import_function(function: str):
+def _import_function(function: str) -> Callable[..., object]:
     """Return the function that "module:name" names."""
     module, name = function.split(":")
-    return getattr(importlib.import_module(module), name)
+    imported: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return imported
 
 
 def _exit_with_parent(alive_descriptor: int) -> None:

@@ -5,6 +5,7 @@ so that only what is printed through this module reaches the terminal.
 """
 
 import contextlib
+import io
 import os
 import sys
 import textwrap
@@ -55,7 +56,8 @@ def send_library_output_to(log: Path) -> None:
         os.dup2(log_descriptor, descriptor)
     os.close(log_descriptor)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     print(f"\n=== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from common import console
 from common.errors import UserError, printable_line
@@ -51,7 +52,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             remove(part)
 
 
-def write_if_missing(target: Path, write) -> Path:
+def write_if_missing(target: Path, write: Callable[[Path], object]) -> Path:
     """Write `target` atomically with `write(part)`, unless an interrupted stage has already written it completely."""
     if not target.exists():
         with write_atomically(target) as part:
@@ -148,18 +149,18 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write `value` as JSON to `path`, atomically."""
     with write_atomically(path) as part:
         part.write_bytes(encode_json(value))
 
 
-def encode_json(value: dict) -> bytes:
+def encode_json(value: Mapping[str, object]) -> bytes:
     """Return `value` as JSON. Lone surrogates, as of a file name that is not UTF-8, become JSON escapes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raise UserError when the file is missing or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -184,14 +185,14 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Write `rows` to `path`, one JSON object per line, atomically."""
     with write_atomically(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file that `write_rows` wrote."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

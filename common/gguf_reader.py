@@ -6,6 +6,7 @@ bounded memory and time.
 """
 
 import hashlib
+import math
 import os
 import struct
 from collections import Counter
@@ -173,11 +174,20 @@ class _Cursor:
     def read_number(self, format_letter: str, subject: str) -> int | float | bool:
         """Read one little-endian value; `format_letter` is its type in Python's struct."""
         layout = struct.Struct("<" + format_letter)
-        return layout.unpack_from(self.head, self.take(layout.size, subject))[0]
+        value: int | float | bool = layout.unpack_from(self.head, self.take(layout.size, subject))[0]
+        return value
+
+    def read_uint32(self, subject: str) -> int:
+        """Read a type, a version or a number of dimensions."""
+        return int(self.read_number("I", subject))
+
+    def read_uint64(self, subject: str) -> int:
+        """Read a length, a count or an offset."""
+        return int(self.read_number("Q", subject))
 
     def read_bytes(self, max_bytes: int, subject: str) -> bytes:
         """Read a string of 1 to `max_bytes` bytes."""
-        length = self.read_number("Q", f"the length of {subject}")
+        length = self.read_uint64(f"the length of {subject}")
         if not 0 < length <= max_bytes:
             raise self.error(f"{subject} has {length} bytes, not 1 to {max_bytes}", code="gguf.bad_length")
         start = self.take(length, subject)
@@ -213,15 +223,15 @@ class _Cursor:
         for _ in range(count):
             if position + 8 > end or (length := unpack_length(head, position)[0]) > end - position - 8:
                 self.position = position
-                self.take(self.read_number("Q", f"the length of a string in {subject}"), f"a string in {subject}")
+                self.take(self.read_uint64(f"the length of a string in {subject}"), f"a string in {subject}")
             position += 8 + length
             texts.append(str(head[position - length : position], "utf-8", "replace"))
         self.position = position
         return texts
 
-    def read_array(self, subject: str) -> list:
+    def read_array(self, subject: str) -> list[str] | list[int | float | bool]:
         """Read an array of numbers or strings."""
-        item_type, count = self.read_number("I", subject), self.read_number("Q", subject)
+        item_type, count = self.read_uint32(subject), self.read_uint64(subject)
         if item_type != STRING and item_type not in SCALAR_FORMATS:
             is_nested = item_type == ARRAY
             raise self.error(
@@ -255,15 +265,13 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
     magic = cursor.head[cursor.take(4, "the magic number") : 4]
     if magic != b"GGUF":
         raise cursor.error(f"it begins with {magic!r}, not with 'GGUF'", code="gguf.bad_magic")
-    version = cursor.read_number("I", "the version")
+    version = cursor.read_uint32("the version")
     if version & 0xFFFF == 0 and version:
         raise cursor.error("it is big-endian, made for other processors", code="gguf.big_endian")
     if version not in (2, 3):
         raise cursor.error(f"it has version {version}, and llama.cpp reads 2 and 3", code="gguf.unknown_version")
-    tensor_count, pair_count = (
-        cursor.read_number("Q", "the number of tensors"),
-        cursor.read_number("Q", "the number of metadata pairs"),
-    )
+    tensor_count = cursor.read_uint64("the number of tensors")
+    pair_count = cursor.read_uint64("the number of metadata pairs")
     _refuse_impossible_count(cursor, tensor_count, MIN_TENSOR_BYTES, "tensors")
     _refuse_impossible_count(cursor, pair_count, MIN_PAIR_BYTES, "metadata pairs")
     return version, tensor_count, pair_count
@@ -286,7 +294,7 @@ def _read_metadata(cursor: _Cursor, pair_count: int) -> tuple[dict[str, object],
         key = cursor.read_name(MAX_KEY_BYTES, f"key {index}")
         if key in values:
             raise cursor.error(f"the key {_quote_name(key)} appears twice", code="gguf.duplicate_key")
-        types[key] = cursor.read_number("I", f"the type of {_quote_name(key)}")
+        types[key] = cursor.read_uint32(f"the type of {_quote_name(key)}")
         values[key] = cursor.read_value(types[key], f"the value of {_quote_name(key)}")
     if types.get(ARCHITECTURE_KEY) != STRING or not values[ARCHITECTURE_KEY]:
         is_missing = ARCHITECTURE_KEY not in types
@@ -305,7 +313,7 @@ def _read_metadata(cursor: _Cursor, pair_count: int) -> tuple[dict[str, object],
 
 def _validate_alignment(cursor: _Cursor, value_type: int, value: object) -> int:
     """Return the alignment in bytes. Raise UserError when it is not a uint32 that is a power of two."""
-    if value_type != UINT32:
+    if value_type != UINT32 or not isinstance(value, int):
         raise cursor.error(f"{ALIGNMENT_KEY} has value type {value_type}, not uint32", code="gguf.bad_alignment_type")
     if value & (value - 1) or not 0 < value <= MAX_ALIGNMENT:
         raise cursor.error(
@@ -359,13 +367,11 @@ def _read_tensor(cursor: _Cursor, index: int) -> Tensor:
     name = cursor.read_name(MAX_NAME_BYTES, f"the name of tensor {index}")
     subject = f"the tensor {_quote_name(name)}"
     shape = _read_shape(cursor, subject)
-    type_number = cursor.read_number("I", subject)
+    type_number = cursor.read_uint32(subject)
     if type_number not in TENSOR_TYPES:
         raise cursor.error(f"{subject} has the unknown type {type_number}", code="gguf.unknown_tensor_type")
     type_name, block_size, block_bytes = TENSOR_TYPES[type_number]
-    elements = 1
-    for size in shape:
-        elements *= size
+    elements = math.prod(shape)
     if elements >= 1 << 63:
         raise cursor.error(f"{subject} has {elements} elements: its shape overflows", code="gguf.shape_overflow")
     if shape[0] % block_size:
@@ -373,15 +379,15 @@ def _read_tensor(cursor: _Cursor, index: int) -> Tensor:
             f"{subject} has rows of {shape[0]} elements, {type_name} needs a multiple of {block_size}",
             code="gguf.partial_block",
         )
-    return Tensor(name, shape, type_name, cursor.read_number("Q", subject), elements // block_size * block_bytes)
+    return Tensor(name, shape, type_name, cursor.read_uint64(subject), elements // block_size * block_bytes)
 
 
 def _read_shape(cursor: _Cursor, subject: str) -> tuple[int, ...]:
     """Read a shape: 1 to 4 dimensions of at least one element."""
-    dimensions = cursor.read_number("I", subject)
+    dimensions = cursor.read_uint32(subject)
     if not 1 <= dimensions <= 4:
         raise cursor.error(f"{subject} has {dimensions} dimensions, not 1 to 4", code="gguf.bad_dimension_count")
-    shape = tuple(cursor.read_number("q", subject) for _ in range(dimensions))
+    shape = tuple(int(cursor.read_number("q", subject)) for _ in range(dimensions))
     if min(shape) < 1:
         raise cursor.error(f"{subject} has a dimension of {min(shape)} elements", code="gguf.bad_dimension")
     return shape

@@ -18,7 +18,9 @@ from common import console
 from common.errors import UserError, printable_line
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from httpx import Client
+    from huggingface_hub import DatasetInfo, HfApi, KernelInfo, ModelInfo, SpaceInfo
+    from huggingface_hub.hf_api import RepoSibling
 
 T = TypeVar("T")
 REPO_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -52,8 +54,10 @@ def max_retry_seconds() -> float:
 def seconds_from_environment(name: str, default: float) -> float:
     """Return a time limit from the environment. Raise UserError when it is not a number."""
     text = os.environ.get(name)
+    if not text:
+        return default
     try:
-        return float(text) if text else default
+        return float(text)
     except ValueError:
         raise UserError(
             f"{name}={printable_line(text)} is not a number of seconds",
@@ -105,25 +109,26 @@ def parse_repo_id(repo: str) -> tuple[str, str | None]:
 def create_client() -> "HfApi":
     """Return a client of the Hub with timeouts. Raise UserError when HF_ENDPOINT is not an address."""
     refuse_bad_endpoint()
+    import logging
+
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import logging, set_client_factory
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils import set_client_factory
+
+    hub_logging.set_verbosity(logging.ERROR)  # its own messages contain signed URLs
+    set_client_factory(_create_http_client)
+    return HfApi(library_name="ferry")
+
+
+def _create_http_client() -> "Client":
+    """Return huggingface_hub's own client of HTTP, with timeouts."""
     from huggingface_hub.utils._http import default_client_factory
 
-    def create_http_client():
-        client = default_client_factory()
-        # (connect, read, write, pool). A tuple, because huggingface_hub 2 has the client of httpx2, which does not take
-        # an httpx.Timeout.
-        client.timeout = (
-            min(CONNECT_TIMEOUT, timeout_seconds()),
-            timeout_seconds(),
-            timeout_seconds(),
-            timeout_seconds(),
-        )
-        return client
-
-    logging.set_verbosity_error()  # its own messages contain signed URLs
-    set_client_factory(create_http_client)
-    return HfApi(library_name="ferry")
+    client, seconds = default_client_factory(), timeout_seconds()
+    # (connect, read, write, pool). A tuple, because huggingface_hub 2 has the client of httpx2, which does not take an
+    # httpx.Timeout.
+    client.timeout = (min(CONNECT_TIMEOUT, seconds), seconds, seconds, seconds)
+    return client
 
 
 def refuse_bad_endpoint() -> None:
@@ -202,7 +207,7 @@ def retry(
     call: Callable[[], T],
     retry_statuses: tuple[int, ...] = (),
     retry_seconds: float | None = None,
-    progress=lambda: 0,
+    progress: Callable[[], float] = lambda: 0,
 ) -> T:
     """Return `call()`; while it fails with a transient error, repeat it after growing pauses.
 
@@ -247,20 +252,26 @@ def fill_placeholders(repo: str, run: str | None) -> str:
     return repo
 
 
-def find_foreign_files(repo_info, index: str) -> list[str]:
+def find_foreign_files(repo_info: "ModelInfo | DatasetInfo | SpaceInfo | KernelInfo", index: str) -> list[str]:
     """Return files which show that a repo serves another purpose.
 
     The list is empty where the file `index` is among them, or where there is only what a new repo may hold.
     """
-    names = sorted(sibling.rfilename for sibling in repo_info.siblings)
+    names = sorted(list_repo_files(repo_info))
     return [] if index in names else [name for name in names if name not in (".gitattributes", "README.md")]
 
 
-def fetch_or_none(action: str, call):
+def list_repo_files(repo_info: "ModelInfo | DatasetInfo | SpaceInfo | KernelInfo") -> set[str]:
+    """Return the names of a repo's files as the Hub lists them; none for a kernel, whose answer has no list."""
+    siblings: list[RepoSibling] = getattr(repo_info, "siblings", None) or []
+    return {sibling.rfilename for sibling in siblings}
+
+
+def fetch_or_none(action: str, call: Callable[[], T]) -> T | None:
     """Return `call()` with short retries, or None where the Hub has no such repo."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    def call_or_none():
+    def call_or_none() -> T | None:
         try:
             return call()
         except RepositoryNotFoundError:

@@ -10,9 +10,8 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -20,6 +19,7 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     from llama_cpp import Llama
+    from llama_cpp.llama_cpp import llama_batch, llama_context_p
 
 
 LAYER_SHARES = (0.75, 0.5, 0.25, 0)  # shares of the layers to try, where a GPU cannot hold them all
@@ -86,6 +86,14 @@ def _open_model(gguf: Path, context: int, vocab_only: bool, layers: int, verbose
     return model
 
 
+class _NoChatFormatter:
+    """Takes the place of llama-cpp-python's formatter, and compiles nothing."""
+
+    def __init__(self, **_: object): ...
+
+    def to_chat_handler(self) -> None: ...
+
+
 @contextlib.contextmanager
 def _ignore_chat_templates() -> Iterator[None]:
     """Keep llama-cpp-python from compiling the chat templates of a file while a model is loaded.
@@ -95,11 +103,11 @@ def _ignore_chat_templates() -> Iterator[None]:
     from llama_cpp import llama_chat_format
 
     formatter = llama_chat_format.Jinja2ChatFormatter
-    llama_chat_format.Jinja2ChatFormatter = lambda **_: SimpleNamespace(to_chat_handler=lambda: None)
+    llama_chat_format.Jinja2ChatFormatter = _NoChatFormatter  # type: ignore[misc,assignment]  # replaced on purpose
     try:
         yield
     finally:
-        llama_chat_format.Jinja2ChatFormatter = formatter
+        llama_chat_format.Jinja2ChatFormatter = formatter  # type: ignore[misc]  # the original again
 
 
 def compute_device() -> str:
@@ -179,7 +187,10 @@ def generate_greedy(model: "Llama", token_ids: Sequence[int], max_tokens: int) -
 
 
 def generate_greedy_answers(
-    model: "Llama", prompts: Sequence[Sequence[int]], max_tokens: int, advance=lambda count: None
+    model: "Llama",
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    advance: Callable[[float], object] = lambda count: None,
 ) -> list[tuple[list[int], list[int]]]:
     """Return the result of `generate_greedy` for each of `prompts`; call `advance(1)` after each of them.
 
@@ -196,13 +207,16 @@ def generate_greedy_answers(
     return results
 
 
-def _generate_answer(model: "Llama", ctx, batch, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], list[int]]:
+def _generate_answer(
+    model: "Llama", ctx: "llama_context_p", batch: "llama_batch", prompt: Sequence[int], max_tokens: int
+) -> tuple[list[int], list[int]]:
     """Return one greedy answer and its end token, in a context and a batch that earlier answers have used."""
     import llama_cpp
 
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
     vocabulary, vocabulary_size = llama_cpp.llama_model_get_vocab(model.model), model.n_vocab()
-    next_tokens, answer, position = list(prompt), [], 0
+    next_tokens, position = list(prompt), 0
+    answer: list[int] = []
     while len(answer) < max_tokens:
         batch.n_tokens = 0
         for token in next_tokens:
@@ -226,7 +240,7 @@ def end_tokens(model: "Llama") -> list[int]:
 
 
 @contextlib.contextmanager
-def _create_context(model: "Llama", max_tokens: int) -> Iterator:
+def _create_context(model: "Llama", max_tokens: int) -> Iterator["llama_context_p"]:
     """Create a separate llama_context for up to `tokens` tokens; free it at the end."""
     import llama_cpp
 
@@ -266,7 +280,7 @@ def measure_decode_speed(model: "Llama", token_ids: Sequence[int], batch_size: i
 
 
 @contextlib.contextmanager
-def _create_batch(max_tokens: int) -> Iterator:
+def _create_batch(max_tokens: int) -> Iterator["llama_batch"]:
     """Create a llama_batch for up to `tokens` tokens; free it at the end."""
     import llama_cpp
 
@@ -277,10 +291,11 @@ def _create_batch(max_tokens: int) -> Iterator:
         llama_cpp.llama_batch_free(batch)
 
 
-def _add_token(batch, token: int, position: int, logits: bool) -> None:
+def _add_token(batch: "llama_batch", token: int, position: int, logits: bool) -> None:
     """Append a token at `position` of sequence 0; `logits`: whether its logits are wanted."""
     i = batch.n_tokens
-    batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, logits
+    batch.token[i], batch.n_seq_id[i], batch.logits[i] = token, 1, logits
+    batch.pos[i] = position  # type: ignore[call-overload]  # llama-cpp-python says that each item is an array
     batch.seq_id[i][0] = 0
     batch.n_tokens += 1
 
@@ -289,18 +304,18 @@ def _clear_cache(model: "Llama") -> None:
     """Empty the cache, and llama-cpp-python's own record of what is in it."""
     import llama_cpp
 
-    model.reset()
+    model.reset()  # type: ignore[no-untyped-call]  # llama-cpp-python has no types there
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
 
 
-def _decode_batch(ctx, batch) -> None:
+def _decode_batch(ctx: "llama_context_p", batch: "llama_batch") -> None:
     import llama_cpp
 
     if code := llama_cpp.llama_decode(ctx, batch):
         raise RuntimeError(f"llama_decode returned {code} for {batch.n_tokens} tokens")
 
 
-def _read_logits(ctx, index: int, vocabulary_size: int) -> "np.ndarray":
+def _read_logits(ctx: "llama_context_p", index: int, vocabulary_size: int) -> "np.ndarray":
     """Return the logits after the token at `index`: a float32 view of shape (vocabulary,), until the next decode."""
     import llama_cpp
     import numpy as np

@@ -9,10 +9,20 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
 from typing_extensions import Required, TypedDict  # pydantic needs this one below Python 3.12
 
 from common import files
@@ -167,10 +177,14 @@ class GoldenPrompt(ManifestPart):
         return self
 
 
+# Of the parts that may have more keys than those listed here: what a later Ferry measures or knows.
+EXTENSIBLE = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+@with_config(EXTENSIBLE)
 class Score(TypedDict, total=False):
     """The scores of one backend on the held-out rows. Further measurements are allowed."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     loss: Required[Nats]
     """Mean loss in nats per response token."""
     kl: Nats
@@ -180,10 +194,10 @@ class Score(TypedDict, total=False):
     rows: Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
+@with_config(EXTENSIBLE)
 class Scores(TypedDict, total=False):
     """All scores, with the rule and the rows that they were measured with."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     rule: str
     used: str
     heldout: Annotated[dict[LadderStep, Score], Field(max_length=64)]
@@ -191,21 +205,21 @@ class Scores(TypedDict, total=False):
     notes: list[str]
 
 
+@with_config(EXTENSIBLE)
 class Checkout(TypedDict, total=False):
     """The git state of Ferry's code, or of another code."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     url: Text | None
     commit: Text | None
     dirty: bool | None
 
 
+@with_config(EXTENSIBLE)
 class Provenance(TypedDict, total=False):
     """What made the model, so that it can be reproduced."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
     git: Checkout | None
-    image: dict | None
+    image: dict[str, Any] | None
     packages: Annotated[dict[Text, Text | None], Field(max_length=1000)] | None
 
 
@@ -247,8 +261,8 @@ class Manifest(ManifestPart):
     artifacts: Annotated[tuple[Artifact, ...], Field(max_length=limits.MAX_FILES)]
     files: Annotated[tuple[PublishedFile, ...], Field(max_length=limits.MAX_FILES)] = ()
     """All other files of the repo except this manifest."""
-    config: dict[str, dict]
-    training: dict
+    config: dict[str, dict[str, Any]]
+    training: dict[str, Any]
     scores: Scores
     provenance: Provenance
     golden: GoldenPrompts
@@ -258,17 +272,8 @@ class Manifest(ManifestPart):
     def _require_consistent_files(self) -> "Manifest":
         if [artifact.kind for artifact in self.artifacts if artifact.default] != ["gguf"]:
             raise ValueError("artifacts: exactly one GGUF must be the default")
-        names = [item.file for item in (*self.artifacts, *self.files)]
-        # Names that differ in case only are one file on a Mac's disk.
-        counts = Counter(name.lower() for name in names)
-        if repeated_names := [name for name in names if counts[name.lower()] > 1 or name == FILE_NAME]:
-            raise ValueError(f"artifacts and files: {repeated_names[0]!r} appears twice")
-        if bad_names := [
-            artifact.file for artifact in self.artifacts if not artifact.file.endswith(SUFFIX_BY_KIND[artifact.kind])
-        ]:
-            raise ValueError(f"artifacts: {bad_names[0]!r} has the wrong extension for its kind")
-        if nested_ggufs := [item.file for item in self.artifacts if item.kind == "gguf" and "/" in item.file]:
-            raise ValueError(f"artifacts: {nested_ggufs[0]!r} is a GGUF in a folder")
+        _refuse_repeated_names([item.file for item in (*self.artifacts, *self.files)])
+        _refuse_misnamed_artifacts(self.artifacts)
         if hashlib.sha256(self.chat.template.encode()).hexdigest() != self.chat.sha256:
             raise ValueError("chat: sha256 is not that of the template")
         return self
@@ -282,12 +287,22 @@ class Manifest(ManifestPart):
         return next(artifact for artifact in self.artifacts if artifact.default)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Return the manifest in a file.
+def _refuse_repeated_names(names: Sequence[str]) -> None:
+    # Names that differ in case only are one file on a Mac's disk.
+    counts = Counter(name.lower() for name in names)
+    if repeated_names := [name for name in names if counts[name.lower()] > 1 or name == FILE_NAME]:
+        raise ValueError(f"artifacts and files: {repeated_names[0]!r} appears twice")
 
-    Raises:
-        UserError: the file is missing, too large, newer than this reader, or not a valid manifest.
-    """
+
+def _refuse_misnamed_artifacts(artifacts: Sequence[Artifact]) -> None:
+    if bad_names := [item.file for item in artifacts if not item.file.endswith(SUFFIX_BY_KIND[item.kind])]:
+        raise ValueError(f"artifacts: {bad_names[0]!r} has the wrong extension for its kind")
+    if nested_ggufs := [item.file for item in artifacts if item.kind == "gguf" and "/" in item.file]:
+        raise ValueError(f"artifacts: {nested_ggufs[0]!r} is a GGUF in a folder")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest in a file. Raise UserError when it cannot be read, or as `parse_manifest` does."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -310,6 +325,18 @@ def parse_manifest(content: bytes, source: str) -> Manifest:
     Raises:
         UserError: it is too large, newer than this reader, or not a valid manifest.
     """
+    value = _load_json(content, source)
+    _refuse_newer_schema(value, source)
+    try:
+        return Manifest.model_validate(value)
+    except (ValidationError, RecursionError) as error:
+        raise UserError(
+            f"{source} is not a valid manifest: {_describe_fault(error)}", PUBLISH_HINT, code="manifest.invalid"
+        ) from error
+
+
+def _load_json(content: bytes, source: str) -> object:
+    """Return the JSON value in `content`. Raise UserError when it is too large, or no JSON."""
     if len(content) > MAX_BYTES:
         raise UserError(
             f"{source} is larger than {MAX_BYTES} bytes, the limit of a manifest",
@@ -317,11 +344,14 @@ def parse_manifest(content: bytes, source: str) -> Manifest:
             code="manifest.too_large",
         )
     try:
-        value = _parse_json(content)
+        return _parse_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{source} is not valid JSON: {printable_line(str(error), 100)}", PUBLISH_HINT, code="manifest.not_json"
         ) from error
+
+
+def _refuse_newer_schema(value: object, source: str) -> None:
     version = _schema_version(value)
     if version is not None and version > SCHEMA_VERSION:
         raise UserError(
@@ -329,12 +359,6 @@ def parse_manifest(content: bytes, source: str) -> Manifest:
             "update Ferry: `git pull`",
             code="manifest.newer_schema",
         )
-    try:
-        return Manifest.model_validate(value)
-    except (ValidationError, RecursionError) as error:
-        raise UserError(
-            f"{source} is not a valid manifest: {_describe_fault(error)}", PUBLISH_HINT, code="manifest.invalid"
-        ) from error
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -345,7 +369,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         part.write_bytes(content)
 
 
-def refuse_invalid_parts(parts: dict) -> None:
+def refuse_invalid_parts(parts: dict[str, Any]) -> None:
     """Raise UserError when `parts`, {"chat", "golden", "smoke"}, would not be valid in a manifest."""
     try:
         ChatFormat.model_validate(parts["chat"])
@@ -361,23 +385,21 @@ def refuse_invalid_parts(parts: dict) -> None:
 
 def _describe_fault(error: ValidationError | RecursionError) -> str:
     """Return the first fault as one line: where it is, and what is wrong."""
-    fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    fault = error.errors()[0]
     text = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     return printable_line(text, 300)
 
 
 def _parse_json(content: bytes) -> object:
-    """Return the JSON value in `content`.
-
-    Raises:
-        ValueError: it is not JSON, or only Python's reader takes it: NaN, infinity, a lone surrogate.
-    """
-    value = json.loads(content, parse_constant=_refuse_constant, parse_float=_parse_finite)
+    """Return a JSON value. Raise ValueError for what only Python's reader takes: NaN, infinity, a lone surrogate."""
+    value: object = json.loads(content, parse_constant=_refuse_constant, parse_float=_parse_finite)
     json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
 
-def _refuse_constant(text: str) -> None:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number")
 
 

@@ -102,10 +102,14 @@ def _find_dimension_faults(name: str, value: object) -> Iterator[Fault]:
         yield Fault("header.list_too_long", f"{name} has {len(values):,} items, the limit is {MAX_PER_LAYER:,}")
         return
     for item in values:
-        if isinstance(item, float) and not math.isfinite(item):
-            yield Fault("header.not_finite", f"{name} is {item}")
-        if isinstance(item, int) and abs(item) > MAX_DIMENSION:
-            yield Fault("header.number_too_large", f"{name} is {item}, the limit is {MAX_DIMENSION:,}")
+        yield from _find_number_faults(name, item)
+
+
+def _find_number_faults(name: str, number: object) -> Iterator[Fault]:
+    if isinstance(number, float) and not math.isfinite(number):
+        yield Fault("header.not_finite", f"{name} is {number}")
+    if isinstance(number, int) and abs(number) > MAX_DIMENSION:
+        yield Fault("header.number_too_large", f"{name} is {number}, the limit is {MAX_DIMENSION:,}")
 
 
 def _find_vocabulary_faults(metadata: dict[str, object]) -> Iterator[Fault]:
@@ -117,32 +121,47 @@ def _find_vocabulary_faults(metadata: dict[str, object]) -> Iterator[Fault]:
     if len(set(tokens)) < len(tokens):
         yield Fault("header.duplicate_token", f"{TOKENS_KEY} has a text twice")
     for key in PER_TOKEN_KEYS:
-        if key in metadata and (not isinstance(metadata[key], list) or len(metadata[key]) != len(tokens)):
+        value = metadata.get(key, tokens)
+        if not isinstance(value, list) or len(value) != len(tokens):
             text = f"{key} does not have one item for each of {len(tokens):,} tokens"
             yield Fault("header.wrong_list_length", text)
-    for key in filter(TOKEN_ID_KEY.fullmatch, metadata):
-        token_ids = metadata[key] if isinstance(metadata[key], list) else [metadata[key]]
-        if any(type(token) is not int or not 0 <= token < len(tokens) for token in token_ids):
-            text = f"{key} is {printable_line(str(metadata[key]), 60)}, and the vocabulary has {len(tokens):,} tokens"
+    for key, value in metadata.items():
+        if TOKEN_ID_KEY.fullmatch(key) and not _are_token_ids(value, len(tokens)):
+            text = f"{key} is {printable_line(str(value), 60)}, and the vocabulary has {len(tokens):,} tokens"
             yield Fault("header.token_id_out_of_range", text)
+
+
+def _are_token_ids(value: object, vocabulary_size: int) -> bool:
+    """Return whether a value is a token id of the vocabulary, or a list of them."""
+    token_ids = value if isinstance(value, list) else [value]
+    return all(type(token) is int and 0 <= token < vocabulary_size for token in token_ids)
 
 
 def _find_layer_faults(header: Header, architecture: str) -> Iterator[Fault]:
     """Yield the faults of layers and context. Each claimed layer has tensors, and embeddings have a row per token."""
-    layer_count, context = (header.metadata.get(f"{architecture}.{key}") for key in ("block_count", "context_length"))
+    layer_count = header.metadata.get(f"{architecture}.block_count")
     if type(layer_count) is not int or not 1 <= layer_count <= MAX_LAYERS:
         text = f"{architecture}.block_count is {printable_line(str(layer_count), 40)}, not 1 to {MAX_LAYERS}"
         yield Fault("header.bad_layer_count", text)
         return
-    if type(context) is not int or not 1 <= context <= limits.MAX_CONTEXT:
-        text = f"{architecture}.context_length is {printable_line(str(context), 40)}, not 1 to {limits.MAX_CONTEXT:,}"
-        yield Fault("header.bad_context_length", text)
+    yield from _find_context_faults(header.metadata, architecture)
     layer_indices = {
         int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", tensor.name))
     }
     if layer_indices != set(range(layer_count)):
         text = f"{architecture}.block_count is {layer_count}, and there are tensors of {len(layer_indices)} layers"
         yield Fault("header.wrong_layers", text)
+    yield from _find_embedding_faults(header)
+
+
+def _find_context_faults(metadata: dict[str, object], architecture: str) -> Iterator[Fault]:
+    context = metadata.get(f"{architecture}.context_length")
+    if type(context) is not int or not 1 <= context <= limits.MAX_CONTEXT:
+        text = f"{architecture}.context_length is {printable_line(str(context), 40)}, not 1 to {limits.MAX_CONTEXT:,}"
+        yield Fault("header.bad_context_length", text)
+
+
+def _find_embedding_faults(header: Header) -> Iterator[Fault]:
     tokens = header.metadata.get(TOKENS_KEY)
     for tensor in header.tensors:
         if tensor.name == "token_embd.weight" and isinstance(tokens, list) and tensor.shape[-1] != len(tokens):
@@ -152,14 +171,13 @@ def _find_layer_faults(header: Header, architecture: str) -> Iterator[Fault]:
 
 def _find_expert_faults(metadata: dict[str, object], architecture: str) -> Iterator[Fault]:
     """Yield the faults of expert counts, drafting layers (nextn) and RoPE scaling, all asserted by llama.cpp."""
-    expert_count, used_experts, drafting_layers = (
-        metadata.get(f"{architecture}.{key}", 0)
-        for key in ("expert_count", "expert_used_count", "nextn_predict_layers")
-    )
-    if any(type(number) is not int for number in (expert_count, used_experts, drafting_layers)):
+    keys = ("expert_count", "expert_used_count", "nextn_predict_layers")
+    counts = [count for key in keys if type(count := metadata.get(f"{architecture}.{key}", 0)) is int]
+    if len(counts) < len(keys):
         text = "expert_count, expert_used_count or nextn_predict_layers is not an integer"
         yield Fault("header.not_an_integer", text)
         return
+    expert_count, used_experts, drafting_layers = counts
     if not 0 <= expert_count <= MAX_EXPERTS or not (
         0 < used_experts <= expert_count or expert_count == used_experts == 0
     ):
@@ -169,6 +187,10 @@ def _find_expert_faults(metadata: dict[str, object], architecture: str) -> Itera
     if drafting_layers and not (type(layers) is int and 0 <= drafting_layers < layers):
         text = f"{architecture}.nextn_predict_layers is {drafting_layers}"
         yield Fault("header.bad_drafting_layers", text)
+    yield from _find_rope_faults(metadata, architecture)
+
+
+def _find_rope_faults(metadata: dict[str, object], architecture: str) -> Iterator[Fault]:
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling not in ROPE_SCALINGS:
         text = f"{architecture}.rope.scaling.type is {printable_line(str(scaling), 40)}"

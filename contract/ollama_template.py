@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from contract.chat_format import ChatMessage
+
 WHITE_SPACE = " \t\n\r\v\f"
 """The characters that are trimmed from the ends of a message. Jinja's trim also removes Unicode's white space."""
 
@@ -38,7 +40,7 @@ class Turns(BaseModel):
     marker: TextPair | None = None
     """(text, the opening of a user turn whose message contains that text), such as Alpaca's '### Input:'."""
 
-    def render_prompt(self, messages: Sequence[dict]) -> str:
+    def render_prompt(self, messages: Sequence[ChatMessage]) -> str:
         """Return the prompt for an answer to `messages`, which are passed in as Ollama passes them to its templates."""
         messages = merge_consecutive_messages(messages)
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
@@ -70,22 +72,14 @@ class Turns(BaseModel):
 
     def to_go_template(self) -> str:
         """Return the TEMPLATE. It needs Ollama's .System and .Messages, and only functions of text/template."""
-        roles = [("user", self._go_user_opening() + self._go_content("user") + _literal_action(self.user[1]))]
-        roles += [
-            (
-                "assistant",
-                _literal_action(self.assistant[0]) + self._go_content("assistant") + _literal_action(self.assistant[1]),
-            )
-        ]
+        texts = {
+            "user": self._go_user_opening() + self._go_content("user") + _literal_action(self.user[1]),
+            "assistant": self._go_turn("assistant", self.assistant),
+        }
         if self.system and self.place == "own":
-            roles.insert(
-                0,
-                (
-                    "system",
-                    _literal_action(self.system[0]) + self._go_content("system") + _literal_action(self.system[1]),
-                ),
-            )
-        branches = [f'{{{{- {"else " * (i > 0)}if eq .Role "{role}" }}}}{text}' for i, (role, text) in enumerate(roles)]
+            texts = {"system": self._go_turn("system", self.system)} | texts
+        conditions = [f'{"else " * (i > 0)}if eq .Role "{role}"' for i, role in enumerate(texts)]
+        branches = [f"{{{{- {condition} }}}}{text}" for condition, text in zip(conditions, texts.values(), strict=True)]
         loop = "{{- range $i, $m := .Messages }}" if self.place == "last" else "{{- range .Messages }}"
         lines = [*self._go_prologue(), loop, *branches, "{{- end }}", "{{- end }}" + _literal_action(self.generate)]
         return "\n".join(lines)
@@ -94,13 +88,14 @@ class Turns(BaseModel):
         """Return the Go lines before the loop over the messages."""
         if self.place == "first":
             return ["{{- $first := true }}"]
-        if not self.start:
-            return []
-        return [
-            f"{{{{- if not .System }}}}{_literal_action(self.start)}{{{{ end }}}}"
-            if self.place == "own"
-            else _literal_action(self.start)
-        ]
+        start = _literal_action(self.start)
+        if start and self.place == "own":
+            start = f"{{{{- if not .System }}}}{start}{{{{ end }}}}"
+        return [start] if start else []
+
+    def _go_turn(self, role: str, around: TextPair) -> str:
+        """Return the Go text of a message of a role, with the texts around it."""
+        return _literal_action(around[0]) + self._go_content(role) + _literal_action(around[1])
 
     def _go_user_opening(self) -> str:
         """Return the Go text that opens a user turn, with `$.System` where the system prompt is inside a user turn."""
@@ -126,9 +121,9 @@ class Turns(BaseModel):
         return _trim_action(expression) if role in self.trimmed else f"{{{{ {expression} }}}}"
 
 
-def merge_consecutive_messages(messages: Sequence[dict]) -> list[dict]:
+def merge_consecutive_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     """Return `messages` as Ollama passes them to a template: consecutive messages of one role become one."""
-    merged: list[dict] = []
+    merged: list[dict[str, str]] = []
     for message in messages:
         if merged and merged[-1]["role"] == message["role"]:
             merged[-1] = merged[-1] | {"content": merged[-1]["content"] + "\n\n" + message["content"]}

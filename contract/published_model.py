@@ -4,16 +4,19 @@ Both sources return the manifest as a whole and artifacts in blocks.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 from urllib.parse import urljoin
 
 from common import files, hub
 from common.errors import UserError, printable_line
 from contract import manifest
 from contract.manifest import Artifact
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 MAX_REDIRECTS = 5  # within the Hub's own host, such as after a repo was renamed
 
@@ -66,11 +69,7 @@ class FolderSource:
                 code="hub.folder_not_found",
             )
         if not (path / manifest.FILE_NAME).is_file():
-            raise UserError(
-                f"{path} has no {manifest.FILE_NAME}: nothing was published there, or the publishing was interrupted",
-                "run `make publish` again where the model was trained",
-                code="hub.no_manifest",
-            )
+            raise _no_manifest_error(str(path), "nothing was published there")
         return cls(path, path.resolve().name)
 
     def read_manifest(self) -> bytes:
@@ -119,6 +118,14 @@ class FolderSource:
         return path
 
 
+def _no_manifest_error(place: str, reason: str) -> UserError:
+    return UserError(
+        f"{place} has no {manifest.FILE_NAME}: {reason}, or the publishing was interrupted",
+        "run `make publish` again where the model was trained",
+        code="hub.no_manifest",
+    )
+
+
 @dataclass(frozen=True)
 class HubSource:
     """A published model in a repo on the Hub, at the commit that its revision had when the source was opened."""
@@ -130,19 +137,11 @@ class HubSource:
     @classmethod
     def open(cls, repo: str, revision: str | None) -> "HubSource":
         """Return the repo at its present commit. Raise UserError when it cannot be read or has no manifest."""
-        api, action = hub.create_client(), f"read {repo}{f'@{revision}' if revision else ''}"
-        if hub.read_token():  # a wrong token must not look like a missing repo
-            hub.retry(action, api.whoami, retry_seconds=hub.QUICK_RETRY_SECONDS)
-        repo_info = hub.retry(
-            action, lambda: api.model_info(repo, revision=revision), retry_seconds=hub.QUICK_RETRY_SECONDS
-        )
-        if manifest.FILE_NAME not in {sibling.rfilename for sibling in repo_info.siblings or ()}:
-            raise UserError(
-                f"{action}: the repo has no {manifest.FILE_NAME}: "
-                "it was not published by Ferry, or the publishing was interrupted",
-                "run `make publish` again where the model was trained",
-                code="hub.no_manifest",
-            )
+        action = f"read {repo}{f'@{revision}' if revision else ''}"
+        repo_info = _fetch_model_info(action, repo, revision)
+        if manifest.FILE_NAME not in hub.list_repo_files(repo_info):
+            raise _no_manifest_error(f"{action}: the repo", "it was not published by Ferry")
+        assert repo_info.sha, "the Hub names the commit of a repo that it describes"
         return cls(repo, repo.replace("/", "--"), repo_info.sha)
 
     def read_manifest(self) -> bytes:
@@ -186,11 +185,10 @@ class HubSource:
             if response.status_code == 403 and not hub.is_hub_url(location):
                 raise hub.TransientError("the download address has expired")
             hf_raise_for_status(response)
-            if response.status_code == 206 and not response.headers.get("content-range", "").startswith(
-                f"bytes {start}-"
-            ):
+            is_part = response.status_code == 206
+            if is_part and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
                 raise hub.TransientError("the server sent a different part than requested")
-            yield (start if response.status_code == 206 else 0), response.iter_raw()
+            yield (start if is_part else 0), response.iter_raw()
 
     def _describe_file(self, name: str) -> "HubFile":
         """Return size, etag and address of a file. It is requested every time, because signed addresses expire.
@@ -217,6 +215,13 @@ class HubSource:
         return HubFile.from_headers(response.headers, location)
 
 
+def _fetch_model_info(action: str, repo: str, revision: str | None) -> "ModelInfo":
+    api = hub.create_client()
+    if hub.read_token():  # a wrong token must not look like a missing repo
+        hub.retry(action, api.whoami, retry_seconds=hub.QUICK_RETRY_SECONDS)
+    return hub.retry(action, lambda: api.model_info(repo, revision=revision), retry_seconds=hub.QUICK_RETRY_SECONDS)
+
+
 @dataclass(frozen=True)
 class HubFile:
     """What the Hub says of a file."""
@@ -229,10 +234,9 @@ class HubFile:
     """The address to download it from, which may be another host."""
 
     @classmethod
-    def from_headers(cls, headers, location: str) -> "HubFile":
+    def from_headers(cls, headers: Mapping[str, str], location: str) -> "HubFile":
         """Return the description that is in the headers of an answer."""
         size = headers.get("x-linked-size") or headers.get("content-length") or ""
         etag = headers.get("x-linked-etag") or headers.get("etag") or ""
-        return cls(
-            int(size) if size.isascii() and size.isdecimal() else None, etag.removeprefix("W/").strip('"'), location
-        )
+        byte_count = int(size) if size.isascii() and size.isdecimal() else None
+        return cls(byte_count, etag.removeprefix("W/").strip('"'), location)

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from common import files
-from common.child_process import kill_with_children
+from common.child_process import kill_with_children, require_pipe
 from common.errors import UserError, printable_line
 from contract import chat_format
+from contract.chat_format import ChatMessage
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_TEMPLATE_CHARS = 1 << 20  # the longest of real templates has about 20,000
@@ -41,7 +42,7 @@ CHILD_CODE = (
 
 
 def render_prompts(
-    template: str, conversations: Sequence[tuple[Sequence[dict], bool]], bos: str, eos: str, seconds: float = 10
+    template: str, conversations: Sequence[tuple[Sequence[ChatMessage], bool]], bos: str, eos: str, seconds: float = 10
 ) -> list[str]:
     """Return the text of each of `conversations`, the same that contract.chat_format.render returns in this process.
 
@@ -62,6 +63,10 @@ def render_prompts(
             code="template.too_long",
         )
     fields = {"template": template, "conversations": list(conversations), "bos": bos, "eos": eos}
+    return _parse_answer(*_run_child(_encode_request(fields), seconds), len(conversations))
+
+
+def _encode_request(fields: Mapping[str, object]) -> bytes:
     request = json.dumps(fields).encode()
     if len(request) > MAX_REQUEST_BYTES:
         raise UserError(
@@ -69,7 +74,7 @@ def render_prompts(
             TEMPLATE_HINT,
             code="template.conversations_too_long",
         )
-    return _parse_answer(*_run_child(request, seconds), len(fields["conversations"]))
+    return request
 
 
 def _run_child(request: bytes, seconds: float) -> tuple[bytes, int]:
@@ -79,7 +84,7 @@ def _run_child(request: bytes, seconds: float) -> tuple[bytes, int]:
     with _write_temporary_file(request) as request_file:
         process = _start_child(request_file, seconds)
         try:
-            answer = _read_answer(process.stdout, deadline)
+            answer = _read_answer(require_pipe(process.stdout), deadline)
             return answer, process.wait(max(0, deadline - time.monotonic()))
         except (TimeoutError, subprocess.TimeoutExpired):
             raise UserError(
@@ -104,7 +109,7 @@ def _write_temporary_file(content: bytes) -> IO[bytes]:
     return file
 
 
-def _start_child(request_file: IO[bytes], seconds: float) -> subprocess.Popen:
+def _start_child(request_file: IO[bytes], seconds: float) -> subprocess.Popen[bytes]:
     """Start a Python with the same import paths, without this one's environment, site hooks (-S) or .pyc files (-B)."""
     import_paths = json.dumps([str(ROOT), *(str(Path(folder).resolve()) for folder in sys.path)])
     return subprocess.Popen(
@@ -119,17 +124,10 @@ def _start_child(request_file: IO[bytes], seconds: float) -> subprocess.Popen:
 
 
 def _read_answer(pipe: IO[bytes], deadline: float) -> bytes:
-    """Return all bytes from a pipe.
-
-    Raises:
-        TimeoutError: the pipe is still open at the deadline, as time.monotonic() counts.
-        UserError: the answer is longer than an answer may be.
-    """
+    """Return all bytes from a pipe. Raise TimeoutError at the deadline, and UserError when the answer is too long."""
     answer = bytearray()
     while len(answer) <= MAX_ANSWER_BYTES:
-        if not select.select([pipe], [], [], max(0, deadline - time.monotonic()))[0]:
-            raise TimeoutError
-        if not (block := os.read(pipe.fileno(), files.CHUNK_BYTES)):
+        if not (block := _read_block(pipe, deadline)):
             return bytes(answer)
         answer += block
     raise UserError(
@@ -139,10 +137,17 @@ def _read_answer(pipe: IO[bytes], deadline: float) -> bytes:
     )
 
 
-def _kill_child(process: subprocess.Popen) -> None:
+def _read_block(pipe: IO[bytes], deadline: float) -> bytes:
+    """Return what can be read; nothing at the end. Raise TimeoutError at the deadline, a time of time.monotonic()."""
+    if not select.select([pipe], [], [], max(0, deadline - time.monotonic()))[0]:
+        raise TimeoutError
+    return os.read(pipe.fileno(), files.CHUNK_BYTES)
+
+
+def _kill_child(process: subprocess.Popen[bytes]) -> None:
     """Kill the child with all that it may have started, whether or not it has ended by itself."""
     kill_with_children(process)
-    process.stdout.close()
+    require_pipe(process.stdout).close()
 
 
 def _parse_answer(answer: bytes, exit_code: int, count: int) -> list[str]:
@@ -170,13 +175,17 @@ def _parse_answer(answer: bytes, exit_code: int, count: int) -> list[str]:
 def run_child() -> None:
     """Run the child: read a request from stdin, write a list of texts, or a message about a failure, to stdout."""
     _limit_resources(int(sys.argv[2]))
-    try:
-        answer = _render_request(json.loads(sys.stdin.buffer.read(MAX_REQUEST_BYTES)))
-    except (UserError, ValueError, RecursionError, MemoryError) as error:  # anything else is exit code 1
-        answer = chat_format.describe_template_error(error.__cause__ or error)
+    answer = _answer_request(sys.stdin.buffer.read(MAX_REQUEST_BYTES))
     sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     sys.stdout.buffer.flush()
     os._exit(0)  # run no clean-up code of the template
+
+
+def _answer_request(request: bytes) -> list[str] | str:
+    try:
+        return _render_request(json.loads(request))
+    except (UserError, ValueError, RecursionError, MemoryError) as error:  # anything else is exit code 1
+        return chat_format.describe_template_error(error.__cause__ or error)
 
 
 def _limit_resources(seconds: int) -> None:
@@ -194,13 +203,10 @@ def _limit_resources(seconds: int) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
-def _render_request(request: dict) -> list[str]:
-    """Return the prompts of a request. Errors of its template are passed on.
-
-    Raises:
-        ValueError: all prompts together are longer than MAX_PROMPT_CHARS.
-    """
-    texts, length = [], 0
+def _render_request(request: dict[str, Any]) -> list[str]:
+    """Return the prompts. Raise what the template raises, and ValueError for more than MAX_PROMPT_CHARS together."""
+    texts: list[str] = []
+    length = 0
     for messages, add_generation_prompt in request["conversations"]:
         texts.append(
             chat_format.render(request["template"], messages, request["bos"], request["eos"], add_generation_prompt)

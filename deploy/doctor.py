@@ -16,8 +16,7 @@ from common.errors import UserError, printable_line
 from contract import manifest, published_model
 from contract.manifest import Artifact, Manifest
 from deploy import machine, store
-from deploy.apps import lmstudio
-from deploy.apps import ollama_server as ollama
+from deploy.apps import lmstudio, ollama_server
 from deploy.machine import Machine
 from deploy.stages import header_check, memory_need, pull
 
@@ -61,7 +60,7 @@ def run_doctor(
         quantization: The GGUF of the repo; None takes the manifest's default.
         detect_machine: Returns the facts of this machine.
     """
-    this_machine, llama_cpp, ollama_version = detect_machine(), find_llama_cpp(), ollama.find_server_version()
+    this_machine, llama_cpp, ollama_version = detect_machine(), find_llama_cpp(), ollama_server.find_server_version()
     memory_budget = machine.memory_budget(this_machine, llama_cpp.backend not in (None, "CPU"))
     file_checks, file = check_repo_file(repo, models, quantization) if repo else ([], None)
     return [
@@ -160,14 +159,17 @@ def check_repo_file(repo: str, models: Path, quantization: str | None) -> tuple[
         text = f"{printable_line(repo)} cannot be read: {error.strerror}"
         return [Check("file", "fault", text, "make it readable", code="file.unreadable")], None
     path = models / source.name / files.sha256_bytes(content)[:12] / artifact.file
-    header_names = [
-        str(header.metadata.get(key, "none")) for key in (gguf_reader.ARCHITECTURE_KEY, "tokenizer.ggml.pre")
-    ]
-    text = (
-        f"{artifact.file}, {format_disk(artifact.bytes)}; "
-        f"llama.cpp supports it (architecture {header_names[0]}, pre-tokenizer {header_names[1]})"
-    )
-    return [Check("file", "ok", printable_line(text))], RepoFile(model_manifest, artifact, header, path)
+    file = RepoFile(model_manifest, artifact, header, path)
+    return [Check("file", "ok", describe_file(file))], file
+
+
+def describe_file(file: RepoFile) -> str:
+    """Return name, size and kind of a file that llama.cpp can load."""
+    keys = (gguf_reader.ARCHITECTURE_KEY, "tokenizer.ggml.pre")
+    architecture, pre_tokenizer = (file.header.metadata.get(key, "none") for key in keys)
+    kind = f"architecture {architecture}, pre-tokenizer {pre_tokenizer}"
+    size = format_disk(file.artifact.bytes)
+    return printable_line(f"{file.artifact.file}, {size}; llama.cpp supports it ({kind})")
 
 
 def check_disks(models: Path, file: RepoFile | None, ollama_version: str | None) -> list[Check]:
@@ -184,20 +186,19 @@ def list_copies(models: Path, file: RepoFile | None, ollama_version: str | None)
     The store holds the file itself, Ollama writes a copy of its own, and LM Studio gets a hard link where its folder is
     on the same disk.
     """
-    size, is_pulled = (file.artifact.bytes, file.path.is_file()) if file else (0, False)
-    copies = [("store", models, 0 if is_pulled else size)]
-    if (ollama.find_command() or ollama_version) and ollama.is_local(ollama.server_url()):
-        is_created = is_pulled and store.read_record(file.path.with_name("ollama.json")).get("digest")
-        copies.append(("Ollama", ollama.models_folder(), 0 if is_created else size))
+    size = file.artifact.bytes if file else 0
+    copies = [("store", models, 0 if file and file.path.is_file() else size)]
+    if (ollama_server.find_command() or ollama_version) and ollama_server.is_local(ollama_server.server_url()):
+        copies.append(("Ollama", ollama_server.models_folder(), 0 if file and is_in_ollama(file.path) else size))
     if lmstudio.home_folder().is_dir():
-        copies.append(
-            (
-                "LM Studio",
-                lmstudio.models_folder(),
-                0 if device_id(lmstudio.models_folder()) == device_id(models) else size,
-            )
-        )
+        is_same_disk = device_id(lmstudio.models_folder()) == device_id(models)
+        copies.append(("LM Studio", lmstudio.models_folder(), 0 if is_same_disk else size))
     return copies
+
+
+def is_in_ollama(path: Path) -> bool:
+    """Return whether a file is in the store, and Ollama has its copy."""
+    return path.is_file() and bool(store.read_record(path.with_name("ollama.json")).get("digest"))
 
 
 def device_id(folder: Path) -> int:
@@ -207,19 +208,16 @@ def device_id(folder: Path) -> int:
 
 def check_free_space(copies: list[tuple[str, Path, int]], file: RepoFile | None) -> Check:
     """Check the free space of one disk. The copies are those of `list_copies` that this disk will hold."""
-    free_bytes, needed_bytes = shutil.disk_usage(copies[0][1]).free, sum(size for _, _, size in copies)
+    free_bytes = shutil.disk_usage(copies[0][1]).free
+    needed_bytes = sum(size for _, _, size in copies)
     text = f"{format_disk(free_bytes)} free for {', '.join(app for app, _, _ in copies)}"
     if file:
         sizes = ", ".join(f"{app} {format_disk(size)}" if size else f"{app} nothing" for app, _, size in copies)
         text = f"{format_disk(free_bytes)} free, {format_disk(needed_bytes)} needed: {sizes}"
     if free_bytes >= needed_bytes:
         return Check("disk", "ok", text)
-    return Check(
-        "disk",
-        "lack",
-        text,
-        f"free {format_disk(needed_bytes - free_bytes)} (`make models` lists the models in the store)",
-    )
+    cure = f"free {format_disk(needed_bytes - free_bytes)} (`make models` lists the models in the store)"
+    return Check("disk", "lack", text, cure)
 
 
 # Memory
@@ -227,17 +225,12 @@ def check_free_space(copies: list[tuple[str, Path, int]], file: RepoFile | None)
 
 def check_memory(this_machine: Machine, memory_budget: int) -> Check:
     """Report the memory of this machine and how much of it a model may take, in bytes."""
-    kind = " unified" if this_machine.has_unified_memory else ""
-    gpu = (
-        f", {this_machine.gpu} with {format_memory(this_machine.gpu_memory)}"
-        if this_machine.gpu and not this_machine.has_unified_memory
-        else ""
-    )
-    return Check(
-        "memory",
-        "ok",
-        f"{format_memory(this_machine.memory)}{kind}{gpu}; a model may take {format_memory(memory_budget)}",
-    )
+    text = format_memory(this_machine.memory)
+    if this_machine.has_unified_memory:
+        text += " unified"
+    elif this_machine.gpu:
+        text += f", {this_machine.gpu} with {format_memory(this_machine.gpu_memory)}"
+    return Check("memory", "ok", f"{text}; a model may take {format_memory(memory_budget)}")
 
 
 def check_context(memory_budget: int, file: RepoFile) -> Check:
@@ -247,32 +240,25 @@ def check_context(memory_budget: int, file: RepoFile) -> Check:
     needed_bytes = memory_need.total_bytes(file.header, weights, fitting_tokens or memory_need.CONTEXT_STEP)
     if fitting_tokens == trained_tokens:
         return Check("context", "ok", f"{fitting_tokens} tokens, as trained, need {format_memory(needed_bytes)}")
-    smaller = sorted(
-        a.quantization for a in file.manifest.artifacts if a.kind == "gguf" and a.quantization and a.bytes < weights
-    )
-    cure = f"QUANT=one of: {', '.join(smaller)}" if smaller else "close other programs, or use a smaller model"
+    text = f"it needs {format_memory(needed_bytes)}, {format_memory(memory_budget)} are available for a model"
     if fitting_tokens:
-        return Check(
-            "context",
-            "lack",
-            f"{fitting_tokens} of the trained {trained_tokens} tokens fit into {format_memory(memory_budget)}",
-            cure,
-        )
-    return Check(
-        "context",
-        "lack",
-        f"it needs {format_memory(needed_bytes)}, {format_memory(memory_budget)} are available for a model",
-        cure,
-    )
+        text = f"{fitting_tokens} of the trained {trained_tokens} tokens fit into {format_memory(memory_budget)}"
+    return Check("context", "lack", text, suggest_smaller_file(file))
+
+
+def suggest_smaller_file(file: RepoFile) -> str:
+    """Return the cure for a file that is too large for the memory: the smaller quantizations, if there are any."""
+    ggufs = [artifact for artifact in file.manifest.artifacts if artifact.kind == "gguf"]
+    names = sorted(gguf.quantization for gguf in ggufs if gguf.quantization and gguf.bytes < file.artifact.bytes)
+    return f"QUANT=one of: {', '.join(names)}" if names else "close other programs, or use a smaller model"
 
 
 def check_typical_models(memory_budget: int) -> Check:
     """Report how long the context of typical models may be. It stands in for `check_context` without a file."""
     descriptions = []
     for name, (weights, *shape) in TYPICAL_MODELS.items():
-        fitting_tokens = memory_need.largest_context(
-            build_typical_header(*shape), int(weights), memory_budget, TYPICAL_CONTEXT
-        )
+        header = build_typical_header(*shape)
+        fitting_tokens = memory_need.largest_context(header, int(weights), memory_budget, TYPICAL_CONTEXT)
         descriptions.append(f"{name} {f'{fitting_tokens} tokens' if fitting_tokens else 'does not fit'}")
     return Check("context", "ok", f"{', '.join(descriptions)}, as q4_k_m")
 
@@ -299,18 +285,18 @@ def build_typical_header(
 
 def check_ollama(version: str | None) -> Check:
     """Check that Ollama answers. version: that of the server that answers; None when none does."""
-    address = ollama.server_url()
+    address = ollama_server.server_url()
     if version:
-        location = "" if ollama.is_local(address) else ", which is another machine"
+        location = "" if ollama_server.is_local(address) else ", which is another machine"
         return Check("Ollama", "ok", f"{printable_line(version, 40)} answers at {address}{location}")
-    if ollama.find_command():
+    if ollama_server.find_command():
         return Check(
             "Ollama",
             "lack",
             f"installed, but nothing answers at {address}",
             "`ollama serve`, or open the app (START=1 starts it)",
         )
-    return Check("Ollama", "lack", "not installed", ollama.INSTALL_HINT)
+    return Check("Ollama", "lack", "not installed", ollama_server.INSTALL_HINT)
 
 
 def check_lmstudio() -> Check:

@@ -14,6 +14,8 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
 from common import files, hub
 from common.errors import UserError, printable_line
@@ -26,7 +28,7 @@ PULL_RECORD = "pull.json"
 VERSION_PATTERN = re.compile(r"[0-9a-f]{12}")  # no folder with another name is ever listed or removed
 NUMBER = int | float
 # The fields of a version's records that are read again, with their types.
-RECORD_FIELDS = {
+RECORD_FIELDS: dict[str, dict[str, type | UnionType]] = {
     PULL_RECORD: {"repo": str, "file": str, "sha256": str, "bytes": int, "manifest_sha256": str, "commit": str | None},
     "smoke.json": {
         "file": str,
@@ -65,8 +67,8 @@ def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
             "`make models` lists the models there; owner/name is a model on the Hub",
             code="store.not_found",
         )
-    name, version = hub.parse_repo_id(repo)
-    return models / name.replace("/", "--"), version
+    repo_id, revision = hub.parse_repo_id(repo)
+    return models / repo_id.replace("/", "--"), revision
 
 
 def _folder_name(repo: str) -> str:
@@ -159,11 +161,10 @@ def refuse_foreign_link(link: Path) -> None:
 
     When a store is copied, the link may become a copy of the version that it leads to.
     """
-    is_acceptable = (
-        current_version(link.parent) is not None
-        if link.is_symlink()
-        else not link.exists() or bool(read_record(link / PULL_RECORD))
-    )
+    if link.is_symlink():
+        is_acceptable = current_version(link.parent) is not None
+    else:
+        is_acceptable = not link.exists() or bool(read_record(link / PULL_RECORD))
     if not is_acceptable:
         raise UserError(
             f"{link} was not created by Ferry",
@@ -177,33 +178,26 @@ def read_names(folder: Path) -> dict[str, str]:
     return {name: version for name, version in read_record(folder / NAMES_FILE).items() if isinstance(version, str)}
 
 
-def read_record(path: Path) -> dict:
+def read_record(path: Path) -> dict[str, Any]:
     """Return a record; {} when it is missing or damaged."""
     try:
         record = files.read_json(path)
     except UserError:
         return {}
-    return (
-        record
-        if all(isinstance(record.get(key), kind) for key, kind in RECORD_FIELDS.get(path.name, {}).items())
-        else {}
-    )
+    kinds = RECORD_FIELDS.get(path.name, {})
+    return record if all(isinstance(record.get(key), kind) for key, kind in kinds.items()) else {}
 
 
-def read_records(folder: Path, name: str) -> dict[Path, dict]:
+def read_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
     """Return {version: its record of that name} for the versions of a model; damaged records are left out."""
     records_by_version = {version: read_record(version / name) for version in list_version_folders(folder)}
     return {version: record for version, record in records_by_version.items() if record}
 
 
-def list_other_models(folder: Path, name: str) -> dict[Path, dict]:
+def list_other_models(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
     """Return {version: its record of that name} for all other models of the store."""
     other_folders = [other_folder for other_folder in folder.parent.glob("*/") if other_folder.name != folder.name]
-    return {
-        version: record
-        for other_folder in other_folders
-        for version, record in read_records(other_folder, name).items()
-    }
+    return dict(item for other_folder in other_folders for item in read_records(other_folder, name).items())
 
 
 def list_version_folders(folder: Path) -> list[Path]:
@@ -219,19 +213,18 @@ def is_ours(version: Path) -> bool:
     """
     if version.is_symlink():
         return False
-    manifest_path = version / manifest.FILE_NAME
-    if read_record(version / PULL_RECORD) or (
-        manifest_path.is_file() and files.sha256(manifest_path).startswith(version.name)
-    ):
+    if read_record(version / PULL_RECORD) or _is_named_after_manifest(version):
         return True
     return all(path.name.startswith(".") and path.name.endswith(".part") for path in version.iterdir())
 
 
-def record_pull(version: Path, pull_record: dict, requested_name: str) -> None:
-    """Write pull.json, add the requested name to names.json, and make the version the current one.
+def _is_named_after_manifest(version: Path) -> bool:
+    path = version / manifest.FILE_NAME
+    return path.is_file() and files.sha256(path).startswith(version.name)
 
-    What is recorded already is not written again, so that a read-only store can be used.
-    """
+
+def record_pull(version: Path, pull_record: dict[str, Any], requested_name: str) -> None:
+    """Write pull.json and the requested name, and make the version the current one. A read-only store may have both."""
     if read_record(version / PULL_RECORD) != pull_record:
         files.write_json(version / PULL_RECORD, pull_record)
     versions_by_name = read_names(version.parent)
@@ -240,7 +233,7 @@ def record_pull(version: Path, pull_record: dict, requested_name: str) -> None:
     set_current_version(version)
 
 
-def read_pull_record(version: Path) -> dict:
+def read_pull_record(version: Path) -> dict[str, Any]:
     """Return the pull.json of a version. Raises UserError when it is not what `pull` wrote."""
     pull_record = read_record(version / PULL_RECORD)
     if not pull_record or pull_record["file"] != Path(pull_record["file"]).name:
@@ -257,10 +250,7 @@ def list_complete_versions(folder: Path) -> list[Path]:
 
 
 def find_version_by_name(models: Path, repo: str) -> Path | None:
-    """Return the version that was last pulled under exactly this name, or that is this commit; None when there is none.
-
-    It can be used without a network.
-    """
+    """Return the version last pulled under exactly this name, or of this commit, without a network; None: no such."""
     folder, version = find_model(models, repo)
     requested_name = version or DEFAULT_REVISION
     version_name = read_names(folder).get(requested_name)
@@ -370,9 +360,8 @@ def _describe_version(version: Path) -> str:
         record = read_pull_record(version)
     except UserError:
         return "damaged: pull it again, or remove it"
-    requested_names = ", ".join(
-        name for name, version_name in read_names(version.parent).items() if version_name == version.name
-    )
+    names = read_names(version.parent)
+    requested_names = ", ".join(name for name in names if names[name] == version.name)
     day = time.strftime("%Y-%m-%d", time.localtime((version / PULL_RECORD).stat().st_mtime))
     return f"{record['file']}  {record['bytes'] / 1e9:.2f} GB  {requested_names}  {day}  from {record['repo']}"
 
@@ -383,11 +372,8 @@ def find_matching_versions(models: Path, repo: str) -> list[Path]:
     A REPO without a version names all versions of the model. Raises UserError when there is no version of that name.
     """
     folder, requested_name = find_model(models, repo)
-    matches = [
-        version
-        for version in list_version_folders(folder)
-        if requested_name is None or _has_name(version, requested_name)
-    ]
+    versions = list_version_folders(folder)
+    matches = [version for version in versions if requested_name is None or _has_name(version, requested_name)]
     if not matches:
         raise UserError(
             f"{printable_line(repo)} is not in {models}",
@@ -399,13 +385,17 @@ def find_matching_versions(models: Path, repo: str) -> list[Path]:
 
 def _has_name(version: Path, name: str) -> bool:
     """Return whether `name` means this version: a name of names.json, or 7 or more digits of its hash or commit."""
+    if read_names(version.parent).get(name) == version.name:
+        return True
+    return len(name) >= 7 and (version.name.startswith(name) or _read_commit(version).startswith(name))
+
+
+def _read_commit(version: Path) -> str:
+    """Return the commit that a version was pulled at; '' when it is damaged, or from a folder."""
     try:
-        commit = read_pull_record(version)["commit"] or ""
+        return read_pull_record(version)["commit"] or ""
     except UserError:
-        commit = ""
-    return read_names(version.parent).get(name) == version.name or (
-        len(name) >= 7 and (version.name.startswith(name) or commit.startswith(name))
-    )
+        return ""
 
 
 def delete_version(version: Path) -> int:
@@ -425,9 +415,7 @@ def _delete_version(version: Path) -> None:
         files.remove(folder / CURRENT_LINK)
     files.remove(version / PULL_RECORD)  # first: a folder without it is not a complete version
     files.remove(version)
-    remaining_names = {
-        name: version_name for name, version_name in read_names(folder).items() if version_name != version.name
-    }
+    remaining_names = {name: other for name, other in read_names(folder).items() if other != version.name}
     if others := list_complete_versions(folder):
         files.write_json(folder / NAMES_FILE, remaining_names)
         set_current_version(current_version(folder) or others[0])

@@ -1,10 +1,11 @@
 """summary: the files that were made, the scores before and after training, answers, and how to talk to the model."""
 
 from pathlib import Path
+from typing import Any
 
 from common import console
 from common.errors import UserError
-from contract.manifest import Manifest
+from contract.manifest import Manifest, Score
 from deploy import store
 
 TITLES = {"base": "base model, before", "adapter": "LoRA adapter, torch", "merged": "merged weights, torch"}
@@ -20,27 +21,14 @@ def render_summary(folder: Path, repo: str) -> str:
             f"run `make smoke {store.format_make_arguments(repo, folder.parent.parent)}`",
             code="store.damaged_record",
         )
-    return "\n".join(
-        [
-            "",
-            *_file_lines(manifest, path, folder),
-            "",
-            *_score_lines(manifest),
-            "",
-            *_answer_lines(smoke),
-            "",
-            *_command_lines(folder, repo),
-        ]
-    )
+    facts, scores = _file_lines(manifest, path, folder), _score_lines(manifest)
+    return "\n".join(["", *facts, "", *scores, "", *_answer_lines(smoke), "", *_command_lines(folder, repo)])
 
 
 def _file_lines(manifest: Manifest, path: Path, folder: Path) -> list[str]:
     artifact = manifest.find_artifact(path.name)
-    return [
-        f"{path}  {artifact.bytes / 1e6:.1f} MB",
-        f"  sha256 {artifact.sha256}",
-        f"{folder / 'Modelfile'}",
-    ]
+    file_line = f"{path}  {artifact.bytes / 1e6:.1f} MB"
+    return [file_line, f"  sha256 {artifact.sha256}", f"{folder / 'Modelfile'}"]
 
 
 def _score_lines(manifest: Manifest) -> list[str]:
@@ -65,19 +53,17 @@ def _score_title(name: str) -> str:
     return f"{name.removesuffix('-static')} GGUF{', no imatrix' if name.endswith('-static') else ''}"
 
 
-def _format_kl(scores: dict) -> str:
+def _format_kl(scores: Score) -> str:
     return f"{scores['kl']:.5f}" if "kl" in scores else "-"
 
 
-def _format_score(scores: dict) -> str:
-    return (
-        f"{round(scores['score'] * scores['rows'])}/{scores['rows']} {scores['score']:.1%}"
-        if {"score", "rows"} <= scores.keys()
-        else "-"
-    )
+def _format_score(scores: Score) -> str:
+    if not {"score", "rows"} <= scores.keys():
+        return "-"
+    return f"{round(scores['score'] * scores['rows'])}/{scores['rows']} {scores['score']:.1%}"
 
 
-def _answer_lines(smoke: dict) -> list[str]:
+def _answer_lines(smoke: dict[str, Any]) -> list[str]:
     head = (
         f"{smoke['file']} in llama.cpp on this machine, {smoke['tokens_per_second']} tokens/s, "
         f"loaded in {smoke['load_seconds']} s, "

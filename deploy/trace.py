@@ -6,14 +6,14 @@ by the ferry.* keys of its own header.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from common import files, gguf_reader
 from common.errors import UserError, printable_line
 from contract import manifest
 from contract.manifest import Manifest
 from deploy import store
-from deploy.apps import lmstudio
-from deploy.apps import ollama_server as ollama
+from deploy.apps import lmstudio, ollama_server
 
 PREFIX = "ferry."
 
@@ -64,7 +64,7 @@ def find_file(target: str, models: Path) -> Path | None:
     return None
 
 
-def _read_ferry_keys(path: Path) -> dict:
+def _read_ferry_keys(path: Path) -> dict[str, Any]:
     """Return Ferry's keys in the header of a GGUF."""
     return {key: value for key, value in gguf_reader.read_header(path).metadata.items() if key.startswith(PREFIX)}
 
@@ -97,7 +97,7 @@ def _read_manifest(path: Path) -> Manifest | None:
         return None
 
 
-def find_in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
+def find_in_ollama(name: str, models: Path) -> tuple[Path | None, dict[str, Any]]:
     """Return the version that Ferry put into Ollama under a name or None, and Ferry's keys in the model of that name.
 
     The keys are read only when no version is known. Raises UserError when Ollama has no such model, or cannot be asked
@@ -111,7 +111,7 @@ def find_in_ollama(name: str, models: Path) -> tuple[Path | None, dict]:
         if full_name in (r["model"], r["latest"] if store.current_version(v.parent) == v else None)
     ]
     try:
-        server = ollama.Server(ollama.server_url())
+        server = ollama_server.Server(ollama_server.server_url())
         server_models = server.list_models()
     except UserError:
         if recorded_versions:
@@ -135,7 +135,7 @@ def render_trace(
     digest: str | None,
     model_manifest: Manifest | None,
     version: Path | None,
-    header: dict,
+    header: dict[str, Any],
     as_json: bool = False,
 ) -> str:
     """Return the page about `target`, as text or as JSON. Raises UserError when nothing is known about it."""
@@ -206,7 +206,7 @@ def list_manifest_facts(model_manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def list_header_facts(header: dict) -> list[tuple[str, str]]:
+def list_header_facts(header: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (name, value) for each line that the file's own header gives."""
     scores = _parse_json_object(header.get("ferry.scores"))
     losses = {n: (s.get("loss"), s.get("score")) for n, s in scores.items() if isinstance(s, dict)}
@@ -221,7 +221,7 @@ def list_header_facts(header: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _parse_json_object(text: object) -> dict:
+def _parse_json_object(text: object) -> dict[str, Any]:
     try:
         value = json.loads(text) if isinstance(text, str) else {}
     except ValueError:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 from launch.provider import InstanceRequest, InstanceType, Machine
-from pipeline.plan import estimate as plans
-from pipeline.plan import gpu_table
+from pipeline.plan import estimate, gpu_table
 
 SETUP_HOURS = 1.0  # hours for the environment, for downloads and for all that the plan does not count
 TIME_LIMIT_FACTOR = 1.5  # the time limit allows so many times the hours of the plan
@@ -33,8 +32,8 @@ class InstanceNeeds:
 
 
 def choose_cheapest_instance(
-    machine: Machine, work: plans.Workload | None, needs: InstanceNeeds
-) -> tuple[InstanceRequest, plans.TrainingPlan | None]:
+    machine: Machine, work: estimate.Workload | None, needs: InstanceNeeds
+) -> tuple[InstanceRequest, estimate.TrainingPlan | None]:
     """Return the request for the cheapest instance that can do the job, and the plan of the job on it.
 
     Args:
@@ -73,20 +72,20 @@ def has_gpu_name(instance_type: InstanceType, gpu: str) -> bool:
 
 
 def plan_on_instance(
-    instance_type: InstanceType, work: plans.Workload | None, disk_bytes: int
-) -> plans.TrainingPlan | None | str:
+    instance_type: InstanceType, work: estimate.Workload | None, disk_bytes: int
+) -> estimate.TrainingPlan | None | str:
     """Return the plan on this type of instance, None when none can be made, or the reason why it will not do."""
     if instance_type.disk_bytes is not None and instance_type.disk_bytes < disk_bytes:
         return f"{instance_type.disk_bytes / 1e9:.0f} GB of disk, the job needs {disk_bytes / 1e9:.0f} GB"
     if not instance_type.gpu_name or work is None:
         return None
     table_gpu = gpu_table.find_gpu(instance_type.gpu_name)
-    return (
-        plans.plan_on_gpu(table_gpu, work) if table_gpu else f"{gpu_table.TABLE_PATH} has no {instance_type.gpu_name}"
-    )
+    if not table_gpu:
+        return f"{gpu_table.TABLE_PATH} has no {instance_type.gpu_name}"
+    return estimate.plan_on_gpu(table_gpu, work)
 
 
-def job_cost_key(candidate: tuple[InstanceType, plans.TrainingPlan | None]) -> tuple[bool, float]:
+def job_cost_key(candidate: tuple[InstanceType, estimate.TrainingPlan | None]) -> tuple[bool, float]:
     """Return a sort key: the cost of the whole job; instances without a known price come last."""
     instance_type, plan = candidate
     return instance_type.dollars_per_hour is None, (instance_type.dollars_per_hour or 0) * (plan.hours if plan else 1)

@@ -7,6 +7,7 @@ again, one that has ended is fetched or started again, and `make train` itself r
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common import console, files, hub
 from common.errors import UserError
@@ -17,8 +18,7 @@ from launch.costs import JobSession, confirm_cost
 from launch.provider import InstanceRequest, Job, JobState, Machine, Provider
 from pipeline.config import load
 from pipeline.config.schema import Config
-from pipeline.plan import estimate as plans
-from pipeline.plan import gpu_table
+from pipeline.plan import estimate, gpu_table
 from pipeline.preflight import check_run
 from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
@@ -82,15 +82,33 @@ class PlannedJob:
     job: Job
     config: Config
     machine: Machine
-    work: plans.Workload | None
+    work: estimate.Workload | None
     """What the training needs; None when that is not known."""
-    plan: plans.TrainingPlan | None
+    plan: estimate.TrainingPlan | None
     """The training on that machine; None when it cannot be planned."""
+    disk_bytes: int
+    """Disk that the environment and the whole run need."""
+
+    @property
+    def gpu_name(self) -> str:
+        """Return the name of the instance to rent, or of the machine's first GPU; 'CPU' when it has none."""
+        if self.job.instance_request:
+            return self.job.instance_request.instance_type.name
+        return self.machine.gpu_names[0] if self.machine.gpu_names else "CPU"
+
+    @property
+    def dollars(self) -> float | None:
+        """Return the price of the planned hours; None without a plan, or without a price for an hour."""
+        if self.plan is None:
+            return None
+        request = self.job.instance_request
+        dollars_per_hour = (request.instance_type if request else self.plan.gpu_type).dollars_per_hour
+        return None if dollars_per_hour is None else self.plan.hours * dollars_per_hour
 
 
 def run_cloud_to_local(
     config_file: Path, run: Run, provider: Provider, cloud: str, options: LaunchOptions, lock: int | None = None
-) -> dict:
+) -> dict[str, Any]:
     """Train a config at a provider, fetch the result, and write and return cloud.json.
 
     The record's `repo` is what `make deploy-mac` takes.
@@ -107,7 +125,6 @@ def run_cloud_to_local(
         UserError: What went wrong. What still bills has been reported before.
     """
     config = load.load_config(config_file, options.overrides)
-    run_name = run.folder.name
     cloud_folder = run.folder / "cloud"
     refuse_folder_hub(config, provider)
     refuse_instance_options(provider, options)
@@ -116,8 +133,8 @@ def run_cloud_to_local(
         return record
     session = JobSession(
         provider,
-        run_name,
-        stop_command(cloud, run_name, options),
+        job.name,
+        stop_command(cloud, job.name, options),
         options.teardown,
         is_running=has_unfinished_job(run, provider),
         rescue_folder=cloud_folder / "rescued",
@@ -127,27 +144,12 @@ def run_cloud_to_local(
         if not session.is_running and state.exit_code != 0:
             machine = require_suitable_machine(provider, options)
             run_local_checks(config_file, run, provider, options, lock)
-            job = add_job_files(job, config, run)
-            work = estimate_work(config, run)
-            disk_bytes = estimate_disk_bytes(config, work, options)
-            if provider.is_rented:
-                request, plan = choose_instance_request(machine, work, disk_bytes, options)
-                job = replace(job, instance_request=request)
-            else:
-                plan = plan_on_machine(config, work, machine)
-            if state.status == "absent":
-                refuse_full_disk(disk_bytes, provider, machine)
-                job = replace(job, files=job.files | find_rescued_files(run))
-            if state.status == "absent" or provider.is_rented:
-                # it is of an earlier machine, and a log holds the output of one machine only
-                files.set_aside(cloud_folder / "log")
-            confirm_start(PlannedJob(job, config, machine, work, plan), session, options)
-            files.write_json(cloud_folder / START_FILE, {"where": provider.label})
-            submit_job(session, job, "train", options)
+            planned_job = plan_job(add_job_files(job, config, run), config, run, provider, machine, options)
+            start_training(session, planned_job, state, run, options)
         state = wait_for_job(session, job, cloud_folder / "log")
         files.remove(cloud_folder / START_FILE)
         repo = fetch_job_result(provider, job, run)
-        rescue.remove_rescued_copies(session.rescue_folder)
+        rescue.remove_rescued_copies(cloud_folder / "rescued")
     billing = session.teardown_and_report()
     record = {
         "repo": repo,
@@ -158,6 +160,37 @@ def run_cloud_to_local(
     }
     files.write_json(run.folder / "cloud.json", record)
     return record
+
+
+def plan_job(
+    job: Job, config: Config, run: Run, provider: Provider, machine: Machine, options: LaunchOptions
+) -> PlannedJob:
+    """Return the job, with the instance to rent where the provider rents one, and the plan of its training there."""
+    plan: estimate.TrainingPlan | None
+    work = estimate_work(config, run)
+    disk_bytes = estimate_disk_bytes(config, work, options)
+    if provider.is_rented:
+        request, plan = choose_instance_request(machine, work, disk_bytes, options)
+        job = replace(job, instance_request=request)
+    else:
+        plan = plan_on_machine(config, work, machine)
+    return PlannedJob(job, config, machine, work, plan, disk_bytes)
+
+
+def start_training(
+    session: JobSession, planned_job: PlannedJob, old_state: JobState, run: Run, options: LaunchOptions
+) -> None:
+    """Ask the user to confirm the costs, then send the job and start it. `old_state`: what the provider has of it."""
+    job, provider, cloud_folder = planned_job.job, session.provider, run.folder / "cloud"
+    if old_state.status == "absent":
+        refuse_full_disk(planned_job.disk_bytes, provider, planned_job.machine)
+        job = replace(job, files=job.files | find_rescued_files(run))
+    if old_state.status == "absent" or provider.is_rented:
+        # it is of an earlier machine, and a log holds the output of one machine only
+        files.set_aside(cloud_folder / "log")
+    confirm_start(planned_job, provider.label, cloud_folder / "agreed.json", options)
+    files.write_json(cloud_folder / START_FILE, {"where": provider.label})
+    submit_job(session, job, "train", options)
 
 
 def stop_job(provider: Provider, run_folder: Path, teardown: str | None) -> str:
@@ -183,13 +216,12 @@ def stop_job(provider: Provider, run_folder: Path, teardown: str | None) -> str:
 
 def stop_command(cloud: str, run_name: str, options: LaunchOptions) -> str:
     """Return the command that ends the job, with the settings by which it finds the job where it was started."""
-    extra_settings = (" SPOT=1" if options.spot else "") + (
-        f" CHECKPOINTS={options.checkpoints}" if options.checkpoints else ""
-    )
-    return f"`make cloud-stop CLOUD={cloud} RUN={run_name}{extra_settings}`"
+    spot = " SPOT=1" if options.spot else ""
+    checkpoints = f" CHECKPOINTS={options.checkpoints}" if options.checkpoints else ""
+    return f"`make cloud-stop CLOUD={cloud} RUN={run_name}{spot}{checkpoints}`"
 
 
-def find_earlier_result(run: Run, job: Job) -> dict | None:
+def find_earlier_result(run: Run, job: Job) -> dict[str, Any] | None:
     """Return cloud.json when the result of this very config was fetched before; its machine may be gone by now."""
     record_file = run.folder / "cloud.json"
     record = files.read_json(record_file) if record_file.is_file() else {}
@@ -265,23 +297,18 @@ def find_existing_job(session: JobSession, job: Job) -> JobState:
             code="job.different_config",
         )
     if session.is_running:
-        code_note = (
-            "" if state.commit == job.commit else f", with the code of {state.commit[:12]}, not of {job.commit[:12]}"
-        )
-        hub.print_message(f"{provider.label}: {job.name} is already running{code_note}")
+        is_same_code = state.commit == job.commit
+        note = "" if is_same_code else f", with the code of {state.commit[:12]}, not of {job.commit[:12]}"
+        hub.print_message(f"{provider.label}: {job.name} is already running{note}")
     return replace(state, status="died", exit_code=None) if is_other_config else state
 
 
 def run_local_checks(config_file: Path, run: Run, provider: Provider, options: LaunchOptions, lock: int | None) -> None:
-    """Make the rows and run the preflight here, which takes seconds.
-
-    Raises UserError, or ends with the exit code of the data stage.
-    """
+    """Make the rows and run the preflight here, which takes seconds. Raises UserError, or SystemExit of a stage."""
     run_stages(run, "data", lock)
+    config = load.load_config(config_file, options.overrides)
     checkpoints_repo = provider.checkpoints if provider.is_rented else options.checkpoints
-    for warning in check_run.run_preflight(
-        load.load_config(config_file, options.overrides), run, trains_here=False, checkpoints=checkpoints_repo
-    ):
+    for warning in check_run.run_preflight(config, run, trains_here=False, checkpoints=checkpoints_repo):
         hub.print_message(f"preflight: {warning}")
 
 
@@ -290,13 +317,15 @@ def add_job_files(job: Job, config: Config, run: Run) -> Job:
     _, tree_paths = upload_files.relocate_paths(config.model_dump(mode="json"))
     config_files = upload_files.list_job_files(tree_paths, run.read_record(DataRecord).inputs)
     files_to_send = upload_files.select_uncommitted_files(job.repository, job.commit, config_files)
-    if unsent_names := source_archive.list_unsent_files(job.repository, {str(path) for path in config_files.values()}):
-        more_note = f" and {len(unsent_names) - 5} more" if len(unsent_names) > 5 else ""
-        hub.print_message(
-            f"note: not committed, so not sent: {', '.join(unsent_names[:5])}{more_note}; "
-            f"the job gets the commit {job.commit[:12]}"
-        )
+    note_unsent_files(job, {str(path) for path in config_files.values()})
     return replace(job, files=files_to_send)
+
+
+def note_unsent_files(job: Job, sent_names: set[str]) -> None:
+    """Print the names of files that the job does not get, because they are not committed and no config names them."""
+    if names := source_archive.list_unsent_files(job.repository, sent_names):
+        listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        hub.print_message(f"note: not committed, so not sent: {listing}; the job gets the commit {job.commit[:12]}")
 
 
 def find_rescued_files(run: Run) -> dict[str, Path]:
@@ -340,8 +369,8 @@ def require_suitable_machine(provider: Provider, options: LaunchOptions) -> Mach
 
 
 def choose_instance_request(
-    machine: Machine, work: plans.Workload | None, disk_bytes: int, options: LaunchOptions
-) -> tuple[InstanceRequest, plans.TrainingPlan | None]:
+    machine: Machine, work: estimate.Workload | None, disk_bytes: int, options: LaunchOptions
+) -> tuple[InstanceRequest, estimate.TrainingPlan | None]:
     """Return the request for the cheapest instance that fits the options, and the plan on it."""
     needs = InstanceNeeds(
         disk_bytes,
@@ -355,60 +384,61 @@ def choose_instance_request(
     return choose_cheapest_instance(machine, work, needs)
 
 
-def confirm_start(planned_job: PlannedJob, session: JobSession, options: LaunchOptions) -> None:
-    """Show the plan and ask the user to confirm hours and price; the same run on the same machine is asked for once."""
-    job, machine, plan = planned_job.job, planned_job.machine, planned_job.plan
-    label = session.provider.label
-    agreed_file = session.rescue_folder.with_name("agreed.json")
-    request = job.instance_request
-    gpu_name = request.instance_type.name if request else machine.gpu_names[0] if machine.gpu_names else "CPU"
-    terms = {"where": label, "config": config_sha256(job), "cards": [gpu_name] if request else list(machine.gpu_names)}
-    terms |= (
-        {"hours": request.hours, "dollars": request.instance_type.dollars_per_hour, "spot": request.spot}
-        if request
-        else {}
-    )
+def confirm_start(planned_job: PlannedJob, label: str, agreed_file: Path, options: LaunchOptions) -> None:
+    """Show the plan and ask the user to confirm hours and price; the same terms are asked for once.
+
+    Args:
+        planned_job: The job that would start.
+        label: The provider's name.
+        agreed_file: The terms that the user has agreed to.
+        options: What the user typed.
+    """
+    terms, request = list_terms(planned_job, label), planned_job.job.instance_request
     was_confirmed = agreed_file.is_file() and files.read_json(agreed_file) == terms
-    if plan and not was_confirmed:
-        console.print_message(plans.format_plan(plan, planned_job.config, planned_job.work))
-    dollars_per_hour = (
-        request.instance_type.dollars_per_hour if request else plan.gpu_type.dollars_per_hour if plan else None
-    )
-    dollars = plan.hours * dollars_per_hour if plan and dollars_per_hour is not None else None
-    price_text = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
-    cost_text = f"about {plans.duration(3600 * plan.hours)}{price_text}" if plan else "hours and price are not known"
-    cost_text += f", set-up and downloads not counted{describe_max_cost(request)}"
+    if planned_job.plan and planned_job.work and not was_confirmed:
+        console.print_message(estimate.format_plan(planned_job.plan, planned_job.config, planned_job.work))
+    dollars = planned_job.dollars
     if request and (dollars is None or options.hours):  # the time limit is all that is known, or the user set it
         dollars = request.max_dollars
-    confirm_cost(
-        f"{job.run_name} on {label} ({gpu_name}): {cost_text}",
-        dollars,
-        options.max_dollars,
-        options.assume_yes or was_confirmed,
-    )
+    summary = f"{planned_job.job.run_name} on {label} ({planned_job.gpu_name}): {describe_cost(planned_job)}"
+    confirm_cost(summary, dollars, options.max_dollars, options.assume_yes or was_confirmed)
     files.write_json(agreed_file, terms)
+
+
+def list_terms(planned_job: PlannedJob, label: str) -> dict[str, object]:
+    """Return what the user agrees to: where, which config, which GPUs; of a rented instance also hours and price."""
+    request = planned_job.job.instance_request
+    gpu_names = [planned_job.gpu_name] if request else list(planned_job.machine.gpu_names)
+    terms: dict[str, object] = {"where": label, "config": config_sha256(planned_job.job), "cards": gpu_names}
+    if request:
+        terms |= {"hours": request.hours, "dollars": request.instance_type.dollars_per_hour, "spot": request.spot}
+    return terms
+
+
+def describe_cost(planned_job: PlannedJob) -> str:
+    """Return the planned hours and their price, and the most that a rented instance can cost, for a message."""
+    plan, dollars, text = planned_job.plan, planned_job.dollars, "hours and price are not known"
+    if plan:
+        price_text = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
+        text = f"about {estimate.duration(3600 * plan.hours)}{price_text}"
+    return f"{text}, set-up and downloads not counted{describe_max_cost(planned_job.job.instance_request)}"
 
 
 def describe_max_cost(request: InstanceRequest | None) -> str:
     """Return the most that a rented instance can cost, for a message; empty for a machine of yours."""
     if not request:
         return ""
-    dollars_text = f", ${request.max_dollars:.2f}" if request.max_dollars is not None else ""
-    hourly_text = (
-        f" at ${request.instance_type.dollars_per_hour:.2f} an hour"
-        if request.instance_type.dollars_per_hour is not None
-        else ""
-    )
-    return (
-        f"; at most {plans.duration(3600 * request.hours)}{dollars_text}{hourly_text}{', spot' if request.spot else ''}"
-    )
+    dollars_per_hour, dollars = request.instance_type.dollars_per_hour, request.max_dollars
+    text = f"; at most {estimate.duration(3600 * request.hours)}"
+    text += f", ${dollars:.2f}" if dollars is not None else ""
+    text += f" at ${dollars_per_hour:.2f} an hour" if dollars_per_hour is not None else ""
+    return f"{text}, spot" if request.spot else text
 
 
-def estimate_disk_bytes(config: Config, work: plans.Workload | None, options: LaunchOptions) -> int:
+def estimate_disk_bytes(config: Config, work: estimate.Workload | None, options: LaunchOptions) -> int:
     """Return the bytes of disk that the environment and the whole run need."""
-    return round(
-        ENVIRONMENT_BYTES[options.device] + (sum(plans.estimate_disk_parts(config, work).values()) if work else 0)
-    )
+    run_bytes = sum(estimate.estimate_disk_parts(config, work).values()) if work else 0
+    return round(ENVIRONMENT_BYTES[options.device] + run_bytes)
 
 
 def refuse_full_disk(disk_bytes: int, provider: Provider, machine: Machine) -> None:
@@ -422,25 +452,27 @@ def refuse_full_disk(disk_bytes: int, provider: Provider, machine: Machine) -> N
         )
 
 
-def plan_on_machine(config: Config, work: plans.Workload | None, machine: Machine) -> plans.TrainingPlan | None:
+def plan_on_machine(config: Config, work: estimate.Workload | None, machine: Machine) -> estimate.TrainingPlan | None:
     """Return the plan on the machine's first GPU; None when configs/gpus.csv does not have it.
 
     Raises UserError when the training does not fit.
     """
     gpu = gpu_table.find_gpu(machine.gpu_names[0]) if machine.gpu_names else None
+    if not (gpu and work):
+        return None
     try:
-        return plans.estimate_on_gpu(gpu, work) if gpu and work else None
+        return estimate.estimate_on_gpu(gpu, work)
     except UserError as error:
-        reason = plans.shorten_reason(error, work)
+        reason = estimate.shorten_reason(error, work)
         raise UserError(
             f"{config.base.model} on {gpu.name}: {reason}", "`make plan` lists the GPUs that fit", code=error.code
         ) from error
 
 
-def estimate_work(config: Config, run: Run) -> plans.Workload | None:
+def estimate_work(config: Config, run: Run) -> estimate.Workload | None:
     """Return what the training needs; None for a model that is no plain decoder, whose need is known when it runs."""
     try:
-        return plans.load_workload(config, run)
+        return estimate.load_workload(config, run)
     except UserError as error:
         hub.print_message(f"plan: {error.message}")
         return None
@@ -487,12 +519,7 @@ def wait_for_job(session: JobSession, job: Job, log: Path) -> JobState:
     session.is_running = False
     if state.status == "ended" and state.exit_code == 0:
         return state
-    end_text = f"ended: {state.reason}" if state.reason else f"ended with exit code {state.exit_code}"
-    endings = {
-        "ended": end_text,
-        "absent": "no longer exists" if session.provider.is_rented else "no longer exists, nor does its folder",
-    } | ({"died": end_text} if state.reason else {})
-    ending = endings.get(state.status, "ended without an exit code (killed, or the machine was switched off)")
+    ending = describe_failed_end(state, session.provider.is_rented)
     raise UserError(
         f"`make {state.goal or 'train'}` on {session.provider.label} {ending}; its log is above and in {log}",
         "read the log, then run the same command again: it resumes from the job's records",
@@ -500,14 +527,21 @@ def wait_for_job(session: JobSession, job: Job, log: Path) -> JobState:
     )
 
 
-def fetch_job_result(provider: Provider, job: Job, run: Run) -> str:
-    """Fetch what the job published and return the repo that `make deploy-mac` takes.
+def describe_failed_end(state: JobState, is_rented: bool) -> str:
+    """Return how a job ended that did not end well, as the predicate of a sentence."""
+    if state.status == "absent":
+        return "no longer exists" if is_rented else "no longer exists, nor does its folder"
+    if state.reason:
+        return f"ended: {state.reason}"
+    if state.status == "ended":
+        return f"ended with exit code {state.exit_code}"
+    return "ended without an exit code (killed, or the machine was switched off)"
 
-    Note where the rows made there differ from the rows made here.
-    """
+
+def fetch_job_result(provider: Provider, job: Job, run: Run) -> str:
+    """Fetch what the job published, and return the repo that `make deploy-mac` takes. Note rows that differ."""
     if run.is_done("data"):
-        for difference in fetch_result.list_row_differences(
-            run.read_record(DataRecord), fetch_result.read_remote_record(provider, job.name, job.run_name, DataRecord)
-        ):
+        remote_record = fetch_result.read_remote_record(provider, job.name, job.run_name, DataRecord)
+        for difference in fetch_result.list_row_differences(run.read_record(DataRecord), remote_record):
             hub.print_message(f"note: the rows made there differ from the local ones: {difference}")
     return fetch_result.fetch_published_repo(provider, job.name, job.run_name, Path("hub"))

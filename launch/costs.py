@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class JobSession:
     """The folder that gets what the run made before a teardown, when the job did not end well."""
 
     @contextmanager
-    def report_costs_on_exit(self):
+    def report_costs_on_exit(self) -> Iterator["JobSession"]:
         """Report what still costs money as the last lines of a failure, after a teardown if no job runs."""
         try:
             yield self
@@ -41,30 +42,29 @@ class JobSession:
 
     def teardown_and_report(self, succeeded: bool = True) -> str:
         """Run the teardown, unless the job runs or its work would be lost, and return what still costs money."""
+        job_name, label = self.job_name, self.provider.label
         if self.is_running:
-            return (
-                f"still running on {self.provider.label}: {self.job_name}; {self.stop_command} ends it. "
-                f"{self.provider.describe_costs(self.job_name, self.is_running)}"
-            )
-        if not (teardown := self.teardown or self.provider.teardown_command(self.job_name)):
-            return (
-                f"{self.job_name} does not run on {self.provider.label}. "
-                f"{self.provider.describe_costs(self.job_name, self.is_running)}"
-            )
+            return f"still running on {label}: {job_name}; {self.stop_command} ends it. {self._describe_costs()}"
+        teardown = self.teardown or self.provider.teardown_command(job_name)
+        if not teardown:
+            return f"{job_name} does not run on {label}. {self._describe_costs()}"
         if self.rescue_folder and not succeeded:
-            reason = rescue.rescue_run(self.provider, self.job_name, self.job_name, self.rescue_folder)
+            reason = rescue.rescue_run(self.provider, job_name, job_name, self.rescue_folder)
             if reason:
-                return (
-                    f"TEARDOWN was not run: the files of {self.job_name} cannot be downloaded ({reason}). "
-                    f"{self.provider.describe_costs(self.job_name, self.is_running)}"
-                )
-        exit_code = subprocess.run(["sh", "-c", teardown], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
+                fault = f"the files of {job_name} cannot be downloaded ({reason})"
+                return f"TEARDOWN was not run: {fault}. {self._describe_costs()}"
+        return self._run_teardown(teardown)
+
+    def _describe_costs(self) -> str:
+        return self.provider.describe_costs(self.job_name, self.is_running)
+
+    def _run_teardown(self, command: str) -> str:
+        """Run the command that ends what bills, and return what came of it."""
+        exit_code = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode
         if exit_code:
-            return (
-                f"TEARDOWN failed (exit code {exit_code}): {self.provider.label} still bills; "
-                f"the command was `{teardown}`"
-            )
-        return f"TEARDOWN has ended {self.provider.label}: `{teardown}`"
+            outcome = f"TEARDOWN failed (exit code {exit_code}): {self.provider.label} still bills"
+            return f"{outcome}; the command was `{command}`"
+        return f"TEARDOWN has ended {self.provider.label}: `{command}`"
 
 
 def confirm_cost(summary: str, dollars: float | None, max_dollars: float | None, assume_yes: bool) -> None:
@@ -88,7 +88,12 @@ def confirm_cost(summary: str, dollars: float | None, max_dollars: float | None,
         )
     if assume_yes:
         hub.print_message(summary)
-        return
+    else:
+        ask_for_confirmation(summary)
+
+
+def ask_for_confirmation(summary: str) -> None:
+    """Ask on the terminal whether to start. Raises UserError when there is none, or the user said no."""
     if not sys.stdin.isatty():
         raise UserError(
             f"{summary}: cannot ask for confirmation without a terminal",

@@ -16,12 +16,12 @@ MAX_RECORD_BYTES = 64 << 20  # bytes of a record
 
 def read_remote_record(provider: Provider, job_name: str, run_name: str, record_type: type[RecordType]) -> RecordType:
     """Return the record that a stage of the job's run wrote. Raises UserError when it is no such record."""
-    stage = record_type.model_fields["stage"].default
+    path = f"runs/{run_name}/{record_type.model_fields['stage'].default}.json"
     try:
-        return record_type.model_validate_json(read_remote_file(provider, job_name, f"runs/{run_name}/{stage}.json"))
+        return record_type.model_validate_json(read_remote_file(provider, job_name, path))
     except ValueError as error:
         raise UserError(
-            f"{provider.label}: runs/{run_name}/{stage}.json is not a valid record: {str(error).splitlines()[0]}",
+            f"{provider.label}: {path} is not a valid record: {str(error).splitlines()[0]}",
             "delete it there, then run the same command again",
             code="job.invalid_record",
         ) from None
@@ -58,13 +58,14 @@ def fetch_published_repo(provider: Provider, job_name: str, run_name: str, hubs_
 
 def download_folder_hub(provider: Provider, job_name: str, remote_folder: str, target: Path) -> None:
     """Download a folder hub, its manifest last. Files that are complete here already are not downloaded again."""
-    manifest_bytes = read_remote_file(provider, job_name, f"{remote_folder}/{manifest.FILE_NAME}")
-    remote_manifest = manifest.parse_manifest(manifest_bytes, f"{provider.label}:{remote_folder}/{manifest.FILE_NAME}")
-    if (target / manifest.FILE_NAME).is_file() and (target / manifest.FILE_NAME).read_bytes() != manifest_bytes:
-        files.remove(target / manifest.FILE_NAME)  # an old manifest must not describe new files
+    remote_path, local_path = f"{remote_folder}/{manifest.FILE_NAME}", target / manifest.FILE_NAME
+    manifest_bytes = read_remote_file(provider, job_name, remote_path)
+    remote_manifest = manifest.parse_manifest(manifest_bytes, f"{provider.label}:{remote_path}")
+    if local_path.is_file() and local_path.read_bytes() != manifest_bytes:
+        files.remove(local_path)  # an old manifest must not describe new files
     for entry in (*remote_manifest.artifacts, *remote_manifest.files):
         download_file(provider, job_name, f"{remote_folder}/{entry.file}", target / entry.file, entry)
-    with files.write_atomically(target / manifest.FILE_NAME) as part:
+    with files.write_atomically(local_path) as part:
         part.write_bytes(manifest_bytes)
 
 
@@ -124,10 +125,8 @@ def _append_missing_bytes(
 
 def list_row_differences(local: DataRecord, remote: DataRecord) -> list[str]:
     """Return how the training and held-out rows made there differ from those made here; empty when all bytes agree."""
-    differences = []
-    for output in ("train", "heldout"):
-        local_sha256, remote_sha256 = (record.outputs[output].sha256 for record in (local, remote))
-        differences += (
-            [f"{output}: {local_sha256[:12]} here, {remote_sha256[:12]} there"] if local_sha256 != remote_sha256 else []
-        )
-    return differences
+    return [
+        f"{name}: {local.outputs[name].sha256[:12]} here, {remote.outputs[name].sha256[:12]} there"
+        for name in ("train", "heldout")
+        if local.outputs[name].sha256 != remote.outputs[name].sha256
+    ]

@@ -52,22 +52,17 @@ def build_task(job: Job, goal: str, variables: dict[str, str], job_url: str) -> 
     secrets = {name: variables[name] for name in SECRET_VARIABLES if name in variables}
     environment = {name: value for name, value in variables.items() if name not in secrets}
     environment |= {"FERRY_JOB": job_url, "PYTHONUNBUFFERED": "1"}
+    assert job.instance_request, "what runs on a rented instance has asked for one"
     return JobTask(job.name, job.instance_request, build_command_line(job, goal), environment, secrets)
 
 
 def build_command_line(job: Job, goal: str) -> str:
     """Return the command line that unpacks a job, downloads its data and runs `make <goal>` within the time limit."""
-    make_seconds = max(job.instance_request.timeout_seconds - SAVE_SECONDS, job.instance_request.timeout_seconds // 2)
-    make_words = [
-        "make",
-        "--no-print-directory",
-        goal,
-        "CONFIG=job/config.yaml",
-        f"RUN={job.run_name}",
-        "RUNS=runs",
-        "DOCKER=0",
-        *job.settings,
-    ]
+    assert job.instance_request, "what runs on a rented instance has asked for one"
+    timeout_seconds = job.instance_request.timeout_seconds
+    make_seconds = max(timeout_seconds - SAVE_SECONDS, timeout_seconds // 2)
+    settings = ["CONFIG=job/config.yaml", f"RUN={job.run_name}", "RUNS=runs", "DOCKER=0", *job.settings]
+    make_words = ["make", "--no-print-directory", goal, *settings]
     # --foreground: only make gets the signal. It passes the signal on to the stage, which would take a second one as an
     # order to stop at once.
     steps = [

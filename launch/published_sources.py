@@ -3,17 +3,18 @@
 import os
 from pathlib import Path
 
-from common import files, hub
-from common.errors import UserError
+from common import files
+from common.errors import UserError, printable_line
 from contract.manifest import Manifest
 from launch import source_archive, upload_files
+from launch.upload_files import Config
 from pipeline.config import references
 from pipeline.data import fingerprint
 
 LINE_SUFFIXES = (".jsonl", ".json", ".csv")  # files of lines: git's copy can be shown next to the local one
 
 
-def relocate_published_paths(config: dict) -> tuple[dict, dict[str, str]]:
+def relocate_published_paths(config: Config) -> tuple[Config, dict[str, str]]:
     """Return the config with paths in the sent tree, and {path on the machine that trained: path in the tree}."""
     return upload_files.relocate_paths(config, _is_local_path)
 
@@ -32,7 +33,7 @@ def _is_local_path(section: str, key: str, value: str) -> bool:
     )
 
 
-def find_source_files(manifest: Manifest, config: dict, commit: str, data: Path | None) -> dict[str, Path]:
+def find_source_files(manifest: Manifest, config: Config, commit: str, data: Path | None) -> dict[str, Path]:
     """Return path in the sent tree -> local file of all that the config names and this machine has.
 
     Data is found by its sha256; a data file that the commit contains need not be here.
@@ -99,8 +100,13 @@ def _find_by_name(name: str, sha256: str) -> Path | None:
 
 def _is_in_commit(commit: str, name: str, sha256: str) -> bool:
     """Return whether the commit contains this file with this sha256."""
+    return _read_committed_data(commit, name, sha256) is not None
+
+
+def _read_committed_data(commit: str, name: str, sha256: str) -> bytes | None:
+    """Return a file of the commit; None when it has no file of that name with this sha256."""
     content = source_archive.read_committed_file(source_archive.ROOT, commit, name)
-    return content is not None and files.sha256_bytes(content) == sha256
+    return content if content is not None and files.sha256_bytes(content) == sha256 else None
 
 
 def _data_path_in_tree(name: str, tree_paths: dict[str, str]) -> str:
@@ -133,17 +139,18 @@ def data_mismatch_error(manifest: Manifest, commit: str, missing: list[str], unk
 
 def describe_row_differences(path: Path, name: str, manifest: Manifest, commit: str) -> list[str]:
     """Return lines that describe the first rows that differ, with the earlier row where the commit has the file."""
-    if path.suffix in LINE_SUFFIXES and _is_in_commit(commit, name, manifest.dataset.sha256[name]):
-        old_lines = (
-            source_archive.read_committed_file(source_archive.ROOT, commit, name).decode(errors="replace").splitlines()
-        )
-        return show_first_difference(
-            path, path.read_text(errors="replace").splitlines(), f"{name} of {commit[:12]}", old_lines
-        )
+    old_content = _read_committed_data(commit, name, manifest.dataset.sha256[name])
+    if path.suffix in LINE_SUFFIXES and old_content is not None:
+        new_lines = path.read_text(errors="replace").splitlines()
+        old_lines = old_content.decode(errors="replace").splitlines()
+        return show_first_difference(path, new_lines, f"{name} of {commit[:12]}", old_lines)
+    return describe_by_fingerprint(path, manifest.dataset.fingerprints.get(name, ""))
+
+
+def describe_by_fingerprint(path: Path, old_fingerprint: str) -> list[str]:
+    """Return the rows whose hash in the published fingerprint differs, or why they are not known."""
     try:
-        return fingerprint.find_differing_rows(path, manifest.dataset.fingerprints.get(name, "")) or [
-            "it is not known which row differs"
-        ]
+        return fingerprint.find_differing_rows(path, old_fingerprint) or ["it is not known which row differs"]
     except UserError as error:
         return [error.message]
 
@@ -155,7 +162,7 @@ def show_first_difference(path: Path, new_lines: list[str], old_name: str, old_l
     if number == len(old_lines) == len(new_lines):
         return ["the lines are equal, their line endings are not"]
     return [
-        f"{source}, line {number + 1}: "
-        f"{hub.printable_line(lines[number]) if number < len(lines) else '(the file is shorter)'}"
+        f"{source}, line {number + 1}: {printable_line(text)}"
         for source, lines in ((path, new_lines), (old_name, old_lines))
+        for text in lines[number : number + 1] or ["(the file is shorter)"]
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import files, hub
-from common.console import format_duration as duration
+from common.console import format_duration
 from common.errors import UserError, printable_line
 from contract import manifest, published_model
 from contract.manifest import Manifest
@@ -17,6 +17,7 @@ from launch import cloud_to_local, fetch_result, published_sources, source_archi
 from launch.cloud_to_local import LaunchOptions
 from launch.costs import JobSession, confirm_cost
 from launch.provider import Job, Machine, Provider
+from launch.upload_files import Config
 from pipeline.config import references
 from pipeline.plan import gpu_table
 from pipeline.run.records import DataRecord, PublishRecord
@@ -40,13 +41,10 @@ class Reproduction:
 
 def load_reproduction(repo: str, runs: Path) -> Reproduction:
     """Read the manifest of a published model. Raises UserError when there is no such repo or no valid manifest."""
-    manifest_bytes = published_model.find_source(repo).read_manifest()
-    published_manifest = manifest.parse_manifest(manifest_bytes, f"{printable_line(repo)}/{manifest.FILE_NAME}")
-    return Reproduction(
-        repo,
-        published_manifest,
-        runs / "reproduce" / f"{published_manifest.name}-{files.sha256_bytes(manifest_bytes)[:12]}",
-    )
+    content = published_model.find_source(repo).read_manifest()
+    published_manifest = manifest.parse_manifest(content, f"{printable_line(repo)}/{manifest.FILE_NAME}")
+    job_name = f"{published_manifest.name}-{files.sha256_bytes(content)[:12]}"
+    return Reproduction(repo, published_manifest, runs / "reproduce" / job_name)
 
 
 def run_reproduce(
@@ -99,10 +97,9 @@ def train_again(session: JobSession, job: Job, reproduction: Reproduction, optio
 def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOptions) -> Job:
     """Return the job with code, config and files. Raises UserError when one of them cannot be had."""
     published_manifest, commit = reproduction.manifest, fetch_training_commit(reproduction.manifest)
-    source_files = published_sources.find_source_files(
-        published_manifest, pin_revisions(published_manifest), commit, data
-    )
-    config, _ = published_sources.relocate_published_paths(pin_revisions(published_manifest))
+    pinned_config = pin_revisions(published_manifest)
+    source_files = published_sources.find_source_files(published_manifest, pinned_config, commit, data)
+    config, _ = published_sources.relocate_published_paths(pinned_config)
     hub.print_message(
         f"{reproduction.repo}: {published_manifest.name}, with the code of {commit[:12]}, "
         f"trained on {published_manifest.training.get('device')}"
@@ -112,7 +109,7 @@ def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOpti
         published_manifest.name,
         source_archive.ROOT,
         commit,
-        published_manifest.provenance["git"].get("url"),
+        (published_manifest.provenance.get("git") or {}).get("url"),
         upload_files.dump_config(config),
         upload_files.select_uncommitted_files(source_archive.ROOT, commit, source_files),
         options.settings,
@@ -138,21 +135,25 @@ def fetch_training_commit(published_manifest: Manifest) -> str:
             f"its checkout had uncommitted changes besides {commit[:12]}"
         )
     if not source_archive.has_commit(source_archive.ROOT, commit):
-        try:
-            source_archive.run_git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
-        except UserError as error:
-            # Never fetched from the address in the manifest: whoever wrote that would choose which code runs here.
-            raise UserError(
-                f"this checkout does not have the commit {commit[:12]}, "
-                f"and its origin does not provide it ({error.message})",
-                f"if you trust {printable_line(str(git.get('url')))}: "
-                f"`git fetch {printable_line(str(git.get('url')))} {commit}`, then run the same command again",
-                code="git.no_commit",
-            ) from error
+        fetch_from_origin(commit, printable_line(str(git.get("url"))))
     return commit
 
 
-def pin_revisions(published_manifest: Manifest) -> dict:
+def fetch_from_origin(commit: str, published_url: str) -> None:
+    """Fetch a commit from origin. Raises UserError when origin does not have it."""
+    try:
+        source_archive.run_git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
+    except UserError as error:
+        # Never fetched from the address in the manifest: whoever wrote that would choose which code runs here.
+        raise UserError(
+            f"this checkout does not have the commit {commit[:12]}, "
+            f"and its origin does not provide it ({error.message})",
+            f"if you trust {published_url}: `git fetch {published_url} {commit}`, then run the same command again",
+            code="git.no_commit",
+        ) from error
+
+
+def pin_revisions(published_manifest: Manifest) -> Config:
     """Return the model's config with every revision as it was resolved, and with a folder to publish to."""
     config = {section: dict(values) for section, values in published_manifest.config.items()}
     if references.is_hub_model(published_manifest.base.model):
@@ -171,7 +172,7 @@ def confirm_start(reproduction: Reproduction, provider: Provider, machine: Machi
         return
     was_confirmed = agreed_file.is_file() and files.read_json(agreed_file) == terms
     hours, dollars = estimate_cost(reproduction.manifest, machine)
-    hours_text = f"about {duration(3600 * hours)} of training" if hours else "hours not known"
+    hours_text = f"about {format_duration(3600 * hours)} of training" if hours else "hours not known"
     price_text = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
     summary = (
         f"{reproduction.repo} again on {provider.label}: {hours_text}{price_text}, set-up and downloads not counted"
@@ -198,7 +199,19 @@ def estimate_cost(published_manifest: Manifest, machine: Machine) -> tuple[float
 def refuse_different_rows(reproduction: Reproduction, provider: Provider, job: Job) -> None:
     """Raise UserError when the rows made there, or the base model, differ from the published ones."""
     record = fetch_result.read_remote_record(provider, job.name, job.run_name, DataRecord)
-    dataset = reproduction.manifest.dataset
+    if differences := list_data_differences(reproduction.manifest, record):
+        raise UserError(
+            f"{reproduction.manifest.name}: the same code and sources give different rows; nothing was trained:\n  "
+            + "\n  ".join(differences),
+            f"read runs/{job.run_name}/data/rejected.jsonl in {job.name} on {provider.label}, "
+            "and check that the data set's revision has not changed",
+            code="data.not_reproduced",
+        )
+
+
+def list_data_differences(published_manifest: Manifest, record: DataRecord) -> list[str]:
+    """Return how rows and base model of a record differ from the published ones; empty when they are the same."""
+    dataset, base = published_manifest.dataset, published_manifest.base
     pairs = (("held-out rows", dataset.split_hash, "heldout"), ("training rows", dataset.train_sha256, "train"))
     differences = [
         f"{title}: {published_sha256[:12]} published, {record.outputs[output].sha256[:12]} now"
@@ -210,26 +223,13 @@ def refuse_different_rows(reproduction: Reproduction, provider: Provider, job: J
         for kind, count in record.rows.model_dump().items()
         if dataset.rows.get(kind) != count
     ]
-    revision = record.base.revision
-    differences += (
-        [f"base model: {reproduction.manifest.base.revision} published, {revision} now"]
-        if revision != reproduction.manifest.base.revision
-        else []
-    )
-    if differences:
-        raise UserError(
-            f"{reproduction.manifest.name}: the same code and sources give different rows; nothing was trained:\n  "
-            + "\n  ".join(differences),
-            f"read runs/{job.run_name}/data/rejected.jsonl in {job.name} on {provider.label}, "
-            "and check that the data set's revision has not changed",
-            code="data.not_reproduced",
-        )
+    if record.base.revision != base.revision:
+        differences.append(f"base model: {base.revision} published, {record.base.revision} now")
+    return differences
 
 
 def read_new_manifest(provider: Provider, job: Job) -> Manifest:
     """Return the manifest of the model that the job made."""
     repo = fetch_result.read_remote_record(provider, job.name, job.run_name, PublishRecord).repo
-    return manifest.parse_manifest(
-        fetch_result.read_remote_file(provider, job.name, f"{repo}/{manifest.FILE_NAME}"),
-        f"{provider.label}:{repo}/{manifest.FILE_NAME}",
-    )
+    path = f"{repo}/{manifest.FILE_NAME}"
+    return manifest.parse_manifest(fetch_result.read_remote_file(provider, job.name, path), f"{provider.label}:{path}")

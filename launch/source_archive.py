@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from common import files
 from common.errors import UserError
 from launch.provider import Job
 
@@ -96,4 +97,5 @@ def build_archive(job: Job, extra_files: dict[str, str] | None = None) -> bytes:
 def hash_archive_files(archive: bytes) -> dict[str, str]:
     """Return name -> sha256 of the files in a tar."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        return {item.name: hashlib.sha256(tar.extractfile(item).read()).hexdigest() for item in tar if item.isfile()}
+        contents = {item.name: tar.extractfile(item) for item in tar if item.isfile()}
+        return {name: files.sha256_bytes(content.read()) for name, content in contents.items() if content}

@@ -7,12 +7,15 @@ import copy
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from common import files
 from launch import source_archive
 
+# A config as JSON: section -> setting -> value.
+Config = dict[str, dict[str, Any]]
 # The settings that may name a file or a folder.
 PATH_SETTINGS = (
     ("data", "source"),
@@ -33,13 +36,14 @@ def is_local_path(section: str, key: str, value: str) -> bool:
 
 
 def relocate_paths(
-    config: dict, is_path: Callable[[str, str, str], bool] = is_local_path
-) -> tuple[dict, dict[str, str]]:
+    config: Config, is_path: Callable[[str, str, str], bool] = is_local_path
+) -> tuple[Config, dict[str, str]]:
     """Return the config with paths in the sent tree, and {path in the config now: path in the tree}.
 
     is_path: returns whether (section, key, value) is a path.
     """
-    config, tree_paths = copy.deepcopy(config), {}
+    config = copy.deepcopy(config)
+    tree_paths: dict[str, str] = {}
     for section, key in PATH_SETTINGS:
         value = config.get(section, {}).get(key)
         if isinstance(value, str) and value and is_path(section, key, value):
@@ -84,6 +88,6 @@ def select_uncommitted_files(repository: Path, commit: str, job_files: dict[str,
     return {name: path for name, path in job_files.items() if not is_committed(name, path)}
 
 
-def dump_config(config: dict) -> str:
+def dump_config(config: Config) -> str:
     """Return the resolved config as YAML; equal configs give equal text."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from contract.manifest import Manifest
+from contract.manifest import Manifest, Score
 
 EQUAL = "equal"
 WITHIN_TOLERANCE = "within tolerance"
@@ -44,17 +44,12 @@ def is_reproduced(rows: list[VerdictRow]) -> bool:
     return not any(row.verdict == DIFFERENT for row in rows if row.what not in ENVIRONMENT_ROWS)
 
 
-def compare_exact(title: str, published, again, reason: str = "") -> VerdictRow:
+def compare_exact(title: str, published: object, again: object, reason: str = "") -> VerdictRow:
     """Return the row of two values that have to be equal; UNKNOWN when one of the two manifests does not have it."""
+    texts = _shorten(published), _shorten(again)
     if published is None or again is None:
-        return VerdictRow(title, _shorten(published), _shorten(again), UNKNOWN)
-    return VerdictRow(
-        title,
-        _shorten(published),
-        _shorten(again),
-        EQUAL if published == again else DIFFERENT,
-        "" if published == again else reason,
-    )
+        return VerdictRow(title, *texts, UNKNOWN)
+    return VerdictRow(title, *texts, EQUAL) if published == again else VerdictRow(title, *texts, DIFFERENT, reason)
 
 
 def compare_numbers(
@@ -91,16 +86,9 @@ def compare_data(before: Manifest, after: Manifest) -> list[VerdictRow]:
 def compare_training(before: Manifest, after: Manifest, reason: str) -> list[VerdictRow]:
     """Return the rows of the training's counts and of its final loss."""
     published, again = before.training, after.training
-    counts = [
-        compare_exact(name, published.get(name), again.get(name), reason)
-        for name in ("steps", "tokens", "train_batch_size", "learning_rate")
-    ]
-    return [
-        *counts,
-        compare_numbers(
-            "final loss", published.get("final_loss"), again.get("final_loss"), LOSS_TOLERANCE, NATS_TOLERANCE, reason
-        ),
-    ]
+    names = ("steps", "tokens", "train_batch_size", "learning_rate")
+    counts = [compare_exact(name, published.get(name), again.get(name), reason) for name in names]
+    return [*counts, compare_losses("final loss", published.get("final_loss"), again.get("final_loss"), reason)]
 
 
 def compare_quality_ladder(before: Manifest, after: Manifest, reason: str) -> list[VerdictRow]:
@@ -108,52 +96,36 @@ def compare_quality_ladder(before: Manifest, after: Manifest, reason: str) -> li
     published, again = (manifest.scores.get("heldout", {}) for manifest in (before, after))
     rows = []
     for name in dict.fromkeys([*published, *again]):
-        if name not in published or name not in again:
-            rows.append(
-                compare_exact(
-                    f"{name}", "scored" if name in published else "-", "scored" if name in again else "-", reason
-                )
-            )
-            continue
-        rows.append(
-            compare_numbers(
-                f"{name}: loss", published[name]["loss"], again[name]["loss"], LOSS_TOLERANCE, NATS_TOLERANCE, reason
-            )
-        )
-        if "score" in published[name] and "score" in again[name]:
-            one_row = 1 / max(1, published[name].get("rows", 1))
-            rows.append(
-                compare_numbers(
-                    f"{name}: score",
-                    published[name]["score"],
-                    again[name]["score"],
-                    0,
-                    max(SCORE_TOLERANCE, one_row) + 1e-9,
-                    reason,
-                )
-            )
+        if name in published and name in again:
+            rows += compare_scores(name, published[name], again[name], reason)
+        else:
+            old_text, new_text = ("scored" if name in scores else "-" for scores in (published, again))
+            rows.append(compare_exact(name, old_text, new_text, reason))
     return rows
+
+
+def compare_scores(name: str, published: Score, again: Score, reason: str) -> list[VerdictRow]:
+    """Return the rows of held-out loss and score of one step of the quality ladder."""
+    rows = [compare_losses(f"{name}: loss", published["loss"], again["loss"], reason)]
+    if "score" in published and "score" in again:
+        tolerance = max(SCORE_TOLERANCE, 1 / max(1, published.get("rows", 1))) + 1e-9  # at least one held-out row
+        rows.append(compare_numbers(f"{name}: score", published["score"], again["score"], 0, tolerance, reason))
+    return rows
+
+
+def compare_losses(title: str, published: float | None, again: float | None, reason: str) -> VerdictRow:
+    """Return the row of two losses in nats."""
+    return compare_numbers(title, published, again, LOSS_TOLERANCE, NATS_TOLERANCE, reason)
 
 
 def compare_default_gguf(before: Manifest, after: Manifest, reason: str) -> list[VerdictRow]:
     """Return the rows of the default GGUF: quantization, tensors, size, weights."""
     published, again = before.default_artifact(), after.default_artifact()
+    old_types, new_types = (_format_tensor_types(artifact.tensor_types) for artifact in (published, again))
     return [
         compare_exact("GGUF", published.quantization, again.quantization, reason),
-        compare_exact(
-            "its tensors",
-            _format_tensor_types(published.tensor_types),
-            _format_tensor_types(again.tensor_types),
-            reason,
-        ),
-        compare_numbers(
-            "its size",
-            published.bytes,
-            again.bytes,
-            0,
-            HEADER_BYTES,
-            "its header contains the scores" if published.bytes != again.bytes else "",
-        ),
+        compare_exact("its tensors", old_types, new_types, reason),
+        compare_numbers("its size", published.bytes, again.bytes, 0, HEADER_BYTES, "its header contains the scores"),
         compare_weights(published.weights_sha256, again.weights_sha256),
     ]
 
@@ -196,7 +168,7 @@ def _format_tensor_types(types: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
 
 
-def _shorten(value) -> str:
+def _shorten(value: object) -> str:
     """Return a value for the table: five digits of a float, at most 26 characters of a text."""
     if value is None:
         return "-"

@@ -21,7 +21,7 @@ class JobStillRunning(UserError):
 class RetryTimer:
     """Waits between retries, with growing pauses, for up to $FERRY_SSH_SECONDS (by default 15 minutes)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start, self.next_pause = time.monotonic(), FIRST_PAUSE
         self.max_seconds = hub.seconds_from_environment("FERRY_SSH_SECONDS", 900)
 
@@ -66,9 +66,7 @@ def _copy_log_until_end(provider: Provider, job_name: str, log: Path) -> JobStat
         def write_block(block: bytes) -> None:
             nonlocal retry_timer
             retry_timer = None
-            log_copy.write(block)
-            log_copy.flush()
-            write_to_terminal(block)
+            write_log_block(block, log_copy)
 
         while True:
             try:
@@ -78,12 +76,16 @@ def _copy_log_until_end(provider: Provider, job_name: str, log: Path) -> JobStat
                 retry_timer = None
             except ConnectionLost as error:
                 retry_timer = retry_timer or RetryTimer()
-                try:
-                    retry_timer.pause_or_raise(error)
-                except ConnectionLost:
-                    raise job_still_running(error) from error
+                _pause_or_give_up(retry_timer, error)
             except UserError as error:
                 raise job_still_running(error) from error
+
+
+def _pause_or_give_up(retry_timer: RetryTimer, error: ConnectionLost) -> None:
+    try:
+        retry_timer.pause_or_raise(error)
+    except ConnectionLost:
+        raise job_still_running(error) from error
 
 
 def job_still_running(error: UserError) -> JobStillRunning:
@@ -113,8 +115,10 @@ def _copy_log_once(
     return None
 
 
-def write_to_terminal(block: bytes) -> None:
-    """Write bytes of the log to stdout."""
+def write_log_block(block: bytes, log_copy: IO[bytes]) -> None:
+    """Write bytes of the log to its copy and to stdout."""
+    log_copy.write(block)
+    log_copy.flush()
     sys.stdout.flush()
     sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()

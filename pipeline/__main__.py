@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import console, files
 from common.errors import UserError
@@ -22,6 +23,7 @@ from pipeline.run.records import (
     ExportRecord,
     FinetuneRecord,
     RuntimeScores,
+    Scores,
     VerifyRecord,
 )
 from pipeline.run.run_folder import Run
@@ -38,13 +40,7 @@ def main(stage: str, folder: str, *arguments: str) -> int:
         background_push.push_after_stage(run)
         return 0
     except ModuleNotFoundError as error:
-        traceback.print_exc()
-        missing = UserError(
-            f"{stage} needs {error.name}, which is not installed in this environment",
-            "make env",
-            code="environment.missing_package",
-        )
-        return report_user_error(run, stage, missing)
+        return report_missing_package(run, stage, error)
     except UserError as error:
         return report_user_error(run, stage, error)
     except OSError as error:
@@ -64,6 +60,13 @@ def terminate_with_parent(parent_pid: int) -> None:
     while os.getppid() == parent_pid:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def report_missing_package(run: Run, stage: str, error: ModuleNotFoundError) -> int:
+    """Print which package the stage needs, and return the exit code. The traceback goes to the log."""
+    traceback.print_exc()
+    text = f"{stage} needs {error.name}, which is not installed in this environment"
+    return report_user_error(run, stage, UserError(text, "make env", code="environment.missing_package"))
 
 
 def report_user_error(run: Run, stage: str, error: UserError) -> int:
@@ -88,10 +91,9 @@ def report_internal_error(run: Run, stage: str) -> int:
 
 def run_and_show_data(run: Run, processes: str | None = None) -> None:
     """Run `data` and print its warnings and the numbers of the rows."""
-    from pipeline.data import stage as data
-    from pipeline.data import statistics
+    from pipeline.data import stage, statistics
 
-    record = data.run_data(run.read_config(), run, int(processes) if processes else None)
+    record = stage.run_data(run.read_config(), run, int(processes) if processes else None)
     for warning in record.warnings:
         console.print_note(warning)
     console.print_result(statistics.format_record(record))
@@ -99,11 +101,16 @@ def run_and_show_data(run: Run, processes: str | None = None) -> None:
 
 def run_and_show_finetune(run: Run) -> None:
     """Run `finetune` and print steps, time, loss and memory."""
-    from pipeline.finetune import stage as finetune
+    from pipeline.finetune import stage
 
     config = run.read_config()
-    record = finetune.run_finetune(config.base, config.finetune, run.read_record(DataRecord), run)
-    console.print_result(
+    record = stage.run_finetune(config.base, config.finetune, run.read_record(DataRecord), run)
+    console.print_result(describe_training(record))
+
+
+def describe_training(record: FinetuneRecord) -> str:
+    """Return steps, time, loss and memory of a training, and the device that it ran on."""
+    return (
         f"  {record.steps:,} steps in {console.format_duration(record.seconds)}, "
         f"final loss {record.final_loss:.4f}, peak memory {record.peak_memory_gb} GB\n  on {record.device}"
     )
@@ -112,68 +119,77 @@ def run_and_show_finetune(run: Run) -> None:
 def run_and_show_evaluate(run: Run) -> None:
     """Run `evaluate` and print the quality ladder and some answers."""
     from pipeline.evaluate import stage
-    from pipeline.scoring import quality_ladder
 
     config, data, finetune = run.read_config(), run.read_record(DataRecord), run.read_record(FinetuneRecord)
     record = stage.run_evaluate(config.evaluate, config.base, data, finetune, run)
-    console.print_result(f"{console.wrap_text(record.used, 2)}\n{quality_ladder.format_for_terminal(record.scores)}")
+    print_ladder(record.used, record.scores)
     console.print_result(format_samples(files.read_rows(record.output_path("answers"))))
     if record.training.warning:
         console.print_note(record.training.warning)
 
 
-def format_samples(answers: list[dict], count: int = 3) -> str:
+def print_ladder(used_rows: str, scores: dict[str, Scores]) -> None:
+    """Print which held-out rows were scored, and the quality ladder."""
+    from pipeline.scoring import quality_ladder
+
+    console.print_result(console.wrap_text(used_rows, 2))
+    console.print_result(quality_ladder.format_for_terminal(scores))
+
+
+def format_samples(answers: list[dict[str, Any]], count: int = 3) -> str:
     """Return the first `count` held-out questions with their full answers before and after training."""
-    lines = []
-    for row in answers[:count]:
-        lines += [
-            "",
-            *console.indent_under_label("> ", row["question"]),
-            *console.indent_under_label("before  ", row["before"]),
-        ]
-        lines += console.indent_under_label("after   ", row["after"])
-        lines += console.indent_under_label("wanted  ", row["reference"]) if row["reference"] != row["after"] else []
-    return "\n".join(lines)
+    return "\n".join(line for row in answers[:count] for line in format_sample(row))
+
+
+def format_sample(row: dict[str, Any]) -> list[str]:
+    """Return the lines of one question and its answers; the wanted answer is shown where the trained one differs."""
+    parts = [("> ", row["question"]), ("before  ", row["before"]), ("after   ", row["after"])]
+    if row["reference"] != row["after"]:
+        parts.append(("wanted  ", row["reference"]))
+    return ["", *(line for label, text in parts for line in console.indent_under_label(label, text))]
 
 
 def run_and_show_export(run: Run) -> None:
     """Run `export` and print its files with their sizes."""
-    from pipeline.export import stage as export
+    from pipeline.export import stage
 
-    records = (run.read_record(kind) for kind in (DataRecord, FinetuneRecord, EvaluateRecord))
-    outputs = export.run_export(run.read_config().export, *records, run).outputs
+    config, data = run.read_config(), run.read_record(DataRecord)
+    finetune, evaluate = run.read_record(FinetuneRecord), run.read_record(EvaluateRecord)
+    outputs = stage.run_export(config.export, data, finetune, evaluate, run).outputs
     console.print_result("\n".join(f"  {name:<16}{item.bytes / 1e6:>10,.1f} MB" for name, item in outputs.items()))
 
 
 def run_and_show_verify(run: Run) -> None:
     """Run `verify` and print its notes, the quality ladder and the gates."""
-    from pipeline.scoring import quality_ladder
-    from pipeline.verify import stage as verify
+    from pipeline.verify import stage
 
-    data, evaluate, export = (run.read_record(kind) for kind in (DataRecord, EvaluateRecord, ExportRecord))
-    record = verify.run_verify(run.read_config(), data, evaluate, export, run)
+    data, evaluate = run.read_record(DataRecord), run.read_record(EvaluateRecord)
+    record = stage.run_verify(run.read_config(), data, evaluate, run.read_record(ExportRecord), run)
     for text in record.notes:
         console.print_note(text)
-    console.print_result(console.wrap_text(record.used, 2))
-    console.print_result(quality_ladder.format_for_terminal(evaluate.scores | record.scores))
+    print_ladder(record.used, evaluate.scores | record.scores)
     console.print_result("\n".join(console.wrap_text(line) for line in describe_gates(record)))
 
 
 def describe_gates(record: VerifyRecord) -> list[str]:
     """Return one line for each gate that `verify` has passed, with its measured values."""
     conversion = record.conversion
-    template = "derived, equal on all golden conversations"
-    if record.template != "derived":
-        template = f"the one inside the GGUF; {'; '.join(record.reasons)}"
     parity = "Transformers, llama.cpp's server and every file agree on all golden conversations, text and token ids"
     positions = f"{conversion.positions} positions of the merged weights in torch and {record.sixteen} in llama.cpp"
     return [
         f"prompts     {parity}",
         f"conversion  mean KL {conversion.kl:.2g} nats over {positions}, same top-1 {conversion.top1:.1%}",
-        f"TEMPLATE    {template}",
+        f"TEMPLATE    {describe_template(record)}",
         f"default     {record.default}",
         f"as served   {describe_runtime_answers(record.as_served)}",
     ]
+
+
+def describe_template(record: VerifyRecord) -> str:
+    """Return which template Ollama gets, and why it is not a derived one."""
+    if record.template == "derived":
+        return "derived, equal on all golden conversations"
+    return f"the one inside the GGUF; {'; '.join(record.reasons)}"
 
 
 def describe_runtime_answers(scores: RuntimeScores) -> str:
@@ -187,9 +203,9 @@ def describe_runtime_answers(scores: RuntimeScores) -> str:
 
 def run_and_show_publish(run: Run) -> None:
     """Run `publish` and print the repo and the command that deploys it."""
-    from pipeline.publish import stage as publish
+    from pipeline.publish import stage
 
-    record = publish.run_publish(run.read_config(), run)
+    record = stage.run_publish(run.read_config(), run)
     console.print_result(f"  {record.repo_with_tag}\n  on your Mac: make deploy-mac REPO={record.repo_with_tag}")
 
 

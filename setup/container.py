@@ -147,12 +147,9 @@ def list_files(path):
     """Return the file, or all files of a folder except __pycache__."""
     if os.path.isfile(path):
         return [path]
-    entries = ((folder, name) for folder, _, names in os.walk(path) for name in names)
-    return [
-        os.path.join(*entry)
-        for entry in entries
-        if not entry[0].endswith("__pycache__") and os.path.isfile(os.path.join(*entry))
-    ]
+    entries = (entry for entry in os.walk(path) if not entry[0].endswith("__pycache__"))
+    paths = (os.path.join(folder, name) for folder, _, names in entries for name in names)
+    return list(filter(os.path.isfile, paths))
 
 
 def read_revision():
@@ -173,10 +170,9 @@ def read_sent_revision(path):
     """Return the same for a tree without git, from its revision.json."""
     with open(path, encoding="utf-8") as file:
         revision = json.load(file)
-    changed_files = (
-        name for name, digest in revision["files"].items() if hash_file(os.path.join(ROOT, name)) != digest
-    )
-    dirty = "true" if any(changed_files) else "false"
+    hashes = revision["files"].items()
+    is_changed = any(hash_file(os.path.join(ROOT, name)) != digest for name, digest in hashes)
+    dirty = "true" if is_changed else "false"
     return {"COMMIT": revision["commit"], "DIRTY": dirty, "ORIGIN": revision["url"] or ""}
 
 

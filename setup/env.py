@@ -235,12 +235,8 @@ def parse_arguments():
 
 def describe_environment(side, expected):
     """Return which llama.cpp the environment has, for messages."""
-    names = {
-        "train": "llama.cpp {version}-{key}",
-        "image": "llama.cpp {version}-{key}",
-        "deploy": "llama-cpp-python {version}",
-        "data": "light",
-    }
+    tools = "llama.cpp {version}-{key}"
+    names = {"train": tools, "image": tools, "deploy": "llama-cpp-python {version}", "data": "light"}
     return names[side].format(**(expected["llama.cpp"] or {}))
 
 

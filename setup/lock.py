@@ -30,10 +30,7 @@ HEADER = "# Made by `make lock` from pyproject.toml. Do not edit: change pyproje
 
 
 def read_pip_setting(name: str) -> list[str]:
-    """Return a setting of pip from its environment variable, else from its configuration file.
-
-    uv reads neither.
-    """
+    """Return a setting of pip from its environment variable, else from its configuration file; uv reads neither."""
     value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
     if value is None:
         command = [sys.executable, "-m", "pip", "config", "get", "global." + name]
@@ -59,19 +56,13 @@ def uv_index_arguments() -> list[str]:
 def resolve_extras(
     uv: list[str], extras: list[str], constraints: Path | None = None, python: str = PYTHON
 ) -> list[str]:
-    """Return the pinned lines for the core dependencies and the extras.
-
-    Args:
-        uv: The command `uv pip compile` with its options.
-        constraints: A file of pins to keep.
-    """
-    return compile_requirements(
-        uv, ["pyproject.toml", *(word for extra in extras for word in ("--extra", extra))], constraints, python
-    )
+    """Return the pinned lines for the core dependencies and the extras. constraints: a file of pins to keep."""
+    extra_options = [word for extra in extras for word in ("--extra", extra)]
+    return compile_requirements(uv, ["pyproject.toml", *extra_options], constraints, python)
 
 
 def compile_requirements(uv: list[str], inputs: list[str], constraints: Path | None, python: str = PYTHON) -> list[str]:
-    """Run `uv pip compile` and return the pinned lines for all platforms. Exit when it fails."""
+    """Run `uv`, which is `uv pip compile`, and return the pinned lines for all platforms. Exit when it fails."""
     options = f"--universal --python-version {python} --no-header --no-annotate --quiet".split()
     command = [*uv, *inputs, *options, *(["-c", str(constraints)] if constraints else [])]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -99,11 +90,8 @@ def write_lock(name: str, lines: list[str]) -> list[str]:
     old_pins, new_pins = parse_pins(path.read_text().splitlines() if path.exists() else []), parse_pins(lines)
     LOCKS_DIR.mkdir(exist_ok=True)
     write_atomically(path, HEADER + "\n".join(lines) + "\n")
-    return [
-        f"{key} {old_pins.get(key, 'none')} -> {new_pins.get(key, 'none')}"
-        for key in sorted(old_pins | new_pins)
-        if old_pins.get(key) != new_pins.get(key)
-    ]
+    changed = [key for key in sorted(old_pins | new_pins) if old_pins.get(key) != new_pins.get(key)]
+    return [f"{key} {old_pins.get(key, 'none')} -> {new_pins.get(key, 'none')}" for key in changed]
 
 
 def resolve_locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
@@ -150,11 +138,9 @@ def llama_cpp_pin() -> list[str]:
 
 def main() -> None:
     """Resolve and write all locks, and print what changed."""
-    uv = Path(sys.executable).with_name("uv")
     with tempfile.TemporaryDirectory() as folder:
-        locks = resolve_locks(
-            [str(uv), "--cache-dir", f"{folder}/cache", "pip", "compile", *uv_index_arguments()], Path(folder)
-        )
+        uv = [str(Path(sys.executable).with_name("uv")), "--cache-dir", f"{folder}/cache", "pip", "compile"]
+        locks = resolve_locks([*uv, *uv_index_arguments()], Path(folder))
     changes = [change for name, lines in locks.items() for change in write_lock(f"{name}.txt", lines)]
     print("\n".join(changes) or "no change")
 

@@ -139,15 +139,11 @@ def claim_venv(venv):
 
 
 def is_ferry_venv(venv):
-    """Return whether Ferry made the environment.
-
-    Its mark proves that, or what an older Ferry left there: the record, the marker of a running pip, or its own link.
-    """
+    """Return whether Ferry made the environment: it has a mark, or an older Ferry's record, marker of pip or link."""
     proofs = [os.path.join(venv, name) for name in (OWNER_MARK, "ferry.json")] + [pip_marker_path(venv)]
     ferry_link = os.path.join(venv, "bin", "ferry")
-    return any(map(os.path.isfile, proofs)) or (
-        os.path.islink(ferry_link) and os.readlink(ferry_link).endswith("/ferry")
-    )
+    is_own_link = os.path.islink(ferry_link) and os.readlink(ferry_link).endswith("/ferry")
+    return is_own_link or any(map(os.path.isfile, proofs))
 
 
 def is_new_venv(venv):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.chain import Chain, train_with_intrusions
 from tests.helpers.commands import ROOT
+from tests.helpers.go_template import go  # noqa: F401  a fixture
 
 # `make test &`: a shell starts it deaf to Ctrl-C, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

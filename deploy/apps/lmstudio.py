@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import files, hub
 from common.errors import UserError
@@ -41,16 +42,11 @@ def home_folder() -> Path:
 def models_folder() -> Path:
     """Return the folder where LM Studio looks for models: the one in its settings, else <home>/models."""
     try:
-        downloads_folder = json.loads((home_folder() / "settings.json").read_text(encoding="utf-8")).get(
-            "downloadsFolder"
-        )
-    except (OSError, ValueError, AttributeError):
-        downloads_folder = None
-    return (
-        Path(downloads_folder.replace("\0", ""))
-        if isinstance(downloads_folder, str) and downloads_folder
-        else home_folder() / "models"
-    )
+        settings = json.loads((home_folder() / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    folder = settings.get("downloadsFolder") if isinstance(settings, dict) else None
+    return Path(folder.replace("\0", "")) if isinstance(folder, str) and folder else home_folder() / "models"
 
 
 def find_command() -> str | None:
@@ -59,7 +55,7 @@ def find_command() -> str | None:
     return shutil.which("lms") or (str(app_command) if os.access(app_command, os.X_OK) else None)
 
 
-def run_lmstudio(version: Path) -> dict:
+def run_lmstudio(version: Path) -> dict[str, Any]:
     """Put the file of a version into LM Studio in place of other versions, write lmstudio.json and return it.
 
     Raises LMStudioMissing when LM Studio is not installed, UserError when a file that is not Ferry's is in the way.
@@ -137,19 +133,17 @@ def is_ours(target: Path, folder: Path) -> bool:
     It did when a record names the file, and the file is an unfinished import or still equal to a file of one of the
     model's versions. Without a record such a file is the user's own download.
     """
-    origins = list_origins(target, folder)
+    origins, records = list_origins(target, folder), store.read_records(folder, RECORD).values()
     if not target.is_file() or not origins or PREEXISTING in origins:
         return False
-    is_unfinished = any(
-        r["target"] == str(target) and not r["done"] for r in store.read_records(folder, RECORD).values()
-    )
+    is_unfinished = any(record["target"] == str(target) and not record["done"] for record in records)
     is_linked = any(target.samefile(path) for path in folder.glob("*/*.gguf"))
     return is_unfinished or is_linked or files.sha256(target) in list_manifest_hashes(folder)
 
 
 def list_manifest_hashes(folder: Path) -> set[str]:
     """Return the sha256 of every file that the manifests of the model's versions name."""
-    artifacts = []
+    artifacts: list[manifest.Artifact] = []
     for version in store.list_complete_versions(folder):
         with contextlib.suppress(UserError):
             artifacts += manifest.read_manifest(version / manifest.FILE_NAME).artifacts
@@ -277,20 +271,20 @@ def remove_version(version: Path) -> int:
 
 def find_model_key(target: Path) -> str | None:
     """Return the name under which LM Studio lists the file; None when the app cannot be asked or does not list it."""
-    command = find_command()
-    if command is None:
-        return None
+    command, relative_path = find_command(), "/".join(target.parts[-3:])
+    entries = query_app([command, "ls", "--json"]) if command else None
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and entry.get("path") == relative_path:
+            return str(entry.get("modelKey"))
+    return None
+
+
+def query_app(command: list[str]) -> object:
+    """Return the JSON that a command of LM Studio prints; None when there is none in time."""
     try:
         result = subprocess.run(
-            [command, "ls", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=QUERY_TIMEOUT
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=QUERY_TIMEOUT
         )
-        entries = json.loads(result.stdout)
+        return json.loads(result.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    relative_path = "/".join(target.parts[-3:])
-    matches = (
-        [m for m in entries if isinstance(m, dict) and m.get("path") == relative_path]
-        if isinstance(entries, list)
-        else []
-    )
-    return str(matches[0].get("modelKey")) if matches else None

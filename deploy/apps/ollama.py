@@ -9,11 +9,12 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypedDict
 
 from common import files, gguf_reader, hub
 from common.errors import UserError, printable_line
 from contract import answer_rules, template_sandbox
-from contract.manifest import GoldenPrompt, Manifest
+from contract.manifest import GoldenPrompt, Manifest, SmokePrompt
 from deploy import store
 from deploy.apps.ollama_server import (
     INSTALL_HINT,
@@ -41,7 +42,7 @@ TEMPLATE_HINT = "fix Modelfile.template (`git diff Modelfile.template`)"
 MODELFILE_ERRORS = "parameter|command must be|invalid (int|float|bool) value|template error"
 
 
-def run_ollama(version: Path, name: str | None = None, start: bool = False) -> dict:
+def run_ollama(version: Path, name: str | None = None, start: bool = False) -> dict[str, Any]:
     """Create NAME:<version> from the Modelfile, test it, copy it to NAME:latest, write ollama.json and return it.
 
     A model that is there already and is the same is tested again but not created again. A new model that fails is
@@ -65,19 +66,13 @@ def run_ollama(version: Path, name: str | None = None, start: bool = False) -> d
         )
     server, previous_record = ensure_server(start), store.read_record(version / RECORD)
     model = f"{normalize_name(name or find_previous_name(version) or manifest.name)}:{version.name}"
-    server_models, known_record = (
-        server.list_models(),
-        previous_record if is_on_server(previous_record, server.url) else {},
-    )
+    server_models = server.list_models()
+    known_record = previous_record if is_on_server(previous_record, server.url) else {}
     orphan_digests = list_orphan_digests(server, server_models, strip_tag(model), version.parent)
     refuse_name_conflict(server_models, model, version.parent, server.url, orphan_digests)
     refuse_unknown_model(server_models, model, known_record, orphan_digests)
     modelfile_hash = files.sha256(version / "Modelfile")
-    is_new = not (
-        model in server_models
-        and known_record.get("modelfile") == modelfile_hash
-        and known_record.get("digest") == server_models[model]["digest"]
-    )
+    is_new = not is_created(server_models, model, known_record, modelfile_hash)
     if is_new:
         create_model(server, model, version)
     with withdraw_on_error(server, model, version, previous_record, is_new):
@@ -85,10 +80,8 @@ def run_ollama(version: Path, name: str | None = None, start: bool = False) -> d
         answers = compare_answers(server, model, manifest)
     latest = latest_name(model)
     server.copy_model(model, latest)
-    if previous_record and not is_on_server(previous_record, server.url):
-        report_other_server(previous_record, server.url)
-    elif previous_record and previous_record["model"] != model:  # the model was renamed: delete it under its old name
-        delete_own_models(server, previous_record, version)
+    if previous_record:
+        delete_renamed_model(server, previous_record, model, version)
     record = {
         "stage": "ollama",
         "host": server.url,
@@ -103,6 +96,23 @@ def run_ollama(version: Path, name: str | None = None, start: bool = False) -> d
     }
     files.write_json(version / RECORD, record)
     return record
+
+
+def is_created(
+    server_models: dict[str, dict[str, Any]], model: str, known_record: dict[str, Any], modelfile_hash: str
+) -> bool:
+    """Return whether the server has the model that its record describes, made from the same Modelfile."""
+    if model not in server_models or known_record.get("modelfile") != modelfile_hash:
+        return False
+    return known_record.get("digest") == server_models[model]["digest"]
+
+
+def delete_renamed_model(server: Server, previous_record: dict[str, Any], model: str, version: Path) -> None:
+    """Delete the model under its old name, or report that it stays on another server."""
+    if not is_on_server(previous_record, server.url):
+        report_other_server(previous_record, server.url)
+    elif previous_record["model"] != model:
+        delete_own_models(server, previous_record, version)
 
 
 def find_previous_name(version: Path) -> str | None:
@@ -130,34 +140,31 @@ def server_version(server: Server) -> str:
 def normalize_name(name: str) -> str:
     """Return the name in lower case, since Ollama ignores case. Raises UserError for a name that it does not allow."""
     if not NAME_PATTERN.fullmatch(name):
+        rule = "at most 80 letters, digits, '_', '-' and '.'"
         raise UserError(
-            f"{printable_line(name)!r} is not a valid model name for Ollama: at most 80 letters, digits, '_', '-' "
-            "and '.'",
+            f"{printable_line(name)!r} is not a valid model name for Ollama: {rule}",
             "choose a different name: the same command with NAME=...",
             code="ollama.invalid_name",
         )
     return name.lower()
 
 
-def list_records(folder: Path, url: str) -> dict[Path, dict]:
+def list_records(folder: Path, url: str) -> dict[Path, dict[str, Any]]:
     """Return {version: its ollama.json} for the versions of a model that are on the server at `url`."""
     return {v: record for v, record in store.read_records(folder, RECORD).items() if is_on_server(record, url)}
 
 
-def is_on_server(record: dict, url: str) -> bool:
+def is_on_server(record: dict[str, Any], url: str) -> bool:
     """Return whether a record is about the server at `url`. A record of an older Ferry names no server and counts."""
     recorded_url = record.get("host")
     if recorded_url is None or recorded_url == url:
         return True
-    return (
-        isinstance(recorded_url, str)
-        and is_local(recorded_url)
-        and is_local(url)
-        and server_port(recorded_url) == server_port(url)
-    )
+    if not isinstance(recorded_url, str) or not is_local(recorded_url) or not is_local(url):
+        return False
+    return server_port(recorded_url) == server_port(url)
 
 
-def list_digests(records: dict[Path, dict], server_models: dict[str, dict]) -> set[str]:
+def list_digests(records: dict[Path, dict[str, Any]], server_models: dict[str, dict[str, Any]]) -> set[str]:
     """Return the digests of the models that the records describe.
 
     A record of an interrupted `create` has no digest of its own: what has that name on the server now counts, and what
@@ -169,12 +176,12 @@ def list_digests(records: dict[Path, dict], server_models: dict[str, dict]) -> s
     return {digest for digest in digests if isinstance(digest, str)}
 
 
-def is_interrupted(version: Path, record: dict) -> bool:
+def is_interrupted(version: Path, record: dict[str, Any]) -> bool:
     """Return whether a `create` of this version began and was not tested: then the model of that name is Ferry's."""
     return record.get("digest") is None and record["model"].partition(":")[2] == version.name
 
 
-def list_orphan_digests(server: Server, server_models: dict[str, dict], name: str, folder: Path) -> set[str]:
+def list_orphan_digests(server: Server, server_models: dict[str, dict[str, Any]], name: str, folder: Path) -> set[str]:
     """Return the digests of models NAME:<version> that are in no record but that Ferry made, as their own header says.
 
     With them Ferry recognizes its versions after the store was deleted, or from another checkout.
@@ -187,15 +194,12 @@ def list_orphan_digests(server: Server, server_models: dict[str, dict], name: st
         and store.VERSION_PATTERN.fullmatch(full_name.partition(":")[2])
         and facts["digest"] not in recorded_digests
     }
-    return {
-        digest
-        for full_name, digest in unknown_digests.items()
-        if server.read_header(full_name).get("ferry.manifest_id")
-    }
+    own_names = [name for name in unknown_digests if server.read_header(name).get("ferry.manifest_id")]
+    return {unknown_digests[full_name] for full_name in own_names}
 
 
 def refuse_unknown_model(
-    server_models: dict[str, dict], model: str, known_record: dict, orphan_digests: set[str]
+    server_models: dict[str, dict[str, Any]], model: str, known_record: dict[str, Any], orphan_digests: set[str]
 ) -> None:
     """Raise UserError when the server has a model NAME:<version> that Ferry did not make.
 
@@ -208,11 +212,11 @@ def refuse_unknown_model(
         known_record: The version's record of this server, or {}.
         orphan_digests: Those of `list_orphan_digests`.
     """
-    if model not in server_models or (
-        known_record.get("model") == model and known_record.get("digest") in (None, server_models[model]["digest"])
-    ):
+    if model not in server_models:
         return
-    if server_models[model]["digest"] in orphan_digests:
+    digest = server_models[model]["digest"]
+    is_recorded = known_record.get("model") == model and known_record.get("digest") in (None, digest)
+    if is_recorded or digest in orphan_digests:
         return
     raise UserError(
         f"Ollama already has a model {model}, and there is no record that Ferry created it",
@@ -222,7 +226,7 @@ def refuse_unknown_model(
 
 
 def refuse_name_conflict(
-    server_models: dict[str, dict], model: str, folder: Path, url: str, orphan_digests: set[str]
+    server_models: dict[str, dict[str, Any]], model: str, folder: Path, url: str, orphan_digests: set[str]
 ) -> None:
     """Raise UserError when the name belongs to another model of the store, or NAME:latest is not Ferry's.
 
@@ -231,14 +235,7 @@ def refuse_name_conflict(
     name = strip_tag(model)
     for other_version, record in store.list_other_models(folder, RECORD).items():
         if strip_tag(record["model"]) == name and record["model"] in server_models:
-            arguments = store.format_make_arguments(
-                str(store.read_record(other_version / store.PULL_RECORD).get("repo")), folder.parent
-            )
-            raise UserError(
-                f"the name {name} in Ollama belongs to a different model, {other_version.parent}",
-                f"the same command with NAME=another-name; or `make undeploy {arguments}` first",
-                code="ollama.name_taken",
-            )
+            raise build_name_error(name, other_version)
     latest = server_models.get(latest_name(model))
     if latest and latest["digest"] not in orphan_digests | list_digests(list_records(folder, url), server_models):
         raise UserError(
@@ -246,6 +243,17 @@ def refuse_name_conflict(
             f"the same command with NAME=another-name; or, if you do not need it, `ollama rm {name}`",
             code="ollama.foreign_model",
         )
+
+
+def build_name_error(name: str, other_version: Path) -> UserError:
+    """Return the error for a name that another model of the store has in Ollama."""
+    other_repo = str(store.read_record(other_version / store.PULL_RECORD).get("repo"))
+    arguments = store.format_make_arguments(other_repo, other_version.parent.parent)
+    return UserError(
+        f"the name {name} in Ollama belongs to a different model, {other_version.parent}",
+        f"the same command with NAME=another-name; or `make undeploy {arguments}` first",
+        code="ollama.name_taken",
+    )
 
 
 def create_model(server: Server, model: str, version: Path) -> None:
@@ -259,25 +267,25 @@ def create_model(server: Server, model: str, version: Path) -> None:
         )
     hub.print_message(f"ollama: creating {model} (Ollama makes its own copy)")
     with record_creation(version, model, server.url):
-        try:
-            result = subprocess.run(
-                [command, "create", model, "-f", str((version / "Modelfile").absolute())],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-            )
-        except OSError as error:
-            raise UserError(
-                f"{command} cannot be run: {error.strerror}",
-                f"install Ollama again: {INSTALL_HINT}",
-                code="ollama.command_broken",
-            ) from error
+        result = run_create(command, model, version / "Modelfile")
         if result.returncode or model not in server.list_models():
             raise build_create_error(model, result)
 
 
-def build_create_error(model: str, result: subprocess.CompletedProcess) -> UserError:
+def run_create(command: str, model: str, modelfile: Path) -> subprocess.CompletedProcess[str]:
+    """Run `ollama create` and return its exit code and output. Raises UserError when it cannot be run."""
+    words = [command, "create", model, "-f", str(modelfile.absolute())]
+    try:
+        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"{command} cannot be run: {error.strerror}",
+            f"install Ollama again: {INSTALL_HINT}",
+            code="ollama.command_broken",
+        ) from error
+
+
+def build_create_error(model: str, result: subprocess.CompletedProcess[str]) -> UserError:
     """Return the error for a failed `ollama create`, with what it printed and what to do about it."""
     lines = [line for line in re.split(r"[\r\n]+", result.stdout + result.stderr) if line.strip()]
     error_lines = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {result.returncode}"]
@@ -297,10 +305,10 @@ def record_creation(version: Path, model: str, url: str) -> Iterator[None]:
     """
     previous_record = store.read_record(version / RECORD)
     record = {"stage": "ollama", "host": url, "model": model, "latest": latest_name(model)}
-    replaced_digest = (
-        previous_record.get("digest") or previous_record.get("replaces") if is_on_server(previous_record, url) else None
-    )
-    files.write_json(version / RECORD, record | ({"replaces": replaced_digest} if replaced_digest else {}))
+    replaced_digest = previous_record.get("digest") or previous_record.get("replaces")
+    if replaced_digest and is_on_server(previous_record, url):
+        record["replaces"] = replaced_digest
+    files.write_json(version / RECORD, record)
     try:
         yield
     except UserError:
@@ -309,7 +317,9 @@ def record_creation(version: Path, model: str, url: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def withdraw_on_error(server: Server, model: str, version: Path, previous_record: dict, is_new: bool) -> Iterator[None]:
+def withdraw_on_error(
+    server: Server, model: str, version: Path, previous_record: dict[str, Any], is_new: bool
+) -> Iterator[None]:
     """Withdraw a new model when its test raises UserError or is interrupted. A model that passed before stays.
 
     previous_record: the version's record from before. is_new: whether the model has just been created.
@@ -327,7 +337,7 @@ def withdraw_on_error(server: Server, model: str, version: Path, previous_record
         raise
 
 
-def withdraw_model(server: Server, model: str, version: Path, previous_record: dict) -> str:
+def withdraw_model(server: Server, model: str, version: Path, previous_record: dict[str, Any]) -> str:
     """Delete an untested model from the server, restore its record, and return a phrase that says what was done."""
     try:
         server.delete_model(model)
@@ -337,7 +347,7 @@ def withdraw_model(server: Server, model: str, version: Path, previous_record: d
     return f"{model} was removed"
 
 
-def restore_record(version: Path, previous_record: dict) -> None:
+def restore_record(version: Path, previous_record: dict[str, Any]) -> None:
     """Write the earlier record again, since a model under another name or NAME:latest may still be there."""
     if previous_record:
         files.write_json(version / RECORD, previous_record)
@@ -350,9 +360,8 @@ def compare_prompts(server: Server, model: str, manifest: Manifest, path: Path) 
 
     Raises UserError when a prompt differs.
     """
-    golden_prompts = [
-        golden for golden in manifest.golden if golden.add_generation_prompt and golden.messages[-1]["role"] == "user"
-    ]
+    openings = [golden for golden in manifest.golden if golden.add_generation_prompt]
+    golden_prompts = [golden for golden in openings if golden.messages[-1]["role"] == "user"]
     for golden, expected_prompt in zip(golden_prompts, expected_prompts(manifest, path, golden_prompts), strict=True):
         server_prompt = server.render_prompt(model, list(golden.messages))
         if _strip_bos(server_prompt, manifest) != _strip_bos(expected_prompt, manifest):
@@ -371,12 +380,12 @@ def expected_prompts(manifest: Manifest, path: Path, golden_prompts: list[Golden
     """Return the trained prompts, with the Modelfile's SYSTEM where a conversation has no system prompt of its own."""
     system = manifest.chat.system
     without_system = [g for g in golden_prompts if system and g.messages[0]["role"] != "system"]
+    if not system or not without_system:
+        return [golden.prompt for golden in golden_prompts]
     header = gguf_reader.read_header(path, path.name)
-    conversations = [([{"role": "system", "content": system}, *g.messages], True) for g in without_system]
     bos, eos = pull.special_token(header, "bos"), pull.special_token(header, "eos")
-    texts = iter(
-        template_sandbox.render_prompts(manifest.chat.template, conversations, bos, eos) if conversations else []
-    )
+    conversations = [([{"role": "system", "content": system}, *g.messages], True) for g in without_system]
+    texts = iter(template_sandbox.render_prompts(manifest.chat.template, conversations, bos, eos))
     return [next(texts) if golden in without_system else golden.prompt for golden in golden_prompts]
 
 
@@ -395,7 +404,7 @@ def describe_template(server: Server, model: str, manifest: Manifest) -> str:
     return f"one that it chose itself, {printable_line(repr(template), 200)}"
 
 
-def compare_answers(server: Server, model: str, manifest: Manifest) -> dict:
+def compare_answers(server: Server, model: str, manifest: Manifest) -> dict[str, Any]:
     """Let the server answer the smoke prompts greedily and compare that with the recorded answers of the same file.
 
     Returns:
@@ -405,22 +414,8 @@ def compare_answers(server: Server, model: str, manifest: Manifest) -> dict:
         UserError: The answers share too few words with the recorded ones.
     """
     rule = str(manifest.scores.get("rule"))
-    judge, answers = answer_rules.RULES_BY_NAME.get(rule), []
-    for smoke in manifest.smoke:
-        # The recorded number of tokens, the end token included.
-        response = server.generate_answer(model, smoke.message, len(smoke.answer_ids))
-        text = str(response.get("message", {}).get("content", ""))
-        rule_score = judge(text, smoke.answer) if judge else None
-        similarity = max(rule_score or 0, answer_rules.word_f1(text, smoke.answer))
-        answers.append(
-            {
-                "message": smoke.message,
-                "answer": text,
-                "done": response.get("done_reason"),
-                "right": rule_score,
-                "alike": similarity,
-            }
-        )
+    judge = answer_rules.RULES_BY_NAME.get(rule)
+    answers = [compare_answer(server, model, smoke, judge) for smoke in manifest.smoke]
     if sum(a["alike"] for a in answers) < MIN_SIMILARITY * len(answers):
         raise UserError(
             f"{model} answers differently in Ollama than on the training machine: "
@@ -429,8 +424,32 @@ def compare_answers(server: Server, model: str, manifest: Manifest) -> dict:
             "update Ollama and run the same command again; `make chat` does not use Ollama",
             code="ollama.wrong_answers",
         )
-    score = sum(a["right"] for a in answers) / len(answers) if judge else None
+    score = sum(a["right"] or 0 for a in answers) / len(answers) if judge else None
     return {"answers": answers, "rule": rule, "score": score}
+
+
+class ComparedAnswer(TypedDict):
+    """An answer of Ollama next to the recorded one, as ollama.json has it."""
+
+    message: str
+    answer: str
+    done: str | None
+    """Why Ollama stopped, in its words."""
+    right: float | None
+    """Score by the task's own rule, 0 to 1; None when the rule needs more than two texts."""
+    alike: float
+    """Similarity to the recorded answer, 0 to 1."""
+
+
+def compare_answer(server: Server, model: str, smoke: SmokePrompt, judge: answer_rules.Judge | None) -> ComparedAnswer:
+    """Let the server answer one smoke prompt greedily and compare that with the recorded answer."""
+    # The recorded number of tokens, the end token included.
+    response = server.generate_answer(model, smoke.message, len(smoke.answer_ids))
+    text = str(response.get("message", {}).get("content", ""))
+    score = judge(text, smoke.answer) if judge else None
+    similarity = max(score or 0, answer_rules.word_f1(text, smoke.answer))
+    reason = response.get("done_reason")
+    return {"message": smoke.message, "answer": text, "done": reason, "right": score, "alike": similarity}
 
 
 def remove_version(version: Path, start: bool = False) -> int:
@@ -459,17 +478,16 @@ def remove_version(version: Path, start: bool = False) -> int:
     return size_before - measure_storage(server)
 
 
-def report_other_server(record: dict, url: str) -> None:
+def report_other_server(record: dict[str, Any], url: str) -> None:
     """Print that the model is on another server and stays there."""
     hub.print_message(f"ollama: {record['model']} is on the server at {record['host']}, not on {url}: it is kept there")
 
 
-def delete_own_models(server: Server, record: dict, version: Path) -> None:
+def delete_own_models(server: Server, record: dict[str, Any], version: Path) -> None:
     """Delete the models of a version's record from the server, as far as they are still the ones that Ferry made."""
     server_models, records = server.list_models(), list_records(version.parent, server.url)
-    kept_digests = list_digests(
-        {other_version: r for other_version, r in records.items() if other_version != version}, server_models
-    )
+    records.pop(version, None)
+    kept_digests = list_digests(records, server_models)
     own_models = list_own_models(server_models, record, version, kept_digests)
     for name in own_models:
         server.delete_model(name)
@@ -477,17 +495,19 @@ def delete_own_models(server: Server, record: dict, version: Path) -> None:
         hub.print_message(f"ollama: {record['model']} is no longer the model that Ferry created: it is kept")
 
 
-def list_own_models(server_models: dict[str, dict], record: dict, version: Path, kept_digests: set[str]) -> list[str]:
+def list_own_models(
+    server_models: dict[str, dict[str, Any]], record: dict[str, Any], version: Path, kept_digests: set[str]
+) -> list[str]:
     """Return the names to delete for a record: NAME:<version>, and NAME:latest when it was copied from that.
 
     kept_digests: those of the other versions; NAME:latest stays when it is one of them.
     """
-    model, latest = record["model"], record["latest"]
-    is_own_model = model in server_models and (
+    names, model, latest = [], record["model"], record["latest"]
+    if model in server_models and (
         is_interrupted(version, record) or server_models[model]["digest"] == record.get("digest")
-    )
-    is_own_latest = (
-        latest in server_models
-        and server_models[latest]["digest"] in list_digests({version: record}, server_models) - kept_digests
-    )
-    return [model] * is_own_model + [latest] * is_own_latest
+    ):
+        names.append(model)
+    own_digests = list_digests({version: record}, server_models) - kept_digests
+    if latest in server_models and server_models[latest]["digest"] in own_digests:
+        names.append(latest)
+    return names

@@ -10,17 +10,25 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from common import files, hub
 from common.errors import UserError, printable_line
+from contract.chat_format import ChatMessage
 
 MAC_APP = Path("/Applications/Ollama.app")
 SERVICE_MODELS = Path("/usr/share/ollama/.ollama/models")  # of the service on Linux, which has a home folder of its own
 BREW_HINT = "brew install ollama, or " if sys.platform == "darwin" else ""
 INSTALL_HINT = f"{BREW_HINT}https://ollama.com/download"
 ANSWER_TIMEOUT = 600  # seconds: the first request loads the model, perhaps from a cold disk
+# While it makes its copy, Ollama needs 2.9 times the file's size (measured).
+DISK_HINT = (
+    "free disk space where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, "
+    "then run the same command again"
+)
 RETRY_HINT = "run the same command again; `ollama list` and Ollama's log say more"
 
 
@@ -90,7 +98,9 @@ class Server:
     def __init__(self, url: str):
         self.url = url
 
-    def request(self, method: str, path: str, body: dict | None = None, seconds: float = 60) -> dict:
+    def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = 60
+    ) -> dict[str, Any]:
         """Send a request and return the JSON of the response; {} when it is empty.
 
         Raises UserError when the server does not answer or answers with an error.
@@ -117,21 +127,21 @@ class Server:
             )
         return content
 
-    def read_header(self, model: str) -> dict:
+    def read_header(self, model: str) -> dict[str, Any]:
         """Return the key-values of a model's GGUF; {} when the server does not return them."""
         try:
             return self.request("POST", "/api/show", {"model": model}).get("model_info") or {}
         except UserError:
             return {}
 
-    def list_models(self) -> dict[str, dict]:
+    def list_models(self) -> dict[str, dict[str, Any]]:
         """Return {name:tag: facts of the model (digest, size, modified_at)}."""
         entries = self.request("GET", "/api/tags").get("models") or []
         return {model["name"]: model for model in entries}
 
-    def render_prompt(self, model: str, messages: list[dict]) -> str:
+    def render_prompt(self, model: str, messages: Sequence[ChatMessage]) -> str:
         """Return the text that the server renders from a conversation. Raises UserError when Ollama is too old."""
-        body = {"model": model, "messages": messages, "stream": False, "_debug_render_only": True}
+        body = {"model": model, "messages": list(messages), "stream": False, "_debug_render_only": True}
         response = self.request("POST", "/api/chat", body, ANSWER_TIMEOUT)
         try:
             return response["_debug_info"]["rendered_template"]
@@ -142,7 +152,7 @@ class Server:
                 code="ollama.too_old",
             ) from None
 
-    def generate_answer(self, model: str, message: str, max_tokens: int) -> dict:
+    def generate_answer(self, model: str, message: str, max_tokens: int) -> dict[str, Any]:
         """Let the model answer a message greedily with at most `max_tokens` tokens; return the JSON of /api/chat."""
         options = {"temperature": 0, "num_predict": max_tokens, "seed": 0}
         body = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False, "options": options}
@@ -157,33 +167,20 @@ class Server:
 
 def build_server_error(message: str, reason: str, code: str) -> UserError:
     """Return the error for a request that Ollama refused. reason: what Ollama says; a full disk has its own code."""
-    if "no space left" in reason.lower() or "failed to validate gguf" in reason.lower():
-        # While it makes its copy Ollama needs 2.9 times the file's size (measured); a full disk gives either message.
-        hint = (
-            "free disk space where Ollama keeps its models (OLLAMA_MODELS): three times the file's size, "
-            "then run the same command again"
-        )
-        return UserError(message, hint, code="ollama.disk_full")
+    if "no space left" in reason.lower() or "failed to validate gguf" in reason.lower():  # a full disk gives either
+        return UserError(message, DISK_HINT, code="ollama.disk_full")
     return UserError(message, RETRY_HINT, code=code)
 
 
 def models_folder() -> Path:
     """Return where a server on this machine keeps its models: OLLAMA_MODELS, else the default of Ollama's FAQ."""
-    setting = os.environ.get("OLLAMA_MODELS")
-    return (
-        Path(setting)
-        if setting
-        else SERVICE_MODELS
-        if os.path.isdir(SERVICE_MODELS)
-        else Path.home() / ".ollama" / "models"
-    )
+    if setting := os.environ.get("OLLAMA_MODELS"):
+        return Path(setting)
+    return SERVICE_MODELS if os.path.isdir(SERVICE_MODELS) else Path.home() / ".ollama" / "models"
 
 
 def measure_storage(server: Server) -> int:
-    """Return the bytes that the server's models take.
-
-    This is the size of its blobs, which versions share, where they can be read; else what the server reports.
-    """
+    """Return the bytes that the server's models take: of its blobs where they can be read, else as it reports."""
     blobs = models_folder() / "blobs"
     if is_local(server.url) and os.access(blobs, os.R_OK | os.X_OK):
         return sum(path.stat().st_size for path in blobs.iterdir())

@@ -1,6 +1,7 @@
 """chat: talk to the pulled model in a terminal, or answer one question from a pipe."""
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from common.errors import UserError, printable_line
 from common.text import make_printable
 from contract import chat_format
+from contract.chat_format import ChatMessage
 from deploy.serving import conversation
 
 HELP = """\
@@ -38,7 +40,8 @@ def run_chat(
     input_text = read_input(input_file) if input_file else None
     if sys.stdin is None:  # closed
         return
-    sys.stdin.reconfigure(errors="replace")  # for bytes that are not UTF-8
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # for bytes that are not UTF-8
     is_terminal = sys.stdin.isatty()
     question = "" if is_terminal else sys.stdin.read().strip()
     if not is_terminal and not question:
@@ -63,7 +66,8 @@ class Chat:
 
     def __init__(self, engine: conversation.ChatModel, system: str | None, input_text: str | None = None):
         """system: None or "" for none. input_text: appended to the next question as its input."""
-        self.engine, self.system, self.input_text, self.turns = engine, system, input_text, []
+        self.engine, self.system, self.input_text = engine, system, input_text
+        self.turns: list[ChatMessage] = []
 
     def run_loop(self) -> None:
         """Read and answer lines until Ctrl-D or /bye."""
@@ -73,8 +77,8 @@ class Chat:
         print_text(f"{manifest.name}, {size} tokens of context. /help lists the commands, Ctrl-D or /bye leaves.")
         while (line := read_line()) is not None and line != "/bye":
             try:
+                name, _, words = line.partition(" ")
                 if line.startswith("/"):
-                    name, _, words = line.partition(" ")
                     self.run_command(name, words)
                 else:
                     self.print_reply(line)
@@ -90,9 +94,8 @@ class Chat:
         elif name == "/input" and words:
             self.input_text = read_input(Path(words[1:])) if words.startswith("@") else words
         elif name == "/system":
-            print_text(
-                printable_line(self.system, 4000) if self.system else "none but what the template may have of its own"
-            )
+            no_system = "none but what the template may have of its own"
+            print_text(printable_line(self.system, 4000) if self.system else no_system)
         else:
             print_text(HELP if name == "/help" else f"{printable_line(name, 40)} is not a command\n{HELP}")
 
@@ -103,11 +106,11 @@ class Chat:
         """
         if not question:
             return
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        system: list[ChatMessage] = [{"role": "system", "content": self.system}] if self.system else []
         question += chat_format.ALPACA_INPUT + self.input_text if self.input_text else ""
         self.input_text = None
         with catch_interrupts() as is_stopped:
-            messages = [*self.turns, {"role": "user", "content": question}]
+            messages: list[ChatMessage] = [*self.turns, {"role": "user", "content": question}]
             kept_messages, ids = self.engine.fit_messages([*system, *messages])
             answer = conversation.Answer(self.engine, ids, self.engine.sampling, is_stopped)
             if dropped_count := len(system) + len(messages) - len(kept_messages):
@@ -115,7 +118,9 @@ class Chat:
             text, rate = print_answer(answer)
         self.turns = [*kept_messages[len(system) :], {"role": "assistant", "content": text}]
         if sys.stdout.isatty():
-            ending = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(answer.end, "")
+            ending = {"length": f", cut after {len(answer.ids)} tokens", "stopped": ", stopped"}.get(
+                answer.end or "", ""
+            )
             print_text(f"[{len(answer.ids)} tokens, {rate:.1f} tokens/s{ending}]")
 
 
@@ -135,7 +140,7 @@ def read_input(path: Path) -> str:
 
 def print_answer(answer: conversation.Answer) -> tuple[str, float]:
     """Print an answer as it is generated; return its text and the tokens per second after the first one."""
-    text, first_time = "", None
+    text, first_time = "", 0.0
     for piece in answer:
         first_time = first_time or time.perf_counter()
         text += piece

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from common import child_process, gguf_reader, llama_runtime
 from common.errors import UserError, printable_line
 from contract import chat_format, template_sandbox
+from contract.chat_format import ChatMessage
 from contract.manifest import Manifest
 from deploy import store
 from deploy.stages import memory_need, modelfile
@@ -41,16 +42,15 @@ class Sampling:
     seed: int | None = None
 
 
-def run_in_child(function: str, version: Path, arguments: list) -> int:
+def run_in_child(function: str, version: Path, arguments: Sequence[object]) -> int:
     """Run `function(version, *arguments)` in a process that has this terminal; return its exit code.
 
     Raises UserError when llama.cpp crashes there, takes too long to start or too much memory.
     """
     manifest, path = store.load_tested(version)
-    size = path.stat().st_size
-    limits = memory_need.process_limits(
-        gguf_reader.read_header(path), size, manifest.generation.num_ctx, START_SECONDS + size * SECONDS_PER_BYTE
-    )
+    header, size = gguf_reader.read_header(path), path.stat().st_size
+    seconds = START_SECONDS + size * SECONDS_PER_BYTE
+    limits = memory_need.process_limits(header, size, manifest.generation.num_ctx, seconds)
     return child_process.run_attached(function, [str(version), *arguments], limits, f"llama.cpp with {path.name}")
 
 
@@ -89,30 +89,27 @@ class ChatModel:
 
     def verify_prompts(self) -> None:
         """Raise UserError when `ids`, which makes all prompts, does not give every prompt of the manifest."""
-        conversations = [(golden.messages, golden.add_generation_prompt) for golden in self.manifest.golden]
-        conversations += [
-            (self.with_default_system([{"role": "user", "content": smoke.message}]), True)
-            for smoke in self.manifest.smoke
+        golden_prompts, smoke_prompts = self.manifest.golden, self.manifest.smoke
+        conversations: list[tuple[Sequence[ChatMessage], bool]] = [
+            *((golden.messages, golden.add_generation_prompt) for golden in golden_prompts),
+            *((self.with_default_system([{"role": "user", "content": s.message}]), True) for s in smoke_prompts),
         ]
-        expected_ids = [example.ids for example in (*self.manifest.golden, *self.manifest.smoke)]
-        for (messages, _), actual_ids, trained_ids in zip(
-            conversations, self.ids(conversations), expected_ids, strict=True
-        ):
-            if actual_ids != list(trained_ids):
+        trained_ids = [*(golden.ids for golden in golden_prompts), *(smoke.ids for smoke in smoke_prompts)]
+        for (messages, _), ids, expected_ids in zip(conversations, self.ids(conversations), trained_ids, strict=True):
+            if ids != list(expected_ids):
                 raise UserError(
                     f"the prompt for {printable_line(messages[-1]['content'], 60)!r} is not the trained one: it "
-                    "has the tokens "
-                    f"{actual_ids[:8]}..., the manifest {list(trained_ids[:8])}...",
+                    f"has the tokens {ids[:8]}..., the manifest {list(expected_ids[:8])}...",
                     "run `make smoke`; if it passes, report it",
                     code="serve.wrong_prompt",
                 )
 
-    def ids(self, conversations: Sequence[tuple[Sequence[dict], bool]]) -> list[list[int]]:
+    def ids(self, conversations: Sequence[tuple[Sequence[ChatMessage], bool]]) -> list[list[int]]:
         """Return the token ids of each (messages, add_generation_prompt). A BOS is only where the template puts one."""
         texts = template_sandbox.render_prompts(self.template, conversations, self.bos, self.eos)
         return [llama_runtime.tokenize(self.model, text) for text in texts]
 
-    def with_default_system(self, messages: Sequence[dict]) -> list[dict]:
+    def with_default_system(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """Return the messages with the manifest's default system prompt in front when they have none.
 
         A default system prompt inside the template is left to the template.
@@ -121,7 +118,7 @@ class ChatModel:
         system_messages = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
         return [*system_messages, *messages]
 
-    def prompt(self, messages: Sequence[dict]) -> list[int]:
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the token ids of the prompt. Raises UserError when the template does not accept the conversation."""
         try:
             return self.ids([(messages, True)])[0]
@@ -133,8 +130,8 @@ class ChatModel:
                 code=error.code,
             ) from error
 
-    def fit_messages(self, messages: Sequence[dict]) -> tuple[list[dict], list[int]]:
-        """Return the newest messages that leave room for an answer, and the token ids of their prompt.
+    def fit_messages(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[int]]:
+        """Return the newest messages that leave room for an answer, and the ids of their prompt.
 
         The system prompt and the last question are never left out.
         """
@@ -158,7 +155,7 @@ class ChatModel:
         return llama_cpp.llama_vocab_is_eog(self.vocabulary, token)
 
 
-def drop_oldest(messages: Sequence[dict]) -> list[dict] | None:
+def drop_oldest(messages: Sequence[ChatMessage]) -> list[ChatMessage] | None:
     """Return the messages without the oldest question and its answer; None when it is the only question."""
     system = 1 if messages[0]["role"] == "system" else 0
     users = [i for i, message in enumerate(messages) if i > system and message["role"] == "user"]
@@ -254,7 +251,8 @@ class StreamDecoder:
         text = self.held + self.decoder.decode(piece, last)
         stop_positions = [text.index(stop) for stop in self.stops if stop in text]
         self.ended = bool(stop_positions)
-        cut = min(stop_positions) if stop_positions else len(text) - (0 if last else self._partial_stop_length(text))
+        held_length = 0 if last else self._partial_stop_length(text)
+        cut = min(stop_positions, default=len(text) - held_length)
         self.held = text[cut:]
         return text[:cut]
 

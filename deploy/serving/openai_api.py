@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.exceptions import HTTPException
@@ -22,6 +22,7 @@ UNSUPPORTED_FIELDS = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
 }  # fmt: skip
 matches_pattern = re.fullmatch
+RequestType = TypeVar("RequestType", bound=BaseModel)
 
 
 class RequestError(HTTPException):
@@ -34,11 +35,10 @@ class RequestError(HTTPException):
         self.param, self.code, self.kind = param, code, kind
 
 
-def build_error_body(error: HTTPException) -> dict:
+def build_error_body(error: HTTPException) -> dict[str, Any]:
     """Return the JSON body of an error response."""
-    kind = getattr(error, "kind", None) or (
-        "authentication_error" if error.status_code == 401 else "invalid_request_error"
-    )
+    default_kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
+    kind = getattr(error, "kind", None) or default_kind
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
 
@@ -61,10 +61,7 @@ class Message(RequestPart):
         """Join a list of text parts, as in the training rows. Raises ValueError for other parts."""
         if not isinstance(content, list):
             return content
-        if not all(
-            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            for part in content
-        ):
+        if not all(map(_is_text_part, content)):
             raise ValueError("only text is understood here, no pictures and no sound")
         return "".join(part["text"] for part in content)
 
@@ -74,16 +71,20 @@ class Message(RequestPart):
         content.encode()  # raises ValueError for half a character (JSON's \ud800)
         return content
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, str]:
         """Return the message for the template. `developer` is OpenAI's newer name for `system`."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 class GenerationRequest(RequestPart):
     """What both endpoints take; None is the model's default."""
 
     stream: bool = False
-    stream_options: dict | None = None
+    stream_options: dict[str, Any] | None = None
     stop: tuple[str, ...] | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
@@ -130,7 +131,7 @@ class ChatRequest(GenerationRequest):
 
     messages: tuple[Message, ...] = Field(min_length=1)
 
-    def list_messages(self) -> list[dict]:
+    def list_messages(self) -> list[dict[str, str]]:
         return [message.to_dict() for message in self.messages]
 
 
@@ -151,7 +152,7 @@ class CompletionRequest(GenerationRequest):
         return prompt
 
 
-def parse_request(request_class: type, content: bytes):
+def parse_request(request_class: type[RequestType], content: bytes) -> RequestType:
     """Parse the body of a request. Raises RequestError."""
     try:
         return request_class.model_validate(json.loads(content))
@@ -171,10 +172,10 @@ class ResponseForm:
     prefix: str
     object_name: str
     chunk_name: str
-    full_choice: Callable[[str], dict]
-    chunk_choice: Callable[[str], dict]
-    first_choices: tuple[dict, ...]
-    last_choice: dict
+    full_choice: Callable[[str], dict[str, Any]]
+    chunk_choice: Callable[[str], dict[str, Any]]
+    first_choices: tuple[dict[str, Any], ...]
+    last_choice: dict[str, Any]
 
 
 CHAT_FORM = ResponseForm(
@@ -198,23 +199,22 @@ class ResponseBuilder:
         self.form, self.answer = form, answer
         self.head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def build_response(self, text: str) -> dict:
-        return self._build_object(self.form.object_name, self.form.full_choice(text), self._finish_reason()) | {
-            "usage": self._token_usage()
-        }
+    def build_response(self, text: str) -> dict[str, Any]:
+        response = self._build_object(self.form.object_name, self.form.full_choice(text), self._finish_reason())
+        return response | {"usage": self._token_usage()}
 
-    def build_first_chunks(self) -> Iterator[dict]:
+    def build_first_chunks(self) -> Iterator[dict[str, Any]]:
         return (self._build_object(self.form.chunk_name, choice) for choice in self.form.first_choices)
 
-    def build_chunk(self, text: str) -> dict:
+    def build_chunk(self, text: str) -> dict[str, Any]:
         return self._build_object(self.form.chunk_name, self.form.chunk_choice(text))
 
-    def build_last_chunks(self, include_usage: bool) -> Iterator[dict]:
+    def build_last_chunks(self, include_usage: bool) -> Iterator[dict[str, Any]]:
         yield self._build_object(self.form.chunk_name, self.form.last_choice, self._finish_reason())
         if include_usage:
             yield {"object": self.form.chunk_name, **self.head, "choices": [], "usage": self._token_usage()}
 
-    def _build_object(self, kind: str, choice: dict, finish_reason: str | None = None) -> dict:
+    def _build_object(self, kind: str, choice: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         return {
             "object": kind,
             **self.head,
@@ -224,20 +224,16 @@ class ResponseBuilder:
     def _finish_reason(self) -> str:
         return "stop" if self.answer.end == "stop" else "length"
 
-    def _token_usage(self) -> dict:
-        prompt_tokens, completion_tokens = len(self.answer.prompt), len(self.answer.ids)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }
+    def _token_usage(self) -> dict[str, int]:
+        counts = {"prompt_tokens": len(self.answer.prompt), "completion_tokens": len(self.answer.ids)}
+        return counts | {"total_tokens": sum(counts.values())}
 
 
-def build_model_entry(name: str) -> dict:
+def build_model_entry(name: str) -> dict[str, Any]:
     """Return the entry of a model in /v1/models."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "ferry"}
 
 
-def format_event(value: dict) -> str:
+def format_event(value: dict[str, Any]) -> str:
     """Return a value as one server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -8,13 +8,15 @@ too long, accepts requests of every web page, and takes settings of the model fr
 import asyncio
 import contextlib
 import errno
+import functools
 import hmac
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,7 +26,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import UserError, printable_line
 from deploy.serving import conversation, openai_api
@@ -50,6 +52,15 @@ def run_server(version: Path, host: str = "127.0.0.1", port: int = 8080, context
             `conversation.open_model`: a model that does not give the golden prompts is not served.
     """
     key = os.environ.get(KEY_VARIABLE)
+    refuse_bad_key(host, key)
+    with open_socket(host, port) as listener, conversation.open_model(version, context) as chat_model:
+        print_greeting(chat_model, host, listener.getsockname()[1], key)
+        with Api(chat_model).stop_workers_on_exit() as api:
+            Server(api, build_app(api, host, key)).listen(listener)
+
+
+def refuse_bad_key(host: str, key: str | None) -> None:
+    """Raise UserError when other machines could send requests without a key, or no client can send the key."""
     if host not in LOCAL_HOSTS and not key:
         raise UserError(
             f"HOST={printable_line(host)} lets other machines send requests, and {KEY_VARIABLE} is not set",
@@ -63,10 +74,6 @@ def run_server(version: Path, host: str = "127.0.0.1", port: int = 8080, context
             "choose one of letters and digits",
             code="serve.invalid_key",
         )
-    with open_socket(host, port) as listener, conversation.open_model(version, context) as chat_model:
-        print_greeting(chat_model, host, listener.getsockname()[1], key)
-        with Api(chat_model).stop_workers_on_exit() as api:
-            Server(api, build_app(api, host, key)).listen(listener)
 
 
 def run_server_from_path(version: str, host: str, port: int) -> None:
@@ -113,7 +120,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=30))
         self.api = api
 
-    def handle_exit(self, sig, frame) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.api.closing.set()
         super().handle_exit(sig, frame)
 
@@ -130,7 +137,7 @@ class Api:
         self.worker, self.renderer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     @contextlib.contextmanager
-    def stop_workers_on_exit(self):
+    def stop_workers_on_exit(self) -> Iterator["Api"]:
         """Stop both threads on exit; nothing uses the model afterwards."""
         try:
             yield self
@@ -149,27 +156,22 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         chat_request = openai_api.parse_request(openai_api.ChatRequest, await read_body(request))
-        return await self.respond(
-            request,
-            chat_request,
-            lambda: self.engine.prompt(self.engine.with_default_system(chat_request.list_messages())),
-            openai_api.CHAT_FORM,
-        )
+
+        def render_prompt() -> list[int]:
+            return self.engine.prompt(self.engine.with_default_system(chat_request.list_messages()))
+
+        return await self.respond(request, chat_request, render_prompt, openai_api.CHAT_FORM)
 
     async def completion(self, request: Request) -> Response:
         completion_request = openai_api.parse_request(openai_api.CompletionRequest, await read_body(request))
-        return await self.respond(
-            request,
-            completion_request,
-            lambda: self.engine.tokenize_text(completion_request.prompt),
-            openai_api.TEXT_FORM,
-        )
+        tokenize = functools.partial(self.engine.tokenize_text, completion_request.prompt)
+        return await self.respond(request, completion_request, tokenize, openai_api.TEXT_FORM)
 
     async def respond(
         self,
         request: Request,
         generation_request: openai_api.GenerationRequest,
-        prompt: Callable,
+        prompt: Callable[[], list[int]],
         form: openai_api.ResponseForm,
     ) -> Response:
         ids = await asyncio.get_running_loop().run_in_executor(self.renderer, prompt)
@@ -188,7 +190,8 @@ class Reply:
         self.answer = conversation.Answer(
             api.engine, ids, sampling, lambda: self.client_left.is_set() or api.closing.is_set()
         )
-        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self.watch_task = asyncio.create_task(self._watch(request))
         api.worker.submit(self._work)
 
@@ -278,11 +281,17 @@ def build_app(api: Api, host: str, key: str | None) -> ASGIApp:
 
 async def respond_with_error(request: Request, error: Exception) -> Response:
     """Return the response for an error, in the format of OpenAI's API."""
+    http_error = translate_error(error)
+    return JSONResponse(openai_api.build_error_body(http_error), http_error.status_code, http_error.headers)
+
+
+def translate_error(error: Exception) -> HTTPException:
+    """Return the error that the client gets: with the reason where it can do something, else without details."""
     if isinstance(error, conversation.PromptTooLong):
-        error = openai_api.RequestError(400, error.message, "messages", "context_length_exceeded")
-    elif isinstance(error, UserError):
-        error = openai_api.RequestError(400, error.message)
-    return JSONResponse(openai_api.build_error_body(error), error.status_code, error.headers)
+        return openai_api.RequestError(400, error.message, "messages", "context_length_exceeded")
+    if isinstance(error, UserError):
+        return openai_api.RequestError(400, error.message)
+    return error if isinstance(error, HTTPException) else report_failure(error)
 
 
 class Guard:
@@ -294,7 +303,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def noted(message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)

@@ -82,7 +82,7 @@ def read_header(source: ModelSource, artifact: Artifact) -> tuple[bytes, gguf_re
 
 
 @contextlib.contextmanager
-def create_sparse_file(header_bytes: bytes, size: int) -> Iterator[Path]:
+def create_sparse_file(header_bytes: bytes | bytearray, size: int) -> Iterator[Path]:
     """Create a temporary file of `size` bytes that begins with `header_bytes`; the rest are zeros that take no disk."""
     with tempfile.NamedTemporaryFile(prefix="ferry-", suffix=".gguf") as file:
         try:
@@ -99,11 +99,8 @@ def create_sparse_file(header_bytes: bytes, size: int) -> Iterator[Path]:
 
 def _read_until_header(blocks: Iterator[bytes], artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
     """Read blocks until they hold a complete header: if it is cut off, the next name in it is empty, an error."""
-    header_bytes, target_bytes, max_bytes = (
-        bytearray(),
-        FIRST_READ_BYTES,
-        min(artifact.bytes, gguf_reader.MAX_HEADER_BYTES),
-    )
+    header_bytes, target_bytes = bytearray(), FIRST_READ_BYTES
+    max_bytes = min(artifact.bytes, gguf_reader.MAX_HEADER_BYTES)
     while True:
         while len(header_bytes) < min(target_bytes, max_bytes) and (block := next(blocks, b"")):
             header_bytes += block

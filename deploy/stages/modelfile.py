@@ -1,9 +1,9 @@
 """modelfile: write Ollama's Modelfile from the manifest of the trained model, never from the name of a base model."""
 
-import os
 import re
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from common import files, gguf_reader, hub, llama_runtime
 from common.errors import UserError
@@ -18,7 +18,7 @@ RECORD = "modelfile.json"
 MIN_CONTEXT = 2048  # tokens of context, when by the estimate even fewer fit
 
 
-def run_modelfile(folder: Path) -> dict:
+def run_modelfile(folder: Path) -> dict[str, Any]:
     """Write the Modelfile and modelfile.json next to the GGUF, which has passed its smoke test; return the record."""
     manifest, path = load_tested(folder)
     num_ctx = choose_context(manifest, path)
@@ -41,14 +41,11 @@ def run_modelfile(folder: Path) -> dict:
 def set_aside_edits(folder: Path, text: str) -> None:
     """Rename a Modelfile that the user edited: one that is neither recorded in modelfile.json nor equal to `text`."""
     path, known_hash = folder / "Modelfile", store.read_record(folder / RECORD).get("sha256")
-    if not os.path.lexists(path):
-        return
     if path.is_file() and files.sha256(path) in (known_hash, files.sha256_bytes(text.encode())):
         return
-    kept_path = files.set_aside(path)
-    hub.print_message(
-        f"modelfile: {path} was edited: it is kept as {kept_path.name}; edits of {TEMPLATE.name} are in every new one"
-    )
+    if kept_path := files.set_aside(path):
+        reason = f"{path} was edited: it is kept as {kept_path.name}"
+        hub.print_message(f"modelfile: {reason}; edits of {TEMPLATE.name} are in every new one")
 
 
 def choose_context(manifest: Manifest, path: Path) -> int:
@@ -65,24 +62,19 @@ def render_modelfile(manifest: Manifest, artifact: Artifact, num_ctx: int | None
 
     Raises UserError when its TEMPLATE would not give the golden prompts, or Modelfile.template cannot be filled in.
     """
-    turns, bos = manifest.chat.turns, manifest.chat.bos if manifest.chat.adds_bos else ""
-    for golden in manifest.golden if turns else ():
-        if golden.add_generation_prompt and (bos or "") + turns.render_prompt(golden.messages) != golden.prompt:
-            raise UserError(
-                f"the manifest's TEMPLATE does not render the trained prompt for {golden.messages[-1]['content']!r}",
-                "publish it again: `make publish`",
-                code="modelfile.wrong_prompt",
-            )
-    turns, system = place_system_prompt(turns, manifest.chat.system)
+    if manifest.chat.turns:
+        refuse_wrong_prompts(manifest.chat.turns, manifest)
+    turns, system = place_system_prompt(manifest.chat.turns, manifest.chat.system)
+    template = "# TEMPLATE: none says what was trained; the one inside the GGUF does"
+    if turns:
+        template = f'TEMPLATE """{turns.to_go_template()}"""'
     return fill_template(
         {
             "name": " ".join(manifest.name.split()),
             "file": artifact.file,
             "sha256": artifact.sha256,
             "base": " ".join(manifest.base.name.split()),
-            "template": f'TEMPLATE """{turns.to_go_template()}"""'
-            if turns
-            else "# TEMPLATE: none says what was trained; the one inside the GGUF does",
+            "template": template,
             "system": f"SYSTEM {quote_text('the system prompt', system)}" if system else "# SYSTEM: none",
             "stops": "\n".join(f"PARAMETER stop {quote_text('a stop string', stop)}" for stop in manifest.chat.stop),
             "num_ctx": num_ctx or manifest.generation.num_ctx,
@@ -92,7 +84,19 @@ def render_modelfile(manifest: Manifest, artifact: Artifact, num_ctx: int | None
     )
 
 
-def fill_template(values: dict) -> str:
+def refuse_wrong_prompts(turns: Turns, manifest: Manifest) -> None:
+    """Raise UserError when the TEMPLATE of a manifest does not give one of its golden prompts."""
+    bos = manifest.chat.bos if manifest.chat.adds_bos else None
+    for golden in manifest.golden:
+        if golden.add_generation_prompt and (bos or "") + turns.render_prompt(golden.messages) != golden.prompt:
+            raise UserError(
+                f"the manifest's TEMPLATE does not render the trained prompt for {golden.messages[-1]['content']!r}",
+                "publish it again: `make publish`",
+                code="modelfile.wrong_prompt",
+            )
+
+
+def fill_template(values: dict[str, Any]) -> str:
     """Fill values into Modelfile.template, which the user may edit. Raises UserError for a bad edit."""
     try:
         text = TEMPLATE.read_text(encoding="utf-8")
@@ -110,6 +114,12 @@ def fill_template(values: dict) -> str:
         ) from error
     except OSError as error:
         raise _build_template_error(error.strerror or str(error), code="modelfile.unreadable") from error
+    _refuse_bad_template(text)
+    return filled_text
+
+
+def _refuse_bad_template(text: str) -> None:
+    """Raise UserError for a Modelfile.template that gives no Modelfile, or one with other prompts."""
     from_lines = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
     if from_lines != [["FROM", "./$file"]]:
         raise _build_template_error("it needs the line `FROM ./$file`, and no other FROM", code="modelfile.bad_from")
@@ -121,7 +131,6 @@ def fill_template(values: dict) -> str:
             f"${missing_names[0]} is missing: without it the prompts differ from those of the training",
             code="modelfile.missing_name",
         )
-    return filled_text
 
 
 def _build_template_error(reason: str, code: str) -> UserError:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from common import console, files, gguf_reader, hub
 from common.errors import UserError, printable_line
@@ -13,7 +14,7 @@ from deploy.stages import header_check
 from deploy.stages.partial_download import PartialDownload
 
 
-def run_pull(repo: str, models: Path, quantization: str | None = None) -> dict:
+def run_pull(repo: str, models: Path, quantization: str | None = None) -> dict[str, Any]:
     """Fetch manifest and artifact into the store, make that version the current one, and return its pull.json.
 
     Args:
@@ -45,13 +46,14 @@ def run_pull(repo: str, models: Path, quantization: str | None = None) -> dict:
     return record | {"folder": str(version)}
 
 
-def use_earlier_pull(repo: str, models: Path, quantization: str | None, error: UserError) -> dict:
+def use_earlier_pull(repo: str, models: Path, quantization: str | None, error: UserError) -> dict[str, Any]:
     """Return the record of an earlier pull, for when the Hub cannot be reached. Raises `error` when there is none."""
     version = store.find_version_by_name(models, repo)
     if version is None:
         raise error
-    content = (version / manifest.FILE_NAME).read_bytes() if (version / manifest.FILE_NAME).is_file() else b""
-    artifact = choose_artifact(manifest.parse_manifest(content, str(version / manifest.FILE_NAME)), quantization)
+    manifest_path = version / manifest.FILE_NAME
+    content = manifest_path.read_bytes() if manifest_path.is_file() else b""
+    artifact = choose_artifact(manifest.parse_manifest(content, str(manifest_path)), quantization)
     path = version / artifact.file
     if not path.is_file() or files.sha256(path) != artifact.sha256:
         raise UserError(f"{error.message}; {path} was not pulled before, or is damaged", error.hint, code=error.code)
@@ -176,12 +178,11 @@ def verify_prompts(header: gguf_reader.Header, model_manifest: Manifest) -> None
 
 def special_token(header: gguf_reader.Header, role: str) -> str:
     """Return the text of the 'bos' or 'eos' token; '' when the header names none."""
-    tokens, token_id = (
-        header.metadata.get("tokenizer.ggml.tokens"),
-        header.metadata.get(f"tokenizer.ggml.{role}_token_id"),
-    )
-    is_known = isinstance(tokens, list) and isinstance(token_id, int) and 0 <= token_id < len(tokens)
-    return str(tokens[token_id]) if is_known else ""
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    token_id = header.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    if isinstance(tokens, list) and isinstance(token_id, int) and 0 <= token_id < len(tokens):
+        return str(tokens[token_id])
+    return ""
 
 
 def remove_stray_manifest(version: Path) -> None:
@@ -190,7 +191,7 @@ def remove_stray_manifest(version: Path) -> None:
         files.remove(version / manifest.FILE_NAME)
 
 
-def write_record(repo: str, commit: str | None, version: Path, artifact: Artifact, content: bytes) -> dict:
+def write_record(repo: str, commit: str | None, version: Path, artifact: Artifact, content: bytes) -> dict[str, Any]:
     """Write pull.json and the requested name of the version, make it the current one, and return the record."""
     is_folder = hub.is_folder(repo)
     name, revision = (repo, None) if is_folder else hub.parse_repo_id(repo)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import child_process, console, files, gguf_reader, llama_runtime
 from common.errors import UserError, printable_line
@@ -33,7 +33,7 @@ EXTRA_TOKENS = 32  # tokens that an answer may be longer than the recorded one b
 SPEED_PROMPT, SPEED_ANSWER, SPEED_SECONDS = 128, 64, 10  # tokens, tokens, and the most seconds
 
 
-def run_smoke_in_child(version: Path) -> dict:
+def run_smoke_in_child(version: Path) -> dict[str, Any]:
     """Run `run_smoke` in a child process and return its record: llama.cpp parses a file that may come from anybody."""
     manifest, path = store.load_pulled(version)
     longest = max((len(s.ids) + len(s.answer_ids) + EXTRA_TOKENS for s in manifest.smoke), default=0)
@@ -47,12 +47,12 @@ def run_smoke_in_child(version: Path) -> dict:
         )
 
 
-def run_smoke_from_path(version: str) -> dict:
+def run_smoke_from_path(version: str) -> dict[str, Any]:
     """Run `run_smoke` in a child process, whose arguments are JSON."""
     return run_smoke(Path(version))
 
 
-def run_smoke(version: Path) -> dict:
+def run_smoke(version: Path) -> dict[str, Any]:
     """Load the pulled file, compare prompts and answers with the manifest, write smoke.json and return it.
 
     Raises UserError when anything differs. When answers differ, smoke.json holds the evidence and no sha256.
@@ -105,7 +105,7 @@ def run_smoke(version: Path) -> dict:
     return record
 
 
-def load_model(manifest: Manifest, path: Path) -> tuple["Llama", dict]:
+def load_model(manifest: Manifest, path: Path) -> tuple["Llama", dict[str, Any]]:
     """Load the model and return it with facts that llama.cpp logged.
 
     Raises UserError when there is a GPU but not all layers are on it.
@@ -152,7 +152,7 @@ def verify_prompts(model: "Llama", manifest: Manifest, path: Path) -> None:
             )
 
 
-def compare_answer(model: "Llama", expected: SmokePrompt) -> dict:
+def compare_answer(model: "Llama", expected: SmokePrompt) -> dict[str, Any]:
     """Answer one smoke prompt, and compare the log-probabilities of the recorded answer with the recorded ones."""
     log_probs = llama_runtime.answer_log_probs(model, expected.ids, expected.answer_ids)
     difference = sum(abs(a - b) for a, b in zip(log_probs, expected.log_probs, strict=True)) / len(log_probs)
@@ -181,7 +181,7 @@ def has_loop(ids: Sequence[int], repeats: int = 4, min_tokens: int = 16) -> bool
     return False
 
 
-def find_faults(record: dict) -> list[str]:
+def find_faults(record: dict[str, Any]) -> list[str]:
     """Return what is wrong by the record. Other words in a greedy answer are no fault: rounding can decide a tie."""
     faults = []
     if record["judged"] and not record["difference"] <= record["bound"]:
@@ -194,7 +194,7 @@ def find_faults(record: dict) -> list[str]:
     return faults
 
 
-def measure_speed(model: "Llama", ids: Sequence[int]) -> dict:
+def measure_speed(model: "Llama", ids: Sequence[int]) -> dict[str, Any]:
     """Measure {prompt_tokens_per_second, tokens_per_second} as llama-bench does.
 
     The prompt is computed in one batch, the answer one token at a time, each from an empty context.
@@ -214,7 +214,7 @@ def peak_memory() -> int:
     return max_rss if sys.platform == "darwin" else max_rss * 1024  # macOS counts bytes, Linux KiB
 
 
-def render_record(record: dict) -> str:
+def render_record(record: dict[str, Any]) -> str:
     """Return smoke.json as a table for the terminal."""
     backend = record["backend"] + (f", {record['gpu_layers']} of {record['layers']} layers" if record["layers"] else "")
     bound = f"at most {record['bound']}" + (

@@ -6,16 +6,21 @@ A job is found again by its label, so nothing about it is kept here. The Hub kee
 Hub, whose default is 30 minutes, and by `timeout` inside the job, a little earlier, so that the state can be uploaded.
 """
 
+import functools
 import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from common import hub
 from launch import job_script
 from launch.provider import InstanceType, Job, JobState, Machine
-from launch.providers.hub_job import HubJobProvider, call_hub, skip_bytes
+from launch.providers.hub_job import HubJobProvider, T, call_hub, skip_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub import JobHardwareInfo, JobInfo
 
 RUN_LABEL = "ferry-run"
 WAITING_STAGES = ("SCHEDULING", "UPDATING")
@@ -33,33 +38,21 @@ class HfJobsProvider(HubJobProvider):
         self.namespace = namespace
 
     def inspect_machine(self) -> Machine:
-        hardware = call_hub(
-            lambda: hub.retry(
-                "the hardware of Hugging Face Jobs",
-                hub.create_client().list_jobs_hardware,
-                retry_seconds=hub.QUICK_RETRY_SECONDS,
-            )
-        )
+        list_hardware = hub.create_client().list_jobs_hardware
+        hardware = call_jobs_api("the hardware of Hugging Face Jobs", list_hardware)
         instance_types = tuple(filter(None, map(parse_hardware, hardware)))
-        return Machine(
-            "Linux x86_64",
-            0,
-            tuple(instance_type.gpu_name for instance_type in instance_types if instance_type.gpu_name),
-            instance_types=instance_types,
-        )
+        gpu_names = tuple(filter(None, (instance_type.gpu_name for instance_type in instance_types)))
+        return Machine("Linux x86_64", 0, gpu_names, instance_types=instance_types)
 
     def start_job(self, job: Job, goal: str, environment: dict[str, str]) -> None:
         if self.read_provider_state(job.name).status == "running":
             return
-        task = self.build_task(job, goal, environment)
-
-        def run_job():
-            return hub.create_client().run_job(**self.run_job_arguments(task))
-
-        info = call_hub(lambda: hub.retry(f"the job {job.name} to Hugging Face Jobs", run_job, retry_seconds=0))
+        arguments = self.run_job_arguments(self.build_task(job, goal, environment))
+        run_job = functools.partial(hub.create_client().run_job, **arguments)
+        info = call_jobs_api(f"the job {job.name} to Hugging Face Jobs", run_job, retry_seconds=0)
         hub.print_message(f"{self.label}: {info.url}")
 
-    def run_job_arguments(self, task: job_script.JobTask) -> dict:
+    def run_job_arguments(self, task: job_script.JobTask) -> dict[str, Any]:
         """Return the arguments of huggingface_hub's run_job."""
         return {
             "image": task.instance_request.image,
@@ -76,31 +69,26 @@ class HfJobsProvider(HubJobProvider):
         job = self.find_job(job_name)
         if job is None:
             return JobState()
-        stage = str(getattr(job.status.stage, "value", job.status.stage))
+        stage = find_stage(job)
         reason = " ".join(filter(None, (stage.lower(), job.status.message)))
         if stage in EXIT_CODES:
             return JobState("ended", EXIT_CODES[stage], reason=reason)
         return JobState("died" if stage in ("CANCELED", "DELETED") else "running", reason=reason)
 
-    def find_job(self, job_name: str):
+    def find_job(self, job_name: str) -> "JobInfo | None":
         """Return the newest job of that name as huggingface_hub describes it, or None."""
         api = hub.create_client()
 
-        def list_jobs() -> list:
+        def list_jobs() -> list["JobInfo"]:
             return list(api.list_jobs(labels={RUN_LABEL: job_name}, namespace=self.namespace))
 
-        jobs = call_hub(
-            lambda: hub.retry("the jobs of Hugging Face Jobs", list_jobs, retry_seconds=hub.QUICK_RETRY_SECONDS)
-        )
-        return max(
-            (job for job in jobs if (job.labels or {}).get(RUN_LABEL) == job_name),
-            key=lambda job: job.created_at,
-            default=None,
-        )
+        jobs = call_jobs_api("the jobs of Hugging Face Jobs", list_jobs)
+        own_jobs = [job for job in jobs if (job.labels or {}).get(RUN_LABEL) == job_name]
+        return max(own_jobs, key=lambda job: job.created_at.timestamp() if job.created_at else 0.0, default=None)
 
     def follow_log(self, job_name: str, offset: int, write: Callable[[bytes], object]) -> None:
         shown_stage = None
-        while (job := self.find_job(job_name)) and (stage := str(job.status.stage)) in WAITING_STAGES:
+        while (job := self.find_job(job_name)) and (stage := find_stage(job)) in WAITING_STAGES:
             if stage != shown_stage:
                 hub.print_message(f"{self.label}: {stage.lower()}, {job.url}")
             shown_stage = stage
@@ -113,19 +101,13 @@ class HfJobsProvider(HubJobProvider):
         if job is None:
             return
         lines = read_in_thread(api.fetch_job_logs(job_id=job.id, namespace=job.owner.name, follow=follow))
-        while (
-            line := call_hub(lambda: hub.retry("the log of the job", lambda: next(lines, None), retry_seconds=0))
-        ) is not None:
+        while (line := call_jobs_api("the log of the job", lambda: next(lines, None), retry_seconds=0)) is not None:
             yield line.rstrip("\n").encode() + b"\n"
 
     def stop_job(self, job_name: str) -> None:
-        job = self.find_job(job_name)
-
-        def cancel_job():
-            return hub.create_client().cancel_job(job_id=job.id, namespace=job.owner.name)
-
-        if job:
-            call_hub(lambda: hub.retry(f"cancel {job.url}", cancel_job, retry_seconds=hub.QUICK_RETRY_SECONDS))
+        if job := self.find_job(job_name):
+            cancel_job = functools.partial(hub.create_client().cancel_job, job_id=job.id, namespace=job.owner.name)
+            call_jobs_api(f"cancel {job.url}", cancel_job)
 
     def describe_costs(self, job_name: str, is_running: bool) -> str:
         if is_running:
@@ -133,9 +115,19 @@ class HfJobsProvider(HubJobProvider):
         return f"Nothing is billed for it now; {self.describe_kept_repos(job_name)}"
 
 
+def call_jobs_api(action: str, call: Callable[[], T], retry_seconds: float = hub.QUICK_RETRY_SECONDS) -> T:
+    """Return `call()` with retries. Raises ConnectionLost when the Hub cannot be reached now."""
+    return call_hub(lambda: hub.retry(action, call, retry_seconds=retry_seconds))
+
+
+def find_stage(job: "JobInfo") -> str:
+    """Return the stage of a job, such as 'RUNNING': huggingface_hub passes on what the Hub says, text or member."""
+    return str(getattr(job.status.stage, "value", job.status.stage))
+
+
 def read_in_thread(lines: Iterable[str]) -> Iterator[str]:
     """Yield the same lines, read by a thread: in the main thread the client takes Ctrl-C for the end of the log."""
-    line_queue: queue.Queue = queue.Queue()
+    line_queue: queue.Queue[str | Exception | None] = queue.Queue()
 
     def fill_queue() -> None:
         try:
@@ -152,7 +144,7 @@ def read_in_thread(lines: Iterable[str]) -> Iterator[str]:
         yield item
 
 
-def parse_hardware(hardware) -> InstanceType | None:
+def parse_hardware(hardware: "JobHardwareInfo") -> InstanceType | None:
     """Return the type of instance of an entry in the Hub's list of hardware.
 
     None for what Ferry does not train on: more than one GPU, a GPU that is not NVIDIA's, a price by an unknown unit.

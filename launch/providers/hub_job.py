@@ -1,14 +1,22 @@
 """What the providers that rent an instance for a job share: all that is sent and all that comes back is on the Hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import files, hub
 from common.errors import UserError, printable_line
 from launch import job_script, source_archive
 from launch.provider import ConnectionLost, Job, JobState, RemoteFileMissing
-from pipeline.checkpoint_sync import snapshot as states
+from pipeline.checkpoint_sync import snapshot
 
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo, HfApi
+
+T = TypeVar("T")
+JobNote = dict[str, Any]  # a job.json: {"run", "config", "commit", "data"}; empty when there is none
 JOB_FILE = "job.json"
 REPO_README = (
     "---\ntags:\n- ferry\n---\n# Job of the Ferry run {run}\n\n"
@@ -42,7 +50,7 @@ class HubJobProvider:
     def build_task(self, job: Job, goal: str, variables: dict[str, str]) -> job_script.JobTask:
         """Return the task that runs `make <goal>` for a job that was sent."""
         settings = (*job.settings, f"CHECKPOINTS={self.checkpoints}")
-        return job_script.build_task(Job(**(vars(job) | {"settings": settings})), goal, variables, self.job_url)
+        return job_script.build_task(replace(job, settings=settings), goal, variables, self.job_url)
 
     def read_job_state(self, job_name: str) -> JobState:
         """Return the state of the job, by the provider's word and by what is on the Hub.
@@ -57,34 +65,28 @@ class HubJobProvider:
             state = JobState("died", reason="ended, and its result is not on the Hub")
         if state.status == "absent":
             return state
-        note_fields = {
-            "goal": "train",
-            "config_sha256": note.get("config", ""),
-            "commit": note.get("commit", ""),
-            "log_bytes": None,
-        }
-        return JobState(**(vars(state) | note_fields))
+        config_sha256, commit = note.get("config", ""), note.get("commit", "")
+        return replace(state, goal="train", config_sha256=config_sha256, commit=commit, log_bytes=None)
 
     def read_provider_state(self, job_name: str) -> JobState:
         """Return the state of the job as the provider reports it."""
         raise NotImplementedError
 
-    def fetch_job_note(self, job_name: str) -> dict:
+    def fetch_job_note(self, job_name: str) -> JobNote:
         """Return the job.json that was sent; empty when nothing was."""
         try:
             return parse_job_note(self.read_hub_file("dataset", self.job_repo(job_name), JOB_FILE))
         except RemoteFileMissing:
             return {}
 
-    def has_result(self, note: dict) -> bool:
+    def has_result(self, note: JobNote) -> bool:
         """Return whether the Hub has the result of the run that this job.json describes."""
         try:
-            snapshot = states.parse_state(
-                self.read_hub_file("model", self.checkpoints, states.STATE_FILE), self.checkpoints
-            )
+            content = self.read_hub_file("model", self.checkpoints, snapshot.STATE_FILE)
         except RemoteFileMissing:
             return False
-        return states.RESULT_FILE in snapshot.files and snapshot.config == note.get("config")
+        state = snapshot.parse_state(content, self.checkpoints)
+        return snapshot.RESULT_FILE in state.files and state.config == note.get("config")
 
     def read_file(self, job_name: str, path: str, offset: int = 0) -> Iterator[bytes]:
         """Yield the log as the provider kept it, or a record from the checkpoints' repo."""
@@ -99,7 +101,7 @@ class HubJobProvider:
 
         def read_if_exists() -> bytes | None:
             try:
-                return hub.read_small_file(repo, path, "main", states.MAX_STATE_BYTES, repo_type)
+                return hub.read_small_file(repo, path, "main", snapshot.MAX_STATE_BYTES, repo_type)
             except (EntryNotFoundError, RepositoryNotFoundError):
                 return None
 
@@ -131,7 +133,7 @@ class HubJobProvider:
         )
 
 
-def call_hub(call):
+def call_hub(call: Callable[[], T]) -> T:
     """Return `call()`. Raises ConnectionLost when the Hub cannot be reached now."""
     try:
         return call()
@@ -147,8 +149,8 @@ def skip_bytes(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:
         count = max(0, count - len(block))
 
 
-def parse_job_note(content: bytes) -> dict:
-    """Return the fields of a job.json: {"run", "config", "commit", "data"}; empty when Ferry did not write it."""
+def parse_job_note(content: bytes) -> JobNote:
+    """Return the fields of a job.json; empty when Ferry did not write it."""
     try:
         note = json.loads(content)
     except (ValueError, RecursionError):
@@ -157,9 +159,9 @@ def parse_job_note(content: bytes) -> dict:
     return note if is_note else {}
 
 
-def read_job_note(repo: str, revision: str, run_name: str) -> dict:
+def read_job_note(repo: str, revision: str, run_name: str) -> JobNote:
     """Return the fields of a repo's job.json. Raises UserError when it does not describe a job of this run."""
-    note = parse_job_note(hub.read_small_file(repo, JOB_FILE, revision, states.MAX_STATE_BYTES, "dataset"))
+    note = parse_job_note(hub.read_small_file(repo, JOB_FILE, revision, snapshot.MAX_STATE_BYTES, "dataset"))
     if not note:
         raise UserError(
             f"{repo} was not created by Ferry: its {JOB_FILE} describes no job",
@@ -175,21 +177,36 @@ def read_job_note(repo: str, revision: str, run_name: str) -> dict:
     return note
 
 
-def list_note_files(note: dict) -> set[str]:
+def list_note_files(note: JobNote) -> set[str]:
     """Return the names of a job's data files in its repo; empty for a job.json of an older Ferry, which has none."""
     names = note.get("data")
     return {n for n in names if isinstance(n, str) and n.startswith("data/")} if isinstance(names, list) else set()
 
 
-def commit_job(api, repo: str, job: Job) -> str:
+def commit_job(api: "HfApi", repo: str, job: Job) -> str:
     """Commit a job to its repo and return the id of the commit; data files of an earlier job are deleted.
 
     Raises UserError when the repo is public or is not a repo of jobs.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    repo_info = api.repo_info(repo, repo_type="dataset")
-    names = {sibling.rfilename for sibling in repo_info.siblings}
+    repo_info = api.dataset_info(repo)
+    assert repo_info.sha, "the Hub names the commit of a repo that it describes"
+    refuse_foreign_repo(repo, repo_info)
+    names = hub.list_repo_files(repo_info)
+    old_data = list_note_files(read_job_note(repo, repo_info.sha, job.run_name)) if JOB_FILE in names else set()
+    job_files = build_job_files(job)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in job_files.items()
+    ]
+    operations += [CommitOperationDelete(name) for name in sorted(old_data & names - job_files.keys())]
+    return api.create_commit(
+        repo, operations, repo_type="dataset", commit_message=job.commit[:12], parent_commit=repo_info.sha
+    ).oid
+
+
+def refuse_foreign_repo(repo: str, repo_info: "DatasetInfo") -> None:
+    """Raise UserError when a repo for jobs is public, or has files that are not a job's."""
     if not repo_info.private:
         raise UserError(
             f"{repo} is public, and a job contains your data",
@@ -202,18 +219,16 @@ def commit_job(api, repo: str, job: Job) -> str:
             "RUN=another-name",
             code="job.foreign_repo",
         )
-    old_data = list_note_files(read_job_note(repo, repo_info.sha, job.run_name)) if JOB_FILE in names else set()
-    data = {f"data/{name}": path for name, path in job.files.items()}
+
+
+def build_job_files(job: Job) -> dict[str, bytes | Path]:
+    """Return name in the job's repo -> content, or local file, of all that is sent for a job."""
+    data: dict[str, bytes | Path] = {f"data/{name}": path for name, path in job.files.items()}
     data_listing = [{"path": name, "sha256": files.sha256(path)} for name, path in sorted(job.files.items())]
-    note = {"run": job.run_name, "config": files.sha256_bytes(job.config.encode()), "commit": job.commit}
-    note |= {"data": sorted(data)}
-    job_files = {
+    config_sha256 = files.sha256_bytes(job.config.encode())
+    note = {"run": job.run_name, "config": config_sha256, "commit": job.commit, "data": sorted(data)}
+    return {
         "job.tar": source_archive.build_archive(job, {"job/data.json": json.dumps(data_listing)}),
         JOB_FILE: json.dumps(note, indent=1).encode(),
         "README.md": REPO_README.format(run=job.run_name).encode(),
-    }
-    operations = [CommitOperationAdd(name, content) for name, content in (job_files | data).items()]
-    operations += [CommitOperationDelete(name) for name in sorted(old_data & names - data.keys())]
-    return api.create_commit(
-        repo, operations, repo_type="dataset", commit_message=job.commit[:12], parent_commit=repo_info.sha
-    ).oid
+    } | data

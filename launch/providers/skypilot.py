@@ -15,13 +15,15 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from common import files, hub
+from common.child_process import require_pipe
 from common.errors import UserError, printable_line
 from launch import job_script
-from launch.provider import ConnectionLost, InstanceType, Job, JobState, Machine, command_words
+from launch.provider import ConnectionLost, InstanceRequest, InstanceType, Job, JobState, Machine, command_words
 from launch.providers.hub_job import HubJobProvider, skip_bytes
 
 IDLE_MINUTES = 10  # minutes until the autostop takes down a cluster whose job has ended, if we have not done so before
@@ -45,39 +47,34 @@ class SkyPilotProvider(HubJobProvider):
     def __init__(self, checkpoints: str, infra: str, spot: bool, folder: Path):
         """Set where and how jobs run.
 
-        Args:
-            checkpoints: owner/name of the repo that gets what the run makes.
-            infra: 'aws', 'aws/us-east-1', ... as SkyPilot names it; empty for the cheapest one.
-            spot: Whether jobs are managed jobs on spot instances.
-            folder: The folder for the task's YAML file.
+        checkpoints: owner/name of the repo that gets what the run makes. infra: 'aws', 'aws/us-east-1', ... as SkyPilot
+        names it; empty for the cheapest one. folder: for the task's YAML file.
         """
         super().__init__(f"SkyPilot{f' on {infra}' if infra else ''}", checkpoints)
         self.infra, self.spot, self.folder, self.has_job = infra, spot, folder, False
 
     def inspect_machine(self) -> Machine:
+        instance_types = [InstanceType("CPU", "", None)]
+        for infra in self._list_infras():
+            gpu_list = self._read_json("gpus", "list", "--all", "--infra", infra, "-o", "json")
+            instance_types += parse_gpu_list(gpu_list, self.spot)
+        gpu_names = tuple(filter(None, (instance_type.gpu_name for instance_type in instance_types)))
+        return Machine("Linux x86_64", 0, gpu_names, instance_types=keep_cheapest(instance_types))
+
+    def _list_infras(self) -> list[str]:
+        """Return the infra that was typed, else all clouds. Raises UserError when SkyPilot has no access to it."""
         clouds = sorted({name.lower() for names in self._read_json("check", "-o", "json").values() for name in names})
-        infras = [self.infra] if self.infra else clouds
         if self.infra.split("/")[0] not in ("", *clouds):
             raise UserError(
                 f"SkyPilot has no access to {self.infra}; it has access to {', '.join(clouds) or 'no cloud'}",
                 "`sky check` shows what is missing",
                 code="sky.no_access",
             )
-        if not infras:
+        if not clouds and not self.infra:
             raise UserError(
                 "SkyPilot has no access to any cloud", "`sky check` shows what is missing", code="sky.no_cloud"
             )
-        instance_types = [InstanceType("CPU", "", None)]
-        for infra in infras:
-            instance_types += parse_gpu_list(
-                self._read_json("gpus", "list", "--all", "--infra", infra, "-o", "json"), self.spot
-            )
-        return Machine(
-            "Linux x86_64",
-            0,
-            tuple(instance_type.gpu_name for instance_type in instance_types if instance_type.gpu_name),
-            instance_types=keep_cheapest(instance_types),
-        )
+        return [self.infra] if self.infra else clouds
 
     def start_job(self, job: Job, goal: str, environment: dict[str, str]) -> None:
         if self.read_provider_state(job.name).status == "running":
@@ -87,16 +84,9 @@ class SkyPilotProvider(HubJobProvider):
             part.write_text(yaml.safe_dump(build_sky_task(task, self.infra), sort_keys=False), encoding="utf-8")
         # by name, so no argument has the value
         secret_options = [word for name in task.secrets for word in ("--secret", name)]
-        dry_run = self._run_sky(
-            "launch",
-            "-c",
-            cluster_name(job.name),
-            "--dryrun",
-            "-y",
-            str(task_file),
-            *secret_options,
-            secrets=task.secrets,
-        )
+        cluster = cluster_name(job.name)
+        words = ["launch", "-c", cluster, "--dryrun", "-y", str(task_file), *secret_options]
+        dry_run = self._run_sky(*words, secrets=task.secrets)
         if dry_run.returncode:
             raise UserError(
                 f"{self.label}: {last_line(dry_run)}",
@@ -104,11 +94,9 @@ class SkyPilotProvider(HubJobProvider):
                 code="sky.task_refused",
             )
         self.has_job = True
-        words = (
-            ["jobs", "launch", "-n", cluster_name(job.name)]
-            if self.spot
-            else ["launch", "-c", cluster_name(job.name), "-i", str(IDLE_MINUTES), "--down"]
-        )
+        words = ["launch", "-c", cluster, "-i", str(IDLE_MINUTES), "--down"]
+        if self.spot:
+            words = ["jobs", "launch", "-n", cluster]
         result = self._run_sky_and_show(*words, "-y", "-d", str(task_file), *secret_options, secrets=task.secrets)
         if result.returncode:
             raise UserError(
@@ -127,16 +115,14 @@ class SkyPilotProvider(HubJobProvider):
             return JobState("ended", int(status != "SUCCEEDED"), reason=reason)
         return JobState("died" if status == "CANCELLED" else "running", reason=reason)
 
-    def _find_job(self, job_name: str) -> dict | None:
+    def _find_job(self, job_name: str) -> dict[str, Any] | None:
         """Return the newest job of that name as SkyPilot's JSON describes it, or None."""
-        words = ["jobs", "queue", "-a", "-v"] if self.spot else ["queue", cluster_name(job_name)]
+        name = cluster_name(job_name)
+        words = ["jobs", "queue", "-a", "-v"] if self.spot else ["queue", name]
         queue = self._read_json(*words, "-o", "json", absent_pattern=UNKNOWN_JOB_PATTERN)
-        jobs = queue if isinstance(queue, list) else (queue or {}).get(cluster_name(job_name), [])
-        return max(
-            (job for job in jobs if not self.spot or job["job_name"] == cluster_name(job_name)),
-            key=lambda job: job["job_id"],
-            default=None,
-        )
+        jobs = queue if isinstance(queue, list) else (queue or {}).get(name, [])
+        own_jobs = [job for job in jobs if not self.spot or job["job_name"] == name]
+        return max(own_jobs, key=lambda job: job["job_id"], default=None)
 
     def follow_log(self, job_name: str, offset: int, write: Callable[[bytes], object]) -> None:
         job = self._find_job(job_name) or {}
@@ -148,12 +134,11 @@ class SkyPilotProvider(HubJobProvider):
         job = self._find_job(job_name)
         if job is None:
             return
-        words = (
-            ["jobs", "logs", str(job["job_id"])] if self.spot else ["logs", cluster_name(job_name), str(job["job_id"])]
-        )
-        process = self._start_sky(*words, "--follow" if follow else "--no-follow", stderr=subprocess.DEVNULL)
+        words = ["jobs", "logs"] if self.spot else ["logs", cluster_name(job_name)]
+        words += [str(job["job_id"]), "--follow" if follow else "--no-follow"]
+        process = self._start_sky(*words, stderr=subprocess.DEVNULL)
         try:
-            for row in process.stdout:
+            for row in require_pipe(process.stdout):
                 if match := JOB_LINE_PREFIX.match(row):  # other lines are SkyPilot's own
                     yield row[match.end() :]
         finally:
@@ -162,20 +147,18 @@ class SkyPilotProvider(HubJobProvider):
 
     def stop_job(self, job_name: str) -> None:
         job = self._find_job(job_name)
-        if job:
-            words = ["jobs", "cancel", "-y"] if self.spot else ["cancel", "-y", cluster_name(job_name)]
-            result = self._run_sky(*words, str(job["job_id"]))
-            if result.returncode:
-                raise UserError(
-                    f"{self.label} did not cancel {job_name}: {last_line(result)}",
-                    "run the same command again",
-                    code="sky.cancel_failed",
-                )
+        if not job:
+            return
+        words = ["jobs", "cancel", "-y"] if self.spot else ["cancel", "-y", cluster_name(job_name)]
+        result = self._run_sky(*words, str(job["job_id"]))
+        if result.returncode:
+            message = f"{self.label} did not cancel {job_name}: {last_line(result)}"
+            raise UserError(message, "run the same command again", code="sky.cancel_failed")
 
     def teardown_command(self, job_name: str) -> str | None:
-        return (
-            f"{shlex.join(sky_command())} down -y {cluster_name(job_name)}" if self.has_job and not self.spot else None
-        )
+        if self.spot or not self.has_job:
+            return None
+        return f"{shlex.join(sky_command())} down -y {cluster_name(job_name)}"
 
     def describe_costs(self, job_name: str, is_running: bool) -> str:
         if is_running and self.spot:
@@ -193,7 +176,7 @@ class SkyPilotProvider(HubJobProvider):
         )
         return f"{controller_note}{self.describe_kept_repos(job_name)}"
 
-    def _read_json(self, *words: str, absent_pattern: str | None = None):
+    def _read_json(self, *words: str, absent_pattern: str | None = None) -> Any:
         """Run `sky` and return the JSON in its output, without the text before it.
 
         Return None when it fails with an error that matches `absent_pattern`: there is no such job or cluster.
@@ -217,21 +200,22 @@ class SkyPilotProvider(HubJobProvider):
                 code="sky.invalid_output",
             ) from None
 
-    def _run_sky(self, *words: str, secrets: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    def _run_sky(self, *words: str, secrets: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run `sky` and return its exit code and output."""
         process = self._start_sky(*words, stderr=subprocess.PIPE, secrets=secrets)
         stdout, stderr = (text.decode(errors="replace") for text in process.communicate())
         return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
-    def _run_sky_and_show(self, *words: str, secrets: dict[str, str]) -> subprocess.CompletedProcess:
+    def _run_sky_and_show(self, *words: str, secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """Run `sky` and also print its output as it comes, because finding an instance takes minutes."""
-        process, lines = self._start_sky(*words, stderr=subprocess.STDOUT, secrets=secrets), []
-        for line in process.stdout:
+        process = self._start_sky(*words, stderr=subprocess.STDOUT, secrets=secrets)
+        lines: list[str] = []
+        for line in require_pipe(process.stdout):
             lines.append(line.decode(errors="replace").rstrip())
             hub.print_message(lines[-1])
         return subprocess.CompletedProcess(words, process.wait(), "\n".join(lines), "")
 
-    def _start_sky(self, *words: str, stderr: int, secrets: dict[str, str] | None = None) -> subprocess.Popen:
+    def _start_sky(self, *words: str, stderr: int, secrets: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start `sky` with the secrets in its environment, in a session of its own: Ctrl-C is handled by Ferry."""
         environment = os.environ | (secrets or {})
         try:
@@ -264,24 +248,11 @@ def cluster_name(job_name: str) -> str:
     return f"ferry-{plain}" if plain == job_name else "-".join(filter(None, ("ferry", plain, digest)))
 
 
-def build_sky_task(task: job_script.JobTask, infra: str) -> dict:
+def build_sky_task(task: job_script.JobTask, infra: str) -> dict[str, Any]:
     """Return the task for SkyPilot's YAML file. It names the secrets; their values are passed by --secret."""
-    request = task.instance_request
-    resources = {"infra": infra} if infra else {}
-    resources |= (
-        {"accelerators": {request.instance_type.name: 1}}
-        if request.instance_type.gpu_name
-        else {"cpus": "4+", "memory": "16+"}
-    )
-    resources |= {
-        "disk_size": -(-request.disk_bytes // 10**9),
-        "image_id": f"docker:{request.image}",
-        "use_spot": request.spot,
-    }
-    resources |= {"job_recovery": {"strategy": "EAGER_NEXT_REGION"}} if request.spot else {}
     return {
         "name": cluster_name(task.name),
-        "resources": resources,
+        "resources": build_sky_resources(task.instance_request, infra),
         "envs": task.environment,
         "secrets": dict.fromkeys(task.secrets),
         "setup": SETUP_SCRIPT,
@@ -289,7 +260,19 @@ def build_sky_task(task: job_script.JobTask, infra: str) -> dict:
     }
 
 
-def parse_gpu_list(gpu_list: dict, spot: bool) -> list[InstanceType]:
+def build_sky_resources(request: InstanceRequest, infra: str) -> dict[str, Any]:
+    """Return the instance that SkyPilot's task asks for."""
+    resources: dict[str, Any] = {"infra": infra} if infra else {}
+    if request.instance_type.gpu_name:
+        resources |= {"accelerators": {request.instance_type.name: 1}}
+    else:
+        resources |= {"cpus": "4+", "memory": "16+"}
+    disk_gb = -(-request.disk_bytes // 10**9)
+    resources |= {"disk_size": disk_gb, "image_id": f"docker:{request.image}", "use_spot": request.spot}
+    return resources | ({"job_recovery": {"strategy": "EAGER_NEXT_REGION"}} if request.spot else {})
+
+
+def parse_gpu_list(gpu_list: dict[str, Any], spot: bool) -> list[InstanceType]:
     """Return the types of instances with one GPU in the output of `sky gpus list`."""
     price_key = "spot_price" if spot else "price"
     rows = [
@@ -316,14 +299,13 @@ def keep_cheapest(instance_types: list[InstanceType]) -> tuple[InstanceType, ...
     """Return one type of instance for each name: the cheapest."""
     best: dict[str, InstanceType] = {}
     for instance_type in instance_types:
-        if instance_type.name not in best or (instance_type.dollars_per_hour or 0) < (
-            best[instance_type.name].dollars_per_hour or 0
-        ):
+        cheapest = best.setdefault(instance_type.name, instance_type)
+        if (instance_type.dollars_per_hour or 0) < (cheapest.dollars_per_hour or 0):
             best[instance_type.name] = instance_type
     return tuple(best.values())
 
 
-def last_line(result: subprocess.CompletedProcess) -> str:
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
     """Return the last line of a command's output that is not empty, for a message."""
     lines = [line for line in (result.stdout + "\n" + result.stderr).splitlines() if line.strip()]
     return printable_line(re.sub(r"\x1b\[[\d;]*m", "", lines[-1])) if lines else f"exit code {result.returncode}"

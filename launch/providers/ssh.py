@@ -5,6 +5,7 @@ as `ssh -F file` or `ssh -i key`.
 """
 
 import contextlib
+import os
 import re
 import shlex
 import subprocess
@@ -13,9 +14,10 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from common import console, files, hub
+from common.child_process import require_pipe
 from common.errors import UserError, printable_line
 from launch import source_archive
 from launch.provider import ConnectionLost, Job, JobState, Machine, RemoteFileMissing, command_words
@@ -94,14 +96,14 @@ class MachineProcess:
             stderr=subprocess.PIPE,
             start_new_session=own_session,
         )
-        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+        self.stdin, self.stdout = require_pipe(self._process.stdin), require_pipe(self._process.stdout)
         self._stderr_lines: list[bytes] = []
         self._stderr_reader = threading.Thread(target=self._collect_stderr, daemon=True)
         self._stderr_reader.start()
 
     def _collect_stderr(self) -> None:
         """Read stderr until it ends."""
-        self._stderr_lines.extend(self._process.stderr)
+        self._stderr_lines.extend(require_pipe(self._process.stderr))
 
     def wait(self) -> tuple[int, str]:
         """Wait until the process ends and return its exit code and stderr."""
@@ -126,19 +128,15 @@ class SshProvider:
     checkpoints: str | None = None
 
     def __init__(self, address: SshAddress | None, root: str | None = None):
-        """Set the machine.
-
-        Args:
-            address: None for this machine.
-            root: The folder of all jobs there; None for the address's folder.
-        """
+        """Set the machine (None: this one), and the folder of all jobs there (None: that of the address)."""
         self.address, self.root = address, root or (address.folder if address else "")
         self.is_local = address is None
         self.label = address.destination if address else "this machine"
 
     @property
     def ssh_command(self) -> str:
-        """Return the command that a user types to reach the machine."""
+        """Return the command that a user types to reach a machine that is not this one."""
+        assert self.address, "this machine is reached without ssh"
         return shlex.join(["ssh", *self.address.ssh_arguments])
 
     def job_folder(self, job_name: str) -> str:
@@ -157,9 +155,8 @@ class SshProvider:
         )
 
     def read_job_state(self, job_name: str) -> JobState:
-        facts = dict(
-            line.partition(" ")[::2] for line in self._run_script("state", self.job_folder(job_name)).splitlines()
-        )
+        lines = self._run_script("state", self.job_folder(job_name)).splitlines()
+        facts = dict(line.partition(" ")[::2] for line in lines)
         status = next((status for status in ("running", "ended", "died") if status in facts), "absent")
         return JobState(
             status,
@@ -178,13 +175,10 @@ class SshProvider:
         sha256s = {name: files.sha256(path) for name, path in job.files.items()}
         missing = self._list_missing_files(folder, sha256s)
         if missing:
-            size = sum(job.files[name].stat().st_size for name in missing)
-            hub.print_message(
-                f"data: {len(missing)} file{'s' * (len(missing) > 1)}, {size / 1e6:.1f} MB, to {self.label}"
-            )
-            self._run_with_input(
-                unpack, lambda pipe: _write_tar({name: job.files[name] for name in missing}, size, pipe)
-            )
+            paths = {name: job.files[name] for name in missing}
+            size = sum(path.stat().st_size for path in paths.values())
+            hub.print_message(f"data: {len(paths)} file{'s' * (len(paths) > 1)}, {size / 1e6:.1f} MB, to {self.label}")
+            self._run_with_input(unpack, lambda pipe: _write_tar(paths, size, pipe))
         if still_missing := self._list_missing_files(folder, sha256s):
             raise UserError(
                 f"{still_missing[0]} did not arrive complete on {self.label}",
@@ -193,32 +187,20 @@ class SshProvider:
             )
 
     def _claim_folder(self, folder: str) -> None:
-        """Make the folder a job's and remove the tree that was sent before.
-
-        Raises UserError when the folder has files that Ferry did not send.
-        """
-        answer = self._run_script("claim", folder)
-        if foreign_names := answer.splitlines():
+        """Make the folder a job's, without the tree sent before. Raises UserError for files that Ferry did not send."""
+        if foreign_names := self._run_script("claim", folder).splitlines():
+            listing = printable_line(", ".join(foreign_names[:4]))
             raise UserError(
-                f"{self.label}: {folder} contains {printable_line(', '.join(foreign_names[:4]))}, which Ferry did "
-                "not send",
+                f"{self.label}: {folder} contains {listing}, which Ferry did not send",
                 "RUN=another-name, or a different folder: CLOUD=ssh://user@host/folder",
                 code="job.foreign_folder",
             )
 
     def start_job(self, job: Job, goal: str, environment: dict[str, str]) -> None:
-        settings = [
-            f"VENV={self._environment_path(job)}",
-            "CONFIG=job/config.yaml",
-            f"RUN={job.run_name}",
-            "RUNS=runs",
-            *job.settings,
-        ]
-        exports = (
-            "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
-            + self._cache_exports()
-        )
-        self._run_script("start", self.job_folder(job.name), goal, *settings, exports=exports)
+        settings = ["CONFIG=job/config.yaml", f"RUN={job.run_name}", "RUNS=runs", *job.settings]
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+        words = ("start", self.job_folder(job.name), goal, f"VENV={self._environment_path(job)}", *settings)
+        self._run_script(*words, exports=exports + self._cache_exports())
 
     def _environment_path(self, job: Job) -> str:
         """Return the path of the job's Python environment.
@@ -245,7 +227,7 @@ class SshProvider:
     def follow_log(self, job_name: str, offset: int, write: Callable[[bytes], object]) -> None:
         process = self._start_script("follow", self.job_folder(job_name), str(offset))
         try:
-            while block := process.stdout.read1(1 << 16):
+            while block := os.read(process.stdout.fileno(), 1 << 16):  # as it comes, not when a buffer is full
                 write(block)
             self._raise_on_failure(process, (0, *FOLLOW_EXIT_CODES))
         finally:
@@ -295,17 +277,12 @@ class SshProvider:
         if self.address is None:
             return remote_words
         alive_seconds = max(1, round(hub.timeout_seconds() / 4))
-        options = {"ConnectTimeout": CONNECT_SECONDS, "ServerAliveInterval": alive_seconds, "ServerAliveCountMax": 4}
+        options = [f"ConnectTimeout={CONNECT_SECONDS}", f"ServerAliveInterval={alive_seconds}", "ServerAliveCountMax=4"]
         # without a terminal ssh cannot ask for a passphrase
-        options |= {} if sys.stdin.isatty() else {"BatchMode": "yes"}
-        option_words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        return [
-            *command_words("FERRY_SSH", "ssh"),
-            "-T",
-            *option_words,
-            *self.address.ssh_arguments,
-            shlex.join(remote_words),
-        ]
+        options += [] if sys.stdin.isatty() else ["BatchMode=yes"]
+        option_words = [word for option in options for word in ("-o", option)]
+        ssh_words = [*command_words("FERRY_SSH", "ssh"), "-T", *option_words, *self.address.ssh_arguments]
+        return [*ssh_words, shlex.join(remote_words)]
 
     def _start_script(self, *words: str, exports: str = "") -> MachineProcess:
         """Start ssh_box.sh with these words.
@@ -340,7 +317,7 @@ class SshProvider:
         finally:
             process.kill()
 
-    def _run_with_input(self, remote_command: str, write_input: Callable) -> None:
+    def _run_with_input(self, remote_command: str, write_input: Callable[[IO[bytes]], object]) -> None:
         """Run a command on the machine, with what `write_input` writes to its stdin."""
         process = self._start_process(["sh", "-c", remote_command])
         try:
@@ -362,10 +339,9 @@ class SshProvider:
 
     def _ssh_error(self, stderr: str) -> UserError:
         """Return the error for what ssh could not do."""
-        known_host = f"'[{self.address.host}]:{self.address.port}'" if self.address.port else self.address.host
         for fault in SSH_FAULTS:
-            if re.search(fault.pattern, stderr):
-                hint = fault.hint.format(ssh=self.ssh_command, known=known_host)
+            if self.address and re.search(fault.pattern, stderr):
+                hint = fault.hint.format(ssh=self.ssh_command, known=self.address.known_hosts_name)
                 return UserError(f"{self.label}: {fault.reason}", hint, code=fault.code)
         lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith(("Warning:", "**"))]
         reason = re.sub(r"^ssh: |\r", "", lines[-1]) if lines else "the connection was closed"
@@ -396,7 +372,7 @@ class SshProvider:
         return UserError(f"{self.label}: {reason}", f"{hint}, then run the same command again: it resumes", code=code)
 
 
-def _write_tar(paths: dict[str, Path], size: int, pipe) -> None:
+def _write_tar(paths: dict[str, Path], size: int, pipe: IO[bytes]) -> None:
     """Write files (name in the tar -> local file) as a tar to `pipe`; size: their bytes, for the progress bar."""
     with console.show_progress(size, "sending data", "B") as tick, tarfile.open(fileobj=pipe, mode="w|") as tar:
         for name, path in paths.items():

@@ -30,6 +30,11 @@ class SshAddress:
         return f"{self.user}@{self.host}" if self.user else self.host
 
     @property
+    def known_hosts_name(self) -> str:
+        """Return its name in ~/.ssh/known_hosts, as a word for a shell."""
+        return f"'[{self.host}]:{self.port}'" if self.port else self.host
+
+    @property
     def ssh_arguments(self) -> list[str]:
         """Return the arguments for `ssh`."""
         return [*(["-p", str(self.port)] if self.port else []), self.destination]

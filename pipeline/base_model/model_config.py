@@ -5,6 +5,7 @@ import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common import files
 from common.errors import UserError, printable_line
@@ -23,7 +24,7 @@ DIMENSION_KEYS = (
 )
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a model folder.
 
     Raises:

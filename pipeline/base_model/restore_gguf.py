@@ -6,7 +6,9 @@ token ids as llama.cpp, and the weights must give the same next-token distributi
 """
 
 import functools
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from common import files, gguf_reader
 from common.errors import UserError
@@ -44,12 +46,13 @@ def prepare_tokenizer(source: Path) -> Path:
     """
     if source.is_dir():
         return source
-    folder = _restored_folder(source) / "tokenizer"
-    if not folder.is_dir():
-        with files.write_atomically(folder) as temporary:
-            rebuild_tokenizer(source, temporary)
-            prove_tokenizer(temporary, source)
-    return folder
+    return files.write_if_missing(_restored_folder(source) / "tokenizer", functools.partial(_write_tokenizer, source))
+
+
+def _write_tokenizer(gguf: Path, folder: Path) -> None:
+    """Rebuild the tokenizer of a GGUF in `folder`, and prove it."""
+    rebuild_tokenizer(gguf, folder)
+    prove_tokenizer(folder, gguf)
 
 
 def prepare_weights(source: Path) -> Path:
@@ -59,14 +62,15 @@ def prepare_weights(source: Path) -> Path:
     """
     if source.is_dir():
         return source
-    folder = _restored_folder(source) / "model"
-    if not folder.is_dir():
-        with files.write_atomically(folder) as temporary:
-            restore_weights(source, temporary)
-            for file in prepare_tokenizer(source).iterdir():
-                files.copy_and_hash(file, temporary / file.name)
-            prove_weights(temporary, source)
-    return folder
+    return files.write_if_missing(_restored_folder(source) / "model", functools.partial(_write_model, source))
+
+
+def _write_model(gguf: Path, folder: Path) -> None:
+    """Restore the weights and the tokenizer of a GGUF in `folder`, and prove the weights."""
+    restore_weights(gguf, folder)
+    for file in prepare_tokenizer(gguf).iterdir():
+        files.copy_and_hash(file, folder / file.name)
+    prove_weights(folder, gguf)
 
 
 def _restored_folder(gguf: Path) -> Path:
@@ -74,12 +78,8 @@ def _restored_folder(gguf: Path) -> Path:
     return files.cache_dir() / "base" / f"{gguf.stem}-{hash_gguf(gguf)[:12]}"
 
 
-def read_all_metadata(gguf: Path) -> dict:
-    """Return the key-values of a GGUF as plain Python.
-
-    Raises:
-        UserError: The file is not a GGUF.
-    """
+def read_all_metadata(gguf: Path) -> dict[str, Any]:
+    """Return the key-values of a GGUF as plain Python. Raise UserError when the file is not a GGUF."""
     from gguf import GGUFReader
 
     try:
@@ -91,10 +91,7 @@ def read_all_metadata(gguf: Path) -> dict:
 
 
 def read_metadata(gguf: Path) -> dict[str, str]:
-    """Return the scalar key-values of a GGUF as text, read by llama.cpp.
-
-    `read_all_metadata` takes seconds for the arrays of the vocabulary.
-    """
+    """Return the scalar key-values of a GGUF, without the arrays that `read_all_metadata` takes seconds for."""
     from common import llama_runtime
 
     read_gguf_header(gguf)
@@ -102,11 +99,7 @@ def read_metadata(gguf: Path) -> dict[str, str]:
 
 
 def read_gguf_header(path: Path) -> gguf_reader.Header:
-    """Return the header of a base model, which is someone else's file.
-
-    Raises:
-        UserError: llama.cpp could not load it.
-    """
+    """Return the header of a base model, someone else's file. Raise UserError when llama.cpp could not load it."""
     header = gguf_reader.read_header(path)
     model_header.refuse_impossible_header(header, path.name, made_by_ferry=False)
     return header
@@ -157,7 +150,7 @@ def rebuild_tokenizer(gguf: Path, folder: Path) -> None:
     fast_tokenizer.save_pretrained(folder)
 
 
-def refuse_unknown_tokenizer(name: str, metadata: dict) -> None:
+def refuse_unknown_tokenizer(name: str, metadata: dict[str, Any]) -> None:
     """Raise UserError for a GGUF whose tokenizer cannot be rebuilt faithfully; `metadata` has its key-values."""
     kind = metadata.get("tokenizer.ggml.model")
     kind = metadata.get("tokenizer.ggml.pre") if kind == "gpt2" else kind
@@ -197,16 +190,19 @@ def prove_tokenizer(folder: Path, gguf: Path) -> None:
             llama_runtime.tokenize(llama_model, text),
         )
         if rebuilt_ids != llama_ids:
-            index = next(
-                (i for i, (a, b) in enumerate(zip(rebuilt_ids, llama_ids, strict=False)) if a != b),
-                min(len(rebuilt_ids), len(llama_ids)),
-            )
+            index = _find_first_difference(rebuilt_ids, llama_ids)
             raise UserError(
                 f"{gguf.name}: the rebuilt tokenizer differs from llama.cpp's on {text!r} "
                 f"at token {index} ({rebuilt_ids[index : index + 3]}, llama.cpp {llama_ids[index : index + 3]})",
                 "set base.model to the model's 16-bit Hugging Face id",
                 code="base_model.tokenizer_mismatch",
             )
+
+
+def _find_first_difference(token_ids: list[int], other_ids: list[int]) -> int:
+    """Return the index of the first token that differs between two sequences, or that only one of them has."""
+    pairs = enumerate(zip_longest(token_ids, other_ids))
+    return next(index for index, (token, other_token) in pairs if token != other_token)
 
 
 def restore_weights(gguf: Path, folder: Path) -> None:
@@ -216,41 +212,23 @@ def restore_weights(gguf: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are plain bf16 now; save_pretrained refuses when these attributes say otherwise.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]  # torch's Module takes every attribute for a tensor
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    eos = read_all_metadata(gguf)["tokenizer.ggml.eos_token_id"]
+    metadata = read_all_metadata(gguf)
+    eos, pad = metadata["tokenizer.ggml.eos_token_id"], metadata["tokenizer.ggml.unknown_token_id"]
     model.config.eos_token_id = model.generation_config.eos_token_id = eos
-    model.config.pad_token_id = model.generation_config.pad_token_id = read_all_metadata(gguf)[
-        "tokenizer.ggml.unknown_token_id"
-    ]
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad
     model.save_pretrained(folder)
 
 
 def prove_weights(folder: Path, gguf: Path) -> float:
-    """Return the mean KL divergence over PROBES of torch on the folder from llama.cpp on the GGUF, in nats.
+    """Return the mean KL divergence of the weights in `folder` from the GGUF.
 
     Raises:
         UserError: It is above MAX_MEAN_KL.
     """
-    import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from common import llama_runtime
-
-    model, reference = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        llama_runtime.load_model(gguf),
-    )
-    divergences = []
-    for text in PROBES:
-        token_ids = llama_runtime.tokenize(reference, text)
-        expected = llama_runtime.next_token_log_probs(reference, token_ids)
-        with torch.inference_mode():
-            actual = model(torch.tensor([token_ids])).logits[0].log_softmax(-1).numpy()
-        divergences.append((np.exp(expected) * (expected - actual)).sum(-1).mean())
-    mean = float(np.mean(divergences))
+    mean = measure_divergence(folder, gguf)
     if not mean <= MAX_MEAN_KL:
         raise UserError(
             f"{gguf.name}: the restored weights differ from llama.cpp's (mean KL {mean:.3f}, at most {MAX_MEAN_KL})",
@@ -258,3 +236,23 @@ def prove_weights(folder: Path, gguf: Path) -> float:
             code="base_model.weights_mismatch",
         )
     return mean
+
+
+def measure_divergence(folder: Path, gguf: Path) -> float:
+    """Return the mean KL divergence over PROBES of torch on the folder from llama.cpp on the GGUF, in nats."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common import llama_runtime
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = llama_runtime.load_model(gguf)
+    divergences = []
+    for text in PROBES:
+        token_ids = llama_runtime.tokenize(reference, text)
+        expected = llama_runtime.next_token_log_probs(reference, token_ids)
+        with torch.inference_mode():
+            actual = model(torch.tensor([token_ids])).logits[0].log_softmax(-1).numpy()
+        divergences.append((np.exp(expected) * (expected - actual)).sum(-1).mean())
+    return float(np.mean(divergences))

@@ -34,7 +34,8 @@ class CheckpointSync:
     def __init__(self, run: Run, repo: str | None, minutes: float):
         self.run, self.repo, self.min_seconds = run, repo, 60 * minutes
         self.process: subprocess.Popen | None = None
-        self.push_started, self.sent_checkpoint = float("-inf"), None
+        self.push_started = float("-inf")
+        self.sent_checkpoint: Path | None = None
         self.without_xet = False  # True after a push that hung (xet-core#883) or failed: the next ones go without Xet
 
     @property
@@ -57,13 +58,14 @@ class CheckpointSync:
             or bool(self.checkpoint_in_transit)
             or (self.process and self.process.poll()) == CLIENT_ERROR_CODE
         )
-        self._start_push(checkpoint)
+        self._start_push(self.repo, checkpoint)
 
-    def _start_push(self, checkpoint: Path | None) -> None:
-        """End the push in progress and start a new one."""
+    def _start_push(self, repo: str, checkpoint: Path) -> subprocess.Popen:
+        """End the push in progress, start a new one, and return its process."""
         self.kill_push()
         self.push_started, self.sent_checkpoint = time.monotonic(), checkpoint
-        self.process = start_push_process(self.run, self.repo, self.without_xet)
+        self.process = start_push_process(self.run, repo, self.without_xet)
+        return self.process
 
     def send_final_checkpoint(self, checkpoint: Path | None) -> None:
         """Send the newest checkpoint before the machine is taken away, and wait until it has arrived.
@@ -73,10 +75,10 @@ class CheckpointSync:
         if not self.repo or not checkpoint:
             return
         deadline = time.monotonic() + hub.seconds_from_environment("FERRY_GRACE_SECONDS", GRACE_SECONDS)
-        if self.checkpoint_in_transit:
+        if self.process and self.checkpoint_in_transit:
             wait_for_exit(self.process, (deadline - time.monotonic()) / 2)
-        self._start_push(checkpoint)
-        if not wait_for_exit(self.process, deadline - time.monotonic()):
+        process = self._start_push(self.repo, checkpoint)
+        if not wait_for_exit(process, deadline - time.monotonic()):
             hub.print_message(
                 f"checkpoints: {checkpoint.name} did not reach {self.repo} in time; the repo holds an older one"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import console, hub
 from common.errors import UserError
-from pipeline.checkpoint_sync import snapshot as states
+from pipeline.checkpoint_sync import snapshot
 from pipeline.checkpoint_sync.background_push import CLIENT_ERROR_CODE
 from pipeline.checkpoint_sync.snapshot import STATE_FILE, RunState
 from pipeline.run.run_folder import Run
@@ -34,7 +34,7 @@ class NewerStateError(UserError):
 
 
 def push_state(run: Run, repo: str) -> RunState | None:
-    """Push the run's state to its repo, which is created when it does not exist, and delete files of older states.
+    """Push the run's state to its repo, which is created when it does not exist, and delete files of older snapshot.
 
     Returns:
         The state that was sent, or None when the repo holds it already.
@@ -43,10 +43,11 @@ def push_state(run: Run, repo: str) -> RunState | None:
         UserError: the state cannot be sent.
         NewerStateError: another machine has pushed a later state.
     """
-    repo = states.fill_repo_name(repo, run.folder.name)
+    repo = snapshot.fill_repo_name(repo, run.folder.name)
     api, activity = hub.create_client(), f"checkpoints to {repo}"
     hub.retry(activity, lambda: api.create_repo(repo, private=True, exist_ok=True))
-    state, earlier_states = states.snapshot_run(run), []
+    state = snapshot.snapshot_run(run)
+    earlier_states: list[RunState] = []
     if not hub.retry(activity, lambda: commit_state(api, repo, run, state, earlier_states), retry_statuses=(409, 412)):
         return None
     try:
@@ -79,7 +80,7 @@ def commit_state(api, repo: str, run: Run, state: RunState, earlier_states: list
         for name in sorted((repo_state.files if repo_state else {}).keys() - state.files.keys())
         if name in repo_names
     ]
-    small_files = {STATE_FILE: states.dump_state(state)}
+    small_files = {STATE_FILE: snapshot.dump_state(state)}
     small_files |= (
         {} if "README.md" in repo_names else {"README.md": README_TEMPLATE.format(run=state.run, repo=repo).encode()}
     )
@@ -125,8 +126,8 @@ def read_repo_state(repo: str, head) -> RunState | None:
         )
     if STATE_FILE not in {sibling.rfilename for sibling in head.siblings}:
         return None
-    return states.parse_state(
-        hub.read_small_file(repo, STATE_FILE, head.sha, states.MAX_STATE_BYTES), f"{repo}/{STATE_FILE}"
+    return snapshot.parse_state(
+        hub.read_small_file(repo, STATE_FILE, head.sha, snapshot.MAX_STATE_BYTES), f"{repo}/{STATE_FILE}"
     )
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from common import console, files, hub
 from common.errors import UserError
-from pipeline.checkpoint_sync import push
-from pipeline.checkpoint_sync import snapshot as states
+from pipeline.checkpoint_sync import push, snapshot
 from pipeline.checkpoint_sync.snapshot import RunState
 from pipeline.config import yaml_tree
 from pipeline.config.load import build_config
@@ -39,21 +38,31 @@ def restore_run(repo: str, run: Run, config: Config) -> RunState | None:
             f"RUN={state.run}, or a different repo: CHECKPOINTS=owner/name",
             code="checkpoints.other_run",
         )
-    text = read_repo_file(repo_name, "config.yaml", commit).decode("utf-8", "replace")
-    repo_config = build_config(
-        *yaml_tree.parse_yaml(text, f"{repo_name}/config.yaml"), Path(f"{repo_name}/config.yaml")
-    )
-    faults = []
-    for stage in ONE_TIME_STAGES:
-        settings_of_both = (settings_of_stage(compared, stage) for compared in (repo_config, config))
-        faults += describe_differences(*settings_of_both, old_label="in the repo", new_label="here")
-    if faults:
+    if faults := find_config_differences(repo_name, commit, config):
         raise UserError(
             f"{repo_name} holds the run {state.run} with a different config:\n  " + "\n  ".join(faults),
             "undo the change, or start a new run in a different repo: RUN=another-name CHECKPOINTS=owner/name",
             code="checkpoints.other_config",
         )
     return download_run(repo_name, commit, state, run)
+
+
+def find_config_differences(repo: str, commit: str, config: Config) -> list[str]:
+    """Return the settings of the rows and the training that differ between the repo's config and `config`."""
+    repo_config = read_repo_config(repo, commit)
+    differences = []
+    for stage in ONE_TIME_STAGES:
+        old, new = settings_of_stage(repo_config, stage), settings_of_stage(config, stage)
+        differences += describe_differences(old, new, "in the repo", "here")
+    return differences
+
+
+def read_repo_config(repo: str, commit: str) -> Config:
+    """Return the config of the run in a repo."""
+    name = f"{repo}/config.yaml"
+    text = read_repo_file(repo, "config.yaml", commit).decode("utf-8", "replace")
+    tree, lines = yaml_tree.parse_yaml(text, name)
+    return build_config(tree, lines, Path(name))
 
 
 def resume_run(repo: str, runs: Path) -> RunState:
@@ -83,28 +92,26 @@ def find_repo_state(repo: str, run: Run | None) -> tuple[str, str, RunState] | N
     Raises:
         UserError: the run is complete; the message names its result.
     """
-    repo_name = states.fill_repo_name(repo, run.folder.name if run else None)
+    repo_name = snapshot.fill_repo_name(repo, run.folder.name if run else None)
     api, activity = hub.create_client(), f"checkpoints in {repo_name}"
     head = hub.fetch_or_none(activity, lambda: api.repo_info(repo_name))
-    state = head and hub.retry(activity, lambda: push.read_repo_state(repo_name, head))
-    if not state:
+    if not head:
         return None
-    if states.RESULT_FILE in state.files:
-        record = json.loads(read_repo_file(repo_name, states.RESULT_FILE, head.sha))
+    state = hub.retry(activity, lambda: push.read_repo_state(repo_name, head))
+    if not state or not head.sha:
+        return None
+    if snapshot.RESULT_FILE in state.files:
+        record = json.loads(read_repo_file(repo_name, snapshot.RESULT_FILE, head.sha))
         address = f"{record['repo']}@{record['tag']}" if "tag" in record else record["repo"]
-        raise UserError(
-            f"the run {state.run} is complete: it is published as {address}",
-            f"make deploy-mac REPO={address}",
-            code="checkpoints.run_complete",
-        )
+        text = f"the run {state.run} is complete: it is published as {address}"
+        raise UserError(text, f"make deploy-mac REPO={address}", code="checkpoints.run_complete")
     return repo_name, head.sha, state
 
 
 def read_repo_file(repo: str, file_name: str, commit: str) -> bytes:
     """Return the content of a small file in a repo; a file larger than a state may be is refused."""
-    return hub.retry(
-        f"{file_name} of {repo}", lambda: hub.read_small_file(repo, file_name, commit, states.MAX_STATE_BYTES)
-    )
+    max_bytes = snapshot.MAX_STATE_BYTES
+    return hub.retry(f"{file_name} of {repo}", lambda: hub.read_small_file(repo, file_name, commit, max_bytes))
 
 
 def download_run(repo: str, commit: str, state: RunState, run: Run) -> RunState:
@@ -124,15 +131,17 @@ def download_run(repo: str, commit: str, state: RunState, run: Run) -> RunState:
             lambda: snapshot_download(repo, revision=commit, local_dir=part, allow_patterns=list(state.files)),
         )
         shutil.rmtree(part / ".cache", ignore_errors=True)
-        for name, item in state.files.items():
-            if not (part / name).is_file() or states.describe_file(part / name) != item:
-                raise UserError(
-                    f"{name} in {repo} differs from the file that was sent",
-                    "run the same command again",
-                    code="checkpoints.damaged_file",
-                )
+        refuse_damaged_files(part, repo, state)
         files.write_json(part / RESTORED_FILE, {"repo": repo, "commit": commit, "at": str(state)})
         if backup := files.set_aside(run.folder):  # a run that was started here and has no rows yet
             console.print_note(f"{run.folder} was renamed to {backup}")
     hub.print_message(f"checkpoints: {run.folder} from {repo}, {state}")
     return state
+
+
+def refuse_damaged_files(folder: Path, repo: str, state: RunState) -> None:
+    """Raise UserError when a downloaded file is missing or differs from the one that was sent."""
+    for name, item in state.files.items():
+        if not (folder / name).is_file() or snapshot.describe_file(folder / name) != item:
+            text = f"{name} in {repo} differs from the file that was sent"
+            raise UserError(text, "run the same command again", code="checkpoints.damaged_file")

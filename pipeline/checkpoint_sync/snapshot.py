@@ -13,12 +13,13 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from common import files, hub
 from common.errors import UserError, printable_line
 from contract.manifest import NAME_PATTERN
 from pipeline.config.stage_settings import hash_training_settings
-from pipeline.run.checkpoint_files import COMPLETE_MARKER
+from pipeline.run.checkpoint_files import COMPLETE_MARKER, checkpoint_step, list_checkpoints
 from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 
@@ -40,7 +41,7 @@ class RunState:
     """The completed stages."""
     step: int = 0
     """The step of the newest checkpoint, 0 without one."""
-    files: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{path in the run's folder: {"sha256", "bytes"}}."""
     training: str = ""
     """Hash of the settings that rows and training depend on (stage_settings.py); empty in a state of schema 1."""
@@ -68,11 +69,8 @@ def fill_repo_name(template: str, run: str | None) -> str:
     """Return owner/name with {user} and {run} filled in. Raise UserError when it is not the name of a repo."""
     name = hub.fill_placeholders(template, run)
     if not hub.REPO_ID_PATTERN.fullmatch(name):
-        raise UserError(
-            f"CHECKPOINTS={printable_line(name)} is not the name of a repo on the Hub",
-            "CHECKPOINTS=owner/name",
-            code="checkpoints.invalid_repo_name",
-        )
+        text = f"CHECKPOINTS={printable_line(name)} is not the name of a repo on the Hub"
+        raise UserError(text, "CHECKPOINTS=owner/name", code="checkpoints.invalid_repo_name")
     return name
 
 
@@ -115,15 +113,18 @@ def find_synced_files(run: Run) -> tuple[int, list[Path]]:
 
 def find_needed_checkpoints(folder: Path) -> tuple[int, list[Path]]:
     """Return the newest complete checkpoint's step, and the folders needed to resume: it and the best one so far."""
-    complete = {
-        int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")
-    }
+    complete = [path for path in list_checkpoints(folder) if (path / COMPLETE_MARKER).is_file()]
     if not complete:
         return 0, []
-    newest = complete[max(complete)]
+    newest = complete[-1]
+    needed = (newest, find_best_checkpoint(newest))
+    return checkpoint_step(newest), [path for path in complete if path in needed]
+
+
+def find_best_checkpoint(newest: Path) -> Path:
+    """Return the folder of the best checkpoint so far, as the newest one has it: itself where it names none."""
     best = files.read_json(newest / "trainer_state.json").get("best_model_checkpoint")
-    best_folder = folder / Path(best).name if best else newest
-    return max(complete), [path for path in complete.values() if path in (newest, best_folder)]
+    return newest.parent / Path(best).name if best else newest
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -131,7 +132,7 @@ def list_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-def describe_file(path: Path) -> dict:
+def describe_file(path: Path) -> dict[str, Any]:
     """Return sha256 and size in bytes of a file."""
     return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
 
@@ -160,13 +161,7 @@ def parse_state(content: bytes, file_name: str) -> RunState:
                 code="checkpoints.newer_schema",
             )
         state = RunState(**(values | {"done": tuple(values["done"])}))
-        is_valid = (
-            bool(re.fullmatch(NAME_PATTERN, state.run))
-            and state.step >= 0
-            and {"config.yaml", "data.json"} <= state.files.keys()
-        )
-        is_valid = is_valid and all(map(is_safe_name, state.files))
-        is_valid = is_valid and all(len(item["sha256"]) == 64 and item["bytes"] >= 0 for item in state.files.values())
+        is_valid = is_valid_state(state)
     except (ValueError, TypeError, KeyError, AttributeError):
         is_valid = False
     if not is_valid:
@@ -176,6 +171,14 @@ def parse_state(content: bytes, file_name: str) -> RunState:
             code="checkpoints.invalid_state",
         )
     return state
+
+
+def is_valid_state(state: RunState) -> bool:
+    """Return whether Ferry can have written a state; values of other types raise what Python raises for them."""
+    has_safe_names = bool(re.fullmatch(NAME_PATTERN, state.run)) and all(map(is_safe_name, state.files))
+    has_rows = {"config.yaml", "data.json"} <= state.files.keys()
+    has_valid_files = all(len(item["sha256"]) == 64 and item["bytes"] >= 0 for item in state.files.values())
+    return has_safe_names and state.step >= 0 and has_rows and has_valid_files
 
 
 def is_safe_name(name: str) -> bool:

@@ -3,16 +3,21 @@
 All faults are reported at once, each with its line.
 """
 
+import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from common.errors import UserError, printable_line
 from pipeline.config import yaml_tree
 from pipeline.config.schema import Config
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_PRINTED_FAULTS = 30  # further ones are only counted
 # Arguments of transformers that have no setting of the same name here, and what to use instead.
@@ -27,11 +32,7 @@ OTHER_LIBRARIES_KEYS = {
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Return the config in `path` with the `section.key=value` overrides applied.
-
-    Raises:
-        UserError: The file or an override is faulty; it lists every fault with its line.
-    """
+    """Return the config in `path` with the `section.key=value` overrides applied. Raise UserError with all faults."""
     tree, lines = yaml_tree.parse_yaml(yaml_tree.read_config_text(path), str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} has no sections", "start from one of configs/*.yaml", code="config.no_sections")
@@ -40,7 +41,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     return build_config(tree, lines, path)
 
 
-def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
+def build_config(tree: object, lines: dict[tuple, str], path: Path) -> Config:
     """Validate a plain tree and return it as a Config.
 
     Args:
@@ -67,32 +68,38 @@ def build_config(tree: dict, lines: dict[tuple, str], path: Path) -> Config:
         ) from error
 
 
-def _describe_fault(error: dict, lines: dict[tuple, str], path: Path) -> str:
+def _describe_fault(error: "ErrorDetails", lines: dict[tuple, str], path: Path) -> str:
     """Return one of pydantic's errors as a line: where it is, which setting it concerns, and what is wrong."""
     key_path = tuple(part for part in error["loc"] if part not in ("function-after", "tuple"))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         message = f"unknown key{_suggest_key(key_path)}"
-    line = next(
-        (lines[key_path[:length]] for length in range(len(key_path), 0, -1) if key_path[:length] in lines), str(path)
-    )
-    return f"  {line}: {printable_line('.'.join(map(str, key_path)), 200) or 'config'}: {printable_line(message)}"
+    setting = printable_line(".".join(map(str, key_path)), 200) or "config"
+    return f"  {_find_line(key_path, lines, path)}: {setting}: {printable_line(message)}"
+
+
+def _find_line(key_path: tuple, lines: dict[tuple, str], path: Path) -> str:
+    """Return the line of a key, or of the nearest key above it that the file has; without any, the path of the file."""
+    prefixes = (key_path[:length] for length in range(len(key_path), 0, -1))
+    return next((lines[prefix] for prefix in prefixes if prefix in lines), str(path))
 
 
 def _suggest_key(key_path: tuple) -> str:
     """Return the end of a message about an unknown key: what is close to it, or what is known."""
-    import difflib
-
     if key_path[-1] in OTHER_LIBRARIES_KEYS:
         return f": {OTHER_LIBRARIES_KEYS[key_path[-1]]}"
-
-    model: Any = Config
-    for key in key_path[:-1]:
-        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        model = field.annotation if field else None
-    names = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    names = _list_known_keys(key_path)
     close_matches = difflib.get_close_matches(str(key_path[-1]), names, 1)
     return f", did you mean {close_matches[0]}?" if close_matches else f"; known: {', '.join(names)}" if names else ""
+
+
+def _list_known_keys(key_path: tuple) -> list[str]:
+    """Return the keys that may stand beside the last one of the path; [] where it is not in a section."""
+    fields: dict[str, FieldInfo] = Config.model_fields
+    for key in key_path[:-1]:
+        annotation = fields[key].annotation if key in fields else None
+        fields = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+    return list(fields)
 
 
 def _apply_override(tree: dict, lines: dict[tuple, str], override: str) -> None:

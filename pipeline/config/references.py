@@ -32,22 +32,14 @@ def is_hub_model(model: str) -> bool:
 
 
 def is_hub_dataset(source: str) -> bool:
-    """Return whether data.source is a data set of the Hub.
-
-    Raises:
-        UserError: No file system can hold a file of that name.
-    """
+    """Return whether data.source is a data set of the Hub. Raise UserError for a name that no file can have."""
     path = expand_source_path(source)
     is_local = path.exists() or source.startswith((".", "/", "~")) or row_file_suffix(path) in ROW_FILE_SUFFIXES
     return not is_local and bool(HUB_DATASET.match(source))
 
 
 def expand_source_path(source: str) -> Path:
-    """Return data.source as a path.
-
-    Raises:
-        UserError: No file system can hold a file of that name: it is too long, or in the home of an unknown user.
-    """
+    """Return data.source as a path. Raise UserError when it is too long, or in the home of an unknown user."""
     try:
         path = Path(source).expanduser()
         path.exists()

@@ -16,11 +16,11 @@ from pipeline.config import references
 
 # The linear layers of a Llama-like model; they get an adapter by default.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# llama.cpp's names, smallest first: after a failed quality gate `verify` tries the next one of this list.
-QUANTIZATIONS = (
+# llama.cpp's names, smallest first.
+Quantization = Literal[
     "iq2_xxs", "iq2_xs", "q2_k", "iq3_xxs", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "q4_0", "iq4_nl", "q4_k_s",
     "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k", "q8_0",
-)  # fmt: skip
+]  # fmt: skip
 IMATRIX_QUANTIZATIONS = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # llama-quantize refuses these without an importance matrix
 
 
@@ -277,7 +277,7 @@ class Evaluate(Section):
 class Export(Section):
     """The merged model and the GGUF files."""
 
-    quantizations: tuple[Literal[QUANTIZATIONS], ...] = ("q4_k_m",)
+    quantizations: tuple[Quantization, ...] = ("q4_k_m",)
     """Quantizations to make; the first one is the manifest's default artifact."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """Data type of the merged weights and of the GGUF that is quantized. bfloat16 rounds eight times as coarsely, which
@@ -292,12 +292,9 @@ class Export(Section):
     def _validate_quantizations(self) -> "Export":
         if len(set(self.quantizations)) != len(self.quantizations) or not self.quantizations:
             raise ValueError("quantizations: name at least one, and each only once")
-        if not self.imatrix and (
-            without_imatrix := [
-                quantization for quantization in self.quantizations if quantization in IMATRIX_QUANTIZATIONS
-            ]
-        ):
-            raise ValueError(f"{', '.join(without_imatrix)} needs an importance matrix: set imatrix to true")
+        names = [name for name in self.quantizations if name in IMATRIX_QUANTIZATIONS]
+        if names and not self.imatrix:
+            raise ValueError(f"{', '.join(names)} needs an importance matrix: set imatrix to true")
         return self
 
 

@@ -31,23 +31,23 @@ def refuse_files_inside(config: Config, run_folder: Path) -> None:
     for name, value in _list_local_files(config):
         path = files.expand_user_path(value, name).resolve()
         if path.is_relative_to(run_path) and path.parent != run_path:
-            raise UserError(
-                f"{name}: {value} is in the run's folder {run_folder}, in which stages delete files",
-                "move it to a different folder, or choose a different RUN=name",
-                code="config.file_in_run_folder",
-            )
+            text = f"{name}: {value} is in the run's folder {run_folder}, in which stages delete files"
+            hint = "move it to a different folder, or choose a different RUN=name"
+            raise UserError(text, hint, code="config.file_in_run_folder")
 
 
 def _list_local_files(config: Config) -> list[tuple[str, str]]:
     """Return (setting, path) of each file or folder of this machine that the config names."""
-    data = config.data
-    local_files = [("data.source", data.source)] if not is_hub_dataset(data.source) else []
-    if data.validation and not is_hub_dataset(data.source) and not is_hub_dataset(data.validation):
-        local_files.append(("data.validation", data.validation))
-    local_files += [("data.template", data.template)] if data.template.endswith(".jinja") else []
-    local_files += (
-        [("evaluate.json_schema", config.evaluate.json_schema)] if config.evaluate.rule == "json_schema" else []
-    )
-    local_files += [("evaluate.prompts", config.evaluate.prompts)] if config.evaluate.prompts else []
-    model = config.base.model
-    return local_files + ([] if is_hub_model(model) or model.startswith("pypi:") else [("base.model", model)])
+    data, evaluate, model = config.data, config.evaluate, config.base.model
+    is_local = not is_hub_dataset(data.source)
+    is_local_model = not is_hub_model(model) and not model.startswith("pypi:")
+    is_local_validation = is_local and data.validation and not is_hub_dataset(data.validation)
+    paths = {
+        "data.source": data.source if is_local else None,
+        "data.validation": data.validation if is_local_validation else None,
+        "data.template": data.template if data.template.endswith(".jinja") else None,
+        "evaluate.json_schema": evaluate.json_schema if evaluate.rule == "json_schema" else None,
+        "evaluate.prompts": evaluate.prompts,
+        "base.model": model if is_local_model else None,
+    }
+    return [(setting, path) for setting, path in paths.items() if path]

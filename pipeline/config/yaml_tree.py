@@ -104,8 +104,9 @@ def parse_yaml(text: str, origin: str) -> tuple[object, dict[tuple, str]]:
         UserError: The text is not valid YAML, or not what a config may hold: a key that occurs twice or is not a word,
             a tag, an anchor, a control character, half a surrogate pair.
     """
+    lines: dict[tuple, str] = {}
     try:
-        node, lines = yaml.compose(text, Loader=_Loader), {}
+        node = yaml.compose(text, Loader=_Loader)
         return _read_node(node, (), lines, origin) if node else None, lines
     except _AnchorError as error:
         place = f"{origin}:{error.problem_mark.line + 1}"
@@ -113,17 +114,20 @@ def parse_yaml(text: str, origin: str) -> tuple[object, dict[tuple, str]]:
         raise _create_error(place, error.problem, cure, code="config.yaml_anchor") from error
     # PyYAML raises ValueError and OverflowError for an escape or a %YAML version that is out of range.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{origin}:{mark.line + 1}" if mark else origin
-        raise UserError(
-            f"{place}: not valid YAML: {printable_line(getattr(error, 'problem', None) or str(error))}",
-            f"correct {place}; put text that begins with {{, [, <, *, &, !, % or @ in quotes",
-            code="config.invalid_yaml",
-        ) from error
+        raise _create_syntax_error(error, origin) from error
     except RecursionError as error:
         raise UserError(
             f"{origin}: lists and mappings are nested too deeply", f"correct {origin}", code="config.nested_too_deeply"
         ) from error
+
+
+def _create_syntax_error(error: Exception, origin: str) -> UserError:
+    """Return the error of a text that is not YAML, with its line where PyYAML has it."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"{origin}:{mark.line + 1}" if mark else origin
+    problem = printable_line(getattr(error, "problem", None) or str(error))
+    hint = f"correct {place}; put text that begins with {{, [, <, *, &, !, % or @ in quotes"
+    return UserError(f"{place}: not valid YAML: {problem}", hint, code="config.invalid_yaml")
 
 
 def _read_node(node: yaml.Node, key_path: tuple, lines: dict[tuple, str], origin: str) -> object:

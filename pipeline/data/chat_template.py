@@ -10,6 +10,7 @@ import datetime
 import functools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,12 +105,8 @@ def load_chat_tokenizer(
     Raises:
         UserError: No row could be trained faithfully with this template.
     """
-    # transformers would warn that torch is missing, which `data` does not need.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
     with model_config.explain_damaged_model(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_fast_tokenizer(folder)
         token_changes = promote_control_tokens(tokenizer)
     own_template = read_template_text(name, tokenizer.chat_template)
     refuse_hostile_template(own_template, tokenizer)
@@ -117,25 +114,33 @@ def load_chat_tokenizer(
     template, bos_changes = add_missing_bos(template, tokenizer)
     chat, thinking_changes = choose_faithful_format(template, tokenizer, has_reasoning)
     tokenizer.chat_template = chat.template
-    return (
-        tokenizer,
-        chat,
-        [*token_changes, *date_changes, *bos_changes, *thinking_changes, *set_own_pad_token(tokenizer, chat)],
-    )
+    pad_changes = set_own_pad_token(tokenizer, chat)
+    return tokenizer, chat, [*token_changes, *date_changes, *bos_changes, *thinking_changes, *pad_changes]
+
+
+def load_fast_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer in a folder. Raise UserError when it has no tokenizer.json, from which rows are tokenized."""
+    # transformers would warn that torch is missing, which `data` does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"base.model: the tokenizer in {folder} cannot be converted to a tokenizer.json",
+            "set a different base.model",
+            code="tokenizer.not_fast",
+        )
+    return tokenizer
 
 
 def refuse_hostile_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Raise UserError for a template that needs more time, memory or text than any honest one.
-
-    The template may come from a stranger, so it is rendered in a sandbox first.
-    """
+    """Raise UserError for a template, perhaps a stranger's, that takes more time, memory or text than honest ones."""
     try:
         render_in_sandbox(template, tokenizer.bos_token or "", tokenizer.eos_token or "")
     except UserError as error:
-        is_template_fault = error.code.startswith("template.")
-        raise UserError(
-            error.message, OTHER_TEMPLATE_HINT if is_template_fault else error.hint, code=error.code
-        ) from error
+        hint = OTHER_TEMPLATE_HINT if error.code.startswith("template.") else error.hint
+        raise UserError(error.message, hint, code=error.code) from error
 
 
 @functools.cache
@@ -144,7 +149,7 @@ def render_in_sandbox(template: str, bos_token: str, eos_token: str) -> None:
     template_sandbox.render_prompts(template, [([FIRST_QUESTION], True)], bos_token, eos_token, RENDER_TIMEOUT_SECONDS)
 
 
-def read_template_text(name: str, own_template: str | dict | None) -> str:
+def read_template_text(name: str, own_template: str | dict[str, str] | None) -> str:
     """Return the text of a chat template.
 
     Args:
@@ -155,14 +160,7 @@ def read_template_text(name: str, own_template: str | dict | None) -> str:
         UserError: The tokenizer has no template, or the file cannot be read.
     """
     if name == "tokenizer":
-        text = own_template.get("default") if isinstance(own_template, dict) else own_template
-        if not text or not isinstance(text, str):
-            raise UserError(
-                "the base model's tokenizer has no chat template",
-                f"set data.template to one of {', '.join(list_template_names())}, or to a .jinja file",
-                code="tokenizer.no_chat_template",
-            )
-        return text
+        return _choose_own_template(own_template)
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in list_template_names() else Path(name).expanduser()
     try:
         return path.read_text(encoding="utf-8")
@@ -172,6 +170,15 @@ def read_template_text(name: str, own_template: str | dict | None) -> str:
             f"name a .jinja file, or one of tokenizer, {', '.join(list_template_names())}",
             code="template.unreadable",
         ) from error
+
+
+def _choose_own_template(own_template: str | dict[str, str] | None) -> str:
+    """Return the tokenizer's own template, the default one of several. Raise UserError when it has none."""
+    text = own_template.get("default") if isinstance(own_template, dict) else own_template
+    if not text or not isinstance(text, str):
+        hint = f"set data.template to one of {', '.join(list_template_names())}, or to a .jinja file"
+        raise UserError("the base model's tokenizer has no chat template", hint, code="tokenizer.no_chat_template")
+    return text
 
 
 def promote_control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
@@ -184,19 +191,13 @@ def promote_control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     """
     from transformers import AddedToken
 
-    vocabulary, added_texts = (
-        tokenizer.get_vocab(),
-        {token.content for token in tokenizer.added_tokens_decoder.values()},
-    )
-    promoted_words = [word for word in LLAMA_CPP_CONTROL_TOKENS if word in vocabulary and word not in added_texts]
-    tokenizer.add_tokens(
-        [AddedToken(word, special=True, normalized=False) for word in promoted_words], special_tokens=True
-    )
-    return (
-        [f"llama.cpp reads {' and '.join(promoted_words)} as control tokens: made special tokens of the tokenizer too"]
-        if promoted_words
-        else []
-    )
+    added_texts = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    candidates = tokenizer.get_vocab().keys() - added_texts
+    words = [word for word in LLAMA_CPP_CONTROL_TOKENS if word in candidates]
+    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
+    if not words:
+        return []
+    return [f"llama.cpp reads {' and '.join(words)} as control tokens: made special tokens of the tokenizer too"]
 
 
 def freeze_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
@@ -210,14 +211,9 @@ def freeze_date(template: str, day: datetime.date) -> tuple[str, list[str]]:
     """
     text = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", lambda m: "false" if m[1] else "true", template)
     text = re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), text)
-    text = (
-        "".join(
-            f"{{%- set {name} = {day.strftime(date_format)!r} %}}"
-            for name, date_format in DATE_VARIABLES
-            if is_variable_used(name, text)
-        )
-        + text
-    )
+    used_variables = [item for item in DATE_VARIABLES if is_variable_used(item[0], text)]
+    assignments = (f"{{%- set {name} = {day.strftime(form)!r} %}}" for name, form in used_variables)
+    text = "".join(assignments) + text
     if "strftime_now" in text:
         raise UserError(
             "the chat template computes a date in a way that cannot be frozen",
@@ -234,11 +230,7 @@ def is_variable_used(name: str, template: str) -> bool:
 
 
 def add_missing_bos(template: str, tokenizer: "PreTrainedTokenizerFast") -> tuple[str, list[str]]:
-    """Make the template begin with one BOS token where the tokenizer adds one, as runtimes will.
-
-    Returns:
-        The template, and a sentence about the change, if there was one.
-    """
+    """Make the template begin with one BOS token where the tokenizer adds one, as runtimes will; note the change."""
     bos = tokenizer.bos_token or ""
     text = chat_format.render(template, [FIRST_QUESTION], bos, tokenizer.eos_token or "")
     if bos and text.startswith(bos * 2):
@@ -275,9 +267,9 @@ def choose_faithful_format(
         raise faults[0]
     # The best variant has a prompt that ends where the answer begins, and a text that the template writes by itself.
     switch, best = min(candidates, key=lambda item: (bool(item[1].scaffolds[0].strip()), item[1].is_joined))
-    return best, [
-        f"the rows hold no reasoning: the template's thinking is turned off ({switch[2:-2].strip('- ')})"
-    ] if switch else []
+    if not switch:
+        return best, []
+    return best, [f"the rows hold no reasoning: the template's thinking is turned off ({switch[2:-2].strip('- ')})"]
 
 
 def refuse_thinking_prompt(chat: ChatFormat) -> None:
@@ -302,19 +294,12 @@ def probe_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> ChatF
         UserError: The format cannot be told, or a model trained with it would never stop.
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    special_tokens = tuple(
-        sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
-    )
+    special_tokens = list_special_tokens(tokenizer)
 
     def render(*messages: dict, prompt: bool = False) -> str:
         return chat_format.render(template, messages, bos, eos, prompt)
 
-    if missing_fields := chat_format.find_undefined_names(template, [FIRST_QUESTION, FIRST_ANSWER], bos, eos):
-        raise UserError(
-            f"the chat template needs {', '.join(missing_fields)}, which no row has",
-            OTHER_TEMPLATE_HINT,
-            code="template.undefined_variable",
-        )
+    refuse_undefined_variables(template, bos, eos)
     prompt = render(FIRST_QUESTION, prompt=True)
     scaffold, after_answer, is_joined = split_at_answer(
         render(FIRST_QUESTION, FIRST_ANSWER), prompt, FIRST_ANSWER["content"]
@@ -324,14 +309,10 @@ def probe_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> ChatF
         first_scaffold, after_first_answer, _ = split_at_answer(
             render(FIRST_QUESTION, FIRST_ANSWER, SECOND_QUESTION, SECOND_ANSWER), prompt, FIRST_ANSWER["content"]
         )
-        scaffolds, between_turns = (
-            [scaffold, first_scaffold, ""],
-            after_first_answer.split(SECOND_QUESTION["content"])[0],
-        )
-    last_end, middle_end = (
-        find_leading_token(after_answer, special_tokens),
-        find_leading_token(between_turns, special_tokens),
-    )
+        scaffolds = [scaffold, first_scaffold, ""]
+        between_turns = after_first_answer.split(SECOND_QUESTION["content"])[0]
+    last_end = find_leading_token(after_answer, special_tokens)
+    middle_end = find_leading_token(between_turns, special_tokens)
     if not middle_end or not (last_end or not after_answer.strip()):
         raise UserError(
             "the chat template ends an answer without a special token: the model would never stop",
@@ -350,6 +331,18 @@ def probe_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> ChatF
         special_tokens,
         is_joined,
     )
+
+
+def list_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, ...]:
+    """Return the texts of the tokenizer's special tokens."""
+    return tuple(sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}))
+
+
+def refuse_undefined_variables(template: str, bos: str, eos: str) -> None:
+    """Raise UserError when the template prints a variable that no runtime sets and no row has."""
+    if names := chat_format.find_undefined_names(template, [FIRST_QUESTION, FIRST_ANSWER], bos, eos):
+        text = f"the chat template needs {', '.join(names)}, which no row has"
+        raise UserError(text, OTHER_TEMPLATE_HINT, code="template.undefined_variable")
 
 
 def split_at_answer(text: str, prompt: str, answer: str) -> tuple[str, str, bool]:
@@ -391,7 +384,7 @@ def find_leading_token(text: str, special_tokens: tuple[str, ...]) -> str:
     return match[0] if match else ""
 
 
-def supports_system_prompt(render) -> bool:
+def supports_system_prompt(render: Callable[..., str]) -> bool:
     """Return whether a rendered conversation shows its system prompt."""
     try:
         return SYSTEM_MESSAGE["content"] in render(SYSTEM_MESSAGE, FIRST_QUESTION, FIRST_ANSWER)
@@ -413,12 +406,7 @@ def set_own_pad_token(tokenizer: "PreTrainedTokenizerFast", chat: ChatFormat) ->
     end_tokens = {chat.eos, *chat.end_tokens}
     if tokenizer.pad_token and tokenizer.pad_token not in end_tokens:
         return []
-    spare_tokens = sorted(
-        (token for token in chat.special_tokens if re.search("pad|reserved|unused", token)),
-        key=lambda token: "pad" not in token,
-    )
-    spare_tokens += [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token]
-    usable = [token for token in spare_tokens if token not in end_tokens]
+    usable = [token for token in list_spare_tokens(tokenizer, chat) if token not in end_tokens]
     if not usable:
         old_pad = (
             f"its pad token {tokenizer.pad_token} ends an answer" if tokenizer.pad_token else "it has no pad token"
@@ -430,3 +418,10 @@ def set_own_pad_token(tokenizer: "PreTrainedTokenizerFast", chat: ChatFormat) ->
         )
     old_pad, tokenizer.pad_token = tokenizer.pad_token, usable[0]
     return [f"the pad token is changed from {old_pad or 'none'} to {usable[0]}, so that the end token keeps its loss"]
+
+
+def list_spare_tokens(tokenizer: "PreTrainedTokenizerFast", chat: ChatFormat) -> list[str]:
+    """Return the tokens that may become the pad token, the best one first."""
+    unused_tokens = [token for token in chat.special_tokens if re.search("pad|reserved|unused", token)]
+    unused_tokens.sort(key=lambda token: "pad" not in token)
+    return [*unused_tokens, *(token for token in (tokenizer.unk_token, tokenizer.bos_token) if token)]

@@ -5,10 +5,14 @@ import re
 import unicodedata
 from collections import Counter
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Clean
 from pipeline.data import personal_data
 from pipeline.data.drop_reasons import UnusableRow
+
+if TYPE_CHECKING:
+    from ftfy import TextFixerConfig
 
 CODE = re.compile(
     # A fenced block as CommonMark defines it, also in a quotation or a list.
@@ -29,17 +33,11 @@ class Cleaner:
     """Clean and check one row at a time, as the section `clean` of the config says."""
 
     def __init__(self, clean: Clean, special_tokens: tuple[str, ...], is_raw: bool):
-        """Prepare the steps.
-
-        Args:
-            clean: The section of the config.
-            special_tokens: The texts of the tokenizer's special tokens.
-            is_raw: Whether the template adds nothing around a turn's text; white space at its ends then belongs to it.
-        """
+        """Prepare the steps; `is_raw`: the template adds nothing around a text, so its outer white space stays."""
         self.clean, self.is_raw = clean, is_raw
         self.special_pattern = re.compile("|".join(map(re.escape, special_tokens))) if special_tokens else None
 
-    def __call__(self, messages: list[dict]) -> tuple[list[dict], set[str], Counter]:
+    def __call__(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], set[str], Counter[str]]:
         """Clean a conversation.
 
         Returns:
@@ -56,7 +54,7 @@ class Cleaner:
         self.refuse_special_tokens(messages)
         return messages, changes, findings
 
-    def clean_text(self, message: dict, changes: set[str]) -> str:
+    def clean_text(self, message: dict[str, str], changes: set[str]) -> str:
         """Return the cleaned text of one message, and add the kinds of change to `changes`."""
         text = message["content"]
         refuse_broken_text(text)
@@ -64,20 +62,15 @@ class Cleaner:
             text = normalize_text(text, changes)
         if self.is_raw:
             return text
-        # White space around an answer would merge with the prompt's last token, and no model should learn it.
-        # White space before a question may be the indentation of code, so only empty lines are removed there.
-        is_answer = message["role"] == "assistant"
-        stripped = text.strip() if is_answer else re.sub(r"\A(?:[ \t]*\n)+", "", text).rstrip()
+        stripped = strip_turn(text, message["role"])
         if stripped != text:
             changes.add("white space")
         return stripped
 
-    def refuse_bad_structure(self, messages: list[dict]) -> None:
+    def refuse_bad_structure(self, messages: list[dict[str, str]]) -> None:
         """Raise UnusableRow for empty turns, and for roles that do not alternate and end with the assistant."""
+        refuse_empty_turns(messages)
         turns = [message for message in messages if message["role"] != "system"]
-        for message in messages:
-            if not message["content"].strip():
-                raise UnusableRow("empty", f"the {message['role']}'s turn is empty")
         if not turns or turns[-1]["role"] != "assistant":
             raise UnusableRow(
                 "no_answer", f"the last turn is the {turns[-1]['role']}'s" if turns else "there is no turn"
@@ -89,7 +82,7 @@ class Cleaner:
         ):
             raise UnusableRow("not_alternating", "roles: " + " ".join(message["role"] for message in messages[:8]))
 
-    def refuse_word_count(self, messages: list[dict]) -> None:
+    def refuse_word_count(self, messages: list[dict[str, str]]) -> None:
         """Raise UnusableRow when the row has too few or too many words."""
         min_words, max_words = self.clean.min_words, self.clean.max_words
         if min_words > 1:
@@ -101,7 +94,7 @@ class Cleaner:
             if count > max_words:
                 raise UnusableRow("too_wordy", f"{count} words")
 
-    def search_private_data(self, messages: list[dict], changes: set[str]) -> Counter:
+    def search_private_data(self, messages: list[dict[str, str]], changes: set[str]) -> Counter[str]:
         """Find secrets and personal data, and mask them in `messages` where the config asks for it.
 
         Returns:
@@ -110,7 +103,7 @@ class Cleaner:
         Raises:
             UnusableRow: The config asks to drop rows with such a finding.
         """
-        counts: Counter = Counter()
+        counts: Counter[str] = Counter()
         searches = (
             ("secret", self.clean.secrets, personal_data.find_secrets),
             ("personal", self.clean.personal, personal_data.find_personal_data),
@@ -129,12 +122,27 @@ class Cleaner:
                     changes.add(f"{reason} masked")
         return counts
 
-    def refuse_special_tokens(self, messages: list[dict]) -> None:
+    def refuse_special_tokens(self, messages: list[dict[str, str]]) -> None:
         """Raise UnusableRow when a message's own text holds a special token."""
         if self.special_pattern and self.clean.special_tokens == "drop":
             for message in messages:
                 if match := self.special_pattern.search(message["content"]):
                     raise UnusableRow("special_tokens", f"{match[0]} in the {message['role']}'s text")
+
+
+def strip_turn(text: str, role: str) -> str:
+    """Remove the white space around a text, which would merge with the prompt's last token.
+
+    Before a question it may be the indentation of code, so only empty lines are removed there.
+    """
+    return text.strip() if role == "assistant" else re.sub(r"\A(?:[ \t]*\n)+", "", text).rstrip()
+
+
+def refuse_empty_turns(messages: list[dict[str, str]]) -> None:
+    """Raise UnusableRow when a turn has no text."""
+    for message in messages:
+        if not message["content"].strip():
+            raise UnusableRow("empty", f"the {message['role']}'s turn is empty")
 
 
 def refuse_broken_text(text: str) -> None:
@@ -160,22 +168,28 @@ def normalize_text(text: str, changes: set[str]) -> str:
 
 
 def _normalize_prose(text: str, changes: set[str]) -> str:
-    import ftfy
-
-    repaired = ftfy.fix_text(text, _ftfy_config())
-    if "\ufffd" in repaired:  # ftfy cannot decode it either: keep the text as it is
-        repaired = text
-    repaired = unicodedata.normalize("NFC", INVISIBLE.sub("", repaired))
+    repaired = _repair_unicode(text)
     spaced = TRAILING_SPACES.sub("", UNUSUAL_SPACES.sub(" ", repaired))
     if repaired != text:
         changes.add("Unicode")
     if spaced != repaired:
         changes.add("white space")
-    return spaced
+    # A soft hyphen or an unusual space beside mojibake hides it from ftfy, so a changed text is looked at again.
+    return spaced if spaced == text else _normalize_prose(spaced, changes)
+
+
+def _repair_unicode(text: str) -> str:
+    """Return a text with mojibake repaired, in NFC and without invisible characters."""
+    import ftfy
+
+    repaired = ftfy.fix_text(text, _ftfy_config())
+    if "\ufffd" in repaired:  # ftfy cannot decode it either: keep the text as it is
+        repaired = text
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", repaired))
 
 
 @functools.cache
-def _ftfy_config():
+def _ftfy_config() -> "TextFixerConfig":
     """Return ftfy's settings: repair mojibake, control characters and line ends.
 
     Quotes, character widths and entities stay as the author wrote them.

@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-PERMUTATIONS = 128
+PERMUTATIONS = 128  # hashes of 32 bits, of which 16 are kept: two different ones agree by chance once in 65,536
 BANDS, BAND_WIDTH = 21, 6  # chance that a pair shares a band: 99.8 % at similarity 0.8, 99.99999 % at 0.9, 28 % at 0.5
 SEED = 3407
 MAX_ROUNDS = 64  # leads tried in one group: many unlike rows that share a band (templated data) must not take for ever
@@ -23,40 +23,33 @@ PAIRS_AT_ONCE = 50_000  # compared at once: 25 MB
 WORD = re.compile(r"\w+")
 
 
-def text_to_compare(messages: list[dict]) -> str:
+def text_to_compare(messages: list[dict[str, str]]) -> str:
     """Return the text in which near duplicates are searched: the words of user and assistant."""
     return "\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
-def hash_conversation(messages: list[dict]) -> bytes:
+def hash_conversation(messages: list[dict[str, str]]) -> bytes:
     """Return a hash of 16 bytes that only exact duplicates share."""
     fields = [(message["role"], message["content"]) for message in messages]
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
-def hash_question(messages: list[dict]) -> int:
-    """Return a hash of 64 bits of the user's messages, case and white space ignored; without any, of all messages.
+def hash_question(messages: list[dict[str, str]]) -> int:
+    """Return a hash of 64 bits of the user's messages (without any, of all), case and white space ignored.
 
-    The held-out set is split off by this hash: a question is never in both sets, and adding rows never moves an old row
-    to the other set.
+    The held-out set is split off by it: a question is never in both sets, and new rows move no old row to the other.
     """
-    contents = [message["content"] for message in messages if message["role"] == "user"] or [
-        message["content"] for message in messages
-    ]
-    text = "\n".join(" ".join(content.lower().split()) for content in contents)
+    asked = [message for message in messages if message["role"] == "user"] or messages
+    text = "\n".join(" ".join(message["content"].lower().split()) for message in asked)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def compute_signatures(texts: list[str]) -> np.ndarray:
-    """Return the MinHash signatures, uint16 of shape (texts, PERMUTATIONS).
-
-    Of 32 bits 16 are kept: two different values agree by chance once in 65,536.
-    """
+    """Return the MinHash signatures, uint16 of shape (texts, PERMUTATIONS)."""
     from rensa import RMinHash
 
-    digests = RMinHash.digests_from_token_sets(
-        [split_shingles(text) for text in texts], num_perm=PERMUTATIONS, seed=SEED
-    )
+    shingles = [split_shingles(text) for text in texts]
+    digests = RMinHash.digests_from_token_sets(shingles, num_perm=PERMUTATIONS, seed=SEED)
     return np.array(digests, dtype=np.uint32).reshape(len(texts), PERMUTATIONS).astype(np.uint16)
 
 
@@ -110,7 +103,7 @@ def _compare_with_leads(
     rows: np.ndarray,
     keys: np.ndarray,
     is_heldout: np.ndarray | None,
-    repeated: dict,
+    repeated: dict[int, tuple[int, float]],
 ) -> None:
     """Compare each row with the lead of its group, and add those that repeat it to `repeated`.
 

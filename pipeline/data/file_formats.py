@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -32,26 +32,23 @@ KNOWN_BEGINNINGS = {
     b"\xff\xfe": ("UTF-16 text", "convert it with `iconv -f utf-16 -t utf-8`"),
     b"\xfe\xff": ("UTF-16 text", "convert it with `iconv -f utf-16 -t utf-8`"),
 }
+NOT_WHITE_SPACE = re.compile(r"\S")
 RENEW_HINT = "download or create the file again"
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
-    """Yield the rows of a file whose suffix is one of READER_BY_SUFFIX, each with its line or row number.
-
-    Raises:
-        UserError: The file itself is damaged, empty, or of another kind.
-    """
+    """Yield the rows of a file, each with its line or row number. Raise UserError for a damaged or an empty file."""
     _refuse_wrong_content(path)
     with explain_damaged_file(path):
         yield from READER_BY_SUFFIX[row_file_suffix(path)](path)
 
 
-def _open_binary(path: Path) -> io.BufferedIOBase:
+def _open_binary(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
 
 
 @contextmanager
-def explain_damaged_file(path: Path):
+def explain_damaged_file(path: Path) -> Iterator[None]:
     """Translate damage of the file, such as a broken gzip stream, into a UserError that names the file."""
     try:
         yield
@@ -126,23 +123,21 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
 
 def _read_json_values(text: str, path: Path) -> Iterator[NumberedRow]:
     """Yield one value at a time as text, so that the rows of a large file are never all in memory as objects."""
-    decoder, white_space = json.JSONDecoder(object_pairs_hook=mark_duplicate_keys), re.compile(r"\s*")
-    position, line = white_space.match(text).end(), 1 + text.count("\n", 0, white_space.match(text).end())
+    decoder, position = json.JSONDecoder(object_pairs_hook=mark_duplicate_keys), _skip_white_space(text, 0)
+    line = 1 + text.count("\n", 0, position)
     is_array = text.startswith("[", position)
     if not is_array and (rows := _find_wrapped_rows(decoder, text, position, path)):
         yield from enumerate(rows, 1)
         return
     position += is_array
-    while (start := white_space.match(text, position).end()) < len(text) and not (
-        is_array and text.startswith("]", start)
-    ):
+    while (start := _skip_white_space(text, position)) < len(text) and not (is_array and text.startswith("]", start)):
         line += text.count("\n", position, start)
         try:
             _, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             raise create_json_error(path, line, error) from error
         yield line, text[start:end].encode()
-        position = white_space.match(text, end).end()
+        position = _skip_white_space(text, end)
         line += text.count("\n", start, position)
         if is_array and text.startswith(",", position):
             position += 1
@@ -152,6 +147,12 @@ def _read_json_values(text: str, path: Path) -> Iterator[NumberedRow]:
         raise create_json_error(path, line, "the array is not closed")
     if is_array and text[start + 1 :].strip():
         raise create_json_error(path, line, "unexpected text after the array")
+
+
+def _skip_white_space(text: str, start: int) -> int:
+    """Return the index of the first character from `start` on that is not white space, or the length of the text."""
+    match = NOT_WHITE_SPACE.search(text, start)
+    return match.start() if match else len(text)
 
 
 def _find_wrapped_rows(decoder: json.JSONDecoder, text: str, start: int, path: Path) -> list | None:
@@ -200,12 +201,7 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             reader = csv.DictReader(text, delimiter=separator, strict=True)
             columns = reader.fieldnames or []
             _refuse_duplicate_columns(f"{path}:1", columns)
-            if not all(name.strip() for name in columns):
-                raise UserError(
-                    f"{path}:1: a column has no name: {', '.join(map(repr, columns))}",
-                    "give each column a name in the first line",
-                    code="data.unnamed_column",
-                )
+            _refuse_unnamed_columns(f"{path}:1", columns)
             for row in reader:
                 yield reader.line_num, row
         except UnicodeDecodeError as error:
@@ -221,7 +217,14 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             ) from error
 
 
-def _refuse_duplicate_columns(place: str, columns: list[str]) -> None:
+def _refuse_unnamed_columns(place: str, columns: Sequence[str]) -> None:
+    """Raise UserError when a column of a table has no name."""
+    if not all(name.strip() for name in columns):
+        text = f"{place}: a column has no name: {', '.join(map(repr, columns))}"
+        raise UserError(text, "give each column a name in the first line", code="data.unnamed_column")
+
+
+def _refuse_duplicate_columns(place: str, columns: Sequence[str]) -> None:
     """Raise UserError when two columns of a table have the same name."""
     if len(set(columns)) < len(columns):
         raise UserError(
@@ -234,12 +237,15 @@ def _refuse_duplicate_columns(place: str, columns: list[str]) -> None:
 def _find_non_utf8_line(path: Path) -> int:
     """Return the number of the first line that is not UTF-8."""
     with _open_binary(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 1
+        return next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[NumberedRow]:

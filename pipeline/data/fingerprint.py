@@ -30,9 +30,9 @@ def compute_fingerprint(path: Path) -> str:
     for _, _, digest in _read_hashed_rows(path):
         digests += digest
     rows_per_byte = max(1, -(-len(digests) // (8 * MAX_BYTES)))
-    return f"{rows_per_byte}:" + "".join(
-        _hash_group(digests[start : start + 8 * rows_per_byte]) for start in range(0, len(digests), 8 * rows_per_byte)
-    )
+    group_size = 8 * rows_per_byte
+    groups = (digests[start : start + group_size] for start in range(0, len(digests), group_size))
+    return f"{rows_per_byte}:{''.join(map(_hash_group, groups))}"
 
 
 def find_differing_rows(path: Path, expected: str) -> list[str]:
@@ -53,11 +53,9 @@ def find_differing_rows(path: Path, expected: str) -> list[str]:
             return _show_group(path, group_rows)
         group += 1
     missing_groups = len(expected_hex) // 2 - group
-    return (
-        [f"{path}: ends after {group * rows_per_byte:,} rows, {missing_groups * rows_per_byte:,} fewer than before"]
-        if missing_groups > 0
-        else []
-    )
+    if missing_groups <= 0:
+        return []
+    return [f"{path}: ends after {group * rows_per_byte:,} rows, {missing_groups * rows_per_byte:,} fewer than before"]
 
 
 def _show_group(path: Path, rows: list[tuple[int, str, bytes]]) -> list[str]:
@@ -74,6 +72,6 @@ def _read_hashed_rows(path: Path) -> Iterator[tuple[int, str, bytes]]:
         yield line, text.decode(errors="replace").strip(), hashlib.blake2b(text.strip(), digest_size=8).digest()
 
 
-def _hash_group(digests: bytes) -> str:
+def _hash_group(digests: bytes | bytearray) -> str:
     """Return one byte, in hex, for the digests of a group of rows."""
     return hashlib.blake2b(digests, digest_size=1).hexdigest()

@@ -72,21 +72,14 @@ class Masker:
         )
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
 
-    def __call__(self, messages: list[dict]) -> TokenizedRow:
-        """Return the row of a conversation, with loss on the assistant's words and their end tokens only.
-
-        Args:
-            messages: [{role, content}, ...], of which the last one is the assistant's.
-
-        Raises:
-            UnusableRow: The conversation cannot be rendered or labelled faithfully.
-        """
+    def __call__(self, messages: list[dict[str, str]]) -> TokenizedRow:
+        """Return a conversation with loss on its answers and their end tokens only, or raise UnusableRow."""
         row = next(self.tokenize_rows([self.render(messages)]))
         if isinstance(row, UnusableRow):
             raise row
         return row
 
-    def render(self, messages: list[dict], limit: int | None = None) -> RenderedConversation:
+    def render(self, messages: list[dict[str, str]], limit: int | None = None) -> RenderedConversation:
         """Return the conversation as text, with the spans that carry loss.
 
         Args:
@@ -136,7 +129,7 @@ class Masker:
         if prompt_ids != row.ids[: row.prompt_tokens].tolist():
             raise UnusableRow("template", f"the prompt {row.prompt[-40:]!r} has different tokens alone than in the row")
 
-    def render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], str]:
+    def render_with_spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]], str]:
         """Return the rendered text, the characters (start, end) that carry loss, and the last answer's prompt."""
         answer_indexes = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.chat.is_joined:
@@ -186,13 +179,24 @@ class Masker:
         Raises:
             UnusableRow: A token holds characters of both sides of a border.
         """
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        first, last = find_token(encoding, start), find_token(encoding, end - 1)
         # A character of several tokens (an emoji) belongs to the first of them. An end token may include the white
         # space behind it (Phi 3's do).
-        if (
-            None in (first, last)
-            or encoding.token_to_chars(first)[0] != start
-            or text[end : encoding.token_to_chars(last)[1]].strip()
-        ):
+        if not first or not last or first.start != start or text[end : last.end].strip():
             raise UnusableRow("template", f"a token crosses the border of the answer {text[start : start + 40]!r}")
-        return first, last + 1
+        return first.number, last.number + 1
+
+
+class TokenPlace(NamedTuple):
+    """The number of a token in its row, and its characters from `start` to `end`."""
+
+    number: int
+    start: int
+    end: int
+
+
+def find_token(encoding: Encoding, character: int) -> TokenPlace | None:
+    """Return the token that holds a character; None where none does."""
+    number = encoding.char_to_token(character)
+    characters = encoding.token_to_chars(number) if number is not None else None
+    return TokenPlace(number, *characters) if number is not None and characters else None

@@ -6,7 +6,7 @@ numbers are found with the numbering plans of phonenumbers.
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 # Every secret that is searched for has one of these: a long run of such characters, a URL or a PEM header. Nearly all
@@ -53,16 +53,21 @@ class Finding(NamedTuple):
 
 
 @functools.cache
-def secret_patterns() -> list[tuple[str, re.Pattern]]:
+def secret_patterns() -> list[tuple[str, re.Pattern[str]]]:
     """Return (kind, pattern) of every secret that is searched for."""
-    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-    from detect_secrets.plugins.base import RegexBasedDetector
+    extra_patterns = [(kind, re.compile(text, re.DOTALL)) for kind, text in EXTRA_SECRET_PATTERNS.items()]
+    return [*extra_patterns, *_iter_plugin_patterns()]
 
-    kinds_and_patterns = [(kind, re.compile(text, re.DOTALL)) for kind, text in EXTRA_SECRET_PATTERNS.items()]
-    for kind, plugin in get_mapping_from_secret_type_to_class().items():
+
+def _iter_plugin_patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
+    """Yield (kind, pattern) of the plugins of detect-secrets that are used."""
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import BasePlugin, RegexBasedDetector
+
+    plugins: Mapping[str, type[BasePlugin]] = get_mapping_from_secret_type_to_class()
+    for kind, plugin in plugins.items():
         if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in SKIPPED_PLUGINS:
-            kinds_and_patterns += [(kind, pattern) for pattern in plugin().denylist]
-    return kinds_and_patterns
+            yield from ((kind, pattern) for pattern in plugin().denylist)
 
 
 def find_secrets(text: str) -> list[Finding]:
@@ -116,7 +121,7 @@ def _match_phone_numbers(text: str) -> Iterator[Finding]:
             yield Finding("phone number", match.start + has_open_bracket, match.end)
 
 
-def _drop_overlaps(findings) -> list[Finding]:
+def _drop_overlaps(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings in order of place, without those that overlap an earlier one."""
     kept: list[Finding] = []
     for finding in sorted(findings, key=lambda f: (f.start, -f.end)):

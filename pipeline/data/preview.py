@@ -11,9 +11,7 @@ from pipeline.run.run_folder import Run
 
 def preview_rows(config: Config, run: Run, count: int) -> str:
     """Return the first training rows as text. A run without rows gets them made in a temporary folder."""
-    from transformers import AutoTokenizer
-
-    from pipeline.data import stage, statistics
+    from pipeline.data import chat_template, stage, statistics
     from pipeline.run import training_rows
 
     with tempfile.TemporaryDirectory() as temporary_folder:
@@ -22,6 +20,6 @@ def preview_rows(config: Config, run: Run, count: int) -> str:
             run.freeze_config(config)
             for warning in stage.run_data(config, run).warnings:
                 console.print_note(warning)
-        tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+        tokenizer = chat_template.load_fast_tokenizer(run.folder / "data" / "tokenizer")
         train_path = run.read_record(DataRecord).output_path("train")
         return statistics.format_preview(training_rows.read_first_rows(train_path, count), tokenizer)

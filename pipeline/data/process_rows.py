@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
@@ -87,17 +87,17 @@ class Tally:
 
     rows: int = 0
     notes: list[dict] = field(default_factory=list)
-    dropped: Counter = field(default_factory=Counter)
-    changed: Counter = field(default_factory=Counter)
-    findings: Counter = field(default_factory=Counter)
-    truncated: Counter = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    findings: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """The first dropped row of each reason."""
     places: dict[str, list[str]] = field(default_factory=dict)
     """Where the dropped rows of each reason are, at most the first MAX_LISTED_ROWS of them."""
-    unused: Counter = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
     """Rows that have a field which is not trained on, by the name of the field."""
-    system_prompts: Counter = field(default_factory=Counter)
+    system_prompts: Counter[str | None] = field(default_factory=Counter)
     """Rows by their own system prompt; None counts the rows without one."""
 
     def count_drop(self, place: str, reason: str, detail: str, **fields) -> None:
@@ -118,18 +118,16 @@ class Tally:
         if len(self.system_prompts) > MAX_SYSTEM_PROMPTS:
             self.system_prompts = Counter(dict(self.system_prompts.most_common(MAX_SYSTEM_PROMPTS // 2)))
 
-    def count_system_prompt(self, messages: list[dict]) -> None:
+    def count_system_prompt(self, messages: list[dict[str, str]]) -> None:
         self.system_prompts[messages[0]["content"] if messages[0]["role"] == "system" else None] += 1
 
-    def count_changes(self, place: str, changes: set[str], findings: Counter) -> None:
+    def count_changes(self, place: str, changes: set[str], findings: Counter[str]) -> None:
         """Count the changes and findings of a kept row, and note them for rejected.jsonl."""
         self.changed.update(changes)
         self.findings.update(findings)
         if changes or findings:
-            action = "changed" if changes else "reported"
-            self.notes.append(
-                {"where": place, "action": action, "reason": ", ".join(sorted(changes | findings.keys()))}
-            )
+            action, reason = "changed" if changes else "reported", ", ".join(sorted(changes | findings.keys()))
+            self.notes.append({"where": place, "action": action, "reason": reason})
 
 
 @dataclass
@@ -162,7 +160,7 @@ class ProcessedChunk:
     digests: np.ndarray
     questions: np.ndarray
     signatures: np.ndarray
-    texts: list[dict]
+    texts: list[dict[str, object]]
     sample_questions: list[str] = field(default_factory=list)
     """The last questions of training rows from the first chunks only: smoke prompts are made to look like them."""
 
@@ -172,12 +170,12 @@ class CleanRow(NamedTuple):
 
     line: int
     place: str
-    messages: list[dict]
+    messages: list[dict[str, str]]
     question_hash: int
     is_heldout: bool
     rendered: RenderedConversation
     changes: set[str]
-    findings: Counter
+    findings: Counter[str]
 
 
 class Worker:
@@ -195,17 +193,15 @@ class Worker:
     def __call__(self, chunk: Chunk) -> ProcessedChunk:
         """Return the kept rows of a chunk, with a tally of all its rows."""
         tally = Tally(len(chunk.rows))
-        clean_rows = [
-            item for item in (self.clean_row(chunk, line, payload, tally) for line, payload in chunk.rows) if item
-        ]
+        results = (self.clean_row(chunk, line, payload, tally) for line, payload in chunk.rows)
+        clean_rows = [item for item in results if item]
+        tokenized_rows = self.masker.tokenize_rows([item.rendered for item in clean_rows])
         kept = []
-        for item, row in zip(
-            clean_rows, self.masker.tokenize_rows([item.rendered for item in clean_rows]), strict=True
-        ):
+        for item, row in zip(clean_rows, tokenized_rows, strict=True):
             try:
-                cut_tokens = self.cut_to_limit(row, item.is_heldout)
-                if not cut_tokens and (item.is_heldout or not item.line % PROMPT_CHECK_INTERVAL):
-                    self.masker.refuse_other_prompt_tokens(row)
+                if isinstance(row, UnusableRow):
+                    raise row
+                cut_tokens = self.cut_and_check(row, item)
             except UnusableRow as error:
                 self.record_drop(tally, item.place, error, item.messages)
                 continue
@@ -215,7 +211,7 @@ class Worker:
         tally.notes.sort(key=lambda note: int(note["where"].rpartition(":")[2]))
         return self.pack_rows(chunk, tally, kept)
 
-    def clean_row(self, chunk: Chunk, line: int, payload: bytes | dict, tally: Tally) -> "CleanRow | None":
+    def clean_row(self, chunk: Chunk, line: int, payload: bytes | dict, tally: Tally) -> CleanRow | None:
         """Parse, clean and render one row; return None when it is dropped."""
         place, row = f"{chunk.name}:{line}", None
         try:
@@ -267,7 +263,7 @@ class Worker:
         """Return the most tokens of a row that is worth tokenizing; None where long rows are truncated."""
         return self.settings.max_tokens if self.settings.clean.too_long == "drop" else None
 
-    def add_system_prompt(self, messages: list[dict]) -> list[dict]:
+    def add_system_prompt(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """Add the default system prompt where the row has none; raise UnusableRow when the template drops prompts."""
         if messages[0]["role"] != "system" and self.settings.default_system:
             messages = [{"role": "system", "content": self.settings.default_system}, *messages]
@@ -275,14 +271,19 @@ class Worker:
             raise UnusableRow("system_ignored", f"the system prompt {messages[0]['content'][:40]!r}")
         return messages
 
-    def cut_to_limit(self, row: TokenizedRow | UnusableRow, is_heldout: bool) -> int:
+    def cut_and_check(self, row: TokenizedRow, item: CleanRow) -> int:
+        """Cut a row to the limit, compare the tokens of its prompt, and return how many tokens were cut off."""
+        cut_tokens = self.cut_to_limit(row, item.is_heldout)
+        if not cut_tokens and (item.is_heldout or not item.line % PROMPT_CHECK_INTERVAL):
+            self.masker.refuse_other_prompt_tokens(row)
+        return cut_tokens
+
+    def cut_to_limit(self, row: TokenizedRow, is_heldout: bool) -> int:
         """Cut a row to the limit in place and return how many tokens were cut off; a held-out row is never cut.
 
         Raises:
-            UnusableRow: The row is one already, is too short or too long, or has no token left that carries loss.
+            UnusableRow: The row is too short or too long, or has no token left that carries loss.
         """
-        if isinstance(row, UnusableRow):
-            raise row
         limit, clean, length = self.settings.max_tokens, self.settings.clean, len(row.ids)
         if length < clean.min_tokens:
             raise UnusableRow("too_short", f"{length} tokens")
@@ -293,7 +294,7 @@ class Worker:
             raise UnusableRow("no_loss", f"no token of the assistant within the first {limit} tokens")
         return max(0, length - limit)
 
-    def pack_rows(self, chunk: Chunk, tally: Tally, kept: list[tuple["CleanRow", TokenizedRow]]) -> ProcessedChunk:
+    def pack_rows(self, chunk: Chunk, tally: Tally, kept: list[tuple[CleanRow, TokenizedRow]]) -> ProcessedChunk:
         """Return the kept rows as arrays."""
         clean, clean_rows, rows = self.settings.clean, [clean_row for clean_row, _ in kept], [row for _, row in kept]
         rows_to_compare = clean_rows if clean.near_duplicates or clean.leakage else []
@@ -312,16 +313,7 @@ class Worker:
             signatures=duplicates.compute_signatures(
                 [duplicates.text_to_compare(clean_row.messages) for clean_row in rows_to_compare]
             ),
-            texts=[
-                {
-                    "prompt": row.prompt,
-                    "prompt_tokens": row.prompt_tokens,
-                    "answer": row.answer,
-                    "messages": clean_row.messages[:-1],
-                }
-                for clean_row, row in kept
-                if clean_row.is_heldout
-            ],
+            texts=[_describe_heldout_row(clean_row, row) for clean_row, row in kept if clean_row.is_heldout],
             sample_questions=[
                 clean_row.messages[-2]["content"]
                 for clean_row, _ in kept
@@ -330,27 +322,32 @@ class Worker:
         )
 
 
-def parse_row(payload: bytes | dict) -> dict:
-    """Return a row as an object, parsed where it is JSON text.
-
-    Raises:
-        UnusableRow: The text is not UTF-8 or not JSON, or the object repeats a key.
-    """
-    if isinstance(payload, bytes):
-        try:
-            payload = json.loads(payload.decode(), object_pairs_hook=mark_duplicate_keys)
-        except UnicodeDecodeError as error:
-            raise UnusableRow(
-                "broken_encoding", f"not UTF-8: {error.reason} at byte {error.start + 1} of the line"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UnusableRow("broken_json", str(error)) from None
-    if isinstance(payload, DuplicateKeys):
-        raise UnusableRow("duplicate_keys", f"the row repeats one of its keys {', '.join(map(str, payload))}")
-    return payload
+def _describe_heldout_row(clean_row: CleanRow, row: TokenizedRow) -> dict[str, object]:
+    """Return the texts of a held-out row."""
+    answer = {"prompt": row.prompt, "prompt_tokens": row.prompt_tokens, "answer": row.answer}
+    return answer | {"messages": clean_row.messages[:-1]}
 
 
-_worker: Worker | None = None
+def parse_row(payload: bytes | dict) -> object:
+    """Return a row, parsed where it is JSON text. Raise UnusableRow when that fails, or when a key is repeated."""
+    row = _parse_line(payload) if isinstance(payload, bytes) else payload
+    if isinstance(row, DuplicateKeys):
+        raise UnusableRow("duplicate_keys", f"the row repeats one of its keys {', '.join(map(str, row))}")
+    return row
+
+
+def _parse_line(line: bytes) -> object:
+    """Return the JSON value of a line. Raise UnusableRow when the line is not UTF-8, or not JSON."""
+    try:
+        return json.loads(line.decode(), object_pairs_hook=mark_duplicate_keys)
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} at byte {error.start + 1} of the line"
+        raise UnusableRow("broken_encoding", f"not UTF-8: {place}") from None
+    except (ValueError, RecursionError) as error:
+        raise UnusableRow("broken_json", str(error)) from None
+
+
+_worker: Worker  # of a process of the pool, which `_start_worker` creates
 
 
 def _start_worker(settings: WorkerSettings) -> None:
@@ -365,8 +362,9 @@ def _start_worker(settings: WorkerSettings) -> None:
 
 def _exit_with_parent() -> None:
     """End this process when its parent ends: after a kill -9 of the parent, a worker would wait for ever."""
-    parent_process().join()
-    os._exit(1)
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _process_chunk(chunk: Chunk) -> ProcessedChunk:
@@ -381,7 +379,7 @@ def process_chunks(chunks: Iterable[Chunk], settings: WorkerSettings, processes:
         yield from map(Worker(settings), chain(first_chunks, chunks))
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (settings,)) as pool:
-        futures: deque = deque()
+        futures: deque[Future[ProcessedChunk]] = deque()
         try:
             for chunk in chain(first_chunks, chunks):
                 futures.append(pool.submit(_process_chunk, chunk))

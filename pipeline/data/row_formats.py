@@ -72,21 +72,9 @@ def detect_format(first_rows: list[dict], data: Data, source: str) -> RowSchema:
     Raises:
         UserError: No row has a known format, or a column that the config names is in no row.
     """
-    missing = [name for name in data.columns.values() if not any(name in row for row in first_rows)]
-    if missing:
-        raise UserError(
-            f"{source}: data.columns names {', '.join(missing)}, "
-            f"which none of the first {len(first_rows)} rows has; "
-            f"they have {', '.join(map(str, first_rows[0])) or 'nothing'}",
-            "correct data.columns: Ferry's name first, then the name in the data set",
-            code="data.missing_column",
-        )
-    formats = [data.format] if data.format != "auto" else list(FORMAT_FIELDS)
-    if data.format == "auto" and data.columns:
-        formats = [name for name, fields in FORMAT_FIELDS.items() if set(fields) <= data.columns.keys()] or formats
-    best_format, columns, count = max(
-        ((name, *_match_columns(first_rows, name, data.columns)) for name in formats), key=lambda item: item[2]
-    )
+    _refuse_missing_columns(first_rows, data, source)
+    matches = ((name, *_match_columns(first_rows, name, data.columns)) for name in _list_candidate_formats(data))
+    best_format, columns, count = max(matches, key=lambda match: match[2])
     keys = Counter(key for row in first_rows for key in row)
     if not count:
         is_auto = data.format == "auto"
@@ -99,14 +87,30 @@ def detect_format(first_rows: list[dict], data: Data, source: str) -> RowSchema:
         )
     column_names = ", ".join(column if column == field else f"{column} as {field}" for field, column in columns.items())
     unused_columns = [str(key) for key in keys if key not in columns.values()]
-    evidence = (
-        "set in the config"
-        if data.format != "auto"
-        else f"{count} of the first {len(first_rows)} rows have {column_names}"
-    )
-    return RowSchema(
-        best_format, columns, evidence + (f"; not used: {', '.join(unused_columns[:8])}" if unused_columns else "")
-    )
+    evidence = f"{count} of the first {len(first_rows)} rows have {column_names}"
+    evidence = evidence if data.format == "auto" else "set in the config"
+    unused_note = f"; not used: {', '.join(unused_columns[:8])}" if unused_columns else ""
+    return RowSchema(best_format, columns, evidence + unused_note)
+
+
+def _refuse_missing_columns(first_rows: list[dict], data: Data, source: str) -> None:
+    """Raise UserError when a column that the config names is in no row."""
+    missing = [name for name in data.columns.values() if not any(name in row for row in first_rows)]
+    if missing:
+        raise UserError(
+            f"{source}: data.columns names {', '.join(missing)}, which none of the first {len(first_rows)} rows has; "
+            f"they have {', '.join(map(str, first_rows[0])) or 'nothing'}",
+            "correct data.columns: Ferry's name first, then the name in the data set",
+            code="data.missing_column",
+        )
+
+
+def _list_candidate_formats(data: Data) -> list[str]:
+    """Return the formats that the rows may have: the one that is set, or those whose columns are, or all of them."""
+    if data.format != "auto":
+        return [data.format]
+    configured = [name for name, fields in FORMAT_FIELDS.items() if set(fields) <= data.columns.keys()]
+    return configured or list(FORMAT_FIELDS)
 
 
 def _match_columns(
@@ -128,7 +132,7 @@ def _match_columns(
             column: sum(column in row and (field in OPTIONAL_FIELDS or fits_field(row[column])) for row in first_rows)
             for column in names
         }
-        best_column = max(names, key=counts.get)
+        best_column = max(names, key=lambda name: counts[name])
         if counts[best_column]:
             columns[field] = best_column
     required_columns = [columns.get(field) for field in FORMAT_FIELDS[format_name]]
@@ -174,20 +178,21 @@ def find_unused_fields(row: object, schema: RowSchema) -> set[str]:
     """Return the names of the row's fields that hold something but are not used for training."""
     if not isinstance(row, dict):
         return set()
-    names = {
-        name
-        for name in UNUSED_IN_ROW
-        if row.get(name) not in (None, "", [], {}) and name not in schema.columns.values()
-    }
+    names = {name for name in UNUSED_IN_ROW if _is_filled(row, name) and name not in schema.columns.values()}
     for field in ("messages", "conversations", "prompt", "completion"):
         turns = _parse_json_list(row.get(schema.columns.get(field, field)))
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                names |= {name for name in UNUSED_IN_TURN if turn.get(name) not in (None, "", [], {})}
+                names |= {name for name in UNUSED_IN_TURN if _is_filled(turn, name)}
     return names
 
 
-def build_conversation(row: dict, schema: RowSchema) -> list[dict]:
+def _is_filled(fields: dict, name: str) -> bool:
+    """Return whether a field is there and holds something."""
+    return fields.get(name) not in (None, "", [], {})
+
+
+def build_conversation(row: object, schema: RowSchema) -> list[dict[str, str]]:
     """Return a row as [{role, content}, ...].
 
     Raises:
@@ -208,7 +213,7 @@ def build_conversation(row: dict, schema: RowSchema) -> list[dict]:
     return messages
 
 
-def _build_message(role: str, content: object) -> dict:
+def _build_message(role: str, content: object) -> dict[str, str]:
     """Return a message. Raises UnusableRow when its content is no text."""
     return {"role": role, "content": _read_text(content, role)}
 
@@ -234,7 +239,7 @@ def _read_text(content: object, label: str) -> str:
     return content
 
 
-def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict]:
+def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict[str, str]]:
     """Return a list of turns as messages. Raises UnusableRow when it is no such list."""
     turns = _parse_json_list(turns)
     if not isinstance(turns, list):
@@ -244,7 +249,7 @@ def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict]:
     return [_read_turn(turn, role_key, content_key) for turn in turns]
 
 
-def _read_turn(turn: object, role_key: str, content_key: str) -> dict:
+def _read_turn(turn: object, role_key: str, content_key: str) -> dict[str, str]:
     """Return one turn as a message. Raises UnusableRow for unknown roles and for tool calls."""
     if not isinstance(turn, dict) or role_key not in turn:
         raise UnusableRow("wrong_format", f"a turn without {role_key!r}: {str(turn)[:60]}")
@@ -258,11 +263,11 @@ def _read_turn(turn: object, role_key: str, content_key: str) -> dict:
     return _build_message(ROLES[role], turn.get(content_key))
 
 
-def _build_exchange(question: object, answer: object) -> list[dict]:
+def _build_exchange(question: object, answer: object) -> list[dict[str, str]]:
     return [_build_message("user", question), _build_message("assistant", answer)]
 
 
-def _read_alpaca(row: dict) -> list[dict]:
+def _read_alpaca(row: dict) -> list[dict[str, str]]:
     """Return the messages of an instruction and its output; an input is appended to the instruction."""
     question, extra_input = _read_text(row["instruction"], "instruction"), row.get("input")
     if extra_input is not None and _read_text(extra_input, "input").strip():
@@ -270,21 +275,21 @@ def _read_alpaca(row: dict) -> list[dict]:
     return _build_exchange(question, row["output"])
 
 
-def _read_question_answer(row: dict) -> list[dict]:
+def _read_question_answer(row: dict) -> list[dict[str, str]]:
     """Return the messages of a question and its answer; a context is put before the question."""
     context = row.get("context")
     context_text = _read_text(context, "context") + "\n\n" if context not in (None, "") else ""
     return _build_exchange(context_text + _read_text(row["question"], "question"), row["answer"])
 
 
-def _read_prompt_completion(row: dict) -> list[dict]:
+def _read_prompt_completion(row: dict) -> list[dict[str, str]]:
     """Return the messages of a prompt and completion, which are texts, or lists of messages as in TRL."""
     if _TURNS_CHECK["messages"](row["prompt"]):
         return _read_turns(row["prompt"], "role", "content") + _read_turns(row["completion"], "role", "content")
     return _build_exchange(row["prompt"], row["completion"])
 
 
-_READER_BY_FORMAT: dict[str, Callable[[dict], list[dict]]] = {
+_READER_BY_FORMAT: dict[str, Callable[[dict], list[dict[str, str]]]] = {
     "messages": lambda row: _read_turns(row["messages"], "role", "content"),
     "sharegpt": lambda row: _read_turns(row["conversations"], "from", "value"),
     "alpaca": _read_alpaca,

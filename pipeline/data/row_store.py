@@ -6,7 +6,7 @@ Token ids and labels are on disk, and hashes of the rows are in memory.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from common import files
 from pipeline.config.schema import Clean
 from pipeline.data import duplicates
 from pipeline.data.process_rows import ProcessedChunk, Tally
-from pipeline.run import training_rows as trained
+from pipeline.run import training_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,18 +28,26 @@ class RowSpool:
     """Collect the results of the workers in order, find rows to drop among all of them, and write the outputs.
 
     After `close`, each of COLUMNS is an attribute: an array with one entry a row.
-
-    Attributes:
-        part: The number of the part that the row came from.
-        lines: Its line or row number there.
-        held: Whether it is held out.
-        lengths: Its number of tokens.
-        learned: Its number of tokens that carry loss.
-        digests: Its hash for exact duplicates.
-        questions: The hash of its question.
-        kept: Whether it is kept.
-        tally: What happened to all rows.
     """
+
+    part: np.ndarray
+    """The number of the part that the row came from."""
+    lines: np.ndarray
+    """Its line or row number there."""
+    held: np.ndarray
+    """Whether it is held out."""
+    lengths: np.ndarray
+    """Its number of tokens."""
+    learned: np.ndarray
+    """Its number of tokens that carry loss."""
+    digests: np.ndarray
+    """Its hash for exact duplicates."""
+    questions: np.ndarray
+    """The hash of its question."""
+    kept: np.ndarray
+    """Whether it is kept."""
+    tally: Tally
+    """What happened to all rows."""
 
     def __init__(self, folder: Path, names: list[str]):
         """Open the spool.
@@ -56,7 +64,7 @@ class RowSpool:
         self._texts: list[bytes] = []  # of held-out rows, as JSON
         self.sample_questions: list[str] = []  # of the first training rows
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-        self._rows = pa.ipc.new_file(str(self.spool_dir / "rows.arrow"), trained.row_schema())
+        self._rows = pa.ipc.new_file(str(self.spool_dir / "rows.arrow"), training_rows.row_schema())
         self._signatures = (self.spool_dir / "signatures").open("wb")
         self._rejected = (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
 
@@ -98,33 +106,27 @@ class RowSpool:
             split: Whether the held-out rows were split off here and so may be dropped as duplicates; held-out rows that
                 the user gave are used as they are.
         """
-        self._repeated: dict[int, dict] = {}
+        self._repeated: dict[int, dict[str, str]] = {}
         signatures = np.fromfile(self.spool_dir / "signatures", np.uint16).reshape(-1, duplicates.PERMUTATIONS)
         candidates = np.flatnonzero(~self.held | split)
         if clean.exact_duplicates:
-            first_rows = candidates[duplicates.find_first_equal(self.digests[candidates])]
-            is_repeated = first_rows != candidates
-            self._mark_dropped(
-                "duplicate",
-                dict(
-                    zip(
-                        candidates[is_repeated].tolist(),
-                        ((int(row), 1.0) for row in first_rows[is_repeated]),
-                        strict=True,
-                    )
-                ),
-            )
+            self._mark_dropped("duplicate", self._find_equal_rows(candidates))
         if clean.near_duplicates:
             remaining = candidates[self.kept[candidates]]
-            self._mark_dropped(
-                "near_duplicate", duplicates.find_near_duplicates(signatures, clean.near_duplicates, remaining)
-            )
+            repeated = duplicates.find_near_duplicates(signatures, clean.near_duplicates, remaining)
+            self._mark_dropped("near_duplicate", repeated)
         if clean.leakage:
             self._mark_dropped("leaked", duplicates.find_shared_questions(self.questions, self.held, self.kept))
-            self._mark_dropped(
-                "leaked",
-                duplicates.find_near_duplicates(signatures, clean.leakage, np.flatnonzero(self.kept), self.held),
-            )
+            remaining = np.flatnonzero(self.kept)
+            repeated = duplicates.find_near_duplicates(signatures, clean.leakage, remaining, self.held)
+            self._mark_dropped("leaked", repeated)
+
+    def _find_equal_rows(self, candidates: np.ndarray) -> dict[int, tuple[int, float]]:
+        """Return {row: (the first row that is equal to it, 1.0)} among the candidates."""
+        first_rows = candidates[duplicates.find_first_equal(self.digests[candidates])]
+        is_repeated = first_rows != candidates
+        pairs = zip(candidates[is_repeated].tolist(), first_rows[is_repeated].tolist(), strict=True)
+        return {row: (first_row, 1.0) for row, first_row in pairs}
 
     def _mark_dropped(self, reason: str, repeated: dict[int, tuple[int, float]]) -> None:
         """Mark rows as dropped, given as {row: (the row that it repeats, similarity)}."""
@@ -143,15 +145,14 @@ class RowSpool:
         """
         from pyarrow import parquet
 
-        outputs = {
-            name.split(".")[0]: self.folder / name for name in ("train.parquet", "heldout.jsonl", "rejected.jsonl")
-        }
+        names = ("train.parquet", "heldout.jsonl", "rejected.jsonl")
+        outputs = {name.split(".")[0]: self.folder / name for name in names}
         texts = iter(self._texts)
         with (
             files.write_atomically(outputs["train"]) as train_path,
             files.write_atomically(outputs["heldout"]) as heldout_path,
             heldout_path.open("wb") as heldout_file,
-            parquet.ParquetWriter(train_path, trained.row_schema(), compression="zstd") as writer,
+            parquet.ParquetWriter(train_path, training_rows.row_schema(), compression="zstd") as writer,
         ):
             for table, row_numbers in self._read_groups():
                 writer.write_table(table.filter(self.kept[row_numbers] & ~self.held[row_numbers]), GROUP_ROWS * 2)
@@ -176,7 +177,9 @@ class RowSpool:
                     yield pa.Table.from_batches(batches), np.arange(first_number, first_number + count)
                     batches, first_number = [], first_number + count
 
-    def _write_heldout(self, file, table: "pa.Table", row_numbers: np.ndarray, texts: Iterator[bytes]) -> None:
+    def _write_heldout(
+        self, file: BinaryIO, table: "pa.Table", row_numbers: np.ndarray, texts: Iterator[bytes]
+    ) -> None:
         """Write the held-out rows of a table that are kept, and take the texts of all its held-out rows."""
         for number, row in zip(row_numbers, table.to_pylist(), strict=True):
             line = {**row, **json.loads(next(texts))}
@@ -187,17 +190,9 @@ class RowSpool:
         """Write the rows of a table that repeat another row to rejected.jsonl."""
         for index, number in enumerate(row_numbers.tolist()):
             if number in self._repeated:
-                text = tokenizer.decode(table["input_ids"][index].as_py())
-                self._write_notes(
-                    [
-                        {
-                            "where": self.row_place(number),
-                            "action": "dropped",
-                            **self._repeated[number],
-                            "text": text[:2000],
-                        }
-                    ]
-                )
+                text = training_rows.decode_tokens(tokenizer, table["input_ids"][index].as_py())[:2000]
+                note = {"where": self.row_place(number), "action": "dropped", **self._repeated[number], "text": text}
+                self._write_notes([note])
 
 
 def _build_record_batch(chunk: ProcessedChunk, row_offsets: np.ndarray) -> "pa.RecordBatch":
@@ -210,8 +205,8 @@ def _build_record_batch(chunk: ProcessedChunk, row_offsets: np.ndarray) -> "pa.R
     import pyarrow as pa
 
     offsets = pa.array(row_offsets.astype(np.int32))
-    columns = (chunk.ids, np.where(chunk.loss, chunk.ids, np.int32(trained.IGNORED_LABEL)))
+    columns = (chunk.ids, np.where(chunk.loss, chunk.ids, np.int32(training_rows.IGNORED_LABEL)))
     return pa.record_batch(
         [pa.ListArray.from_arrays(offsets, pa.array(column, pa.int32())) for column in columns],
-        schema=trained.row_schema(),
+        schema=training_rows.row_schema(),
     )

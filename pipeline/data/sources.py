@@ -37,16 +37,9 @@ class Part:
     stop: int | None = None
 
     def read_rows(self) -> Iterator[NumberedRow]:
-        """Yield the rows, each with its line or row number.
-
-        Raises:
-            UserError: The file itself is damaged.
-        """
-        return islice(
-            _read_hub_rows(self.hub_rows) if self.path is None else file_formats.read_rows(self.path),
-            self.start,
-            self.stop,
-        )
+        """Yield the rows, each with its line or row number. Raise UserError when the file itself is damaged."""
+        rows = _read_hub_rows(self.hub_rows) if self.path is None else file_formats.read_rows(self.path)
+        return islice(rows, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -135,17 +128,17 @@ def _load_source(source: str, split: str, data: Data, setting: str = "data.sourc
 
 
 def _list_split_files(folder: Path, split: str) -> list[Path]:
-    """Return a folder's files of one split, in order of their names.
-
-    Such as train.jsonl, or train-00000-of-00002.parquet and those after it.
-    """
-    row_files = sorted(
-        path for path in folder.iterdir() if path.is_file() and row_file_suffix(path) in ROW_FILE_SUFFIXES
-    )
+    """Return a folder's files of one split: train.jsonl, or train-00000-of-00002.parquet and those after it."""
+    row_files = _list_row_files(folder)
     for name in SPLIT_NAMES.get(split, (split,)):
         if split_files := [path for path in row_files if re.match(rf"{re.escape(name)}(?![a-zA-Z])", path.name)]:
             return split_files
     return []
+
+
+def _list_row_files(folder: Path) -> list[Path]:
+    """Return the files of rows in a folder, in order of their names."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and row_file_suffix(p) in ROW_FILE_SUFFIXES)
 
 
 def _build_local_source(paths: list[Path], rows: slice, folder: Path | None) -> DataSource:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import console, files
 from common.errors import UserError, printable_line
 from contract import chat_format, limits
-from pipeline.base_model import fetch as bases
-from pipeline.base_model import licences, model_config, restore_gguf
+from pipeline.base_model import fetch, licences, model_config, restore_gguf
 from pipeline.config.advice import list_warnings
 from pipeline.config.schema import Base, Config, Data
 from pipeline.data import (
@@ -33,6 +33,9 @@ from pipeline.data import (
 from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 def run_data(config: Config, run: Run, processes: int | None = None) -> DataRecord:
     """Write data/{train.parquet,heldout.jsonl,rejected.jsonl,tokenizer/} and return the record.
@@ -47,14 +50,13 @@ def run_data(config: Config, run: Run, processes: int | None = None) -> DataReco
     """
     folder = run.folder / "data"
     files.remove(folder)
-    base_path = bases.fetch_base_model(config.base.model, config.base.revision, weights=False)
+    base_path = fetch.fetch_base_model(config.base.model, config.base.revision, weights=False)
     dataset = DatasetParts(config.data)
     tokenizer, chat, template_changes = chat_template.load_chat_tokenizer(
         restore_gguf.prepare_tokenizer(base_path), config.data.template, config.data.date, dataset.has_reasoning()
     )
     settings = build_worker_settings(config, chat, folder / "tokenizer", dataset)
-    with files.write_atomically(settings.tokenizer_dir) as temporary_folder:
-        tokenizer.save_pretrained(temporary_folder)
+    tokenizer_files = save_tokenizer(tokenizer, settings.tokenizer_dir)
     spool = collect_rows(dataset, settings, folder, processes or os.cpu_count() or 1)
     statistics.refuse_broken_rows(spool.tally, config.clean, folder / "rejected.jsonl")
     prompt_choice = system_prompt.choose_default(config.data.system, spool.tally.system_prompts)
@@ -72,7 +74,6 @@ def run_data(config: Config, run: Run, processes: int | None = None) -> DataReco
         *statistics.describe_system_prompt(prompt_choice, chat),
         *list_warnings(config, facts.rows.train, facts.tokens.max),
     ]
-    tokenizer_files = {f"tokenizer/{item.name}": item for item in sorted(settings.tokenizer_dir.iterdir())}
     return run.write_record(
         DataRecord,
         (),
@@ -83,18 +84,26 @@ def run_data(config: Config, run: Run, processes: int | None = None) -> DataReco
         fingerprints={name: fingerprint.compute_fingerprint(Path(name)) for name in dataset.inputs},
         base=describe_base(config.base, base_path),
         warnings=warnings,
-        chat={
-            "end": chat.end_tokens,
-            "scaffold": chat.scaffolds[0],
-            "system": chat.supports_system,
-            "joined": chat.is_joined,
-        },
+        chat=describe_chat(chat),
         default_system=prompt_choice.default,
         rows_keep_their_system=config.data.system == system_prompt.NONE,
         has_input=dataset.has_input(),
         smoke_prompts=list(smoke_prompts),
         **dict(facts),
     )
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> dict[str, Path]:
+    """Write the tokenizer with its chat template to `folder`, and return its files by name of output."""
+    with files.write_atomically(folder) as temporary_folder:
+        tokenizer.save_pretrained(temporary_folder)
+    return {f"tokenizer/{path.name}": path for path in sorted(folder.iterdir())}
+
+
+def describe_chat(chat: chat_template.ChatFormat) -> dict[str, object]:
+    """Return what the record says about the chat template: the fields of ChatFacts."""
+    facts = {"end": chat.end_tokens, "scaffold": chat.scaffolds[0]}
+    return facts | {"system": chat.supports_system, "joined": chat.is_joined}
 
 
 def build_worker_settings(
@@ -112,14 +121,13 @@ def build_worker_settings(
             "set data.template to completion, or map the columns of questions and answers in data.columns",
             code="data.plain_text",
         )
+    has_own_prompt = config.data.system not in (system_prompt.FROM_ROWS, system_prompt.NONE)
     return process_rows.WorkerSettings(
         tokenizer_dir=tokenizer_dir,
         chat=chat,
         clean=config.clean,
         every_turn=config.data.labels == "all",
-        default_system=None
-        if config.data.system in (system_prompt.FROM_ROWS, system_prompt.NONE)
-        else config.data.system,
+        default_system=config.data.system if has_own_prompt else None,
         max_tokens=config.base.max_seq_length,
         validation_share=None if dataset.has_validation else config.data.validation_share,
     )
@@ -138,22 +146,28 @@ def collect_rows(
     return spool
 
 
-def refuse_long_prompts(tokenizer, prompts: Sequence[str], default_system: str | None, config: Config) -> None:
+def refuse_long_prompts(
+    tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[str], default_system: str | None, config: Config
+) -> None:
     """Raise UserError when a smoke prompt and its system prompt together are too long for the model or a manifest."""
     max_tokens = min(config.base.max_seq_length, limits.MAX_PROMPT_TOKENS)
     system_messages = [{"role": "system", "content": default_system}] if default_system else []
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     for prompt in prompts:
-        text = chat_format.render(
-            tokenizer.chat_template, [*system_messages, {"role": "user", "content": prompt}], bos, eos
-        )
-        if (token_count := len(tokenizer.encode(text, add_special_tokens=False))) > max_tokens:
+        token_count = count_prompt_tokens(tokenizer, [*system_messages, {"role": "user", "content": prompt}])
+        if token_count > max_tokens:
             raise UserError(
                 f"the smoke prompt {printable_line(prompt, 60)!r} has {token_count:,} tokens with its system prompt, "
                 f"at most {max_tokens:,} fit",
                 "shorten generation.smoke_prompts or data.system, or raise base.max_seq_length",
                 code="smoke.prompt_too_long",
             )
+
+
+def count_prompt_tokens(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]]) -> int:
+    """Return the number of tokens of the prompt for a conversation."""
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    text = chat_format.render(tokenizer.chat_template, messages, bos, eos)
+    return len(tokenizer.encode(text, add_special_tokens=False))
 
 
 class DatasetParts:
@@ -218,9 +232,7 @@ def read_first_rows(part: sources.Part) -> list[dict]:
     rows, faults = [], []
     for line, payload in islice(part.read_rows(), row_formats.DETECTION_ROWS):
         try:
-            row = process_rows.parse_row(payload)
-            faults += [] if isinstance(row, dict) else [f"{part.name}:{line}: {type(row).__name__}, not an object"]
-            rows += [row] if isinstance(row, dict) else []
+            rows.append(parse_object(payload))
         except process_rows.UnusableRow as error:
             faults.append(f"{part.name}:{line}: {error.detail}")
     if not rows:
@@ -230,6 +242,14 @@ def read_first_rows(part: sources.Part) -> list[dict]:
             code="data.no_readable_rows",
         )
     return rows
+
+
+def parse_object(payload: bytes | dict) -> dict:
+    """Return a row that is an object. Raise UnusableRow for every other one."""
+    row = process_rows.parse_row(payload)
+    if not isinstance(row, dict):
+        raise process_rows.UnusableRow("wrong_format", f"{type(row).__name__}, not an object")
+    return row
 
 
 def copy_licence_files(base: Path, folder: Path) -> dict[str, Path]:
@@ -242,7 +262,7 @@ def copy_licence_files(base: Path, folder: Path) -> dict[str, Path]:
     return outputs
 
 
-def describe_base(base: Base, source: Path) -> dict:
+def describe_base(base: Base, source: Path) -> dict[str, str | None]:
     """Return what the manifest says about the base model. Its own metadata about the licence precedes the config's."""
     if source.is_file():
         metadata = restore_gguf.read_metadata(source)

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,14 +15,17 @@ from contract.ollama_template import find_modelfile_fault
 from pipeline.config.schema import Clean, Config, Finetune
 from pipeline.data.drop_reasons import BROKEN_REASONS, DROP_REASONS
 from pipeline.run.records import DataFacts, DataRecord, Packing, RowCounts, TokenCounts
-from pipeline.run.training_rows import IGNORED_LABEL
+from pipeline.run.training_rows import IGNORED_LABEL, decode_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from pipeline.data.chat_template import ChatFormat
     from pipeline.data.process_rows import Tally
     from pipeline.data.row_store import RowSpool
     from pipeline.data.system_prompt import SystemPrompt
 
+ROUND_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62)  # of a bin, in tokens
 BAR_PARTS = " ▏▎▍▌▋▊▉█"
 
 
@@ -31,16 +34,18 @@ def refuse_broken_rows(tally: "Tally", clean: Clean, rejected: Path) -> None:
     broken = {reason: count for reason, count in tally.dropped.items() if reason in BROKEN_REASONS}
     count = sum(broken.values())
     if count > clean.max_rejected * tally.rows or count == tally.rows:
-        lines = [
-            f"  {row_count} {reason} ({BROKEN_REASONS[reason]}): {list_places(tally.places[reason], row_count)}; "
-            f"the first: {tally.examples[reason].partition(': ')[2]}"
-            for reason, row_count in Counter(broken).most_common()
-        ]
+        lines = [_describe_broken_rows(tally, *item) for item in Counter(broken).most_common()]
         raise UserError(
             f"{count} of {tally.rows} rows cannot be used:\n" + "\n".join(lines),
             f"correct them (each is listed in {rejected}), or allow more with clean.max_rejected, a share of the rows",
             code="data.too_many_broken_rows",
         )
+
+
+def _describe_broken_rows(tally: "Tally", reason: str, count: int) -> str:
+    """Return where the rows are that are broken for one reason, and what is wrong with the first of them."""
+    places, first = list_places(tally.places[reason], count), tally.examples[reason].partition(": ")[2]
+    return f"  {count} {reason} ({BROKEN_REASONS[reason]}): {places}; the first: {first}"
 
 
 def list_places(places: list[str], count: int) -> str:
@@ -111,8 +116,8 @@ def compute_facts(spool: "RowSpool", config: Config) -> DataFacts:
         tokens=TokenCounts(
             train=total_tokens,
             loss=loss_tokens,
-            p50=int(_length_quantile(lengths, 0.5)),
-            p95=int(_length_quantile(lengths, 0.95)),
+            p50=_length_quantile(lengths, 0.5),
+            p95=_length_quantile(lengths, 0.95),
             max=int(lengths[-1]),
         ),
         packing=Packing(
@@ -128,7 +133,7 @@ def compute_facts(spool: "RowSpool", config: Config) -> DataFacts:
 
 def _length_quantile(lengths: np.ndarray, share: float) -> int:
     """Return the length that `share` of the rows do not exceed; `lengths` are sorted."""
-    return lengths[min(len(lengths) - 1, math.ceil(share * len(lengths)) - 1)]
+    return int(lengths[min(len(lengths) - 1, math.ceil(share * len(lengths)) - 1)])
 
 
 def count_packs(lengths: np.ndarray, limit: int) -> int:
@@ -157,16 +162,9 @@ def count_steps(tune: Finetune, row_count: int) -> int | None:
 
 def build_histogram(lengths: np.ndarray) -> list[list[int]]:
     """Return [from, to, rows] of up to 12 bins of a round width in tokens; `lengths` are sorted."""
-    width = max(1, math.ceil(int(lengths[-1]) / 12))
-    width = next(
-        round_width
-        for round_width in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62)
-        if round_width >= width
-    )
-    bins = enumerate(np.bincount(lengths // width))
-    return [
-        [index * width, (index + 1) * width - 1, int(count)] for index, count in bins if index >= lengths[0] // width
-    ]
+    width = next(width for width in ROUND_WIDTHS if width >= math.ceil(int(lengths[-1]) / 12))
+    bins = list(enumerate(np.bincount(lengths // width)))[lengths[0] // width :]
+    return [[index * width, (index + 1) * width - 1, int(count)] for index, count in bins]
 
 
 def list_data_warnings(facts: DataFacts, config: Config, chat: "ChatFormat") -> list[str]:
@@ -212,7 +210,7 @@ def _format_counts(counts: dict[str, int]) -> str:
 
 def format_record(record: DataRecord) -> str:
     """Return the numbers of a record as lines for a terminal."""
-    rows, tokens, packing = record.rows, record.tokens, record.packing
+    rows, tokens = record.rows, record.tokens
     width = max(map(len, [*record.dropped, ""]))
     lines = [("format", text) for text in record.formats]
     lines.append(("read", f"{rows.read:,} rows"))
@@ -222,61 +220,49 @@ def format_record(record: DataRecord) -> str:
     ]
     lines += [("changed", f"rows, by what was changed: {_format_counts(record.changed)}")] if record.changed else []
     lines.append(("kept", f"{rows.train:,} to train on, {rows.heldout:,} held out"))
-    lines.append(
-        (
-            "tokens",
-            (
-                f"{tokens.train:,}, {tokens.loss / tokens.train:.0%} carry loss; "
-                f"a row: p50 {tokens.p50}, p95 {tokens.p95}, longest {tokens.max}"
-            ),
-        )
-    )
-    lines.append(
-        (
-            "packing",
-            (
-                f"{packing.packs:,} sequences of {record.max_seq_length} tokens, {packing.full:.1%} full; "
-                f"{packing.unpacked_full:.1%} full one row each"
-            ),
-        )
-    )
-    lines.append(
-        (
-            "steps",
-            f"{record.steps:,} optimizer steps"
-            if record.steps
-            else "depend on the GPU (finetune.train_batch_size: auto)",
-        )
-    )
-    wrapped = [
-        console.wrap_text(f"  {name:8} {text}", 11) if len(text) > 69 else f"  {name:8} {text}" for name, text in lines
-    ]
-    return "\n".join([*wrapped, *format_histogram(record.histogram)])
+    quantiles = f"a row: p50 {tokens.p50}, p95 {tokens.p95}, longest {tokens.max}"
+    lines.append(("tokens", f"{tokens.train:,}, {tokens.loss / tokens.train:.0%} carry loss; {quantiles}"))
+    lines.append(("packing", _describe_packing(record.packing, record.max_seq_length)))
+    auto_note = "depend on the GPU (finetune.train_batch_size: auto)"
+    lines.append(("steps", f"{record.steps:,} optimizer steps" if record.steps else auto_note))
+    return "\n".join([*(_format_line(*line) for line in lines), *format_histogram(record.histogram)])
+
+
+def _describe_packing(packing: Packing, limit: int) -> str:
+    sequences = f"{packing.packs:,} sequences of {limit} tokens, {packing.full:.1%} full"
+    return f"{sequences}; {packing.unpacked_full:.1%} full one row each"
+
+
+def _format_line(name: str, text: str) -> str:
+    """Return a name and a text as a line, wrapped where it has more than 80 columns."""
+    line = f"  {name:8} {text}"
+    return console.wrap_text(line, 11) if len(text) > 69 else line
 
 
 def format_histogram(histogram: list[list[int]]) -> list[str]:
     """Return a histogram of the rows' tokens as bars of text."""
     max_count = max(count for _, _, count in histogram)
-    lines = []
-    for first, last, count in histogram:
-        eighths = math.ceil(count / max_count * 40 * 8)
-        bar = "█" * (eighths // 8) + BAR_PARTS[eighths % 8].strip()
-        lines.append(f"  {f'{first}-{last}':>11} {bar} {count:,}")
-    return ["  tokens a row:", *lines]
+    bars = [f"  {f'{first}-{last}':>11} {_draw_bar(count / max_count)} {count:,}" for first, last, count in histogram]
+    return ["  tokens a row:", *bars]
 
 
-def format_preview(rows: list[dict], tokenizer) -> str:
+def _draw_bar(share: float) -> str:
+    """Return a bar of 40 blocks for a share of 1, drawn in eighths of a block."""
+    eighths = math.ceil(share * 40 * 8)
+    return "█" * (eighths // 8) + BAR_PARTS[eighths % 8].strip()
+
+
+def format_preview(rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerFast") -> str:
     """Return rows as text, in which the tokens that carry loss are green and between »«."""
+    return "\n".join(_format_row(row, number, tokenizer) for number, row in enumerate(rows, 1))
 
-    def format_row(row: dict, number: int) -> str:
-        pieces = []
-        pairs = zip(row["input_ids"], row["labels"], strict=True)
-        for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED_LABEL):
-            text = tokenizer.decode([token for token, _ in group])
-            pieces.append(console.style(f"»{text}«", "green") if learned else text)
-        learned = sum(label != IGNORED_LABEL for label in row["labels"])
-        return f"--- row {number}: {len(row['input_ids'])} tokens, {learned} carry loss (»green«)\n" + "".join(
-            pieces
-        ).rstrip("\n")
 
-    return "\n".join(format_row(row, number) for number, row in enumerate(rows, 1))
+def _format_row(row: dict[str, Any], number: int, tokenizer: "PreTrainedTokenizerFast") -> str:
+    learned = sum(label != IGNORED_LABEL for label in row["labels"])
+    heading = f"--- row {number}: {len(row['input_ids'])} tokens, {learned} carry loss (»green«)"
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    text = ""
+    for is_learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED_LABEL):
+        piece = decode_tokens(tokenizer, [token for token, _ in group])
+        text += console.style(f"»{piece}«", "green") if is_learned else piece
+    return heading + "\n" + text.rstrip("\n")

@@ -32,9 +32,9 @@ class WordStatistics:
         followers: How often a word follows another.
     """
 
-    rows_with: Counter
-    rows_with_three: Counter
-    followers: dict[str, Counter]
+    rows_with: Counter[str]
+    rows_with_three: Counter[tuple[str, str, str]]
+    followers: dict[str, Counter[str]]
 
 
 def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
@@ -42,27 +42,27 @@ def make_smoke_prompts(questions: list[str], count: int = 3) -> list[str]:
 
     Questions with a secret or personal data are left out: an address in everybody's signature is in many rows.
     """
-    harmless_questions = [
-        question
-        for question in questions
-        if not (personal_data.find_secrets(question) or personal_data.find_personal_data(question))
-    ]
-    statistics = count_words([split_words(question) for question in harmless_questions])
+    statistics = count_words([split_words(question) for question in questions if not has_private_data(question)])
     generator = random.Random(3407)
     chains = {tuple(words) for _ in range(CHAINS_TO_DRAW) if (words := draw_chain(statistics, generator))}
     prompts: dict[str, str] = {}
-    for words in sorted(chains, key=lambda words: (-mean_log_probability(words, statistics), words)):
-        prompts.setdefault(words[0], join_words(list(words), generator))
+    for chain in sorted(chains, key=lambda chain: (-mean_log_probability(chain, statistics), chain)):
+        prompts.setdefault(chain[0], join_words(list(chain), generator))
         if len(prompts) == count:
             break
     return list(prompts.values())
 
 
+def has_private_data(text: str) -> bool:
+    """Return whether a text holds a secret or personal data."""
+    return bool(personal_data.find_secrets(text) or personal_data.find_personal_data(text))
+
+
 def count_words(rows: list[list[str]]) -> WordStatistics:
     """Count the words of the rows."""
     rows_with = Counter(word for row in rows for word in {START, END, *row})
-    rows_with_three: Counter = Counter()
-    followers: dict[str, Counter] = defaultdict(Counter)
+    rows_with_three: Counter[tuple[str, str, str]] = Counter()
+    followers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         chain = [START, *row, END]
         rows_with_three.update(set(zip(chain, chain[1:], chain[2:], strict=False)))
@@ -74,7 +74,8 @@ def count_words(rows: list[list[str]]) -> WordStatistics:
 
 def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str] | None:
     """Draw a chain of words; return None where it does not end, repeats a word, has a wrong length, or quotes a row."""
-    words, word = [], START
+    words: list[str] = []
+    word = START
     while len(words) <= MAX_WORDS:
         choices = statistics.followers.get(word)
         if not choices:
@@ -83,22 +84,22 @@ def draw_chain(statistics: WordStatistics, generator: random.Random) -> list[str
         if word == END:
             break
         words.append(word)
-    chain = [START, *words, END]
-    is_quote = any(
-        0 < statistics.rows_with_three[trigram] < SHARED_BY
-        for trigram in zip(chain, chain[1:], chain[2:], strict=False)
-    )
     is_usual = MIN_WORDS <= len(words) <= MAX_WORDS and len(set(words)) == len(words)
-    return words if is_usual and not is_quote else None
+    return words if is_usual and not is_quote(words, statistics) else None
+
+
+def is_quote(words: list[str], statistics: WordStatistics) -> bool:
+    """Return whether three words of a chain follow each other in a few rows only."""
+    chain = [START, *words, END]
+    trigrams = zip(chain, chain[1:], chain[2:], strict=False)
+    return any(0 < statistics.rows_with_three[trigram] < SHARED_BY for trigram in trigrams)
 
 
 def mean_log_probability(words: tuple[str, ...], statistics: WordStatistics) -> float:
     """Return the mean log-probability of each word, given the word before it."""
-    chain = [START, *words, END]
-    log_probabilities = [
-        math.log(statistics.followers[word][following] / statistics.rows_with[word])
-        for word, following in pairwise(chain)
-    ]
+    pairs = pairwise([START, *words, END])
+    shares = [statistics.followers[word][following] / statistics.rows_with[word] for word, following in pairs]
+    log_probabilities = list(map(math.log, shares))
     return sum(log_probabilities) / len(log_probabilities)
 
 
@@ -110,11 +111,16 @@ def split_words(text: str) -> list[str]:
 
 def join_words(words: list[str], generator: random.Random) -> str:
     """Return the words as text, with random digits and letters in codes."""
-
-    def draw(match: re.Match) -> str:
-        return str(generator.randrange(10)) if match[0] == "0" else generator.choice("BCDFGHKLMNPRTVWX")
-
-    drawn = [re.sub("[0A]", draw, word) if "0" in word else word for word in words]
-    text = re.sub(r" ?(\n+) ?", r"\1", " ".join(drawn))
+    text = " ".join(fill_code(word, generator) if "0" in word else word for word in words)
+    text = re.sub(r" ?(\n+) ?", r"\1", text)
     marker = ALPACA_INPUT.strip()
     return re.sub(rf"\s*{re.escape(marker)}\s*", lambda match: ALPACA_INPUT, text).strip()
+
+
+def fill_code(code: str, generator: random.Random) -> str:
+    """Return a code such as `A0000` with random letters and digits."""
+
+    def draw(match: re.Match[str]) -> str:
+        return str(generator.randrange(10)) if match[0] == "0" else generator.choice("BCDFGHKLMNPRTVWX")
+
+    return re.sub("[0A]", draw, code)

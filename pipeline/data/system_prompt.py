@@ -28,7 +28,7 @@ class SystemPrompt:
     note: str | None
 
 
-def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
+def choose_default(setting: str, prompts: Counter[str | None]) -> SystemPrompt:
     """Choose the default system prompt of the model.
 
     Args:
@@ -39,9 +39,8 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
         UserError: The prompt is to come from the rows, and they have too many different ones.
     """
     if setting == NONE:
-        return SystemPrompt(
-            None, "no system prompt is sent by default: requests must send their own" if set(prompts) - {None} else None
-        )
+        note = "no system prompt is sent by default: requests must send their own"
+        return SystemPrompt(None, note if set(prompts) - {None} else None)
     if setting != FROM_ROWS:
         return SystemPrompt(setting, _note_others(setting, prompts))
     total = sum(prompts.values())
@@ -51,9 +50,8 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
     every_row_has_one = prompts[None] == 0 and len(prompts) <= MAX_DIFFERENT
     if count >= MIN_SHARE * total or every_row_has_one:
         share = "all rows have" if count == total else f"{count / total:.0%} of the rows have"
-        return SystemPrompt(
-            prompt, f"{share} the system prompt {quote_prompt(prompt)}: every runtime sends it by default (data.system)"
-        )
+        note = f"{share} the system prompt {quote_prompt(prompt)}: every runtime sends it by default (data.system)"
+        return SystemPrompt(prompt, note)
     raise UserError(
         f"the rows have {len(prompts)} different system prompts, and none is in {MIN_SHARE:.0%} of the rows:\n"
         f"{list_prompts(prompts)}",
@@ -63,18 +61,17 @@ def choose_default(setting: str, prompts: Counter) -> SystemPrompt:
     )
 
 
-def _note_others(default: str | None, prompts: Counter) -> str | None:
+def _note_others(default: str | None, prompts: Counter[str | None]) -> str | None:
     """Return a sentence about rows with a different system prompt than the default; None where there are none."""
     others = Counter({prompt: count for prompt, count in prompts.items() if prompt not in (None, default)})
     if not others:
         return None
-    return (
-        f"{sum(others.values()):,} rows have a different system prompt than the default {quote_prompt(default)}, "
-        f"the most frequent: {quote_prompt(others.most_common(1)[0][0])}"
-    )
+    count, most_frequent = sum(others.values()), quote_prompt(others.most_common(1)[0][0])
+    text = f"{count:,} rows have a different system prompt than the default {quote_prompt(default)}"
+    return f"{text}, the most frequent: {most_frequent}"
 
 
-def list_prompts(prompts: Counter) -> str:
+def list_prompts(prompts: Counter[str | None]) -> str:
     """Return the most frequent prompts with their shares, a line each."""
     total = sum(prompts.values())
     lines = [f"  {count / total:6.1%}  {quote_prompt(prompt)}" for prompt, count in prompts.most_common(MAX_LISTED)]

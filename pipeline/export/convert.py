@@ -13,6 +13,14 @@ def main() -> None:
     """Patch the converter so that it writes the key-values, then run it."""
     convert_folder, key_values = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     sys.path.insert(0, str(convert_folder))
+    add_key_values(key_values)
+    script = convert_folder / "convert_hf_to_gguf.py"
+    sys.argv = [str(script), *sys.argv[3:]]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def add_key_values(key_values: dict[str, str]) -> None:
+    """Make the converter write these key-values, besides its own."""
     from conversion.base import ModelBase
 
     original_prepare = ModelBase.prepare_metadata
@@ -23,9 +31,6 @@ def main() -> None:
             self.gguf_writer.add_string(key, value)
 
     ModelBase.prepare_metadata = prepare_metadata
-    script = convert_folder / "convert_hf_to_gguf.py"
-    sys.argv = [str(script), *sys.argv[3:]]
-    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
@@ -16,6 +17,11 @@ from pipeline.checkpoint_sync.background_push import CheckpointSync
 from pipeline.finetune.early_stop import StopSignals
 from pipeline.finetune.training_log import SpeedMeter, format_entry, write_log
 from pipeline.run import checkpoint_files
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from pipeline.finetune.trainer import StepTrainer
 
 
 class CheckpointCallback(TrainerCallback):
@@ -28,12 +34,7 @@ class CheckpointCallback(TrainerCallback):
     def __init__(
         self, folder: Path, minutes: float, steps: int | None, signals: StopSignals, checkpoint_sync: CheckpointSync
     ):
-        """Create the callback.
-
-        Args:
-            folder: the folder of the checkpoints.
-            checkpoint_sync: sends new checkpoints in the background.
-        """
+        """Create the callback for the checkpoints in `folder`; `checkpoint_sync` sends new ones in the background."""
         self.folder, self.minutes, self.steps = folder, minutes, steps
         self.signals, self.checkpoint_sync = signals, checkpoint_sync
         self.saved_at = time.monotonic()
@@ -50,11 +51,14 @@ class CheckpointCallback(TrainerCallback):
         control.should_training_stop = control.should_training_stop or bool(self.signals)
 
     def on_save(self, args, state, control, **kwargs):
-        """Mark the checkpoint complete, remove older ones and send it."""
+        """Complete the checkpoint, unless the disk is full and it was removed."""
         self.saved_at = time.monotonic()
         path = self.folder / f"checkpoint-{state.global_step}"
-        if not path.is_dir():  # the disk is full, and it was removed
-            return
+        if path.is_dir():
+            self._complete_checkpoint(path, state)
+
+    def _complete_checkpoint(self, path: Path, state: "TrainerState") -> None:
+        """Mark the checkpoint complete, remove older ones and send it."""
         checkpoint_files.mark_complete(path, state.global_step)
         best_path = Path(state.best_model_checkpoint or path)
         kept_paths = {path, best_path, self.checkpoint_sync.checkpoint_in_transit or path}
@@ -96,12 +100,8 @@ class StepCounter(TrainerCallback):
 
 
 @contextlib.contextmanager
-def show_progress(trainer, done: int) -> Iterator[None]:
-    """Show a progress bar as long as the block runs.
-
-    Args:
-        done: steps that an earlier process trained.
-    """
+def show_progress(trainer: "StepTrainer", done: int) -> Iterator[None]:
+    """Show a progress bar as long as the block runs; an earlier process trained `done` steps."""
     with console.show_progress(trainer.args.max_steps, "finetune", "steps", initial=done) as advance:
         trainer.add_callback(StepCounter(advance))
         yield

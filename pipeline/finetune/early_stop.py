@@ -2,9 +2,12 @@
 
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 LAST_LOSS_FILE = "last-loss.json"  # in a checkpoint: the loss of its last step
+SignalHandler = Callable[[int, FrameType | None], object] | int | None  # what signal.signal takes and returns
 
 
 class StopTraining(Exception):
@@ -23,13 +26,13 @@ class StopSignals:
     """
 
     ECHO_SECONDS = 1.0  # seconds in which a second signal counts as the same one
-    STEP_TIMEOUT = (
-        10  # seconds that the step in progress may take; setup/container.py raises the 10 of docker stop to 120
-    )
+    # Seconds that the step in progress may take; setup/container.py raises the 10 of docker stop to 120.
+    STEP_TIMEOUT = 10
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
         self.received_at = 0.0
+        self.previous_handlers: dict[int, SignalHandler] = {}
 
     def __bool__(self) -> bool:
         return self.number is not None
@@ -40,20 +43,22 @@ class StopSignals:
         return bool(self) and time.monotonic() - self.received_at > self.STEP_TIMEOUT
 
     @contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator["StopSignals"]:
         """Record signals as long as the block runs, then restore the previous handlers."""
-        previous = {number: signal.signal(number, self._handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.previous_handlers = previous
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous_handlers[number] = signal.signal(number, self._handle_signal)
         try:
             yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            self._restore_handlers()
 
-    def _handle_signal(self, number: int, frame) -> None:
+    def _restore_handlers(self) -> None:
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self:
             self.number, self.received_at = number, time.monotonic()
         elif time.monotonic() - self.received_at > self.ECHO_SECONDS:
-            for handled_number, handler in self.previous_handlers.items():
-                signal.signal(handled_number, handler)
+            self._restore_handlers()
             signal.raise_signal(number)

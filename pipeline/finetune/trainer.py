@@ -10,9 +10,10 @@ Import this module after Unsloth, which patches TRL, and inside of a function: T
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,10 @@ from pipeline.run.checkpoint_files import prune_and_find_checkpoint
 from pipeline.toolchain import unsloth_loader
 from pipeline.toolchain.finite_numbers import find_broken_tensor
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig
 LOSS_CHECK_STEPS = 100  # the most steps whose losses stay unchecked on the GPU; a check waits for the GPU
 
 
@@ -41,6 +46,7 @@ class StepSettings:
     """The most tokens of a micro-batch, padding included."""
     min_micro_batch_tokens: int
     """The least value of it that every row fits into."""
+    checkpoint_folder: Path
     signals: StopSignals
     meter: SpeedMeter
     checkpoint_sync: CheckpointSync
@@ -49,15 +55,14 @@ class StepSettings:
 class StepTrainer(SFTTrainer):
     """SFTTrainer that trains an item of its data set as one optimizer step, split into micro-batches."""
 
-    def __init__(self, settings: StepSettings, **library_arguments):
-        """Create the trainer.
+    args: "SFTConfig"
+    model: "PeftModel"
+    processing_class: "PreTrainedTokenizerFast"
 
-        Args:
-            settings: what SFTTrainer does not have.
-            library_arguments: the arguments of SFTTrainer.
-        """
+    def __init__(self, settings: StepSettings, **library_arguments: Any):
+        """Create the trainer: `settings` is what SFTTrainer does not have, `library_arguments` are its own."""
         super().__init__(**library_arguments)
-        self.packed = settings.packed
+        self.packed, self.checkpoint_folder = settings.packed, settings.checkpoint_folder
         self.micro_batch_tokens = settings.micro_batch_tokens
         self.min_micro_batch_tokens = settings.min_micro_batch_tokens
         self.signals, self.meter, self.checkpoint_sync = settings.signals, settings.meter, settings.checkpoint_sync
@@ -81,7 +86,7 @@ class StepTrainer(SFTTrainer):
             # This is outside of the handler, because the traceback holds what the step has allocated.
             self._halve_micro_batches(rows, reason)
 
-    def _train_micro_batches(self, model, rows):
+    def _train_micro_batches(self, model, rows: batches.StepRows):
         """Add up the gradients of the step's micro-batches and return the loss of the step."""
         loss = 0
         for inputs in self.iter_micro_batches(rows):
@@ -90,16 +95,14 @@ class StepTrainer(SFTTrainer):
             loss = loss + super().training_step(model, inputs, max(1, rows.targets))
         return loss
 
-    def iter_micro_batches(self, rows):
+    def iter_micro_batches(self, rows: batches.StepRows) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the micro-batches of the step as the model takes them."""
         for group in batches.split_into_micro_batches(rows.lengths, self.micro_batch_tokens, self.packed):
             yield self.collate_micro_batch(batches.build_examples(rows, group, self.packed))
 
-    def _halve_micro_batches(self, rows, reason: str) -> None:
+    def _halve_micro_batches(self, rows: batches.StepRows, reason: str) -> None:
         """Halve the micro-batch tokens. Raise OutOfGpuMemory when they are as small as the longest row already."""
-        self.model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._free_step_memory()
         current_tokens = min(self.micro_batch_tokens, rows.tokens)
         if current_tokens <= self.min_micro_batch_tokens:
             raise OutOfGpuMemory(reason)
@@ -108,6 +111,12 @@ class StepTrainer(SFTTrainer):
             f"out of GPU memory with {current_tokens:,} tokens at once ({reason}); the step is repeated with "
             f"{self.micro_batch_tokens:,}"
         )
+
+    def _free_step_memory(self) -> None:
+        """Free the gradients of a step that was abandoned, and what torch keeps for later."""
+        self.model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Check the losses before the library logs, saves or evaluates, and every LOSS_CHECK_STEPS steps."""
@@ -119,25 +128,23 @@ class StepTrainer(SFTTrainer):
     def refuse_broken_losses(self) -> None:
         """Raise UserError for the first step since the last check whose loss is NaN or infinity."""
         losses, self.losses = self.losses, []
-        if not losses:
-            return
-        is_finite = torch.isfinite(torch.stack([loss for _, loss in losses]))
-        if not is_finite.all():
-            index = int((~is_finite).nonzero()[0])
-            numbers, loss = losses[index]
-            rows = ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
-            step = self.state.global_step - len(losses) + 1 + index
-            self._refuse_broken_numbers(
-                f"the loss of step {step:,} is {loss.item()}, caused by rows {rows} of data/train.parquet or by the "
-                "step before",
-                code="finetune.loss_not_finite",
-            )
+        if losses:
+            is_broken = ~torch.isfinite(torch.stack([loss for _, loss in losses]))
+            if is_broken.any():
+                index = int(is_broken.nonzero()[0])
+                self._refuse_broken_step(*losses[index], self.state.global_step - len(losses) + 1 + index)
+
+    def _refuse_broken_step(self, row_numbers: list[int], loss: torch.Tensor, step: int) -> NoReturn:
+        """Raise UserError for a step whose loss is NaN or infinity."""
+        rows = ", ".join(map(str, row_numbers[:16])) + (", ..." if len(row_numbers) > 16 else "")
+        self._refuse_broken_numbers(
+            f"the loss of step {step:,} is {loss.item()}, caused by rows {rows} of data/train.parquet or by the "
+            "step before",
+            code="finetune.loss_not_finite",
+        )
 
     def refuse_broken_weights(self) -> None:
-        """Raise UserError when a trained tensor holds NaN or infinity.
-
-        After the last step no later loss would show it.
-        """
+        """Raise UserError when a trained tensor holds NaN or infinity: of the last step no later loss would show it."""
         trainable = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         if tensor_name := find_broken_tensor(trainable):
             self._refuse_broken_numbers(
@@ -147,14 +154,17 @@ class StepTrainer(SFTTrainer):
 
     def _refuse_broken_numbers(self, problem: str, code: str) -> NoReturn:
         """Raise UserError that names the last good checkpoint and a lower learning rate."""
-        last_good = prune_and_find_checkpoint(Path(self.args.output_dir))
-        checkpoint = f"the last good checkpoint is {last_good.name}" if last_good else "there is no good checkpoint yet"
         lower_rate = min(self.args.learning_rate / 4, 2e-4)
         raise UserError(
-            f"{problem}; {checkpoint}",
+            f"{problem}; {self._describe_last_checkpoint()}",
             f'start a new run with RUN=name SET="finetune.learning_rate={lower_rate:.1e}", or without these rows',
             code=code,
         )
+
+    def _describe_last_checkpoint(self) -> str:
+        """Return which checkpoint a broken training leaves."""
+        last_good = prune_and_find_checkpoint(self.checkpoint_folder)
+        return f"the last good checkpoint is {last_good.name}" if last_good else "there is no good checkpoint yet"
 
     def log(self, logs, start_time=None):
         """Log the entry, to which speed, memory and costs are added when it has a loss."""
@@ -164,21 +174,25 @@ class StepTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint with the loss of its last step. On a full disk, remove it again and continue."""
-        started_at, path = time.monotonic(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        started_at, path = time.monotonic(), self.checkpoint_folder / f"checkpoint-{self.state.global_step}"
         self.refuse_broken_weights()
         try:
             super()._save_checkpoint(model, trial)
             if self.last_loss is not None:
                 files.write_json(path / LAST_LOSS_FILE, {"loss": self.last_loss.item()})
         except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors raise on a full disk
-            if shutil.disk_usage(self.args.output_dir).free > 100e6 and not isinstance(error, OSError):
-                raise
-            shutil.rmtree(path, ignore_errors=True)
-            console.print_note(
-                f"no checkpoint was written at step {self.state.global_step} ({error}); the previous one is kept and "
-                "the training continues: free some disk space"
-            )
+            self._discard_checkpoint(path, error)
         self.meter.leave_out(time.monotonic() - started_at)
+
+    def _discard_checkpoint(self, path: Path, error: Exception) -> None:
+        """Remove a checkpoint that was written in part. Raise the error again when the disk is not full."""
+        if shutil.disk_usage(self.checkpoint_folder).free > 100e6 and not isinstance(error, OSError):
+            raise error
+        shutil.rmtree(path, ignore_errors=True)
+        console.print_note(
+            f"no checkpoint was written at step {self.state.global_step} ({error}); the previous one is kept and "
+            "the training continues: free some disk space"
+        )
 
     def save_checkpoint_now(self) -> None:
         """Write a checkpoint of the last complete step now, outside of the training loop."""
@@ -191,17 +205,9 @@ class StepTrainer(SFTTrainer):
 
         The library's own value is a mean of the means of the batches.
         """
-        started_at, loss_sum, target_count = time.monotonic(), 0.0, 0
+        started_at = time.monotonic()
         self.model.eval()
-        with torch.no_grad():
-            for item in self.get_eval_dataloader():
-                rows = item["rows"]
-                target_count += rows.targets
-                for inputs in self.iter_micro_batches(rows):
-                    if self.signals.is_urgent:
-                        raise StopTraining
-                    loss_sum = loss_sum + self._micro_batch_loss(inputs, max(1, rows.targets)) * rows.targets
-        metrics = {"eval_loss": float(loss_sum) / max(1, target_count)}
+        metrics = {"eval_loss": self._measure_heldout_loss()}
         if not math.isfinite(metrics["eval_loss"]):
             self._refuse_broken_numbers(
                 f"the held-out loss after step {self.state.global_step:,} is {metrics['eval_loss']}",
@@ -213,7 +219,20 @@ class StepTrainer(SFTTrainer):
         self.meter.leave_out(time.monotonic() - started_at)
         return metrics
 
-    def _micro_batch_loss(self, inputs, targets: int):
+    @torch.no_grad()
+    def _measure_heldout_loss(self) -> float:
+        """Return the mean loss over the tokens of the held-out rows. Raise StopTraining after a signal."""
+        loss_sum, target_count = 0.0, 0
+        for item in self.get_eval_dataloader():
+            rows = item["rows"]
+            target_count += rows.targets
+            for inputs in self.iter_micro_batches(rows):
+                if self.signals.is_urgent:
+                    raise StopTraining
+                loss_sum = loss_sum + self._micro_batch_loss(inputs, max(1, rows.targets)) * rows.targets
+        return float(loss_sum) / max(1, target_count)
+
+    def _micro_batch_loss(self, inputs: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
         """Return the loss of a micro-batch, summed over its tokens and divided by `targets`."""
         with self.compute_loss_context_manager():
             return self.compute_loss(self.model, self._prepare_inputs(inputs), num_items_in_batch=targets).detach()

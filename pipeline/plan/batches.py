@@ -47,11 +47,7 @@ class ShuffledRows:
         return row_numbers[start - epochs[0] * self.row_count : stop - epochs[0] * self.row_count]
 
     def count_tokens(self, lengths: np.ndarray, visits: int) -> int:
-        """Return the number of tokens in the first `visits` rows of the order.
-
-        Args:
-            lengths: tokens of each row, int [rows].
-        """
+        """Return the number of tokens in the first `visits` rows of the order; `lengths` are int [rows]."""
         epochs, remainder = divmod(min(visits, self.visits), self.row_count)
         last_epoch_lengths = (
             lengths[_shuffle_epoch(self.row_count, self.seed, epochs)[:remainder]] if remainder else lengths[:0]
@@ -109,12 +105,8 @@ def build_step_dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, rows
     from datasets import Dataset
 
     def load_steps(batch: dict) -> dict:
-        return {
-            "rows": [
-                take_step_rows(table, order[step * rows_per_step : (step + 1) * rows_per_step])
-                for step in batch["step"]
-            ]
-        }
+        starts = [step * rows_per_step for step in batch["step"]]
+        return {"rows": [take_step_rows(table, order[start : start + rows_per_step]) for start in starts]}
 
     steps = math.ceil(len(order) / rows_per_step)
     return Dataset.from_dict({"step": np.arange(steps)}).with_transform(load_steps)
@@ -123,49 +115,44 @@ def build_step_dataset(table: "pa.Table", order: ShuffledRows | np.ndarray, rows
 def split_into_micro_batches(lengths: list[int], max_tokens: int, packed: bool) -> list[list[int]]:
     """Split the rows of a step into micro-batches and return the positions of the rows in each.
 
-    A row that is longer than `max_tokens` is a micro-batch by itself.
-
-    Args:
-        lengths: tokens of each row.
-        max_tokens: the most tokens of a micro-batch, padding included.
-        packed: put the rows of a micro-batch one after another in one sequence instead of padding them.
+    A micro-batch has at most `max_tokens` tokens, padding included, or is one longer row. The rows of a packed one
+    follow each other in one sequence; those of another one are padded.
     """
     return _split_packed(lengths, max_tokens) if packed else _split_padded(lengths, max_tokens)
 
 
 def _split_packed(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Make as few packed micro-batches as possible, of equal size: the longest row first, each into the emptiest."""
+    """Make as few packed micro-batches as possible, of equal size."""
     batch_count = max(1, math.ceil(sum(lengths) / max_tokens))
     while True:
-        heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(min(batch_count, len(lengths)))]
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            tokens, number, pack = heap[0]
-            pack.append(i)
-            heapq.heapreplace(heap, (tokens + lengths[i], number, pack))
-        if batch_count >= len(lengths) or max(heap)[0] <= max_tokens:
-            return [sorted(pack) for _, _, pack in sorted(heap, key=lambda entry: entry[1])]
+        packs = _fill_packs(lengths, min(batch_count, len(lengths)))
+        if batch_count >= len(lengths) or max(packs)[0] <= max_tokens:
+            return [sorted(positions) for _, _, positions in sorted(packs, key=lambda pack: pack[1])]
         batch_count += 1
+
+
+def _fill_packs(lengths: list[int], count: int) -> list[tuple[int, int, list[int]]]:
+    """Return packs of rows, each (tokens, number, positions of its rows): the longest row first, into the emptiest."""
+    heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, number, positions = heap[0]
+        positions.append(i)
+        heapq.heapreplace(heap, (tokens + lengths[i], number, positions))
+    return heap
 
 
 def _split_padded(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Make padded micro-batches of rows of similar length, each row padded to the longest."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and _round_up(lengths[groups[-1][0]], PADDED_MULTIPLE) * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+        if not groups or _round_up(lengths[groups[-1][0]], PADDED_MULTIPLE) * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+        groups[-1].append(i)
     return groups
 
 
 def largest_micro_batch_tokens(lengths: np.ndarray, rows_per_step: int, max_tokens: int, packed: bool) -> int:
-    """Return the tokens of the largest micro-batch in these steps, padding included.
-
-    Args:
-        lengths: tokens of the rows in the order of training, int [rows].
-        rows_per_step: rows of an optimizer step.
-        max_tokens: the most tokens of a micro-batch, padding included.
-    """
+    """Return the tokens of the largest micro-batch, padding included. The rows are in the order of training."""
     largest = 0
     for start in range(0, len(lengths), rows_per_step):
         step_lengths = lengths[start : start + rows_per_step]
@@ -198,13 +185,17 @@ def max_rows_per_step(lengths: np.ndarray, max_tokens: int, packed: bool) -> int
         lengths: tokens of the rows in the order of training, int [rows].
         max_tokens: the most tokens of a micro-batch, padding included.
     """
-    for count in range(max(1, int(max_tokens // lengths.mean())), 1, -1):
-        starts = np.arange(0, len(lengths), count)
-        longest, row_counts = np.maximum.reduceat(lengths, starts), np.diff([*starts, len(lengths)])
-        sizes = np.add.reduceat(lengths, starts) if packed else _round_up(longest, PADDED_MULTIPLE) * row_counts
-        if sizes.max() <= max_tokens:
-            return count
-    return 1
+    counts = range(max(1, int(max_tokens // lengths.mean())), 1, -1)
+    return next((count for count in counts if _count_step_tokens(lengths, count, packed).max() <= max_tokens), 1)
+
+
+def _count_step_tokens(lengths: np.ndarray, rows_per_step: int, packed: bool) -> np.ndarray:
+    """Return the tokens of each step as one micro-batch, int [steps]."""
+    starts = np.arange(0, len(lengths), rows_per_step)
+    if packed:
+        return np.add.reduceat(lengths, starts)
+    longest, row_counts = np.maximum.reduceat(lengths, starts), np.diff([*starts, len(lengths)])
+    return _round_up(longest, PADDED_MULTIPLE) * row_counts
 
 
 def _round_up(length, multiple: int):

@@ -66,23 +66,32 @@ def choose_batch_settings(task: TrainingTask, tune: Finetune, packed: bool) -> t
     Raises:
         UserError: not even the smallest candidate fits, or the training would have too many steps.
     """
-    shape, lengths, gpu_bytes, least_need = task.shape, task.lengths, task.gpu_bytes, np.inf
-    for tokens, policy in list_candidates(tune, int(lengths.max()), gpu_bytes):
-        choice, order = build_choice(tune, lengths, tokens, policy, packed, task.resumed_rows_per_step)
-        if gpu_bytes is None or shape is None:
-            return choice, order
-        need = (
-            memory_need.peak_bytes(shape, task.base, tune, choice.largest_micro_batch, policy, packed)
-            + memory_need.CUDA_CONTEXT_BYTES
-        )
-        if need <= USABLE_MEMORY_SHARE * gpu_bytes:
+    least_need, longest = math.inf, int(task.lengths.max())
+    for tokens, policy in list_candidates(tune, longest, task.gpu_bytes):
+        choice, order = build_choice(tune, task.lengths, tokens, policy, packed, task.resumed_rows_per_step)
+        need = estimate_need(task, tune, choice)
+        if need is None or task.gpu_bytes is None or need <= USABLE_MEMORY_SHARE * task.gpu_bytes:
             return choice, order
         least_need = min(least_need, need)
-    if tune.micro_batch_tokens and tune.micro_batch_tokens > lengths.max():
+    if tune.micro_batch_tokens and tune.micro_batch_tokens > longest:
         return choice, order  # as configured: if it does not fit, the training lowers it
-    raise UserError(
+    raise describe_small_gpu(task, least_need)
+
+
+def estimate_need(task: TrainingTask, tune: Finetune, choice: BatchChoice) -> float | None:
+    """Return the bytes of GPU memory that a training needs; None when they cannot be estimated."""
+    if task.shape is None:
+        return None
+    tokens, policy = choice.largest_micro_batch, choice.use_gradient_checkpointing
+    peak = memory_need.peak_bytes(task.shape, task.base, tune, tokens, policy, choice.packing)
+    return peak + memory_need.CUDA_CONTEXT_BYTES
+
+
+def describe_small_gpu(task: TrainingTask, least_need: float) -> UserError:
+    """Return the error that the smallest candidate, which needs `least_need` bytes, does not fit."""
+    return UserError(
         f"{task.base.model} needs {least_need / USABLE_MEMORY_SHARE / 1e9:.0f} GB of GPU memory for its longest row "
-        f"({lengths.max():,} tokens); this GPU has {gpu_bytes / 1e9:.0f} GB",
+        f"({task.lengths.max():,} tokens); this GPU has {(task.gpu_bytes or 0) / 1e9:.0f} GB",
         "use a larger GPU (`make plan` names one), base.load_in_4bit: true, or a smaller base.max_seq_length, "
         "with a new RUN=name",
         code="gpu.too_small",
@@ -103,25 +112,23 @@ def list_candidates(
         longest: tokens of the longest row. A micro-batch may always have so many.
         gpu_bytes: GPU memory, None on a CPU.
     """
-    configured_policy = tune.use_gradient_checkpointing
+    policies = list_policies(tune)
     if gpu_bytes is None:
-        return [
-            (
-                tune.micro_batch_tokens or max(longest, TOKEN_LIMITS[-1]),
-                False if configured_policy == "auto" else configured_policy,
-            )
-        ]
-    return [
-        (max(tokens, longest), policy)
-        for policy in ((False, "unsloth") if configured_policy == "auto" else (configured_policy,))
-        for tokens in (
-            [tune.micro_batch_tokens]
-            if tune.micro_batch_tokens
-            else CHECKPOINTED_TOKEN_LIMITS
-            if policy
-            else TOKEN_LIMITS
-        )
-    ]
+        return [(tune.micro_batch_tokens or max(longest, TOKEN_LIMITS[-1]), policies[0])]
+    return [(max(tokens, longest), policy) for policy in policies for tokens in list_token_limits(tune, policy)]
+
+
+def list_policies(tune: Finetune) -> tuple[memory_need.CheckpointingPolicy, ...]:
+    """Return the gradient checkpointing policies that the config allows, the fastest first."""
+    configured = tune.use_gradient_checkpointing
+    return (False, "unsloth") if configured == "auto" else (configured,)
+
+
+def list_token_limits(tune: Finetune, policy: memory_need.CheckpointingPolicy) -> tuple[int, ...]:
+    """Return the micro-batch sizes to try with a policy, in tokens, the largest first."""
+    if tune.micro_batch_tokens:
+        return (tune.micro_batch_tokens,)
+    return CHECKPOINTED_TOKEN_LIMITS if policy else TOKEN_LIMITS
 
 
 def build_choice(
@@ -135,24 +142,27 @@ def build_choice(
     """Return the batch settings for a micro-batch of at most `tokens`, and the rows in the order of training.
 
     Raises:
-        UserError: the training would have more than MOST_STEPS steps.
+        UserError: the training would have more than MAX_STEPS steps.
     """
     rows_per_step = resumed_rows_per_step or choose_rows_per_step(tune, lengths, tokens, packed)
     order = batches.ShuffledRows(len(lengths), count_visits(tune, len(lengths), rows_per_step), tune.seed)
-    if len(order) > MAX_STEPS * rows_per_step:
+    refuse_too_many_steps(tune, len(order), rows_per_step)
+    first_lengths = lengths[select_first_steps(order, rows_per_step)]
+    largest = batches.largest_micro_batch_tokens(first_lengths, rows_per_step, tokens, packed)
+    longest = batches.count_batch_tokens(lengths[[lengths.argmax()]], packed)  # it may come after the sample
+    learning_rate = scale_learning_rate(tune, rows_per_step)
+    return BatchChoice(rows_per_step, learning_rate, tokens, max(largest, longest), policy, packed), order
+
+
+def refuse_too_many_steps(tune: Finetune, visits: int, rows_per_step: int) -> None:
+    """Raise UserError when a training on `visits` rows would have more than MAX_STEPS steps."""
+    if visits > MAX_STEPS * rows_per_step:
         raise UserError(
-            f"finetune.num_train_epochs {tune.num_train_epochs:g} makes {len(order) // rows_per_step:,} steps; "
+            f"finetune.num_train_epochs {tune.num_train_epochs:g} makes {visits // rows_per_step:,} steps; "
             f"at most {MAX_STEPS:,} are allowed",
             "set fewer epochs, or finetune.max_steps, with a new RUN=name",
             code="finetune.too_many_steps",
         )
-    largest = batches.largest_micro_batch_tokens(
-        lengths[select_first_steps(order, rows_per_step)], rows_per_step, tokens, packed
-    )
-    longest = batches.count_batch_tokens(lengths[[lengths.argmax()]], packed)  # it may come after the sample
-    return BatchChoice(
-        rows_per_step, scale_learning_rate(tune, rows_per_step), tokens, max(largest, longest), policy, packed
-    ), order
 
 
 def select_first_steps(order: batches.ShuffledRows, rows_per_step: int) -> np.ndarray:
@@ -166,25 +176,16 @@ def count_visits(tune: Finetune, row_count: int, rows_per_step: int) -> int:
 
 
 def choose_rows_per_step(tune: Finetune, lengths: np.ndarray, tokens: int, packed: bool) -> int:
-    """Return `train_batch_size` from the config, or for "auto" as many rows as one micro-batch holds.
-
-    Args:
-        lengths: tokens of each row, int [rows].
-        tokens: the most tokens of a micro-batch.
-    """
+    """Return `train_batch_size` from the config, or for "auto" as many rows as a micro-batch of `tokens` holds."""
     if tune.train_batch_size != "auto":
         return tune.train_batch_size
     visits = count_visits(tune, len(lengths), tokens)
     first_rows = batches.ShuffledRows(len(lengths), visits, tune.seed)[:SAMPLE_ROWS]
-    return max(
-        DEFAULT_ROWS_PER_STEP, min(batches.max_rows_per_step(lengths[first_rows], tokens, packed), visits // MIN_STEPS)
-    )
+    fitting_rows = batches.max_rows_per_step(lengths[first_rows], tokens, packed)
+    return max(DEFAULT_ROWS_PER_STEP, min(fitting_rows, visits // MIN_STEPS))
 
 
 def scale_learning_rate(tune: Finetune, rows_per_step: int) -> float:
     """Return the configured rate, scaled for an "auto" batch by the square root of its rows relative to the usual 8."""
-    return (
-        tune.learning_rate
-        if tune.train_batch_size != "auto"
-        else tune.learning_rate * math.sqrt(rows_per_step / DEFAULT_ROWS_PER_STEP)
-    )
+    scale = math.sqrt(rows_per_step / DEFAULT_ROWS_PER_STEP) if tune.train_batch_size == "auto" else 1
+    return tune.learning_rate * scale

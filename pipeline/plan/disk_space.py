@@ -10,14 +10,10 @@ CHECKPOINTS_AT_ONCE = 2
 
 def artifact_bytes(config: Config, weight_bytes: float) -> dict[str, float]:
     """Return bytes by part, without checkpoints. `weight_bytes`: size of the base model's 16-bit weights."""
-    quantized_bytes = sum(quantization_bytes(config, weight_bytes))
-    return {
-        "base": weight_bytes,
-        "merged weights": weight_bytes,
-        "16-bit GGUF": weight_bytes,
-        # made with and without the importance matrix, so that both can be compared
-        "quantized": quantized_bytes * (2 if config.export.imatrix else 1),
-    }
+    copies = 2 if config.export.imatrix else 1  # with and without the importance matrix, so that both can be compared
+    quantized_bytes = sum(quantization_bytes(config, weight_bytes)) * copies
+    unquantized_parts = ("base", "merged weights", "16-bit GGUF")
+    return dict.fromkeys(unquantized_parts, weight_bytes) | {"quantized": quantized_bytes}
 
 
 def quantization_bytes(config: Config, weight_bytes: float) -> list[float]:

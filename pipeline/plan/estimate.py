@@ -99,48 +99,47 @@ def run_plan(config: Config, run: Run, gpu: str | None, local_gpu: str | None) -
     plans = [plan_on_gpu(gpu_type, workload) for gpu_type in gpu_table.read_gpu_table()]
     fitting_plans = [plan for plan in plans if isinstance(plan, TrainingPlan)]
     cheapest = min(fitting_plans, key=lambda plan: plan.dollars, default=None)
-    gpu_type = select_gpu(gpu) if gpu else gpu_table.find_gpu(local_gpu or "")
+    local_type, shown_plan = gpu_table.find_gpu(local_gpu or ""), cheapest
+    if gpu:
+        shown_plan = plan_on_named_gpu(gpu, workload)
+    elif local_type and isinstance(local_plan := plan_on_gpu(local_type, workload), TrainingPlan):
+        shown_plan = local_plan
+    details = [format_plan(shown_plan, config, workload)] if shown_plan else []
+    return "\n".join([*details, *format_gpu_table(plans, cheapest, local_type), *describe_processor(workload)])
+
+
+def plan_on_named_gpu(gpu: str, workload: Workload) -> TrainingPlan:
+    """Return the plan for the GPU of that name. Raise UserError when it is unknown or cannot train the model."""
+    gpu_type = select_gpu(gpu)
     try:
-        shown_plan = estimate_on_gpu(gpu_type, workload) if gpu_type else cheapest
+        return estimate_on_gpu(gpu_type, workload)
     except UserError as error:
-        if gpu:
-            reason = shorten_reason(error, workload)
-            raise UserError(
-                f"{gpu}: {reason}", "`make plan` without GPU= lists the GPUs that fit", code=error.code
-            ) from error
-        shown_plan = cheapest
-    sections = [format_plan(shown_plan, config, workload)] if shown_plan else []
-    return "\n".join(
-        [
-            *sections,
-            *format_gpu_table(plans, cheapest, gpu_table.find_gpu(local_gpu or "")),
-            *describe_processor(workload),
-        ]
-    )
+        message = f"{gpu}: {shorten_reason(error, workload)}"
+        raise UserError(message, "`make plan` without GPU= lists the GPUs that fit", code=error.code) from error
 
 
 def plan_to_json(config: Config, run: Run, gpu: str | None, local_gpu: str | None) -> str:
     """Return the plan as JSON: a list of {gpu, fits, ...} for each GPU, and this machine's processor at the end."""
     workload = load_workload(config, run)
-    rows = []
-    for gpu_type in gpu_table.read_gpu_table():
-        plan = plan_on_gpu(gpu_type, workload)
-        facts = {"fits": False, "why": plan} if isinstance(plan, str) else {"fits": True} | plan_facts(plan)
-        rows.append(
-            {
-                "gpu": gpu_type.name,
-                "memory_gb": gpu_type.memory_gb,
-                "is_here": gpu_type == gpu_table.find_gpu(local_gpu or ""),
-            }
-            | facts
-        )
+    local_type = gpu_table.find_gpu(local_gpu or "")
+    rows = [gpu_facts(gpu_type, workload, gpu_type == local_type) for gpu_type in gpu_table.read_gpu_table()]
     selected_rows = [row for row in rows if gpu is None or row["gpu"] == select_gpu(gpu).name]
-    processor = this_machine.plan_on_processor(workload)
-    if isinstance(processor, str):
-        selected_rows.append({"gpu": None, "fits": False, "why": processor})
-    else:
-        selected_rows.append({"gpu": None, "fits": True, "hours": round(processor.seconds / 3600, 3), "dollars": 0.0})
-    return json.dumps(selected_rows, indent=2)
+    return json.dumps([*selected_rows, processor_facts(workload)], indent=2)
+
+
+def gpu_facts(gpu_type: GpuType, workload: Workload, is_here: bool) -> dict[str, object]:
+    """Return a GPU and the plan for it, as the JSON has them."""
+    plan = plan_on_gpu(gpu_type, workload)
+    facts = {"fits": False, "why": plan} if isinstance(plan, str) else {"fits": True} | plan_facts(plan)
+    return {"gpu": gpu_type.name, "memory_gb": gpu_type.memory_gb, "is_here": is_here} | facts
+
+
+def processor_facts(workload: Workload) -> dict[str, object]:
+    """Return the plan for this machine's processor, as the JSON has it."""
+    plan = this_machine.plan_on_processor(workload)
+    if isinstance(plan, str):
+        return {"gpu": None, "fits": False, "why": plan}
+    return {"gpu": None, "fits": True, "hours": round(plan.seconds / 3600, 3), "dollars": 0.0}
 
 
 def plan_facts(plan: TrainingPlan) -> dict:
@@ -171,28 +170,28 @@ def load_workload(config: Config, run: Run) -> Workload:
     Raises:
         UserError: there are no rows yet, or the base model's memory and speed cannot be estimated.
     """
-    if not run.is_done("data"):
-        raise UserError(
-            f"there is no prepared data in {run.folder} yet, and the plan depends on the lengths of the rows",
-            "run `make data CONFIG=...` first",
-            code="plan.no_prepared_data",
-        )
-    shape, model_type = read_model_shape(
-        bases.fetch_base_model(config.base.model, run.read_record(DataRecord).base.revision, weights=False)
-    )
+    refuse_missing_rows(run)
+    data = run.read_record(DataRecord)
+    source = bases.fetch_base_model(config.base.model, data.base.revision, weights=False)
+    shape, model_type = read_model_shape(source)
     if shape is None:
         raise UserError(
             f"{config.base.model} is not a plain decoder ({model_type}): its memory and speed cannot be estimated",
             "`make finetune` finds what fits: it halves the micro-batch when GPU memory runs out",
             code="plan.unknown_model_shape",
         )
-    return Workload(
-        config.base,
-        config.finetune,
-        shape,
-        model_type,
-        batches.row_lengths(training_rows.read_table(run.read_record(DataRecord).output_path("train"))),
-    )
+    lengths = batches.row_lengths(training_rows.read_table(data.output_path("train")))
+    return Workload(config.base, config.finetune, shape, model_type, lengths)
+
+
+def refuse_missing_rows(run: Run) -> None:
+    """Raise UserError when the run has no rows yet."""
+    if not run.is_done("data"):
+        raise UserError(
+            f"there is no prepared data in {run.folder} yet, and the plan depends on the lengths of the rows",
+            "run `make data CONFIG=...` first",
+            code="plan.no_prepared_data",
+        )
 
 
 def read_model_shape(source: Path) -> tuple[memory_need.ModelShape | None, str]:
@@ -207,16 +206,11 @@ def read_model_shape(source: Path) -> tuple[memory_need.ModelShape | None, str]:
 def select_gpu(name: str) -> GpuType:
     """Return the GPU type with this name in the table or in torch. Raise UserError when the table has none."""
     gpu_types = gpu_table.read_gpu_table()
-    gpu_type = next(
-        (gpu_type for gpu_type in gpu_types if gpu_type.name.lower() == name.lower()), None
-    ) or gpu_table.find_gpu(name)
-    if not gpu_type:
-        raise UserError(
-            f"{gpu_table.TABLE_PATH} has no GPU {name!r}",
-            f"GPU=one of: {', '.join(gpu_type.name for gpu_type in gpu_types)}; or add a line",
-            code="gpu.unknown",
-        )
-    return gpu_type
+    same_name = (gpu_type for gpu_type in gpu_types if gpu_type.name.lower() == name.lower())
+    if gpu_type := next(same_name, None) or gpu_table.find_gpu(name):
+        return gpu_type
+    hint = f"GPU=one of: {', '.join(gpu_type.name for gpu_type in gpu_types)}; or add a line"
+    raise UserError(f"{gpu_table.TABLE_PATH} has no GPU {name!r}", hint, code="gpu.unknown")
 
 
 def plan_on_gpu(gpu_type: GpuType, workload: Workload) -> TrainingPlan | str:
@@ -239,18 +233,10 @@ def estimate_on_gpu(gpu_type: GpuType, workload: Workload) -> TrainingPlan:
     packed = workload.tune.packing and can_pack_rows(workload.model_type)
     task = TrainingTask(workload.shape, workload.base, workload.lengths, gpu_type.memory_gb * 1e9)
     choice, order = choose_batch_settings(task, workload.tune, packed)
-    parts = memory_need.memory_parts(
-        workload.shape,
-        workload.base,
-        workload.tune,
-        choice.largest_micro_batch,
-        choice.use_gradient_checkpointing,
-        packed,
-    )
     return TrainingPlan(
         gpu_type,
         choice,
-        parts | {"CUDA itself": memory_need.CUDA_CONTEXT_BYTES},
+        estimate_memory_parts(workload, choice),
         math.ceil(len(order) / choice.train_batch_size),
         order.count_tokens(workload.lengths, len(order)),
         estimate_training_seconds(workload, choice, order, gpu_type),
@@ -258,67 +244,71 @@ def estimate_on_gpu(gpu_type: GpuType, workload: Workload) -> TrainingPlan:
     )
 
 
+def estimate_memory_parts(workload: Workload, choice: BatchChoice) -> dict[str, float]:
+    """Return the peak GPU memory, bytes by part, with what CUDA itself takes."""
+    tokens, policy = choice.largest_micro_batch, choice.use_gradient_checkpointing
+    parts = memory_need.memory_parts(workload.shape, workload.base, workload.tune, tokens, policy, choice.packing)
+    return parts | {"CUDA itself": memory_need.CUDA_CONTEXT_BYTES}
+
+
 def estimate_training_seconds(
     workload: Workload, choice: BatchChoice, order: batches.ShuffledRows, gpu_type: GpuType
 ) -> float:
     """Return the seconds of the training, export not included.
 
-    A micro-batch takes as long as the GPU computes, or as long as the CPU needs to start the kernels, whichever is
-    longer. The first steps are added up, and the others are assumed to take as long for each token.
+    The first steps are added up, and the others are assumed to take as long for each token.
     """
-    shape, sample_lengths = workload.shape, workload.lengths[select_first_steps(order, choice.train_batch_size)]
-    tokens_per_second = (
-        COMPUTE_EFFICIENCY
-        * gpu_type.tflops
-        * 1e12
-        / shape.flops_per_token()
-        * (CHECKPOINTING_SPEED if choice.use_gradient_checkpointing else 1)
-    )
+    sample_lengths = workload.lengths[select_first_steps(order, choice.train_batch_size)]
     sample_seconds = 0.0
     for start in range(0, len(sample_lengths), choice.train_batch_size):
         step_lengths = sample_lengths[start : start + choice.train_batch_size]
         for group in batches.split_into_micro_batches(step_lengths.tolist(), choice.micro_batch_tokens, choice.packing):
-            sample_seconds += max(
-                batches.count_batch_tokens(step_lengths[group], choice.packing) / tokens_per_second,
-                LAUNCH_SECONDS * shape.layers,
-            )
+            sample_seconds += estimate_batch_seconds(step_lengths[group], workload.shape, choice, gpu_type)
     return START_SECONDS + sample_seconds * order.count_tokens(workload.lengths, len(order)) / int(sample_lengths.sum())
+
+
+def estimate_batch_seconds(
+    lengths: np.ndarray, shape: memory_need.ModelShape, choice: BatchChoice, gpu_type: GpuType
+) -> float:
+    """Return the seconds of a micro-batch: that the GPU computes, or that the CPU starts kernels if that is longer."""
+    speed = CHECKPOINTING_SPEED if choice.use_gradient_checkpointing else 1
+    tokens_per_second = COMPUTE_EFFICIENCY * gpu_type.tflops * 1e12 / shape.flops_per_token() * speed
+    tokens = batches.count_batch_tokens(lengths, choice.packing)
+    return max(tokens / tokens_per_second, LAUNCH_SECONDS * shape.layers)
 
 
 def format_plan(plan: TrainingPlan, config: Config, workload: Workload) -> str:
     """Return the details of a plan: rows, batches, memory and disk by part, time and costs."""
-    choice, checkpointing = plan.choice, POLICY_NAMES[plan.choice.use_gradient_checkpointing]
     lengths, disk_parts = workload.lengths, estimate_disk_parts(config, workload)
-    batch = (
-        f"{choice.train_batch_size} rows a step, {'packed' if choice.packing else 'padded'}, "
-        f"learning rate {choice.learning_rate:.3g}"
-    )
-    at_once = (
-        f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch; "
-        f"gradient checkpointing: {checkpointing}"
-    )
     lines = [
         ("rows", f"{len(lengths):,} with {lengths.sum():,} tokens, the longest has {lengths.max():,}"),
-        ("visits", f"{describe_visits(plan, workload)}"),
-        ("batch", batch),
-        ("at once", at_once),
+        ("visits", describe_visits(plan, workload)),
+        *describe_batches(plan.choice),
         ("steps", f"{plan.steps:,}"),
         ("memory", f"{plan.peak_bytes / 1e9:.1f} GB at the peak"),
         *format_parts(plan.memory_parts),
         ("", "    -  logits (the loss is computed without holding them)"),
         ("disk", f"{sum(disk_parts.values()) / 1e9:.1f} GB at the end"),
         *format_parts(disk_parts),
-        (
-            "time",
-            (
-                f"{duration(plan.training_seconds)} training, {duration(plan.export_seconds)} export, "
-                f"downloads not counted: about ${plan.dollars:.2f}"
-            ),
-        ),
+        ("time", describe_time(plan)),
     ]
     return "\n".join(
         [f"on {plan.gpu_type.name} ({plan.gpu_type.memory_gb:.0f} GB)", *(f"  {name:8} {text}" for name, text in lines)]
     )
+
+
+def describe_batches(choice: BatchChoice) -> list[tuple[str, str]]:
+    """Return the lines about the batch of a step and about its micro-batches, as (heading, text)."""
+    layout, policy = "packed" if choice.packing else "padded", POLICY_NAMES[choice.use_gradient_checkpointing]
+    batch = f"{choice.train_batch_size} rows a step, {layout}, learning rate {choice.learning_rate:.3g}"
+    sizes = f"{choice.micro_batch_tokens:,} tokens at most, {choice.largest_micro_batch:,} in the largest micro-batch"
+    return [("batch", batch), ("at once", f"{sizes}; gradient checkpointing: {policy}")]
+
+
+def describe_time(plan: TrainingPlan) -> str:
+    """Return the time of training and export, and what they cost."""
+    times = f"{duration(plan.training_seconds)} training, {duration(plan.export_seconds)} export"
+    return f"{times}, downloads not counted: about ${plan.dollars:.2f}"
 
 
 def describe_visits(plan: TrainingPlan, workload: Workload) -> str:
@@ -352,22 +342,22 @@ def format_gpu_table(
         plans: the plan, or the reason why there is none, for each GPU in the order of the table.
         local_gpu: the GPU of this machine.
     """
+    header = f"  {'GPU':<13}{'GB':>5}{'peak':>7}{'at once':>9}{'rows':>6}  {'checkpointing':<15}{'hours':>7}{'$':>8}"
     lines = [
-        "",
-        f"  {'GPU':<13}{'GB':>5}{'peak':>7}{'at once':>9}{'rows':>6}  {'checkpointing':<15}{'hours':>7}{'$':>8}",
-    ]
-    lines += [
-        f"  {gpu_type.name:<13}{gpu_type.memory_gb:>5.0f}"
-        + (f"  {plan}" if isinstance(plan, str) else format_plan_columns(plan))
-        + ("  <- here" if gpu_type == local_gpu else "")
+        format_gpu_line(gpu_type, plan) + ("  <- here" if gpu_type == local_gpu else "")
         for gpu_type, plan in zip(gpu_table.read_gpu_table(), plans, strict=True)
     ]
-    cheapest_text = (
-        f"{cheapest.gpu_type.name}, about ${cheapest.dollars:.2f}"
-        if cheapest
-        else "none; a smaller base.model or base.max_seq_length may fit"
-    )
-    return [*lines, f"  cheapest that fits: {cheapest_text} (prices: {gpu_table.TABLE_PATH}, yours to edit)"]
+    cheapest_text = "none; a smaller base.model or base.max_seq_length may fit"
+    if cheapest:
+        cheapest_text = f"{cheapest.gpu_type.name}, about ${cheapest.dollars:.2f}"
+    footer = f"  cheapest that fits: {cheapest_text} (prices: {gpu_table.TABLE_PATH}, yours to edit)"
+    return ["", header, *lines, footer]
+
+
+def format_gpu_line(gpu_type: GpuType, plan: TrainingPlan | str) -> str:
+    """Return the line of a GPU: its plan, or the reason why there is none."""
+    columns = f"  {plan}" if isinstance(plan, str) else format_plan_columns(plan)
+    return f"  {gpu_type.name:<13}{gpu_type.memory_gb:>5.0f}{columns}"
 
 
 def format_plan_columns(plan: TrainingPlan) -> str:

@@ -36,18 +36,18 @@ def read_gpu_table(path: Path = TABLE_PATH) -> list[GpuType]:
     path = path if path.is_file() else Path(__file__).parents[2] / path
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [
-                GpuType(
-                    row["name"],
-                    re.compile(row["match"]).pattern,
-                    *(float(row[name]) for name in list(GpuType.__annotations__)[2:]),
-                )
-                for row in csv.DictReader(file)
-            ]
+            return [_parse_gpu_type(row) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError, re.error) as error:
         raise UserError(
             f"{path} cannot be read: {error!r}", f"fix it, or `git checkout {path}`", code="gpu.invalid_table"
         ) from error
+
+
+def _parse_gpu_type(row: dict[str, str]) -> GpuType:
+    """Return a line of the table. Raise ValueError, KeyError, TypeError or re.error for a damaged one."""
+    pattern = re.compile(row["match"]).pattern
+    numbers = (float(row[name]) for name in list(GpuType.__annotations__)[2:])
+    return GpuType(row["name"], pattern, *numbers)
 
 
 def find_gpu(device: str) -> GpuType | None:
@@ -62,12 +62,7 @@ def find_speed_and_price(device: str) -> tuple[float | None, float | None]:
 
 
 def find_gpu_fault(capability: float, model_type: str) -> str | None:
-    """Return the reason why a GPU cannot train a model, or None when it can.
-
-    Args:
-        capability: compute capability of the GPU.
-        model_type: `model_type` of config.json.
-    """
+    """Return why a GPU of this compute capability cannot train models of `model_type`, or None when it can."""
     if capability < MIN_CAPABILITY:
         return (
             f"compute capability {capability} is too low: CUDA 13, and with it torch, Triton and bitsandbytes, "

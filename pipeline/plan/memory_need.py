@@ -5,8 +5,10 @@ that they were not fitted on are in benchmarks/results/gpu.md. Unsloth's fused l
 there is no part for them.
 """
 
+import contextlib
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from common import gguf_reader
 from pipeline.config.schema import LINEAR_LAYERS, Base, Finetune
@@ -15,6 +17,15 @@ from pipeline.config.schema import LINEAR_LAYERS, Base, Finetune
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 WORKSPACE_BYTES = 0.30e9  # of the matrix multiplications, and what the allocator cannot use
 CUDA_CONTEXT_BYTES = 0.7e9  # memory of CUDA itself, which torch does not count
+# The sizes of a config.json by the keys that they have in a GGUF, after the name of the architecture.
+GGUF_SIZES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+}
 
 
 @dataclass(frozen=True)
@@ -37,16 +48,8 @@ class ModelShape:
     @property
     def layer_matrices(self) -> dict[str, tuple[int, int]]:
         """Return the seven matrices of a layer, {name: (inputs, outputs)}."""
-        d, i = self.hidden, self.intermediate
-        sizes = (
-            (d, self.query_size),
-            (d, self.key_size),
-            (d, self.key_size),
-            (self.query_size, d),
-            (d, i),
-            (d, i),
-            (i, d),
-        )
+        d, q, k, i = self.hidden, self.query_size, self.key_size, self.intermediate
+        sizes = ((d, q), (d, k), (d, k), (q, d), (d, i), (d, i), (i, d))
         return dict(zip(LINEAR_LAYERS, sizes, strict=True))
 
     @property
@@ -78,66 +81,65 @@ class ModelShape:
         )
 
 
-def shape_from_config(config: dict) -> ModelShape | None:
+def shape_from_config(config: dict[str, Any]) -> ModelShape | None:
     """Return the shape in a config.json; None for models other than plain decoders (experts, state spaces, vision)."""
     text_config = config.get("text_config", config)
     if any("expert" in key or "mamba" in key or key.startswith("ssm") for key in text_config):
         return None
-    try:
-        heads, hidden = text_config["num_attention_heads"], text_config["hidden_size"]
-        head_size = text_config.get("head_dim") or hidden // heads
-        return ModelShape(
-            text_config["num_hidden_layers"],
-            hidden,
-            heads * head_size,
-            (text_config.get("num_key_value_heads") or heads) * head_size,
-            text_config["intermediate_size"],
-            heads,
-            text_config["vocab_size"],
-            has_tied_embeddings(config, text_config),
-        )
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
+    with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):
+        return _read_shape(config, text_config)
+    return None
 
 
-def has_tied_embeddings(config: dict, text_config: dict) -> bool:
-    """Return whether input and output embeddings are one matrix.
+def _read_shape(config: dict[str, Any], text_config: dict[str, Any]) -> ModelShape:
+    """Return the shape of a plain decoder. Raise KeyError, TypeError or ZeroDivisionError when a size is missing."""
+    heads, hidden = text_config["num_attention_heads"], text_config["hidden_size"]
+    head_size = text_config.get("head_dim") or hidden // heads
+    return ModelShape(
+        layers=text_config["num_hidden_layers"],
+        hidden=hidden,
+        query_size=heads * head_size,
+        key_size=(text_config.get("num_key_value_heads") or heads) * head_size,
+        intermediate=text_config["intermediate_size"],
+        heads=heads,
+        vocab=text_config["vocab_size"],
+        tied=has_tied_embeddings(config, text_config),
+    )
 
-    A config.json leaves out values that are the default of its class, and for Gemma that default is true.
-    """
+
+def has_tied_embeddings(config: dict[str, Any], text_config: dict[str, Any]) -> bool:
+    """Return whether input and output embeddings are one matrix."""
     for section in (text_config, config):
         if "tie_word_embeddings" in section:
             return bool(section["tie_word_embeddings"])
+    return _is_tied_by_default(text_config.get("model_type") or config.get("model_type", ""))
+
+
+def _is_tied_by_default(model_type: str) -> bool:
+    """Return the default of the model's config class, which a config.json leaves out. For Gemma it is true."""
     try:
         from transformers import CONFIG_MAPPING
 
-        return bool(CONFIG_MAPPING[text_config.get("model_type") or config["model_type"]]().tie_word_embeddings)
+        return bool(CONFIG_MAPPING[model_type]().tie_word_embeddings)
     except (ImportError, KeyError, TypeError, ValueError):
         return False
 
 
 def shape_from_gguf(header: gguf_reader.Header) -> ModelShape | None:
     """Return the shape in the header of a GGUF; None for models other than plain decoders."""
-    architecture = header.metadata.get(gguf_reader.ARCHITECTURE_KEY)
-
-    def read_size(key: str) -> int | None:
-        value = header.metadata.get(f"{architecture}.{key}")
-        return value if type(value) is int and value > 0 else None
-
-    if read_size("expert_count"):
+    if _read_size(header, "expert_count"):
         return None
-    return shape_from_config(
-        {
-            "num_hidden_layers": read_size("block_count"),
-            "hidden_size": read_size("embedding_length"),
-            "intermediate_size": read_size("feed_forward_length"),
-            "num_attention_heads": read_size("attention.head_count"),
-            "num_key_value_heads": read_size("attention.head_count_kv"),
-            "head_dim": read_size("attention.key_length"),
-            "vocab_size": len(header.metadata.get("tokenizer.ggml.tokens", ())),
-            "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in header.tensors),
-        }
-    )
+    tokens = header.metadata.get("tokenizer.ggml.tokens", ())
+    sizes = {name: _read_size(header, key) for name, key in GGUF_SIZES.items()}
+    sizes["vocab_size"] = len(tokens) if isinstance(tokens, Sized) else None
+    is_tied = all(tensor.name != "output.weight" for tensor in header.tensors)
+    return shape_from_config(sizes | {"tie_word_embeddings": is_tied})
+
+
+def _read_size(header: gguf_reader.Header, key: str) -> int | None:
+    """Return a size of the architecture in the header; None when it is missing or no size."""
+    value = header.metadata.get(f"{header.metadata.get(gguf_reader.ARCHITECTURE_KEY)}.{key}")
+    return value if type(value) is int and value > 0 else None
 
 
 CheckpointingPolicy = Literal["unsloth", True, False]
@@ -148,16 +150,18 @@ def memory_parts(
 ) -> dict[str, float]:
     """Return the peak bytes by part, for micro-batches of at most `tokens` tokens, padding included."""
     lora_parameters = shape.lora_parameters(tune)
-    weights = (
-        NF4_BYTES * shape.matrix_weights + 2 * shape.embedding_weights if base.load_in_4bit else shape.weight_bytes
-    )
     return {
-        "weights": weights,
+        "weights": loaded_weight_bytes(shape, base.load_in_4bit),
         "LoRA and its gradients": 8.0 * lora_parameters,
         "optimizer": moment_bytes(tune) * lora_parameters,
         "activations": float(activation_bytes(shape, tokens, checkpointing, packed)),
         "workspace": WORKSPACE_BYTES,
     }
+
+
+def loaded_weight_bytes(shape: ModelShape, load_in_4bit: bool) -> float:
+    """Return the bytes of the base model's weights: with QLoRA the matrices are nf4 and the embeddings 16 bit."""
+    return NF4_BYTES * shape.matrix_weights + 2 * shape.embedding_weights if load_in_4bit else shape.weight_bytes
 
 
 def moment_bytes(tune: Finetune) -> float:
@@ -170,16 +174,17 @@ def activation_bytes(shape: ModelShape, tokens: int, checkpointing: Checkpointin
 
     These are the activations of every layer, or with checkpointing those of one layer and the inputs of the others.
     """
-    d, i = shape.hidden, shape.intermediate
-    layer = (
-        2 * (4 * d + 2 * shape.query_size + 2 * shape.key_size + 2 * i)
-        + 4 * shape.heads
-        + (0 if packed else 2.3 * shape.query_size)
-    )
+    d, i, layer = shape.hidden, shape.intermediate, _layer_activation_bytes(shape, packed)
     if not checkpointing:
         return tokens * (shape.layers * layer + 7 * d)
     inputs = 2 * d * shape.layers if checkpointing is True else 8 * d  # "unsloth" keeps them in main memory
     return tokens * (inputs + layer + 2 * i + 2 * d)
+
+
+def _layer_activation_bytes(shape: ModelShape, packed: bool) -> float:
+    """Return the bytes of one layer's activations for a token."""
+    widths = 4 * shape.hidden + 2 * shape.query_size + 2 * shape.key_size + 2 * shape.intermediate
+    return 2 * widths + 4 * shape.heads + (0 if packed else 2.3 * shape.query_size)
 
 
 def peak_bytes(

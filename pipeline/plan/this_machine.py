@@ -4,6 +4,8 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.plan.choose_batch import BatchChoice, TrainingTask, choose_batch_settings
 from pipeline.toolchain import machine
 
@@ -29,18 +31,13 @@ def plan_on_processor(workload) -> ProcessorPlan | str:
         return "QLoRA (base.load_in_4bit) needs an NVIDIA GPU"
     task = TrainingTask(workload.shape, workload.base, workload.lengths, gpu_bytes=None)
     choice, order = choose_batch_settings(task, workload.tune, packed=False)
-    seconds = (
-        order.count_tokens(workload.lengths, len(order))
-        * workload.shape.flops_per_token()
-        / (TRAINING_EFFICIENCY * measure_processor_flops())
-    )
+    flops = order.count_tokens(workload.lengths, len(order)) * workload.shape.flops_per_token()
+    seconds = flops / (TRAINING_EFFICIENCY * measure_processor_flops())
     return ProcessorPlan(choice, seconds, os.cpu_count() or 1, machine.total_memory() / 1e9)
 
 
 def measure_processor_flops() -> float:
     """Measure numpy's 32-bit matrix multiplication on all cores for MEASURED_SECONDS, and return its FLOP/s."""
-    import numpy as np
-
     matrix = np.ones((1024, 1024), dtype=np.float32)
     matrix @ matrix  # the first multiplication starts the threads
     started_at, count = time.perf_counter(), 0

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import files, gguf_reader, hub
 from common.errors import UserError
@@ -12,7 +14,7 @@ from pipeline.checkpoint_sync import push
 from pipeline.checkpoint_sync.snapshot import RunState, fill_repo_name
 from pipeline.config import references
 from pipeline.config.load import dump_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import Base, Config
 from pipeline.config.stage_settings import hash_training_settings
 from pipeline.plan import disk_space as space
 from pipeline.plan import memory_need
@@ -20,6 +22,10 @@ from pipeline.publish import upload_process
 from pipeline.publish.folder_hub import hub_folder
 from pipeline.run.run_folder import Run
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
+T = TypeVar("T")
 FILE_LIMIT = 50e9  # bytes of one file that the Hub accepts: https://huggingface.co/docs/hub/storage-limits
 WRITE_PERMISSIONS = {"repo.write", "repo.content.write"}  # permissions of a fine-grained token
 FREE_PRIVATE = 100e9  # bytes of private files in a free account, from the same page
@@ -45,18 +51,19 @@ def run_preflight(config: Config, run: Run, trains_here: bool = True, checkpoint
     return notes
 
 
-def require_write_access(action: str, repo: str) -> dict:
-    """Return the user of the Hub token. Raise UserError when there is none or it may not write to the repo.
-
-    Args:
-        action: The start of the error message, such as "publish.repo you/model".
-    """
+def require_write_access(action: str, repo: str) -> dict[str, Any]:
+    """Return the user of the Hub token. Raise UserError, beginning with `action`, when it may not write to `repo`."""
     if not hub.read_token():
         raise UserError(f"{action}: no Hub token is set", hub.LOGIN_HINT, code="hub.no_token")
-    user = hub.retry(action, hub.create_client().whoami, retry_seconds=hub.QUICK_RETRY_SECONDS)
+    user = ask_hub(action, hub.create_client().whoami)
     if reason := find_permission_fault(user, repo):
         raise UserError(f"{action}: {reason}", hub.STATUS_HINTS[403], code="hub.no_write_access")
     return user
+
+
+def ask_hub(action: str, call: Callable[[], T]) -> T:
+    """Return `call()` with short retries only. Raise UserError, beginning with `action`, when it fails."""
+    return hub.retry(action, call, retry_seconds=hub.QUICK_RETRY_SECONDS)
 
 
 def check_checkpoint_repo(config: Config, run: Run, checkpoints: str) -> str:
@@ -66,20 +73,25 @@ def check_checkpoint_repo(config: Config, run: Run, checkpoints: str) -> str:
         UserError: The token may not write to the repo, the repo is public, or it holds another run.
     """
     repo = fill_repo_name(checkpoints, run.folder.name)
-    require_write_access(f"CHECKPOINTS {repo}", repo)
+    action = f"CHECKPOINTS {repo}"
+    require_write_access(action, repo)
     api = hub.create_client()
-    repo_info = hub.fetch_or_none(f"CHECKPOINTS {repo}", lambda: api.repo_info(repo))
+    repo_info = hub.fetch_or_none(action, lambda: api.model_info(repo))
     pushed_state = push.read_repo_state(repo, repo_info) if repo_info else None
-    push.refuse_conflicting_state(
-        repo,
-        pushed_state,
-        RunState(run.name, files.sha256_bytes(dump_config(config).encode()), training=hash_training_settings(config)),
-        may_be_behind=True,
-    )
-    return (
-        f"checkpoints go to {repo} on the Hub "
-        f"({f'at {pushed_state}' if pushed_state else 'existing' if repo_info else 'new'}, private)"
-    )
+    push.refuse_conflicting_state(repo, pushed_state, describe_local_state(config, run), may_be_behind=True)
+    state = f"at {pushed_state}" if pushed_state else describe_age(repo_info)
+    return f"checkpoints go to {repo} on the Hub ({state}, private)"
+
+
+def describe_local_state(config: Config, run: Run) -> RunState:
+    """Return the state of the run on this machine, for the comparison with the one on the Hub."""
+    config_hash = files.sha256_bytes(dump_config(config).encode())
+    return RunState(run.name, config_hash, training=hash_training_settings(config))
+
+
+def describe_age(repo_info: "ModelInfo | None") -> str:
+    """Return whether a repo exists already, for messages."""
+    return "existing" if repo_info else "new"
 
 
 def check_destination(config: Config, repo: str, model: str) -> str:
@@ -88,31 +100,44 @@ def check_destination(config: Config, repo: str, model: str) -> str:
     Raises:
         UserError: The folder or the repo cannot be written, or it holds something else.
     """
-    if hub.is_folder(repo):
-        folder = hub_folder(repo, model)
-        existing_parent = files.nearest_existing_path(folder)
-        if not existing_parent.is_dir() or not os.access(existing_parent, os.W_OK):
-            raise UserError(
-                f"publish.repo {folder} cannot be written: {existing_parent} is not a writable folder",
-                "set publish.repo to a different folder",
-                code="file.unwritable",
-            )
-        return f"goes to the folder {folder}"
-    repo_id, _ = hub.parse_repo_id(repo)
-    user, api = require_write_access(f"publish.repo {repo_id}", repo_id), hub.create_client()
-    repo_info = hub.fetch_or_none(f"publish.repo {repo_id}", lambda: api.repo_info(repo_id))
+    if not hub.is_folder(repo):
+        return check_hub_repo(config, hub.parse_repo_id(repo)[0], model)
+    folder = hub_folder(repo, model)
+    refuse_unwritable_folder(folder)
+    return f"goes to the folder {folder}"
+
+
+def refuse_unwritable_folder(folder: Path) -> None:
+    """Raise UserError when a folder cannot be written or created."""
+    existing_parent = files.nearest_existing_path(folder)
+    if not existing_parent.is_dir() or not os.access(existing_parent, os.W_OK):
+        raise UserError(
+            f"publish.repo {folder} cannot be written: {existing_parent} is not a writable folder",
+            "set publish.repo to a different folder",
+            code="file.unwritable",
+        )
+
+
+def check_hub_repo(config: Config, repo: str, model: str) -> str:
+    """Check that a repo on the Hub can be written; return a sentence about it."""
+    action, visibility = f"publish.repo {repo}", "private" if config.publish.private else "public"
+    user, api = require_write_access(action, repo), hub.create_client()
+    repo_info = hub.fetch_or_none(action, lambda: api.model_info(repo))
     if repo_info:
-        upload_process.refuse_foreign_repo(repo_info, repo_id, config.publish.private)
-        if manifest.FILE_NAME in {sibling.rfilename for sibling in repo_info.siblings}:
-            upload_process.list_published_files(repo_id, repo_info.sha, model)
-        refuse_taken_tag(api, repo_id, config.publish.tag)
-    return (
-        f"goes to {repo_id} on the Hub ({'existing' if repo_info else 'new'}, "
-        f"{'private' if config.publish.private else 'public'}), as {user['name']}"
-    )
+        refuse_unusable_repo(config, repo_info, repo, model)
+        refuse_taken_tag(api, repo, config.publish.tag)
+    return f"goes to {repo} on the Hub ({describe_age(repo_info)}, {visibility}), as {user['name']}"
 
 
-def refuse_taken_tag(api, repo: str, tag: str | None) -> None:
+def refuse_unusable_repo(config: Config, repo_info: "ModelInfo", repo: str, model: str) -> None:
+    """Raise UserError when the repo holds something else or another model, or is public against the config."""
+    upload_process.refuse_foreign_repo(repo_info, repo, config.publish.private)
+    if manifest.FILE_NAME in hub.list_repo_files(repo_info):
+        assert repo_info.sha, "the Hub names the commit of a repo that it describes"
+        upload_process.list_published_files(repo, repo_info.sha, model)
+
+
+def refuse_taken_tag(api: "HfApi", repo: str, tag: str | None) -> None:
     """Raise UserError when the repo already has the requested tag; without one, the next free tag is chosen later."""
     if tag and tag in {tag_ref.name for tag_ref in hub.retry(repo, lambda: api.list_repo_refs(repo)).tags}:
         raise UserError(
@@ -122,7 +147,7 @@ def refuse_taken_tag(api, repo: str, tag: str | None) -> None:
         )
 
 
-def find_permission_fault(user: dict, repo: str) -> str | None:
+def find_permission_fault(user: dict[str, Any], repo: str) -> str | None:
     """Return why this user's token may not write to `repo`.
 
     The result is None when it may write, or when the Hub's answer has an unknown form.
@@ -132,19 +157,21 @@ def find_permission_fault(user: dict, repo: str) -> str | None:
     """
     owner, token = repo.split("/")[0].lower(), (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "fineGrained":
-        scopes = (token.get("fineGrained") or {}).get("scoped") or []
-        grants = {
-            (scope.get("entity") or {}).get("name", "")
-            for scope in scopes
-            if WRITE_PERMISSIONS & {*(scope.get("permissions") or [])}
-        }
-        if {name.lower() for name in grants} & {owner, repo.lower()}:
-            return None
-        return f"the token may not write there (fine-grained; it may write to {', '.join(sorted(grants)) or 'nothing'})"
+        return find_scope_fault(token, owner, repo)
     if token.get("role") == "read":
         return "the token may only read"
     orgs = {org.get("name", "").lower() for org in user.get("orgs") or [] if org.get("roleInOrg") != "read"}
     return None if owner in {user["name"].lower(), *orgs} else f"{user['name']} may not write to {owner}'s repos"
+
+
+def find_scope_fault(token: dict[str, Any], owner: str, repo: str) -> str | None:
+    """Return why a fine-grained token may not write to `repo`; None when it may."""
+    scopes = (token.get("fineGrained") or {}).get("scoped") or []
+    writable_scopes = [scope for scope in scopes if WRITE_PERMISSIONS & {*(scope.get("permissions") or [])}]
+    grants = {(scope.get("entity") or {}).get("name", "") for scope in writable_scopes}
+    if {name.lower() for name in grants} & {owner, repo.lower()}:
+        return None
+    return f"the token may not write there (fine-grained; it may write to {', '.join(sorted(grants)) or 'nothing'})"
 
 
 def check_base_model(config: Config, run: Run, repo: str, trains_here: bool) -> list[str]:
@@ -157,24 +184,27 @@ def check_base_model(config: Config, run: Run, repo: str, trains_here: bool) -> 
     if not references.is_hub_model(model):
         weights_bytes = local_weights_bytes(model)
         return check_disk_space(config, run, weights_bytes, repo) if trains_here and weights_bytes else []
-    api, action = hub.create_client(), f"base.model {model}"
     try:
-        info = hub.retry(
-            action,
-            lambda: api.model_info(model, revision=config.base.revision, files_metadata=True),
-            retry_seconds=hub.QUICK_RETRY_SECONDS,
-        )
-        hub.retry(action, lambda: api.auth_check(model), retry_seconds=hub.QUICK_RETRY_SECONDS)
+        info = fetch_model_info(config.base)
     except hub.Unreachable as error:
         return [f"{error.message}: only the local cache is used"]
-    weights_bytes = sum(sibling.size or 0 for sibling in info.siblings if sibling.rfilename.endswith(".safetensors"))
+    weights = (sibling for sibling in info.siblings or () if sibling.rfilename.endswith(".safetensors"))
+    weights_bytes = sum(sibling.size or 0 for sibling in weights)
     notes = check_disk_space(config, run, weights_bytes, repo) if trains_here else []
     if not hub.is_folder(repo):  # a folder on this machine is not a publication
         notes += [*check_licence(config, info, repo), check_upload_size(config, weights_bytes)]
     return notes
 
 
-def check_licence(config: Config, info, repo: str) -> list[str]:
+def fetch_model_info(base: Base) -> "ModelInfo":
+    """Return what the Hub says of the base model. Raise UserError when this token may not download it."""
+    api, action = hub.create_client(), f"base.model {base.model}"
+    info = ask_hub(action, lambda: api.model_info(base.model, revision=base.revision, files_metadata=True))
+    ask_hub(action, lambda: api.auth_check(base.model))
+    return info
+
+
+def check_licence(config: Config, info: "ModelInfo", repo: str) -> list[str]:
     """Return what the base model's licence asks of the publisher. Raise UserError when it forbids publishing."""
     model_card = info.card_data.to_dict() if info.card_data else {}
     licence_name = model_card.get("license") or config.base.license
@@ -184,7 +214,7 @@ def check_licence(config: Config, info, repo: str) -> list[str]:
         config.publish.private,
         bool(config.base.license),
         repo=repo,
-        copy_count=sum(bool(licences.LICENCE_FILE_NAME.match(sibling.rfilename)) for sibling in info.siblings),
+        copy_count=sum(bool(licences.LICENCE_FILE_NAME.match(name)) for name in hub.list_repo_files(info)),
     )
 
 
@@ -221,15 +251,10 @@ def check_disk_space(config: Config, run: Run, weights_bytes: int, repo: str) ->
 
 def refuse_full_hub_disk(config: Config, run: Run, weights_bytes: int, repo: str) -> None:
     """Raise UserError when a folder hub on another disk has too little space for what is published."""
-    if not hub.is_folder(repo):
+    if not hub.is_folder(repo) or is_same_disk(hub.folder_path(repo), run.folder):
         return
-    existing_folder = files.nearest_existing_path(hub.folder_path(repo))
-    if os.stat(existing_folder).st_dev == os.stat(files.nearest_existing_path(run.folder)).st_dev:
-        return
-    need, free = (
-        sum(space.quantization_bytes(config, weights_bytes)) + weights_bytes * config.publish.merged,
-        shutil.disk_usage(existing_folder).free,
-    )
+    free = shutil.disk_usage(files.nearest_existing_path(hub.folder_path(repo))).free
+    need = sum(space.quantization_bytes(config, weights_bytes)) + weights_bytes * config.publish.merged
     if free < need:
         raise UserError(
             f"publish.repo {repo} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk",
@@ -238,12 +263,14 @@ def refuse_full_hub_disk(config: Config, run: Run, weights_bytes: int, repo: str
         )
 
 
-def check_upload_size(config: Config, weights_bytes: int) -> str:
-    """Return a sentence about the size of the upload. The Hub does not tell whether the account has space for it.
+def is_same_disk(first: Path, second: Path) -> bool:
+    """Return whether two folders, which need not exist yet, are on one disk."""
+    devices = (os.stat(files.nearest_existing_path(folder)).st_dev for folder in (first, second))
+    return len(set(devices)) == 1
 
-    Raises:
-        UserError: A GGUF is larger than the Hub accepts.
-    """
+
+def check_upload_size(config: Config, weights_bytes: int) -> str:
+    """Return a sentence about the size of the upload. Raise UserError when a GGUF is larger than the Hub accepts."""
     sizes = space.quantization_bytes(config, weights_bytes)
     if max(sizes) > FILE_LIMIT:
         raise UserError(
@@ -252,31 +279,27 @@ def check_upload_size(config: Config, weights_bytes: int) -> str:
             code="hub.gguf_too_large",
         )
     total = sum(sizes) + weights_bytes * config.publish.merged
+    # The Hub does not tell whether the account has space for it.
     return f"about {total / 1e9:.1f} GB to upload (a free account holds {FREE_PRIVATE / 1e9:.0f} GB of private files)"
 
 
 def check_dataset(config: Config) -> list[str]:
-    """Check that the data set can be fetched.
+    """Check that the data set can be fetched, and return what the user should know, one sentence an item.
 
     Its subset and split are not checked here: the `data` stage does that minutes later, and needs no GPU.
-
-    Returns:
-        What the user should know, one sentence an item.
     """
-    source = config.data.source
-    if not references.is_hub_dataset(source):
+    if not references.is_hub_dataset(config.data.source):
         return []
-    api, action = hub.create_client(), f"data.source {source}"
     try:
-        hub.retry(
-            action,
-            lambda: api.dataset_info(source, revision=config.data.revision),
-            retry_seconds=hub.QUICK_RETRY_SECONDS,
-        )
-        if "/" in source:
-            hub.retry(
-                action, lambda: api.auth_check(source, repo_type="dataset"), retry_seconds=hub.QUICK_RETRY_SECONDS
-            )
+        refuse_closed_dataset(config.data.source, config.data.revision)
     except hub.Unreachable as error:
         return [f"{error.message}: only the local cache is used"]
     return []
+
+
+def refuse_closed_dataset(source: str, revision: str | None) -> None:
+    """Raise UserError when a data set of the Hub does not exist, or this token may not download it."""
+    api, action = hub.create_client(), f"data.source {source}"
+    ask_hub(action, lambda: api.dataset_info(source, revision=revision))
+    if "/" in source:
+        ask_hub(action, lambda: api.auth_check(source, repo_type="dataset"))

@@ -20,6 +20,7 @@ WEIGHTS_8B_BYTES, Q4_8B_BYTES = 16.1e9, 4.9e9
 # Bytes of memory for an 8B model. The inputs of all layers take 2 bytes * 4096 * 32 a token of a micro-batch, which is
 # 4.3 GB at 16,384 tokens. The rest is for reading the 16-bit weights while they are merged and converted.
 MEMORY_8B_BYTES = 16e9
+FolderNeed = tuple[str, Path, float]  # (label, folder, needed bytes)
 DEMO_BYTES = 3e9  # bytes of disk (without the environment) and of memory that the demo needs
 
 
@@ -48,15 +49,10 @@ def check_environment() -> list[Check]:
     """Return a lack when the training environment is not set up yet, with what the set-up takes."""
     if machine.has_torch():
         return []
-    text = (
-        "the Python environment that trains is not set up yet: torch, Unsloth and llama.cpp, about 2 GB "
-        "(8 GB for a GPU)"
-    )
-    return [
-        Check(
-            "packages", "lack", text, "make env (about 6 minutes on 2 cores), or any target that trains, which does it"
-        )
-    ]
+    parts = "torch, Unsloth and llama.cpp, about 2 GB (8 GB for a GPU)"
+    text = f"the Python environment that trains is not set up yet: {parts}"
+    cure = "make env (about 6 minutes on 2 cores), or any target that trains, which does it"
+    return [Check("packages", "lack", text, cure)]
 
 
 # What Triton compiles with during the training, and llama.cpp
@@ -78,9 +74,8 @@ def check_python_headers(nvidia: NvidiaStatus) -> Check:
     if header_path.is_file():
         return Check("Python.h", "ok", str(header_path))
     text = f"{header_path} is missing: Triton compiles against it during training"
-    return Check(
-        "Python.h", gpu_lack_state(nvidia), text, "sudo apt-get install python{}.{}-dev".format(*sys.version_info)
-    )
+    cure = "sudo apt-get install python{}.{}-dev".format(*sys.version_info)
+    return Check("Python.h", gpu_lack_state(nvidia), text, cure)
 
 
 def gpu_lack_state(nvidia: NvidiaStatus) -> str:
@@ -95,19 +90,13 @@ def llama_cpp_checks(nvidia: NvidiaStatus) -> list[Check]:
 
 def check_llama_cpp(nvidia: NvidiaStatus) -> Check:
     """Check that llama.cpp is built, and built for CUDA when there is a GPU."""
+    folder = llama_tools.tools_folder()
     if not llama_tools.is_set_up():
-        return Check(
-            "llama.cpp", "fault", f"not set up ({llama_tools.tools_folder()}); export and verify need it", "make env"
-        )
-    flags = files.read_json(llama_tools.tools_folder() / "build.json").get("flags", [])
+        return Check("llama.cpp", "fault", f"not set up ({folder}); export and verify need it", "make env")
+    version, flags = llama_tools.describe_version(), files.read_json(folder / "build.json").get("flags", [])
     if nvidia.gpus and "-DGGML_CUDA=ON" not in flags:
-        return Check(
-            "llama.cpp",
-            "lack",
-            f"{llama_tools.describe_version()} runs on the CPU, the GPU is not used",
-            "make env",
-        )
-    return Check("llama.cpp", "ok", llama_tools.describe_version())
+        return Check("llama.cpp", "lack", f"{version} runs on the CPU, the GPU is not used", "make env")
+    return Check("llama.cpp", "ok", version)
 
 
 # Disk, memory, container
@@ -115,19 +104,20 @@ def check_llama_cpp(nvidia: NvidiaStatus) -> Check:
 
 def check_disks(runs: Path, nvidia: NvidiaStatus) -> list[Check]:
     """Check the free space of each disk: for an 8B model when there is a GPU, else for the demo."""
-    run_bytes, cache_bytes = (
-        (2 * WEIGHTS_8B_BYTES + 2 * Q4_8B_BYTES, WEIGHTS_8B_BYTES) if nvidia.gpus else (DEMO_BYTES, 0)
-    )
-    needs = (
-        ("runs", runs, run_bytes),
-        ("the Hub's cache", hub_cache_dir(), cache_bytes),
-        ("Ferry's cache", files.cache_dir(), 0),
-    )
-    folders_by_device: dict[int, list[tuple[str, Path, float]]] = {}
-    for name, folder, need in needs:
+    folders_by_device: dict[int, list[FolderNeed]] = {}
+    for name, folder, need in list_disk_needs(runs, nvidia):
         existing_folder = files.nearest_existing_path(folder)
         folders_by_device.setdefault(os.stat(existing_folder).st_dev, []).append((name, existing_folder, need))
     return [check_disk(folders, describe_workload(nvidia)) for folders in folders_by_device.values()]
+
+
+def list_disk_needs(runs: Path, nvidia: NvidiaStatus) -> list[FolderNeed]:
+    """Return what each folder needs that a training fills."""
+    run_bytes, cache_bytes = DEMO_BYTES, 0.0
+    if nvidia.gpus:
+        run_bytes, cache_bytes = 2 * WEIGHTS_8B_BYTES + 2 * Q4_8B_BYTES, WEIGHTS_8B_BYTES
+    caches = [("the Hub's cache", hub_cache_dir(), cache_bytes), ("Ferry's cache", files.cache_dir(), 0.0)]
+    return [("runs", runs, run_bytes), *caches]
 
 
 def hub_cache_dir() -> Path:
@@ -139,23 +129,15 @@ def hub_cache_dir() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
-def check_disk(folders: list[tuple[str, Path, float]], workload: str) -> Check:
-    """Check one disk.
-
-    Args:
-        folders: (label, folder, needed bytes) of each folder on this disk.
-        workload: What needs the space, for the message.
-    """
+def check_disk(folders: list[FolderNeed], workload: str) -> Check:
+    """Check one disk, which has these folders. The message names the workload that needs the space."""
     free, need = shutil.disk_usage(folders[0][1]).free, sum(need for _, _, need in folders)
     text = f"{format_gb(free)} free for {', '.join(name for name, _, _ in folders)}"
     text += f"; {workload} needs {format_gb(need)}" if need else ""
     if free >= need:
         return Check("disk", "ok", text)
-    cure = (
-        f"free {format_gb(need - free)}, or use a different disk: RUNS=, HF_HOME= "
-        "(`make preflight CONFIG=...` computes your model's need)"
-    )
-    return Check("disk", "lack", text, cure)
+    cure = f"free {format_gb(need - free)}, or use a different disk: RUNS=, HF_HOME= "
+    return Check("disk", "lack", text, cure + "(`make preflight CONFIG=...` computes your model's need)")
 
 
 def check_memory(nvidia: NvidiaStatus) -> Check:
@@ -178,20 +160,17 @@ def check_container(run_location: TrainLocation, ask: CommandRunner) -> Check:
     if "FERRY_IMAGE" in os.environ:
         return Check("container", "ok", "this is Ferry's image")
     if not run_location.place:
-        return Check(
-            "container",
-            "lack",
-            f"setup/container.py does not answer: {run_location.reason}",
-            "set DOCKER=1 or DOCKER=0",
-        )
+        text = f"setup/container.py does not answer: {run_location.reason}"
+        return Check("container", "lack", text, "set DOCKER=1 or DOCKER=0")
     text = f"`make train` runs {'in the image' if run_location.place == 'image' else 'natively'}: {run_location.reason}"
     # Without "docker" in the reason, no part of a container engine is missing.
     if run_location.place == "image" or "docker" not in run_location.reason:
         return Check("container", "ok", text)
-    has_podman = machine.find_train_location(ask, "podman").place == "image"
-    cure = (
-        "ENGINE=podman"
-        if has_podman
-        else "install docker.io and nvidia-container-toolkit; or do nothing: both ways give the same model"
-    )
-    return Check("container", "lack", text, cure)
+    return Check("container", "lack", text, find_container_cure(ask))
+
+
+def find_container_cure(ask: CommandRunner) -> str:
+    """Return how `make train` can run in the image, where docker cannot run it."""
+    if machine.find_train_location(ask, "podman").place == "image":
+        return "ENGINE=podman"
+    return "install docker.io and nvidia-container-toolkit; or do nothing: both ways give the same model"

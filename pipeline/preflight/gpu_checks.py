@@ -19,35 +19,38 @@ EXPOSE_GPUS = "start the container with its GPUs (docker run --gpus all), or ren
 
 def check_gpus(nvidia: NvidiaStatus, run_location: TrainLocation) -> list[Check]:
     """Check the driver, then for each GPU its type, its memory and its price."""
-    return [
-        check_driver(nvidia, run_location),
-        *(
-            check
-            for gpu in nvidia.gpus
-            for check in (check_gpu_type(gpu), check_gpu_memory(gpu, nvidia), check_gpu_price(gpu))
-        ),
-    ]
+    checks = [check_driver(nvidia, run_location)]
+    for gpu in nvidia.gpus:
+        checks += [check_gpu_type(gpu), check_gpu_memory(gpu, nvidia), check_gpu_price(gpu)]
+    return checks
 
 
 def check_driver(nvidia: NvidiaStatus, run_location: TrainLocation) -> Check:
     """Check that the NVIDIA driver answers, names a GPU and is new enough for the locked torch."""
     if nvidia.state == "absent":
-        text = "no nvidia-smi, so no NVIDIA GPU: `make demo` works, training a model of your own needs one"
-        cure = (
-            EXPOSE_GPUS
-            if run_location.is_container
-            else f"if there is a GPU: {INSTALL_DRIVER}; else rent a machine that has one"
-        )
-        return Check("driver", "lack", text, cure)
+        return report_no_driver(run_location)
     if is_driver_too_old(nvidia):
         text = f"{nvidia.driver or 'the driver'} {format_cuda(nvidia)} at most; {TORCH_CUDA} (driver {DRIVER} or newer)"
         return Check("driver", "fault", text, RENT_NEWER_DRIVER if run_location.is_container else INSTALL_DRIVER)
-    if nvidia.gpus:
-        return Check("driver", "ok", f"{nvidia.driver} {format_cuda(nvidia)}; {TORCH_CUDA}")
-    cure = EXPOSE_GPUS if run_location.is_container else f"reboot; if that does not help: {INSTALL_DRIVER}"
+    if not nvidia.gpus:
+        return report_no_gpu(nvidia, run_location)
+    return Check("driver", "ok", f"{nvidia.driver} {format_cuda(nvidia)}; {TORCH_CUDA}")
+
+
+def report_no_driver(run_location: TrainLocation) -> Check:
+    """Return the lack of a driver, without which there is no GPU."""
+    text = "no nvidia-smi, so no NVIDIA GPU: `make demo` works, training a model of your own needs one"
+    cure = f"if there is a GPU: {INSTALL_DRIVER}; else rent a machine that has one"
+    return Check("driver", "lack", text, EXPOSE_GPUS if run_location.is_container else cure)
+
+
+def report_no_gpu(nvidia: NvidiaStatus, run_location: TrainLocation) -> Check:
+    """Return the fault of a driver that names no GPU."""
+    text = f"nvidia-smi fails: {nvidia.error_line or 'it lists no GPU'}"
     if nvidia.state == "hangs":
-        return Check("driver", "fault", f"nvidia-smi did not answer within {machine.COMMAND_TIMEOUT} s", cure)
-    return Check("driver", "fault", f"nvidia-smi fails: {nvidia.error_line or 'it lists no GPU'}", cure)
+        text = f"nvidia-smi did not answer within {machine.COMMAND_TIMEOUT} s"
+    cure = EXPOSE_GPUS if run_location.is_container else f"reboot; if that does not help: {INSTALL_DRIVER}"
+    return Check("driver", "fault", text, cure)
 
 
 def is_driver_too_old(nvidia: NvidiaStatus) -> bool:
@@ -67,18 +70,14 @@ def format_cuda(nvidia: NvidiaStatus) -> str:
 
 def check_gpu_type(gpu: Gpu) -> Check:
     """Check the compute capability of a GPU, and whether it computes in bf16."""
-    name, text = f"GPU {gpu.index}", f"{printable_line(gpu.name, 80)}, compute capability {gpu.capability}"
+    name, model = f"GPU {gpu.index}", printable_line(gpu.name, 80)
     if reason := table.find_gpu_fault(gpu.capability, ""):
-        return Check(
-            name,
-            "fault",
-            f"{printable_line(gpu.name, 80)}, {reason}",
-            f"use a machine with a newer GPU; {table.TABLE_PATH} has a list",
-        )
+        cure = f"use a machine with a newer GPU; {table.TABLE_PATH} has a list"
+        return Check(name, "fault", f"{model}, {reason}", cure)
+    note = "bf16"
     if gpu.capability < table.BF16_CAPABILITY:
-        text += ": no bf16, so fp16. Gemma models are refused, because their activations overflow float16"
-        return Check(name, "ok", text)
-    return Check(name, "ok", f"{text}: bf16")
+        note = "no bf16, so fp16. Gemma models are refused, because their activations overflow float16"
+    return Check(name, "ok", f"{model}, compute capability {gpu.capability}: {note}")
 
 
 def check_gpu_memory(gpu: Gpu, nvidia: NvidiaStatus) -> Check:
@@ -86,20 +85,26 @@ def check_gpu_memory(gpu: Gpu, nvidia: NvidiaStatus) -> Check:
     name, text = f"memory {gpu.index}", f"{format_gb(gpu.free_bytes)} of {format_gb(gpu.total_bytes)} free"
     if is_idle(gpu):
         return Check(name, "ok", text)
-    holders = ", ".join(
+    cure = f"wait for it, or stop it if it is yours; or {find_idle_gpu(nvidia)}"
+    return Check(name, "lack", f"{text}: {describe_users(gpu)}", cure)
+
+
+def describe_users(gpu: Gpu) -> str:
+    """Return which processes use a GPU, and how much of its memory."""
+    users = [
         f"{printable_line(Path(user.name).name, 40)} (process {user.pid}) uses {format_gb(user.memory_bytes)}"
         for user in gpu.processes
-    )
-    unseen_note = f"{format_gb(gpu.used_bytes)} are used by processes that are not visible here (in another container?)"
-    idle_indexes = [
-        other_gpu.index
-        for other_gpu in nvidia.gpus
-        if is_idle(other_gpu) and other_gpu.capability >= table.MIN_CAPABILITY
     ]
-    cure = f"use a different GPU: CUDA_VISIBLE_DEVICES={idle_indexes[0]}" if idle_indexes else "use a different machine"
-    return Check(
-        name, "lack", f"{text}: {holders or unseen_note}", f"wait for it, or stop it if it is yours; or {cure}"
-    )
+    unseen = f"{format_gb(gpu.used_bytes)} are used by processes that are not visible here (in another container?)"
+    return ", ".join(users) or unseen
+
+
+def find_idle_gpu(nvidia: NvidiaStatus) -> str:
+    """Return how to use a GPU that is idle and can train."""
+    usable_gpus = [gpu for gpu in nvidia.gpus if is_idle(gpu) and gpu.capability >= table.MIN_CAPABILITY]
+    if not usable_gpus:
+        return "use a different machine"
+    return f"use a different GPU: CUDA_VISIBLE_DEVICES={usable_gpus[0].index}"
 
 
 def is_idle(gpu: Gpu) -> bool:
@@ -111,17 +116,13 @@ def check_gpu_price(gpu: Gpu) -> Check:
     """Check that the GPU is in the table, which only serves to report a run's price and share of the GPU's speed."""
     name = f"price {gpu.index}"
     try:
-        table_row = table.find_gpu(gpu.name)
+        row = table.find_gpu(gpu.name)
     except UserError as error:
         return Check(name, "lack", error.message, error.hint, error.code)
-    if table_row:
-        return Check(
-            name, "ok", f"about {table_row.dollars_per_hour:.2f} $ an hour ({table_row.name} in {table.TABLE_PATH})"
-        )
-    text = (
-        f"{printable_line(gpu.name, 80)} is not in {table.TABLE_PATH}: a run's price and share of its speed "
-        "are not reported"
-    )
+    if row:
+        return Check(name, "ok", f"about {row.dollars_per_hour:.2f} $ an hour ({row.name} in {table.TABLE_PATH})")
+    unknown = f"{printable_line(gpu.name, 80)} is not in {table.TABLE_PATH}"
+    text = f"{unknown}: a run's price and share of its speed are not reported"
     return Check(name, "lack", text, f"add a line: {gpu_table_line(gpu)}")
 
 

@@ -10,49 +10,56 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 CUDA, CPU = "cuda", "cpu"
 
 
-def load_unsloth() -> dict:
+def load_unsloth() -> dict[str, Any]:
     """Import Unsloth. It has to be imported before the other libraries, because it changes them."""
     from pipeline.toolchain import unsloth_loader
 
     return {"version": unsloth_loader.import_unsloth().__version__}
 
 
-def inspect_torch() -> dict:
+def inspect_torch() -> dict[str, Any]:
     """Return torch's build and the number of GPUs it sees; `why` is its error when a CUDA build sees none."""
     import torch
 
-    facts = {"version": torch.__version__, "cuda": torch.version.cuda, "cards": torch.cuda.device_count(), "why": ""}
-    if torch.version.cuda:
-        try:
-            torch.cuda.init()
-        except RuntimeError as error:
-            facts |= {"cards": 0, "why": str(error)}
-    return facts
+    error = start_cuda() if torch.version.cuda else None
+    gpu_count = torch.cuda.device_count() if error is None else 0
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "cards": gpu_count, "why": error or ""}
 
 
-def run_triton_kernel() -> dict:
-    """Compile a kernel of Unsloth and compare its result with torch's; without a GPU only return Triton's version.
+def start_cuda() -> str | None:
+    """Start CUDA in this process and return its error, if there is one."""
+    import torch
 
-    Compiling takes a C compiler, Python.h and the driver.
-    """
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def run_triton_kernel() -> dict[str, Any]:
+    """Compile a kernel of Unsloth and compare its result with torch's; without a GPU only return Triton's version."""
     if not importlib.util.find_spec("triton"):
         return {"version": None}
-    facts = {"version": importlib.metadata.version("triton")}
-    if compute_device() == CPU:
-        return facts
+    facts: dict[str, Any] = {"version": importlib.metadata.version("triton")}
+    return facts if compute_device() == CPU else facts | {"right": has_right_kernel()}
+
+
+def has_right_kernel() -> bool:
+    """Return whether a kernel of Unsloth gives what torch gives. It takes a C compiler, Python.h and the driver."""
     import torch
     from unsloth.kernels.swiglu import swiglu_fg_kernel
 
     inputs = torch.linspace(-4, 4, 512, device=CUDA, dtype=torch.float16).reshape(1, 8, 64)
-    is_right = torch.allclose(swiglu_fg_kernel(inputs, inputs), torch.nn.functional.silu(inputs) * inputs, atol=0.05)
-    return facts | {"right": is_right}
+    return torch.allclose(swiglu_fg_kernel(inputs, inputs), torch.nn.functional.silu(inputs) * inputs, atol=0.05)
 
 
-def run_nf4_round_trip() -> dict:
+def run_nf4_round_trip() -> dict[str, Any]:
     """Quantize a row to nf4 and back, and compare.
 
     The 16 values of nf4 lie at most 0.304 apart, so a value moves by at most 0.152.
@@ -61,18 +68,15 @@ def run_nf4_round_trip() -> dict:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    row = torch.linspace(
-        -1, 1, 256, device=compute_device(), dtype=torch.float16 if compute_device() == CUDA else torch.float32
-    )
+    device = compute_device()
+    dtype = torch.float16 if device == CUDA else torch.float32
+    row = torch.linspace(-1, 1, 256, device=device, dtype=dtype)
     restored = dequantize_4bit(*quantize_4bit(row, quant_type="nf4"), quant_type="nf4")
-    return {
-        "version": bitsandbytes.__version__,
-        "right": bool((restored - row).abs().max() < 0.16),
-        "device": compute_device(),
-    }
+    is_right = bool((restored - row).abs().max() < 0.16)
+    return {"version": bitsandbytes.__version__, "right": is_right, "device": device}
 
 
-def inspect_attention() -> dict:
+def inspect_attention() -> dict[str, Any]:
     """Return which attention Unsloth chose for packed rows when it was imported.
 
     `varlen` tells whether this torch's varlen attention has the parameters that Unsloth needs.
@@ -97,7 +101,7 @@ def compute_device() -> str:
     return CUDA if torch.cuda.is_available() else CPU
 
 
-STEPS: dict[str, Callable[[], dict]] = {
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {
     "unsloth": load_unsloth,
     "torch": inspect_torch,
     "triton": run_triton_kernel,
@@ -111,11 +115,15 @@ def main() -> None:
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # libraries print banners
         for name, step in STEPS.items():
-            try:
-                facts = step()
-            except Exception as error:  # noqa: BLE001  any error of a library is the result of its step
-                facts = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps({"step": name, **facts}), file=output, flush=True)
+            print(json.dumps({"step": name, **run_step(step)}), file=output, flush=True)
+
+
+def run_step(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of a step, or its error."""
+    try:
+        return step()
+    except Exception as error:  # noqa: BLE001  any error of a library is the result of its step
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from common.checks import Check
 from common.errors import printable_line
@@ -30,19 +31,17 @@ def check_libraries(nvidia: NvidiaStatus, tools: Sequence[Check], ask: CommandRu
         reason = "not checked: a program that uses the driver would hang too"
         return [Check("libraries", "lack", reason, "fix the driver (above), then make doctor")]
     answer = ask([sys.executable, "-m", gpu_work.__name__], LOAD_TIMEOUT)
-    steps, results = parse_steps(answer.stdout), []
+    steps = parse_steps(answer.stdout)
+    results: list[Check] = []
     for name, (label, check_step) in STEP_CHECKS.items():
         if name not in steps:  # this step ended the process or hangs, so the later steps are unknown
             return [*results, report_no_answer(label, answer)]
-        results.append(
-            report_step_error(label, steps[name]["error"], tools)
-            if "error" in steps[name]
-            else check_step(steps[name], nvidia)
-        )
+        step = steps[name]
+        results.append(report_step_error(label, step["error"], tools) if "error" in step else check_step(step, nvidia))
     return results
 
 
-def parse_steps(output: str) -> dict[str, dict]:
+def parse_steps(output: str) -> dict[str, dict[str, Any]]:
     """Return the JSON lines of gpu_work.py by step, and skip what libraries print between them."""
     steps = {}
     for line in output.splitlines():
@@ -57,27 +56,20 @@ def report_no_answer(label: str, answer: CommandResult) -> Check:
     if answer.state == "hangs":
         cure = f"make doctor again, because a slow disk is cached by now; else {reinstall_command()}"
         return Check(label, "fault", f"no answer within {LOAD_TIMEOUT} s", cure)
-    return Check(
-        label,
-        "fault",
-        f"it ended the process: {machine.last_output_line(CommandResult(answer.state, '', answer.stderr))}",
-        reinstall_command(),
-    )
+    last_line = machine.last_output_line(CommandResult(answer.state, "", answer.stderr))
+    return Check(label, "fault", f"it ended the process: {last_line}", reinstall_command())
 
 
 def report_step_error(label: str, reason: str, tools: Sequence[Check]) -> Check:
     """Return the fault of a step that raised an error. When Triton lacks a tool, the cure is the one of that tool."""
     cure = next((tool.cure for tool in tools if tool.cure and label == "triton"), reinstall_command())
-    return Check(
-        label, "fault", printable_line(reason), "free the GPU's memory (above)" if "out of memory" in reason else cure
-    )
+    if "out of memory" in reason:
+        cure = "free the GPU's memory (above)"
+    return Check(label, "fault", printable_line(reason), cure)
 
 
 def reinstall_command() -> str:
-    """Return the command that installs the locked packages again.
-
-    The locks are tested together, so a package that does not load was changed or is incomplete.
-    """
+    """Return the command that installs the locked packages again: one that does not load is changed or incomplete."""
     if "FERRY_IMAGE" in os.environ:
         return "make image"
     if sys.prefix == sys.base_prefix:  # this Python belongs to no virtual environment
@@ -85,12 +77,12 @@ def reinstall_command() -> str:
     return f"rm -r {shlex.quote(os.path.relpath(sys.prefix))}, then make env"
 
 
-def check_unsloth(step: dict, nvidia: NvidiaStatus) -> Check:
+def check_unsloth(step: dict[str, Any], nvidia: NvidiaStatus) -> Check:
     """Report Unsloth's version."""
     return Check("unsloth", "ok", f"Unsloth {step['version']} loads together with the libraries below")
 
 
-def check_torch(step: dict, nvidia: NvidiaStatus) -> Check:
+def check_torch(step: dict[str, Any], nvidia: NvidiaStatus) -> Check:
     """Check that torch is built for the GPUs of this machine and sees them."""
     text = f"{step['version']}, built for {'CUDA ' + step['cuda'] if step['cuda'] else 'the CPU'}"
     if not nvidia.gpus:
@@ -106,16 +98,13 @@ def check_torch(step: dict, nvidia: NvidiaStatus) -> Check:
 def report_unseen_gpu(text: str, reason: str, visible_devices: str | None) -> Check:
     """Return the fault that nvidia-smi names a GPU and torch, although built for CUDA, sees none."""
     if visible_devices is not None:
-        text, cure = (
-            f"{text}, sees no GPU with CUDA_VISIBLE_DEVICES={printable_line(visible_devices)}",
-            "unset CUDA_VISIBLE_DEVICES",
-        )
-        return Check("torch", "fault", text, cure)
+        text = f"{text}, sees no GPU with CUDA_VISIBLE_DEVICES={printable_line(visible_devices)}"
+        return Check("torch", "fault", text, "unset CUDA_VISIBLE_DEVICES")
     cure = "fix the driver or the GPU if a line above reports a fault; else reboot, or use a different machine"
     return Check("torch", "fault", f"{text}, sees no GPU: {printable_line(reason)}", cure)
 
 
-def check_triton(step: dict, nvidia: NvidiaStatus) -> Check:
+def check_triton(step: dict[str, Any], nvidia: NvidiaStatus) -> Check:
     """Check that Triton compiles a kernel with correct results; on the CPU it is not needed."""
     text = f"Triton {step['version']}" if step["version"] else "not installed"
     if "right" not in step:
@@ -125,7 +114,7 @@ def check_triton(step: dict, nvidia: NvidiaStatus) -> Check:
     return Check("triton", "fault", f"{text}: a kernel of Unsloth gives wrong values", reinstall_command())
 
 
-def check_bitsandbytes(step: dict, nvidia: NvidiaStatus) -> Check:
+def check_bitsandbytes(step: dict[str, Any], nvidia: NvidiaStatus) -> Check:
     """Check that bitsandbytes quantizes to 4 bit with correct results."""
     text = f"bitsandbytes {step['version']}, nf4 and back on the {'GPU' if step['device'] == gpu_work.CUDA else 'CPU'}"
     if step["right"]:
@@ -133,7 +122,7 @@ def check_bitsandbytes(step: dict, nvidia: NvidiaStatus) -> Check:
     return Check("4-bit", "fault", f"{text}: wrong values", reinstall_command())
 
 
-def check_attention(step: dict, nvidia: NvidiaStatus) -> Check:
+def check_attention(step: dict[str, Any], nvidia: NvidiaStatus) -> Check:
     """Check which attention Unsloth uses for packed rows.
 
     Its order is FlashAttention; PyTorch's varlen (torch 2.12, compute capability from 8.0); xFormers; SDPA.
@@ -143,27 +132,27 @@ def check_attention(step: dict, nvidia: NvidiaStatus) -> Check:
     if step["capability"] is None:
         return Check("attention", "ok", f"{SERIAL_ATTENTION}: Unsloth has no alternative on the CPU")
     if step["capability"] < VARLEN_CAPABILITY:
-        return Check(
-            "attention", "ok", f"{SERIAL_ATTENTION}: PyTorch's varlen needs compute capability {VARLEN_CAPABILITY}"
-        )
+        text = f"{SERIAL_ATTENTION}: PyTorch's varlen needs compute capability {VARLEN_CAPABILITY}"
+        return Check("attention", "ok", text)
     if step["loaded"]:
         return Check("attention", "ok", f"PyTorch's own varlen for packed rows (torch {step['torch']})")
+    return report_serial_attention(step)
+
+
+def report_serial_attention(step: dict[str, Any]) -> Check:
+    """Return the lack of PyTorch's varlen on a GPU that supports it."""
     if step["varlen"]:
         cure = f"unset UNSLOTH_TORCH_VARLEN; if it is not set: {reinstall_command()}"
         return Check("attention", "lack", f"{SERIAL_ATTENTION}: Unsloth does not use this torch's varlen", cure)
-    return Check(
-        "attention",
-        "lack",
-        f"{SERIAL_ATTENTION}: the varlen of torch {step['torch']} has no enable_gqa (from 2.12 on)",
-        reinstall_command(),
-    )
+    text = f"{SERIAL_ATTENTION}: the varlen of torch {step['torch']} has no enable_gqa (from 2.12 on)"
+    return Check("attention", "lack", text, reinstall_command())
 
 
 BACKEND_DESCRIPTIONS = {
     "flash_varlen": "FlashAttention, which Unsloth prefers",
     "xformers": "xFormers, which Unsloth uses where PyTorch's varlen does not support this torch or GPU",
 }
-STEP_CHECKS: dict[str, tuple[str, Callable[[dict, NvidiaStatus], Check]]] = {
+STEP_CHECKS: dict[str, tuple[str, Callable[[dict[str, Any], NvidiaStatus], Check]]] = {
     "unsloth": ("unsloth", check_unsloth),
     "torch": ("torch", check_torch),
     "triton": ("triton", check_triton),

@@ -1,9 +1,9 @@
 """Write a commented config for the user's data. The first rows tell what an answer is and how long rows are."""
 
+import contextlib
 import json
 import re
 import shlex
-from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,26 +48,36 @@ def write_config(source: str, model: str | None, goal: str | None, target: Path 
     Raises:
         UserError: The config exists already, or the rows cannot be read.
     """
-    for name, text in (("MODEL", model or ""), ("DATA", source)):
-        if not text.isprintable():
-            raise UserError(
-                f"{name}={printable_line(text)} contains characters that a config cannot hold",
-                "rename it",
-                code="config.bad_character",
-            )
+    refuse_bad_characters("MODEL", model or "")
+    refuse_bad_characters("DATA", source)
     target = target or Path("configs") / f"{config_name(source)}.yaml"
-    if target.exists():
-        raise UserError(
-            f"{target} already exists",
-            "edit it, or write a different one: CONFIG=configs/another.yaml",
-            code="config.already_exists",
-        )
+    refuse_existing_config(target)
     rows = sample_rows(source)
     chosen_goal = goal or guess_goal(rows.answers)
     text = render_config(source, model or DEMO_MODEL, chosen_goal, rows, target)
     with files.write_atomically(target) as part:
         part.write_text(text, encoding="utf-8")
     return target, describe_findings(rows, chosen_goal, goal is None, model)
+
+
+def refuse_bad_characters(name: str, text: str) -> None:
+    """Raise UserError when the value of a setting, by its name in make, cannot be written into a config."""
+    if not text.isprintable():
+        raise UserError(
+            f"{name}={printable_line(text)} contains characters that a config cannot hold",
+            "rename it",
+            code="config.bad_character",
+        )
+
+
+def refuse_existing_config(target: Path) -> None:
+    """Raise UserError when the config exists already."""
+    if target.exists():
+        raise UserError(
+            f"{target} already exists",
+            "edit it, or write a different one: CONFIG=configs/another.yaml",
+            code="config.already_exists",
+        )
 
 
 def config_name(source: str) -> str:
@@ -78,28 +88,30 @@ def config_name(source: str) -> str:
 
 def sample_rows(source: str) -> RowFacts:
     """Read the first rows as the `data` stage does. Raise UserError when none of them can be trained on."""
-    parts = sources.load_training_source(Data(source=source)).parts
     from pipeline.data.stage import read_first_rows
 
-    schema = row_formats.detect_format(read_first_rows(parts[0]), Data(source=source), parts[0].name)
-    conversations = []
-    for _, payload in islice(parts[0].read_rows(), SAMPLE_ROWS):
-        try:
-            conversations.append(row_formats.build_conversation(process_rows.parse_row(payload), schema))
-        except UnusableRow:
-            continue
+    part = sources.load_training_source(Data(source=source)).parts[0]
+    schema = row_formats.detect_format(read_first_rows(part), Data(source=source), part.name)
+    conversations = read_conversations(part, schema)
     if not conversations:
         raise UserError(
             f"{source}: none of its first rows can be trained on",
             f"run `ferry data` to see why, or correct {source}",
             code="data.no_usable_rows",
         )
-    answers = tuple(
-        messages[-1]["content"].strip() for messages in conversations if messages[-1]["role"] == "assistant"
-    )
+    answers = [messages[-1]["content"].strip() for messages in conversations if messages[-1]["role"] == "assistant"]
     system_prompts = {messages[0]["content"] for messages in conversations if messages[0]["role"] == "system"}
     longest = max(sum(len(message["content"]) for message in messages) for messages in conversations)
-    return RowFacts(schema.format, len(conversations), answers, longest, len(system_prompts))
+    return RowFacts(schema.format, len(conversations), tuple(answers), longest, len(system_prompts))
+
+
+def read_conversations(part: sources.Part, schema: row_formats.RowSchema) -> list[list[dict[str, str]]]:
+    """Return the conversations of the first rows, without those of unusable rows."""
+    conversations = []
+    for _, payload in islice(part.read_rows(), SAMPLE_ROWS):
+        with contextlib.suppress(UnusableRow):
+            conversations.append(row_formats.build_conversation(process_rows.parse_row(payload), schema))
+    return conversations
 
 
 def guess_goal(answers: tuple[str, ...]) -> str:
@@ -112,13 +124,10 @@ def guess_goal(answers: tuple[str, ...]) -> str:
         return "text"
     if all(map(is_json_object, answers)):
         return "json"
-    distinct_count, mean_length = (
-        len(Counter(answer.casefold() for answer in answers)),
-        sum(map(len, answers)) / len(answers),
-    )
-    if distinct_count <= min(MAX_LABELS, max(2, MAX_LABEL_SHARE * len(answers))) and mean_length <= MAX_SHORT_ANSWER:
-        return "label"
-    return "exact" if mean_length <= MAX_SHORT_ANSWER else "text"
+    if sum(map(len, answers)) / len(answers) > MAX_SHORT_ANSWER:
+        return "text"
+    distinct_count = len({answer.casefold() for answer in answers})
+    return "label" if distinct_count <= min(MAX_LABELS, max(2, MAX_LABEL_SHARE * len(answers))) else "exact"
 
 
 def is_json_object(text: str) -> bool:
@@ -131,12 +140,12 @@ def is_json_object(text: str) -> bool:
 
 def describe_findings(rows: RowFacts, goal: str, is_guessed: bool, model: str | None) -> list[str]:
     """Return what the rows told, one sentence an item."""
-    findings = [
-        f"{rows.count} rows read as {rows.format}"
-        + (f", with {rows.system_prompts} system prompts" if rows.system_prompts else "")
-    ]
+    system_note = f", with {rows.system_prompts} system prompts" if rows.system_prompts else ""
     basis = "guessed from the answers" if is_guessed else "as requested"
-    findings.append(f"goal: {goal} ({basis}); held-out answers are judged by evaluate.rule: {GOAL_RULES[goal]}")
+    findings = [
+        f"{rows.count} rows read as {rows.format}{system_note}",
+        f"goal: {goal} ({basis}); held-out answers are judged by evaluate.rule: {GOAL_RULES[goal]}",
+    ]
     if model is None:
         findings.append("base model: the demo's, which any machine can train; set MODEL= for better answers")
     return findings
@@ -145,13 +154,7 @@ def describe_findings(rows: RowFacts, goal: str, is_guessed: bool, model: str | 
 def render_config(source: str, model: str, goal: str, rows: RowFacts, target: Path) -> str:
     """Return the text of the config. It begins with the command that runs it."""
     is_demo = model == DEMO_MODEL
-    max_seq_length = next(
-        size
-        for size in (256, 512, 1024, 2048, 4096, 8192)
-        if size * CHARACTERS_PER_TOKEN >= rows.longest or size == 8192
-    )
-    longest_answer = max((len(answer) for answer in rows.answers), default=256)
-    answer_tokens = min(1024, max(16, 16 * -(-longest_answer // (2 * 16))))
+    answer_tokens = choose_answer_tokens(rows)
     lines = [
         f"# make train CONFIG={shlex.quote(str(target))}",
         "#",
@@ -159,7 +162,7 @@ def render_config(source: str, model: str, goal: str, rows: RowFacts, target: Pa
         "",
         "base:",
         f"  model: {quote_yaml(model)}",
-        f"  max_seq_length: {max_seq_length:<22}# tokens; longer rows are dropped and counted",
+        f"  max_seq_length: {choose_max_seq_length(rows):<22}# tokens; longer rows are dropped and counted",
         f"  load_in_4bit: {'false' if is_demo else 'true':<24}# true: QLoRA, needs an NVIDIA GPU; false: 16-bit LoRA",
         "",
         "data:",
@@ -188,6 +191,18 @@ def render_config(source: str, model: str, goal: str, rows: RowFacts, target: Pa
     return "\n".join(lines) + "\n"
 
 
+def choose_max_seq_length(rows: RowFacts) -> int:
+    """Return the smallest usual length in tokens that the longest row fits into, at most 8192."""
+    lengths = (256, 512, 1024, 2048, 4096)
+    return next((length for length in lengths if length * CHARACTERS_PER_TOKEN >= rows.longest), 8192)
+
+
+def choose_answer_tokens(rows: RowFacts) -> int:
+    """Return the limit of an answer in tokens, with two characters a token: a multiple of 16, at most 1024."""
+    longest_answer = max(map(len, rows.answers), default=256)
+    return min(1024, max(16, 16 * -(-longest_answer // (2 * 16))))
+
+
 RULE_DESCRIPTIONS = {
     "accuracy": "the same label, case and punctuation apart",
     "exact": "the answer equals the reference",
@@ -198,14 +213,10 @@ RULE_DESCRIPTIONS = {
 def finetune_lines(is_demo: bool, rows: int) -> list[str]:
     """Return the lines of the `finetune` section: a learning rate and a length that suit the size of model and data."""
     epochs = 3 if rows < 2000 else 1
-    if is_demo:
-        return [
-            "  r: 16",
-            "  lora_alpha: 32",
-            "  learning_rate: 1.0e-3                 # a tiny model needs more than the usual 2.0e-4",
-            f"  num_train_epochs: {2 * epochs}",
-        ]
-    return ["  r: 16", "  lora_alpha: 16", "  learning_rate: 2.0e-4", f"  num_train_epochs: {epochs}"]
+    if not is_demo:
+        return ["  r: 16", "  lora_alpha: 16", "  learning_rate: 2.0e-4", f"  num_train_epochs: {epochs}"]
+    rate = "  learning_rate: 1.0e-3                 # a tiny model needs more than the usual 2.0e-4"
+    return ["  r: 16", "  lora_alpha: 32", rate, f"  num_train_epochs: {2 * epochs}"]
 
 
 def quote_yaml(text: str) -> str:

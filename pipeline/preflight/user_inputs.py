@@ -10,13 +10,10 @@ from pipeline.evaluate.stage import refuse_unusable_files
 def refuse_unusable_inputs(config: Config, has_rows: bool) -> None:
     """Raise UserError for a file that is missing or cannot be used.
 
-    Args:
-        has_rows: Whether the run has its rows already, so that their source files may be absent. Those that are present
-            are compared with the run.
+    When the run `has_rows` already, their source files may be absent. Those that are present are compared with the run.
     """
     if not has_rows:
         refuse_missing_files(config)
-    with contextlib.suppress(
-        ModuleNotFoundError
-    ):  # a light environment has no jsonschema; the GPU machine checks again
+    # A light environment has no jsonschema; the GPU machine checks again.
+    with contextlib.suppress(ModuleNotFoundError):
         refuse_unusable_files(config.evaluate)

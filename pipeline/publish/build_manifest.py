@@ -4,11 +4,13 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 from common import files
 from contract import manifest
 from pipeline.config.schema import Config
 from pipeline.publish.finished_stages import FinishedStages
+from pipeline.run.records import DataRecord, FinetuneRecord
 from pipeline.run.run_folder import STAGES, Run
 from pipeline.toolchain import git, llama_tools, machine
 
@@ -55,42 +57,54 @@ def build_manifest(
     Args:
         companion_files: The entries of the files that are no artifacts: configs, tokenizer, licence files.
     """
-    data, contract_fields = records.data, files.read_json(records.verify.output_path("contract"))
+    contract_fields = files.read_json(records.verify.output_path("contract"))
     return manifest.Manifest(
         id=records.export.id,
         name=run.model_name,
-        base=manifest.BaseModelInfo(**data.base.model_dump(exclude_unset=True)),
-        dataset=manifest.Dataset(
-            source=config.data.source,
-            revision=data.dataset["training"].get("revision") or config.data.revision,
-            sha256=data.inputs,
-            rows=data.rows.model_dump(),
-            split=config.data.validation or f"{config.data.validation_share:g} of the rows, by content hash",
-            split_hash=data.outputs["heldout"].sha256,
-            train_sha256=data.outputs["train"].sha256,
-            fingerprints=data.fingerprints,
-        ),
-        generation=manifest.Generation(
-            temperature=config.generation.temperature,
-            top_p=config.generation.top_p,
-            max_tokens=config.generation.max_tokens,
-            num_ctx=config.generation.num_ctx or config.base.max_seq_length,
-        ),
+        base=manifest.BaseModelInfo(**records.data.base.model_dump(exclude_unset=True)),
+        dataset=describe_dataset(config, records.data),
+        generation=describe_generation(config),
         artifacts=tuple(artifacts),
         files=tuple(companion_files),
         config=config.model_dump(mode="json"),
-        training={"method": "QLoRA" if config.base.load_in_4bit else "LoRA"}
-        | records.finetune.model_dump(mode="json", include=TRAINING_FACTS),
+        training=summarize_training(config, records.finetune),
         scores=summarize_scores(config, records),
         provenance=collect_provenance(run),
         **contract_fields,
     )
 
 
-def summarize_scores(config: Config, records: FinishedStages) -> dict:
+def describe_dataset(config: Config, data: DataRecord) -> manifest.Dataset:
+    """Return where the rows come from, how they were split, and their hashes."""
+    share = f"{config.data.validation_share:g} of the rows, by content hash"
+    return manifest.Dataset(
+        source=config.data.source,
+        revision=data.dataset["training"].get("revision") or config.data.revision,
+        sha256=data.inputs,
+        rows=data.rows.model_dump(),
+        split=config.data.validation or share,
+        split_hash=data.outputs["heldout"].sha256,
+        train_sha256=data.outputs["train"].sha256,
+        fingerprints=data.fingerprints,
+    )
+
+
+def describe_generation(config: Config) -> manifest.Generation:
+    """Return the default settings for generating text."""
+    settings = config.generation.model_dump(include={"temperature", "top_p", "max_tokens"})
+    return manifest.Generation(num_ctx=config.generation.num_ctx or config.base.max_seq_length, **settings)
+
+
+def summarize_training(config: Config, finetune: FinetuneRecord) -> dict[str, Any]:
+    """Return the method and the facts of the training."""
+    method = "QLoRA" if config.base.load_in_4bit else "LoRA"
+    return {"method": method} | finetune.model_dump(mode="json", include=TRAINING_FACTS)
+
+
+def summarize_scores(config: Config, records: FinishedStages) -> manifest.Scores:
     """Return the quality ladder, the thresholds of `verify` and its results."""
     verify = records.verify
-    return {
+    scores = {
         "rule": config.evaluate.rule,
         "heldout": {name: scores.to_json() for name, scores in records.scores.items()},
         "used": verify.used,
@@ -100,19 +114,16 @@ def summarize_scores(config: Config, records: FinishedStages) -> dict:
         "notes": verify.notes,
         "as_served": verify.as_served.to_json(),
     }
+    return cast("manifest.Scores", scores)  # the manifest checks them, and takes further keys
 
 
-def collect_provenance(run: Run) -> dict:
+def collect_provenance(run: Run) -> manifest.Provenance:
     """Return what is needed to make the model again: hashes of config, records and locks; versions; git; the image."""
-    image_facts = files.read_json(Path(os.environ["FERRY_IMAGE"])) if os.environ.get("FERRY_IMAGE") else {}
-    return {
+    provenance = {
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.record_path(name)) for name in STAGES if run.is_done(name)},
         "git": git.describe_checkout(),
-        "image": {"id": os.environ.get("FERRY_IMAGE_ID")}
-        | {key: image_facts[key] for key in ("sources", "base", "debian", "device", "llama.cpp")}
-        if image_facts
-        else None,
+        "image": describe_image(),
         "lock_sha256": {lock.name: files.sha256(lock) for lock in sorted(LOCKS_DIR.glob("*.txt"))},
         "llama_cpp": llama_tools.describe_version(),
         "python": platform.python_version(),
@@ -120,3 +131,14 @@ def collect_provenance(run: Run) -> dict:
         "driver": machine.query_nvidia().driver or None,
         "packages": {name: version(name) for name in PROVENANCE_PACKAGES},
     }
+    return cast("manifest.Provenance", provenance)  # the manifest checks it, and takes further keys
+
+
+def describe_image() -> dict[str, Any] | None:
+    """Return the id of the image that this process runs in, and what it was built from; None outside of an image."""
+    facts_path = os.environ.get("FERRY_IMAGE")
+    facts = files.read_json(Path(facts_path)) if facts_path else {}
+    if not facts:
+        return None
+    selected_facts = {key: facts[key] for key in ("sources", "base", "debian", "device", "llama.cpp")}
+    return {"id": os.environ.get("FERRY_IMAGE_ID")} | selected_facts

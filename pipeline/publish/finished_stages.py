@@ -19,8 +19,8 @@ class FinishedStages:
     @classmethod
     def read(cls, run: Run) -> "FinishedStages":
         """Read the records of a run. Raises UserError when one is missing."""
-        kinds = (DataRecord, FinetuneRecord, EvaluateRecord, ExportRecord, VerifyRecord)
-        return cls(*(run.read_record(kind) for kind in kinds))
+        read = run.read_record
+        return cls(read(DataRecord), read(FinetuneRecord), read(EvaluateRecord), read(ExportRecord), read(VerifyRecord))
 
     @property
     def scores(self) -> dict[str, Scores]:

@@ -8,18 +8,20 @@ them can act as Markdown, HTML or YAML.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 from common import hub
-from contract.manifest import NAME_PATTERN, Artifact, Manifest
+from contract.manifest import NAME_PATTERN, Artifact, GoldenPrompt, Manifest
 from pipeline.base_model import licences
 from pipeline.config import references
 
 HUB_TAGS = ("gguf", "lora", "unsloth", "ferry")
 HUB_URL = "https://huggingface.co"
 MAX_NAME_LENGTH = 300  # characters of a name; a longer one is cut
+PLAIN_PATH = re.compile(r"[\w./~%+-]*")
 RULE_DESCRIPTIONS = {
     "exact": "the answer equals the reference",
     "accuracy": "the answer names the same label",
@@ -102,21 +104,23 @@ def hub_dataset(manifest: Manifest) -> str | None:
 
 
 def _is_hub_id(name: str, revision: str | None) -> bool:
-    """Return whether `name` is a Hub id.
-
-    An old id without an owner, such as gpt2, is one when it resolved to a commit.
-    """
+    """Return whether `name` is a Hub id. An old id without an owner, such as gpt2, must have resolved to a commit."""
     if not name.isascii() or ".." in name or name.endswith(".gguf"):
         return False
     legacy_match = re.fullmatch(NAME_PATTERN, name) and re.fullmatch(r"[0-9a-f]{40}", revision or "")
     return bool(hub.REPO_ID_PATTERN.fullmatch(name) or legacy_match)
 
 
-def licence_fields(manifest: Manifest) -> dict[str, str | None]:
-    """Return the front matter's `license` and, when the Hub has no name for it, `license_name` and `license_link`.
+class LicenceFields(TypedDict, total=False):
+    """The licence in the front matter; where the Hub has no name for it, `license` is "other"."""
 
-    The result is empty when the base model names no licence.
-    """
+    license: str
+    license_name: str | None
+    license_link: str | None
+
+
+def licence_fields(manifest: Manifest) -> LicenceFields:
+    """Return the licence as the front matter has it; {} when the base model names none."""
     licence = (manifest.base.license or "").strip()
     if not licence:
         return {}
@@ -135,10 +139,9 @@ def licence_link(manifest: Manifest) -> str | None:
     link, file_names = manifest.base.license_link or "", {item.file for item in manifest.files}
     if re.fullmatch(r"https?://[A-Za-z0-9][\w.:/@?&=%+~#-]{1,300}", link, re.ASCII):
         return link
-    if copies := [
-        name for name in (link, "LICENSE", "LICENSE.md") if name in ("LICENSE", "LICENSE.md") and name in file_names
-    ]:
-        return copies[0]
+    for name in (link, "LICENSE", "LICENSE.md"):
+        if name in ("LICENSE", "LICENSE.md") and name in file_names:
+            return name
     if link and re.fullmatch(NAME_PATTERN, link) and hub_base_model(manifest):
         return f"{HUB_URL}/{manifest.base.model}/blob/{_base_revision(manifest) or 'main'}/{link}"
     return licences.find_terms(manifest.base.license).link
@@ -154,28 +157,31 @@ def _base_revision(manifest: Manifest) -> str | None:
 
 
 def _render_title(manifest: Manifest, repo: str | None) -> str:
-    name, row_count = (repo or manifest.name).split("/")[-1], manifest.dataset.rows.get("train")
-    row_note = f" ({format_value(row_count)} training rows)" if row_count is not None else ""
+    name, method = (repo or manifest.name).split("/")[-1], escape_text(manifest.training.get("method") or "LoRA")
     credit = licences.find_terms(manifest.base.license).credit
     return _join_paragraphs(
         f"# {name}",
-        f"A {escape_text(manifest.training.get('method') or 'LoRA')} fine-tune of {code_span(manifest.base.name)} on "
-        f"{code_span(_public_name(manifest.dataset.source))}{row_note}, "
+        f"A {method} fine-tune of {code_span(manifest.base.name)} on {_describe_rows(manifest)}, "
         "as GGUF files for Ollama, LM Studio and llama.cpp.",
         credit and f"**{credit}**",
     )
 
 
+def _describe_rows(manifest: Manifest) -> str:
+    """Return the data set's name, with the number of training rows where it is known."""
+    row_count = manifest.dataset.rows.get("train")
+    row_note = f" ({format_value(row_count)} training rows)" if row_count is not None else ""
+    return f"{code_span(_public_name(manifest.dataset.source))}{row_note}"
+
+
 def _render_base_model(manifest: Manifest) -> str:
-    digest_match = re.fullmatch(r"[0-9a-f]{64}", manifest.base.revision or "")
+    base = manifest.base
+    is_digest = re.fullmatch(r"[0-9a-f]{64}", base.revision or "")
     facts = markdown_table(
         ("", ""),
-        ("Model", _code_link(_public_name(manifest.base.model), _base_model_url(manifest))),
-        (
-            "sha256 of its file" if digest_match else "Revision",
-            manifest.base.revision and code_span(manifest.base.revision),
-        ),
-        ("Architecture", code_span(manifest.base.architecture)),
+        ("Model", _code_link(_public_name(base.model), _base_model_url(manifest))),
+        ("sha256 of its file" if is_digest else "Revision", base.revision and code_span(base.revision)),
+        ("Architecture", code_span(base.architecture)),
         ("Licence", _licence_name(manifest) if licence_fields(manifest) else "The base model names no licence"),
     )
     return _join_paragraphs("## Base model", facts, *_licence_notes(manifest))
@@ -224,17 +230,13 @@ def _render_dataset(manifest: Manifest) -> str:
 
 def _render_training(manifest: Manifest) -> str:
     training = manifest.training
+    length = map(training.get, ("steps", "epochs", "tokens"))
     return "## Training\n\n" + markdown_table(
         ("", ""),
         ("Method", _fill_in("{}", training.get("method"))),
         *_hyperparameter_rows(manifest.config.get("finetune", {}), training, manifest.config.get("base", {})),
         ("Seed", None if training.get("seed") is None else code_span(training["seed"])),
-        (
-            "Done",
-            _fill_in(
-                "{} steps, {} epochs, {} tokens", training.get("steps"), training.get("epochs"), training.get("tokens")
-            ),
-        ),
+        ("Done", _fill_in("{} steps, {} epochs, {} tokens", *length)),
         ("Kept", _fill_in("the adapter of step {}, which had the lowest held-out loss", training.get("best_step"))),
         ("Trained parameters", _fill_in("{}", training.get("trainable"))),
         ("Last training loss", _fill_in("{}", training.get("final_loss"))),
@@ -244,7 +246,9 @@ def _render_training(manifest: Manifest) -> str:
     )
 
 
-def _hyperparameter_rows(finetune_config: dict, training: dict, base_config: dict) -> list[tuple[str, str | None]]:
+def _hyperparameter_rows(
+    finetune_config: dict[str, Any], training: dict[str, Any], base_config: dict[str, Any]
+) -> list[tuple[str, str | None]]:
     """Return the table rows of the hyperparameters.
 
     They come from the config, except for the batch size and the learning rate, which come from the training record.
@@ -254,36 +258,37 @@ def _hyperparameter_rows(finetune_config: dict, training: dict, base_config: dic
         training: The manifest's training facts.
         base_config: The config's `base` section.
     """
-    max_steps, load_in_4bit, device = (
-        finetune_config.get("max_steps"),
-        base_config.get("load_in_4bit"),
-        str(training.get("device", "")),
-    )
+    lora = map(finetune_config.get, ("r", "lora_alpha", "lora_dropout"))
     return [
-        ("Base loaded in", None if load_in_4bit is None else "4 bit (nf4)" if load_in_4bit else "16 bit"),
-        (
-            "LoRA",
-            _fill_in("r {}, alpha {}, dropout {}", *map(finetune_config.get, ("r", "lora_alpha", "lora_dropout"))),
-        ),
+        ("Base loaded in", _describe_precision(base_config.get("load_in_4bit"))),
+        ("LoRA", _fill_in("r {}, alpha {}, dropout {}", *lora)),
         ("LoRA variants", _lora_variants(finetune_config)),
         ("Target modules", ", ".join(map(code_span, finetune_config.get("target_modules") or ())) or None),
         ("Learning rate", _fill_in("{}, {}", training.get("learning_rate"), finetune_config.get("lr_scheduler_type"))),
         ("Warm-up", _format_warmup(finetune_config.get("warmup_steps"))),
-        (
-            "Length",
-            _fill_in("{} steps", max_steps)
-            if max_steps
-            else _fill_in("{} epochs", finetune_config.get("num_train_epochs")),
-        ),
+        ("Length", _describe_length(finetune_config)),
         ("Batch", _fill_in("{} rows a step", training.get("train_batch_size"))),
         ("Sequence length", _fill_in("{} tokens", base_config.get("max_seq_length"))),
-        ("Optimizer", _format_optimizer(finetune_config.get("optim"), device)),
+        ("Optimizer", _format_optimizer(finetune_config.get("optim"), str(training.get("device", "")))),
         ("Weight decay", _fill_in("{}", finetune_config.get("weight_decay"))),
         ("Gradient norm at most", _fill_in("{}", finetune_config.get("max_grad_norm"))),
     ]
 
 
-def _lora_variants(finetune_config: dict) -> str | None:
+def _describe_precision(load_in_4bit: bool | None) -> str | None:
+    if load_in_4bit is None:
+        return None
+    return "4 bit (nf4)" if load_in_4bit else "16 bit"
+
+
+def _describe_length(finetune_config: dict[str, Any]) -> str | None:
+    """Return the configured steps, or else epochs, of the training."""
+    if max_steps := finetune_config.get("max_steps"):
+        return _fill_in("{} steps", max_steps)
+    return _fill_in("{} epochs", finetune_config.get("num_train_epochs"))
+
+
+def _lora_variants(finetune_config: dict[str, Any]) -> str | None:
     """Return what differs from plain LoRA; None when nothing does."""
     bits, bias = finetune_config.get("loftq_bits"), finetune_config.get("bias", "none")
     variants = ["rsLoRA"] * bool(finetune_config.get("use_rslora")) + [f"LoftQ, {format_value(bits)} bits"] * bool(bits)
@@ -302,13 +307,12 @@ def _format_optimizer(name: str | None, device: str) -> str | None:
 
 
 def _render_quality(manifest: Manifest, ladder: str) -> str:
-    scores, rule = manifest.scores, manifest.scores.get("rule")
+    scores: dict[str, Any] = dict(manifest.scores)
     training_fit, conversion = scores.get("training") or {}, scores.get("conversion") or {}
     return _join_paragraphs(
         "## Quality",
         ladder.strip(),
-        _fill_in("Scoring rule: {}", rule)
-        and f"Scoring rule: {code_span(rule)}{f' ({RULE_DESCRIPTIONS[rule]})' if rule in RULE_DESCRIPTIONS else ''}.",
+        _describe_rule(scores.get("rule")),
         _fill_in("Rows: {}.", scores.get("used")),
         "Losses are in nats a token; KL to 16 bit is the mean KL divergence from the 16-bit GGUF at response "
         "positions, same top-1 the share of them where both would choose the same token.",
@@ -326,32 +330,40 @@ def _render_quality(manifest: Manifest, ladder: str) -> str:
     )
 
 
-def _describe_runtime_scores(served_scores: dict) -> str | None:
+def _describe_rule(rule: str | None) -> str | None:
+    """Return by which rule answers are judged; None when it is unknown."""
+    if rule is None:
+        return None
+    description = f" ({RULE_DESCRIPTIONS[rule]})" if rule in RULE_DESCRIPTIONS else ""
+    return f"Scoring rule: {code_span(rule)}{description}."
+
+
+def _describe_runtime_scores(served_scores: dict[str, Any]) -> str | None:
     """Return how the default file scores with the prompts that its runtimes send; None when that was not measured."""
     if "same_prompts" not in served_scores or "rows" not in served_scores:
         return None
-    if served_scores["same_prompts"] == served_scores["rows"]:
+    row_count, same_count = served_scores["rows"], served_scores["same_prompts"]
+    if same_count == row_count:
         return "Runtimes send the prompts that were scored, for every held-out row."
-    result = (
-        f"score {served_scores['score']:.1%}"
-        if "score" in served_scores
-        else f"held-out loss {format_value(served_scores.get('loss'))}"
-    )
     return (
-        f"With the prompts that runtimes send (the default system prompt, sampling off): {result}; "
-        f"the prompt differs from the row's "
-        f"for {format_value(served_scores['rows'] - served_scores['same_prompts'])} of "
-        f"{format_value(served_scores['rows'])} rows."
+        "With the prompts that runtimes send (the default system prompt, sampling off): "
+        f"{_describe_runtime_result(served_scores)}; the prompt differs from the row's "
+        f"for {format_value(row_count - same_count)} of {format_value(row_count)} rows."
     )
+
+
+def _describe_runtime_result(served_scores: dict[str, Any]) -> str:
+    """Return the score, or where no rule judges answers the loss."""
+    if "score" in served_scores:
+        return f"score {served_scores['score']:.1%}"
+    return f"held-out loss {format_value(served_scores.get('loss'))}"
 
 
 def _render_files(manifest: Manifest) -> str:
+    labels = {item.file: _artifact_label(item) for item in manifest.artifacts}
     rows = [
-        (code_span(item.file), _artifact_label(item), format_size(item.bytes), code_span(item.sha256[:12]))
-        for item in manifest.artifacts
-    ]
-    rows += [
-        (code_span(item.file), "", format_size(item.bytes), code_span(item.sha256[:12])) for item in manifest.files
+        (code_span(item.file), labels.get(item.file, ""), format_size(item.bytes), code_span(item.sha256[:12]))
+        for item in (*manifest.artifacts, *manifest.files)
     ]
     return "## Files\n\n" + markdown_table(("file", "what", "size", "sha256 begins"), *rows)
 
@@ -367,34 +379,42 @@ def _artifact_label(artifact: Artifact) -> str:
 
 
 def _render_prompt_format(manifest: Manifest) -> str:
-    chat, conversations = manifest.chat, [golden for golden in manifest.golden if golden.add_generation_prompt]
-    with_system = [
-        golden for golden in conversations if any(message.get("role") == "system" for message in golden.messages)
-    ]
-    example = next(iter(with_system or conversations), None)
+    chat, example = manifest.chat, _choose_example(manifest)
     return _join_paragraphs(
         "## Prompt format",
         "The chat template is in every GGUF. An example, up to where the model answers:" if example else None,
         example and code_block(example.prompt),
-        "Stop strings, as JSON:" if chat.stop else None,
-        code_block("\n".join(json.dumps(stop, ensure_ascii=False) for stop in chat.stop), "json")
-        if chat.stop
-        else None,
-        chat.system
-        and "The default system prompt, which `make deploy-mac` puts in front of a conversation that has none. "
-        "Other runtimes must be told to send it: without it the model answers differently than it was scored.\n\n"
-        f"{code_block(chat.system)}",
+        *_render_stops(chat.stop),
+        chat.system and f"{SYSTEM_PROMPT_NOTE}\n\n{code_block(chat.system)}",
         chat.input
         and "A row's input followed its instruction in the same user message:\n\n"
         + code_block(f"INSTRUCTION{chat.input}INPUT"),
     )
 
 
+SYSTEM_PROMPT_NOTE = (
+    "The default system prompt, which `make deploy-mac` puts in front of a conversation that has none. "
+    "Other runtimes must be told to send it: without it the model answers differently than it was scored."
+)
+
+
+def _choose_example(manifest: Manifest) -> GoldenPrompt | None:
+    """Return a golden prompt that asks for an answer, if possible one with a system message."""
+    prompts = [golden for golden in manifest.golden if golden.add_generation_prompt]
+    with_system = [golden for golden in prompts if any(message.get("role") == "system" for message in golden.messages)]
+    return next(iter(with_system or prompts), None)
+
+
+def _render_stops(stops: Sequence[str]) -> list[str]:
+    """Return the paragraphs about the texts that end an answer."""
+    if not stops:
+        return []
+    return ["Stop strings, as JSON:", code_block("\n".join(json.dumps(s, ensure_ascii=False) for s in stops), "json")]
+
+
 def _render_usage(manifest: Manifest, repo: str | None, private: bool) -> str:
-    commands, generation = (
-        _hub_commands(manifest, repo, private) if repo else _folder_commands(manifest),
-        manifest.generation,
-    )
+    commands = _hub_commands(manifest, repo, private) if repo else _folder_commands(manifest)
+    generation = manifest.generation
     settings_note = (
         f"Settings of `make deploy-mac`: temperature {format_value(generation.temperature)}, "
         f"top-p {format_value(generation.top_p)}, "
@@ -409,26 +429,33 @@ def _hub_commands(manifest: Manifest, repo: str, private: bool) -> list[str]:
 
     Sources: https://huggingface.co/docs/hub/ollama and /lmstudio, `llama-server --help`.
     """
-    tag, file_name = (manifest.default_artifact().quantization or "").upper(), manifest.default_artifact().file
-    download_command = f"`hf download {repo} {file_name} --local-dir .`, then `lms import {file_name} --copy`"
-    lm_studio_command = f"`lms get {HUB_URL}/{repo}@{tag}`, or paste the repo's address into its search box"
-    key_note = (
-        " The repo is private: first add `~/.ollama/id_ed25519.pub` to the "
-        f"[keys of your account]({HUB_URL}/settings/keys)."
-    )
+    tag = (manifest.default_artifact().quantization or "").upper()
+    ollama_note = "Here the Hub chooses a template, and no system prompt is set." + PRIVATE_OLLAMA_NOTE * private
+    llama_cpp_note = ", with `HF_TOKEN` set: the repo is private." if private else "."
     return [
         f"**Ollama, checked:** in a checkout of Ferry `make deploy-mac REPO={repo}`{CHECKS_NOTE}",
-        f"**Ollama:** `ollama run hf.co/{repo}:{tag}`. Here the Hub chooses a template, and no system prompt is set."
-        + key_note * private,
-        f"**LM Studio:** {download_command if private else lm_studio_command}.",
-        f"**llama.cpp:** `llama-server -hf {repo}:{tag}`"
-        + (", with `HF_TOKEN` set: the repo is private." if private else "."),
+        f"**Ollama:** `ollama run hf.co/{repo}:{tag}`. {ollama_note}",
+        f"**LM Studio:** {_lm_studio_command(manifest, repo, private)}.",
+        f"**llama.cpp:** `llama-server -hf {repo}:{tag}`{llama_cpp_note}",
     ]
+
+
+def _lm_studio_command(manifest: Manifest, repo: str, private: bool) -> str:
+    """Return how LM Studio gets the default file; from a private repo it cannot download by itself."""
+    default = manifest.default_artifact()
+    if private:
+        return f"`hf download {repo} {default.file} --local-dir .`, then `lms import {default.file} --copy`"
+    tag = (default.quantization or "").upper()
+    return f"`lms get {HUB_URL}/{repo}@{tag}`, or paste the repo's address into its search box"
 
 
 CHECKS_NOTE = (
     ": compares every file with the manifest, asks for known answers, and takes template, system prompt and settings "
     "from what was trained."
+)
+PRIVATE_OLLAMA_NOTE = (
+    " The repo is private: first add `~/.ollama/id_ed25519.pub` to the "
+    f"[keys of your account]({HUB_URL}/settings/keys)."
 )
 
 
@@ -447,22 +474,31 @@ def _folder_commands(manifest: Manifest) -> list[str]:
 
 
 def _render_transformers_usage(manifest: Manifest, repo: str | None) -> str:
-    kinds, base_id = {artifact.kind for artifact in manifest.artifacts}, hub_base_model(manifest)
-    merged_snippet = (
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_repo_arguments(repo, 'merged')})"
+    kinds = {artifact.kind for artifact in manifest.artifacts}
+    return _join_paragraphs(
+        "## In Transformers" if kinds & {"adapter", "merged"} else None,
+        _render_merged_usage(repo) if "merged" in kinds else None,
+        _render_adapter_usage(manifest, repo) if "adapter" in kinds else None,
     )
-    adapter_note = (
+
+
+def _render_merged_usage(repo: str | None) -> str:
+    """Return the Python code that loads the merged model."""
+    return code_block(
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({_repo_arguments(repo, 'merged')})",
+        "python",
+    )
+
+
+def _render_adapter_usage(manifest: Manifest, repo: str | None) -> str:
+    """Return the Python code that loads the adapter, or for a base model that is not on the Hub how to do it."""
+    if base_id := hub_base_model(manifest):
+        return code_block(_peft_snippet(manifest, repo, base_id), "python")
+    return (
         f"The adapter in `adapter/` belongs to {code_span(_public_name(manifest.base.model))}, "
         "which Transformers cannot fetch by that name: "
         f"load the base first, then `PeftModel.from_pretrained(base, {_repo_arguments(repo, 'adapter')})`."
-    )
-    return _join_paragraphs(
-        "## In Transformers" if kinds & {"adapter", "merged"} else None,
-        code_block(merged_snippet, "python") if "merged" in kinds else None,
-        (code_block(_peft_snippet(manifest, repo, base_id), "python") if base_id else adapter_note)
-        if "adapter" in kinds
-        else None,
     )
 
 
@@ -471,17 +507,14 @@ def _peft_snippet(manifest: Manifest, repo: str | None, base_id: str) -> str:
 
     It uses PeftModel, because AutoPeftModelForCausalLM looks for the base model in the subfolder too (peft 0.21.2).
     """
-    has_tokenizer, revision = (
-        any(item.file.startswith("adapter/tokenizer") for item in manifest.files),
-        _base_revision(manifest),
-    )
+    revision, adapter_arguments = _base_revision(manifest), _repo_arguments(repo, "adapter")
     base_arguments = f'"{base_id}"' + (f', revision="{revision}"' if revision else "")
+    has_tokenizer = any(item.file.startswith("adapter/tokenizer") for item in manifest.files)
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'base = AutoModelForCausalLM.from_pretrained({base_arguments}, dtype="auto")\n'
-        f"model = PeftModel.from_pretrained(base, {_repo_arguments(repo, 'adapter')})\n"
-        "tokenizer = AutoTokenizer.from_pretrained("
-        f"{_repo_arguments(repo, 'adapter') if has_tokenizer else base_arguments})"
+        f"model = PeftModel.from_pretrained(base, {adapter_arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({adapter_arguments if has_tokenizer else base_arguments})"
     )
 
 
@@ -521,11 +554,7 @@ def _public_url(url: str | None) -> str | None:
     """Return the URL of a git remote without user and password; None for a path of this machine."""
     try:
         parts = urlsplit(url or "")
-        if (
-            parts.scheme in ("http", "https", "ssh", "git")
-            and parts.hostname
-            and re.fullmatch(r"[\w./~%+-]*", parts.path)
-        ):
+        if parts.scheme in ("http", "https", "ssh", "git") and parts.hostname and PLAIN_PATH.fullmatch(parts.path):
             return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
     except ValueError:
         return None
@@ -547,13 +576,11 @@ def _render_verification(manifest: Manifest) -> str:
 
 
 def code_span(value: Any) -> str:
-    """Return `value` as inline code in one line, which may stand in a table.
-
-    Entities never act as Markdown: https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references.
-    """
+    """Return `value` as inline code in one line, which may stand in a table."""
     line = printable_line(value)
     if line and not re.search(r"[`|\\]", line):
         return f"`{line}`"
+    # Entities never act as Markdown: https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references.
     return f"<code>{''.join(c if c.isalnum() or c == ' ' else f'&#{ord(c)};' for c in line)}</code>"
 
 
@@ -600,7 +627,7 @@ def format_size(count: int) -> str:
 
 
 def _fill_in(template: str, *values: Any) -> str | None:
-    """Return `form` filled with the values; None when one of them is unknown."""
+    """Return `template` filled with the values; None when one of them is unknown."""
     return None if any(value is None for value in values) else template.format(*map(format_value, values))
 
 

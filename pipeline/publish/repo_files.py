@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from common import files, gguf_reader
 from common.errors import UserError
@@ -13,17 +14,11 @@ from pipeline.toolchain import llama_tools
 
 
 def list_published_ggufs(export: ExportRecord, verify: VerifyRecord) -> list[tuple[Record, str]]:
-    """Return the record and the output name of every GGUF to publish.
-
-    These are the quantizations. The 16-bit GGUF is published only when `verify` chose it as the default.
-    """
+    """Return record and output name of each GGUF to publish: the quantizations, and the 16-bit one as the default."""
     unpublished_names = {export.sixteen, "imatrix"} - {verify.default}
-    export_outputs = [
-        (export, name)
-        for name in export.outputs
-        if name not in unpublished_names and not name.endswith(llama_tools.STATIC_SUFFIX)
-    ]
-    return export_outputs + [(verify, name) for name in verify.outputs if name in llama_tools.BITS_PER_WEIGHT]
+    names = [name for name in export.outputs if not name.endswith(llama_tools.STATIC_SUFFIX)]
+    ggufs: list[tuple[Record, str]] = [(export, name) for name in names if name not in unpublished_names]
+    return ggufs + [(verify, name) for name in verify.outputs if name in llama_tools.BITS_PER_WEIGHT]
 
 
 def add_gguf(record: Record, name: str, records: FinishedStages, folder: Path) -> manifest.Artifact:
@@ -38,12 +33,7 @@ def add_gguf(record: Record, name: str, records: FinishedStages, folder: Path) -
     """
     source, export = record.output_path(name), records.export
     digest = link_or_copy(source, folder / source.name)
-    if digest != record.outputs[name].sha256:
-        raise UserError(
-            f"{source} was changed after {record.stage} wrote it",
-            f"delete {record.record_path()} and run the same command again",
-            code="publish.changed_file",
-        )
+    refuse_changed_file(record, name, digest)
     header = gguf_reader.read_header(source)
     return manifest.Artifact(
         kind="gguf",
@@ -58,17 +48,19 @@ def add_gguf(record: Record, name: str, records: FinishedStages, folder: Path) -
     )
 
 
+def refuse_changed_file(record: Record, name: str, digest: str) -> None:
+    """Raise UserError when the sha256 of a file is not the one that its stage recorded."""
+    if digest != record.outputs[name].sha256:
+        raise UserError(
+            f"{record.output_path(name)} was changed after {record.stage} wrote it",
+            f"delete {record.record_path()} and run the same command again",
+            code="publish.changed_file",
+        )
+
+
 def add_adapter(finetune: FinetuneRecord, folder: Path) -> manifest.Artifact:
     """Put the LoRA adapter into the folder and return its manifest entry."""
-    weights_path = finetune.output_path("adapter")
-    digest = link_or_copy(weights_path, folder / "adapter" / weights_path.name)
-    return manifest.Artifact(
-        kind="adapter",
-        file=f"adapter/{weights_path.name}",
-        quantization=None,
-        sha256=digest,
-        bytes=weights_path.stat().st_size,
-    )
+    return _add_weights("adapter", finetune.output_path("adapter"), folder)
 
 
 def add_merged_model(merged_folder: Path, folder: Path) -> tuple[list[manifest.Artifact], list[str]]:
@@ -77,16 +69,19 @@ def add_merged_model(merged_folder: Path, folder: Path) -> tuple[list[manifest.A
     Returns:
         The manifest entries of its weights, and the names of its other files (config and tokenizer).
     """
-    artifacts, companion_names = [], []
-    for path in sorted(path for path in merged_folder.iterdir() if path.is_file()):
-        name, digest = f"merged/{path.name}", link_or_copy(path, folder / "merged" / path.name)
-        if path.suffix == ".safetensors":
-            artifacts.append(
-                manifest.Artifact(kind="merged", file=name, quantization=None, sha256=digest, bytes=path.stat().st_size)
-            )
-        else:
-            companion_names.append(name)
-    return artifacts, companion_names
+    paths = sorted(path for path in merged_folder.iterdir() if path.is_file())
+    artifacts = [_add_weights("merged", path, folder) for path in paths if path.suffix == ".safetensors"]
+    companions = [path for path in paths if path.suffix != ".safetensors"]
+    for path in companions:
+        link_or_copy(path, folder / "merged" / path.name)
+    return artifacts, [f"merged/{path.name}" for path in companions]
+
+
+def _add_weights(kind: Literal["adapter", "merged"], source: Path, folder: Path) -> manifest.Artifact:
+    """Put a file of weights into the subfolder of its kind and return its manifest entry."""
+    name = f"{kind}/{source.name}"
+    digest = link_or_copy(source, folder / name)
+    return manifest.Artifact(kind=kind, file=name, quantization=None, sha256=digest, bytes=source.stat().st_size)
 
 
 def add_companion_files(data: DataRecord, finetune: FinetuneRecord, folder: Path) -> list[str]:
@@ -98,12 +93,17 @@ def add_companion_files(data: DataRecord, finetune: FinetuneRecord, folder: Path
     adapter_config = files.read_json(finetune.output_path("adapter_config"))
     names = ["adapter/adapter_config.json"]
     files.write_json(folder / names[0], adapter_config | {"base_model_name_or_path": data.base.model})
-    for output_prefix, subfolder in (("tokenizer/", "adapter/"), ("licence/", "")):
-        for output in (name for name in data.outputs if name.startswith(output_prefix)):
-            source = data.output_path(output)
-            link_or_copy(source, folder / f"{subfolder}{source.name}")
-            names.append(f"{subfolder}{source.name}")
+    names += _add_outputs(data, "tokenizer/", folder, "adapter/")
+    names += _add_outputs(data, "licence/", folder, "")
     return names + write_notice(licences.find_terms(data.base.license).notice, names, folder)
+
+
+def _add_outputs(data: DataRecord, prefix: str, folder: Path, subfolder: str) -> list[str]:
+    """Put the files of `data` whose output names begin with `prefix` into a subfolder; return their new names."""
+    sources = [data.output_path(output) for output in data.outputs if output.startswith(prefix)]
+    for source in sources:
+        link_or_copy(source, folder / f"{subfolder}{source.name}")
+    return [f"{subfolder}{source.name}" for source in sources]
 
 
 def write_notice(notice: str | None, names: list[str], folder: Path) -> list[str]:
@@ -112,9 +112,8 @@ def write_notice(notice: str | None, names: list[str], folder: Path) -> list[str
     Returns:
         The names of the written files: one or none.
     """
-    if not notice or any(
-        notice in (folder / name).read_text(encoding="utf-8", errors="replace") for name in names if "/" not in name
-    ):
+    licence_files = (folder / name for name in names if "/" not in name)
+    if not notice or any(notice in path.read_text(encoding="utf-8", errors="replace") for path in licence_files):
         return []
     name = "NOTICE" if "notice" not in {name.lower() for name in names} else "NOTICE-base-model"
     with files.write_atomically(folder / name) as part:

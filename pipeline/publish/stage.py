@@ -32,14 +32,8 @@ def run_publish(config: Config, run: Run) -> PublishRecord:
     """
     records = FinishedStages.read(run)
     repo = config.publish.repo.replace("{run}", run.model_name)
-    if hub.is_folder(repo):
-        folder, upload_result = hub_folder(repo, run.model_name), {"repo": repo}
-        claim_hub_folder(folder, run.model_name)
-        back_up_edited_card(folder)
-        manifest_without_card = write_repo_files(config, run, records, folder)
-        new_manifest = write_card_and_manifest(config, records, folder, manifest_without_card, None)
-    else:
-        new_manifest, upload_result = publish_to_hub(config, run, records, repo)
+    publish = publish_to_folder if hub.is_folder(repo) else publish_to_hub
+    new_manifest, upload_result = publish(config, run, records, repo)
     return run.write_record(
         PublishRecord,
         ("verify", "export", "evaluate", "finetune", "data"),
@@ -47,6 +41,15 @@ def run_publish(config: Config, run: Run) -> PublishRecord:
         **upload_result,
         default=new_manifest.default_artifact().model_dump(mode="json"),
     )
+
+
+def publish_to_folder(config: Config, run: Run, records: FinishedStages, repo: str) -> tuple[manifest.Manifest, dict]:
+    """Write the run into a folder hub; return its manifest and {repo}."""
+    folder = hub_folder(repo, run.model_name)
+    claim_hub_folder(folder, run.model_name)
+    back_up_edited_card(folder)
+    manifest_without_card = write_repo_files(config, run, records, folder)
+    return write_card_and_manifest(config, records, folder, manifest_without_card, None), {"repo": repo}
 
 
 def publish_to_hub(config: Config, run: Run, records: FinishedStages, repo: str) -> tuple[manifest.Manifest, dict]:
@@ -59,16 +62,23 @@ def publish_to_hub(config: Config, run: Run, records: FinishedStages, repo: str)
         repo, _ = hub.parse_repo_id(hub.fill_placeholders(repo, run.model_name))
         enforce_licence(config, records.data, repo)
         full_manifest = write_card_and_manifest(config, records, folder, new_manifest, repo)
-        options = {"private": config.publish.private, "tag": config.publish.tag}
-        return full_manifest, upload.upload_folder({"folder": str(folder), "repo": repo} | options)
+        private, tag = config.publish.private, config.publish.tag
+        return full_manifest, upload.upload_folder(
+            {"folder": str(folder), "repo": repo, "private": private, "tag": tag}
+        )
     except UserError as error:
-        raise UserError(
-            f"{error.message}\n  nothing is lost: the complete model is in {folder}. To copy it off this machine:\n"
-            f"  scp -r {socket.gethostname()}:{folder.absolute()} .   "
-            f"and then, on your Mac: make deploy-mac REPO=./{folder.name}",
-            error.hint,
-            code=error.code,
-        ) from error
+        raise describe_kept_folder(error, folder) from error
+
+
+def describe_kept_folder(error: UserError, folder: Path) -> UserError:
+    """Return the error of an upload with the folder that stays, and how to copy it to the Mac."""
+    return UserError(
+        f"{error.message}\n  nothing is lost: the complete model is in {folder}. To copy it off this machine:\n"
+        f"  scp -r {socket.gethostname()}:{folder.absolute()} .   "
+        f"and then, on your Mac: make deploy-mac REPO=./{folder.name}",
+        error.hint,
+        code=error.code,
+    )
 
 
 def enforce_licence(config: Config, data: DataRecord, repo: str) -> None:
@@ -108,12 +118,10 @@ def write_card_and_manifest(
         repo: The repo's id on the Hub, for the commands in the model card; None for a folder hub.
     """
     ladder = records.verify.output_path("ladder").read_text(encoding="utf-8").rstrip()
+    card = model_card.render_model_card(new_manifest, ladder, repo, config.publish.private)
     with files.write_atomically(folder / MODEL_CARD_FILE) as part:
-        part.write_text(
-            model_card.render_model_card(new_manifest, ladder, repo, config.publish.private), encoding="utf-8"
-        )
-    full_manifest = new_manifest.model_copy(
-        update={"files": (*new_manifest.files, describe_file(folder, MODEL_CARD_FILE))}
-    )
+        part.write_text(card, encoding="utf-8")
+    published_files = (*new_manifest.files, describe_file(folder, MODEL_CARD_FILE))
+    full_manifest = new_manifest.model_copy(update={"files": published_files})
     manifest.write_manifest(folder / manifest.FILE_NAME, full_manifest)
     return full_manifest

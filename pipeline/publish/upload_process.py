@@ -8,6 +8,7 @@ It writes JSON lines to stdout: {"beat": n, "client": last warning} for progress
 {"error": [message, hint, code]} or {"lost": reason}. "lost" means that a new process may succeed.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,11 +16,17 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from common import files, hub
 from common.errors import UserError, printable_line
 from contract import manifest
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 
 def main() -> None:
@@ -28,14 +35,18 @@ def main() -> None:
     os.dup2(2, 1)  # only our own lines reach the parent process; what a library prints goes to stderr
     job = json.load(sys.stdin)
     threading.Thread(target=report_progress, args=(output, os.getppid()), daemon=True).start()
-    try:
-        message = {"result": publish_folder(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
-    except UserError as error:
-        message = {"error": [error.message, error.hint, error.code]}
-    except Exception as error:  # noqa: BLE001 for example from hf_xet, which a new process does not use
-        message = {"lost": hub.redact_secrets(f"{type(error).__name__}: {error}")}
-    print(json.dumps(message), file=output, flush=True)
+    print(json.dumps(run_job(job)), file=output, flush=True)
     os._exit(0)  # do not wait for the threads of a library
+
+
+def run_job(job: dict[str, Any]) -> dict[str, object]:
+    """Upload the folder of a job, and return the outcome as the last message has it."""
+    try:
+        return {"result": publish_folder(Path(job["folder"]), job["repo"], job["private"], job["tag"])}
+    except UserError as error:
+        return {"error": [error.message, error.hint, error.code]}
+    except Exception as error:  # noqa: BLE001 for example from hf_xet, which a new process does not use
+        return {"lost": hub.redact_secrets(f"{type(error).__name__}: {error}")}
 
 
 class LastWarningHandler(logging.Handler):
@@ -50,7 +61,7 @@ class LastWarningHandler(logging.Handler):
 last_warning = LastWarningHandler(logging.WARNING)
 
 
-def report_progress(output, parent_pid: int) -> None:
+def report_progress(output: IO[str], parent_pid: int) -> None:
     """Write a progress line whenever a progress bar moved or the Hub was called; exit when the parent process is gone.
 
     So an upload does not continue without its parent process.
@@ -59,19 +70,22 @@ def report_progress(output, parent_pid: int) -> None:
         output: The file that the parent process reads.
         parent_pid: The process id of the parent process.
     """
+    last_state = None
+    with contextlib.suppress(OSError):  # the parent process reads no more
+        while os.getppid() == parent_pid:
+            state = read_progress()
+            if state != last_state:
+                print(json.dumps({"beat": len(state), "client": last_warning.text}), file=output, flush=True)
+            last_state = state
+            time.sleep(1)
+    os._exit(1)
+
+
+def read_progress() -> list[object]:
+    """Return a value that changes whenever a progress bar moved or the Hub was called."""
     from tqdm import tqdm
 
-    last_state = None
-    while os.getppid() == parent_pid:
-        state = [hub.attempts, *((id(bar), bar.n) for bar in list(tqdm._instances))]
-        if state != last_state:
-            try:
-                print(json.dumps({"beat": len(state), "client": last_warning.text}), file=output, flush=True)
-            except OSError:
-                break
-        last_state = state
-        time.sleep(1)
-    os._exit(1)
+    return [hub.attempts, *((id(bar), bar.n) for bar in list(tqdm._instances))]
 
 
 def publish_folder(folder: Path, repo: str, private: bool, tag: str | None) -> dict:
@@ -103,28 +117,36 @@ def capture_client_warnings() -> None:
     logger.setLevel(logging.WARNING)
 
 
-def commit_folder(api, folder: Path, repo: str, private: bool, new_manifest: manifest.Manifest) -> str:
+def commit_folder(api: "HfApi", folder: Path, repo: str, private: bool, new_manifest: manifest.Manifest) -> str:
     """Commit the whole folder at once and return the commit's id, so that no revision has a manifest without its files.
 
     The same commit deletes the files of the previous version.
     """
     from huggingface_hub import CommitOperationDelete
 
-    repo_info = api.repo_info(repo, files_metadata=True)
+    repo_info = api.model_info(repo, files_metadata=True)
     refuse_foreign_repo(repo_info, repo, private)
-    remote_names = {sibling.rfilename for sibling in repo_info.siblings}
-    new_names = {item.file for item in (*new_manifest.artifacts, *new_manifest.files)} | {manifest.FILE_NAME}
-    published_names = (
-        list_published_files(repo, repo_info.sha, new_manifest.name) if manifest.FILE_NAME in remote_names else set()
-    )
-    operations = [
-        create_add_operation(folder, name, digest) for name, digest in file_hashes(folder, new_manifest).items()
-    ]
-    operations += [CommitOperationDelete(name) for name in sorted(published_names & remote_names - new_names)]
+    hashes = file_hashes(folder, new_manifest)
+    additions = [create_add_operation(folder, name, digest) for name, digest in hashes.items()]
+    deletions = [CommitOperationDelete(name) for name in find_old_files(repo_info, repo, new_manifest)]
     commit = api.create_commit(
-        repo, operations, commit_message=f"Ferry: {new_manifest.name}", parent_commit=repo_info.sha
+        repo,
+        [*additions, *deletions],
+        commit_message=f"Ferry: {new_manifest.name}",
+        parent_commit=repo_info.sha,
     )
     return commit.oid
+
+
+def find_old_files(repo_info: "ModelInfo", repo: str, new_manifest: manifest.Manifest) -> list[str]:
+    """Return the files that the manifest on the Hub names, and the new one does not."""
+    remote_names = hub.list_repo_files(repo_info)
+    if manifest.FILE_NAME not in remote_names:
+        return []
+    assert repo_info.sha, "the Hub names the commit of a repo that it describes"
+    new_names = {item.file for item in (*new_manifest.artifacts, *new_manifest.files)} | {manifest.FILE_NAME}
+    published_names = list_published_files(repo, repo_info.sha, new_manifest.name)
+    return sorted(published_names & remote_names - new_names)
 
 
 def file_hashes(folder: Path, new_manifest: manifest.Manifest) -> dict[str, str]:
@@ -133,19 +155,16 @@ def file_hashes(folder: Path, new_manifest: manifest.Manifest) -> dict[str, str]
     return hashes | {manifest.FILE_NAME: files.sha256(folder / manifest.FILE_NAME)}
 
 
-def create_add_operation(folder: Path, name: str, digest: str):
-    """Return the client's operation that adds a file, with the sha256 from the manifest.
-
-    Without that the client would hash the file once more. The Hub compares what arrives with the sha256.
-    """
+def create_add_operation(folder: Path, name: str, digest: str) -> "CommitOperationAdd":
+    """Return the operation that adds a file. Its sha256 is known, so that the client does not hash it once more."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, folder / name)
-    operation.upload_info.sha256 = bytes.fromhex(digest)
+    operation.upload_info.sha256 = bytes.fromhex(digest)  # with which the Hub compares what arrives
     return operation
 
 
-def refuse_foreign_repo(repo_info, repo: str, private: bool) -> None:
+def refuse_foreign_repo(repo_info: "ModelInfo", repo: str, private: bool) -> None:
     """Raise UserError for a repo that holds something else, or that is public when the config says private."""
     if private and not repo_info.private:
         raise UserError(
@@ -179,19 +198,25 @@ def list_published_files(repo: str, revision: str, name: str) -> set[str]:
     except UserError as error:
         if (manifest.read_schema_version(content) or 0) > manifest.SCHEMA_VERSION:
             raise
-        if (older_manifest := parse_older_manifest(content)) is None:
-            raise UserError(
-                f"{repo}: {manifest.FILE_NAME} was not written by Ferry",
-                "choose a different publish.repo",
-                code="hub.foreign_manifest",
-            ) from error
+        older_manifest = parse_older_manifest(content)
+        if older_manifest is None:
+            raise describe_foreign_manifest(repo) from error
         refuse_other_model(repo, older_manifest.get("name", name), name)
         return set()  # this Ferry cannot read the manifest of an older one, so its files stay
     refuse_other_model(repo, published_manifest.name, name)
     return {item.file for item in (*published_manifest.artifacts, *published_manifest.files)}
 
 
-def parse_older_manifest(content: bytes) -> dict | None:
+def describe_foreign_manifest(repo: str) -> UserError:
+    """Return the error for a manifest that another program wrote."""
+    return UserError(
+        f"{repo}: {manifest.FILE_NAME} was not written by Ferry",
+        "choose a different publish.repo",
+        code="hub.foreign_manifest",
+    )
+
+
+def parse_older_manifest(content: bytes) -> dict[str, Any] | None:
     """Return the JSON of a manifest that an older Ferry wrote; None when it is not one of Ferry's."""
     if manifest.read_schema_version(content) is None:
         return None
@@ -209,20 +234,15 @@ def refuse_other_model(repo: str, published: object, name: str) -> None:
         )
 
 
-def verify_upload(api, folder: Path, repo: str, commit: str, new_manifest: manifest.Manifest) -> None:
+def verify_upload(api: "HfApi", folder: Path, repo: str, commit: str, new_manifest: manifest.Manifest) -> None:
     """Raise UserError unless the Hub holds every file with the sha256 that was sent."""
-    remote_files = {
-        sibling.rfilename: sibling for sibling in api.repo_info(repo, revision=commit, files_metadata=True).siblings
-    }
+    repo_info = api.model_info(repo, revision=commit, files_metadata=True)
+    remote_files = {sibling.rfilename: sibling for sibling in repo_info.siblings or ()}
     for name, digest in file_hashes(folder, new_manifest).items():
-        lfs_file = remote_files[name].lfs if name in remote_files else None
-        if name not in remote_files:
-            remote_digest = "nothing"
-        elif lfs_file:
-            remote_digest = lfs_file.sha256
-        else:  # the Hub knows only the SHA-1 of files that are not in LFS
-            max_bytes = (folder / name).stat().st_size + 1
-            remote_digest = files.sha256_bytes(hub.read_small_file(repo, name, commit, max_bytes))
+        max_bytes = (folder / name).stat().st_size + 1
+        remote_digest = (
+            hash_remote_file(repo, commit, remote_files[name], max_bytes) if name in remote_files else "nothing"
+        )
         if remote_digest != digest:
             raise UserError(
                 f"{repo}/{name}: the Hub holds {remote_digest}, {digest} was sent",
@@ -231,7 +251,14 @@ def verify_upload(api, folder: Path, repo: str, commit: str, new_manifest: manif
             )
 
 
-def tag_commit(api, repo: str, commit: str, requested_tag: str | None) -> str:
+def hash_remote_file(repo: str, commit: str, file: "RepoSibling", max_bytes: int) -> str:
+    """Return the sha256 of a file on the Hub, which knows only the SHA-1 of files that are not in LFS."""
+    if file.lfs:
+        return file.lfs.sha256
+    return files.sha256_bytes(hub.read_small_file(repo, file.rfilename, commit, max_bytes))
+
+
+def tag_commit(api: "HfApi", repo: str, commit: str, requested_tag: str | None) -> str:
     """Tag the commit and return the tag's name.
 
     It is the requested one; else the version tag that the commit has already; else the next of v1, v2, ...
@@ -240,10 +267,9 @@ def tag_commit(api, repo: str, commit: str, requested_tag: str | None) -> str:
         UserError: The requested tag belongs to another commit.
     """
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
-    version_tags = sorted((int(tag_name[1:]), tag_name) for tag_name in tags if re.fullmatch(r"v\d{1,6}", tag_name))
 
     def is_ours(name: str) -> bool:  # for an annotated tag the refs may give the id of the tag, not of the commit
-        return tags[name] == commit or api.repo_info(repo, revision=name).sha == commit
+        return tags[name] == commit or api.model_info(repo, revision=name).sha == commit
 
     if requested_tag and requested_tag in tags and not is_ours(requested_tag):
         raise UserError(
@@ -251,15 +277,22 @@ def tag_commit(api, repo: str, commit: str, requested_tag: str | None) -> str:
             "choose a different publish.tag, or none for the next version tag",
             code="hub.tag_exists",
         )
-    commit_tags = [tag_name for _, tag_name in version_tags if tags[tag_name] == commit] or [
-        tag_name for _, tag_name in version_tags[-1:] if is_ours(tag_name)
-    ]
-    tag_name = requested_tag or (
-        commit_tags[0] if commit_tags else f"v{version_tags[-1][0] + 1 if version_tags else 1}"
-    )
+    versions = list_version_tags(tags)
+    own_tags = [name for name in versions if tags[name] == commit] or [name for name in versions[-1:] if is_ours(name)]
+    tag_name = requested_tag or (own_tags[0] if own_tags else next_version_tag(versions))
     if tag_name not in tags:
         api.create_tag(repo, tag=tag_name, revision=commit)
     return tag_name
+
+
+def list_version_tags(tags: Iterable[str]) -> list[str]:
+    """Return those of the tags that are v1, v2, ..., by their numbers."""
+    return sorted((tag for tag in tags if re.fullmatch(r"v\d{1,6}", tag)), key=lambda tag: (int(tag[1:]), tag))
+
+
+def next_version_tag(versions: list[str]) -> str:
+    """Return the version tag that follows all of them."""
+    return f"v{int(versions[-1][1:]) + 1}" if versions else "v1"
 
 
 if __name__ == "__main__":

@@ -47,15 +47,19 @@ class Changes:
 def find_changes(run: Run, config: Config) -> Changes:
     """Compare the run's records with `config`, with its input files and with each other.
 
-    A run whose `data` stage was never completed has no record, so it fits any config.
-
-    Outputs that `clean` removed count as missing only when a stale stage would need them.
+    A run whose `data` stage was never completed has no record, so it fits any config. Outputs that `clean` removed
+    count as missing only when a stale stage would need them.
     """
-    cleaned_file = run.folder / CLEANED_FILE
-    cleaned_paths = files.read_json(cleaned_file)["paths"] if cleaned_file.is_file() else []
+    cleaned_paths = read_cleaned_paths(run)
     changes = _compare_records(run, config, cleaned_paths)
     needs_cleaned_paths = set(changes.stale) - {"publish"} or (changes.stale and config.publish.merged)
     return _compare_records(run, config, []) if cleaned_paths and needs_cleaned_paths else changes
+
+
+def read_cleaned_paths(run: Run) -> list[str]:
+    """Return the outputs that `clean` removed, relative to the run's folder."""
+    cleaned_file = run.folder / CLEANED_FILE
+    return files.read_json(cleaned_file)["paths"] if cleaned_file.is_file() else []
 
 
 def _compare_records(run: Run, config: Config, cleaned_paths: list[str]) -> Changes:
@@ -104,21 +108,28 @@ def _find_source_changes(run: Run, stage: str, record: Record, changes: Changes)
         if name in changes.stale:
             reasons.append(f"{name} runs again")
         elif not run.is_done(name) or files.sha256(run.record_path(name)) != digest:
-            remedy = f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
+            remedy = _describe_remedy(run, stage)
             reasons.append(f"{run.record_path(stage)} was made from a different {name}.json{remedy}")
     return reasons
 
 
+def _describe_remedy(run: Run, stage: str) -> str:
+    """Return what makes the record of a stage again that does not run a second time by itself; else ''."""
+    return f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
+
+
 def _find_missing_outputs(run: Run, stage: str, record: Record, cleaned_paths: list[str]) -> list[str]:
     """Return the outputs that are missing or have another size than the record says."""
-    reasons = []
-    for output in record.outputs.values():
-        path = run.folder / output.path
-        is_intact = path.is_file() and path.stat().st_size == output.bytes
-        if not is_intact and output.path not in cleaned_paths:
-            remedy = f" (delete {run.record_path(stage)} to make it again)" if stage in ONE_TIME_STAGES else ""
-            reasons.append(f"{path}: missing, or its size differs from {stage}.json{remedy}")
-    return reasons
+    needed_outputs = [output for output in record.outputs.values() if output.path not in cleaned_paths]
+    return [
+        f"{run.folder / output.path}: missing, or its size differs from {stage}.json{_describe_remedy(run, stage)}"
+        for output in needed_outputs
+        if not _has_size(run.folder / output.path, output.bytes)
+    ]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def describe_differences(old: dict, new: dict, old_label: str = "in the run", new_label: str = "now") -> list[str]:

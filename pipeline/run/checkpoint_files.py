@@ -33,30 +33,39 @@ def remove_other_checkpoints(folder: Path, keep: set[Path]) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, oldest first. Folders whose names the trainer does not use are left out."""
     folders = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step in the name of a checkpoint folder."""
+    return int(path.name.split("-")[1])
 
 
 def prune_and_find_checkpoint(folder: Path) -> Path | None:
-    """Remove incomplete checkpoints and return the newest complete one, or None.
+    """Remove incomplete checkpoints and return the newest complete one, or None. Raise UserError if it lacks a file."""
+    remove_incomplete_checkpoints(folder)
+    newest = next(reversed(list_checkpoints(folder)), None)
+    if newest:
+        refuse_missing_files(newest)
+    return newest
 
-    Raises:
-        UserError: a file of that checkpoint is missing. Without the optimizer state, for example, a resumed training
-            would differ from the one that was interrupted.
-    """
-    folders = list_checkpoints(folder)
-    for path in folders:
+
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints without a marker."""
+    for path in list_checkpoints(folder):
         if not (path / COMPLETE_MARKER).is_file():
             shutil.rmtree(path)
-    newest = next((path for path in reversed(folders) if path.is_dir()), None)
-    missing_files = (
-        [name for name in files.read_json(newest / COMPLETE_MARKER).get("files", []) if not (newest / name).exists()]
-        if newest
-        else []
-    )
-    if missing_files:
+
+
+def refuse_missing_files(checkpoint: Path) -> None:
+    """Raise UserError when a file of a complete checkpoint is missing.
+
+    Without the optimizer state, for example, a resumed training would differ from the one that was interrupted.
+    """
+    names = files.read_json(checkpoint / COMPLETE_MARKER).get("files", [])
+    if missing_files := [name for name in names if not (checkpoint / name).exists()]:
         raise UserError(
-            f"{newest} lacks {', '.join(missing_files)}: without it the resumed training would differ",
-            f"put the file back, or delete {newest} to resume from the checkpoint before it, or from the start",
+            f"{checkpoint} lacks {', '.join(missing_files)}: without it the resumed training would differ",
+            f"put the file back, or delete {checkpoint} to resume from the checkpoint before it, or from the start",
             code="checkpoints.missing_file",
         )
-    return newest

@@ -124,9 +124,7 @@ class Run:
             self.claim_folder()
         with files.write_atomically(self.config_file) as part:
             part.write_text(text, encoding="utf-8")
-        files.write_json(
-            self.folder / MARKER_FILE, {"made_by": "ferry", "config_sha256": files.sha256_bytes(text.encode())}
-        )
+        self._write_marker(config_sha256=files.sha256_bytes(text.encode()))
 
     def claim_folder(self) -> None:
         """Mark the folder as Ferry's before anything else is written into it.
@@ -135,7 +133,10 @@ class Run:
         """
         refuse_foreign_folder(self.folder)
         files.set_aside(self.config_file)
-        files.write_json(self.folder / MARKER_FILE, {"made_by": "ferry"})
+        self._write_marker()
+
+    def _write_marker(self, **facts: str) -> None:
+        files.write_json(self.folder / MARKER_FILE, {"made_by": "ferry", **facts})
 
     def is_config_edited(self) -> bool:
         """Return whether config.yaml differs from what Ferry wrote."""
@@ -184,10 +185,8 @@ class Run:
             settings: further values that the unfinished work depends on.
         """
         folder = self.folder / stage
-        source_file, current_source = (
-            folder / "source.json",
-            {source_stage: files.sha256(self.record_path(source_stage))} | settings,
-        )
+        source_file = folder / "source.json"
+        current_source = {source_stage: files.sha256(self.record_path(source_stage))} | settings
         if not source_file.is_file() or files.read_json(source_file) != current_source:
             files.remove(folder)
             files.write_json(source_file, current_source)

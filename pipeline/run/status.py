@@ -7,7 +7,7 @@ from pathlib import Path
 from common import console, files
 from common.errors import UserError
 from common.lock import read_holder
-from pipeline.run.changes import CLEANED_FILE
+from pipeline.run.changes import CLEANED_FILE, read_cleaned_paths
 from pipeline.run.records import ExportRecord, PublishRecord, Scores, VerifyRecord
 from pipeline.run.run_folder import STAGES, Run, is_run_folder
 from pipeline.run.run_stages import lock_path
@@ -84,32 +84,41 @@ def list_runs(runs: Path) -> list[Run]:
 
 def format_runs(statuses: list[RunStatus]) -> str:
     """Return a table with one line for each run."""
-    lines = [f"{'run':<26}{'stage':<16}{'score':>7}{'loss':>9}{'disk':>10}"]
-    for status in statuses:
-        stage = "complete" if status.next_stage is None else f"{len(status.done)}/{len(STAGES)} {status.next_stage}"
-        score = "-" if status.score is None else f"{status.score:.0%}"
-        loss = "-" if status.heldout_loss is None else f"{status.heldout_loss:.3f}"
-        lines.append(f"{status.name:<26}{stage:<16}{score:>7}{loss:>9}{status.bytes / 1e9:>7.2f} GB")
-        lines += [f"  in use by {status.held_by}"] if status.held_by else []
-    return "\n".join(lines)
+    heading = f"{'run':<26}{'stage':<16}{'score':>7}{'loss':>9}{'disk':>10}"
+    return "\n".join([heading, *map(_format_run, statuses)])
+
+
+def _format_run(status: RunStatus) -> str:
+    """Return the line of one run, and a second one while a command works in it."""
+    stage = "complete" if status.next_stage is None else f"{len(status.done)}/{len(STAGES)} {status.next_stage}"
+    score = "-" if status.score is None else f"{status.score:.0%}"
+    loss = "-" if status.heldout_loss is None else f"{status.heldout_loss:.3f}"
+    line = f"{status.name:<26}{stage:<16}{score:>7}{loss:>9}{status.bytes / 1e9:>7.2f} GB"
+    return f"{line}\n  in use by {status.held_by}" if status.held_by else line
 
 
 def format_status(status: RunStatus, run: Run) -> str:
     """Return one line for each stage, and the command that works in the run now."""
     lines = [f"{run.folder}" + (f", in use by {status.held_by}" if status.held_by else "")]
     for number, stage in enumerate(STAGES, 1):
-        if stage in status.done:
-            detail = f"done in {console.format_duration(run.read_stage_record(stage).seconds)}"
-        elif stage == status.next_stage:
-            detail = "running" if status.held_by else "next"
-            detail += f", step {status.step:,}, loss {status.loss:.4f}" if status.step else ""
-            detail += f", about {console.format_duration(status.seconds_left)} left" if status.seconds_left else ""
-        else:
-            detail = "-"
-        lines.append(f"  [{number}/{len(STAGES)}] {stage:<10}{detail}")
+        lines.append(f"  [{number}/{len(STAGES)}] {stage:<10}{_describe_stage(status, run, stage)}")
     lines += [f"  score {status.score:.1%}"] if status.score is not None else []
     lines += [f"  published: {status.published}"] if status.published else []
     return "\n".join(lines)
+
+
+def _describe_stage(status: RunStatus, run: Run, stage: str) -> str:
+    """Return how long a completed stage took, how far the next one is, and `-` for a later one."""
+    if stage in status.done:
+        return f"done in {console.format_duration(run.read_stage_record(stage).seconds)}"
+    return _describe_progress(status) if stage == status.next_stage else "-"
+
+
+def _describe_progress(status: RunStatus) -> str:
+    """Return how far the next stage is; a training in progress has a step, and a time left while it runs."""
+    text = "running" if status.held_by else "next"
+    text += f", step {status.step:,}, loss {status.loss:.4f}" if status.step else ""
+    return text + (f", about {console.format_duration(status.seconds_left)} left" if status.seconds_left else "")
 
 
 def status_to_json(value: RunStatus | list[RunStatus]) -> str:
@@ -144,10 +153,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
 def remove_paths(run: Run, paths: list[Path]) -> int:
     """Remove these paths of the run and return the bytes freed. Record the paths first, as removed on purpose."""
     freed_bytes = sum(_folder_bytes(path) if path.is_dir() else path.stat().st_size for path in paths)
-    cleaned_file = run.folder / CLEANED_FILE
-    earlier_paths = files.read_json(cleaned_file)["paths"] if cleaned_file.is_file() else []
     new_paths = [str(path.relative_to(run.folder)) for path in paths]
-    files.write_json(cleaned_file, {"paths": sorted({*earlier_paths, *new_paths})})
+    files.write_json(run.folder / CLEANED_FILE, {"paths": sorted({*read_cleaned_paths(run), *new_paths})})
     for path in paths:
         files.remove(path)
     return freed_bytes

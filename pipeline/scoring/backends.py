@@ -10,15 +10,17 @@ Both classes have these methods:
                                       (len(positions), vocabulary)
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import console, llama_runtime
 from pipeline.config.schema import Evaluate
 from pipeline.run.records import Scores
+from pipeline.run.training_rows import decode_tokens
 from pipeline.scoring.heldout_scores import (
     answer_positions,
     compute_scores,
@@ -54,11 +56,11 @@ class RowScore:
 
 
 def score_backend(
-    backend: "TorchBackend | LlamaCppBackend",
-    rows: list[dict],
+    backend: "Backend",
+    rows: list[dict[str, Any]],
     evaluate_config: Evaluate,
     label: str,
-    prompt_rows: Sequence[dict] = (),
+    prompt_rows: Sequence[dict[str, Any]] = (),
 ) -> tuple[Scores, list[str]]:
     """Return the scores of one backend, and its greedy answers to the selected rows and to the user's own prompts."""
     row_scores = backend.score_rows(rows, label)
@@ -66,12 +68,12 @@ def score_backend(
 
 
 def answer_and_score(
-    backend: "TorchBackend | LlamaCppBackend",
-    rows: list[dict],
+    backend: "Backend",
+    rows: list[dict[str, Any]],
     row_scores: list[RowScore],
     evaluate_config: Evaluate,
     label: str,
-    prompt_rows: Sequence[dict] = (),
+    prompt_rows: Sequence[dict[str, Any]] = (),
 ) -> tuple[Scores, list[str]]:
     """Return what `score_backend` returns, from row scores that exist already.
 
@@ -79,28 +81,32 @@ def answer_and_score(
         UserError: A loss is NaN or infinite.
     """
     refuse_broken_losses((row_score.loss for row_score in row_scores), label)
-    questions = [*select_rows_to_answer(rows, evaluate_config), *prompt_rows]
-    has_greedy_reference = [row_score.is_greedy_reference for row_score in row_scores][
-        : len(questions) - len(prompt_rows)
-    ] + [False] * len(prompt_rows)
-    prompts = [prompt_ids(row) for row, is_greedy in zip(questions, has_greedy_reference, strict=True) if not is_greedy]
-    generated = iter(backend.generate(prompts, f"{label}: answers") if prompts else [])
-    answer_ids = [
-        [row["input_ids"][position] for position in answer_positions(row)[:-1]] if is_greedy else next(generated)
-        for row, is_greedy in zip(questions, has_greedy_reference, strict=True)
-    ]
+    judged_rows = select_rows_to_answer(rows, evaluate_config)
+    is_greedy = [row_score.is_greedy_reference for row_score in row_scores[: len(judged_rows)]]
+    questions = [*zip(judged_rows, is_greedy, strict=True), *((row, False) for row in prompt_rows)]
+    answer_ids = generate_missing_answers(backend, questions, f"{label}: answers")
     answers = [backend.decode(token_ids[: evaluate_config.max_new_tokens]) for token_ids in answer_ids]
-    scores = compute_scores(
-        rows,
-        evaluate_config,
-        [row_score.loss for row_score in row_scores],
-        answers[: len(questions) - len(prompt_rows)],
-    )
+    losses = [row_score.loss for row_score in row_scores]
+    scores = compute_scores(rows, evaluate_config, losses, answers[: len(judged_rows)])
     speed = measure_speed(backend, [prompt_ids(row) for row in rows[:TIMED_PROMPTS]])
     return scores.model_copy(update={"tokens_per_second": speed}), answers
 
 
-def measure_speed(backend: "TorchBackend | LlamaCppBackend", prompts: list[list[int]]) -> float:
+def generate_missing_answers(
+    backend: "Backend", questions: Sequence[tuple[dict[str, Any], bool]], label: str
+) -> list[list[int]]:
+    """Return the greedy answer to each (row, whether it is the row's reference): only the others are generated."""
+    prompts = [prompt_ids(row) for row, is_greedy in questions if not is_greedy]
+    generated = iter(backend.generate(prompts, label) if prompts else [])
+    return [reference_ids(row) if is_greedy else next(generated) for row, is_greedy in questions]
+
+
+def reference_ids(row: dict[str, Any]) -> list[int]:
+    """Return the token ids of the row's last answer, without its end token."""
+    return [row["input_ids"][position] for position in answer_positions(row)[:-1]]
+
+
+def measure_speed(backend: "Backend", prompts: list[list[int]]) -> float:
     """Return the generated tokens per second, one prompt at a time; the time to read the prompt is included."""
     start_time, token_count = time.perf_counter(), 0
     for prompt in prompts:
@@ -127,15 +133,14 @@ class TorchBackend:
             end_tokens: The tokens besides EOS that end an answer (a chat template may end turns with another token).
         """
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.end_ids = sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(end_tokens)})
+        end_ids = tokenizer.convert_tokens_to_ids(end_tokens)
+        self.end_ids = sorted({tokenizer.eos_token_id, *end_ids})  # type: ignore[misc]  # a list of tokens gives a list
         # generate() passes the last position as a strided view, and torch then copies the head's weights once per row:
         # 9.6 s instead of 4.8 to 5.9 s, and 2.2 GB more, measured for 40 rows of the demo on a CPU.
         model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
 
     def close(self) -> None:
         """Free the GPU memory: torch keeps what it once allocated, and llama.cpp needs it next."""
-        import gc
-
         import torch
 
         del self.model
@@ -143,7 +148,7 @@ class TorchBackend:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def score_rows(self, rows: list[dict], label: str) -> list[RowScore]:
+    def score_rows(self, rows: list[dict[str, Any]], label: str) -> list[RowScore]:
         """Return the score of each row."""
         return self._run_in_batches([row["input_ids"] for row in rows], rows, self._score_batch, label)
 
@@ -154,7 +159,7 @@ class TorchBackend:
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids."""
-        return self.tokenizer.decode(token_ids)
+        return decode_tokens(self.tokenizer, token_ids)
 
     def _run_in_batches(
         self,
@@ -186,7 +191,7 @@ class TorchBackend:
 
         token_ids, mask, longest = self._pad_left(prompts)
         with torch.inference_mode():
-            generated = self.model.generate(
+            generated = self.model.generate(  # type: ignore[operator]  # torch's Module takes it for a submodule
                 input_ids=token_ids,
                 attention_mask=mask,
                 do_sample=False,
@@ -196,18 +201,16 @@ class TorchBackend:
             )
         return [self._cut_at_end(row[longest:].tolist()) for row in generated]
 
-    def _score_batch(self, rows: list[dict]) -> list[RowScore]:
+    def _score_batch(self, rows: list[dict[str, Any]]) -> list[RowScore]:
         import torch
 
         token_ids, mask, longest = self._pad_left([row["input_ids"] for row in rows])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding on the left must not shift a row's positions
         with torch.inference_mode():
-            # position_ids are set because padding on the left must not shift a row's positions
-            logits = self.model(
-                input_ids=token_ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
-            ).logits
+            logits = self.model(input_ids=token_ids, attention_mask=mask, position_ids=positions).logits
         return [self._score_row(logits[i, longest - len(row["input_ids"]) :], row) for i, row in enumerate(rows)]
 
-    def _score_row(self, logits: "torch.Tensor", row: dict) -> RowScore:
+    def _score_row(self, logits: "torch.Tensor", row: dict[str, Any]) -> RowScore:
         """Return the score of a row from its logits, which have the shape (tokens of the row, vocabulary)."""
         import torch
 
@@ -217,7 +220,7 @@ class TorchBackend:
         loss = -log_probs.gather(1, reference_ids[:, None]).sum().item()
         return RowScore(loss, is_greedy_reference(row, positions, log_probs.argmax(-1).tolist(), self.end_ids))
 
-    def iter_row_scores(self, rows: list[dict], label: str) -> "Iterator[tuple[RowScore, np.ndarray]]":
+    def iter_row_scores(self, rows: list[dict[str, Any]], label: str) -> "Iterator[tuple[RowScore, np.ndarray]]":
         """Yield the score of each row, and the log-probabilities at its response positions."""
         return iter_row_scores(self, rows, label, self.end_ids)
 
@@ -226,10 +229,8 @@ class TorchBackend:
         import torch
 
         with torch.inference_mode():
-            logits = self.model(input_ids=torch.tensor([token_ids], device=self.model.device)).logits[
-                0, list(positions)
-            ]
-            return logits.float().log_softmax(-1).cpu().numpy()
+            logits = self.model(input_ids=torch.tensor([token_ids], device=self.model.device)).logits[0]
+            return logits[list(positions)].float().log_softmax(-1).cpu().numpy()
 
     def _pad_left(self, rows: list[list[int]]) -> tuple["torch.Tensor", "torch.Tensor", int]:
         """Return token ids and attention mask, padded on the left, each of shape (rows, longest); and longest."""
@@ -249,33 +250,23 @@ class LlamaCppBackend:
     """A GGUF in llama.cpp; one file is open at a time."""
 
     def __init__(self, path: Path, context: int, max_new_tokens: int):
-        """Load a GGUF.
-
-        Args:
-            path: The GGUF.
-            context: The context length in tokens, at least that of the longest row.
-            max_new_tokens: The limit for one answer.
-        """
+        """Load a GGUF; `context` has at least the tokens of the longest row, an answer at most `max_new_tokens`."""
         self.model: Llama = llama_runtime.load_model(path, context, allow_partial_offload=True)
         self.max_new_tokens = max_new_tokens
 
-    def score_rows(self, rows: list[dict], label: str) -> list[RowScore]:
+    def score_rows(self, rows: list[dict[str, Any]], label: str) -> list[RowScore]:
         """Return the score of each row."""
         return [row_score for row_score, _ in self.iter_row_scores(rows, label)]
 
-    def iter_row_scores(self, rows: list[dict], label: str) -> "Iterator[tuple[RowScore, np.ndarray]]":
+    def iter_row_scores(self, rows: list[dict[str, Any]], label: str) -> "Iterator[tuple[RowScore, np.ndarray]]":
         """Yield the score of each row, and the log-probabilities at its response positions."""
         return iter_row_scores(self, rows, label, llama_runtime.end_tokens(self.model))
 
     def generate(self, prompts: list[list[int]], label: str = "") -> list[list[int]]:
         """Return the greedy answer to each prompt, without its end token; `label` titles the progress bar."""
         with console.show_progress(len(prompts), label, show=bool(label)) as advance:
-            return [
-                token_ids
-                for token_ids, _ in llama_runtime.generate_greedy_answers(
-                    self.model, prompts, self.max_new_tokens, advance=advance
-                )
-            ]
+            answers = llama_runtime.generate_greedy_answers(self.model, prompts, self.max_new_tokens, advance=advance)
+            return [token_ids for token_ids, _ in answers]
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids."""
@@ -286,8 +277,11 @@ class LlamaCppBackend:
         return llama_runtime.next_token_log_probs(self.model, token_ids, positions)
 
 
+Backend = TorchBackend | LlamaCppBackend
+
+
 def iter_row_scores(
-    backend: "TorchBackend | LlamaCppBackend", rows: list[dict], label: str, end_ids: Sequence[int]
+    backend: "Backend", rows: list[dict[str, Any]], label: str, end_ids: Sequence[int]
 ) -> "Iterator[tuple[RowScore, np.ndarray]]":
     """Yield the score of each row, and the log-probabilities at its response positions: shape (positions, vocabulary).
 
@@ -302,7 +296,9 @@ def iter_row_scores(
             advance(1)
 
 
-def is_greedy_reference(row: dict, positions: list[int], likeliest: list[int], end_ids: Sequence[int]) -> bool:
+def is_greedy_reference(
+    row: dict[str, Any], positions: list[int], likeliest: list[int], end_ids: Sequence[int]
+) -> bool:
     """Return whether the last answer of a row is what the model would generate greedily.
 
     Args:

@@ -1,25 +1,29 @@
 """The rules of evaluate.rule: each one judges an answer with a number from 0 (wrong) to 1 (right)."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import files
 from common.errors import UserError
 from contract.answer_rules import RULES_BY_NAME, Judge
 from pipeline.config.schema import Evaluate
 
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
+    from jsonschema.protocols import Validator
+
 MATCH_TIMEOUT = 2  # for one pattern on one answer; a sensible pattern takes microseconds
 
 
 def create_judge(evaluate_config: Evaluate) -> Judge | None:
-    """Return the judge of evaluate.rule; None for `loss`, where free text is judged by its held-out loss only.
-
-    Raises:
-        UserError: The rule cannot be used.
-    """
-    factories = {"loss": lambda: None, "regex": lambda: create_regex_judge(evaluate_config.pattern)}
-    factories |= {"json_schema": lambda: create_schema_judge(Path(evaluate_config.json_schema))}
-    return RULES_BY_NAME.get(evaluate_config.rule) or factories[evaluate_config.rule]()
+    """Return the judge of evaluate.rule; None for `loss`, where free text is judged by its held-out loss only."""
+    if evaluate_config.rule == "regex" and evaluate_config.pattern:
+        return create_regex_judge(evaluate_config.pattern)
+    if evaluate_config.rule == "json_schema" and evaluate_config.json_schema:
+        return create_schema_judge(Path(evaluate_config.json_schema))
+    return RULES_BY_NAME.get(evaluate_config.rule)
 
 
 def create_regex_judge(pattern: str) -> Judge:
@@ -57,6 +61,24 @@ def create_schema_judge(path: Path) -> Judge:
     Raises:
         UserError: The file cannot be read, or holds no schema that can be used.
     """
+    from jsonschema.exceptions import UnknownType
+    from referencing.exceptions import Unresolvable
+
+    is_valid = compile_schema(path)
+
+    def judge_answer(answer: str, reference: str) -> float:
+        try:
+            return float(is_valid(json.loads(answer)))
+        except (Unresolvable, UnknownType) as error:
+            raise translate_schema_error(path, error) from error
+        except (ValueError, ArithmeticError, RecursionError):
+            return 0.0
+
+    return judge_answer
+
+
+def compile_schema(path: Path) -> Callable[[object], bool]:
+    """Return a function that tells whether a value fits the schema in the file. Raise UserError for a bad schema."""
     from jsonschema.exceptions import SchemaError, UnknownType
     from jsonschema.validators import validator_for
     from jsonschema_specifications import REGISTRY
@@ -74,33 +96,25 @@ def create_schema_judge(path: Path) -> Judge:
         is_valid({})  # some faults of a schema show only when a value is judged
     except (ValueError, ArithmeticError, RecursionError, SchemaError, Unresolvable, UnknownType) as error:
         raise translate_schema_error(path, error) from error
-
-    def judge_answer(answer: str, reference: str) -> float:
-        try:
-            return float(is_valid(json.loads(answer)))
-        except (Unresolvable, UnknownType) as error:
-            raise translate_schema_error(path, error) from error
-        except (ValueError, ArithmeticError, RecursionError):
-            return 0.0
-
-    return judge_answer
+    return is_valid
 
 
 def read_schema(path: Path) -> object:
-    """Return the JSON value in the file of evaluate.json_schema.
-
-    Raises:
-        UserError: The file cannot be read, or is not JSON.
-    """
-    try:
-        files.refuse_special_file(path)
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise schema_error(path, getattr(error, "strerror", None) or error, "evaluate.unreadable_schema") from error
+    """Return the JSON value in the file of evaluate.json_schema. Raise UserError when it is not JSON."""
+    text = _read_schema_text(path)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise schema_error(path, error, "evaluate.schema_not_json") from error
+
+
+def _read_schema_text(path: Path) -> str:
+    """Return the text of the file. Raise UserError when it cannot be read."""
+    try:
+        files.refuse_special_file(path)
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise schema_error(path, getattr(error, "strerror", None) or error, "evaluate.unreadable_schema") from error
 
 
 def translate_schema_error(path: Path, error: Exception) -> UserError:
@@ -124,13 +138,18 @@ def schema_error(path: Path, reason: object, code: str) -> UserError:
     )
 
 
-def add_pattern_timeout(validator_class: type) -> type:
+def add_pattern_timeout(validator_class: "type[Validator]") -> "type[Validator]":
     """Return a subclass of a validator class whose patterns have a timeout."""
-    from jsonschema import ValidationError
     from jsonschema.validators import extend
 
-    def validate_pattern(self, pattern: str, value: object, schema: dict):
-        if self.is_type(value, "string") and not has_match(pattern, value, "evaluate.json_schema"):
-            yield ValidationError(f"{value!r} does not match {pattern!r}")
+    return extend(validator_class, {"pattern": _validate_pattern})
 
-    return extend(validator_class, {"pattern": validate_pattern})
+
+def _validate_pattern(
+    validator: "Validator", pattern: str, value: object, schema: dict[str, Any]
+) -> "Iterator[ValidationError]":
+    """Yield an error when a text does not match a pattern, as the rules of jsonschema do."""
+    from jsonschema import ValidationError
+
+    if isinstance(value, str) and not has_match(pattern, value, "evaluate.json_schema"):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")

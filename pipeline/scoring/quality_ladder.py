@@ -6,9 +6,9 @@ has the same definitions, but cannot score chat rows, because it tokenizes witho
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import files
 from pipeline.run.records import Conversion, Scores
@@ -17,7 +17,7 @@ from pipeline.scoring.heldout_scores import describe_interval, response_position
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.scoring.backends import LlamaCppBackend, RowScore, TorchBackend
+    from pipeline.scoring.backends import Backend, LlamaCppBackend, RowScore, TorchBackend
 
 CACHE_BYTES = 512 << 20  # bytes of log-probabilities on disk, for each of the two comparisons
 
@@ -30,18 +30,11 @@ class LogProbCache:
     """
 
     def __init__(self, folder: Path, vocabulary_size: int):
-        self.file, self.folder, self.vocabulary_size = (
-            tempfile.TemporaryFile(dir=folder),  # noqa: SIM115
-            folder,
-            vocabulary_size,
-        )
+        self.folder, self.vocabulary_size = folder, vocabulary_size
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 open as long as this object
 
     def append(self, log_probs: "np.ndarray") -> None:
-        """Write log-probabilities at the end of the file.
-
-        Raises:
-            UserError: The disk is full.
-        """
+        """Write log-probabilities at the end of the file. Raise UserError when the disk is full."""
         try:
             self.file.write(log_probs.tobytes())
         except OSError as error:
@@ -51,9 +44,8 @@ class LogProbCache:
         """Read the log-probabilities of the next positions."""
         import numpy as np
 
-        return np.frombuffer(self.file.read(count * self.vocabulary_size * 4), np.float32).reshape(
-            -1, self.vocabulary_size
-        )
+        content = self.file.read(count * self.vocabulary_size * 4)
+        return np.frombuffer(content, np.float32).reshape(-1, self.vocabulary_size)
 
     def rewind(self) -> None:
         """Start reading at the first position again."""
@@ -63,53 +55,50 @@ class LogProbCache:
 class ReferenceLogProbs:
     """The log-probabilities of the 16-bit GGUF at the first response positions of `rows`."""
 
-    def __init__(self, folder: Path, rows: list[dict], vocabulary_size: int, max_positions: int):
-        """Prepare the file.
-
-        Args:
-            folder: Where the file without a name is created.
-            rows: The held-out rows.
-            vocabulary_size: The number of tokens in the vocabulary.
-            max_positions: The largest number of positions; fewer are used when they would take more than CACHE_BYTES.
-        """
+    def __init__(self, folder: Path, rows: list[dict[str, Any]], vocabulary_size: int, max_positions: int):
+        """Prepare the file in `folder`; fewer than `max_positions` are used when they would exceed CACHE_BYTES."""
         row_positions = sum(len(response_positions(row)) for row in rows)
         self.position_count = min(max_positions, CACHE_BYTES // (4 * vocabulary_size), row_positions)
         self.rows, self.cache = rows, LogProbCache(folder, vocabulary_size)
 
     def score_and_store(self, backend: "LlamaCppBackend", label: str) -> list["RowScore"]:
         """Write the log-probabilities of the 16-bit GGUF and return its row scores."""
-        row_scores, remaining = [], self.position_count
-        for row_score, log_probs in backend.iter_row_scores(self.rows, label):
-            self.cache.append(log_probs[:remaining])
-            row_scores, remaining = [*row_scores, row_score], max(0, remaining - len(log_probs))
+        row_scores = []
+        for row_score, log_probs in self._iter_compared_positions(backend, label):
+            self.cache.append(log_probs)
+            row_scores.append(row_score)
         return row_scores
 
-    def score_and_compare(self, backend: "TorchBackend | LlamaCppBackend", label: str) -> tuple[list["RowScore"], dict]:
+    def score_and_compare(self, backend: "Backend", label: str) -> tuple[list["RowScore"], dict[str, float]]:
         """Return the row scores of another backend, and its {kl, top1}."""
         import numpy as np
 
-        row_scores, remaining, kl_sum, agreements = [], self.position_count, 0.0, 0
+        row_scores = []
+        kl_sum, agreements = 0.0, 0
         self.cache.rewind()
-        for row_score, log_probs in backend.iter_row_scores(self.rows, label):
-            expected = self.cache.read_next(min(remaining, len(log_probs)))
-            actual = log_probs[: len(expected), : self.cache.vocabulary_size]  # torch pads vocabularies
+        for row_score, log_probs in self._iter_compared_positions(backend, label):
+            expected = self.cache.read_next(len(log_probs))
+            actual = log_probs[:, : self.cache.vocabulary_size]  # torch pads vocabularies
             kl_sum += float((np.exp(expected) * (expected - actual)).sum())
             agreements += int((expected.argmax(-1) == actual.argmax(-1)).sum())
-            row_scores, remaining = [*row_scores, row_score], remaining - len(expected)
-        return row_scores, {
-            "kl": abs(round(kl_sum / self.position_count, 5)),
-            "top1": round(agreements / self.position_count, 4),
-        }
+            row_scores.append(row_score)
+        kl, top1 = abs(round(kl_sum / self.position_count, 5)), round(agreements / self.position_count, 4)
+        return row_scores, {"kl": kl, "top1": top1}
+
+    def _iter_compared_positions(self, backend: "Backend", label: str) -> "Iterator[tuple[RowScore, np.ndarray]]":
+        """Yield the score of each row, and the log-probabilities at those of its positions that are compared."""
+        remaining = self.position_count
+        for row_score, log_probs in backend.iter_row_scores(self.rows, label):
+            compared = log_probs[:remaining]
+            remaining -= len(compared)
+            yield row_score, compared
 
 
 class ConversionCheck:
     """How far llama.cpp on the 16-bit GGUF is from Transformers on the merged weights, for the same token ids."""
 
     def __init__(self, folder: Path, token_sequences: Sequence[list[int]], gguf_backend: "LlamaCppBackend"):
-        """Write the log-probabilities of the GGUF at every position of `token_sequences`.
-
-        When they would take more than CACHE_BYTES, only every second (third, ...) position is compared.
-        """
+        """Write the GGUF's log-probabilities at every position, or every second (third, ...) beyond CACHE_BYTES."""
         vocabulary_size = gguf_backend.model.n_vocab()
         step = -(-sum(map(len, token_sequences)) * 4 * vocabulary_size // CACHE_BYTES)
         self.samples = [(token_ids, range(0, len(token_ids), step)) for token_ids in token_sequences]
@@ -148,20 +137,22 @@ ROW_TITLES = {"base": "base model", "adapter": "adapter, torch", "merged": "merg
 
 def format_for_terminal(scores: dict[str, Scores]) -> str:
     """Return the quality ladder in 80 columns."""
-    lines = [f"  {'':<23}{'loss':>6}{'KL':>9}{'top-1':>7}{'right':>18}{'MB':>8}{'tok/s':>7}"]
-    for name, entry in scores.items():
-        title = (
-            ROW_TITLES.get(name)
-            or f"{name.removesuffix('-static')} GGUF{', no imatrix' if name.endswith('-static') else ''}"
-        )
-        score = "-" if entry.score is None else describe_interval(entry)
-        cells = [
-            _format_number(value, format_spec)
-            for value, format_spec in ((entry.loss, ".3f"), (entry.kl, ".5f"), (entry.top1, ".1%"))
-        ]
-        size, speed = _format_number(entry.megabytes, ",.1f"), _format_number(entry.tokens_per_second, ",.1f")
-        lines.append(f"  {title:<23}{cells[0]:>6}{cells[1]:>9}{cells[2]:>7}{score:>18}{size:>8}{speed:>7}")
-    return "\n".join(lines)
+    heading = f"  {'':<23}{'loss':>6}{'KL':>9}{'top-1':>7}{'right':>18}{'MB':>8}{'tok/s':>7}"
+    return "\n".join([heading, *(_format_line(name, entry) for name, entry in scores.items())])
+
+
+def _format_line(name: str, entry: Scores) -> str:
+    """Return one line of the quality ladder for a terminal."""
+    loss, kl = _format_number(entry.loss, ".3f"), _format_number(entry.kl, ".5f")
+    top1, score = _format_number(entry.top1, ".1%"), describe_interval(entry)
+    size, speed = _format_number(entry.megabytes, ",.1f"), _format_number(entry.tokens_per_second, ",.1f")
+    return f"  {_format_title(name):<23}{loss:>6}{kl:>9}{top1:>7}{score:>18}{size:>8}{speed:>7}"
+
+
+def _format_title(name: str) -> str:
+    """Return the title of a model in the quality ladder, such as `q4_k_m GGUF, no imatrix`."""
+    imatrix_note = ", no imatrix" if name.endswith("-static") else ""
+    return ROW_TITLES.get(name) or f"{name.removesuffix('-static')} GGUF{imatrix_note}"
 
 
 def _format_number(value: float | None, format_spec: str) -> str:

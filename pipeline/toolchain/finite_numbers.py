@@ -37,24 +37,13 @@ def refuse_broken_adapter(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         broken_name = find_broken_tensor((name, file.get_tensor(name)) for name in list(file.keys()))
     if broken_name:
-        raise UserError(
-            f"{path} holds NaN or infinity in {broken_name}: the training diverged",
-            RETRAIN_HINT,
-            code="adapter.not_finite",
-        )
+        text = f"{path} holds NaN or infinity in {broken_name}: the training diverged"
+        raise UserError(text, RETRAIN_HINT, code="adapter.not_finite")
 
 
 def refuse_broken_losses(losses: Iterable[float], label: str) -> None:
-    """Raise UserError for the first loss that is not finite.
-
-    Args:
-        losses: The loss of each row, in nats.
-        label: The source of the losses, as the quality ladder names it.
-    """
+    """Raise UserError for the first row's loss that is not finite; `label` names its source in the quality ladder."""
     for row, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise UserError(
-                f"{label}: the loss of row {row} is {loss}",
-                HINTS_BY_LABEL.get(label, BFLOAT16_HINT),
-                code="loss.not_finite",
-            )
+            hint = HINTS_BY_LABEL.get(label, BFLOAT16_HINT)
+            raise UserError(f"{label}: the loss of row {row} is {loss}", hint, code="loss.not_finite")

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any, TypedDict
 
 from common import files
 
@@ -13,11 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 REVISION_FILE = ROOT / "revision.json"
 
 
-def describe_checkout() -> dict:
-    """Return {url, commit, dirty} of the code.
+class Checkout(TypedDict):
+    """The version of the code; `dirty` is whether files were changed since the commit."""
 
-    In an image there is no git, and on an instance there is no repository: there it is read from a file.
-    """
+    url: str | None
+    commit: str | None
+    dirty: bool
+
+
+def describe_checkout() -> Checkout:
+    """Return the version of the code: from a file in an image (no git) and on an instance (no repository)."""
     if image_file := os.environ.get("FERRY_IMAGE"):
         return files.read_json(Path(image_file))["git"]
     if REVISION_FILE.is_file():
@@ -26,13 +32,8 @@ def describe_checkout() -> dict:
     return {"url": url or None, "commit": run_git("rev-parse", "HEAD"), "dirty": bool(run_git("status", "--porcelain"))}
 
 
-def describe_uploaded_tree(revision: dict, root: Path) -> dict:
-    """Return {url, commit, dirty} of an uploaded tree, which is dirty when one of its files was changed since.
-
-    Args:
-        revision: The content of revision.json.
-        root: The folder of the tree.
-    """
+def describe_uploaded_tree(revision: dict[str, Any], root: Path) -> Checkout:
+    """Return the version of the uploaded tree in `root`, from its revision.json."""
     changed = (name for name, digest in revision["files"].items() if not _has_digest(root / name, digest))
     return {"url": revision["url"], "commit": revision["commit"], "dirty": any(changed)}
 

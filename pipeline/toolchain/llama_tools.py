@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import console, files
 from common.errors import UserError
@@ -25,6 +26,9 @@ STATIC_SUFFIX = "-static"  # marks a quantization without the importance matrix,
 CHUNK_TOKENS = 512  # tokens of an imatrix chunk: llama-imatrix's own default
 CHUNK_DONE_LINE = b"save_imatrix: saving"  # what llama-imatrix logs after each chunk
 
+Command = list[str | int | Path]
+"""The program of a tool and its arguments."""
+
 
 def tools_folder() -> Path:
     """Return the folder where `make env` links llama.cpp into the environment."""
@@ -37,11 +41,7 @@ def is_set_up() -> bool:
 
 
 def require_folder() -> Path:
-    """Return the folder of llama.cpp.
-
-    Raises:
-        UserError: It is not set up.
-    """
+    """Return the folder of llama.cpp. Raise UserError when it is not set up."""
     if not is_set_up():
         raise UserError(f"llama.cpp is not set up ({tools_folder()})", "run `make env`", code="llama_cpp.not_set_up")
     return tools_folder()
@@ -86,52 +86,22 @@ def convert_to_gguf(model: Path, target: Path, gguf_type: str, metadata: Path, k
     """
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     script = Path(__file__).parents[1] / "export" / "convert.py"
-    command = [
-        sys.executable,
-        script,
-        require_folder() / "convert",
-        key_values,
-        model,
-        "--outtype",
-        gguf_type,
-        "--metadata",
-        metadata,
-    ]
-    _run_tool([*command, "--outfile", target], log, _file_progress(target, size, "16-bit GGUF"))
+    command: Command = [sys.executable, script, require_folder() / "convert", key_values, model]
+    command += ["--outtype", gguf_type, "--metadata", metadata, "--outfile", target]
+    _run_tool(command, log, _file_progress(target, size, "16-bit GGUF"))
 
 
 def quantize_gguf(source: Path, target: Path, quantization: str, log: Path, imatrix: Path | None = None) -> None:
-    """Quantize a 16-bit GGUF.
-
-    Args:
-        source: The 16-bit GGUF.
-        target: The GGUF to write.
-        quantization: Such as q4_k_m.
-        log: The file that gets the output of llama-quantize.
-        imatrix: The importance matrix, if there is one.
-    """
+    """Quantize a 16-bit GGUF to a type such as q4_k_m, by an importance matrix if there is one."""
     size = int(source.stat().st_size * BITS_PER_WEIGHT[quantization] / BITS_PER_WEIGHT["f16"])
     # Only the name of the importance matrix is passed, because llama-quantize writes the path into the GGUF.
-    imatrix_arguments = ["--imatrix", imatrix.name] if imatrix else []
-    command = [
-        require_folder() / "bin" / "llama-quantize",
-        *imatrix_arguments,
-        source.absolute(),
-        target.absolute(),
-        quantization.upper(),
-    ]
+    command: Command = [require_folder() / "bin" / "llama-quantize", *(["--imatrix", imatrix.name] if imatrix else [])]
+    command += [source.absolute(), target.absolute(), quantization.upper()]
     _run_tool(command, log, _file_progress(target, size, quantization), imatrix.parent if imatrix else None)
 
 
 def quantize_once(source: Path, name: str, imatrix: Path | None, folder: Path) -> Path:
-    """Write <run>.<name>.gguf in `folder` from a 16-bit GGUF, unless it exists; return its path.
-
-    Args:
-        source: The 16-bit GGUF, <run>.f16.gguf.
-        name: Such as q4_k_m or q4_k_m-static.
-        imatrix: The importance matrix, if there is one.
-        folder: Where the GGUF and the log are written.
-    """
+    """Write <run>.<name>.gguf (name: q4_k_m, q4_k_m-static) from <run>.f16.gguf unless it exists; return its path."""
     target, quantization = folder / f"{source.name.rsplit('.', 2)[0]}.{name}.gguf", name.removesuffix(STATIC_SUFFIX)
     return files.write_if_missing(
         target, lambda temporary: quantize_gguf(source, temporary, quantization, folder / "quantize.log", imatrix)
@@ -139,41 +109,19 @@ def quantize_once(source: Path, name: str, imatrix: Path | None, folder: Path) -
 
 
 def compute_imatrix(model: Path, text: Path, target: Path, token_count: int, log: Path) -> None:
-    """Compute the importance matrix of a GGUF over rendered text, whose special tokens are parsed as such.
+    """Compute the importance matrix of a GGUF over the first `token_count` tokens of rendered text.
 
-    The tool runs in the folder of the text and writes only the text's name into the matrix, so a run may be anywhere.
-
-    Args:
-        model: The 16-bit GGUF.
-        text: The rendered training rows.
-        target: The importance matrix to write.
-        token_count: The number of tokens to read.
-        log: The file that gets the output of llama-imatrix.
+    Special tokens in the text are parsed as such. The tool runs in the folder of the text and writes only the text's
+    name into the matrix, so a run may be anywhere.
     """
-    command = [
-        require_folder() / "bin" / "llama-imatrix",
-        "-m",
-        model.absolute(),
-        "-f",
-        text.name,
-        "-o",
-        target.absolute(),
-    ]
-    command += ["--parse-special", "--no-ppl"]
-    command += [
-        "-c",
-        str(CHUNK_TOKENS),
-        "--chunks",
-        str(token_count // CHUNK_TOKENS),
-        "--output-frequency",
-        "1",
-        "-ngl",
-        "99",
-    ]
-    _run_tool(command, log, _chunk_progress(log, token_count // CHUNK_TOKENS), text.parent)
+    chunks = token_count // CHUNK_TOKENS
+    command: Command = [require_folder() / "bin" / "llama-imatrix", "-m", model.absolute(), "-f", text.name]
+    command += ["-o", target.absolute(), "--parse-special", "--no-ppl", "-c", CHUNK_TOKENS, "--chunks", chunks]
+    command += ["--output-frequency", "1", "-ngl", "99"]
+    _run_tool(command, log, _chunk_progress(log, chunks), text.parent)
 
 
-def render_prompts(model: Path, conversations: list[dict]) -> list[dict]:
+def render_prompts(model: Path, conversations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Render conversations as llama.cpp's server does, with its own Jinja and the template inside the GGUF.
 
     Args:
@@ -202,8 +150,8 @@ def render_prompts(model: Path, conversations: list[dict]) -> list[dict]:
 
 def measure_perplexity(model: Path, text: Path, context: int, log: Path) -> float:
     """Return the perplexity of a plain text from llama-perplexity. It is only used to check Ferry's own method."""
-    command = [require_folder() / "bin" / "llama-perplexity", "-m", model, "-f", text, "-c", str(context), "-ngl", "99"]
-    _run_tool(command, log, ToolProgress(0, "perplexity", "", lambda: 0))
+    tool, progress = require_folder() / "bin" / "llama-perplexity", ToolProgress(0, "perplexity", "", lambda: 0)
+    _run_tool([tool, "-m", model, "-f", text, "-c", context, "-ngl", "99"], log, progress)
     return float(re.findall(r"Final estimate: PPL = ([\d.]+)", log.read_text(encoding="utf-8", errors="replace"))[-1])
 
 
@@ -230,37 +178,40 @@ def _chunk_progress(log: Path, chunks: int) -> ToolProgress:
     )
 
 
-def _run_tool(command: list, log: Path, progress: ToolProgress, folder: Path | None = None) -> None:
-    """Run a tool in `folder`, append its output to `log`, and show its progress.
-
-    Raises:
-        UserError: The tool fails; the message has its last line.
-    """
-    command = [str(word) for word in command]
+def _run_tool(command: Command, log: Path, progress: ToolProgress, folder: Path | None = None) -> None:
+    """Run a tool in `folder`, append its output to `log`, and show its progress. Raise UserError when it fails."""
     with log.open("ab") as log_file, console.show_progress(progress.total, progress.label, progress.unit) as advance:
         process = subprocess.Popen(
-            command,
+            [str(word) for word in command],
             stdout=log_file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=folder,
             env=tool_environment(),
         )
-        reported = 0.0
         try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                current = progress.count_done()
-                advance(current - reported)
-                reported = current
+            _report_progress(process, progress, advance)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
     if process.returncode:
-        last_line = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(
-            f"{Path(command[1] if command[0] == sys.executable else command[0]).name} failed: {''.join(last_line)}",
-            f"read {log}, then run the same command again",
-            code="llama_cpp.tool_failed",
-        )
+        raise _create_tool_error(command, log)
+
+
+def _report_progress(process: subprocess.Popen, progress: ToolProgress, advance: Callable[[float], None]) -> None:
+    """Call `advance` with the progress of a tool until it ends."""
+    reported = 0.0
+    while process.poll() is None:
+        time.sleep(0.1)
+        current = progress.count_done()
+        advance(current - reported)
+        reported = current
+
+
+def _create_tool_error(command: Command, log: Path) -> UserError:
+    """Return the error of a tool that failed, with the last line of its output."""
+    last_line = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    program = Path(str(command[1] if command[0] == sys.executable else command[0])).name
+    hint = f"read {log}, then run the same command again"
+    return UserError(f"{program} failed: {''.join(last_line)}", hint, code="llama_cpp.tool_failed")

@@ -96,15 +96,7 @@ CommandRunner = Callable[..., CommandResult]
 
 
 def run_command(command: Sequence[str], timeout: float = COMMAND_TIMEOUT) -> CommandResult:
-    """Run a command and return its output.
-
-    A command that hangs is killed with all processes that it started, and is not waited for: a process that waits for a
-    driver does not die, and subprocess.run would wait for it.
-
-    Args:
-        command: The program and its arguments.
-        timeout: Seconds.
-    """
+    """Run a command and return its output. One that takes more than `timeout` seconds is killed."""
     try:
         process = subprocess.Popen(
             command,
@@ -120,16 +112,24 @@ def run_command(command: Sequence[str], timeout: float = COMMAND_TIMEOUT) -> Com
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
+        _kill_process_group(process)
         if isinstance(error, subprocess.TimeoutExpired):
             return CommandResult(
                 "hangs", *(stream.decode(errors="replace") if stream else "" for stream in (error.stdout, error.stderr))
             )
         raise  # Ctrl-C, above all
     return CommandResult("ok" if process.returncode == 0 else "failed", stdout, stderr)
+
+
+def _kill_process_group(process: subprocess.Popen[str]) -> None:
+    """Kill a process with all that it started, and wait for it at most a second.
+
+    A process that waits for a driver does not die, and subprocess.run would wait for it.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1)
 
 
 def query_nvidia(runner: CommandRunner = run_command) -> NvidiaStatus:
@@ -156,15 +156,17 @@ def query_nvidia(runner: CommandRunner = run_command) -> NvidiaStatus:
 
 def parse_gpus(lines: list[str], processes: dict[str, list[GpuProcess]]) -> list[Gpu]:
     """Return the GPUs from the lines of nvidia-smi; `processes` has the processes of each GPU's uuid."""
-    gpus = []
-    for fields in (re.split(r", *", line.strip()) for line in lines):
-        if len(fields) < 8:
-            continue
-        index, uuid, *name, capability, total, used, free, _ = fields
-        capability_number = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
-        memory = [parse_mebibytes(value) for value in (total, used, free)]
-        gpus.append(Gpu(index, uuid, ", ".join(name), capability_number, *memory, tuple(processes.get(uuid, ()))))
-    return gpus
+    rows = (re.split(r", *", line.strip()) for line in lines)
+    return [_build_gpu(fields, processes) for fields in rows if len(fields) >= 8]
+
+
+def _build_gpu(fields: list[str], processes: dict[str, list[GpuProcess]]) -> Gpu:
+    """Return a GPU from the fields of GPU_QUERY; its name may have been split at commas."""
+    index, uuid, *name, capability, total, used, free, _ = fields
+    capability_number = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
+    total_bytes, used_bytes, free_bytes = map(parse_mebibytes, (total, used, free))
+    gpu_processes = tuple(processes.get(uuid, ()))
+    return Gpu(index, uuid, ", ".join(name), capability_number, total_bytes, used_bytes, free_bytes, gpu_processes)
 
 
 def parse_processes(stdout: str) -> dict[str, list[GpuProcess]]:
@@ -189,13 +191,9 @@ def last_output_line(result: CommandResult) -> str:
 
 
 def find_train_location(runner: CommandRunner = run_command, engine: str = "docker") -> TrainLocation:
-    """Ask setup/container.py where `make train` would run.
+    """Ask setup/container.py where `make train` would run with `engine`: docker or podman.
 
     It prints one word on stdout and `train: natively (why)` on stderr.
-
-    Args:
-        runner: What runs the command.
-        engine: docker or podman.
     """
     result = runner([sys.executable, str(CONTAINER_SCRIPT), "where", f"ENGINE={engine}", "--", "train"])
     place, reason = result.stdout.strip(), re.search(r"\((.*)\)$", result.stderr.strip())

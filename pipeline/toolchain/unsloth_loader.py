@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from common import files
@@ -41,11 +42,8 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def import_unsloth():
-    """Import Unsloth (7-9 s) and return it; transformers must not be imported before.
-
-    Its banner goes to stderr, so that stdout has only Ferry's output.
-    """
+def import_unsloth() -> ModuleType:
+    """Import Unsloth (7-9 s), with its banner on stderr, and return it; transformers must not be imported before."""
     silence_libraries()
     for name, folder in COMPILE_CACHES.items():
         os.environ.setdefault(name, str(files.cache_dir() / "compiled" / folder))
@@ -103,14 +101,19 @@ def describe_device() -> str:
 
 def peak_memory_gb() -> float:
     """Return the peak memory of this process in GB (1e9 bytes): GPU memory if there is a GPU, else resident memory."""
-    import resource
-
     import torch
 
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(peak_resident_bytes() / 1e9, 2)
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak of this process's resident memory in bytes; only macOS reports it in bytes, Linux in KiB."""
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def reset_peak_memory() -> None:

@@ -8,20 +8,32 @@ is used instead.
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from common.errors import UserError
 from contract import chat_format
-from contract.ollama_template import Turns
+from contract.ollama_template import TextPair, Turns
 
 # (messages, add_generation_prompt) -> the text without a BOS that the runtime adds itself
 Render = Callable[[Sequence[dict], bool], str]
-
+# The place of a system prompt, and the texts before and after it, as Turns have them.
+Placement = tuple[Literal["own", "first", "last"], TextPair | None]
 SYSTEM_MARK, USER_MARKS, ANSWER_MARKS = (
     "\x02S\x03",
     ("\x02U1\x03", "\x02U2\x03", "\x02U3\x03"),
     ("\x02A1\x03", "\x02A2\x03"),
 )
 MARK_PATTERN = re.compile("\x02(?:S|U1|U2|U3|A1|A2)\x03")
+ROLE_MARKS = {"system": SYSTEM_MARK, "user": USER_MARKS[0], "assistant": ANSWER_MARKS[0]}
+LONG_PROBE = (
+    ("user", USER_MARKS[0]),
+    ("assistant", ANSWER_MARKS[0]),
+    ("user", USER_MARKS[1]),
+    ("assistant", ANSWER_MARKS[1]),
+    ("user", USER_MARKS[2]),
+)
+SYSTEM_PROBE = (("system", SYSTEM_MARK), *LONG_PROBE[:3])
 
 
 def derive_turns(render: Render, template: str, golden: Sequence[dict]) -> tuple[Turns | None, list[str]]:
@@ -54,16 +66,21 @@ def derive_turns(render: Render, template: str, golden: Sequence[dict]) -> tuple
 
 
 def unsupported_features(template: str) -> list[str]:
-    """Return the features of a chat template that a TEMPLATE of ours does not support.
+    """Return the features of a chat template that a TEMPLATE of ours does not support, as Ollama recognizes them.
 
     With one of them Ollama (0.33, server/images.go: shouldPreferChatTemplate) silently prefers the template inside the
-    GGUF, which gives the same prompt for plain conversations. The features are recognized as Ollama does it.
+    GGUF, which gives the same prompt for plain conversations.
     """
+    features = {"tools": "tools" in template or "tool_call" in template, "thinking": _has_thinking(template)}
+    return [f"it has {name}" for name, is_present in features.items() if is_present]
+
+
+def _has_thinking(template: str) -> bool:
+    """Return whether Ollama takes a chat template for one that separates thinking from the answer."""
+    if "<think>" in template and "</think>" in template:
+        return True
     splits_thinking = any(f"content.split({quote}</think>{quote})" in template for quote in "'\"")
-    has_thinking = "<think>" in template and "</think>" in template
-    has_thinking |= splits_thinking and "reasoning_content" not in template and "<SPECIAL_12>" not in template
-    has_tools = "tools" in template or "tool_call" in template
-    return [f"it has {name}" for name, is_present in (("tools", has_tools), ("thinking", has_thinking)) if is_present]
+    return splits_thinking and "reasoning_content" not in template and "<SPECIAL_12>" not in template
 
 
 def can_reproduce(turns: Turns, golden: Sequence[dict]) -> bool:
@@ -81,87 +98,87 @@ def list_candidates(render: Render, literals: list[str]) -> list[Turns]:
     Raises:
         ValueError: The template drops or repeats messages.
     """
-    texts = _surrounding_texts(
-        render,
-        [
-            ("user", USER_MARKS[0]),
-            ("assistant", ANSWER_MARKS[0]),
-            ("user", USER_MARKS[1]),
-            ("assistant", ANSWER_MARKS[1]),
-            ("user", USER_MARKS[2]),
-        ],
-    )
-    question_texts = _surrounding_texts(render, [("user", USER_MARKS[0])], False)
-    answer_texts = _surrounding_texts(render, [("user", USER_MARKS[0]), ("assistant", ANSWER_MARKS[0])], False)
+    texts = _surrounding_texts(render, LONG_PROBE)
+    question_texts = _surrounding_texts(render, LONG_PROBE[:1], False)
+    answer_texts = _surrounding_texts(render, LONG_PROBE[:2], False)
     if texts is None or question_texts is None:
         raise ValueError("it drops or repeats messages")
     first, reply, again, _, _, end = texts
-    after_user = question_texts[1] if end.startswith(question_texts[1]) and reply.startswith(question_texts[1]) else ""
-    after_answer = answer_texts[2] if answer_texts and again.startswith(answer_texts[2]) else ""
-    user, trimmed = again[len(after_answer) :], find_trimmed_roles(render)
-    fields = {
-        "user": (user, after_user),
-        "assistant": (reply[len(after_user) :], after_answer),
-        "generate": end[len(after_user) :],
-        "trimmed": trimmed,
-    }
-    marker = find_marker(render, literals, first)
-    start = first.removesuffix(user) if first.endswith(user) else None
+    after_user = _keep_if_shared(question_texts[1], end, reply)
+    after_answer = _keep_if_shared(answer_texts[2], again) if answer_texts else ""
+    turns = Turns(
+        start=first,
+        system=None,
+        user=(again[len(after_answer) :], after_user),
+        assistant=(reply[len(after_user) :], after_answer),
+        generate=end[len(after_user) :],
+        trimmed=find_trimmed_roles(render),
+        marker=find_marker(render, literals, first),
+    )
+    return place_system_prompt(turns, list_system_placements(render, turns.user[0]))
+
+
+def _keep_if_shared(text: str, *others: str) -> str:
+    """Return `text` when all others begin with it, else the empty text."""
+    return text if all(other.startswith(text) for other in others) else ""
+
+
+def place_system_prompt(turns: Turns, placements: Sequence[Placement]) -> list[Turns]:
+    """Return the Turns with the system prompt at each place. The start is the text before the first user's message."""
+    opening = turns.user[0]
+    starts = {"first": turns.start}
+    if turns.start.endswith(opening):
+        starts["own"] = starts["last"] = turns.start.removesuffix(opening)
     return [
-        Turns(start=first if place == "first" else start, system=system, place=place, marker=marker, **fields)
-        for place, system in list_system_placements(render, user, question_texts[0])
-        if start is not None or place == "first"
+        turns.model_copy(update={"start": starts[place], "system": system, "place": place})
+        for place, system in placements
+        if place in starts
     ]
 
 
-def list_system_placements(render: Render, user: str, start: str) -> list[tuple[str, tuple[str, str] | None]]:
+def list_system_placements(render: Render, user: str) -> list[Placement]:
     """Return the places where a system prompt may be, each with the texts before and after it.
 
     Args:
         render: Renders messages with the trained template.
         user: The text before a user's message.
-        start: The text at the start of a conversation.
     """
-    probe_turns = [
-        ("system", SYSTEM_MARK),
-        ("user", USER_MARKS[0]),
-        ("assistant", ANSWER_MARKS[0]),
-        ("user", USER_MARKS[1]),
-    ]
     try:
-        short_texts, long_texts = _surrounding_texts(render, probe_turns[:2]), _surrounding_texts(render, probe_turns)
+        short_texts = _surrounding_texts(render, SYSTEM_PROBE[:2])
+        long_texts = _surrounding_texts(render, SYSTEM_PROBE)
     except UserError:
-        short_texts = long_texts = None
+        return [("own", None), ("first", None)]
     if short_texts and long_texts:
-        own_turn = (
-            [("own", (short_texts[0], short_texts[1].removesuffix(user)))] if short_texts[1].endswith(user) else []
-        )
-        return [*own_turn, ("first", (short_texts[0], short_texts[1]))]
-    if short_texts:  # with more turns it is not at the start: some templates put it before the last question
-        pieces = _split_at_marks(render([_build_message(*turn) for turn in probe_turns], True))
-        if [mark for mark, _ in pieces[1:]] == [USER_MARKS[0], ANSWER_MARKS[0], SYSTEM_MARK, USER_MARKS[1]]:
-            between = pieces[2][1]
-            answered_texts = _surrounding_texts(render, probe_turns[1:])
-            cut = between[len(answered_texts[2]) - len(user) :] if answered_texts else between
-            return [("last", (cut, pieces[3][1]))]
+        before, after = short_texts[:2]
+        first_turn: Placement = ("first", (before, after))
+        return [("own", (before, after.removesuffix(user))), first_turn] if after.endswith(user) else [first_turn]
+    if short_texts and (last_turn := _find_late_placement(render, user)):
+        return [last_turn]
     return [("own", None), ("first", None)]
 
 
-def _build_message(role: str, content: str) -> dict:
+def _find_late_placement(render: Render, user: str) -> Placement | None:
+    """Return the place before the last question, where some templates put a system prompt; None if it is elsewhere."""
+    pieces = _split_at_marks(render([_build_message(*turn) for turn in SYSTEM_PROBE], True))
+    if [mark for mark, _ in pieces[1:]] != [USER_MARKS[0], ANSWER_MARKS[0], SYSTEM_MARK, USER_MARKS[1]]:
+        return None
+    before, after = pieces[2][1], pieces[3][1]
+    if answered_texts := _surrounding_texts(render, SYSTEM_PROBE[1:]):
+        before = before[len(answered_texts[2]) - len(user) :]
+    return "last", (before, after)
+
+
+def _build_message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
 def _surrounding_texts(
     render: Render, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = True
 ) -> list[str] | None:
-    """Return the texts before, between and after the contents of `turns`.
-
-    Return None unless each content is in the prompt once, and in order.
-    """
+    """Return the texts before, between and after the contents; None unless each is in the prompt once, and in order."""
     pieces = _split_at_marks(render([_build_message(*turn) for turn in turns], add_generation_prompt))
-    return (
-        [text for _, text in pieces] if [mark for mark, _ in pieces[1:]] == [content for _, content in turns] else None
-    )
+    contents = [content for _, content in turns]
+    return [text for _, text in pieces] if [mark for mark, _ in pieces[1:]] == contents else None
 
 
 def _split_at_marks(text: str) -> list[tuple[str, str]]:
@@ -171,36 +188,25 @@ def _split_at_marks(text: str) -> list[tuple[str, str]]:
 
 def find_trimmed_roles(render: Render) -> tuple[str, ...]:
     """Return the roles whose messages lose the white space at both ends."""
-    roles = []
-    marks = {"system": SYSTEM_MARK, "user": USER_MARKS[0], "assistant": ANSWER_MARKS[0]}
-    for role, mark in marks.items():
-        messages = [
-            _build_message(other_role, f"\v{other_mark}\v" if other_role == role else other_mark)
-            for other_role, other_mark in marks.items()
-            if other_role != "system" or role == other_role
-        ]
-        try:
-            text = render([*messages, _build_message("user", USER_MARKS[1])], True)
-        except UserError:
-            continue
-        if f"\v{mark}" not in text and f"{mark}\v" not in text:
-            roles.append(role)
-    return tuple(roles)
+    return tuple(role for role in ROLE_MARKS if _is_trimmed(render, role))
+
+
+def _is_trimmed(render: Render, role: str) -> bool:
+    """Return whether messages of a role lose the white space at both ends; False when the template refuses them."""
+    mark = ROLE_MARKS[role]
+    contents = ROLE_MARKS | {role: f"\v{mark}\v"}
+    messages = [_build_message(name, contents[name]) for name in contents if name != "system" or role == "system"]
+    try:
+        text = render([*messages, _build_message("user", USER_MARKS[1])], True)
+    except UserError:
+        return False
+    return f"\v{mark}" not in text and f"{mark}\v" not in text
 
 
 def find_marker(render: Render, literals: list[str], usual_start: str) -> tuple[str, str] | None:
-    """Return a text in a user's message that changes how the turn starts, such as Alpaca's '### Input:'.
-
-    Args:
-        render: Renders messages with the trained template.
-        literals: The texts that the template looks for in a user's message.
-        usual_start: The usual text before a user's message.
-
-    Returns:
-        The text and the start that it causes; None when there is no such text.
-    """
+    """Return the text in a user's message that changes how the turn starts, such as '### Input:', and that start."""
     for literal in literals:
-        pieces = _surrounding_texts(render, [("user", USER_MARKS[0])])
+        pieces = _surrounding_texts(render, LONG_PROBE[:1])
         text = render([_build_message("user", USER_MARKS[0] + literal)], True)
         if pieces and not text.startswith(usual_start + USER_MARKS[0]):
             return literal, text.split(USER_MARKS[0])[0]
@@ -218,18 +224,10 @@ STRING_METHODS = [
 
 def record_string_ops(render: Render) -> tuple[list[str], list[str]]:
     """Return the string operations that the template uses on messages, and the texts it looks for in the user's."""
-    operations: dict[str, set[str]] = {"system": set(), "user": set(), "assistant": set()}
-    literals: list[str] = []
-    turns = [("system", SYSTEM_MARK), ("user", USER_MARKS[0]), ("assistant", ANSWER_MARKS[0]), ("user", USER_MARKS[1])]
-    for probe in (turns, turns[1:]):
-        try:
-            render(
-                [_build_message(role, _RecordingStr(content, role, operations, literals)) for role, content in probe],
-                True,
-            )
-        except UserError:
-            continue
-        break
+    recorder = _Recorder()
+    if not _render_recorded(render, SYSTEM_PROBE, recorder):
+        _render_recorded(render, SYSTEM_PROBE[1:], recorder)
+    operations, literals = recorder.operations, recorder.literals
     # A text that is looked for in the user's message can be expressed in Go (Turns.marker); nothing else can.
     if literals and len(set(literals)) == 1 and operations["user"] == {f"looks for {literals[0]!r}"}:
         operations["user"].clear()
@@ -238,31 +236,46 @@ def record_string_ops(render: Render) -> tuple[list[str], list[str]]:
     ], literals
 
 
+def _render_recorded(render: Render, turns: Sequence[tuple[str, str]], recorder: "_Recorder") -> bool:
+    """Render a conversation whose contents record what is done with them; return False when the template refuses it."""
+    try:
+        render([_build_message(role, _RecordingStr(content, role, recorder)) for role, content in turns], True)
+    except UserError:
+        return False
+    return True
+
+
 def probe_literals(render: Render, template: str, turns: Turns) -> list[str]:
     """Return the string operations that `record_string_ops` cannot see, such as those on a macro's result.
 
     Every text constant of the template is put into each message, and the rendered prompts are compared.
     """
+    roles = ROLE_MARKS if turns.system else [role for role in ROLE_MARKS if role != "system"]
+    contents = {role: ROLE_MARKS[role] for role in roles}
+    return [
+        f"it looks for {literal!r} in what the {role} said"
+        for role, literal in itertools.product(contents, _list_text_constants(template))
+        if _changes_prompt(render, turns, contents, role, literal)
+    ]
+
+
+def _list_text_constants(template: str) -> list[str]:
+    """Return the texts in the expressions of a template, without those of white space."""
     from jinja2 import nodes
 
     constants = chat_format.compile_template(template).environment.parse(template).find_all(nodes.Const)
-    literals = sorted(
-        {constant.value for constant in constants if isinstance(constant.value, str) and constant.value.strip()}
-    )
-    contents = {"system": SYSTEM_MARK} if turns.system else {}
-    contents |= {"user": USER_MARKS[0], "assistant": ANSWER_MARKS[0]}
-    reasons = []
-    for role, literal in itertools.product(contents, literals):
-        for content in (literal, f"{literal} x", f"x {literal}", f"x {literal} y"):
-            messages = [
-                _build_message(other_role, content if other_role == role else usual_content)
-                for other_role, usual_content in contents.items()
-            ]
-            messages.append(_build_message("user", USER_MARKS[1]))
-            if not _has_same_prompt(turns, render, messages):
-                reasons.append(f"it looks for {literal!r} in what the {role} said")
-                break
-    return reasons
+    texts = {constant.value for constant in constants if isinstance(constant.value, str)}
+    return sorted(text for text in texts if text.strip())
+
+
+def _changes_prompt(render: Render, turns: Turns, contents: dict[str, str], role: str, literal: str) -> bool:
+    """Return whether a text in the message of a role gives another prompt than the Turns, in one of its positions."""
+    for content in (literal, f"{literal} x", f"x {literal}", f"x {literal} y"):
+        messages = [_build_message(*turn) for turn in (contents | {role: content}).items()]
+        messages.append(_build_message("user", USER_MARKS[1]))
+        if not _has_same_prompt(turns, render, messages):
+            return True
+    return False
 
 
 def _has_same_prompt(turns: Turns, render: Render, messages: Sequence[dict]) -> bool:
@@ -273,32 +286,43 @@ def _has_same_prompt(turns: Turns, render: Render, messages: Sequence[dict]) -> 
         return False
 
 
+@dataclass(frozen=True)
+class _Recorder:
+    """The string operations that a template uses, by role, and the texts that it looks for in a user's message."""
+
+    operations: dict[str, set[str]] = field(default_factory=lambda: {role: set() for role in ROLE_MARKS})
+    literals: list[str] = field(default_factory=list)
+
+
 class _RecordingStr(str):
     """A string that records which operations a template uses on it."""
 
-    def __new__(cls, text: str, role: str, operations: dict, literals: list[str]):
+    role: str
+    recorder: _Recorder
+
+    def __new__(cls, text: str, role: str, recorder: _Recorder) -> Self:
         string = super().__new__(cls, text)
-        string.role, string.operations, string.literals = role, operations, literals
+        string.role, string.recorder = role, recorder
         return string
 
-    def __contains__(self, text: str) -> bool:
-        self.operations[self.role].add(f"looks for {text!r}")
+    def __contains__(self, text: str) -> bool:  # type: ignore[override]  # str itself declares it so
+        self.recorder.operations[self.role].add(f"looks for {text!r}")
         if self.role == "user":
-            self.literals.append(text)
+            self.recorder.literals.append(text)
         return super().__contains__(text)
 
     def __bool__(self) -> bool:
         return super().__len__() > 0
 
-    def strip(self, *chars: str) -> "_RecordingStr":
-        return _RecordingStr(super().strip(*chars), self.role, self.operations, self.literals)
+    def strip(self, chars: str | None = None, /) -> "_RecordingStr":
+        return _RecordingStr(super().strip(chars), self.role, self.recorder)
 
 
-def _record_method(name: str):
+def _record_method(name: str) -> Callable[..., Any]:
     """Return a method of str that records its use."""
 
-    def method(self, *arguments):
-        self.operations[self.role].add(f"uses {name.strip('_')}")
+    def method(self: _RecordingStr, *arguments: Any) -> Any:
+        self.recorder.operations[self.role].add(f"uses {name.strip('_')}")
         return getattr(str, name)(self, *arguments)
 
     return method

@@ -1,5 +1,6 @@
 """The golden conversations: synthetic, rendered by transformers, and reproduced by every runtime or refused."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,15 +25,11 @@ def build_conversations(eos: str, default_system: str | None = None) -> list[lis
         {"role": "assistant", "content": "First answer."},
         _user_message("And then?"),
     ]
-    system_messages = [{"role": "system", "content": default_system}] if default_system else []
-    served_conversations = (
-        [[*system_messages, _user_message("Hello! Who are you?")], [*system_messages, *turns]]
-        if system_messages
-        else []
-    )
+    greeting = [_user_message("Hello! Who are you?")]
+    system = {"role": "system", "content": default_system}
     return [
-        *served_conversations,
-        [_user_message("Hello! Who are you?")],
+        *([[system, *greeting], [system, *turns]] if default_system else []),
+        greeting,
         [_user_message("  Two spaces, a\ttab,\n\na blank line and digits 1234567890.  \n")],
         [_user_message("Ünïcödé, 日本語, العربية, Ωμέγα, emoji 🚢👩‍👩‍👧, and ½ “quotes”…")],
         [_user_message(CODE_MESSAGE)],
@@ -47,23 +44,22 @@ def build_conversations(eos: str, default_system: str | None = None) -> list[lis
 
 
 def build_golden_prompts(tokenizer: "PreTrainedTokenizerFast", default_system: str | None = None) -> list[dict]:
-    """Return {messages, add_generation_prompt, prompt, ids} of each conversation that the template accepts.
+    """Return {messages, add_generation_prompt, prompt, ids} of each conversation that the template accepts."""
+    conversations = build_conversations(tokenizer.eos_token, default_system)
+    cases = itertools.product(conversations, (True, False))
+    prompts = (build_golden_prompt(tokenizer, messages, for_answer) for messages, for_answer in cases)
+    return [prompt for prompt in prompts if prompt]
 
-    Some templates refuse a system message.
-    """
+
+def build_golden_prompt(
+    tokenizer: "PreTrainedTokenizerFast", messages: list[dict], add_generation_prompt: bool
+) -> dict | None:
+    """Return the golden prompt of a conversation; None when the template refuses it, as some do a system message."""
     from jinja2 import TemplateError
 
-    golden = []
-    for messages in build_conversations(tokenizer.eos_token, default_system):
-        for add_generation_prompt in (True, False):
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            except TemplateError:
-                continue
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            golden.append(
-                {"messages": messages, "add_generation_prompt": add_generation_prompt, "prompt": text, "ids": token_ids}
-            )
-    return golden
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError:
+        return None
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return {"messages": messages, "add_generation_prompt": add_generation_prompt, "prompt": text, "ids": token_ids}

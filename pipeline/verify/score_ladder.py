@@ -9,18 +9,21 @@ from pipeline.scoring.backends import LlamaCppBackend, RowScore, TorchBackend, a
 from pipeline.verify import prompt_parity
 from pipeline.verify.gate_error import write_gate_error
 
+Backend = TorchBackend | LlamaCppBackend
 COMPARED_ROWS = 8  # held-out rows of which the conversion gate compares every position, besides the golden prompts
 
 
 class LadderScorer:
     """Scores the files of the quality ladder one by one; the log-probabilities to compare with stay on disk."""
 
+    conversion: Conversion
+    reference: quality_ladder.ReferenceLogProbs
+    """Both are set by `score_reference`, which is called first."""
+
     def __init__(self, config: Config, merged_folder: Path, rows: list[dict], folder: Path):
         """Prepare the ladder: `rows` are the held-out rows, `folder` is verify/ of the run."""
         self.config, self.merged_folder, self.rows, self.folder = config, merged_folder, rows, folder
         self.scores: dict[str, Scores] = {}
-        self.conversion: Conversion | None = None
-        self.reference: quality_ladder.ReferenceLogProbs | None = None
         self.notes: list[str] = []
 
     def score_reference(self, path: Path, name: str, trained: prompt_parity.TrainedFormat) -> None:
@@ -29,26 +32,36 @@ class LadderScorer:
         Raises:
             UserError: The conversion gate does not pass.
         """
+        conversion_check, sixteen_bit_scores = self._score_sixteen_bit(path, name, trained)
+        merged_scores = self._score_merged(conversion_check, name, trained)
+        self.scores = {"merged": merged_scores, name: sixteen_bit_scores}
+
+    def _score_sixteen_bit(
+        self, path: Path, name: str, trained: prompt_parity.TrainedFormat
+    ) -> tuple[quality_ladder.ConversionCheck, Scores]:
+        """Return the scores of the 16-bit GGUF, and its log-probabilities for the conversion gate."""
         backend = self.open_gguf(path)
-        token_sequences = [item["ids"] for item in trained.golden] + [
-            row["input_ids"] for row in self.rows[:COMPARED_ROWS]
-        ]
+        compared_rows = [row["input_ids"] for row in self.rows[:COMPARED_ROWS]]
+        token_sequences = [item["ids"] for item in trained.golden] + compared_rows
         conversion_check = quality_ladder.ConversionCheck(self.folder, token_sequences, backend)
-        max_positions = self.config.verify.max_positions
         self.reference = quality_ladder.ReferenceLogProbs(
-            self.folder, self.rows, backend.model.n_vocab(), max_positions
+            self.folder, self.rows, backend.model.n_vocab(), self.config.verify.max_positions
         )
         row_scores = self.reference.score_and_store(backend, name)
-        sixteen_bit_scores = self.combine_scores(name, backend, row_scores, {"kl": 0.0, "top1": 1.0}, path)
+        scores = self.combine_scores(name, backend, row_scores, {"kl": 0.0, "top1": 1.0}, path)
         backend.model.close()
+        return conversion_check, scores
+
+    def _score_merged(
+        self, conversion_check: quality_ladder.ConversionCheck, name: str, trained: prompt_parity.TrainedFormat
+    ) -> Scores:
+        """Return the scores of the merged weights. Raise UserError when the 16-bit GGUF `name` differs from them."""
         merged = self.load_merged(trained)
         self.conversion = conversion_check.compare_merged(merged)
         self.refuse_bad_conversion(name)
-        self.scores = {
-            "merged": self.combine_scores("merged", merged, *self.reference.score_and_compare(merged, "merged")),
-            name: sixteen_bit_scores,
-        }
+        scores = self.combine_scores("merged", merged, *self.reference.score_and_compare(merged, "merged"))
         merged.close()
+        return scores
 
     def refuse_bad_conversion(self, name: str) -> None:
         """Raise UserError when the 16-bit GGUF is too far from the merged weights."""
@@ -92,18 +105,14 @@ class LadderScorer:
     def score_gguf(self, name: str, path: Path) -> None:
         """Score a quantized GGUF and compare it with the 16-bit one."""
         backend = self.open_gguf(path)
-        self.scores[name] = self.combine_scores(name, backend, *self.reference.score_and_compare(backend, name), path)
+        row_scores, distance = self.reference.score_and_compare(backend, name)
+        self.scores[name] = self.combine_scores(name, backend, row_scores, distance, path)
         backend.model.close()
 
     def combine_scores(
-        self,
-        name: str,
-        backend: TorchBackend | LlamaCppBackend,
-        row_scores: list[RowScore],
-        distance: dict,
-        path: Path | None = None,
+        self, name: str, backend: Backend, row_scores: list[RowScore], distance: dict, path: Path | None = None
     ) -> Scores:
-        """Return the scores of a backend from its row scores.
+        """Return the scores of a backend.
 
         Args:
             name: The name in the quality ladder.

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_smoke_prompts(path: Path, data: DataRecord, config: Config) -> list[dict]:
-    """Return the smoke prompts: what the default file answers to the config's messages.
-
-    Without such messages those in the record of `data` are used, which look like the rows.
-    """
+    """Return what the default file answers to the config's messages, or to those of `data`, which look like rows."""
     max_answer_tokens = min(config.generation.max_tokens, limits.MAX_ANSWER_TOKENS)
     model = llama_runtime.load_model(path, config.base.max_seq_length + max_answer_tokens)
     messages = config.generation.smoke_prompts or data.smoke_prompts
@@ -29,12 +26,10 @@ def build_smoke_prompts(path: Path, data: DataRecord, config: Config) -> list[di
 def build_smoke_prompt(model: "Llama", message: str, system: str | None, generation: Generation) -> dict:
     """Return what a file answers to a synthetic message, with the log-probability of each token."""
     system_messages = [{"role": "system", "content": system}] if system else []
-    input_ids = llama_runtime.tokenize(
-        model, chat_format.render_model_prompt(model, [*system_messages, {"role": "user", "content": message}])
-    )
-    answer_text_ids, end_ids = llama_runtime.generate_greedy(
-        model, input_ids, min(generation.max_tokens, limits.MAX_ANSWER_TOKENS)
-    )
+    prompt = chat_format.render_model_prompt(model, [*system_messages, {"role": "user", "content": message}])
+    input_ids = llama_runtime.tokenize(model, prompt)
+    max_tokens = min(generation.max_tokens, limits.MAX_ANSWER_TOKENS)
+    answer_text_ids, end_ids = llama_runtime.generate_greedy(model, input_ids, max_tokens)
     answer_ids = answer_text_ids + end_ids
     log_probs = llama_runtime.answer_log_probs(model, input_ids, answer_ids)
     refuse_broken_losses(log_probs, "smoke prompts")

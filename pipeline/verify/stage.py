@@ -11,11 +11,14 @@ The first two stop the run and write the evidence to verify/evidence.json.
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from common import files, llama_runtime
 from common.errors import UserError
 from contract import chat_format, manifest
+from contract.ollama_template import Turns
 from pipeline.config.schema import Config
 from pipeline.run.records import DataRecord, EvaluateRecord, ExportRecord, Scores, VerifyRecord
 from pipeline.run.run_folder import Run
@@ -28,6 +31,8 @@ from pipeline.verify.golden_prompts import build_golden_prompts
 from pipeline.verify.score_ladder import LadderScorer
 from pipeline.verify.smoke_prompts import build_smoke_prompts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 # A quantization that fails is followed by the next larger one.
 QUANTIZATION_STEPS = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
 
@@ -48,23 +53,15 @@ def run_verify(
     gguf_paths = {name: export.output_path(name) for name in export.outputs if name != "imatrix"}
     turns, reasons, adds_bos = verify_prompts(gguf_paths, trained, folder)
     scorer = LadderScorer(config, run.folder / "export" / "merged", rows, folder)
-    scorer.score_reference(gguf_paths[export.sixteen], export.sixteen, trained)
-    for name, path in gguf_paths.items():
-        if name != export.sixteen:
-            scorer.score_gguf(name, path)
+    score_files(scorer, gguf_paths, export.sixteen, trained)
     default, larger_ggufs = choose_default(config, export, scorer)
     refuse_low_score(config, scorer.scores, default)
     default_file = gguf_paths.get(default) or larger_ggufs[default]
     as_served = served_answers.score_as_served(config, data, rows, default_file, scorer.scores[default])
-    smoke_prompts = build_smoke_prompts(default_file, data, config)
+    chat = describe_chat_format(data, trained, adds_bos)
+    chat |= {"turns": turns and turns.model_dump(), "embedded": reasons}
     contract_path, ladder_path = folder / "contract.json", folder / "ladder.md"
-    chat_fields = describe_chat_format(data, trained, adds_bos) | {
-        "turns": turns and turns.model_dump(),
-        "embedded": reasons,
-    }
-    parts = {"chat": chat_fields, "golden": list(trained.golden), "smoke": smoke_prompts}
-    manifest.refuse_invalid_parts(parts)
-    files.write_json(contract_path, parts)
+    write_contract(contract_path, chat, trained.golden, build_smoke_prompts(default_file, data, config))
     ladder_path.write_text(quality_ladder.format_as_markdown(evaluate.scores | scorer.scores) + "\n", encoding="utf-8")
     return run.write_record(
         VerifyRecord,
@@ -83,24 +80,40 @@ def run_verify(
     )
 
 
+def score_files(
+    scorer: LadderScorer, gguf_paths: dict[str, Path], sixteen: str, trained: prompt_parity.TrainedFormat
+) -> None:
+    """Score the 16-bit GGUF of the name `sixteen`, the merged weights and the quantizations."""
+    scorer.score_reference(gguf_paths[sixteen], sixteen, trained)
+    for name, path in gguf_paths.items():
+        if name != sixteen:
+            scorer.score_gguf(name, path)
+
+
+def write_contract(path: Path, chat: dict, golden: Sequence[dict], smoke: list[dict]) -> None:
+    """Write the parts of the manifest that are known here. Raise UserError when a manifest cannot hold them."""
+    parts = {"chat": chat, "golden": list(golden), "smoke": smoke}
+    manifest.refuse_invalid_parts(parts)
+    files.write_json(path, parts)
+
+
 def load_trained_format(data: DataRecord, run: Run, rows: list[dict]) -> prompt_parity.TrainedFormat:
     """Load the tokenizer of a run and return the prompt format as it was trained."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
+    tokenizer = cast("PreTrainedTokenizerFast", loaded)  # `data` refuses any other kind
     # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there
     heldout_prompts = [
         (row["prompt"], prompt_ids(row)) for row in rows if unicodedata.is_normalized("NFC", row["prompt"])
     ]
-    return prompt_parity.TrainedFormat(
-        tokenizer,
-        build_golden_prompts(tokenizer, data.default_system),
-        data.chat.end,
-        heldout_prompts,
-    )
+    golden = build_golden_prompts(tokenizer, data.default_system)
+    return prompt_parity.TrainedFormat(tokenizer, golden, data.chat.end, heldout_prompts)
 
 
-def verify_prompts(paths: dict[str, Path], trained: prompt_parity.TrainedFormat, folder: Path):
+def verify_prompts(
+    paths: dict[str, Path], trained: prompt_parity.TrainedFormat, folder: Path
+) -> tuple[Turns | None, list[str], bool]:
     """Run the parity gate on every file, then on Ollama's TEMPLATE.
 
     Returns:
@@ -110,16 +123,7 @@ def verify_prompts(paths: dict[str, Path], trained: prompt_parity.TrainedFormat,
         UserError: A file or the TEMPLATE does not give the trained prompts.
     """
     for name, path in paths.items():
-        model = llama_runtime.load_model(path, vocab_only=True)
-        adds_bos = prompt_parity.has_automatic_bos(model)
-        try:
-            prompt_parity.verify_gguf(path, model, trained)
-        except prompt_parity.ParityError as error:
-            raise write_gate_error(
-                "parity", f"the {name} GGUF differs from what was trained: {error}", folder, error.evidence, error.code
-            ) from error
-        finally:
-            model.close()
+        adds_bos = verify_file_prompts(name, path, trained, folder)
     turns, reasons = prompt_parity.derive_ollama_turns(trained, adds_bos)
     try:
         if turns:
@@ -127,6 +131,19 @@ def verify_prompts(paths: dict[str, Path], trained: prompt_parity.TrainedFormat,
     except prompt_parity.ParityError as error:
         raise write_gate_error("parity", str(error), folder, error.evidence, error.code) from error
     return turns, reasons, adds_bos
+
+
+def verify_file_prompts(name: str, path: Path, trained: prompt_parity.TrainedFormat, folder: Path) -> bool:
+    """Run the parity gate on a file, and return whether runtimes add a BOS to its prompts."""
+    model = llama_runtime.load_model(path, vocab_only=True)
+    try:
+        prompt_parity.verify_gguf(path, model, trained)
+        return prompt_parity.has_automatic_bos(model)
+    except prompt_parity.ParityError as error:
+        reason = f"the {name} GGUF differs from what was trained: {error}"
+        raise write_gate_error("parity", reason, folder, error.evidence, error.code) from error
+    finally:
+        model.close()
 
 
 def choose_default(config: Config, export: ExportRecord, scorer: LadderScorer) -> tuple[str, dict[str, Path]]:
@@ -140,14 +157,7 @@ def choose_default(config: Config, export: ExportRecord, scorer: LadderScorer) -
     larger_ggufs: dict[str, Path] = {}
     name, base_gguf = export.default, export.output_path(export.sixteen)
     while fault := find_quantization_fault(config, scorer.scores[name], scorer.scores[export.sixteen]):
-        larger = next(
-            (
-                quantization
-                for quantization in QUANTIZATION_STEPS
-                if llama_tools.BITS_PER_WEIGHT[quantization] > llama_tools.BITS_PER_WEIGHT[name]
-            ),
-            export.sixteen,
-        )
+        larger = next_larger_quantization(name) or export.sixteen
         scorer.notes.append(f"{name} {fault}: {larger} is the default instead")
         name = larger
         if name not in scorer.scores:
@@ -157,19 +167,23 @@ def choose_default(config: Config, export: ExportRecord, scorer: LadderScorer) -
     return name, larger_ggufs
 
 
+def next_larger_quantization(name: str) -> str | None:
+    """Return the quantization that follows one that fails; None after the largest."""
+    bits = llama_tools.BITS_PER_WEIGHT
+    return next((larger for larger in QUANTIZATION_STEPS if bits[larger] > bits[name]), None)
+
+
 def find_quantization_fault(config: Config, scores: Scores, sixteen_bit_scores: Scores) -> str | None:
     """Return why a quantization may not be the default; None when it may."""
     extra_loss = scores.loss - sixteen_bit_scores.loss
     if not extra_loss <= config.verify.max_extra_loss:
         return f"costs {extra_loss:.3f} nats a token (verify.max_extra_loss {config.verify.max_extra_loss:g})"
     score_drop = (sixteen_bit_scores.score or 0) - (scores.score or 0)
-    if score_drop > max_score_drop(config, scores) + 1e-9:
-        return (
-            f"costs {100 * score_drop:.1f} points of its score: "
-            f"{describe_interval(sixteen_bit_scores)} before, {describe_interval(scores)} now "
-            f"(verify.max_score_drop {config.verify.max_score_drop:g}, or one answer)"
-        )
-    return None
+    if score_drop <= max_score_drop(config, scores) + 1e-9:
+        return None
+    change = f"{describe_interval(sixteen_bit_scores)} before, {describe_interval(scores)} now"
+    allowed = f"verify.max_score_drop {config.verify.max_score_drop:g}, or one answer"
+    return f"costs {100 * score_drop:.1f} points of its score: {change} ({allowed})"
 
 
 def max_score_drop(config: Config, scores: Scores) -> float:
@@ -179,11 +193,10 @@ def max_score_drop(config: Config, scores: Scores) -> float:
 
 def refuse_low_score(config: Config, scores: dict[str, Scores], default: str) -> None:
     """Raise UserError when the default file scores below verify.min_score."""
-    minimum = config.verify.min_score
-    if minimum is not None and scores[default].score < minimum:
+    minimum, score = config.verify.min_score, scores[default].score or 0.0
+    if minimum is not None and score < minimum:
         raise UserError(
-            f"{default} answers {scores[default].score:.0%} of the held-out rows correctly, "
-            f"verify.min_score is {minimum:.0%}",
+            f"{default} answers {score:.0%} of the held-out rows correctly, verify.min_score is {minimum:.0%}",
             "train longer or on more rows (a new RUN=name), or lower verify.min_score",
             code="verify.low_score",
         )

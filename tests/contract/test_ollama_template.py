@@ -16,13 +16,6 @@ from tests.helpers.commands import refuses
 from tests.helpers.go_template import Go
 
 
-@pytest.fixture(scope="module")
-def go():
-    made = Go()
-    yield made
-    made.close()
-
-
 def case(name: str) -> page.Case:
     return next(case for case in page.cases() if case.name == name)
 

@@ -20,7 +20,7 @@ class Go(go_process.Go):
         return [tuple(pair) for pair in self.ask(Modelfile=modelfile)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def go():
     made = Go()
     yield made

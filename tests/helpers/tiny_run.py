@@ -35,7 +35,7 @@ def rows(count: int) -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
     """A run whose `data` is done: 43 rows for a tiny Llama."""
     folder = tmp_path_factory.mktemp("finetune")
@@ -78,3 +78,12 @@ def begin(run: Run, **settings) -> subprocess.Popen:
     run.config_file.write_text(yaml.safe_dump(tree))
     return subprocess.Popen([sys.executable, "-m", "pipeline", "finetune", str(run.folder)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(made, tmp_path_factory) -> tuple[dict, list[float]]:
+    """The training that nothing disturbed: record and losses."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(made, folder)
+    record = trained(Run(folder))
+    return record, losses(Run(folder))

@@ -115,7 +115,7 @@ def test_a_new_folder_and_that_of_a_job_are_sent_to(box, home, job, there):
 def test_a_send_that_was_interrupted_is_sent_again(box, home, job, monkeypatch):
     def break_off(remote, write) -> None:
         fill(home / "website", {"README.md": "of Ferry, ha"})
-        raise ConnectionLost("the connection was closed", "the same command")
+        raise ConnectionLost("the connection was closed", "the same command", code="ssh.unreachable")
 
     with monkeypatch.context() as patched:
         patched.setattr(box, "_run_with_input", break_off)
@@ -203,7 +203,7 @@ class Failing(SshProvider):
     def pack_run(self, name: str, run: str):
         content = pack({"config.yaml": b"x" * 2000, "finetune/adapter.safetensors": b"x" * 90_000})
         yield from filter(None, [content[: self.count]])
-        raise ConnectionLost("the connection was closed", "the same command")
+        raise ConnectionLost("the connection was closed", "the same command", code="ssh.unreachable")
 
 
 def tear_down(launcher, tmp_path: Path) -> tuple[str, bool]:

@@ -18,7 +18,7 @@ from deploy.serving import chat, conversation
 from pipeline.run.run_folder import Run
 from pipeline.scoring.heldout_scores import select_heldout_rows
 from tests.helpers.commands import ROOT, make, refuses
-from tests.helpers.go_template import between, go  # noqa: F401
+from tests.helpers.go_template import between
 from tests.helpers.served_models import Served
 from tests.helpers.verify import run_verify
 
@@ -86,7 +86,7 @@ def test_serve_answers_as_it_was_scored(chain, questions, right):
     assert abs(count_right(answers, questions) - right) <= 1
 
 
-def test_ollamas_template_without_a_system_message_is_answered_as_it_was_scored(chain, questions, right, go):  # noqa: F811
+def test_ollamas_template_without_a_system_message_is_answered_as_it_was_scored(chain, questions, right, go):
     text = (chain.model / "Modelfile").read_text(encoding="utf-8")
     template, system = between(text, "TEMPLATE"), between(text, "SYSTEM")
     assert system == SYSTEM

@@ -14,13 +14,13 @@ import pytest
 
 from deploy.serving import conversation, server
 from tests.helpers.commands import ROOT, refuses
-from tests.helpers.served_models import HI, Served, answer, command, engine, free_port, talkative, version  # noqa: F401
+from tests.helpers.served_models import HI, Served, answer, command, free_port
 
 SAID = [*HI, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Spain?"}]
 
 
 @pytest.fixture(scope="module")
-def served(version) -> Iterator[Served]:  # noqa: F811
+def served(version) -> Iterator[Served]:
     """One server for all tests of this module; it never printed anything but its greeting."""
     with contextlib.closing(Served(version)) as running:
         yield running
@@ -41,7 +41,7 @@ def test_it_says_where_it_is_and_how_to_ask(served):
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
-def test_openais_client_gets_the_golden_prompts_answer_token_for_token(client, engine):  # noqa: F811
+def test_openais_client_gets_the_golden_prompts_answer_token_for_token(client, engine):
     asked = [golden for golden in engine.manifest.golden if golden.add_generation_prompt]
     with_system = [golden for golden in asked if golden.messages[0]["role"] == "system"]
     assert len(with_system) == 2  # the others get the manifest's
@@ -52,7 +52,7 @@ def test_openais_client_gets_the_golden_prompts_answer_token_for_token(client, e
         assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(golden.ids), len(known.ids))
 
 
-def test_what_a_request_does_not_name_is_the_manifests(client, engine):  # noqa: F811
+def test_what_a_request_does_not_name_is_the_manifests(client, engine):
     for known in engine.manifest.smoke:  # made with its system prompt, greedily, 24 tokens at most
         found = client.chat.completions.create(model="real", messages=[{"role": "user", "content": known.message}])
         assert found.usage.prompt_tokens == len(known.ids)
@@ -78,7 +78,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client):
     assert usage.usage == whole.usage and len(said) > 3 and {chunk.model for chunk in chunks} == {"real"}
 
 
-def test_models_and_plain_completions(client, engine):  # noqa: F811
+def test_models_and_plain_completions(client, engine):
     assert [model.id for model in client.models.list()] == ["real"] and client.models.retrieve("real").id == "real"
     found = client.completions.create(model="real", prompt="Once upon a time", max_tokens=8)
     assert found.choices[0].text == answer(engine, engine.tokenize_text("Once upon a time"), max_tokens=8).text
@@ -185,14 +185,14 @@ def test_many_requests_at_a_time_stand_in_line_and_get_their_own_answers(served)
     assert [found[q][1]["usage"]["prompt_tokens"] for q in questions] == alone
 
 
-def test_nothing_is_served_on_a_port_that_is_taken(served, version):  # noqa: F811
+def test_nothing_is_served_on_a_port_that_is_taken(served, version):
     with refuses("serve.port_in_use") as caught:
         server.run_server(version, port=served.port)
     assert f"port {served.port} of 127.0.0.1" in caught.value.message
     assert f"PORT={served.port + 1}" in caught.value.hint
 
 
-def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monkeypatch, capsys):  # noqa: F811
+def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monkeypatch, capsys):
     tokenize = conversation.llama_runtime.tokenize
     monkeypatch.setattr(
         conversation.llama_runtime, "tokenize", lambda model, text: [model.token_bos(), *tokenize(model, text)]
@@ -205,7 +205,7 @@ def test_a_model_whose_prompts_are_not_the_manifests_is_not_served(version, monk
 # Others than this machine
 
 
-def test_other_machines_are_let_in_with_a_key_only(version):  # noqa: F811
+def test_other_machines_are_let_in_with_a_key_only(version):
     door = ["--host", "0.0.0.0", "--port", str(free_port())]
     alone = subprocess.run(command(version, *door), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert alone.returncode == 2 and "HOST=0.0.0.0" in alone.stderr and "FERRY_API_KEY is not set" in alone.stderr
@@ -239,7 +239,7 @@ def slow(served: Served, **more) -> socket.socket:
 
 
 @pytest.fixture
-def patient(talkative) -> Iterator[Served]:  # noqa: F811
+def patient(talkative) -> Iterator[Served]:
     with contextlib.closing(Served(talkative)) as running:
         yield running
 
@@ -293,7 +293,7 @@ def test_the_last_port_has_no_next_one():
     assert "PORT=8080" in caught.value.hint
 
 
-def test_a_key_that_no_header_can_carry_is_refused(version):  # noqa: F811
+def test_a_key_that_no_header_can_carry_is_refused(version):
     settings = os.environ | {"FERRY_API_KEY": "a\udcffb"}
     door = ["--port", str(free_port())]
     done = subprocess.run(command(version, *door), cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60)

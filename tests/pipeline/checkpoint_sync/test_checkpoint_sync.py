@@ -22,7 +22,7 @@ from tests.helpers import boxes
 from tests.helpers.chain import SHORT
 from tests.helpers.commands import refuses
 from tests.helpers.hub import Fault
-from tests.helpers.tiny_run import TUNE, begin, losses, made, run, trained  # noqa: F401
+from tests.helpers.tiny_run import begin, losses, trained
 
 REPO = "you/boat-checkpoints"
 NAME = f"models/{REPO}"
@@ -53,7 +53,7 @@ def leaving(monkeypatch, online):
     return online
 
 
-def test_another_machine_goes_on_as_if_nothing_had_been(run, whole, leaving, tmp_path):  # noqa: F811
+def test_another_machine_goes_on_as_if_nothing_had_been(run, whole, leaving, tmp_path):
     """Killed with kill -9; what is on the Hub is some steps older, and the losses from there on are the same."""
     process = begin(run, save_minutes=1e-6)
     at(leaving, 1)
@@ -74,7 +74,7 @@ def test_another_machine_goes_on_as_if_nothing_had_been(run, whole, leaving, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_at_a_signal_the_last_step_leaves(run, leaving, number):  # noqa: F811
+def test_at_a_signal_the_last_step_leaves(run, leaving, number):
     process = begin(run, save_minutes=1000)
     log = run.folder / "finetune" / "log.jsonl"
     while not log.is_file() or len(log.read_text().splitlines()) < 5:
@@ -87,7 +87,7 @@ def test_at_a_signal_the_last_step_leaves(run, leaving, number):  # noqa: F811
     assert there(leaving).step == step
 
 
-def test_an_upload_that_was_killed_half_way_is_never_gone_on_from(run, leaving, tmp_path):  # noqa: F811
+def test_an_upload_that_was_killed_half_way_is_never_gone_on_from(run, leaving, tmp_path):
     """The second state dies on the wire: the first one is what another machine gets, whole."""
     process = begin(run, save_steps=2, max_steps=6)
     process.communicate()
@@ -112,7 +112,7 @@ def test_an_upload_that_was_killed_half_way_is_never_gone_on_from(run, leaving, 
     assert files.sha256(got) == files.sha256(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
-def run_record(run: Run) -> dict:  # noqa: F811
+def run_record(run: Run) -> dict:
     path = run.folder / "finetune" / "adapter" / "adapter_model.safetensors"
     return {
         "stage": "finetune",
@@ -121,7 +121,7 @@ def run_record(run: Run) -> dict:  # noqa: F811
     }
 
 
-def test_old_checkpoints_go_from_the_storage(run, leaving):  # noqa: F811
+def test_old_checkpoints_go_from_the_storage(run, leaving):
     sizes = []
     for step in (4, 8):
         trained(run, max_steps=step) if step == 4 else None
@@ -134,14 +134,14 @@ def test_old_checkpoints_go_from_the_storage(run, leaving):  # noqa: F811
     assert len(leaving.commits(NAME)) == 4, "one commit a state, after the empty one"
 
 
-def test_what_did_not_change_is_not_sent_again(run, leaving):  # noqa: F811
+def test_what_did_not_change_is_not_sent_again(run, leaving):
     push.push_state(run, REPO)
     commits, sent = len(leaving.commits(NAME)), leaving.sent["uploads"]
     assert push.push_state(run, REPO) is None
     assert (len(leaving.commits(NAME)), leaving.sent["uploads"]) == (commits, sent)
 
 
-def test_the_repo_is_private_and_holds_nothing_but_the_state(run, leaving):  # noqa: F811
+def test_the_repo_is_private_and_holds_nothing_but_the_state(run, leaving):
     push.push_state(run, REPO)
     assert leaving.refs(NAME)["private"]
     assert set(leaving.files(NAME)) == {*there(leaving).files, states.STATE_FILE, "README.md", ".gitattributes"} & set(
@@ -151,7 +151,7 @@ def test_the_repo_is_private_and_holds_nothing_but_the_state(run, leaving):  # n
     assert not leaving.leaks
 
 
-def test_refusals(run, leaving, tmp_path, monkeypatch):  # noqa: F811
+def test_refusals(run, leaving, tmp_path, monkeypatch):
     leaving.add("models/you/open", folder_with(tmp_path / "a", "x.txt"), private=False)
     leaving.add("models/you/other", folder_with(tmp_path / "b", "x.txt"), private=True)
     with refuses("checkpoints.public_repo") as error:
@@ -193,7 +193,7 @@ def folder_with(folder: Path, name: str) -> Path:
     return folder
 
 
-def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leaving, tmp_path):  # noqa: F811
+def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leaving, tmp_path):
     shutil.copytree(run.folder, tmp_path / "behind" / "run")
     trained(run, max_steps=4)
     push.push_state(run, REPO)
@@ -203,7 +203,7 @@ def test_a_machine_that_was_left_behind_does_not_write_over_the_other(run, leavi
     assert re.search(r"is at finetune done, .* at data done.* run$", error.value.message)
 
 
-def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):  # noqa: F811
+def test_a_flipped_bit_is_noticed_and_nothing_appears(run, leaving, tmp_path):
     push.push_state(run, REPO)
     name = "data/train.parquet"
     content = bytearray(leaving.read(NAME, name))
@@ -232,7 +232,7 @@ def test_an_index_of_a_newer_ferry():
     assert "you/x/state.json has schema 3" in error.value.message
 
 
-def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # noqa: F811
+def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):
     leaving.faults.append(Fault("(POST|GET) /api/(?!whoami)", status=503, times=-1))
     process = begin(run, save_minutes=1e-6)
     printed = process.communicate(timeout=300)[0]
@@ -241,7 +241,7 @@ def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):  # 
     assert "error: checkpoints to you/boat-checkpoints: the Hub answers 503" in printed and "Traceback" not in printed
 
 
-def test_a_sender_that_hangs_is_replaced(run, leaving, monkeypatch):  # noqa: F811
+def test_a_sender_that_hangs_is_replaced(run, leaving, monkeypatch):
     """Such as one over Xet, where no time limit reaches: the next is told to use plain LFS."""
     monkeypatch.setattr(background_push, "PUSH_TIMEOUT", 0.5)
     told: list[bool] = []
@@ -304,7 +304,7 @@ def test_a_machine_is_taken_away_and_another_has_nothing_but_the_repos_name(chai
     assert third.returncode == 2 and "the run boat is complete" in printed and "you/boat-GGUF@v1" in printed, printed
 
 
-def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch):  # noqa: F811
+def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch):
     from pipeline.preflight import check_run
 
     config, name = run.read_config(), run.folder.name
@@ -330,7 +330,7 @@ def test_preflight_asks_before_any_gpu_work(run, leaving, tmp_path, monkeypatch)
     assert REPO in error.value.message
 
 
-def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):  # noqa: F811
+def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_path):
     """On the machine that made them a data file that is gone is a fault; on the next one it never was."""
     from pipeline.run.changes import find_changes
 
@@ -347,7 +347,7 @@ def test_rows_whose_file_is_elsewhere_are_still_the_runs_rows(run, leaving, tmp_
 
 
 @pytest.mark.release
-def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):  # noqa: F811
+def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):
     """A slow Hub: newer ones come meanwhile, and the one that is being sent is not removed."""
     leaving.faults.append(Fault("objects/batch", stall=2, times=1))
     process = begin(run, save_minutes=1e-6, num_train_epochs=12)
@@ -357,7 +357,7 @@ def test_the_checkpoint_on_its_way_stays_until_it_has_arrived(run, leaving):  # 
     assert sent and there(leaving).done == ("data", "finetune"), printed
 
 
-def test_what_leaves_is_whole_checkpoints_the_newest_and_the_best(run):  # noqa: F811
+def test_what_leaves_is_whole_checkpoints_the_newest_and_the_best(run):
     folder = run.folder / "finetune" / "checkpoints"
     for step, marked in ((2, True), (4, True), (6, True), (8, False)):
         files.write_json(
@@ -365,6 +365,8 @@ def test_what_leaves_is_whole_checkpoints_the_newest_and_the_best(run):  # noqa:
         )
         if marked:
             files.write_json(folder / f"checkpoint-{step}" / "ferry-complete", {"step": step})
+    for copy in ("checkpoint-best", "checkpoint-6.bak", "checkpoint-7-mine"):  # a user's
+        shutil.copytree(folder / "checkpoint-6", folder / copy)
     (run.folder / "export").mkdir()
     (run.folder / "export" / "run.f16.gguf").write_bytes(b"large")
     state = states.snapshot_run(run)

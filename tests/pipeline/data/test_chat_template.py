@@ -327,6 +327,15 @@ def test_a_wrapped_template_with_two_bos_is_refused(prepared):
         chat_template.load_chat_tokenizer(prepared(OWN["meta-llama-Llama-3.1-8B-Instruct"], text), "tokenizer", DAY)
 
 
+def test_a_tokenizer_that_has_no_fast_form_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "ctrl"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0, "a</w>": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with refuses("tokenizer.not_fast"):
+        chat_template.load_chat_tokenizer(tmp_path, "chatml", DAY)
+
+
 def test_a_tokenizer_without_a_template_names_those_that_fit(tmp_path):
     vocabularies.tokenizer("llama-spm").save_pretrained(tmp_path)
     with refuses("tokenizer.no_chat_template") as error:

@@ -32,16 +32,6 @@ from pipeline.toolchain import finite_numbers
 from tests.helpers.commands import ROOT, refuses
 from tests.helpers.tiny_run import TUNE, begin, losses, trained
 
-
-@pytest.fixture(scope="module")
-def whole(made, tmp_path_factory) -> tuple[dict, list[float]]:
-    """The training that nothing disturbed: record and losses."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    shutil.copytree(made, folder)
-    record = trained(Run(folder))
-    return record, losses(Run(folder))
-
-
 # Which rows make a step
 
 
@@ -693,10 +683,10 @@ def test_a_probe_measures_the_longest_rows_and_finetune_takes_the_fastest(run, m
 
 
 def test_a_probe_says_what_does_not_fit(run, small_card, monkeypatch):
-    from pipeline.finetune import build_trainer, probe, stage
+    from pipeline.finetune import probe, stage
 
     small_card(300)
-    monkeypatch.setattr(build_trainer, "build_model", stage.build_model)
+    monkeypatch.setattr(probe, "build_model", stage.build_model)
     config = run.read_config()
     found = probe.measure_micro_batches(
         run, config.base, config.finetune.model_copy(update={"micro_batch_tokens": 512}), False
