@@ -420,7 +420,7 @@ def describe_cost(planned_job: PlannedJob) -> str:
     plan, dollars, text = planned_job.plan, planned_job.dollars, "hours and price are not known"
     if plan:
         price_text = f" and ${dollars:.2f}" if dollars is not None else ", price not known"
-        text = f"about {estimate.duration(3600 * plan.hours)}{price_text}"
+        text = f"about {console.format_duration(3600 * plan.hours)}{price_text}"
     return f"{text}, set-up and downloads not counted{describe_max_cost(planned_job.job.instance_request)}"
 
 
@@ -429,7 +429,7 @@ def describe_max_cost(request: InstanceRequest | None) -> str:
     if not request:
         return ""
     dollars_per_hour, dollars = request.instance_type.dollars_per_hour, request.max_dollars
-    text = f"; at most {estimate.duration(3600 * request.hours)}"
+    text = f"; at most {console.format_duration(3600 * request.hours)}"
     text += f", ${dollars:.2f}" if dollars is not None else ""
     text += f" at ${dollars_per_hour:.2f} an hour" if dollars_per_hour is not None else ""
     return f"{text}, spot" if request.spot else text

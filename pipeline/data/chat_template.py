@@ -8,7 +8,6 @@ pad token.
 import contextlib
 import datetime
 import functools
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from contract import chat_format, template_sandbox
 from pipeline.base_model import model_config
+from pipeline.base_model.tokenizer import load_fast_tokenizer
 from pipeline.config.references import TEMPLATE_FOLDER, list_template_names
 
 if TYPE_CHECKING:
@@ -116,22 +116,6 @@ def load_chat_tokenizer(
     tokenizer.chat_template = chat.template
     pad_changes = set_own_pad_token(tokenizer, chat)
     return tokenizer, chat, [*token_changes, *date_changes, *bos_changes, *thinking_changes, *pad_changes]
-
-
-def load_fast_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer in a folder. Raise UserError when it has no tokenizer.json, from which rows are tokenized."""
-    # transformers would warn that torch is missing, which `data` does not need.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"base.model: the tokenizer in {folder} cannot be converted to a tokenizer.json",
-            "set a different base.model",
-            code="tokenizer.not_fast",
-        )
-    return tokenizer
 
 
 def refuse_hostile_template(template: str, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -20,7 +20,7 @@ from common import files
 from common.errors import UserError
 from pipeline.config.schema import Base, Config, Finetune
 from pipeline.finetune.build_trainer import TrainingInput, build_model, build_trainer
-from pipeline.finetune.early_stop import OutOfGpuMemory
+from pipeline.finetune.interruption import OutOfGpuMemory
 from pipeline.plan import batches
 from pipeline.plan.choose_batch import CHECKPOINTED_TOKEN_LIMITS, TOKEN_LIMITS, BatchChoice, list_policies
 from pipeline.plan.estimate import POLICY_NAMES
@@ -90,14 +90,13 @@ def measure_micro_batches(run: Run, base: Base, tune: Finetune, policy: Checkpoi
 
     A result has tokens_per_second (padding not counted) and peak_memory_gb, which are None when the size does not fit.
     """
-    from pipeline.base_model import fetch as bases
-    from pipeline.base_model import restore_gguf
+    from pipeline.base_model import fetch, restore_gguf
     from pipeline.run import training_rows
 
     data = run.read_record(DataRecord)
     source = TrainingInput(base, tune, data, training_rows.read_table(data.output_path("train")))
     lengths = batches.row_lengths(source.table)
-    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, data.base.revision))
+    weights = restore_gguf.prepare_weights(fetch.fetch_base_model(base.model, data.base.revision))
     packed = tune.packing and unsloth_loader.gpu_memory_bytes() is not None
     model, results = None, []
     for tokens in list_micro_batch_sizes(tune, policy, int(lengths.max())):

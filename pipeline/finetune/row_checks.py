@@ -48,7 +48,8 @@ def _unpack_micro_batches(trainer: "StepTrainer", step_rows: "StepRows") -> Iter
 
 def end_token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> set[int]:
     """Return the ids of the tokens that end an answer: EOS and the tokens of `texts`."""
-    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(texts)}  # type: ignore[misc]  # a list gives a list
+    ids = tokenizer.convert_tokens_to_ids(texts)
+    return {tokenizer.eos_token_id, *ids}  # type: ignore[misc]  # a list of texts gives a list
 
 
 def verify_answer_ends(training_table: "pa.Table", end_ids: set[int], truncated_rows: int = 0) -> None:

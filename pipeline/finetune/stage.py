@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from common import console, files
 from common.errors import UserError
-from pipeline.base_model import fetch as bases
-from pipeline.base_model import model_config, restore_gguf
+from pipeline.base_model import fetch, model_config, restore_gguf
 from pipeline.config.schema import Base, Finetune
 from pipeline.finetune import row_checks, training_log
 from pipeline.finetune.build_trainer import TrainingInput, build_model, build_trainer
-from pipeline.finetune.early_stop import LAST_LOSS_FILE, OutOfGpuMemory, StopTraining
+from pipeline.finetune.interruption import LAST_LOSS_FILE, OutOfGpuMemory, StopTraining
 from pipeline.plan import batches, choose_batch, disk_space, gpu_table, memory_need
 from pipeline.plan.estimate import POLICY_NAMES
 from pipeline.run import checkpoint_files, training_rows
@@ -66,7 +65,7 @@ def run_finetune(base: Base, tune: Finetune, data: DataRecord, run: Run) -> Fine
 
 def load_training(base: Base, tune: Finetune, data: DataRecord, run: Run) -> PreparedTraining:
     """Load base model and rows and return the trainer for them. Raise UserError when disk or GPU are too small."""
-    weights = restore_gguf.prepare_weights(bases.fetch_base_model(base.model, data.base.revision))
+    weights = restore_gguf.prepare_weights(fetch.fetch_base_model(base.model, data.base.revision))
     config_json = model_config.read_config(weights)
     refuse_full_disk(memory_need.shape_from_config(config_json), tune, run.folder / "finetune")
     source = TrainingInput(base, tune, data, training_rows.read_table(data.output_path("train")))
@@ -283,7 +282,8 @@ def load_best_weights(trainer: "StepTrainer") -> None:
 
 def has_stopped_early(state: "TrainerState") -> bool:
     """Return whether the training of this trainer state has ended because the held-out loss stopped improving."""
-    callback_state = state.stateful_callbacks.get("EarlyStoppingCallback", {})  # type: ignore[union-attr]  # it is a dict
+    callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # the trainer makes it a dict
+    callback_state = callbacks.get("EarlyStoppingCallback", {})
     patience = callback_state.get("args", {}).get("early_stopping_patience")
     return patience is not None and callback_state["attributes"]["early_stopping_patience_counter"] >= patience
 

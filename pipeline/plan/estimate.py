@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from common import gguf_reader
-from common.console import format_duration as duration
+from common.console import format_duration
 from common.errors import UserError
-from pipeline.base_model import fetch as bases
-from pipeline.base_model import model_config, restore_gguf
+from pipeline.base_model import fetch, model_config, restore_gguf
 from pipeline.config.schema import Base, Config, Finetune
 from pipeline.plan import batches, disk_space, gpu_table, memory_need, this_machine
 from pipeline.plan.choose_batch import (
@@ -160,7 +159,7 @@ def describe_processor(workload: Workload) -> list[str]:
     processor = this_machine.plan_on_processor(workload)
     if isinstance(processor, str):
         return [f"  this machine's processor: {processor}"]
-    time = f"about {duration(processor.seconds)} of training, no cost"
+    time = f"about {format_duration(processor.seconds)} of training, no cost"
     return [f"  this machine's processor ({processor.cores} cores, {processor.memory_gb:.0f} GB): {time}"]
 
 
@@ -172,7 +171,7 @@ def load_workload(config: Config, run: Run) -> Workload:
     """
     refuse_missing_rows(run)
     data = run.read_record(DataRecord)
-    source = bases.fetch_base_model(config.base.model, data.base.revision, weights=False)
+    source = fetch.fetch_base_model(config.base.model, data.base.revision, weights=False)
     shape, model_type = read_model_shape(source)
     if shape is None:
         raise UserError(
@@ -307,7 +306,7 @@ def describe_batches(choice: BatchChoice) -> list[tuple[str, str]]:
 
 def describe_time(plan: TrainingPlan) -> str:
     """Return the time of training and export, and what they cost."""
-    times = f"{duration(plan.training_seconds)} training, {duration(plan.export_seconds)} export"
+    times = f"{format_duration(plan.training_seconds)} training, {format_duration(plan.export_seconds)} export"
     return f"{times}, downloads not counted: about ${plan.dollars:.2f}"
 
 

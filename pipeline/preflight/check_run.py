@@ -16,8 +16,7 @@ from pipeline.config import references
 from pipeline.config.load import dump_config
 from pipeline.config.schema import Base, Config
 from pipeline.config.stage_settings import hash_training_settings
-from pipeline.plan import disk_space as space
-from pipeline.plan import memory_need
+from pipeline.plan import disk_space, memory_need
 from pipeline.publish import upload_process
 from pipeline.publish.folder_hub import hub_folder
 from pipeline.run.run_folder import Run
@@ -230,12 +229,12 @@ def local_weights_bytes(model: str) -> int:
 def check_disk_space(config: Config, run: Run, weights_bytes: int, repo: str) -> list[str]:
     """Check the disk space for the base model, the merged model, the 16-bit GGUF and the quantizations.
 
-    The copy in a folder hub is checked too. On the run's own disk it consists of hard links, which take no space.
+    The copy in a folder hub is checked too. On the run's own disk it consists of hard links, which take no disk_space.
 
     Args:
         weights_bytes: The size of the base model in 16 bit.
     """
-    parts = space.artifact_bytes(config, weights_bytes)
+    parts = disk_space.artifact_bytes(config, weights_bytes)
     need, free = sum(parts.values()), shutil.disk_usage(files.nearest_existing_path(run.folder)).free
     refuse_full_hub_disk(config, run, weights_bytes, repo)
     if free < need:
@@ -254,7 +253,7 @@ def refuse_full_hub_disk(config: Config, run: Run, weights_bytes: int, repo: str
     if not hub.is_folder(repo) or is_same_disk(hub.folder_path(repo), run.folder):
         return
     free = shutil.disk_usage(files.nearest_existing_path(hub.folder_path(repo))).free
-    need = sum(space.quantization_bytes(config, weights_bytes)) + weights_bytes * config.publish.merged
+    need = sum(disk_space.quantization_bytes(config, weights_bytes)) + weights_bytes * config.publish.merged
     if free < need:
         raise UserError(
             f"publish.repo {repo} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk",
@@ -271,7 +270,7 @@ def is_same_disk(first: Path, second: Path) -> bool:
 
 def check_upload_size(config: Config, weights_bytes: int) -> str:
     """Return a sentence about the size of the upload. Raise UserError when a GGUF is larger than the Hub accepts."""
-    sizes = space.quantization_bytes(config, weights_bytes)
+    sizes = disk_space.quantization_bytes(config, weights_bytes)
     if max(sizes) > FILE_LIMIT:
         raise UserError(
             f"a GGUF of {max(sizes) / 1e9:.0f} GB is too large for the Hub (at most {FILE_LIMIT / 1e9:.0f} GB a file)",

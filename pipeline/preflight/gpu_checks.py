@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.checks import Check
 from common.errors import UserError, printable_line
-from pipeline.plan import gpu_table as table
+from pipeline.plan import gpu_table
 from pipeline.toolchain import machine
 from pipeline.toolchain.machine import Gpu, NvidiaStatus, TrainLocation, format_gb
 
@@ -71,11 +71,11 @@ def format_cuda(nvidia: NvidiaStatus) -> str:
 def check_gpu_type(gpu: Gpu) -> Check:
     """Check the compute capability of a GPU, and whether it computes in bf16."""
     name, model = f"GPU {gpu.index}", printable_line(gpu.name, 80)
-    if reason := table.find_gpu_fault(gpu.capability, ""):
-        cure = f"use a machine with a newer GPU; {table.TABLE_PATH} has a list"
+    if reason := gpu_table.find_gpu_fault(gpu.capability, ""):
+        cure = f"use a machine with a newer GPU; {gpu_table.TABLE_PATH} has a list"
         return Check(name, "fault", f"{model}, {reason}", cure)
     note = "bf16"
-    if gpu.capability < table.BF16_CAPABILITY:
+    if gpu.capability < gpu_table.BF16_CAPABILITY:
         note = "no bf16, so fp16. Gemma models are refused, because their activations overflow float16"
     return Check(name, "ok", f"{model}, compute capability {gpu.capability}: {note}")
 
@@ -101,7 +101,7 @@ def describe_users(gpu: Gpu) -> str:
 
 def find_idle_gpu(nvidia: NvidiaStatus) -> str:
     """Return how to use a GPU that is idle and can train."""
-    usable_gpus = [gpu for gpu in nvidia.gpus if is_idle(gpu) and gpu.capability >= table.MIN_CAPABILITY]
+    usable_gpus = [gpu for gpu in nvidia.gpus if is_idle(gpu) and gpu.capability >= gpu_table.MIN_CAPABILITY]
     if not usable_gpus:
         return "use a different machine"
     return f"use a different GPU: CUDA_VISIBLE_DEVICES={usable_gpus[0].index}"
@@ -116,12 +116,12 @@ def check_gpu_price(gpu: Gpu) -> Check:
     """Check that the GPU is in the table, which only serves to report a run's price and share of the GPU's speed."""
     name = f"price {gpu.index}"
     try:
-        row = table.find_gpu(gpu.name)
+        row = gpu_table.find_gpu(gpu.name)
     except UserError as error:
         return Check(name, "lack", error.message, error.hint, error.code)
     if row:
-        return Check(name, "ok", f"about {row.dollars_per_hour:.2f} $ an hour ({row.name} in {table.TABLE_PATH})")
-    unknown = f"{printable_line(gpu.name, 80)} is not in {table.TABLE_PATH}"
+        return Check(name, "ok", f"about {row.dollars_per_hour:.2f} $ an hour ({row.name} in {gpu_table.TABLE_PATH})")
+    unknown = f"{printable_line(gpu.name, 80)} is not in {gpu_table.TABLE_PATH}"
     text = f"{unknown}: a run's price and share of its speed are not reported"
     return Check(name, "lack", text, f"add a line: {gpu_table_line(gpu)}")
 

@@ -62,7 +62,7 @@ def compute_scores(
 
 
 def confidence_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` answers (Wilson, https://doi.org/10.1080/01621459.1927.10502953)."""
+    """Return Wilson's 95 % interval of a share of `count` answers (https://doi.org/10.1080/01621459.1927.10502953)."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

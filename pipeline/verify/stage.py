@@ -13,12 +13,12 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from common import files, llama_runtime
 from common.errors import UserError
 from contract import chat_format, manifest
 from contract.ollama_template import Turns
+from pipeline.base_model.tokenizer import load_fast_tokenizer
 from pipeline.config.schema import Config
 from pipeline.run.records import DataRecord, EvaluateRecord, ExportRecord, Scores, VerifyRecord
 from pipeline.run.run_folder import Run
@@ -31,8 +31,6 @@ from pipeline.verify.golden_prompts import build_golden_prompts
 from pipeline.verify.score_ladder import LadderScorer
 from pipeline.verify.smoke_prompts import build_smoke_prompts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 # A quantization that fails is followed by the next larger one.
 QUANTIZATION_STEPS = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
 
@@ -99,10 +97,7 @@ def write_contract(path: Path, chat: dict, golden: Sequence[dict], smoke: list[d
 
 def load_trained_format(data: DataRecord, run: Run, rows: list[dict]) -> prompt_parity.TrainedFormat:
     """Load the tokenizer of a run and return the prompt format as it was trained."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(run.folder / "data" / "tokenizer")
-    tokenizer = cast("PreTrainedTokenizerFast", loaded)  # `data` refuses any other kind
+    tokenizer = load_fast_tokenizer(run.folder / "data" / "tokenizer")
     # llama.cpp does not normalize Unicode as some tokenizers do (Qwen): such a text has other ids there
     heldout_prompts = [
         (row["prompt"], prompt_ids(row)) for row in rows if unicodedata.is_normalized("NFC", row["prompt"])

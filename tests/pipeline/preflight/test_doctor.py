@@ -202,7 +202,7 @@ def test_a_card_that_cuda_13_does_not_compile_for_is_a_fault(model, tmp_path):
 def test_the_limits_are_the_set_ups():
     source = (ROOT / "setup" / "packages.py").read_text()
     assert f"CUDA = {gpu_checks.CUDA} " in source and f"(driver {gpu_checks.DRIVER})" in source
-    assert f"OLDEST_CAPABILITY = {gpu_checks.table.MIN_CAPABILITY * 10:.0f} " in source
+    assert f"OLDEST_CAPABILITY = {gpu_checks.gpu_table.MIN_CAPABILITY * 10:.0f} " in source
 
 
 def test_no_card_is_a_lack_and_the_demo_works(tmp_path):
