@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.environment import ROOT, Command
-from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, combine_decorators, find_run, find_run_folder
+from cli.options import MODELS, PATH, RUN_OPTIONS, RUNS, START, YES, choose_run_folder, combine_decorators, find_run
 from cli.settings import FiniteRange, missing_setting_error, operand, setting
 from cli.train import choose_environment_for_rows, open_run
 
@@ -148,7 +148,7 @@ def cloud_stop(config_file, run_name, runs, overrides, cloud, checkpoints, spot,
         raise missing_setting_error(
             "CLOUD", "name the address that the job was started with: CLOUD=ssh://user@host, sky or hf-jobs"
         )
-    folder = find_run_folder(config_file, run_name, runs)
+    folder = choose_run_folder(config_file, run_name, runs)
     refuse_foreign_folder(folder)
     provider = create.create_provider(cloud, folder, checkpoints, spot)
     report = stop_job(provider, folder, teardown)

@@ -29,8 +29,12 @@ def resolve_repo(repo: str | None, models: Path) -> str:
     return store.resolve_model(repo, models)
 
 
-def find_current_version(repo: str | None, models: Path) -> Path:
-    """Return the folder of the version in use. Raises UserError when it was not pulled or the model is not clear."""
+def require_requested_version(repo: str | None, models: Path) -> Path:
+    """Return the folder of the version that REPO names, or of the one in use.
+
+    Raises:
+        UserError: It was not pulled, or no model is named and there are several.
+    """
     from deploy import store
 
     return store.require_version(models, resolve_repo(repo, models))
@@ -109,7 +113,7 @@ def smoke(repo, models) -> None:
     Example:
       ferry smoke ./hub/demo
     """
-    smoke_test(find_current_version(repo, models))
+    smoke_test(require_requested_version(repo, models))
 
 
 def smoke_test(version: Path) -> None:
@@ -130,7 +134,7 @@ def modelfile(repo, models) -> None:
     Example:
       ferry modelfile ./hub/demo
     """
-    write_modelfile(find_current_version(repo, models))
+    write_modelfile(require_requested_version(repo, models))
 
 
 def write_modelfile(version: Path) -> None:
@@ -158,7 +162,7 @@ def ollama(repo, models, name, start) -> None:
     Example:
       ferry ollama ./hub/demo --name tickets
     """
-    install_in_ollama(find_current_version(repo, models), name, start, optional=False)
+    install_in_ollama(require_requested_version(repo, models), name, start, optional=False)
 
 
 def install_in_ollama(version: Path, name: str | None, start: bool, optional: bool) -> None:
@@ -186,7 +190,7 @@ def lmstudio(repo, models) -> None:
     Example:
       ferry lmstudio ./hub/demo
     """
-    install_in_lmstudio(find_current_version(repo, models), optional=False)
+    install_in_lmstudio(require_requested_version(repo, models), optional=False)
 
 
 def install_in_lmstudio(version: Path, optional: bool) -> None:
@@ -222,7 +226,7 @@ def summary(repo, models) -> None:
     Example:
       ferry summary ./hub/demo
     """
-    show_summary(find_current_version(repo, models), resolve_repo(repo, models))
+    show_summary(require_requested_version(repo, models), resolve_repo(repo, models))
 
 
 def show_summary(version: Path, repo: str) -> None:
@@ -264,7 +268,7 @@ def chat(repo, models, system, input_file) -> None:
 
     question = [system, str(input_file) if input_file else None]
     code = conversation.run_in_child(
-        "deploy.serving.chat:run_chat_from_path", find_current_version(repo, models), question
+        "deploy.serving.chat:run_chat_as_child", require_requested_version(repo, models), question
     )
     raise SystemExit(code)
 
@@ -283,7 +287,7 @@ def serve(repo, models, host, port) -> None:
     from deploy.serving import conversation
 
     code = conversation.run_in_child(
-        "deploy.serving.server:run_server_from_path", find_current_version(repo, models), [host, port]
+        "deploy.serving.server:run_server_as_child", require_requested_version(repo, models), [host, port]
     )
     raise SystemExit(code)
 

@@ -97,7 +97,7 @@ class RunRequest:
         return config
 
 
-def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
+def choose_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
     """Return the folder that the run has or will have. Raises UserError for a bad name, or without config and name."""
     if run_name is None:
         if config_file is None:
@@ -109,7 +109,7 @@ def find_run_folder(config_file: Path | None, run_name: str | None, runs: Path) 
 
 def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrides: tuple[str, ...] = ()) -> RunRequest:
     """Return the run of a config, or the run of a name with its own config. Raises UserError when there is neither."""
-    folder = find_run_folder(config_file, run_name, runs)
+    folder = choose_run_folder(config_file, run_name, runs)
     if config_file is not None:
         return RunRequest(config_file, folder, overrides, False)
     if not (folder / "config.yaml").is_file():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.environment import Command
-from cli.options import JSON, PATH, RUN_CHOICE, RUNS, YES, combine_decorators, find_run_folder, typed_command
+from cli.options import JSON, PATH, RUN_CHOICE, RUNS, YES, choose_run_folder, combine_decorators, typed_command
 from cli.settings import setting
 from common.errors import UserError
 
@@ -20,7 +20,7 @@ def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path
 
     if config_file is None and run_name is None:
         return find_only_run(runs)
-    return status.load_run(find_run_folder(config_file, run_name, runs))
+    return status.load_run(choose_run_folder(config_file, run_name, runs))
 
 
 def find_only_run(runs: Path) -> "Run":

@@ -1,6 +1,6 @@
 """The one error that users see."""
 
-from common.text import indent_further_lines, make_printable
+from common.text import format_untrusted_message, make_printable
 
 MAX_MESSAGE_CHARS = 20_000  # a config may have many faults, and foreign text may be endless
 
@@ -22,7 +22,7 @@ class UserError(Exception):
         self.code = code
 
     def __str__(self) -> str:
-        message, hint = (indent_further_lines(text[:MAX_MESSAGE_CHARS]) for text in (self.message, self.hint))
+        message, hint = (format_untrusted_message(text[:MAX_MESSAGE_CHARS]) for text in (self.message, self.hint))
         return f"error: {message}\n next: {hint}"
 
 

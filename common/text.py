@@ -30,8 +30,11 @@ def make_printable_except_styles(text: str) -> str:
     return "".join(part if STYLE_CODES.fullmatch(part) else make_printable(part) for part in STYLE_CODES.split(text))
 
 
-def indent_further_lines(text: str) -> str:
-    """Return a message with all lines but the first indented, and marked where they look like Ferry's own messages."""
+def format_untrusted_message(text: str) -> str:
+    """Return a stranger's message for the terminal: without control codes, and with no line like Ferry's own.
+
+    All lines but the first are indented; one that begins like `error:` or `next:` is marked.
+    """
     first, *rest = make_printable(text).split("\n")
     marked_lines = [f"  | {line.strip()}" if OWN_PREFIX.match(line) else line for line in rest]
     return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in marked_lines)])

@@ -46,7 +46,7 @@ class ModelSource(Protocol):
 
 def find_source(repo: str) -> ModelSource:
     """Return the source that `repo` names. Raise UserError when there is no such repo, or it has no manifest."""
-    return FolderSource.open(repo) if hub.is_folder(repo) else HubSource.open(*hub.parse_repo_id(repo))
+    return FolderSource.from_folder(repo) if hub.is_folder(repo) else HubSource.from_repo(*hub.parse_repo_id(repo))
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class FolderSource:
     """Always None: a folder has no commits."""
 
     @classmethod
-    def open(cls, repo: str) -> "FolderSource":
-        """Return the folder that `repo` names. Raise UserError when it does not exist or has no manifest."""
-        path = hub.folder_path(repo)
+    def from_folder(cls, folder: str) -> "FolderSource":
+        """Return the source in a folder. Raise UserError when it does not exist or has no manifest."""
+        path = hub.folder_path(folder)
         if not path.is_dir():
             raise UserError(
-                f"REPO {printable_line(repo)}: no such folder",
+                f"REPO {printable_line(folder)}: no such folder",
                 "name the folder that `make publish` printed",
                 code="hub.folder_not_found",
             )
@@ -135,8 +135,12 @@ class HubSource:
     commit: str
 
     @classmethod
-    def open(cls, repo: str, revision: str | None) -> "HubSource":
-        """Return the repo at its present commit. Raise UserError when it cannot be read or has no manifest."""
+    def from_repo(cls, repo: str, revision: str | None) -> "HubSource":
+        """Return the source in a repo, at the commit of `revision` or at its newest one.
+
+        Raises:
+            UserError: The repo cannot be read, or has no manifest.
+        """
         action = f"read {repo}{f'@{revision}' if revision else ''}"
         repo_info = _fetch_model_info(action, repo, revision)
         if manifest.FILE_NAME not in hub.list_repo_files(repo_info):
@@ -154,7 +158,7 @@ class HubSource:
 
     def refuse_changed(self, artifact: Artifact) -> None:
         """Raise UserError, before a long download, when an artifact has another size or hash than the manifest says."""
-        hub_file = hub.retry(f"read {self.repo}/{artifact.file}", lambda: self._describe_file(artifact.file))
+        hub_file = hub.retry(f"read {self.repo}/{artifact.file}", lambda: self._fetch_file_info(artifact.file))
         # The etag of a large file is its sha256, that of a small one git's SHA-1.
         has_other_hash = len(hub_file.etag) == 64 and hub_file.etag != artifact.sha256
         if hub_file.size != artifact.bytes or has_other_hash:
@@ -177,7 +181,7 @@ class HubSource:
         from huggingface_hub import get_session
         from huggingface_hub.utils import hf_raise_for_status
 
-        location = self._describe_file(artifact.file).location
+        location = self._fetch_file_info(artifact.file).location
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"} | (
             hub.request_headers() if hub.is_hub_url(location) else {}
         )
@@ -190,7 +194,7 @@ class HubSource:
                 raise hub.TransientError("the server sent a different part than requested")
             yield (start if is_part else 0), response.iter_raw()
 
-    def _describe_file(self, name: str) -> "HubFile":
+    def _fetch_file_info(self, name: str) -> "HubFile":
         """Return size, etag and address of a file. It is requested every time, because signed addresses expire.
 
         The client's own get_hf_file_metadata is not used: it follows redirects with the token to any port of the host,

@@ -37,7 +37,7 @@ KEPT_VARIABLES = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 TEMPLATE_HINT = "do not use this repo: Ferry does not publish such a template"
 CHILD_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from contract import template_sandbox; template_sandbox.run_child()"
+    "from contract import template_sandbox; template_sandbox.answer_parent()"
 )
 
 
@@ -172,7 +172,7 @@ def _parse_answer(answer: bytes, exit_code: int, count: int) -> list[str]:
     return value
 
 
-def run_child() -> None:
+def answer_parent() -> None:
     """Run the child: read a request from stdin, write a list of texts, or a message about a failure, to stdout."""
     _limit_resources(int(sys.argv[2]))
     answer = _answer_request(sys.stdin.buffer.read(MAX_REQUEST_BYTES))

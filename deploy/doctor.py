@@ -60,7 +60,7 @@ def run_doctor(
         quantization: The GGUF of the repo; None takes the manifest's default.
         detect_machine: Returns the facts of this machine.
     """
-    this_machine, llama_cpp, ollama_version = detect_machine(), find_llama_cpp(), ollama_server.find_server_version()
+    this_machine, llama_cpp, ollama_version = detect_machine(), probe_llama_cpp(), ollama_server.find_server_version()
     memory_budget = machine.memory_budget(this_machine, llama_cpp.backend not in (None, "CPU"))
     file_checks, file = check_repo_file(repo, models, quantization) if repo else ([], None)
     return [
@@ -114,7 +114,7 @@ class LlamaCpp:
         return Check("llama.cpp", "ok", f"{text}, computes on {self.backend}")
 
 
-def find_llama_cpp() -> LlamaCpp:
+def probe_llama_cpp() -> LlamaCpp:
     """Load the llama.cpp of this environment and return its version and backend."""
     if not importlib.util.find_spec("llama_cpp"):
         return LlamaCpp(None, None)

@@ -90,7 +90,7 @@ class PlannedJob:
     """Disk that the environment and the whole run need."""
 
     @property
-    def gpu_name(self) -> str:
+    def hardware_label(self) -> str:
         """Return the name of the instance to rent, or of the machine's first GPU; 'CPU' when it has none."""
         if self.job.instance_request:
             return self.job.instance_request.instance_type.name
@@ -140,7 +140,7 @@ def run_cloud_to_local(
         rescue_folder=cloud_folder / "rescued",
     )
     with session.report_costs_on_exit():
-        state = find_existing_job(session, job)
+        state = resume_existing_job(session, job)
         if not session.is_running and state.exit_code != 0:
             machine = require_suitable_machine(provider, options)
             run_local_checks(config_file, run, provider, options, lock)
@@ -265,7 +265,7 @@ def refuse_instance_options(provider: Provider, options: LaunchOptions) -> None:
 def build_job(config: Config, run: Run, provider: Provider, options: LaunchOptions) -> Job:
     """Return the job without its files, which are known once the data stage has read them."""
     job_config, _ = upload_files.relocate_paths(config.model_dump(mode="json"))
-    url = git.describe_checkout()["url"]
+    url = git.read_checkout()["url"]
     run_name, commit = run.folder.name, source_archive.head_commit(source_archive.ROOT)
     make_settings = [
         setting for setting in options.settings if not (provider.is_rented and setting.startswith("IMAGE="))
@@ -282,8 +282,8 @@ def build_job(config: Config, run: Run, provider: Provider, options: LaunchOptio
     )
 
 
-def find_existing_job(session: JobSession, job: Job) -> JobState:
-    """Return the state of the job at the provider.
+def resume_existing_job(session: JobSession, job: Job) -> JobState:
+    """Return the state of the job at the provider, and go on with it when it still runs: the session then watches it.
 
     A job of that name with another config counts as died. Raises UserError when such a job still runs.
     """
@@ -400,7 +400,7 @@ def confirm_start(planned_job: PlannedJob, label: str, agreed_file: Path, option
     dollars = planned_job.dollars
     if request and (dollars is None or options.hours):  # the time limit is all that is known, or the user set it
         dollars = request.max_dollars
-    summary = f"{planned_job.job.run_name} on {label} ({planned_job.gpu_name}): {describe_cost(planned_job)}"
+    summary = f"{planned_job.job.run_name} on {label} ({planned_job.hardware_label}): {describe_cost(planned_job)}"
     confirm_cost(summary, dollars, options.max_dollars, options.assume_yes or was_confirmed)
     files.write_json(agreed_file, terms)
 
@@ -408,7 +408,7 @@ def confirm_start(planned_job: PlannedJob, label: str, agreed_file: Path, option
 def list_terms(planned_job: PlannedJob, label: str) -> dict[str, object]:
     """Return what the user agrees to: where, which config, which GPUs; of a rented instance also hours and price."""
     request = planned_job.job.instance_request
-    gpu_names = [planned_job.gpu_name] if request else list(planned_job.machine.gpu_names)
+    gpu_names = [planned_job.hardware_label] if request else list(planned_job.machine.gpu_names)
     terms: dict[str, object] = {"where": label, "config": config_sha256(planned_job.job), "cards": gpu_names}
     if request:
         terms |= {"hours": request.hours, "dollars": request.instance_type.dollars_per_hour, "spot": request.spot}

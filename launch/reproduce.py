@@ -66,11 +66,13 @@ def run_reproduce(
     job = build_job(reproduction, data, options)
     session, log = JobSession(provider, reproduction.name, stop_command, options.teardown), reproduction.folder / "log"
     with session.report_costs_on_exit():
-        state = cloud_to_local.find_existing_job(session, job)
+        state = cloud_to_local.resume_existing_job(session, job)
         if session.is_running:
             state = cloud_to_local.wait_for_job(session, job, log)
         if (state.goal, state.exit_code) != ("train", 0):
-            confirm_start(reproduction, provider, cloud_to_local.require_suitable_machine(provider, options), options)
+            confirm_reproduction(
+                reproduction, provider, cloud_to_local.require_suitable_machine(provider, options), options
+            )
             train_again(session, job, reproduction, options, log)
         rows = verdict.compare_manifests(reproduction.manifest, read_new_manifest(provider, job))
     report = session.teardown_and_report()
@@ -96,7 +98,7 @@ def train_again(session: JobSession, job: Job, reproduction: Reproduction, optio
 
 def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOptions) -> Job:
     """Return the job with code, config and files. Raises UserError when one of them cannot be had."""
-    published_manifest, commit = reproduction.manifest, fetch_training_commit(reproduction.manifest)
+    published_manifest, commit = reproduction.manifest, ensure_training_commit(reproduction.manifest)
     pinned_config = pin_revisions(published_manifest)
     source_files = published_sources.find_source_files(published_manifest, pinned_config, commit, data)
     config, _ = published_sources.relocate_published_paths(pinned_config)
@@ -116,7 +118,7 @@ def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOpti
     )
 
 
-def fetch_training_commit(published_manifest: Manifest) -> str:
+def ensure_training_commit(published_manifest: Manifest) -> str:
     """Return the commit that trained the model, after fetching it from origin when this checkout does not have it.
 
     Raises UserError when origin does not have it either.
@@ -164,8 +166,13 @@ def pin_revisions(published_manifest: Manifest) -> Config:
     return config
 
 
-def confirm_start(reproduction: Reproduction, provider: Provider, machine: Machine, options: LaunchOptions) -> None:
-    """Ask the user to confirm hours and price; once for the same machine, and never on this one."""
+def confirm_reproduction(
+    reproduction: Reproduction, provider: Provider, machine: Machine, options: LaunchOptions
+) -> None:
+    """Ask the user to confirm hours and price, and note the answer in agreed.json.
+
+    The same machine is asked about once, and the laptop itself never.
+    """
     agreed_file = reproduction.folder / "agreed.json"
     terms = {"where": provider.label, "cards": list(machine.gpu_names)}
     if provider.is_local:

@@ -34,14 +34,14 @@ NEEDED_PACKAGES = (
 
 def main():
     """Replace this process by `python -m cli` with the same arguments."""
-    python = find_python()
+    python = ensure_python()
     path = [ROOT, os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     os.environ["FERRY_MAY_SWITCH"] = "1"
     os.execv(python, [python, "-m", "cli"] + sys.argv[1:])
 
 
-def find_python():
+def ensure_python():
     """Return the Python of an environment that is set up; else install one for the command line alone."""
     folders = [os.environ.get("FERRY_VENV"), os.environ.get("FERRY_DEPLOY_VENV")]
     for folder in folders + [".venv", ".venv-deploy", ".venv-light"]:
@@ -50,10 +50,10 @@ def find_python():
     if os.environ.get("FERRY_IMAGE"):
         return sys.executable
     switch_to_usable_python(OLDEST_PYTHON)
-    return ensure_python()
+    return ensure_command_line_python()
 
 
-def ensure_python():
+def ensure_command_line_python():
     """Return the Python of the cached environment for the command line; install it when it is missing."""
     lock_lines = [
         line

@@ -184,7 +184,7 @@ def hash_file(path):
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def build_arguments(kind, for_this_machine):
+def image_build_arguments(kind, for_this_machine):
     """Return the image's build arguments. None of them is a secret, because they stay in the image's history.
 
     for_this_machine: Whether to compile only for the GPUs of this machine.
@@ -203,7 +203,7 @@ def build_image(settings, engine, kind, name):
     command = [engine, "build", "--file", "docker/Dockerfile", "--tag", name]
     command += [
         word
-        for item in build_arguments(kind, not settings.get("IMAGE")).items()
+        for item in image_build_arguments(kind, not settings.get("IMAGE")).items()
         for word in ("--build-arg", "=".join(item))
     ]
     command += [word for name in PROXY_VARIABLES if name in os.environ for word in ("--build-arg", name)]
@@ -378,7 +378,7 @@ def main():
         print(
             "\n".join(
                 "=".join(item)
-                for item in build_arguments(image_device(settings, "cuda"), for_this_machine=False).items()
+                for item in image_build_arguments(image_device(settings, "cuda"), for_this_machine=False).items()
             )
         )
     elif action == "build":

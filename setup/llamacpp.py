@@ -353,7 +353,7 @@ def compile_targets(source: Path, build: Path, targets: list[str], log: Path, en
         message,
         hint,
         environment,
-        create_progress_reader(say),
+        create_progress_printer(say),
     )
 
 
@@ -403,7 +403,7 @@ def compile_render_tool(source: Path, build: Path, log: Path) -> None:
     run_or_fail(command, log, "llama-render could not be compiled", f"read the log; then {SETUP_COMMAND}")
 
 
-def create_progress_reader(say):
+def create_progress_printer(say):
     """Return a reader of ninja's `[12/240]` that prints one changing line on a terminal, else a line every 30 s."""
     started, last_print, is_terminal = time.monotonic(), [0.0], sys.stderr.isatty()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import llamacpp
 from interpreter import read_output
 from packages import install_packages, run_pip, venv_python
-from shared import SETUP_COMMAND, error_lines, fail
+from shared import SETUP_COMMAND, fail, select_failure_lines
 
 WHEEL_INDEX_URL = "https://abetlen.github.io/llama-cpp-python/whl/"
 # The CUDA versions that the project's README lists. Its wheels are py3-none and fit every Python.
@@ -71,7 +71,7 @@ def explain_pip_failure(tail: list[str]) -> str:
         return "does not answer"
     if any("No matching distribution" in line for line in tail):
         return f"has no llama-cpp-python {llamacpp.version()} for this machine"
-    return "failed: " + error_lines(tail)[-1]
+    return "failed: " + select_failure_lines(tail)[-1]
 
 
 def find_runtime_fault(venv: str, gpu: bool) -> str | None:

@@ -92,10 +92,10 @@ def fail_with_log(message, tail, log, hint):
     """Exit with the error of a failed command, its last lines and the path of its log."""
     if any(os.strerror(code) in line for code in DISK_FULL_ERRORS for line in tail):
         hint = f"free some disk, then {SETUP_COMMAND}"
-    fail(message + "\n" + "".join(f"  {line}\n" for line in error_lines(tail)) + f"  all of it: {log}", hint)
+    fail(message + "\n" + "".join(f"  {line}\n" for line in select_failure_lines(tail)) + f"  all of it: {log}", hint)
 
 
-def error_lines(tail):
+def select_failure_lines(tail):
     """Return the last lines that say why a command failed, at most four."""
     errors = [line for line in tail if "error" in line.lower() and not line.startswith("WARNING")]
     return (errors or tail)[-4:]

@@ -56,8 +56,8 @@ def run_chat(
             chat.print_reply(question)
 
 
-def run_chat_from_path(version: str, system: str | None, input_file: str | None) -> None:
-    """Run `run_chat` in a child process, whose arguments are JSON."""
+def run_chat_as_child(version: str, system: str | None, input_file: str | None) -> None:
+    """Run the chat in this process, a child with limits. Its arguments are JSON."""
     run_chat(Path(version), system=system, input_file=Path(input_file) if input_file else None)
 
 

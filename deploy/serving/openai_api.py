@@ -80,6 +80,12 @@ def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
+def _rename_max_completion_tokens(request: dict[str, object]) -> dict[str, object]:
+    """Return a request with the newer name of `max_tokens` under the older one."""
+    max_tokens = request.get("max_completion_tokens")
+    return request if max_tokens is None else request | {"max_tokens": max_tokens}
+
+
 class GenerationRequest(RequestPart):
     """What both endpoints take; None is the model's default."""
 
@@ -104,8 +110,7 @@ class GenerationRequest(RequestPart):
         for name, accepted in UNSUPPORTED_FIELDS.items():
             if value.get(name) is not None and value[name] not in accepted:
                 raise RequestError(400, f"{name} is not supported here", name, "unsupported_parameter")
-        max_tokens = value.get("max_completion_tokens")
-        return value if max_tokens is None else value | {"max_tokens": max_tokens}
+        return _rename_max_completion_tokens(value)
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -76,8 +76,8 @@ def refuse_bad_key(host: str, key: str | None) -> None:
         )
 
 
-def run_server_from_path(version: str, host: str, port: int) -> None:
-    """Run `run_server` in a child process, whose arguments are JSON."""
+def run_server_as_child(version: str, host: str, port: int) -> None:
+    """Run the server in this process, a child with limits. Its arguments are JSON."""
     run_server(Path(version), host, port)
 
 

@@ -43,12 +43,12 @@ def run_smoke_in_child(version: Path) -> dict[str, Any]:
     limits = memory_need.process_limits(gguf_reader.read_header(path), size, max(1024, longest), seconds)
     with console.show_elapsed_time(f"testing {path.name}"):
         return child_process.call_in_child(
-            "deploy.stages.smoke:run_smoke_from_path", [str(version)], limits, f"the smoke test of {path.name}"
+            "deploy.stages.smoke:run_smoke_as_child", [str(version)], limits, f"the smoke test of {path.name}"
         )
 
 
-def run_smoke_from_path(version: str) -> dict[str, Any]:
-    """Run `run_smoke` in a child process, whose arguments are JSON."""
+def run_smoke_as_child(version: str) -> dict[str, Any]:
+    """Run the smoke test in this process, which `run_smoke_in_child` has started. Its arguments are JSON."""
     return run_smoke(Path(version))
 
 

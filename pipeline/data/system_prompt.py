@@ -50,7 +50,7 @@ def choose_default(setting: str, prompts: Counter[str | None]) -> SystemPrompt:
     every_row_has_one = prompts[None] == 0 and len(prompts) <= MAX_DIFFERENT
     if count >= MIN_SHARE * total or every_row_has_one:
         share = "all rows have" if count == total else f"{count / total:.0%} of the rows have"
-        note = f"{share} the system prompt {quote_prompt(prompt)}: every runtime sends it by default (data.system)"
+        note = f"{share} the system prompt {shorten_prompt(prompt)}: every runtime sends it by default (data.system)"
         return SystemPrompt(prompt, note)
     raise UserError(
         f"the rows have {len(prompts)} different system prompts, and none is in {MIN_SHARE:.0%} of the rows:\n"
@@ -66,19 +66,19 @@ def _note_others(default: str | None, prompts: Counter[str | None]) -> str | Non
     others = Counter({prompt: count for prompt, count in prompts.items() if prompt not in (None, default)})
     if not others:
         return None
-    count, most_frequent = sum(others.values()), quote_prompt(others.most_common(1)[0][0])
-    text = f"{count:,} rows have a different system prompt than the default {quote_prompt(default)}"
+    count, most_frequent = sum(others.values()), shorten_prompt(others.most_common(1)[0][0])
+    text = f"{count:,} rows have a different system prompt than the default {shorten_prompt(default)}"
     return f"{text}, the most frequent: {most_frequent}"
 
 
 def list_prompts(prompts: Counter[str | None]) -> str:
     """Return the most frequent prompts with their shares, a line each."""
     total = sum(prompts.values())
-    lines = [f"  {count / total:6.1%}  {quote_prompt(prompt)}" for prompt, count in prompts.most_common(MAX_LISTED)]
+    lines = [f"  {count / total:6.1%}  {shorten_prompt(prompt)}" for prompt, count in prompts.most_common(MAX_LISTED)]
     other_count = total - sum(count for _, count in prompts.most_common(MAX_LISTED))
     return "\n".join([*lines, *([f"  {other_count / total:6.1%}  others"] if other_count else [])])
 
 
-def quote_prompt(prompt: str | None) -> str:
+def shorten_prompt(prompt: str | None) -> str:
     """Return the beginning of a prompt in quotes, or (none)."""
     return "(none)" if prompt is None else f'"{printable_line(prompt, 70)}{"..." if len(prompt) > 70 else ""}"'

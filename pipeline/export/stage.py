@@ -216,7 +216,7 @@ def collect_key_values(data: DataRecord, evaluate: EvaluateRecord, run: Run) -> 
         "ferry.data": data.settings["data.source"],
         "ferry.data.heldout_sha256": data.outputs["heldout"].sha256,
         "ferry.config_sha256": files.sha256(run.config_file),
-        "ferry.code": git.describe_checkout()["commit"],
+        "ferry.code": git.read_checkout()["commit"],
         "ferry.scores": json.dumps({"rule": evaluate.rule, **scores}),
     }
 

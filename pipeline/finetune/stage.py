@@ -53,7 +53,7 @@ def run_finetune(base: Base, tune: Finetune, data: DataRecord, run: Run) -> Fine
     """
     folder = run.prepare_stage_folder("finetune", "data")
     training = load_training(base, tune, data, run)
-    verify_rows(training)
+    verify_first_step_and_answer_ends(training)
     checkpoint = checkpoint_files.prune_and_find_checkpoint(folder / "checkpoints")
     announce_training(training, checkpoint)
     run_training(training.trainer, checkpoint, folder / "choice.json", training.choice)
@@ -73,8 +73,8 @@ def load_training(base: Base, tune: Finetune, data: DataRecord, run: Run) -> Pre
         return prepare_training(weights, config_json, source, run)
 
 
-def verify_rows(training: PreparedTraining) -> None:
-    """Raise RuntimeError unless the trainer has exactly the rows that `data` wrote, which end as they should."""
+def verify_first_step_and_answer_ends(training: PreparedTraining) -> None:
+    """Raise RuntimeError unless the first step has the rows that `data` wrote, and all rows end as they should."""
     trainer, table, data = training.trainer, training.source.table, training.source.data
     row_checks.verify_first_step(trainer, table)
     end_ids = row_checks.end_token_ids(trainer.processing_class, data.chat.end)
@@ -127,7 +127,7 @@ def prepare_training(weights: Path, config_json: dict[str, Any], source: Trainin
     choice_path = run.folder / "finetune" / "choice.json"
     saved_choice = files.read_json(choice_path) if choice_path.is_file() else {}
     tune = apply_saved_settings(source.tune, saved_choice)
-    task = describe_task(config_json, source, saved_choice.get("train_batch_size"))
+    task = build_training_task(config_json, source, saved_choice.get("train_batch_size"))
     wants_packing = tune.packing and task.gpu_bytes is not None
     can_pack = wants_packing and choose_batch.can_pack_rows(model_type)
     choice, order = choose_batch.choose_batch_settings(task, tune, saved_choice.get("packing", can_pack))
@@ -150,7 +150,7 @@ def apply_saved_settings(tune: Finetune, saved_choice: dict[str, Any]) -> Finetu
     return tune.model_copy(update=saved_choice.get("probed", {}) | saved_choice.get("after_out_of_memory", {}))
 
 
-def describe_task(
+def build_training_task(
     config_json: dict[str, Any], source: TrainingInput, resumed_rows_per_step: int | None
 ) -> choose_batch.TrainingTask:
     """Return what is trained, and on what, for the choice of the batch settings."""

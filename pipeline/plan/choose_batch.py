@@ -147,7 +147,7 @@ def build_choice(
     rows_per_step = resumed_rows_per_step or choose_rows_per_step(tune, lengths, tokens, packed)
     order = batches.ShuffledRows(len(lengths), count_visits(tune, len(lengths), rows_per_step), tune.seed)
     refuse_too_many_steps(tune, len(order), rows_per_step)
-    first_lengths = lengths[select_first_steps(order, rows_per_step)]
+    first_lengths = lengths[select_first_rows(order, rows_per_step)]
     largest = batches.largest_micro_batch_tokens(first_lengths, rows_per_step, tokens, packed)
     longest = batches.count_batch_tokens(lengths[[lengths.argmax()]], packed)  # it may come after the sample
     learning_rate = scale_learning_rate(tune, rows_per_step)
@@ -165,7 +165,7 @@ def refuse_too_many_steps(tune: Finetune, visits: int, rows_per_step: int) -> No
         )
 
 
-def select_first_steps(order: batches.ShuffledRows, rows_per_step: int) -> np.ndarray:
+def select_first_rows(order: batches.ShuffledRows, rows_per_step: int) -> np.ndarray:
     """Return the row numbers of the first steps, about SAMPLE_ROWS rows and one step at least."""
     return order[: max(1, SAMPLE_ROWS // rows_per_step) * rows_per_step]
 

@@ -21,7 +21,7 @@ from pipeline.plan.choose_batch import (
     TrainingTask,
     can_pack_rows,
     choose_batch_settings,
-    select_first_steps,
+    select_first_rows,
 )
 from pipeline.plan.gpu_table import GpuType
 from pipeline.run import training_rows
@@ -257,7 +257,7 @@ def estimate_training_seconds(
 
     The first steps are added up, and the others are assumed to take as long for each token.
     """
-    sample_lengths = workload.lengths[select_first_steps(order, choice.train_batch_size)]
+    sample_lengths = workload.lengths[select_first_rows(order, choice.train_batch_size)]
     sample_seconds = 0.0
     for start in range(0, len(sample_lengths), choice.train_batch_size):
         step_lengths = sample_lengths[start : start + choice.train_batch_size]

@@ -108,7 +108,7 @@ def check_disks(runs: Path, nvidia: NvidiaStatus) -> list[Check]:
     for name, folder, need in list_disk_needs(runs, nvidia):
         existing_folder = files.nearest_existing_path(folder)
         folders_by_device.setdefault(os.stat(existing_folder).st_dev, []).append((name, existing_folder, need))
-    return [check_disk(folders, describe_workload(nvidia)) for folders in folders_by_device.values()]
+    return [check_disk(folders, reference_model_text(nvidia)) for folders in folders_by_device.values()]
 
 
 def list_disk_needs(runs: Path, nvidia: NvidiaStatus) -> list[FolderNeed]:
@@ -144,13 +144,13 @@ def check_memory(nvidia: NvidiaStatus) -> Check:
     """Check the memory of the machine or its container."""
     available, need = machine.total_memory(), MEMORY_8B_BYTES if nvidia.gpus else DEMO_BYTES
     text = f'{format_gb(available)} in this machine, where "unsloth" checkpointing keeps activations; '
-    text += f"{describe_workload(nvidia)} needs {format_gb(need)}"
+    text += f"{reference_model_text(nvidia)} needs {format_gb(need)}"
     if available >= need:
         return Check("memory", "ok", text)
     return Check("memory", "lack", text, "use a machine (or a container) with more memory, or a smaller base.model")
 
 
-def describe_workload(nvidia: NvidiaStatus) -> str:
+def reference_model_text(nvidia: NvidiaStatus) -> str:
     """Return what the machine is measured against, for messages."""
     return "an 8B model" if nvidia.gpus else "the demo"
 

@@ -122,7 +122,7 @@ def collect_provenance(run: Run) -> manifest.Provenance:
     provenance = {
         "config_sha256": files.sha256(run.config_file),
         "records": {name: files.sha256(run.record_path(name)) for name in STAGES if run.is_done(name)},
-        "git": git.describe_checkout(),
+        "git": git.read_checkout(),
         "image": describe_image(),
         "lock_sha256": {lock.name: files.sha256(lock) for lock in sorted(LOCKS_DIR.glob("*.txt"))},
         "llama_cpp": llama_tools.describe_version(),

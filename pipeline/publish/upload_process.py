@@ -73,7 +73,7 @@ def report_progress(output: IO[str], parent_pid: int) -> None:
     last_state = None
     with contextlib.suppress(OSError):  # the parent process reads no more
         while os.getppid() == parent_pid:
-            state = read_progress()
+            state = snapshot_progress()
             if state != last_state:
                 print(json.dumps({"beat": len(state), "client": last_warning.text}), file=output, flush=True)
             last_state = state
@@ -81,7 +81,7 @@ def report_progress(output: IO[str], parent_pid: int) -> None:
     os._exit(1)
 
 
-def read_progress() -> list[object]:
+def snapshot_progress() -> list[object]:
     """Return a value that changes whenever a progress bar moved or the Hub was called."""
     from tqdm import tqdm
 

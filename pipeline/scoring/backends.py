@@ -22,8 +22,8 @@ from pipeline.config.schema import Evaluate
 from pipeline.run.records import Scores
 from pipeline.run.training_rows import decode_tokens
 from pipeline.scoring.heldout_scores import (
-    answer_positions,
     compute_scores,
+    last_answer_positions,
     prompt_ids,
     response_positions,
     select_rows_to_answer,
@@ -103,7 +103,7 @@ def generate_missing_answers(
 
 def reference_ids(row: dict[str, Any]) -> list[int]:
     """Return the token ids of the row's last answer, without its end token."""
-    return [row["input_ids"][position] for position in answer_positions(row)[:-1]]
+    return [row["input_ids"][position] for position in last_answer_positions(row)[:-1]]
 
 
 def measure_speed(backend: "Backend", prompts: list[list[int]]) -> float:
@@ -307,7 +307,7 @@ def is_greedy_reference(
         likeliest: The likeliest token at each of `positions`, given all tokens before it.
         end_ids: The tokens that end an answer.
     """
-    last_answer = answer_positions(row)
+    last_answer = last_answer_positions(row)
     if not last_answer or last_answer[0] != row["prompt_tokens"] or row["input_ids"][last_answer[-1]] not in end_ids:
         return False
     return all(

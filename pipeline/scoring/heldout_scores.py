@@ -82,7 +82,7 @@ def prompt_ids(row: dict[str, Any]) -> list[int]:
     return row["input_ids"][: row["prompt_tokens"]]
 
 
-def answer_positions(row: dict[str, Any]) -> list[int]:
+def last_answer_positions(row: dict[str, Any]) -> list[int]:
     """Return the indexes of the last answer's tokens; the last of them is its end token."""
     positions = [position for position in response_positions(row) if position >= row["prompt_tokens"]]
     gaps = [i for i, position in enumerate(positions) if i and position != positions[i - 1] + 1]

@@ -22,17 +22,17 @@ class Checkout(TypedDict):
     dirty: bool
 
 
-def describe_checkout() -> Checkout:
+def read_checkout() -> Checkout:
     """Return the version of the code: from a file in an image (no git) and on an instance (no repository)."""
     if image_file := os.environ.get("FERRY_IMAGE"):
         return files.read_json(Path(image_file))["git"]
     if REVISION_FILE.is_file():
-        return describe_uploaded_tree(files.read_json(REVISION_FILE), ROOT)
+        return read_uploaded_checkout(files.read_json(REVISION_FILE), ROOT)
     url = re.sub(r"//[^/@]*@", "//", run_git("remote", "get-url", "origin") or "")  # a remote's URL may contain a token
     return {"url": url or None, "commit": run_git("rev-parse", "HEAD"), "dirty": bool(run_git("status", "--porcelain"))}
 
 
-def describe_uploaded_tree(revision: dict[str, Any], root: Path) -> Checkout:
+def read_uploaded_checkout(revision: dict[str, Any], root: Path) -> Checkout:
     """Return the version of the uploaded tree in `root`, from its revision.json."""
     changed = (name for name, digest in revision["files"].items() if not _has_digest(root / name, digest))
     return {"url": revision["url"], "commit": revision["commit"], "dirty": any(changed)}

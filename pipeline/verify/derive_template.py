@@ -225,8 +225,8 @@ STRING_METHODS = [
 def record_string_ops(render: Render) -> tuple[list[str], list[str]]:
     """Return the string operations that the template uses on messages, and the texts it looks for in the user's."""
     recorder = _Recorder()
-    if not _render_recorded(render, SYSTEM_PROBE, recorder):
-        _render_recorded(render, SYSTEM_PROBE[1:], recorder)
+    if not _render_and_record(render, SYSTEM_PROBE, recorder):
+        _render_and_record(render, SYSTEM_PROBE[1:], recorder)
     operations, literals = recorder.operations, recorder.literals
     # A text that is looked for in the user's message can be expressed in Go (Turns.marker); nothing else can.
     if literals and len(set(literals)) == 1 and operations["user"] == {f"looks for {literals[0]!r}"}:
@@ -236,7 +236,7 @@ def record_string_ops(render: Render) -> tuple[list[str], list[str]]:
     ], literals
 
 
-def _render_recorded(render: Render, turns: Sequence[tuple[str, str]], recorder: "_Recorder") -> bool:
+def _render_and_record(render: Render, turns: Sequence[tuple[str, str]], recorder: "_Recorder") -> bool:
     """Render a conversation whose contents record what is done with them; return False when the template refuses it."""
     try:
         render([_build_message(role, _RecordingStr(content, role, recorder)) for role, content in turns], True)

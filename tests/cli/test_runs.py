@@ -25,6 +25,7 @@ def demo_pairs(count: int) -> list[tuple[str, str]]:
     return [(row[0]["content"], row[1]["content"]) for row in rows[:count]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_init_writes_a_config_that_data_accepts(tmp_path, shape):
     rows = tmp_path / "My Tickets.jsonl"
@@ -123,6 +124,7 @@ def test_the_second_version_of_a_model_is_the_same_model():
     assert first.model_name == second.model_name == "tickets" and second.name == "tickets.v2"
 
 
+@pytest.mark.slow
 def test_versions_go_back_and_forward_by_the_ids_that_models_shows(real, tmp_path):
     older, newer = installed.two(real, tmp_path)
     models = tmp_path / "models"

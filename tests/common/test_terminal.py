@@ -12,7 +12,7 @@ import pytest
 
 from common import console
 from common.errors import UserError, printable_line
-from common.text import indent_further_lines, make_printable, make_printable_except_styles
+from common.text import format_untrusted_message, make_printable, make_printable_except_styles
 from tests.helpers import repos
 from tests.helpers.commands import ROOT
 
@@ -66,7 +66,7 @@ def test_no_text_of_a_stranger_looks_like_a_line_of_ferrys(text):
     assert all(line.startswith("  ") for line in lines[1:-1])
     assert not any(
         line.strip().lower().startswith(("next", "error", "note"))
-        for line in indent_further_lines(text).split("\n")[1:]
+        for line in format_untrusted_message(text).split("\n")[1:]
     )
 
 

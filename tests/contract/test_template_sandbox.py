@@ -214,7 +214,7 @@ def escaped(monkeypatch):
     """escaped(code): what becomes of an answer when the child runs this code, with its limits set."""
 
     limits = template_sandbox.CHILD_CODE.replace(
-        "sandbox.run_child()", "sandbox._limit_resources(int(sys.argv[2])); import os, time; "
+        "sandbox.answer_parent()", "sandbox._limit_resources(int(sys.argv[2])); import os, time; "
     )
 
     def run(code: str, seconds: float = 5, template: str = PLAIN) -> list[str]:

@@ -269,7 +269,7 @@ def launched(box, job, tmp_path, monkeypatch):
     monkeypatch.setattr(cloud_to_local.load, "load_config", lambda *_: None)
 
     def launch(found: JobState) -> Path:
-        monkeypatch.setattr(cloud_to_local, "find_existing_job", lambda *_: found)
+        monkeypatch.setattr(cloud_to_local, "resume_existing_job", lambda *_: found)
         cloud_to_local.run_cloud_to_local(Path("config.yaml"), run, box, "ssh://box", cloud_to_local.LaunchOptions())
         return run.folder / "cloud"
 

@@ -25,6 +25,8 @@ from tests.helpers.hub import Hub, serving
 from tests.helpers.laptop import SECRET, SET, at_step, watched
 from tests.helpers.skypilot import Sky
 
+pytestmark = pytest.mark.slow  # installs SkyPilot, and trains
+
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory) -> Iterator[Sky]:

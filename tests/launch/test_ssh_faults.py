@@ -316,7 +316,7 @@ def test_a_sent_tree_knows_its_commit_and_whether_it_was_changed(laptop, tmp_pat
     )
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         tar.extractall(tmp_path, filter="data")
-    code = "from pipeline.toolchain import git; print(git.describe_checkout())"
+    code = "from pipeline.toolchain import git; print(git.read_checkout())"
     image = "import container; print(container.read_revision())"
 
     def said(code: str, folder: Path) -> dict:

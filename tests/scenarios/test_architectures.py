@@ -13,6 +13,8 @@ from contract import manifest
 from tests.helpers import tiny
 from tests.helpers.commands import ROOT
 
+pytestmark = pytest.mark.slow  # trains
+
 FAMILIES = ("llama-3", "mistral", "gemma-2", "gemma-3", "qwen-2", "qwen-3", "phi-3")
 # One process for all stages: importing Unsloth takes longer than training two steps.
 STAGES = """

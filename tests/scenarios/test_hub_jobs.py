@@ -20,6 +20,8 @@ from tests.helpers import boxes
 from tests.helpers.hub import Fault, Hub, serving
 from tests.helpers.laptop import SECRET, SET, at_step, watched
 
+pytestmark = pytest.mark.slow  # trains
+
 WORDS = ("cloud-to-local", "CONFIG=configs/demo.yaml", "CLOUD=hf-jobs", "RUN=boat", "DEVICE=cpu")
 
 

@@ -13,6 +13,8 @@ from contract import manifest
 from deploy.stages import pull
 from tests.helpers.chain import Chain
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def offline(source, request) -> list[str]:

@@ -24,7 +24,10 @@ from tests.helpers.boxes import Box, Watch
 from tests.helpers.chain import SHORT
 from tests.helpers.commands import refuses
 
-pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
+pytestmark = [
+    pytest.mark.slow,  # trains
+    pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here"),
+]
 SECRET = "hf_" + "OnlyOverTheConnection"  # in two pieces: this file travels, too
 
 

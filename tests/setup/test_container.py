@@ -188,8 +188,8 @@ def test_a_device_that_chooses_nothing_is_refused(container, capsys):
 
 def test_an_image_for_others_is_compiled_for_every_card(container):
     module = container(CARD)
-    assert module.build_arguments("cuda", for_this_machine=True)["FERRY_CUDA"] == "90"
-    assert "FERRY_CUDA" not in module.build_arguments("cuda", for_this_machine=False)
+    assert module.image_build_arguments("cuda", for_this_machine=True)["FERRY_CUDA"] == "90"
+    assert "FERRY_CUDA" not in module.image_build_arguments("cuda", for_this_machine=False)
 
 
 def test_engines_differ(container, monkeypatch):

@@ -18,6 +18,8 @@ from deploy.apps import ollama_server as api
 from tests.helpers import apps, installed, repos
 from tests.helpers.commands import ferry, refuses
 
+pytestmark = pytest.mark.slow  # each model is made by the stand-in and asked through llama.cpp
+
 
 @pytest.fixture(scope="module")
 def made(real, tmp_path_factory):

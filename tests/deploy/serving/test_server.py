@@ -16,6 +16,8 @@ from deploy.serving import conversation, server
 from tests.helpers.commands import ROOT, refuses
 from tests.helpers.served_models import HI, Served, answer, command, free_port
 
+pytestmark = pytest.mark.slow  # serves real weights
+
 SAID = [*HI, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Spain?"}]
 
 

@@ -41,6 +41,7 @@ def test_special_tokens_and_template_are_the_files_own(source, tokenizer):
     assert tokenizer.convert_ids_to_tokens(range(49152)) == meta["tokenizer.ggml.tokens"]
 
 
+@pytest.mark.slow
 def test_the_restored_weights_behave_like_the_file(source, tmp_path):
     restore_gguf.restore_weights(source, tmp_path)
     # 0.006 nats measured; the rest of the way to the bound is room for other CPUs' rounding.

@@ -24,6 +24,8 @@ from tests.helpers.commands import refuses
 from tests.helpers.hub import Fault
 from tests.helpers.tiny_run import begin, losses, trained
 
+pytestmark = pytest.mark.slow  # trains a tiny model
+
 REPO = "you/boat-checkpoints"
 NAME = f"models/{REPO}"
 

@@ -236,6 +236,7 @@ def test_only_training_rows_leave_for_a_held_out_one(seed, threshold):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=6, **WHOLE)
 @given(st.integers(0, 10**6), st.integers(1, 60))
 def test_adding_rows_moves_no_row_across_the_split(base, quick, seed, count):

@@ -15,6 +15,8 @@ from tests.helpers.commands import ROOT
 from tests.helpers.hub import Hub, serving
 from tests.helpers.shapes import LLAMA
 
+pytestmark = pytest.mark.slow  # installs an environment
+
 ROWS = [{"question": f"What is {i} plus {i}? Case {i * 7}.", "answer": f"It is {2 * i}."} for i in range(3000)]
 
 

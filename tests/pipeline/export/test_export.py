@@ -20,6 +20,8 @@ from pipeline.toolchain import llama_tools
 from tests.helpers import tiny
 from tests.helpers.commands import ROOT, refuses
 
+pytestmark = pytest.mark.slow  # merges and converts models
+
 
 def test_every_target_is_w_plus_scale_b_a_and_everything_else_the_base(chain, source):
     weights = load_file(restore_gguf.prepare_weights(source) / "model.safetensors")

@@ -32,6 +32,8 @@ from pipeline.toolchain import finite_numbers
 from tests.helpers.commands import ROOT, refuses
 from tests.helpers.tiny_run import TUNE, begin, losses, trained
 
+pytestmark = pytest.mark.slow  # trains a tiny model again and again
+
 # Which rows make a step
 
 

@@ -74,7 +74,7 @@ def test_the_meter_of_a_million_steps_holds_no_list_of_them():
 def test_all_steps_of_a_usual_training_are_looked_at(batch):
     tune = Finetune(num_train_epochs=1, train_batch_size=batch)
     made, order = choose_batch.build_choice(tune, LENGTHS, 4096, False, True, None)
-    assert len(choose_batch.select_first_steps(order, made.train_batch_size)) == len(order)
+    assert len(choose_batch.select_first_rows(order, made.train_batch_size)) == len(order)
     assert made.largest_micro_batch == batches.largest_micro_batch_tokens(
         LENGTHS[order[:]], made.train_batch_size, 4096, True
     )

@@ -16,6 +16,8 @@ from pipeline.scoring.heldout_scores import compute_scores, select_heldout_rows,
 from pipeline.toolchain import llama_tools
 from tests.helpers.commands import ROOT, refuses
 
+pytestmark = pytest.mark.slow  # scores real weights in torch and llama.cpp
+
 PROMPTS = [
     "What is 2 + 2?", "Translate 'cat' to French.", "How many days are in a week?", "What is the capital of France?", "Name three colours.",
     "Who wrote Hamlet?", "Is the sky blue?", "Name a fruit.", "What is the opposite of hot?", "Tell me, in as many words as you like, about rain.",
