@@ -15,6 +15,8 @@ from pipeline.verify import derive_template, golden_prompts
 from tests.helpers.commands import refuses
 from tests.helpers.go_template import Go
 
+pytestmark = pytest.mark.slow  # hundreds of templates in Go
+
 
 def case(name: str) -> page.Case:
     return next(case for case in page.cases() if case.name == name)

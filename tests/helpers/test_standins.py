@@ -15,6 +15,8 @@ import pytest
 from tests.helpers import apps, repos
 from tests.helpers.standins import library
 
+pytestmark = pytest.mark.slow  # starts the stand-ins as programs
+
 CHATML = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 HELLO = [{"role": "user", "content": "Say hello."}]
 standin = pytest.mark.skipif("OLLAMA_PROGRAM" in os.environ, reason="a real Ollama has no such switch")

@@ -23,7 +23,10 @@ from tests.helpers.chain import SHORT
 from tests.helpers.commands import ROOT, refuses
 from tests.helpers.hub import serving
 
-pytestmark = pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here")
+pytestmark = [
+    pytest.mark.slow,  # starts jobs on an OpenSSH server
+    pytest.mark.skipif(not shutil.which("sshd", path="/usr/sbin:/usr/bin"), reason="no OpenSSH server here"),
+]
 
 
 @pytest.fixture(scope="module")

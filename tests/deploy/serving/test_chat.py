@@ -28,6 +28,8 @@ from tests.helpers.commands import ROOT, refuses
 from tests.helpers.installed import ready
 from tests.helpers.served_models import HI, answer
 
+pytestmark = pytest.mark.slow  # real weights answer
+
 SYSTEM = "Answer briefly."  # of the fixture `real`
 
 

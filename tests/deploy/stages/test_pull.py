@@ -22,6 +22,8 @@ from tests.helpers.clients import client
 from tests.helpers.commands import ROOT, ferry, refuses
 from tests.helpers.hub import Fault, Hub
 
+pytestmark = pytest.mark.slow  # waits for servers that hang
+
 SIZE = 6 << 20
 NAME = "tiny.q4_k_m.gguf"
 

@@ -15,6 +15,8 @@ from deploy.stages import modelfile, pull, smoke
 from tests.helpers import repos
 from tests.helpers.commands import refuses
 
+pytestmark = pytest.mark.slow  # real weights answer
+
 
 @pytest.fixture
 def version(real, tmp_path):

@@ -34,6 +34,8 @@ from tests.helpers.template_families import (
     stems,
 )
 
+pytestmark = pytest.mark.slow  # every template that llama.cpp carries
+
 SYSTEM = {"role": "system", "content": "Answer the crew of the MS Kräftig."}
 ANSWERS = [
     "Because.",

@@ -19,6 +19,8 @@ from tests.helpers.clients import client
 from tests.helpers.commands import ROOT, ferry, refuses
 from tests.helpers.hub import Fault, Hub
 
+pytestmark = pytest.mark.slow  # waits for servers that hang
+
 REPO = "models/you/tiny"
 OFTEN = 99  # for ever, as far as a test's patience goes
 
@@ -239,7 +241,6 @@ def test_nothing_private_goes_into_a_public_repo(online, tiny):
     assert "you/tiny" in error.value.message and "publish.private" in error.value.message
 
 
-@pytest.mark.slow
 def test_a_hanging_xet_upload_is_replaced_by_plain_lfs_in_a_fresh_process(online, tiny, monkeypatch, capfd):
     """The real hf_xet asks for its token first, and gets no answer."""
     monkeypatch.delenv("HF_HUB_DISABLE_XET")
@@ -265,7 +266,6 @@ def trained(chain, tmp_path) -> Path:
     return run
 
 
-@pytest.mark.slow
 def test_the_whole_way_over_the_hub(online, trained, tmp_path):
     done = ferry("publish", "--run", trained)
     assert done.returncode == 0, done.stderr
@@ -315,7 +315,6 @@ def test_no_message_holds_a_token_or_a_signed_address(monkeypatch, token):
     assert text == "PUT https://s3.example/x?... with hf_*** and hf_***?[31m"
 
 
-@pytest.mark.slow
 def test_an_upload_may_take_longer_than_a_standstill(online, tmp_path, monkeypatch):
     """It moves all the time: the courier hears it, bars turned off or not."""
     monkeypatch.setenv("FERRY_SILENCE_SECONDS", "1.5")
