@@ -278,7 +278,7 @@ def chat(repo, models, system, input_file) -> None:
 @setting("--host", make="HOST", default="127.0.0.1", show_default=True, help="Others need a key in FERRY_API_KEY.")
 @setting("--port", make="PORT", type=click.IntRange(1, 65535), default=8080, show_default=True)
 def serve(repo, models, host, port) -> None:
-    """Serve the model as OpenAI's API, for this machine.
+    """Serve the model through an OpenAI-compatible API on this machine.
 
     \b
     Example:

@@ -94,7 +94,7 @@ def find_environment(kinds: tuple[str, ...]) -> Path | None:
 def prepare_environment(kind: str) -> Path:
     """Return the Python of an environment that can do what `kind` can, and set it up now if needed.
 
-    A finished environment for training serves all kinds. Raises SystemExit when the set-up fails.
+    A finished environment for training serves all kinds. Raise SystemExit when the set-up fails.
     """
     environment = environment_folders()[kind]
     if environment_folders()["train"].is_finished() and not (kind == "deploy" and os.environ.get("FERRY_DEPLOY_VENV")):
@@ -114,7 +114,7 @@ def is_this_python(python: Path) -> bool:
 
 
 def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
-    """Replace this process by one in the image, if the command is to run there. Raises SystemExit on bad settings."""
+    """Replace this process by one in the image, if the command is to run there. Raise SystemExit on bad settings."""
     script = [sys.executable, str(SETUP / "container.py")]
     settings = list_typed_settings(command, ctx, IMAGE_SETTINGS)
     if is_image_chosen([*script, "where", *settings, "--", command.name]):
@@ -123,7 +123,7 @@ def run_in_image_if_chosen(command: Command, ctx: click.Context) -> None:
 
 
 def is_image_chosen(where_command: list[str]) -> bool:
-    """Return whether setup/container.py chooses the image. Raises SystemExit when it has refused the settings."""
+    """Return whether setup/container.py chooses the image. Raise SystemExit when it has refused the settings."""
     place = subprocess.run(where_command, stdout=subprocess.PIPE, text=True).stdout.strip()
     if place not in ("native", "image"):
         raise SystemExit(2)

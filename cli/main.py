@@ -95,7 +95,7 @@ def ferry() -> None:
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
     """What `make TARGET NAME=VALUE ...` forwards to. goals: all targets of that call."""
-    from cli.settings import explain_bad_value, translate_make_settings
+    from cli.settings import bad_value_error, translate_make_settings
 
     remove_make_variables(words)
     targets = {goal: load_command(goal) for goal in require_known_goals(goals.split() or [target])}
@@ -105,7 +105,7 @@ def forward_from_make(goals: str, target: str, words: tuple[str, ...]) -> None:
         try:
             command.make_context(goal, [*arguments], parent=click.get_current_context().parent)
         except click.BadParameter as error:
-            raise explain_bad_value(error) from error
+            raise bad_value_error(error) from error
         if goal == target:
             sys.argv = [sys.argv[0], target, *arguments]
     os.environ |= {"FERRY_TYPED": f"make {target}", "FERRY_GOALS": goals}
@@ -119,7 +119,7 @@ def remove_make_variables(words: tuple[str, ...]) -> None:
 
 
 def require_known_goals(goals: list[str]) -> list[str]:
-    """Return the make targets. Raises UserError when one of them does not exist."""
+    """Return the make targets. Raise UserError when one of them does not exist."""
     for goal in goals:
         if goal not in COMMANDS:
             raise unknown_command_error(goal, "make")

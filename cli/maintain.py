@@ -53,7 +53,7 @@ def run_container_script(verb: str) -> None:
 @click.command(cls=Command)
 @IMAGE_OPTIONS
 def image(**settings) -> None:
-    """Build Ferry's image by Docker.
+    """Build Ferry's image with Docker.
 
     \b
     Example:

@@ -88,7 +88,7 @@ class RunRequest:
     """Whether config_file is the config.yaml in the run's folder."""
 
     def load_config(self) -> "Config":
-        """Return the config with its overrides. Raises UserError when it is bad or its base model is not supported."""
+        """Return the config with its overrides. Raise UserError when it is bad or its base model is not supported."""
         from pipeline.base_model.model_config import refuse_unsupported_base
         from pipeline.config import load
 
@@ -98,7 +98,7 @@ class RunRequest:
 
 
 def choose_run_folder(config_file: Path | None, run_name: str | None, runs: Path) -> Path:
-    """Return the folder that the run has or will have. Raises UserError for a bad name, or without config and name."""
+    """Return the folder that the run has or will have. Raise UserError for a bad name, or without config and name."""
     if run_name is None:
         if config_file is None:
             raise missing_setting_error("CONFIG", f"name one: {', '.join(list_configs()) or 'ferry init writes one'}")
@@ -108,7 +108,7 @@ def choose_run_folder(config_file: Path | None, run_name: str | None, runs: Path
 
 
 def find_run(config_file: Path | None, run_name: str | None, runs: Path, overrides: tuple[str, ...] = ()) -> RunRequest:
-    """Return the run of a config, or the run of a name with its own config. Raises UserError when there is neither."""
+    """Return the run of a config, or the run of a name with its own config. Raise UserError when there is neither."""
     folder = choose_run_folder(config_file, run_name, runs)
     if config_file is not None:
         return RunRequest(config_file, folder, overrides, False)

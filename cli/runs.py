@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path) -> "Run":
-    """Return the run that was typed, else the only one. Raises UserError when there is no such run, or several."""
+    """Return the run that was typed, else the only one. Raise UserError when there is no such run, or several."""
     from pipeline.run import status
 
     if config_file is None and run_name is None:
@@ -24,7 +24,7 @@ def find_existing_run(config_file: Path | None, run_name: str | None, runs: Path
 
 
 def find_only_run(runs: Path) -> "Run":
-    """Return the only run in a folder. Raises UserError when there is none, or several."""
+    """Return the only run in a folder. Raise UserError when there is none, or several."""
     from pipeline.run import status
 
     existing_runs = status.list_runs(runs)
@@ -95,7 +95,7 @@ def list_runs(runs, as_json) -> None:
 @click.command(cls=Command)
 @combine_decorators(RUN_CHOICE, JSON)
 def status(config_file, run_name, runs, as_json) -> None:
-    """Say how far a run is, and which command works in it.
+    """Show how far a run has got, and which command is working in it.
 
     \b
     Example:
@@ -138,7 +138,7 @@ def clean(config_file, run_name, runs, yes, everything) -> None:
 
 
 def remove_run(run: "Run", is_confirmed: bool) -> int:
-    """Remove a run and return the bytes that this freed. Raises UserError when it is not confirmed."""
+    """Remove a run and return the bytes that this freed. Raise UserError when it is not confirmed."""
     from common import files
     from pipeline.run import status
     from pipeline.run.run_stages import lock_path

@@ -106,7 +106,7 @@ def _refuse_empty_value(name: str, value: str, word: str) -> None:
 
 
 def _format_arguments(parameter: Setting | Operand, name: str, value: str) -> list[str]:
-    """Return NAME=VALUE as the arguments of one parameter. Raises UserError for a switch that is neither yes nor no."""
+    """Return NAME=VALUE as the arguments of one parameter. Raise UserError for a switch that is neither yes nor no."""
     if isinstance(parameter, Operand):
         return [value] if value else []
     option = parameter.opts[0]
@@ -126,7 +126,7 @@ def _is_switched_on(name: str, value: str) -> bool:
     return value.lower() in YES_WORDS
 
 
-def explain_bad_value(error: click.BadParameter) -> UserError:
+def bad_value_error(error: click.BadParameter) -> UserError:
     """Return the error for a value that an option does not take or that is missing, with the option's name in make."""
     assert error.param and error.ctx, "click sets both when it parses a command line"
     name, command_name = getattr(error.param, "make", None) or error.param.name, error.ctx.command.name
@@ -141,7 +141,7 @@ def split_overrides(text: str) -> list[str]:
     """Return the overrides in SET: "finetune.seed=1 data.system=You triage" has "data.system=You triage" as its second.
 
     An override begins where `section.key=` follows white space outside of a value in quotes, so a value may have
-    spaces. Raises UserError when such a text names no section of the config.
+    spaces. Raise UserError when such a text names no section of the config.
     """
     from pipeline.config.schema import Config
 

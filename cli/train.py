@@ -37,7 +37,7 @@ DEMO_CONFIG = Path("configs/demo.yaml")
 
 
 def load_valid_config(params: dict[str, Any]) -> "Config":
-    """Return the config, before any environment is set up. Raises UserError when it is missing or bad."""
+    """Return the config, before any environment is set up. Raise UserError when it is missing or bad."""
     from pipeline.base_model import restore_gguf
 
     request = find_run(params["config_file"], params["run_name"], params["runs"], params["overrides"])
@@ -47,7 +47,7 @@ def load_valid_config(params: dict[str, Any]) -> "Config":
 
 
 def choose_environment_for_training(params: dict[str, Any]) -> None:
-    """Return None, for the table's environment. Raises UserError when the config is missing or bad."""
+    """Return None, for the table's environment. Raise UserError when the config is missing or bad."""
     load_valid_config(params)
 
 
@@ -86,7 +86,7 @@ def open_run(
 ) -> Iterator[tuple["Run", "Config", int | None]]:
     """Lock the run, let it accept the request's config, and yield (run, config, file descriptor of the lock).
 
-    Raises UserError when another command works in the run, or when the config would change its rows or its training.
+    Raise UserError when another command works in the run, or when the config would change its rows or its training.
     """
     from common import console
     from pipeline.checkpoint_sync import restore

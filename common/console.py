@@ -84,7 +84,7 @@ def wrap_text(text: str, indent: int = 12) -> str:
 
 
 def indent_under_label(label: str, text: str) -> list[str]:
-    """Return the lines of a row's or a model's text: the first behind its label, the others indented as far."""
+    """Return the lines of a row's or a model's text: the first behind its label, the others below it."""
     lines = make_printable(text.strip()).split("\n")
     return [f"  {label if not number else '':{len(label)}}{line}".rstrip() for number, line in enumerate(lines)]
 

@@ -393,7 +393,7 @@ def _describe_fault(error: ValidationError | RecursionError) -> str:
 
 
 def _parse_json(content: bytes) -> object:
-    """Return a JSON value. Raise ValueError for what only Python's reader takes: NaN, infinity, a lone surrogate."""
+    """Return a JSON value. Raise ValueError for what JSON forbids and Python reads: NaN, infinity, a lone surrogate."""
     value: object = json.loads(content, parse_constant=_refuse_constant, parse_float=_parse_finite)
     json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value

@@ -72,7 +72,7 @@ def find_model(models: Path, repo: str) -> tuple[Path, str | None]:
 
 
 def _folder_name(repo: str) -> str:
-    """Return the name of a folder hub. Raises UserError for a folder without one, such as /."""
+    """Return the name of a folder hub. Raise UserError for a folder without one, such as /."""
     name = hub.folder_path(repo).resolve().name
     if not name:
         raise UserError(
@@ -91,7 +91,7 @@ def model_folder(models: Path, repo: str) -> Path:
 def resolve_model(repo: str | None, models: Path) -> str:
     """Return the model that a command is about: `repo` when one is given, else the only model of the store.
 
-    Raises UserError when the store holds no model, or more than one.
+    Raise UserError when the store holds no model, or more than one.
     """
     if repo is not None:
         return repo
@@ -118,7 +118,7 @@ def format_make_arguments(repo: str, models: Path) -> str:
 
 
 def require_version(models: Path, repo: str) -> Path:
-    """Return the version that `repo` names, else the one in use. Raises UserError when it was not pulled."""
+    """Return the version that `repo` names, else the one in use. Raise UserError when it was not pulled."""
     folder, version = find_model(models, repo)
     version_folder = find_version_by_name(models, repo) if version else current_version(folder)
     if not version_folder or not (version_folder / PULL_RECORD).is_file():
@@ -234,7 +234,7 @@ def record_pull(version: Path, pull_record: dict[str, Any], requested_name: str)
 
 
 def read_pull_record(version: Path) -> dict[str, Any]:
-    """Return the pull.json of a version. Raises UserError when it is not what `pull` wrote."""
+    """Return the pull.json of a version. Raise UserError when it is not what `pull` wrote."""
     pull_record = read_record(version / PULL_RECORD)
     if not pull_record or pull_record["file"] != Path(pull_record["file"]).name:
         raise UserError(
@@ -262,7 +262,7 @@ def find_version_by_name(models: Path, repo: str) -> Path | None:
 def load_pulled(version: Path) -> tuple[manifest.Manifest, Path]:
     """Return the manifest and the file of a complete pull. Both are hashed again.
 
-    Raises UserError when either has changed since the pull.
+    Raise UserError when either has changed since the pull.
     """
     pull_record = read_pull_record(version)
     path, manifest_path = version / pull_record["file"], version / manifest.FILE_NAME
@@ -288,7 +288,7 @@ def file_stamp(path: Path) -> list[int]:
 def load_tested(version: Path) -> tuple[manifest.Manifest, Path]:
     """Return the manifest and the file of a version that passed its smoke test.
 
-    The file is hashed again only if it was touched since the test. Raises UserError when the version has not passed the
+    The file is hashed again only if it was touched since the test. Raise UserError when the version has not passed the
     test, or has changed since.
     """
     pull_record, smoke_record = read_pull_record(version), read_record(version / "smoke.json")
@@ -369,7 +369,7 @@ def _describe_version(version: Path) -> str:
 def find_matching_versions(models: Path, repo: str) -> list[Path]:
     """Return the versions that `repo` names (REPO@tag, REPO@commit, REPO@version), unfinished ones too.
 
-    A REPO without a version names all versions of the model. Raises UserError when there is no version of that name.
+    A REPO without a version names all versions of the model. Raise UserError when there is no version of that name.
     """
     folder, requested_name = find_model(models, repo)
     versions = list_version_folders(folder)

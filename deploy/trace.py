@@ -47,7 +47,7 @@ def run_trace(target: str, models: Path, as_json: bool = False) -> str:
 def find_file(target: str, models: Path) -> Path | None:
     """Return the GGUF that `target` means; None when it may be the name of a model in Ollama.
 
-    Raises UserError when it can only be a file and there is none.
+    Raise UserError when it can only be a file and there is none.
     """
     target_path = Path(target).expanduser()
     for path in (target_path, lmstudio.models_folder() / target):
@@ -100,7 +100,7 @@ def _read_manifest(path: Path) -> Manifest | None:
 def find_in_ollama(name: str, models: Path) -> tuple[Path | None, dict[str, Any]]:
     """Return the version that Ferry put into Ollama under a name or None, and Ferry's keys in the model of that name.
 
-    The keys are read only when no version is known. Raises UserError when Ollama has no such model, or cannot be asked
+    The keys are read only when no version is known. Raise UserError when Ollama has no such model, or cannot be asked
     and no record names it.
     """
     full_name = name if ":" in name else f"{name}:latest"
@@ -138,7 +138,7 @@ def render_trace(
     header: dict[str, Any],
     as_json: bool = False,
 ) -> str:
-    """Return the page about `target`, as text or as JSON. Raises UserError when nothing is known about it."""
+    """Return the page about `target`, as text or as JSON. Raise UserError when nothing is known about it."""
     if model_manifest is None and not header:
         raise UserError(
             f"{printable_line(target)} was not created by Ferry: no manifest in the store names it, and its header "

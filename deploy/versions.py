@@ -30,7 +30,7 @@ def _find_requested_version(repo: str, models: Path) -> Path | None:
 
 
 def _find_older_version(repo: str, models: Path) -> Path:
-    """Return the newest tested version that is older than the current one. Raises UserError when there is none."""
+    """Return the newest tested version that is older than the current one. Raise UserError when there is none."""
     in_use, complete = (
         store.require_version(models, repo),
         store.list_complete_versions(store.model_folder(models, repo)),
@@ -61,7 +61,7 @@ def update_apps(version: Path, start: bool = False) -> list[str]:
 def prune_versions(repo: str, models: Path, keep: int, start: bool = False) -> list[tuple[Path, int]]:
     """Remove all versions but the `keep` newest and the one in use; return [(version, bytes that became free)].
 
-    Raises UserError when the store has no current version of the model.
+    Raise UserError when the store has no current version of the model.
     """
     folder = store.model_folder(models, repo)
     in_use, complete = store.current_version(folder), store.list_complete_versions(folder)

@@ -285,7 +285,7 @@ def build_job(config: Config, run: Run, provider: Provider, options: LaunchOptio
 def resume_existing_job(session: JobSession, job: Job) -> JobState:
     """Return the state of the job at the provider, and go on with it when it still runs: the session then watches it.
 
-    A job of that name with another config counts as died. Raises UserError when such a job still runs.
+    A job of that name with another config counts as died. Raise UserError when such a job still runs.
     """
     provider, state = session.provider, session.provider.read_job_state(job.name)
     session.is_running = state.status == "running"
@@ -304,7 +304,7 @@ def resume_existing_job(session: JobSession, job: Job) -> JobState:
 
 
 def run_local_checks(config_file: Path, run: Run, provider: Provider, options: LaunchOptions, lock: int | None) -> None:
-    """Make the rows and run the preflight here, which takes seconds. Raises UserError, or SystemExit of a stage."""
+    """Make the rows and run the preflight here, which takes seconds. Raise UserError, or SystemExit of a stage."""
     run_stages(run, "data", lock)
     config = load.load_config(config_file, options.overrides)
     checkpoints_repo = provider.checkpoints if provider.is_rented else options.checkpoints
@@ -337,7 +337,7 @@ def find_rescued_files(run: Run) -> dict[str, Path]:
 
 
 def require_suitable_machine(provider: Provider, options: LaunchOptions) -> Machine:
-    """Return what the provider has, if it can do the job. Raises UserError for what would fail there after minutes."""
+    """Return what the provider has, if it can do the job. Raise UserError for what would fail there after minutes."""
     machine = provider.inspect_machine()
     if not machine.system.startswith("Linux"):
         raise UserError(
@@ -455,7 +455,7 @@ def refuse_full_disk(disk_bytes: int, provider: Provider, machine: Machine) -> N
 def plan_on_machine(config: Config, work: estimate.Workload | None, machine: Machine) -> estimate.TrainingPlan | None:
     """Return the plan on the machine's first GPU; None when configs/gpus.csv does not have it.
 
-    Raises UserError when the training does not fit.
+    Raise UserError when the training does not fit.
     """
     gpu = gpu_table.find_gpu(machine.gpu_names[0]) if machine.gpu_names else None
     if not (gpu and work):
@@ -513,7 +513,7 @@ def job_environment(options: LaunchOptions) -> dict[str, str]:
 
 
 def wait_for_job(session: JobSession, job: Job, log: Path) -> JobState:
-    """Show the job's log until it ends and return its state. Raises UserError when it failed."""
+    """Show the job's log until it ends and return its state. Raise UserError when it failed."""
     session.is_running = True
     state = watch_job.watch_until_end(session.provider, job.name, log)
     session.is_running = False

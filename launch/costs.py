@@ -93,7 +93,7 @@ def confirm_cost(summary: str, dollars: float | None, max_dollars: float | None,
 
 
 def ask_for_confirmation(summary: str) -> None:
-    """Ask on the terminal whether to start. Raises UserError when there is none, or the user said no."""
+    """Ask on the terminal whether to start. Raise UserError when there is none, or the user said no."""
     if not sys.stdin.isatty():
         raise UserError(
             f"{summary}: cannot ask for confirmation without a terminal",

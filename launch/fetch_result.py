@@ -15,7 +15,7 @@ MAX_RECORD_BYTES = 64 << 20  # bytes of a record
 
 
 def read_remote_record(provider: Provider, job_name: str, run_name: str, record_type: type[RecordType]) -> RecordType:
-    """Return the record that a stage of the job's run wrote. Raises UserError when it is no such record."""
+    """Return the record that a stage of the job's run wrote. Raise UserError when it is no such record."""
     path = f"runs/{run_name}/{record_type.model_fields['stage'].default}.json"
     try:
         return record_type.model_validate_json(read_remote_file(provider, job_name, path))
@@ -28,7 +28,7 @@ def read_remote_record(provider: Provider, job_name: str, run_name: str, record_
 
 
 def read_remote_file(provider: Provider, job_name: str, path: str) -> bytes:
-    """Return a file of the job's folder. Raises UserError when it does not exist or is larger than 64 MiB."""
+    """Return a file of the job's folder. Raise UserError when it does not exist or is larger than 64 MiB."""
     content = bytearray()
     for block in provider.read_file(job_name, path):
         content += block
@@ -74,7 +74,7 @@ def download_file(
 ) -> None:
     """Download one file; after a lost connection only what was in transit is sent again.
 
-    Raises UserError when the file has another sha256 than the manifest says.
+    Raise UserError when the file has another sha256 than the manifest says.
     """
     if target.is_file() and target.stat().st_size == entry.bytes and files.sha256(target) == entry.sha256:
         return

@@ -124,7 +124,7 @@ class Job:
 def command_words(variable: str, default: str) -> list[str]:
     """Return the words of a command that an environment variable may replace.
 
-    Raises UserError when no shell could read the variable, such as for a quotation that is not closed.
+    Raise UserError when no shell could read the variable, such as for a quotation that is not closed.
     """
     try:
         return shlex.split(os.environ.get(variable) or default) or [default]
@@ -170,10 +170,10 @@ class Provider(Protocol):
         """Pass the job's log from this offset on to `write`, until the job's make ends."""
 
     def read_file(self, job_name: str, path: str, offset: int = 0) -> Iterator[bytes]:
-        """Yield a file of the job's folder from this offset on. Raises RemoteFileMissing."""
+        """Yield a file of the job's folder from this offset on. Raise RemoteFileMissing."""
 
     def pack_run(self, job_name: str, run_name: str) -> Iterator[bytes]:
-        """Yield a tar of what the run made, without the 16-bit weights. Raises RemoteFileMissing."""
+        """Yield a tar of what the run made, without the 16-bit weights. Raise RemoteFileMissing."""
 
     def stop_job(self, job_name: str) -> None:
         """Tell the job to write its state and end."""

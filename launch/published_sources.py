@@ -73,7 +73,7 @@ def find_source_files(manifest: Manifest, config: Config, commit: str, data: Pat
 
 
 def _list_data_files(manifest: Manifest, data: Path | None) -> list[Path]:
-    """Return the files that DATA names. Raises UserError when there are none, or when the data is on the Hub."""
+    """Return the files that DATA names. Raise UserError when there are none, or when the data is on the Hub."""
     if data is None:
         return []
     paths = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())

@@ -40,7 +40,7 @@ class Reproduction:
 
 
 def load_reproduction(repo: str, runs: Path) -> Reproduction:
-    """Read the manifest of a published model. Raises UserError when there is no such repo or no valid manifest."""
+    """Read the manifest of a published model. Raise UserError when there is no such repo or no valid manifest."""
     content = published_model.find_source(repo).read_manifest()
     published_manifest = manifest.parse_manifest(content, f"{printable_line(repo)}/{manifest.FILE_NAME}")
     job_name = f"{published_manifest.name}-{files.sha256_bytes(content)[:12]}"
@@ -60,7 +60,7 @@ def run_reproduce(
         options: What else the user typed.
 
     Raises:
-        UserError: Code, data or machine cannot be had, or the rows differ from the published ones.
+        UserError: Code, data or machine are not available, or the rows differ from the published ones.
     """
     options = keep_training_device(reproduction.manifest, options)
     job = build_job(reproduction, data, options)
@@ -88,7 +88,7 @@ def keep_training_device(published_manifest: Manifest, options: LaunchOptions) -
 
 
 def train_again(session: JobSession, job: Job, reproduction: Reproduction, options: LaunchOptions, log: Path) -> None:
-    """Make the rows and compare them, then run all the other stages. Raises UserError when the rows differ."""
+    """Make the rows and compare them, then run all the other stages. Raise UserError when the rows differ."""
     cloud_to_local.submit_job(session, job, "data", options)
     cloud_to_local.wait_for_job(session, job, log)
     refuse_different_rows(reproduction, session.provider, job)
@@ -97,7 +97,7 @@ def train_again(session: JobSession, job: Job, reproduction: Reproduction, optio
 
 
 def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOptions) -> Job:
-    """Return the job with code, config and files. Raises UserError when one of them cannot be had."""
+    """Return the job with code, config and files. Raise UserError when one of them is not available."""
     published_manifest, commit = reproduction.manifest, ensure_training_commit(reproduction.manifest)
     pinned_config = pin_revisions(published_manifest)
     source_files = published_sources.find_source_files(published_manifest, pinned_config, commit, data)
@@ -121,7 +121,7 @@ def build_job(reproduction: Reproduction, data: Path | None, options: LaunchOpti
 def ensure_training_commit(published_manifest: Manifest) -> str:
     """Return the commit that trained the model, after fetching it from origin when this checkout does not have it.
 
-    Raises UserError when origin does not have it either.
+    Raise UserError when origin does not have it either.
     """
     git = published_manifest.provenance.get("git") or {}
     commit = str(git.get("commit") or "")
@@ -142,7 +142,7 @@ def ensure_training_commit(published_manifest: Manifest) -> str:
 
 
 def fetch_from_origin(commit: str, published_url: str) -> None:
-    """Fetch a commit from origin. Raises UserError when origin does not have it."""
+    """Fetch a commit from origin. Raise UserError when origin does not have it."""
     try:
         source_archive.run_git(source_archive.ROOT, "fetch", "--quiet", "origin", commit)
     except UserError as error:

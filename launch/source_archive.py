@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_git(repository: Path, *arguments: str) -> bytes:
-    """Run git and return its output. Raises UserError with git's own message when it fails or is not installed."""
+    """Run git and return its output. Raise UserError with git's own message when it fails or is not installed."""
     try:
         result = subprocess.run(["git", "--no-optional-locks", "-C", str(repository), *arguments], capture_output=True)
     except OSError:

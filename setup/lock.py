@@ -99,7 +99,7 @@ def resolve_locks(uv: list[str], folder: Path) -> dict[str, list[str]]:
 
     A package has the same version in all locks, except for torch, which has two builds.
     """
-    constraints, overrides = folder / "held.txt", folder / "overrides.txt"
+    constraints, overrides = folder / "constraints.txt", folder / "overrides.txt"
     overrides.write_text("triton ; sys_platform == 'never'\n")
     uv_without_triton = [*uv, "--override", str(overrides)]
     cpu = resolve_extras(uv_without_triton, ["data", "train", "cpu", "deploy"])

@@ -242,7 +242,7 @@ def install_lock_lines(venv, log, lines):
 
 
 def remove_unlisted_packages(venv, log, lock_lines):
-    """Remove the packages that no lock names: some break others by being installed (torchvision, xformers)."""
+    """Remove the packages that no lock names: some of them (torchvision, xformers) break other packages."""
     keep = {line.split("==")[0].replace("_", "-").lower() for line in lock_lines}
     keep |= {"torch", "pip", "setuptools", "wheel"} | {name.replace("_", "-") for name in BUILT_PACKAGES}
     list_command = [venv_python(venv), "-m", "pip", "list", "--format=json"]

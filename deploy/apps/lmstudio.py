@@ -58,7 +58,7 @@ def find_command() -> str | None:
 def run_lmstudio(version: Path) -> dict[str, Any]:
     """Put the file of a version into LM Studio in place of other versions, write lmstudio.json and return it.
 
-    Raises LMStudioMissing when LM Studio is not installed, UserError when a file that is not Ferry's is in the way.
+    Raise LMStudioMissing when LM Studio is not installed, UserError when a file that is not Ferry's is in the way.
     """
     model_manifest, path = store.load_tested(version)
     if find_command() is None and not home_folder().is_dir():
@@ -153,7 +153,7 @@ def list_manifest_hashes(folder: Path) -> set[str]:
 def import_file(path: Path, target: Path, sha256: str) -> str:
     """Import the file, with `lms import` where that works, and return 'hard link' or 'copy'.
 
-    Raises UserError when the target is not the same file afterwards.
+    Raise UserError when the target is not the same file afterwards.
     """
     can_use_link = can_link(path, target)
     command, is_imported = find_command(), False
@@ -175,7 +175,7 @@ def import_file(path: Path, target: Path, sha256: str) -> str:
 def can_link(path: Path, target: Path) -> bool:
     """Return whether a hard link to the target works, by creating one and removing it again.
 
-    It needs one file system for both files, and one that supports hard links. Raises UserError when the folder of the
+    It needs one file system for both files, and one that supports hard links. Raise UserError when the folder of the
     target is not writable.
     """
     probe = target.with_name(f".{target.name}.ferry")

@@ -20,11 +20,11 @@ from deploy.apps.ollama_server import (
     INSTALL_HINT,
     OllamaUnavailable,
     Server,
-    build_server_error,
     ensure_server,
     find_command,
     is_local,
     measure_storage,
+    server_error,
     server_port,
     server_url,
 )
@@ -138,7 +138,7 @@ def server_version(server: Server) -> str:
 
 
 def normalize_name(name: str) -> str:
-    """Return the name in lower case, since Ollama ignores case. Raises UserError for a name that it does not allow."""
+    """Return the name in lower case, since Ollama ignores case. Raise UserError for a name that it does not allow."""
     if not NAME_PATTERN.fullmatch(name):
         rule = "at most 80 letters, digits, '_', '-' and '.'"
         raise UserError(
@@ -235,7 +235,7 @@ def refuse_name_conflict(
     name = strip_tag(model)
     for other_version, record in store.list_other_models(folder, RECORD).items():
         if strip_tag(record["model"]) == name and record["model"] in server_models:
-            raise build_name_error(name, other_version)
+            raise name_error(name, other_version)
     latest = server_models.get(latest_name(model))
     if latest and latest["digest"] not in orphan_digests | list_digests(list_records(folder, url), server_models):
         raise UserError(
@@ -245,7 +245,7 @@ def refuse_name_conflict(
         )
 
 
-def build_name_error(name: str, other_version: Path) -> UserError:
+def name_error(name: str, other_version: Path) -> UserError:
     """Return the error for a name that another model of the store has in Ollama."""
     other_repo = str(store.read_record(other_version / store.PULL_RECORD).get("repo"))
     arguments = store.format_make_arguments(other_repo, other_version.parent.parent)
@@ -257,7 +257,7 @@ def build_name_error(name: str, other_version: Path) -> UserError:
 
 
 def create_model(server: Server, model: str, version: Path) -> None:
-    """Run `ollama create`, which copies the file into Ollama's own store. Raises UserError with what it prints."""
+    """Run `ollama create`, which copies the file into Ollama's own store. Raise UserError with what it prints."""
     command = find_command()
     if command is None:
         raise OllamaUnavailable(
@@ -269,11 +269,11 @@ def create_model(server: Server, model: str, version: Path) -> None:
     with record_creation(version, model, server.url):
         result = run_create(command, model, version / "Modelfile")
         if result.returncode or model not in server.list_models():
-            raise build_create_error(model, result)
+            raise create_error(model, result)
 
 
 def run_create(command: str, model: str, modelfile: Path) -> subprocess.CompletedProcess[str]:
-    """Run `ollama create` and return its exit code and output. Raises UserError when it cannot be run."""
+    """Run `ollama create` and return its exit code and output. Raise UserError when it cannot be run."""
     words = [command, "create", model, "-f", str(modelfile.absolute())]
     try:
         return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
@@ -285,7 +285,7 @@ def run_create(command: str, model: str, modelfile: Path) -> subprocess.Complete
         ) from error
 
 
-def build_create_error(model: str, result: subprocess.CompletedProcess[str]) -> UserError:
+def create_error(model: str, result: subprocess.CompletedProcess[str]) -> UserError:
     """Return the error for a failed `ollama create`, with what it printed and what to do about it."""
     lines = [line for line in re.split(r"[\r\n]+", result.stdout + result.stderr) if line.strip()]
     error_lines = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {result.returncode}"]
@@ -293,7 +293,7 @@ def build_create_error(model: str, result: subprocess.CompletedProcess[str]) -> 
     if re.search(MODELFILE_ERRORS, error_lines[-1], re.IGNORECASE):
         hint = f"{TEMPLATE_HINT}, then run the same command again"
         return UserError(message, hint, code="ollama.invalid_modelfile")
-    return build_server_error(message, error_lines[-1], code="ollama.create_failed")
+    return server_error(message, error_lines[-1], code="ollama.create_failed")
 
 
 @contextlib.contextmanager
@@ -358,7 +358,7 @@ def restore_record(version: Path, previous_record: dict[str, Any]) -> None:
 def compare_prompts(server: Server, model: str, manifest: Manifest, path: Path) -> str:
     """Compare the prompts that the server renders with the trained ones; return their source: 'TEMPLATE' or 'embedded'.
 
-    Raises UserError when a prompt differs.
+    Raise UserError when a prompt differs.
     """
     openings = [golden for golden in manifest.golden if golden.add_generation_prompt]
     golden_prompts = [golden for golden in openings if golden.messages[-1]["role"] == "user"]
@@ -455,7 +455,7 @@ def compare_answer(server: Server, model: str, smoke: SmokePrompt, judge: answer
 def remove_version(version: Path, start: bool = False) -> int:
     """Remove a version from Ollama, and NAME:latest when it is a copy of it; return the bytes that became free.
 
-    start: whether a server may be started. Raises OllamaUnavailable when Ollama is installed but cannot be asked.
+    start: whether a server may be started. Raise OllamaUnavailable when Ollama is installed but cannot be asked.
     """
     record = store.read_record(version / RECORD)
     if not record:

@@ -103,7 +103,7 @@ class Server:
     ) -> dict[str, Any]:
         """Send a request and return the JSON of the response; {} when it is empty.
 
-        Raises UserError when the server does not answer or answers with an error.
+        Raise UserError when the server does not answer or answers with an error.
         """
         import httpx
 
@@ -120,7 +120,7 @@ class Server:
             ) from error
         if response.is_error or not isinstance(content, dict):
             reason = str(content.get("error") if isinstance(content, dict) else content)
-            raise build_server_error(
+            raise server_error(
                 f"Ollama at {self.url} answers {path} with {response.status_code}: {printable_line(reason)}",
                 reason,
                 code="ollama.error_response",
@@ -140,7 +140,7 @@ class Server:
         return {model["name"]: model for model in entries}
 
     def render_prompt(self, model: str, messages: Sequence[ChatMessage]) -> str:
-        """Return the text that the server renders from a conversation. Raises UserError when Ollama is too old."""
+        """Return the text that the server renders from a conversation. Raise UserError when Ollama is too old."""
         body = {"model": model, "messages": list(messages), "stream": False, "_debug_render_only": True}
         response = self.request("POST", "/api/chat", body, ANSWER_TIMEOUT)
         try:
@@ -165,7 +165,7 @@ class Server:
         self.request("DELETE", "/api/delete", {"model": model})
 
 
-def build_server_error(message: str, reason: str, code: str) -> UserError:
+def server_error(message: str, reason: str, code: str) -> UserError:
     """Return the error for a request that Ollama refused. reason: what Ollama says; a full disk has its own code."""
     if "no space left" in reason.lower() or "failed to validate gguf" in reason.lower():  # a full disk gives either
         return UserError(message, DISK_HINT, code="ollama.disk_full")
@@ -190,7 +190,7 @@ def measure_storage(server: Server) -> int:
 def ensure_server(start: bool) -> Server:
     """Return the server that answers, or start one when that is allowed.
 
-    start: whether it is allowed; otherwise the user is asked on a terminal. Raises OllamaUnavailable when Ollama is not
+    start: whether it is allowed; otherwise the user is asked on a terminal. Raise OllamaUnavailable when Ollama is not
     installed, or no server answers and none may be started.
     """
     if find_server_version():
@@ -227,7 +227,7 @@ def confirm_start(url: str) -> bool:
 def start_server(command: str, url: str) -> Server:
     """Start a server that keeps running after this command, with the app where there is one.
 
-    Raises UserError when it does not answer within 60 seconds.
+    Raise UserError when it does not answer within 60 seconds.
     """
     log = files.cache_dir() / "ollama.log"
     start_command = ["open", "-j", "-a", "Ollama"] if MAC_APP.is_dir() else [command, "serve"]

@@ -102,7 +102,7 @@ class Chat:
     def print_reply(self, question: str) -> None:
         """Print the answer to a question as it is generated, and add both to the conversation.
 
-        Raises UserError when the question cannot be answered.
+        Raise UserError when the question cannot be answered.
         """
         if not question:
             return
@@ -125,7 +125,7 @@ class Chat:
 
 
 def read_input(path: Path) -> str:
-    """Return the text of an input file. Raises UserError when it is missing or not UTF-8 text."""
+    """Return the text of an input file. Raise UserError when it is missing or not UTF-8 text."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig").strip()
     except OSError as error:

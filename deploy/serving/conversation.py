@@ -45,7 +45,7 @@ class Sampling:
 def run_in_child(function: str, version: Path, arguments: Sequence[object]) -> int:
     """Run `function(version, *arguments)` in a process that has this terminal; return its exit code.
 
-    Raises UserError when llama.cpp crashes there, takes too long to start or too much memory.
+    Raise UserError when llama.cpp crashes there, takes too long to start or too much memory.
     """
     manifest, path = store.load_tested(version)
     header, size = gguf_reader.read_header(path), path.stat().st_size
@@ -58,7 +58,7 @@ def run_in_child(function: str, version: Path, arguments: Sequence[object]) -> i
 def open_model(version: Path, context: int | None = None) -> Iterator["ChatModel"]:
     """Load the pulled model, verify its prompts and yield it.
 
-    context: the most tokens; never more than in the manifest, nor more than fit into memory. Raises UserError when the
+    context: the most tokens; never more than in the manifest, nor more than fit into memory. Raise UserError when the
     file did not pass its smoke test, or a golden prompt is not the trained one.
     """
     manifest, path = store.load_tested(version)
@@ -119,7 +119,7 @@ class ChatModel:
         return [*system_messages, *messages]
 
     def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the token ids of the prompt. Raises UserError when the template does not accept the conversation."""
+        """Return the token ids of the prompt. Raise UserError when the template does not accept the conversation."""
         try:
             return self.ids([(messages, True)])[0]
         except UserError as error:
@@ -182,7 +182,7 @@ class Answer:
     ):
         """is_stopped: called at every token; returns whether to cancel the answer.
 
-        Raises PromptTooLong, or UserError for an empty prompt.
+        Raise PromptTooLong, or UserError for an empty prompt.
         """
         self.chat_model, self.prompt, self.sampling, self.is_stopped = chat_model, prompt, sampling, is_stopped
         self.max_tokens = min(sampling.max_tokens, chat_model.context - len(prompt))

@@ -58,7 +58,7 @@ class Message(RequestPart):
     @field_validator("content", mode="before")
     @classmethod
     def _join_text_parts(cls, content: object) -> object:
-        """Join a list of text parts, as in the training rows. Raises ValueError for other parts."""
+        """Join a list of text parts, as in the training rows. Raise ValueError for other parts."""
         if not isinstance(content, list):
             return content
         if not all(map(_is_text_part, content)):
@@ -158,7 +158,7 @@ class CompletionRequest(GenerationRequest):
 
 
 def parse_request(request_class: type[RequestType], content: bytes) -> RequestType:
-    """Parse the body of a request. Raises RequestError."""
+    """Parse the body of a request. Raise RequestError."""
     try:
         return request_class.model_validate(json.loads(content))
     except ValidationError as error:

@@ -82,15 +82,15 @@ def run_server_as_child(version: str, host: str, port: int) -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Open the socket to listen on. Raises UserError when that fails."""
+    """Open the socket to listen on. Raise UserError when that fails."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
-        raise build_port_error(host, port, error) from error
+        raise port_error(host, port, error) from error
 
 
-def build_port_error(host: str, port: int, error: Exception) -> UserError:
+def port_error(host: str, port: int, error: Exception) -> UserError:
     """Return the error for a port that cannot be opened, with what to try."""
     reason = error.strerror if isinstance(error, OSError) else "that is not a host name"
     message = f"port {port} of {printable_line(host)} cannot be opened: {reason}"
@@ -242,7 +242,7 @@ async def stream_events(
 
 
 async def read_body(request: Request) -> bytes:
-    """Read the body of a request. Raises RequestError when it is too large."""
+    """Read the body of a request. Raise RequestError when it is too large."""
     content = b""
     async for block in request.stream():
         content += block

@@ -68,11 +68,11 @@ def refuse_unloadable_header(header_bytes: bytes, size: int, name: str) -> None:
         model_header.refuse_impossible_header(gguf_reader.read_header(path, name), name)
         load_errors = _list_load_errors(path, name)
     if load_errors:
-        raise _build_load_error(load_errors, name)
+        raise _load_error(load_errors, name)
 
 
 def read_header(source: ModelSource, artifact: Artifact) -> tuple[bytes, gguf_reader.Header]:
-    """Return the first bytes of an artifact, its header and little more, and the header itself. Raises UserError."""
+    """Return the first bytes of an artifact, its header and little more, and the header itself. Raise UserError."""
 
     def read_start() -> tuple[bytes, gguf_reader.Header]:
         with source.open_blocks(artifact, 0) as (_, blocks):
@@ -113,7 +113,7 @@ def _read_until_header(blocks: Iterator[bytes], artifact: Artifact) -> tuple[byt
         target_bytes *= 2
 
 
-def _build_load_error(load_errors: list[str], name: str) -> UserError:
+def _load_error(load_errors: list[str], name: str) -> UserError:
     """Return the error for a file that llama.cpp does not load, from what llama.cpp said."""
     version = importlib.metadata.version("llama_cpp_python")
     for pattern, part in UNSUPPORTED_PATTERNS.items():
@@ -134,7 +134,7 @@ def _build_load_error(load_errors: list[str], name: str) -> UserError:
 def _list_load_errors(path: Path, name: str) -> list[str]:
     """Load the file with llama.cpp in a child process and return llama.cpp's errors.
 
-    Raises UserError when the child crashes, hangs or does not start.
+    Raise UserError when the child crashes, hangs or does not start.
     """
     import_paths = json.dumps([str(ROOT), *(str(Path(import_path).resolve()) for import_path in sys.path)])
     try:

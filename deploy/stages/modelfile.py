@@ -60,7 +60,7 @@ def choose_context(manifest: Manifest, path: Path) -> int:
 def render_modelfile(manifest: Manifest, artifact: Artifact, num_ctx: int | None = None) -> str:
     """Return the text of the Modelfile. num_ctx: None takes the trained length.
 
-    Raises UserError when its TEMPLATE would not give the golden prompts, or Modelfile.template cannot be filled in.
+    Raise UserError when its TEMPLATE would not give the golden prompts, or Modelfile.template cannot be filled in.
     """
     if manifest.chat.turns:
         refuse_wrong_prompts(manifest.chat.turns, manifest)
@@ -97,23 +97,23 @@ def refuse_wrong_prompts(turns: Turns, manifest: Manifest) -> None:
 
 
 def fill_template(values: dict[str, Any]) -> str:
-    """Fill values into Modelfile.template, which the user may edit. Raises UserError for a bad edit."""
+    """Fill values into Modelfile.template, which the user may edit. Raise UserError for a bad edit."""
     try:
         text = TEMPLATE.read_text(encoding="utf-8")
         filled_text = Template(text).substitute(values)
     except KeyError as error:
-        raise _build_template_error(
+        raise _template_error(
             f"${error.args[0]} is unknown; the known names are {', '.join(f'${name}' for name in values)}",
             code="modelfile.unknown_name",
         ) from None
     except UnicodeDecodeError as error:
-        raise _build_template_error(f"it is not UTF-8 text: {error}", code="modelfile.not_utf8") from error
+        raise _template_error(f"it is not UTF-8 text: {error}", code="modelfile.not_utf8") from error
     except ValueError as error:  # from string.Template
-        raise _build_template_error(
+        raise _template_error(
             f"{error}; a literal dollar sign is written $$", code="modelfile.bad_dollar_sign"
         ) from error
     except OSError as error:
-        raise _build_template_error(error.strerror or str(error), code="modelfile.unreadable") from error
+        raise _template_error(error.strerror or str(error), code="modelfile.unreadable") from error
     _refuse_bad_template(text)
     return filled_text
 
@@ -122,18 +122,18 @@ def _refuse_bad_template(text: str) -> None:
     """Raise UserError for a Modelfile.template that gives no Modelfile, or one with other prompts."""
     from_lines = [line.split() for line in text.splitlines() if line.upper().startswith("FROM")]
     if from_lines != [["FROM", "./$file"]]:
-        raise _build_template_error("it needs the line `FROM ./$file`, and no other FROM", code="modelfile.bad_from")
+        raise _template_error("it needs the line `FROM ./$file`, and no other FROM", code="modelfile.bad_from")
     if text.count('"""') % 2:
-        raise _build_template_error('a """ is not closed', code="modelfile.unclosed_quotes")
+        raise _template_error('a """ is not closed', code="modelfile.unclosed_quotes")
     used_names = re.findall(r"\$\{?(\w+)", text.replace("$$", ""))
     if missing_names := [name for name in ("template", "system", "stops") if name not in used_names]:
-        raise _build_template_error(
+        raise _template_error(
             f"${missing_names[0]} is missing: without it the prompts differ from those of the training",
             code="modelfile.missing_name",
         )
 
 
-def _build_template_error(reason: str, code: str) -> UserError:
+def _template_error(reason: str, code: str) -> UserError:
     return UserError(
         f"{TEMPLATE.name}: {reason}", f"fix it, or restore it from git: `git checkout {TEMPLATE.name}`", code=code
     )
@@ -150,7 +150,7 @@ def place_system_prompt(turns: Turns | None, system: str | None) -> tuple[Turns 
 
 
 def quote_text(subject: str, text: str) -> str:
-    """Quote a text for the Modelfile. Raises UserError for a text that Ollama's parser would change."""
+    """Quote a text for the Modelfile. Raise UserError for a text that Ollama's parser would change."""
     if reason := find_modelfile_fault(text):
         raise UserError(
             f"Ollama's Modelfile {reason}: {subject}",

@@ -34,7 +34,7 @@ class PartialDownload:
     def download(self, source: ModelSource) -> None:
         """Download what is missing.
 
-        Raises UserError when the source ends early or gives other bytes than the manifest says.
+        Raise UserError when the source ends early or gives other bytes than the manifest says.
         """
         while self.size < self.artifact.bytes:
             size_before = self.size

@@ -64,7 +64,7 @@ def use_earlier_pull(repo: str, models: Path, quantization: str | None, error: U
 
 
 def choose_artifact(model_manifest: Manifest, quantization: str | None) -> Artifact:
-    """Return the GGUF of a quantization, or the default one. Raises UserError when the repo has no such GGUF."""
+    """Return the GGUF of a quantization, or the default one. Raise UserError when the repo has no such GGUF."""
     ggufs = {artifact.quantization: artifact for artifact in model_manifest.artifacts if artifact.kind == "gguf"}
     if quantization is None:
         return model_manifest.default_artifact()
@@ -134,7 +134,7 @@ def download_artifact(source: ModelSource, path: Path, artifact: Artifact) -> No
 def verify_header(part: Path, model_manifest: Manifest, artifact: Artifact) -> None:
     """Verify that the header of a download is possible and agrees with the manifest: a right hash does not prove that.
 
-    Raises UserError and removes the download when it does not.
+    Raise UserError and removes the download when it does not.
     """
     try:
         header = gguf_reader.read_header(part, artifact.file)
@@ -160,7 +160,7 @@ def verify_header(part: Path, model_manifest: Manifest, artifact: Artifact) -> N
 def verify_prompts(header: gguf_reader.Header, model_manifest: Manifest) -> None:
     """Verify that the chat template renders the golden prompts. It is untrusted code, so it runs in a sandbox.
 
-    Raises UserError when a prompt differs, or the template takes too long.
+    Raise UserError when a prompt differs, or the template takes too long.
     """
     conversations = [(golden.messages, golden.add_generation_prompt) for golden in model_manifest.golden]
     texts = template_sandbox.render_prompts(

@@ -55,7 +55,7 @@ def run_smoke_as_child(version: str) -> dict[str, Any]:
 def run_smoke(version: Path) -> dict[str, Any]:
     """Load the pulled file, compare prompts and answers with the manifest, write smoke.json and return it.
 
-    Raises UserError when anything differs. When answers differ, smoke.json holds the evidence and no sha256.
+    Raise UserError when anything differs. When answers differ, smoke.json holds the evidence and no sha256.
     """
     manifest, path = store.load_pulled(version)
     artifact = manifest.find_artifact(path.name)
@@ -108,7 +108,7 @@ def run_smoke(version: Path) -> dict[str, Any]:
 def load_model(manifest: Manifest, path: Path) -> tuple["Llama", dict[str, Any]]:
     """Load the model and return it with facts that llama.cpp logged.
 
-    Raises UserError when there is a GPU but not all layers are on it.
+    Raise UserError when there is a GPU but not all layers are on it.
     """
     log, started = io.StringIO(), time.perf_counter()
     longest = max(len(s.ids) + len(s.answer_ids) + EXTRA_TOKENS for s in manifest.smoke)
@@ -127,7 +127,7 @@ def load_model(manifest: Manifest, path: Path) -> tuple["Llama", dict[str, Any]]
 
 
 def verify_prompts(model: "Llama", manifest: Manifest, path: Path) -> None:
-    """Verify that the file's own template and tokenizer give the golden prompts. Raises UserError when one differs."""
+    """Verify that the file's own template and tokenizer give the golden prompts. Raise UserError when one differs."""
     if chat_format.embedded_template(model) != manifest.chat.template:
         raise UserError(
             f"the chat template of {path.name} differs from the one in its manifest",

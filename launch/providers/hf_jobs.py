@@ -116,7 +116,7 @@ class HfJobsProvider(HubJobProvider):
 
 
 def call_jobs_api(action: str, call: Callable[[], T], retry_seconds: float = hub.QUICK_RETRY_SECONDS) -> T:
-    """Return `call()` with retries. Raises ConnectionLost when the Hub cannot be reached now."""
+    """Return `call()` with retries. Raise ConnectionLost when the Hub cannot be reached now."""
     return call_hub(lambda: hub.retry(action, call, retry_seconds=retry_seconds))
 
 

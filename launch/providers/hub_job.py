@@ -96,7 +96,7 @@ class HubJobProvider:
             yield self.read_hub_file("model", self.checkpoints, path.rsplit("/", 1)[-1])[offset:]
 
     def read_hub_file(self, repo_type: str, repo: str, path: str) -> bytes:
-        """Return a small file of a repo. Raises RemoteFileMissing, and ConnectionLost when the Hub is unreachable."""
+        """Return a small file of a repo. Raise RemoteFileMissing, and ConnectionLost when the Hub is unreachable."""
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
         def read_if_exists() -> bytes | None:
@@ -134,7 +134,7 @@ class HubJobProvider:
 
 
 def call_hub(call: Callable[[], T]) -> T:
-    """Return `call()`. Raises ConnectionLost when the Hub cannot be reached now."""
+    """Return `call()`. Raise ConnectionLost when the Hub cannot be reached now."""
     try:
         return call()
     except hub.Unreachable as error:
@@ -160,7 +160,7 @@ def parse_job_note(content: bytes) -> JobNote:
 
 
 def read_job_note(repo: str, revision: str, run_name: str) -> JobNote:
-    """Return the fields of a repo's job.json. Raises UserError when it does not describe a job of this run."""
+    """Return the fields of a repo's job.json. Raise UserError when it does not describe a job of this run."""
     note = parse_job_note(hub.read_small_file(repo, JOB_FILE, revision, snapshot.MAX_STATE_BYTES, "dataset"))
     if not note:
         raise UserError(
@@ -186,7 +186,7 @@ def list_note_files(note: JobNote) -> set[str]:
 def commit_job(api: "HfApi", repo: str, job: Job) -> str:
     """Commit a job to its repo and return the id of the commit; data files of an earlier job are deleted.
 
-    Raises UserError when the repo is public or is not a repo of jobs.
+    Raise UserError when the repo is public or is not a repo of jobs.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

@@ -62,7 +62,7 @@ class SkyPilotProvider(HubJobProvider):
         return Machine("Linux x86_64", 0, gpu_names, instance_types=keep_cheapest(instance_types))
 
     def _list_infras(self) -> list[str]:
-        """Return the infra that was typed, else all clouds. Raises UserError when SkyPilot has no access to it."""
+        """Return the infra that was typed, else all clouds. Raise UserError when SkyPilot has no access to it."""
         clouds = sorted({name.lower() for names in self._read_json("check", "-o", "json").values() for name in names})
         if self.infra.split("/")[0] not in ("", *clouds):
             raise UserError(

@@ -187,7 +187,7 @@ class SshProvider:
             )
 
     def _claim_folder(self, folder: str) -> None:
-        """Make the folder a job's, without the tree sent before. Raises UserError for files that Ferry did not send."""
+        """Make the folder a job's, without the tree sent before. Raise UserError for files that Ferry did not send."""
         if foreign_names := self._run_script("claim", folder).splitlines():
             listing = printable_line(", ".join(foreign_names[:4]))
             raise UserError(
@@ -308,7 +308,7 @@ class SshProvider:
             ) from None
 
     def _run_script(self, *words: str, exports: str = "") -> str:
-        """Run ssh_box.sh with these words and return its output. Raises UserError when it fails."""
+        """Run ssh_box.sh with these words and return its output. Raise UserError when it fails."""
         process = self._start_script(*words, exports=exports)
         try:
             output = process.stdout.read().decode(errors="replace")

@@ -41,7 +41,7 @@ class SshAddress:
 
 
 def parse_address(cloud: str, forms: str = ADDRESS_FORM) -> SshAddress:
-    """Return the parsed address. Raises UserError when it is not the address of a machine.
+    """Return the parsed address. Raise UserError when it is not the address of a machine.
 
     forms: what CLOUD may be, for messages.
     """

@@ -111,17 +111,17 @@ def parse_yaml(text: str, origin: str) -> tuple[object, dict[tuple, str]]:
     except _AnchorError as error:
         place = f"{origin}:{error.problem_mark.line + 1}"
         cure = "write the value out; put text that begins with & or * in quotes"
-        raise _create_error(place, error.problem, cure, code="config.yaml_anchor") from error
+        raise _line_error(place, error.problem, cure, code="config.yaml_anchor") from error
     # PyYAML raises ValueError and OverflowError for an escape or a %YAML version that is out of range.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise _create_syntax_error(error, origin) from error
+        raise _syntax_error(error, origin) from error
     except RecursionError as error:
         raise UserError(
             f"{origin}: lists and mappings are nested too deeply", f"correct {origin}", code="config.nested_too_deeply"
         ) from error
 
 
-def _create_syntax_error(error: Exception, origin: str) -> UserError:
+def _syntax_error(error: Exception, origin: str) -> UserError:
     """Return the error of a text that is not YAML, with its line where PyYAML has it."""
     mark = getattr(error, "problem_mark", None)
     place = f"{origin}:{mark.line + 1}" if mark else origin
@@ -135,7 +135,7 @@ def _read_node(node: yaml.Node, key_path: tuple, lines: dict[tuple, str], origin
     line = f"{origin}:{node.start_mark.line + 1}"
     lines.setdefault(key_path, line)
     if node.tag not in ALLOWED_TAGS:
-        raise _create_error(
+        raise _line_error(
             line,
             f"the tag {node.tag.replace(CORE_TAG, '!!')} is not allowed",
             "write the value without it",
@@ -153,14 +153,14 @@ def _read_mapping(node: yaml.MappingNode, key_path: tuple, lines: dict[tuple, st
     for key, value in node.value:
         line = f"{origin}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
-            raise _create_error(
+            raise _line_error(
                 line,
                 "a key is a list or a mapping",
                 "a key is a word; put quotes around text that contains [ or {",
                 code="config.bad_key",
             )
         if key.value in tree:
-            raise _create_error(
+            raise _line_error(
                 line,
                 f"the key {key.value} occurs twice (first {lines[(*key_path, key.value)]})",
                 "delete one of them",
@@ -178,14 +178,14 @@ def _read_scalar(node: yaml.ScalarNode, line: str) -> object:
         _refuse_characters(text, line)
         return text
     if not re.fullmatch(PLAIN_TYPES[kind][0], text):
-        raise _create_error(
+        raise _line_error(
             line,
             f"{printable_line(text, 40)} is not a value of type {kind}",
             "write the value without a tag",
             code="config.yaml_tag_mismatch",
         )
     if kind == "int" and len(text) > MAX_DIGITS:
-        raise _create_error(
+        raise _line_error(
             line,
             f"a number has {len(text):,} digits (limit {MAX_DIGITS})",
             "write a smaller one, or put text in quotes",
@@ -203,7 +203,7 @@ def _refuse_characters(text: str, line: str) -> None:
     """
     character = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
     if character is not None:
-        raise _create_error(
+        raise _line_error(
             line,
             f"the character U+{ord(character):04X} is not allowed in a config",
             "remove it",
@@ -211,6 +211,6 @@ def _refuse_characters(text: str, line: str) -> None:
         )
 
 
-def _create_error(line: str, problem: str, cure: str, code: str) -> UserError:
+def _line_error(line: str, problem: str, cure: str, code: str) -> UserError:
     """Return the error to raise: what is wrong in that line, and how to correct it."""
     return UserError(f"{line}: {printable_line(problem)}", f"correct {line}: {cure}", code=code)

@@ -135,18 +135,18 @@ def _read_json_values(text: str, path: Path) -> Iterator[NumberedRow]:
         try:
             _, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise create_json_error(path, line, error) from error
+            raise json_error(path, line, error) from error
         yield line, text[start:end].encode()
         position = _skip_white_space(text, end)
         line += text.count("\n", start, position)
         if is_array and text.startswith(",", position):
             position += 1
         elif is_array and not text.startswith("]", position):
-            raise create_json_error(path, line, "expected , or ] after a value of the array")
+            raise json_error(path, line, "expected , or ] after a value of the array")
     if is_array and start == len(text):
-        raise create_json_error(path, line, "the array is not closed")
+        raise json_error(path, line, "the array is not closed")
     if is_array and text[start + 1 :].strip():
-        raise create_json_error(path, line, "unexpected text after the array")
+        raise json_error(path, line, "unexpected text after the array")
 
 
 def _skip_white_space(text: str, start: int) -> int:
@@ -164,9 +164,7 @@ def _find_wrapped_rows(decoder: json.JSONDecoder, text: str, start: int, path: P
     if not isinstance(value, dict) or text[end:].strip() or {"messages", "conversations"} & value.keys():
         return None
     if isinstance(value, DuplicateKeys) and any(isinstance(v, list) for v in value.values()):
-        raise create_json_error(
-            path, 1, f"the object repeats one of its keys {', '.join(value)}", code="data.duplicate_keys"
-        )
+        raise json_error(path, 1, f"the object repeats one of its keys {', '.join(value)}", code="data.duplicate_keys")
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     return lists[0] if len(lists) == 1 else None
 
@@ -181,7 +179,7 @@ def mark_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     return value if len(value) == len(pairs) else DuplicateKeys(value)
 
 
-def create_json_error(path: Path | str, line: int, error: object, code: str = "data.invalid_json") -> UserError:
+def json_error(path: Path | str, line: int, error: object, code: str = "data.invalid_json") -> UserError:
     """Return the error to raise for a line that is not JSON, or whose JSON holds no rows."""
     return UserError(
         f"{path}:{line}: invalid JSON: {error}",

@@ -214,7 +214,7 @@ def build_conversation(row: object, schema: RowSchema) -> list[dict[str, str]]:
 
 
 def _build_message(role: str, content: object) -> dict[str, str]:
-    """Return a message. Raises UnusableRow when its content is no text."""
+    """Return a message. Raise UnusableRow when its content is no text."""
     return {"role": role, "content": _read_text(content, role)}
 
 
@@ -240,7 +240,7 @@ def _read_text(content: object, label: str) -> str:
 
 
 def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict[str, str]]:
-    """Return a list of turns as messages. Raises UnusableRow when it is no such list."""
+    """Return a list of turns as messages. Raise UnusableRow when it is no such list."""
     turns = _parse_json_list(turns)
     if not isinstance(turns, list):
         raise UnusableRow("not_text", f"the conversation is {type(turns).__name__}, not a list of turns")
@@ -250,7 +250,7 @@ def _read_turns(turns: object, role_key: str, content_key: str) -> list[dict[str
 
 
 def _read_turn(turn: object, role_key: str, content_key: str) -> dict[str, str]:
-    """Return one turn as a message. Raises UnusableRow for unknown roles and for tool calls."""
+    """Return one turn as a message. Raise UnusableRow for unknown roles and for tool calls."""
     if not isinstance(turn, dict) or role_key not in turn:
         raise UnusableRow("wrong_format", f"a turn without {role_key!r}: {str(turn)[:60]}")
     if isinstance(turn, DuplicateKeys):

@@ -116,7 +116,7 @@ def read_prompts(path: Path) -> list[str]:
         "".join(prompts).encode()  # half a surrogate pair has no tokens
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = 'a line has no "prompt" with a text' if isinstance(error, (KeyError, TypeError)) else error
-        raise create_prompts_error(path, reason, "evaluate.bad_prompt") from error
+        raise prompts_error(path, reason, "evaluate.bad_prompt") from error
     return prompts
 
 
@@ -128,13 +128,13 @@ def read_prompt_lines(path: Path) -> list[str]:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise create_prompts_error(path, reason, "evaluate.unreadable_prompts") from error
+        raise prompts_error(path, reason, "evaluate.unreadable_prompts") from error
     if not lines:
-        raise create_prompts_error(path, "the file has no prompts", "evaluate.no_prompts")
+        raise prompts_error(path, "the file has no prompts", "evaluate.no_prompts")
     return lines
 
 
-def create_prompts_error(path: Path, reason: object, code: str) -> UserError:
+def prompts_error(path: Path, reason: object, code: str) -> UserError:
     """Return the error for a file of prompts that cannot be used."""
     return UserError(
         f"evaluate.prompts {path}: {reason}",

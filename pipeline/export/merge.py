@@ -182,11 +182,11 @@ def _merge_tensor(name: str, base: "torch.Tensor", lora: LoraAdapter, dtype: str
         base = base.float() + (b.float() @ a.float()) * scale
     merged = base.to(getattr(torch, dtype))
     if not bool(merged.isfinite().all()):
-        raise _describe_overflow(name, base, dtype)
+        raise _overflow_error(name, base, dtype)
     return merged
 
 
-def _describe_overflow(name: str, tensor: "torch.Tensor", dtype: str) -> UserError:
+def _overflow_error(name: str, tensor: "torch.Tensor", dtype: str) -> UserError:
     """Return the error for a tensor that has no finite values in `dtype`, or none at all."""
     if bool(tensor.isfinite().all()):
         return UserError(

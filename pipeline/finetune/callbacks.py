@@ -40,7 +40,7 @@ class CheckpointCallback(TrainerCallback):
         self.saved_at = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start the time to the first checkpoint."""
+        """Start the clock for the first checkpoint."""
         self.saved_at = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -97,10 +97,10 @@ def translate_oom_errors(base: Base) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise describe_oom_error(base, error) from error
+        raise out_of_memory_error(base, error) from error
 
 
-def describe_oom_error(base: Base, error: Exception) -> UserError:
+def out_of_memory_error(base: Base, error: Exception) -> UserError:
     """Return the error that says that before the first step the GPU's memory is full: another process holds it."""
     return UserError(
         f"{base.model} does not fit in the free memory of {unsloth_loader.describe_device()}: "

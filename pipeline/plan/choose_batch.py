@@ -75,7 +75,7 @@ def choose_batch_settings(task: TrainingTask, tune: Finetune, packed: bool) -> t
         least_need = min(least_need, need)
     if tune.micro_batch_tokens and tune.micro_batch_tokens > longest:
         return choice, order  # as configured: if it does not fit, the training lowers it
-    raise describe_small_gpu(task, least_need)
+    raise small_gpu_error(task, least_need)
 
 
 def estimate_need(task: TrainingTask, tune: Finetune, choice: BatchChoice) -> float | None:
@@ -87,7 +87,7 @@ def estimate_need(task: TrainingTask, tune: Finetune, choice: BatchChoice) -> fl
     return peak + memory_need.CUDA_CONTEXT_BYTES
 
 
-def describe_small_gpu(task: TrainingTask, least_need: float) -> UserError:
+def small_gpu_error(task: TrainingTask, least_need: float) -> UserError:
     """Return the error that the smallest candidate, which needs `least_need` bytes, does not fit."""
     return UserError(
         f"{task.base.model} needs {least_need / USABLE_MEMORY_SHARE / 1e9:.0f} GB of GPU memory for its longest row "

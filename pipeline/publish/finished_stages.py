@@ -18,7 +18,7 @@ class FinishedStages:
 
     @classmethod
     def read(cls, run: Run) -> "FinishedStages":
-        """Read the records of a run. Raises UserError when one is missing."""
+        """Read the records of a run. Raise UserError when one is missing."""
         read = run.read_record
         return cls(read(DataRecord), read(FinetuneRecord), read(EvaluateRecord), read(ExportRecord), read(VerifyRecord))
 

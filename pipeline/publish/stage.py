@@ -67,10 +67,10 @@ def publish_to_hub(config: Config, run: Run, records: FinishedStages, repo: str)
             {"folder": str(folder), "repo": repo, "private": private, "tag": tag}
         )
     except UserError as error:
-        raise describe_kept_folder(error, folder) from error
+        raise kept_folder_error(error, folder) from error
 
 
-def describe_kept_folder(error: UserError, folder: Path) -> UserError:
+def kept_folder_error(error: UserError, folder: Path) -> UserError:
     """Return the error of an upload with the folder that stays, and how to copy it to the Mac."""
     return UserError(
         f"{error.message}\n  nothing is lost: the complete model is in {folder}. To copy it off this machine:\n"

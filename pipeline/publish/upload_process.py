@@ -200,14 +200,14 @@ def list_published_files(repo: str, revision: str, name: str) -> set[str]:
             raise
         older_manifest = parse_older_manifest(content)
         if older_manifest is None:
-            raise describe_foreign_manifest(repo) from error
+            raise foreign_manifest_error(repo) from error
         refuse_other_model(repo, older_manifest.get("name", name), name)
         return set()  # this Ferry cannot read the manifest of an older one, so its files stay
     refuse_other_model(repo, published_manifest.name, name)
     return {item.file for item in (*published_manifest.artifacts, *published_manifest.files)}
 
 
-def describe_foreign_manifest(repo: str) -> UserError:
+def foreign_manifest_error(repo: str) -> UserError:
     """Return the error for a manifest that another program wrote."""
     return UserError(
         f"{repo}: {manifest.FILE_NAME} was not written by Ferry",

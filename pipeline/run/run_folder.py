@@ -153,7 +153,7 @@ class Run:
     def read_record(self, record_type: type[RecordType]) -> RecordType:
         """Return the record of a stage, such as `run.read_record(DataRecord)`.
 
-        Raises UserError when it is missing or damaged.
+        Raise UserError when it is missing or damaged.
         """
         stage = record_type.model_fields["stage"].default
         path = self.record_path(stage)
@@ -171,7 +171,7 @@ class Run:
         return record
 
     def read_stage_record(self, stage: str) -> Record:
-        """Return the record of the stage of that name. Raises UserError when it is missing or damaged."""
+        """Return the record of the stage of that name. Raise UserError when it is missing or damaged."""
         return self.read_record(RECORD_TYPES[stage])
 
     def prepare_stage_folder(self, stage: str, source_stage: str, **settings) -> Path:

@@ -196,7 +196,7 @@ def _run_tool(command: Command, log: Path, progress: ToolProgress, folder: Path 
                 process.kill()
                 process.wait()
     if process.returncode:
-        raise _create_tool_error(command, log)
+        raise _tool_error(command, log)
 
 
 def _report_progress(process: subprocess.Popen, progress: ToolProgress, advance: Callable[[float], None]) -> None:
@@ -209,7 +209,7 @@ def _report_progress(process: subprocess.Popen, progress: ToolProgress, advance:
         reported = current
 
 
-def _create_tool_error(command: Command, log: Path) -> UserError:
+def _tool_error(command: Command, log: Path) -> UserError:
     """Return the error of a tool that failed, with the last line of its output."""
     last_line = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     program = Path(str(command[1] if command[0] == sys.executable else command[0])).name

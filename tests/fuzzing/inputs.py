@@ -132,7 +132,7 @@ def settings_target(folder: Path) -> Callable[[bytes], bool]:
         except UserError as error:
             check_error(error)
         except click.BadParameter as error:
-            check_error(settings.explain_bad_value(error))
+            check_error(settings.bad_value_error(error))
         except (click.ClickException, click.exceptions.Exit):
             pass
         overrides = tuple(word.removeprefix("SET=") for word in words if word.startswith("SET="))
