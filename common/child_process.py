@@ -234,8 +234,9 @@ def _parse_answer(answer: bytes, exit_code: int, log: IO[bytes], subject: str) -
 
 
 def _read_last_line(log: IO[bytes]) -> str:
-    log.seek(0)
-    return log.read(MAX_ANSWER_BYTES).decode("utf-8", "replace").strip().rpartition("\n")[2]
+    """Return the last line of a log, of at most 64 KiB."""
+    log.seek(max(0, log.seek(0, os.SEEK_END) - 65_536))
+    return log.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
 
 
 def _crash_error(exit_code: int, subject: str, last_line: str = "") -> UserError:

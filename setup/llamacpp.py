@@ -221,7 +221,10 @@ def ensure_build(say=print_progress, only_wheel: bool = False) -> Path:
 
 
 def build_llama_cpp(target: Path, say, only_wheel: bool) -> None:
-    """Build in a temporary folder beside the target, and rename the result at the end. Exit when the disk is full."""
+    """Build in a temporary folder beside the target, and rename it at the end. The caller holds the lock of the target.
+
+    Exit when the disk is full.
+    """
     remove_unfinished_builds(target.parent)
     if (free := shutil.disk_usage(target.parent).free) < DISK:
         fail(
