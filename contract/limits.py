@@ -15,10 +15,11 @@ MAX_ANSWER_TOKENS = 1024  # tokens of a recorded answer: a laptop needs seconds 
 MAX_SMOKE_PROMPTS = 32
 MAX_GOLDEN_PROMPTS = 256
 MAX_FILES = 4096  # files of a published model, and files of its data set
-MAX_BYTES = 1 << 44  # bytes of a file
+MAX_FILE_BYTES = 1 << 44  # bytes of a file
+MAX_MANIFEST_BYTES = 8 << 20  # a manifest has about 20 KB of text; anything far larger is not one
 MAX_TEXT = 1 << 12  # characters of a name, a path or a pattern
 MAX_MESSAGE = 1 << 15  # characters of a message or a system prompt
-MAX_TEMPLATE = 1 << 20  # characters of a chat template; the longest of real templates has about 20,000
+MAX_TEMPLATE_CHARS = 1 << 20  # characters of a chat template; the longest of real templates has about 20,000
 MAX_SEED = (1 << 32) - 1  # the largest that numpy and torch take
 
 Temperature = Annotated[float, Field(ge=0, le=100, strict=True)]

@@ -33,7 +33,6 @@ from contract.ollama_template import Turns
 
 SCHEMA_VERSION = 5
 FILE_NAME = "manifest.json"
-MAX_BYTES = 8 << 20  # a manifest has about 20 KB of text; anything far larger is not one
 
 SUFFIX_BY_KIND = {"gguf": ".gguf", "adapter": ".safetensors", "merged": ".safetensors"}  # never a pickle
 # Ends of names that Ferry itself uses beside the pulled files, and of files that run as code when they are loaded.
@@ -114,7 +113,7 @@ class Dataset(ManifestPart):
 class ChatFormat(ManifestPart):
     """How conversations become prompts."""
 
-    template: Annotated[str, Field(max_length=limits.MAX_TEMPLATE)]
+    template: Annotated[str, Field(max_length=limits.MAX_TEMPLATE_CHARS)]
     """The chat template (Jinja), as trained and as embedded in the GGUF."""
     sha256: Sha256
     stop: Annotated[tuple[ShortText, ...], Field(max_length=64)]
@@ -146,7 +145,7 @@ class PublishedFile(ManifestPart):
 
     file: FileName
     sha256: Sha256
-    bytes: Annotated[int, Field(ge=0, le=limits.MAX_BYTES, strict=True)]
+    bytes: Annotated[int, Field(ge=0, le=limits.MAX_FILE_BYTES, strict=True)]
 
 
 class Artifact(PublishedFile):
@@ -305,7 +304,7 @@ def read_manifest(path: Path) -> Manifest:
     """Return the manifest in a file. Raise UserError when it cannot be read, or as `parse_manifest` does."""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(limits.MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}",
@@ -337,9 +336,9 @@ def parse_manifest(content: bytes, source: str) -> Manifest:
 
 def _load_json(content: bytes, source: str) -> object:
     """Return the JSON value in `content`. Raise UserError when it is too large, or no JSON."""
-    if len(content) > MAX_BYTES:
+    if len(content) > limits.MAX_MANIFEST_BYTES:
         raise UserError(
-            f"{source} is larger than {MAX_BYTES} bytes, the limit of a manifest",
+            f"{source} is larger than {limits.MAX_MANIFEST_BYTES} bytes, the limit of a manifest",
             "check that this is the right repo",
             code="manifest.too_large",
         )

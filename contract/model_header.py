@@ -89,9 +89,9 @@ def _find_key_faults(key: str, value: object, architecture: str) -> Iterator[Fau
         and key != SPLIT_COUNT_KEY
     ):
         yield Fault("header.unknown_key", f"Ferry does not write the key {name}")
-    if isinstance(value, str) and len(value) > limits.MAX_TEMPLATE:
+    if isinstance(value, str) and len(value) > limits.MAX_TEMPLATE_CHARS:
         yield Fault(
-            "header.text_too_long", f"{name} has {len(value):,} characters, the limit is {limits.MAX_TEMPLATE:,}"
+            "header.text_too_long", f"{name} has {len(value):,} characters, the limit is {limits.MAX_TEMPLATE_CHARS:,}"
         )
 
 

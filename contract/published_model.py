@@ -12,7 +12,7 @@ from urllib.parse import urljoin
 
 from common import files, hub
 from common.errors import UserError, printable_line
-from contract import manifest
+from contract import limits, manifest
 from contract.manifest import Artifact
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class FolderSource:
     def read_manifest(self) -> bytes:
         """Return the bytes of the manifest: one more than a manifest may have, when it is larger."""
         with self._open_file(manifest.FILE_NAME) as file:
-            return file.read(manifest.MAX_BYTES + 1)
+            return file.read(limits.MAX_MANIFEST_BYTES + 1)
 
     def refuse_changed(self, artifact: Artifact) -> None:
         """Raise UserError, before a long copy, when an artifact has another size than the manifest says."""
@@ -152,7 +152,7 @@ class HubSource:
         """Download the manifest and return its bytes. Raise UserError when it is larger than a manifest may be."""
 
         def download() -> bytes:
-            return hub.read_small_file(self.repo, manifest.FILE_NAME, self.commit, manifest.MAX_BYTES)
+            return hub.read_small_file(self.repo, manifest.FILE_NAME, self.commit, limits.MAX_MANIFEST_BYTES)
 
         return hub.retry(f"read {self.repo}", download)
 

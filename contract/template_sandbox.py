@@ -25,7 +25,7 @@ from contract import chat_format
 from contract.chat_format import ChatMessage
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_TEMPLATE_CHARS = 1 << 20  # the longest of real templates has about 20,000
+MAX_TEMPLATE_CHARS = 1 << 20  # that of limits.py, whose import would take the child longer than the rendering
 MAX_REQUEST_BYTES = 64 << 20  # of JSON
 MAX_PROMPT_CHARS = 4 << 20  # of all prompts together
 MAX_ANSWER_BYTES = 6 * MAX_PROMPT_CHARS + 4096  # of JSON, in which a character takes at most six bytes, as in \u0000

@@ -15,11 +15,10 @@ import sys
 import time
 
 import packages
-from interpreter import switch_to_usable_python
+from interpreter import OLDEST_PYTHON, switch_to_usable_python
 from shared import cache_folder, ensure_writable_folder, fail
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OLDEST_PYTHON = (3, 10)
 NEEDED_PACKAGES = (
     "annotated-types",
     "click",
@@ -49,7 +48,7 @@ def ensure_python():
             return packages.venv_python(os.path.join(ROOT, folder))
     if os.environ.get("FERRY_IMAGE"):
         return sys.executable
-    switch_to_usable_python(OLDEST_PYTHON)
+    switch_to_usable_python(OLDEST_PYTHON["command line"])
     return ensure_command_line_python()
 
 

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 
-from interpreter import read_output, switch_to_usable_python
+from interpreter import OLDEST_PYTHON, read_output, switch_to_usable_python
 from packages import (
     BUILT_PACKAGES,
     CUDA_RUNTIME_PINS,
@@ -37,9 +37,8 @@ from packages import (
 from shared import DISK_FULL_ERRORS, SETUP_COMMAND, cache_folder, ensure_writable_folder, fail, write_atomically
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# For each side: its locks, the oldest Python it runs on, and the disk space it takes while pip unpacks.
+# For each side: its locks, and the disk space it takes while pip unpacks.
 SIDE_LOCKS = {"train": (detect_device(), "test"), "image": (detect_device(),), "deploy": ("deploy",), "data": ("data",)}
-OLDEST_PYTHON = {"train": (3, 11), "image": (3, 11), "deploy": (3, 10), "data": (3, 11)}
 # Measured: 1.9 GB (torch 0.7, pyarrow 0.15, ...), 0.2 GB and 0.6 GB; with CUDA 5.6 GB and 3.0 GB for its wheels.
 TORCH_DISK_BYTES = 2.2e9 if detect_device() == "cpu" else 9e9
 DISK = {"train": TORCH_DISK_BYTES, "image": TORCH_DISK_BYTES, "deploy": 0.4e9, "data": 0.8e9}

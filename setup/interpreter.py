@@ -10,6 +10,7 @@ import sys
 
 from shared import SETUP_COMMAND, fail
 
+OLDEST_PYTHON = {"command line": (3, 10), "train": (3, 11), "image": (3, 11), "deploy": (3, 10), "data": (3, 11)}
 NEWEST_PYTHON = (3, 14)
 PYTHON_NAMES = ("python3.13", "python3.12", "python3.11", "python3.14", "python3.10")  # the best tested ones first
 # Of Homebrew, python.org and uv; they are not always on PATH.

@@ -15,7 +15,7 @@ from common.errors import UserError
 from pipeline.checkpoint_sync.background_push import CheckpointSync, checkpoint_repo
 from pipeline.config.schema import LINEAR_LAYERS, Base, Finetune
 from pipeline.finetune import training_log
-from pipeline.finetune.interruption import StopSignals
+from pipeline.finetune.stop_signals import StopSignals
 from pipeline.plan import batches, gpu_table, memory_need
 from pipeline.plan.choose_batch import BatchChoice
 from pipeline.run import training_rows

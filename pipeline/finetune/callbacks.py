@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from common import console
 from pipeline.checkpoint_sync.background_push import CheckpointSync
-from pipeline.finetune.interruption import StopSignals
+from pipeline.finetune.stop_signals import StopSignals
 from pipeline.finetune.training_log import SpeedMeter, format_entry, write_log
 from pipeline.run import checkpoint_files
 

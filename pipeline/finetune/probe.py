@@ -20,7 +20,7 @@ from common import files
 from common.errors import UserError
 from pipeline.config.schema import Base, Config, Finetune
 from pipeline.finetune.build_trainer import TrainingInput, build_model, build_trainer
-from pipeline.finetune.interruption import OutOfGpuMemory
+from pipeline.finetune.stop_signals import OutOfGpuMemory
 from pipeline.plan import batches
 from pipeline.plan.choose_batch import CHECKPOINTED_TOKEN_LIMITS, TOKEN_LIMITS, BatchChoice, list_policies
 from pipeline.plan.estimate import POLICY_NAMES

@@ -16,7 +16,7 @@ from pipeline.base_model import fetch, model_config, restore_gguf
 from pipeline.config.schema import Base, Finetune
 from pipeline.finetune import row_checks, training_log
 from pipeline.finetune.build_trainer import TrainingInput, build_model, build_trainer
-from pipeline.finetune.interruption import LAST_LOSS_FILE, OutOfGpuMemory, StopTraining
+from pipeline.finetune.stop_signals import LAST_LOSS_FILE, OutOfGpuMemory, StopTraining
 from pipeline.plan import batches, choose_batch, disk_space, gpu_table, memory_need
 from pipeline.plan.estimate import POLICY_NAMES
 from pipeline.run import checkpoint_files, training_rows

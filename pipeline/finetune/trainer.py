@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from common import console, files
 from common.errors import UserError
 from pipeline.checkpoint_sync.background_push import CheckpointSync
-from pipeline.finetune.interruption import LAST_LOSS_FILE, OutOfGpuMemory, StopSignals, StopTraining
+from pipeline.finetune.stop_signals import LAST_LOSS_FILE, OutOfGpuMemory, StopSignals, StopTraining
 from pipeline.finetune.training_log import SpeedMeter
 from pipeline.plan import batches
 from pipeline.run.checkpoint_files import prune_and_find_checkpoint

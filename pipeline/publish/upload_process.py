@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from common import files, hub
 from common.errors import UserError, printable_line
-from contract import manifest
+from contract import limits, manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -192,7 +192,7 @@ def list_published_files(repo: str, revision: str, name: str) -> set[str]:
     Raises:
         UserError: The manifest on the Hub is of another program, another model or a newer Ferry.
     """
-    content = hub.read_small_file(repo, manifest.FILE_NAME, revision, manifest.MAX_BYTES)
+    content = hub.read_small_file(repo, manifest.FILE_NAME, revision, limits.MAX_MANIFEST_BYTES)
     try:
         published_manifest = manifest.parse_manifest(content, f"{repo}/{manifest.FILE_NAME}")
     except UserError as error:

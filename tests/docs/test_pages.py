@@ -168,6 +168,24 @@ def test_every_target_in_the_readme_is_one_that_tests_run():
     assert not {name for name in targets if not re.search(rf"[\"']{name}[\"' ]", texts)}
 
 
+def test_every_file_and_name_in_the_architecture_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    modules = [
+        path.relative_to(ROOT) for path in ROOT.glob("*/**/*.py") if not path.parts[len(ROOT.parts)].startswith(".")
+    ]
+    paths = {"/".join(module.parts[-depth:]) for module in modules for depth in range(1, 5)}
+    words = {word for module in modules for word in re.findall(r"\w+", (ROOT / module).read_text(encoding="utf-8"))}
+    spans = set(re.findall(r"`([^`]+)`", page))
+    files = {span for span in spans if re.fullmatch(r"[\w/]+\.py", span)}
+    names = {span for span in spans if re.fullmatch(r"[A-Z][\w.]{3,}", span)}  # classes, methods and constants
+    assert len(files) > 40 and len(names) > 15
+    assert not files - paths
+    assert not {
+        name for name in names if not set(name.split(".")) <= words | {"Modelfile", "template", "NAME", "jinja"}
+    }
+
+
 # Figures
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from common import files
 from pipeline.base_model import restore_gguf
 from pipeline.config.schema import Export
-from pipeline.export import merge, stage
+from pipeline.export import imatrix, merge, stage
 from pipeline.run.records import DataRecord
 from pipeline.run.run_folder import Run
 from pipeline.toolchain import llama_tools
@@ -258,7 +258,7 @@ def test_few_training_rows_are_said_again_until_the_matrix_has_enough(chain):
 
     tokenizer = AutoTokenizer.from_pretrained(chain.run / "data" / "tokenizer")
     run = Run(chain.run)
-    text = stage.build_imatrix_text(run.read_record(DataRecord), run, 40_000)
+    text = imatrix.build_imatrix_text(run.read_record(DataRecord), run, 40_000)
     assert 40_000 < len(tokenizer.encode(text, add_special_tokens=False)) < 42_000
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from common import files
 from common.errors import UserError
 from pipeline.config.schema import Finetune
-from pipeline.finetune import interruption, training_log
+from pipeline.finetune import stop_signals, training_log
 from pipeline.plan import batches
 from pipeline.run import checkpoint_files
 from pipeline.run.records import DataRecord
@@ -226,7 +226,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
 
 def test_a_signal_told_twice_is_one_and_a_second_one_is_obeyed_at_once():
     """Who ends a job tells every process of it, and make tells its children what it was told."""
-    obeyed, signals = [], interruption.StopSignals()
+    obeyed, signals = [], stop_signals.StopSignals()
     before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append("at once"))
     try:
         with signals.capture_signals():
