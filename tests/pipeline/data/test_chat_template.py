@@ -433,6 +433,7 @@ def test_a_full_disk_is_not_called_a_fault_of_the_template(prepared, monkeypatch
         raise UserError("cannot write a temporary file", "free disk space", code="disk.no_temporary_file")
 
     monkeypatch.setattr(template_sandbox, "render_prompts", full)
+    chat_template.render_in_sandbox.cache_clear()  # another test may have rendered this template
     with refuses("disk.no_temporary_file") as error:
         chat_template.load_chat_tokenizer(prepared(NAMED["zephyr"], "not looked at"), "zephyr", DAY)
     assert error.value.hint == "free disk space"
