@@ -210,6 +210,7 @@ def test_an_end_without_loss_stops_the_training(chain):
 # --- the conversion
 
 
+@pytest.mark.release
 def test_a_wrong_rope_theta_stops_the_run(run):
     set_value(run.read_stage_record("export").output_path("f16"), "llama.rope.freq_base", 10_000.0)
     with refuses("conversion.kl_too_high") as error:

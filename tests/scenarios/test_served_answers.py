@@ -86,6 +86,7 @@ def test_serve_answers_as_it_was_scored(chain, questions, right):
     assert abs(count_right(answers, questions) - right) <= 1
 
 
+@pytest.mark.release
 def test_ollamas_template_without_a_system_message_is_answered_as_it_was_scored(chain, questions, right, go):
     text = (chain.model / "Modelfile").read_text(encoding="utf-8")
     template, system = between(text, "TEMPLATE"), between(text, "SYSTEM")

@@ -75,7 +75,7 @@ def test_another_machine_goes_on_as_if_nothing_had_been(run, whole, leaving, tmp
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.release)])
 def test_at_a_signal_the_last_step_leaves(run, leaving, number):
     process = begin(run, save_minutes=1000)
     log = run.folder / "finetune" / "log.jsonl"
@@ -234,6 +234,7 @@ def test_an_index_of_a_newer_ferry():
     assert "you/x/state.json has schema 3" in error.value.message
 
 
+@pytest.mark.release
 def test_a_hub_that_is_away_costs_the_training_nothing(run, whole, leaving):
     leaving.faults.append(Fault("(POST|GET) /api/(?!whoami)", status=503, times=-1))
     process = begin(run, save_minutes=1e-6)

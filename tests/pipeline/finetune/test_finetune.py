@@ -201,7 +201,9 @@ def logged(run: Run, step: int):
     return lambda: log.is_file() and len(log.read_text().splitlines()) >= step
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "kill", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.release)]
+)
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(run, whole, kill):
     """Dropout is on and the rate follows a curve: data order, optimizer, scheduler and random numbers all go on."""
     process = begin(run, save_steps=4)
@@ -751,6 +753,7 @@ def test_a_resumed_run_counts_its_own_speed_only():
     assert meter.first_step == 5
 
 
+@pytest.mark.release
 def test_a_resumed_trainings_speed_starts_where_it_goes_on(run, monkeypatch):
     real, began = training_log.SpeedMeter.start_at, []
 
