@@ -10,7 +10,7 @@ import pytest
 
 from common import files
 from pipeline.config import load
-from pipeline.data import chat_template, process_rows, statistics
+from pipeline.data import chat_template, process_rows, statistics, synthetic_prompts
 from pipeline.data import stage as data
 from pipeline.run import training_rows
 from pipeline.run.records import DataRecord
@@ -72,7 +72,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def quick():
-    """Template and tokenizer are loaded once, and nothing is forced to the disk: a run takes a tenth of a second."""
+    """Template and tokenizer are loaded once, few smoke prompts are drawn, and nothing is forced to the disk."""
     masker, kept = process_rows.Masker, {}
 
     def once(folder: Path, *more) -> process_rows.Masker:
@@ -83,6 +83,7 @@ def quick():
         patch.setattr(chat_template, "load_chat_tokenizer", functools.cache(chat_template.load_chat_tokenizer))
         patch.setattr(process_rows, "Masker", once)
         patch.setattr(files, "fsync_tree", lambda path: None)
+        patch.setattr(synthetic_prompts, "CHAINS_TO_DRAW", 200)
         yield
 
 

@@ -18,9 +18,8 @@ from pipeline.data.clean import Cleaner, normalize_text
 from pipeline.data.drop_reasons import UnusableRow
 from pipeline.run import training_rows
 from tests.fuzzing import readers
-from tests.helpers.row_files import jsonl, lines, made, pair, quick, words
+from tests.helpers.row_files import jsonl, lines, made, pair, words
 
-__all__ = ["quick"]  # a fixture
 END = "<|im_end|>"
 ONCE = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
 WHOLE = ONCE | {"phases": [Phase.generate]}  # a run of the stage each: too slow to be made smaller

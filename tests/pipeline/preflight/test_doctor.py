@@ -328,6 +328,7 @@ def test_what_the_driver_does_not_tell_is_no_traceback(tmp_path):
 # The libraries
 
 
+@pytest.mark.slow  # loads torch and the other libraries
 def test_the_libraries_of_this_environment_load_together():
     """The only test that asks the real ones: 7 s."""
     done = ferry("doctor", "--side", "cloud", PATH=HERE)
@@ -602,6 +603,7 @@ def test_a_lack_is_no_failure_and_a_fault_is(state, code, monkeypatch, capsys):
     assert ("error: it is so\n next: do that" in said.err) == (state == "fault")
 
 
+@pytest.mark.slow  # loads torch and the other libraries
 @pytest.mark.parametrize(
     ("words", "card", "side"),
     [
@@ -618,6 +620,7 @@ def test_make_doctor_is_the_side_s_that_this_machine_is(words, card, side, tmp_p
     assert ("Python.h" in said) == (side == "cloud") and ("LM Studio" in said) == (side == "mac")
 
 
+@pytest.mark.slow  # loads torch and the other libraries
 def test_in_the_image_make_doctor_is_the_cloud_side_s(tmp_path):
     assert "this is Ferry's image" in asking(tmp_path, "doctor", FERRY_IMAGE="/opt/ferry/image.json").stdout
 
