@@ -176,7 +176,7 @@ def is_hub_url(url: str) -> bool:
     return (hub_url.scheme, hub_url.netloc) == (target_url.scheme, target_url.netloc)
 
 
-def read_small_file(repo: str, name: str, revision: str, max_bytes: int, repo_type: str = "model") -> bytes:
+def read_small_file(repo: str, name: str, revision: str | None, max_bytes: int, repo_type: str = "model") -> bytes:
     """Return the content of a file of at most `max_bytes` bytes, whatever size the server claims.
 
     Raises:

@@ -7,6 +7,7 @@ training does not wait for it and one that hangs can be ended (background_push.p
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import console, hub
 from common.errors import UserError
@@ -14,6 +15,9 @@ from pipeline.checkpoint_sync import snapshot
 from pipeline.checkpoint_sync.background_push import CLIENT_ERROR_CODE
 from pipeline.checkpoint_sync.snapshot import STATE_FILE, RunState
 from pipeline.run.run_folder import Run
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 README_TEMPLATE = """---
 tags:
@@ -34,7 +38,7 @@ class NewerStateError(UserError):
 
 
 def push_state(run: Run, repo: str) -> RunState | None:
-    """Push the run's state to its repo, which is created when it does not exist, and delete files of older snapshot.
+    """Push the run's state to its repo, which is created when it does not exist, and delete files of older states.
 
     Returns:
         The state that was sent, or None when the repo holds it already.
@@ -68,8 +72,8 @@ def commit_state(api, repo: str, run: Run, state: RunState, earlier_states: list
     """
     from huggingface_hub import CommitOperationDelete
 
-    head = api.repo_info(repo)
-    repo_state, repo_names = read_repo_state(repo, head), {sibling.rfilename for sibling in head.siblings}
+    repo_info = api.model_info(repo)
+    repo_state, repo_names = read_repo_state(repo, repo_info), hub.list_repo_files(repo_info)
     refuse_conflicting_state(repo, repo_state, state)
     operations = list_uploads(run, state, repo_state)
     if repo_state and not operations and repo_state.files.keys() == state.files.keys():
@@ -85,7 +89,7 @@ def commit_state(api, repo: str, run: Run, state: RunState, earlier_states: list
         {} if "README.md" in repo_names else {"README.md": README_TEMPLATE.format(run=state.run, repo=repo).encode()}
     )
     operations += [build_upload(name, content) for name, content in small_files.items()]
-    api.create_commit(repo, operations, commit_message=f"{state.run}: {state}", parent_commit=head.sha)
+    api.create_commit(repo, operations, commit_message=f"{state.run}: {state}", parent_commit=repo_info.sha)
     return True
 
 
@@ -106,28 +110,28 @@ def build_upload(name: str, content: Path | bytes, digest: str | None = None):
     return operation
 
 
-def read_repo_state(repo: str, head) -> RunState | None:
+def read_repo_state(repo: str, repo_info: "ModelInfo") -> RunState | None:
     """Return the state in a repo, or None in a new repo.
 
     Raises:
         UserError: the repo is public, holds something else, or holds a state that cannot be read.
     """
-    if not head.private:
+    if not repo_info.private:
         raise UserError(
             f"{repo} is public, but checkpoints hold the training rows",
             "make it private in its settings on the Hub, or choose a different one: CHECKPOINTS=owner/name",
             code="checkpoints.public_repo",
         )
-    if other_files := hub.find_foreign_files(head, STATE_FILE):
+    if other_files := hub.find_foreign_files(repo_info, STATE_FILE):
         raise UserError(
             f"{repo} was not created by Ferry: it holds {', '.join(other_files[:4])} and no {STATE_FILE}",
             "choose a different one: CHECKPOINTS=owner/name",
             code="checkpoints.foreign_repo",
         )
-    if STATE_FILE not in {sibling.rfilename for sibling in head.siblings}:
+    if STATE_FILE not in hub.list_repo_files(repo_info):
         return None
     return snapshot.parse_state(
-        hub.read_small_file(repo, STATE_FILE, head.sha, snapshot.MAX_STATE_BYTES), f"{repo}/{STATE_FILE}"
+        hub.read_small_file(repo, STATE_FILE, repo_info.sha, snapshot.MAX_STATE_BYTES), f"{repo}/{STATE_FILE}"
     )
 
 

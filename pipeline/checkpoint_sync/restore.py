@@ -94,18 +94,18 @@ def find_repo_state(repo: str, run: Run | None) -> tuple[str, str, RunState] | N
     """
     repo_name = snapshot.fill_repo_name(repo, run.folder.name if run else None)
     api, activity = hub.create_client(), f"checkpoints in {repo_name}"
-    head = hub.fetch_or_none(activity, lambda: api.repo_info(repo_name))
-    if not head:
+    repo_info = hub.fetch_or_none(activity, lambda: api.model_info(repo_name))
+    if not repo_info:
         return None
-    state = hub.retry(activity, lambda: push.read_repo_state(repo_name, head))
-    if not state or not head.sha:
+    state = hub.retry(activity, lambda: push.read_repo_state(repo_name, repo_info))
+    if not state or not repo_info.sha:
         return None
     if snapshot.RESULT_FILE in state.files:
-        record = json.loads(read_repo_file(repo_name, snapshot.RESULT_FILE, head.sha))
+        record = json.loads(read_repo_file(repo_name, snapshot.RESULT_FILE, repo_info.sha))
         address = f"{record['repo']}@{record['tag']}" if "tag" in record else record["repo"]
         text = f"the run {state.run} is complete: it is published as {address}"
         raise UserError(text, f"make deploy-mac REPO={address}", code="checkpoints.run_complete")
-    return repo_name, head.sha, state
+    return repo_name, repo_info.sha, state
 
 
 def read_repo_file(repo: str, file_name: str, commit: str) -> bytes:

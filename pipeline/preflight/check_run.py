@@ -229,7 +229,7 @@ def local_weights_bytes(model: str) -> int:
 def check_disk_space(config: Config, run: Run, weights_bytes: int, repo: str) -> list[str]:
     """Check the disk space for the base model, the merged model, the 16-bit GGUF and the quantizations.
 
-    The copy in a folder hub is checked too. On the run's own disk it consists of hard links, which take no disk_space.
+    The copy in a folder hub is checked too. On the run's own disk it consists of hard links, which take no disk space.
 
     Args:
         weights_bytes: The size of the base model in 16 bit.

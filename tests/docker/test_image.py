@@ -72,13 +72,12 @@ def record(chain: Chain, stage: str) -> dict:
 
 
 def test_the_chain_is_the_native_one(chain, run_in_image):
-    """Same rows, byte for byte; about the same loss; a GGUF of the same type and size."""
+    """Same rows, byte for byte; a loss within 1 %; a GGUF of the same type and size."""
     ours, native = record(run_in_image, "data"), record(chain, "data")
     assert ours["outputs"]["train"]["sha256"] == native["outputs"]["train"]["sha256"]
     assert ours["outputs"]["heldout"]["sha256"] == native["outputs"]["heldout"]["sha256"]
     loss = [record(made, "finetune")["final_loss"] for made in (run_in_image, chain)]
-    # Mostly it is the same to the last bit. A bfloat16 sum that torch split otherwise has made it differ by 5 %.
-    assert loss[0] == pytest.approx(loss[1], rel=0.1)
+    assert loss[0] == pytest.approx(loss[1], rel=0.01)
     sizes = [{k: v["bytes"] for k, v in record(made, "export")["outputs"].items()} for made in (run_in_image, chain)]
     assert sizes[0] == sizes[1] and any(name.startswith("q4_k_m") for name in sizes[0])
     assert (run_in_image.model / "smoke.json").is_file(), "and the other side ran in it, too"
